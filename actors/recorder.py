@@ -1,0 +1,220 @@
+"""The logits processor that draws from the mixture and records what both models thought of it.
+
+vLLM hands every step's rows to `apply`. For a sampling request the recorder forms m = alpha p + (1 - alpha) q with the
+request's own alpha, draws the token from a hash of (seed, position), pins the engine's choice to it, and records log m,
+log p, log q, the teacher's logprobs on a support (teacher top-k and student top-k), its tail mass, and both exact KLs.
+For a scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass.
+
+Records are keyed by request and indexed by position, because vLLM evaluates positions more than once: partial prefills,
+preemption and surplus rows after the last token. A later evaluation of a position replaces the earlier one; the reader cuts
+to the output's length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from actors.mixture_model import MixtureForCausalLM, Rows, register
+from kdray.mixture import draw, log_mixture
+from kdray.seeds import uniforms
+
+register()
+
+# Columns of one recorded position. The support's ids and logprobs follow the fixed ones.
+FLOATS = ("mixture", "student", "teacher", "tail", "reverse_kl", "forward_kl")
+INTS = ("token", "version")
+
+# Rows that scoring turns into logprobs at once: bounds the transient of a long prefill to this many vocabulary rows.
+_SCORE_ROWS = 512
+
+
+class Cell(NamedTuple):
+    """One recorded position: a row of a step's arrays, shared with the other requests of that step."""
+
+    floats: np.ndarray  # [rows, 6 + K]
+    ints: np.ndarray  # [rows, 2 + K]
+    row: int
+
+
+class _Request(NamedTuple):
+    key: str
+    score: bool
+    alpha: float
+    seed: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    start: int
+    last_id: int
+
+
+class Recorder(LogitsProcessor):
+    """vLLM loads this by name: `logits_processors=["actors.recorder:Recorder"]`."""
+
+    active: Recorder | None = None
+    """The one recorder of this process; the worker extension hands out what it holds."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        limits = vllm_config.additional_config["kdray"]
+        self.teacher_top_k: int = limits["teacher_top_k"]
+        self.student_top_k: int = limits["student_top_k"]
+        self.requests: dict[int, _Request] = {}
+        self.cells: dict[str, dict[int, Cell]] = {}
+        Recorder.active = self
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.requests, batch_update, self._admit)
+
+    def _admit(
+        self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
+    ) -> _Request | None:
+        args: dict[str, Any] | None = (params.extra_args or {}).get("kdray")
+        if args is None:
+            return None
+        # A request that returns after preemption keeps the positions it recorded before.
+        self.cells.setdefault(args["key"], {})
+        return _Request(
+            key=args["key"],
+            score=args["mode"] == "score",
+            alpha=args.get("alpha", 0.0),
+            seed=args.get("seed", 0),
+            prompt_ids=prompt_ids or [],
+            output_ids=output_ids,
+            start=args.get("start", 0),
+            last_id=args.get("last_id", 0),
+        )
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Pin every sampling request's row of `logits` [rows, vocab] to the token drawn for it; record both kinds."""
+        model = MixtureForCausalLM.active
+        assert model is not None
+        here = [(row, request) for row, request in self.requests.items() if row < logits.shape[0]]
+        sampling = [(row, request) for row, request in here if not request.score]
+        if sampling:
+            assert model.rows is not None
+            self._sample(logits, model.rows, sampling, model.student_version)
+        for row, request in here:
+            if request.score:
+                self._score(model, row, request)
+        return logits
+
+    def _sample(
+        self, logits: torch.Tensor, rows: Rows, sampling: list[tuple[int, _Request]], student_version: int
+    ) -> None:
+        index = torch.tensor([row for row, _ in sampling], device=logits.device)
+        teacher, student = (None if part is None else part[index] for part in rows)
+        alpha = torch.tensor([[request.alpha] for _, request in sampling], device=logits.device)
+        if teacher is not None and student is not None:
+            mixture = log_mixture(teacher, student, alpha)
+        else:
+            # The engine refuses any alpha but the one at which the missing model drops out.
+            mixture = teacher if teacher is not None else student
+            assert mixture is not None
+        seeds = np.array([request.seed for _, request in sampling], dtype=np.uint64)
+        positions = np.array([len(request.output_ids) for _, request in sampling])
+        tokens = draw(mixture, torch.from_numpy(uniforms(seeds, positions)).to(logits.device))
+        floats, ints = self._measure(teacher, student, mixture, tokens, student_version)
+        for cell_row, (_, request) in enumerate(sampling):
+            self.cells[request.key][len(request.output_ids)] = Cell(floats, ints, cell_row)
+        logits[index] = -torch.inf
+        logits[index, tokens] = 0.0
+
+    def _score(self, model: MixtureForCausalLM, row: int, request: _Request) -> None:
+        """Record the tokens of one scoring request whose predictions stand in this step's chunk of its prefill."""
+        step = model.step
+        assert step is not None
+        begin, end = int(step.starts[row]), int(step.starts[row + 1])
+        first = int(step.positions[begin])
+        # The row at position t - 1 predicts token t; tokens before `start` are the prompt's and not wanted.
+        skip = max(0, request.start - 1 - first)
+        targets = [*request.prompt_ids[1:], request.last_id]
+        for chunk in range(begin + skip, end, _SCORE_ROWS):
+            stop = min(chunk + _SCORE_ROWS, end)
+            position = first + chunk - begin
+            tokens = torch.tensor(targets[position : position + stop - chunk], device=step.hidden.device)
+            if not len(tokens):
+                break
+            teacher, student = model.log_rows(step.hidden[chunk : chunk + len(tokens)])
+            mixture = teacher if teacher is not None else student
+            assert mixture is not None
+            floats, ints = self._measure(teacher, student, mixture, tokens, model.student_version)
+            cells = self.cells[request.key]
+            for offset in range(len(tokens)):
+                cells[position + 1 + offset - request.start] = Cell(floats, ints, offset)
+
+    def _measure(
+        self,
+        teacher: torch.Tensor | None,
+        student: torch.Tensor | None,
+        mixture: torch.Tensor,
+        tokens: torch.Tensor,
+        student_version: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K] and ints [n, 2 + K]."""
+        count, vocab = mixture.shape
+        nothing = torch.full((count, 1), torch.nan, device=mixture.device)
+        at = tokens.unsqueeze(-1)
+        floats = [mixture.gather(-1, at)]
+        floats.append(nothing if student is None else student.gather(-1, at))
+        floats.append(nothing if teacher is None else teacher.gather(-1, at))
+        if teacher is None:
+            floats += [nothing] * 3
+            support = torch.empty((count, 0), dtype=torch.long, device=mixture.device)
+        else:
+            support = self._support(teacher, student)
+            used = support >= 0
+            index = support.where(used, support[:, :1])
+            outside = teacher.scatter(-1, index, -torch.inf)
+            floats.append(outside.logsumexp(-1, keepdim=True))
+            floats += [nothing] * 2 if student is None else [_kl(student, teacher), _kl(teacher, student)]
+            floats.append(teacher.gather(-1, index).masked_fill_(~used, -torch.inf))
+        version = torch.full_like(at, student_version)
+        ints = torch.cat([at, version, support], dim=-1).to(torch.int32)
+        return torch.cat(floats, dim=-1).cpu().numpy(), ints.cpu().numpy()
+
+    def _support(self, teacher: torch.Tensor, student: torch.Tensor | None) -> torch.Tensor:
+        """Teacher's top-k ids, then the student's top-k that are not among them (-1 where they are): [n, K]."""
+        vocab = teacher.shape[-1]
+        first = teacher.topk(min(self.teacher_top_k, vocab), dim=-1).indices
+        if student is None or self.student_top_k == 0 or first.shape[-1] == vocab:
+            return first
+        second = student.topk(min(self.student_top_k, vocab), dim=-1).indices
+        taken = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, first, True).gather(-1, second)
+        return torch.cat([first, second.masked_fill(taken, -1)], dim=-1)
+
+    def take(self, wanted: list[tuple[str, int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Give away the first `length` positions of each (key, length): floats [T, 6 + K] and ints [T, 2 + K].
+
+        Raises: KeyError naming the request, if a position was never evaluated.
+        """
+        taken = []
+        for key, length in wanted:
+            cells = self.cells.pop(key)
+            missing = [position for position in range(length) if position not in cells]
+            if missing:
+                raise KeyError(f"request {key}: positions {missing[:8]} of {length} were never recorded")
+            rows = [cells[position] for position in range(length)]
+            floats = np.stack([cell.floats[cell.row] for cell in rows]) if rows else np.empty((0, len(FLOATS)))
+            ints = np.stack([cell.ints[cell.row] for cell in rows]) if rows else np.empty((0, len(INTS)))
+            taken.append((floats.astype(np.float32), ints.astype(np.int32)))
+        return taken
+
+    def drop(self, keys: list[str]) -> None:
+        """Forget requests that were aborted."""
+        for key in keys:
+            self.cells.pop(key, None)
+
+
+def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """KL(first || second) of log-softmax rows [n, vocab], nats, [n, 1]; a zero probability of `first` counts nothing."""
+    mass = first.exp()
+    return torch.where(mass > 0, mass * (first - second), 0.0).sum(-1, keepdim=True)

@@ -1,0 +1,346 @@
+"""vLLM around the mixture model: ids in, arrays out. Knows no Ray.
+
+One class for the three kinds of replica: `mixture` (teacher and student, samples and scores in one pass), `teacher` (scores,
+or samples alone at alpha 1), `student` (samples alone at alpha 0). All calls belong to one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from kdray.errors import EngineError
+from kdray.types import Rollout, SampleRequest
+
+Role = Literal["mixture", "teacher", "student"]
+
+# Width of the fixed part of the recorder's columns; `actors.recorder` names them (it cannot be imported without vLLM).
+_FLOATS, _INTS = 6, 2
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What one engine holds and how large it is; picklable."""
+
+    role: Role
+    model: str
+    """Folder or hub id of the engine's own checkpoint: the teacher's, or the student's for role `student`."""
+    student: str | None
+    """Folder or hub id of the student beside the teacher (role `mixture`)."""
+    vocab_size: int
+    """Ids that teacher and student share; rows beyond are cut before the softmax."""
+    stop_ids: tuple[int, ...]
+    """End-of-sequence ids; drawing one ends the rollout, and it is the rollout's last token."""
+    max_model_len: int
+    """Longest prompt plus response, in tokens."""
+    teacher: str = ""
+    """Name of the teacher, written into every rollout it scored."""
+    teacher_top_k: int = 32
+    student_top_k: int = 16
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 4096
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.85
+    seed: int = 0
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+class TeacherEngine:
+    """One vLLM engine. `start` before anything else, `close` at the end."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.student_version = 0
+        self._engine: Any = None
+        self._update = asyncio.Lock()
+        self._broken: str | None = None
+        self._counter = 0
+
+    async def start(self) -> None:
+        """Load the models and start the engine process; seconds to minutes. Raises what vLLM raises."""
+        # The first model runner of vLLM is the one whose logits processors carry request state; the newer one has another
+        # interface.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        # Only inside one process does the single-worker executor hold on CPUs; AsyncLLM keeps its engine-core process.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actors.mixture_model import ARCHITECTURE
+
+        spec = self.spec
+        overrides: dict[str, Any] = {
+            "architectures": [ARCHITECTURE],
+            "kdray_role": spec.role,
+            "kdray_student": spec.student,
+            "kdray_vocab_size": spec.vocab_size,
+            "kdray_architectures": _architectures(spec.model),
+        }
+        arguments: dict[str, Any] = {
+            "model": spec.model,
+            "hf_overrides": overrides,
+            "additional_config": {
+                "kdray": {"teacher_top_k": spec.teacher_top_k, "student_top_k": spec.student_top_k}
+            },
+            "logits_processors": ["actors.recorder:Recorder"],
+            "worker_extension_cls": "actors.worker_extension.WorkerExtension",
+            "skip_tokenizer_init": True,
+            "dtype": spec.dtype,
+            "seed": spec.seed,
+            "max_model_len": spec.max_model_len,
+            "max_num_seqs": spec.max_num_seqs,
+            "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
+            "tensor_parallel_size": spec.tensor_parallel_size,
+            "enable_prefix_caching": True,
+            "trust_remote_code": False,
+            "disable_log_stats": True,
+        }
+        if current_platform.is_cpu():
+            arguments |= {
+                "dtype": "float32" if spec.dtype == "auto" else spec.dtype,
+                "enforce_eager": True,
+                "block_size": 32,
+                "distributed_executor_backend": "uni",
+                "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+            }
+        else:
+            arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+        arguments |= spec.engine_args
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+    async def close(self) -> None:
+        """End the engine process."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    async def check_health(self) -> None:
+        """Raises: EngineError when the engine died or a weight update left it in an unknown state."""
+        if self._broken:
+            raise EngineError(self._broken)
+        await self._engine.check_health()
+
+    # ------------------------------------------------------------------------------------------- sample and score
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[list[Rollout]]:
+        """Draw every request, streaming those that ended together as one item.
+
+        The rollouts carry the teacher's columns where the engine holds one.
+        Raises: EngineError for an alpha that this engine's role cannot draw, or a request that does not fit.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        for request in requests:
+            self._check(request)
+        jobs = []
+        for request in requests:
+            key = self._key(request.sample_id)
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=list(self.spec.stop_ids),
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"kdray": {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}},
+            )
+            jobs.append((key, request.prompt_ids.tolist(), params))
+        async for ended in self._finish(jobs):
+            yield [
+                self._sampled(requests[index], output, floats, ints) for index, output, floats, ints in ended
+            ]
+
+    async def score(self, rollouts: Sequence[Rollout]) -> AsyncIterator[list[Rollout]]:
+        """Fill in the teacher's columns of sequences sampled elsewhere, by prefill; streams like `sample`.
+
+        Where the engine also holds the student, both exact KLs are filled in, under the version that it holds.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self.spec.role == "student":
+            raise EngineError("a student-only replica cannot score")
+        jobs = []
+        for rollout in rollouts:
+            key = self._key(rollout.sample_id)
+            sequence = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+            extra = {"key": key, "mode": "score", "start": len(rollout.prompt_ids), "last_id": sequence[-1]}
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                detokenize=False,
+                ignore_eos=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                # Rows that the prefix cache answers are never computed, and so never seen.
+                skip_reading_prefix_cache=True,
+                extra_args={"kdray": extra},
+            )
+            jobs.append((key, sequence[:-1], params))
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        async for ended in self._finish(jobs, lengths):
+            yield [
+                replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(floats, ints))
+                for index, _, floats, ints in ended
+            ]
+
+    async def _finish(
+        self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
+    ) -> AsyncIterator[list[tuple[int, Any, np.ndarray, np.ndarray]]]:
+        """Run jobs (key, ids, params) and stream (index, output, floats, ints) of those that ended since the last item."""
+        ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+
+        async def follow(index: int) -> None:
+            key, ids, params = jobs[index]
+            final = None
+            async for output in self._engine.generate({"prompt_token_ids": ids}, params, key):
+                final = output
+            ended.put_nowait((index, final))
+
+        tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+        taken = 0
+        try:
+            while taken < len(jobs):
+                batch = [await _first(ended.get(), tasks)]
+                while not ended.empty():
+                    batch.append(ended.get_nowait())
+                wanted = [
+                    (jobs[index][0], len(output.outputs[0].token_ids) if lengths is None else lengths[index])
+                    for index, output in batch
+                ]
+                (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
+                taken += len(batch)
+                arrays = _arrays(answer, [length for _, length in wanted])
+                yield [(index, output, *pair) for (index, output), pair in zip(batch, arrays, strict=True)]
+        finally:
+            if taken < len(jobs):
+                # The reader went away or a request failed: abort the rest, and let the worker forget what it recorded.
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                if self._engine is not None:
+                    await self._engine.collective_rpc("kdray_drop", args=([key for key, _, _ in jobs],))
+
+    def _check(self, request: SampleRequest) -> None:
+        only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)
+        if only is not None and request.alpha != only:
+            raise EngineError(f"a {self.spec.role}-only replica samples at alpha {only:g}, not {request.alpha:g}")
+        length = len(request.prompt_ids) + request.max_new_tokens
+        if length > self.spec.max_model_len:
+            raise EngineError(
+                f"sample {request.sample_id}: prompt and response may take {length} tokens, "
+                f"but the engine holds {self.spec.max_model_len}"
+            )
+
+    def _key(self, sample_id: int) -> str:
+        # The same sample may be asked twice at once (a retry overtaking a lost stream); each is a request of its own.
+        self._counter += 1
+        return f"{sample_id}-{self._counter}"
+
+    def _sampled(self, request: SampleRequest, output: Any, floats: np.ndarray, ints: np.ndarray) -> Rollout:
+        completion = output.outputs[0]
+        tokens = np.asarray(completion.token_ids, dtype=np.int32)
+        if not np.array_equal(tokens, ints[:, 0]):
+            raise EngineError(f"sample {request.sample_id}: the engine returned other tokens than the recorder drew")
+        rollout = Rollout(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=tokens,
+            mixture_logprobs=floats[:, 0],
+            student_logprobs=floats[:, 1],
+            student_versions=ints[:, 1],
+            alpha=request.alpha,
+            finish_reason="stop" if len(tokens) and int(tokens[-1]) in self.spec.stop_ids else "length",
+        )
+        if self.spec.role == "student":
+            return rollout
+        return replace(rollout, teacher=self.spec.teacher, **self._teacher_columns(floats, ints))
+
+    def _teacher_columns(self, floats: np.ndarray, ints: np.ndarray) -> dict[str, np.ndarray | None]:
+        columns: dict[str, np.ndarray | None] = {
+            "teacher_logprobs": floats[:, 2],
+            "tail_logprobs": floats[:, 3],
+            "support_logprobs": floats[:, _FLOATS:],
+            "support_ids": ints[:, _INTS:],
+        }
+        if self.spec.role == "mixture":
+            columns |= {"reverse_kl": floats[:, 4], "forward_kl": floats[:, 5]}
+        return columns
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    async def update_student(self, paths: Sequence[Path], version: int) -> None:
+        """Replace the student's weights by those in safetensors files; requests in flight go on under the new ones.
+
+        Every step below matters: without the pause a forward pass meets half-loaded weights, and without dropping cached and
+        running KV, new weights read keys and values of the old. Raises: EngineError, and the engine is unhealthy from then
+        on, if any step fails.
+        """
+        if self.spec.role == "teacher":
+            raise EngineError("a teacher-only replica holds no student")
+        async with self._update:
+            if version <= self.student_version:
+                return
+            try:
+                await self._engine.pause_generation(mode="keep", clear_cache=False)
+                await self._engine.collective_rpc("kdray_reload", args=([str(path) for path in paths], version))
+                if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+                    raise EngineError("vLLM did not drop its KV cache")
+                await self._engine.resume_generation()
+            except Exception as error:
+                self._broken = f"update to student version {version} failed: {error}"
+                raise EngineError(self._broken) from error
+            self.student_version = version
+
+    async def set_initial_version(self, version: int) -> None:
+        """Name the version of the weights loaded at start."""
+        await self._engine.collective_rpc("kdray_set_version", args=(version,))
+        self.student_version = version
+
+
+async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any:
+    """Await `wanted`, but raise what any of the tasks raises first."""
+    getter = asyncio.ensure_future(wanted)
+    pending: set[asyncio.Future[Any]] = {getter, *(task for task in tasks if not task.done())}
+    try:
+        while not getter.done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {getter}:
+                task.result()
+        return getter.result()
+    finally:
+        getter.cancel()
+
+
+def _arrays(answer: bytes, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    table = pa.ipc.open_stream(answer).read_all().combine_chunks()
+    pairs = []
+    for row, length in enumerate(lengths):
+        floats, ints = (
+            table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in ("floats", "ints")
+        )
+        pairs.append((floats.reshape(length, -1), ints.reshape(length, -1)))
+    return pairs
+
+
+def _architectures(model: str) -> list[str]:
+    from transformers import AutoConfig
+
+    architectures = AutoConfig.from_pretrained(model, trust_remote_code=False).architectures
+    if not architectures:
+        raise EngineError(f"{model}: config.json names no architecture")
+    return list(architectures)

@@ -1,0 +1,90 @@
+"""What the vLLM worker answers beyond sampling: recorded arrays out, new student weights in.
+
+vLLM mixes this class into its worker (`worker_extension_cls`); the engine calls the methods by name through
+`collective_rpc`. Answers are Arrow IPC bytes: vLLM's own encoding mangles plain arrays unless insecure serialization is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import torch
+from safetensors import safe_open
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.mixture_model import MixtureForCausalLM, register
+from actors.recorder import Recorder
+
+register()
+
+
+class WorkerExtension:
+    """Methods of the vLLM worker, all prefixed with `kdray_`; `self` is the worker."""
+
+    def kdray_take(self, wanted: list[tuple[str, int]]) -> bytes:
+        """Recorded arrays of finished requests, in the order asked: Arrow IPC with list columns `floats` and `ints`."""
+        assert Recorder.active is not None
+        taken = Recorder.active.take([(key, length) for key, length in wanted])
+        table = pa.table(
+            {
+                "floats": pa.array([floats.ravel() for floats, _ in taken], pa.list_(pa.float32())),
+                "ints": pa.array([ints.ravel() for _, ints in taken], pa.list_(pa.int32())),
+            }
+        )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    def kdray_drop(self, keys: list[str]) -> None:
+        """Forget aborted requests."""
+        assert Recorder.active is not None
+        Recorder.active.drop(keys)
+
+    def kdray_reload(self, paths: list[str], version: int) -> None:
+        """Replace the student's weights by those in safetensors files (checkpoint names and layout).
+
+        The caller has paused generation and drops cached and running KV afterwards; without that, old keys and values mix
+        with new weights. Raises: KeyError naming the parameters that the files left out.
+        """
+        model = MixtureForCausalLM.active
+        assert model is not None
+        student = model.student
+        assert student is not None, "this engine holds no student"
+        with set_current_vllm_config(self.vllm_config), torch.inference_mode():  # type: ignore[attr-defined]
+            # vLLM packs linear weights for its kernels after the first load; only its layerwise reload unpacks, fills and
+            # packs them again in place. Plain load_weights would write into emptied tensors.
+            initialize_layerwise_reload(student)
+            loaded = student.load_weights(_read(paths))
+            finalize_layerwise_reload(student, self.model_config)  # type: ignore[attr-defined]
+            _pack_tied_head(student)
+        expected = {name for name, _ in student.named_parameters(remove_duplicate=True)}
+        tied = {"lm_head.weight"} if _is_tied(student) else set()
+        missing = expected - loaded - tied
+        if missing:
+            raise KeyError(f"student version {version} lacks {sorted(missing)[:8]}")
+        model.student_version = version
+
+    def kdray_set_version(self, version: int) -> None:
+        """Name the version of the weights that were loaded at start."""
+        assert MixtureForCausalLM.active is not None
+        MixtureForCausalLM.active.student_version = version
+
+
+def _read(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                yield name, file.get_tensor(name)
+
+
+def _is_tied(student: torch.nn.Module) -> bool:
+    return bool(getattr(student.config, "tie_word_embeddings", False))
+
+
+def _pack_tied_head(student: torch.nn.Module) -> None:
+    """A tied head shares the embedding's weight but keeps its own packed copy, which no loader refreshes."""
+    if _is_tied(student) and hasattr(student, "lm_head"):
+        student.lm_head.quant_method.process_weights_after_loading(student.lm_head)

@@ -1,0 +1,583 @@
+"""Every setting: default, unit, check. YAML plus dotted overrides in, a resolved dump out.
+
+Defaults are the vetted values; a recipe holds only what differs. Unknown keys are refused with the nearest valid one.
+Checks here need nothing but the config itself; what needs files or a cluster is checked by `kdray.preflight` and
+`cluster.placement`, before anything starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from kdray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- run
+
+
+class RunSettings(Settings):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its folder is `<output>/<name>`. Letters, digits, dot, dash and underscore."""
+    seed: NonNegative = 0
+    """Seed of everything random: data order, draws, initial weights of tiny models."""
+    output: Path = Path("runs")
+    """Folder that holds run folders. A relative path counts from the folder the command was started in."""
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+TaskName = Literal["last_letters", "coin_flip", "arithmetic"]
+
+
+class TaskPrompts(Settings):
+    """Generated questions with an exact grader; no file, no network."""
+
+    type: Literal["task"] = "task"
+    tasks: list[TaskName] = Field(default=["last_letters"], min_length=1)
+    """Tasks to draw from, in equal shares."""
+    size: Positive = 4096
+    """Number of training prompts, all different where the task has that many."""
+    difficulty: Positive = 2
+    """Words to concatenate, people around the coin, or digits of each number."""
+
+
+class JsonlPrompts(Settings):
+    """A file with one JSON object a line."""
+
+    type: Literal["jsonl"]
+    path: Path
+    """The file; a relative path counts from the folder the command was started in."""
+    prompt_column: str | None = None
+    """Key that holds the prompt: a text, or a list of chat messages. Default: `prompt`, `question`, `instruction` or
+    `messages`, whichever the first line has."""
+    answer_column: str | None = None
+    """Key that holds the reference answer. Default: `answer`, `completion`, `response` or `output`, where present."""
+    heldout_path: Path | None = None
+    """A file of held-out prompts; without it the last `data.heldout_size` prompts are held out."""
+
+
+class ParquetPrompts(Settings):
+    """A Parquet file, or a folder of them."""
+
+    type: Literal["parquet"]
+    path: Path
+    """The file or folder."""
+    prompt_column: str | None = None
+    """Column that holds the prompt; defaults as for JSONL."""
+    answer_column: str | None = None
+    """Column that holds the reference answer; defaults as for JSONL."""
+    heldout_path: Path | None = None
+    """A file or folder of held-out prompts; without it the last `data.heldout_size` prompts are held out."""
+
+
+class HubPrompts(Settings):
+    """A dataset on the Hugging Face hub (or in its local cache), loaded by the `datasets` library."""
+
+    type: Literal["hub"]
+    name: str
+    """Dataset id, such as `openai/gsm8k`."""
+    subset: str | None = None
+    """Configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Split to train on."""
+    heldout_split: str | None = None
+    """Split of the held-out prompts; without it the last `data.heldout_size` prompts are held out."""
+    revision: str | None = None
+    """Commit or tag, so that a run can be repeated."""
+    prompt_column: str | None = None
+    """Column that holds the prompt; defaults as for JSONL."""
+    answer_column: str | None = None
+    """Column that holds the reference answer; defaults as for JSONL."""
+
+
+class IterablePrompts(Settings):
+    """Prompts handed over by the caller of `cluster.launch.run(config, prompts=...)`; not usable from a file alone."""
+
+    type: Literal["iterable"]
+
+
+PromptSource = Annotated[
+    TaskPrompts | JsonlPrompts | ParquetPrompts | HubPrompts | IterablePrompts, Field(discriminator="type")
+]
+
+
+class DataSettings(Settings):
+    prompts: PromptSource = TaskPrompts()
+    """Where prompts come from; the keys depend on `type`: task, jsonl, parquet, hub, iterable."""
+    heldout_size: Positive = 256
+    """Prompts kept out of training, on which before and after are measured."""
+    max_prompt_tokens: Positive = 256
+    """Longest prompt, in tokens."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What happens to a longer prompt: `refuse` stops at start with the count, `drop` leaves it out and reports the count.
+    A prompt is never cut."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """Whether a text prompt is wrapped as a user message by the student tokenizer's chat template: `auto` where it has one.
+    Chat messages always need one."""
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+
+class TinyTraining(Settings):
+    """Supervised training that turns a tiny model into a teacher, in seconds on a CPU."""
+
+    tasks: list[TaskName] = Field(default=["last_letters"], min_length=1)
+    """Tasks to learn."""
+    difficulty: Positive = 2
+    """As in `data.prompts.difficulty`."""
+    steps: Positive = 600
+    """Optimizer steps."""
+    batch_size: Positive = 128
+    """Examples a step."""
+    learning_rate: PositiveFloat = 3e-3
+    """Peak AdamW learning rate, with a short warm-up and cosine decay."""
+
+
+class TinyModel(Settings):
+    """A small Llama over characters, built on the spot (and kept in `<output>/.models`): for recipes that run anywhere."""
+
+    type: Literal["tiny"]
+    layers: Positive = 2
+    """Transformer layers."""
+    width: Positive = 64
+    """Hidden size; a multiple of 32, the size of an attention head (the smallest that vLLM has on CPUs)."""
+    tie_embeddings: bool = False
+    """Whether input and output embeddings share one matrix."""
+    max_positions: Positive = 512
+    """Longest sequence, in tokens."""
+    vocab_rows: Positive | None = None
+    """Rows of the embedding when more than the tokenizer has, as real model families pad theirs."""
+    seed: NonNegative = 0
+    """Seed of the initial weights and of the training examples."""
+    train: TinyTraining | None = None
+    """Training that the model gets before the run; None leaves it random."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> TinyModel:
+        if self.width % 32:
+            raise ValueError(f"width={self.width}: attention heads have 32 channels; choose a multiple of 32")
+        return self
+
+
+def _model_tag(value: Any) -> str:
+    return "path" if isinstance(value, str | Path) else "tiny"
+
+
+ModelSource = Annotated[Annotated[str, Tag("path")] | Annotated[TinyModel, Tag("tiny")], Discriminator(_model_tag)]
+
+
+class StudentSettings(Settings):
+    model: ModelSource
+    """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+
+
+class EngineSettings(Settings):
+    """One kind of vLLM replica: its size, its place, its limits."""
+
+    replicas: Positive = 1
+    """Replicas, each one engine. Ignored where `autoscaling` is given."""
+    autoscaling: dict[str, Any] | None = None
+    """Passed through to Ray Serve as `autoscaling_config` (min_replicas, max_replicas, target_ongoing_requests, ...)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and activations of the engine; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that share one replica's layers."""
+    num_cpus: NonNegativeFloat = 1.0
+    """CPUs that Ray reserves for a replica; also its compute threads when it runs on CPUs."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs that Ray reserves for a replica: `tensor_parallel_size` on a GPU cluster, 0 on CPUs."""
+    accelerator_type: str | None = None
+    """Ray accelerator type to be placed on, such as `H100`."""
+    resources: dict[str, float] = {}
+    """Custom Ray resources that a replica takes, for placement."""
+    max_num_seqs: Positive = 128
+    """Sequences that a replica decodes at once."""
+    max_num_batched_tokens: Positive = 4096
+    """Tokens in one engine step; longer prefills are cut into chunks."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """KV cache of a replica on CPUs, GiB."""
+    gpu_memory_utilization: Fraction = 0.85
+    """Share of GPU memory that the engine may take; leave room for the log-probability rows."""
+    engine_args: dict[str, Any] = {}
+    """Further vLLM engine arguments, passed through by name."""
+
+
+class TeacherSettings(EngineSettings):
+    model: ModelSource
+    """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+
+
+# ------------------------------------------------------------------------------------------------------ rollout
+
+
+class RolloutSettings(Settings):
+    alpha: Fraction = 0.2
+    """Teacher's share of every next-token draw (MiniLLM's alpha): 0 samples from the student alone, 1 from the teacher."""
+    max_new_tokens: Positive = 128
+    """Longest response, in tokens."""
+    samples_per_prompt: Positive = 1
+    """Rollouts drawn for each prompt."""
+    max_staleness: NonNegative = 1
+    """Most optimizer steps between the weights that sampled a token and the weights being trained on it. A guarantee:
+    0 is strictly on-policy; 1 lets sampling overlap training."""
+    sampler: Literal["mixture", "student"] = "mixture"
+    """`mixture`: teacher replicas sample and score in one pass. `student`: student-only replicas sample (alpha 0), teacher
+    replicas score by prefill; for a teacher that is too slow to decode beside the student."""
+    teacher_top_k: Positive = 32
+    """Teacher logprobs kept for every token; the vocabulary's size makes every loss exact."""
+    student_top_k: NonNegative = 16
+    """The student's own top ids at which the teacher's logprob is kept too: reverse KL needs them."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. The mixture and its weights are exact at 1 only."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus. The mixture and its weights are exact at 1 only."""
+    pool: EngineSettings = EngineSettings()
+    """The student-only replicas of `sampler: student`."""
+    retries: NonNegative = 3
+    """Times a request is sent again after its replica died or failed."""
+
+    @model_validator(mode="after")
+    def _exact(self) -> RolloutSettings:
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if value != 1.0:
+                raise ValueError(
+                    f"rollout.{name}={value:g}: the mixture and its importance weights are exact at {name}=1 only; "
+                    f"remove rollout.{name}"
+                )
+        if self.sampler == "student" and "alpha" in self.model_fields_set and self.alpha != 0.0:
+            raise ValueError(
+                f"rollout.alpha={self.alpha:g} with rollout.sampler=student: student-only replicas sample at alpha 0; "
+                "set rollout.alpha=0 or rollout.sampler=mixture"
+            )
+        return self
+
+    @property
+    def effective_alpha(self) -> float:
+        """The alpha of every training request: 0 where student-only replicas sample."""
+        return 0.0 if self.sampler == "student" else self.alpha
+
+
+# --------------------------------------------------------------------------------------------------------- loss
+
+
+class MiniLLMLoss(Settings):
+    """Policy gradient of the sequence-level reverse KL, split in a single-step and a long term (MiniLLM, eq. 3-6)."""
+
+    type: Literal["minillm"] = "minillm"
+    length_norm: bool = True
+    """Divide the return by the number of tokens it sums (eq. 6); without it long responses dominate."""
+    gamma: Fraction = 1.0
+    """Discount of the return per token; 1 is the paper's."""
+    single_step: bool = True
+    """Whether the exact per-position reverse KL term is added (eq. 3); without it the variance is far higher."""
+    staleness_cap: PositiveFloat = 2.0
+    """Upper bound of the staleness ratio q_theta / q_sampled. The mixing weight q / m is bounded by 1 / (1 - alpha) and is
+    never clipped."""
+
+
+class ReverseKLLoss(Settings):
+    """KL(student || teacher) at every position of the student's samples (GKD with beta 1)."""
+
+    type: Literal["reverse_kl"]
+
+
+class ForwardKLLoss(Settings):
+    """KL(teacher || student) at every position of the samples."""
+
+    type: Literal["forward_kl"]
+
+
+class JSDLoss(Settings):
+    """Generalised Jensen-Shannon divergence on student samples (GKD, Agarwal et al. 2024)."""
+
+    type: Literal["jsd"]
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Teacher's share of the mixture inside: towards 0 it behaves like forward KL, towards 1 like reverse KL."""
+
+
+LossSettings = Annotated[MiniLLMLoss | ReverseKLLoss | ForwardKLLoss | JSDLoss, Field(discriminator="type")]
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+class SFTSettings(Settings):
+    """Supervised fine-tuning on the reference answers before distillation (MiniLLM's first phase)."""
+
+    steps: NonNegative = 0
+    """Optimizer steps; 0 leaves the phase out."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak AdamW learning rate."""
+    batch_size: Positive = 64
+    """Examples a step, over all ranks."""
+
+
+class TrainingSettings(Settings):
+    steps: Positive = 100
+    """Optimizer steps of the distillation phase."""
+    batch_size: Positive = 64
+    """Rollouts a step, over all ranks."""
+    micro_batch_size: Positive = 16
+    """Rollouts that one rank holds in one forward pass; the gradient does not depend on it."""
+    learning_rate: PositiveFloat = 5e-6
+    """Peak AdamW learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    gradient_clipping: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    ranks: Positive = 1
+    """Student ranks, one process each (one GPU each on a GPU cluster)."""
+    cpus_per_rank: PositiveFloat = 1.0
+    """CPUs that Ray reserves for a rank; also its compute threads when it runs on CPUs."""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs that Ray reserves for a rank: 1 on a GPU cluster, 0 on CPUs."""
+    accelerator_type: str | None = None
+    """Ray accelerator type that the ranks are placed on, such as `H100`."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and parameters)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward; losses reduce in float32 either way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    deepspeed: dict[str, Any] = {}
+    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes)."""
+    checkpoint_every: NonNegative = 50
+    """Steps between checkpoints; 0 writes one only at the end and on interruption."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept."""
+    max_restarts: NonNegative = 2
+    """Times the ranks may be restarted from the last checkpoint after one is lost."""
+    sync_bucket_mib: PositiveFloat = 256.0
+    """Size of one bucket of weights on their way to the replicas, MiB."""
+    sft: SFTSettings = SFTSettings()
+    """The supervised phase before distillation."""
+
+    @model_validator(mode="after")
+    def _split(self) -> TrainingSettings:
+        for name, size in (("batch_size", self.batch_size), ("sft.batch_size", self.sft.batch_size)):
+            if size % (self.ranks * self.micro_batch_size):
+                raise ValueError(
+                    f"training.{name}={size} is not a multiple of ranks x micro_batch_size = {self.ranks} x "
+                    f"{self.micro_batch_size}; choose {name} so that every rank gets whole micro-batches"
+                )
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}")
+        return self
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+class EvaluationSettings(Settings):
+    every: NonNegative = 0
+    """Steps between evaluations during training; 0 measures only before and after."""
+    prompts: Positive | None = None
+    """Held-out prompts to use; None uses all of `data.heldout_size`."""
+    control: bool = False
+    """Also train a copy of the SFT student by SFT alone for the same number of student tokens, and report it beside."""
+
+
+# ------------------------------------------------------------------------------------------------------ cluster
+
+
+class ClusterSettings(Settings):
+    address: str | None = None
+    """Ray cluster to join; None takes RAY_ADDRESS, or starts a local Ray that ends with the run."""
+    placement_timeout_s: PositiveFloat = 600.0
+    """Seconds to wait for replicas and ranks to be placed and ready, model loading included."""
+    health_check_period_s: PositiveFloat = 10.0
+    """Seconds between health checks of a replica."""
+
+
+class Config(Settings):
+    """A whole run."""
+
+    run: RunSettings
+    """Name, seed, output."""
+    data: DataSettings = DataSettings()
+    """Prompts and what is held out."""
+    student: StudentSettings
+    """The model that learns."""
+    teachers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], TeacherSettings] = Field(min_length=1)
+    """Teachers by name."""
+    rollout: RolloutSettings = RolloutSettings()
+    """How sequences are drawn."""
+    loss: LossSettings = MiniLLMLoss()
+    """What is minimised; the keys depend on `type`: minillm, reverse_kl, forward_kl, jsd."""
+    training: TrainingSettings = TrainingSettings()
+    """Optimizer, ranks, precision, checkpoints."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """What is measured on held-out prompts."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        if len(self.teachers) > 1:
+            raise ValueError(f"teachers names {', '.join(self.teachers)}: this version takes one teacher; keep one of them")
+        if isinstance(self.loss, MiniLLMLoss) and self.rollout.effective_alpha == 1.0:
+            raise ValueError(
+                "rollout.alpha=1 with loss.type=minillm: the weight q/m is unbounded when the teacher draws every token; "
+                "use alpha below 1, or loss.type=forward_kl"
+            )
+        if self.training.batch_size % self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"training.batch_size={self.training.batch_size} is not a multiple of "
+                f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}"
+            )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return self.run.output / self.run.name
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence that an engine must hold, in tokens."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    def dump(self) -> str:
+        """The resolved config as YAML: every setting, defaults included; `load_config` reads it back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------------------ load, override
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML recipe and apply `a.b=value` overrides (values are YAML).
+
+    Raises: ConfigError with file, setting, value and remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validate a tree of plain values. Raises: ConfigError listing every problem, one a line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    # YAML 1.1 reads 1e-5 as text; a number is what the writer of a learning rate means.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node: Any = tree
+    *parents, leaf = key.split(".")
+    for depth, part in enumerate(parents):
+        if part in node and not isinstance(node[part], dict) and node[part] is not None:
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    node[leaf] = value
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as setting, value and remedy."""
+    # The tags of unions stand in the location; they are not keys that the user wrote.
+    location = [
+        str(part)
+        for part in item["loc"]
+        if not (isinstance(part, str) and part in _UNION_TAGS) and not str(part).startswith("function-")
+    ]
+    setting = ".".join(location)
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _keys_at(tuple(location[:-1])), n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(sorted(_keys_at(tuple(location[:-1]))))}"
+        return f"{setting}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{setting}: required, but not set"
+    if kind == "value_error":
+        message = str(item["ctx"]["error"])
+        return message if not setting or message.startswith(setting) else f"{setting}: {message}"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    if kind.startswith("union_tag") or isinstance(item.get("input"), dict):
+        return f"{setting}: {message}"
+    return f"{setting}={item.get('input')!r}: {message}"
+
+
+_UNION_TAGS = frozenset(
+    {"task", "jsonl", "parquet", "hub", "iterable", "minillm", "reverse_kl", "forward_kl", "jsd", "tiny", "path"}
+)
+
+
+def _keys_at(location: tuple[str, ...]) -> list[str]:
+    """Names of the settings that the section at `location` knows; over all members where the section is a union."""
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        following: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                following += _models_in(model.model_fields[part].annotation)
+            elif model is TeachersMap:
+                following.append(TeacherSettings)
+        models = following
+    return sorted({name for model in models for name in model.model_fields if model is not TeachersMap})
+
+
+class TeachersMap(BaseModel):
+    """Stands for the map of teachers in `_keys_at`: any name leads to TeacherSettings."""
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    if getattr(annotation, "__origin__", None) is dict:
+        return [TeachersMap]
+    return [model for argument in arguments for model in _models_in(argument)]

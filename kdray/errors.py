@@ -1,0 +1,41 @@
+"""Errors that kdray raises on purpose.
+
+To add one: subclass `KdrayError` *and* the standard class a caller would expect, and take a single message argument.
+Errors cross Ray actors by pickle; an `__init__` with more arguments does not survive the trip.
+"""
+
+
+class KdrayError(Exception):
+    """Base of every error raised on purpose. The message alone must tell the user what to change."""
+
+
+class ConfigError(KdrayError, ValueError):
+    """A setting is wrong: the command exits with 2 before anything starts."""
+
+
+class DataError(KdrayError, ValueError):
+    """An input file, dataset or tokenizer is wrong: the command exits with 2 before anything starts."""
+
+
+class VocabError(DataError):
+    """Teacher and student do not agree on what a token id means."""
+
+
+class CapacityError(ConfigError):
+    """The cluster can never give what the config asks for."""
+
+
+class EngineError(KdrayError, RuntimeError):
+    """A serving engine failed, or answered something that cannot be trusted."""
+
+
+class TrainingError(KdrayError, RuntimeError):
+    """The student group failed, or its loss stopped being a finite number."""
+
+
+class RunError(KdrayError, RuntimeError):
+    """A run stopped for a reason given in the message: the command exits with 1."""
+
+
+class Interrupted(KdrayError):
+    """The user asked the run to stop; a checkpoint was written: the command exits with 130."""

@@ -1,0 +1,55 @@
+"""The verbs that the loop may use. Everything the loop is given implements one of these; none of them mentions Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
+
+
+class Sampler(Protocol):
+    """Draws rollouts: a teacher pool that co-samples with the student, or a student-only rollout pool."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[list[Rollout]]:
+        """Stream every request's rollout exactly once, in the order they end, those that ended together as one item.
+
+        Raises: EngineError when a request could not be served within the pool's retries.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """A teacher that scores sequences sampled elsewhere, by prefill."""
+
+    name: str
+
+    def score(self, rollouts: Sequence[Rollout]) -> AsyncIterator[list[Rollout]]:
+        """Stream each rollout exactly once with this teacher's columns filled in."""
+        ...
+
+
+class StudentGroup(Protocol):
+    """All ranks of the student as one thing: a call reaches every rank, and one rank's failure fails the call."""
+
+    async def train_step(self, batch: TrainBatch) -> StepReport:
+        """One optimizer step. Raises TrainingError naming the batch before the optimizer moves, if a loss is not finite."""
+        ...
+
+    async def publish(self, version: int) -> None:
+        """Give the current weights to every replica that asks, as `version`. Returns once they can be pulled."""
+        ...
+
+    async def save_checkpoint(self, step: int) -> None:
+        """Write a checkpoint that a later run can resume from; returns once it is committed."""
+        ...
+
+
+class Reporter(Protocol):
+    """Where numbers and events go: files, terminal, TensorBoard."""
+
+    def step(self, report: StepReport, metrics: Mapping[str, float]) -> None: ...
+
+    def event(self, kind: str, **fields: Any) -> None: ...
+
+    def samples(self, rollouts: Sequence[Rollout], step: int) -> None: ...

@@ -1,0 +1,105 @@
+"""Records that travel between the parts: plain frozen dataclasses of ids and numpy arrays.
+
+Dimensions used in comments: T response tokens of one rollout, P prompt tokens, K width of the recorded support,
+B rollouts of a batch, S tokens of the longest row of a batch.
+All logprobs are natural logarithms (nats), float32: `logprobs[t] = log p(token_ids[t] | prompt, token_ids[:t])`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a rollout continues."""
+
+    prompt_id: int
+    """Position in the source, stable across epochs, runs and restarts."""
+    token_ids: np.ndarray  # [P] int32
+    text: str = ""
+    """The text that was tokenized (after the chat template, where one applies)."""
+    answer: str | None = None
+    """The reference completion: target of supervised fine-tuning and of the exact-match grader. None where unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One sequence to draw. The same request, under the same weights, draws the same sequence."""
+
+    sample_id: int
+    """Unique within a run; the admission number of the rollout buffer."""
+    prompt_id: int
+    prompt_ids: np.ndarray  # [P] int32
+    alpha: float
+    """Teacher's share of every next-token draw: 0 is the student alone, 1 the teacher alone."""
+    seed: int
+    """Unsigned 64-bit seed of this sample's draws; see `kdray.seeds.sample_seed`."""
+    max_new_tokens: int
+    min_version: int = 0
+    """Oldest student version that may sample this request; a replica that holds an older one updates first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled sequence with everything its sampling evaluated. Arrays the route did not produce are None."""
+
+    sample_id: int
+    prompt_id: int
+    prompt_ids: np.ndarray  # [P] int32
+    token_ids: np.ndarray  # [T] int32, end-of-sequence token included when it was drawn
+    mixture_logprobs: np.ndarray  # [T] log m: the density each token was really drawn from
+    student_logprobs: np.ndarray  # [T] log q of the student version that was sampling
+    student_versions: np.ndarray  # [T] int32: a rollout can span a weight update
+    alpha: float
+    finish_reason: str
+    """`stop` when the end-of-sequence token was drawn, `length` when max_new_tokens cut the sequence."""
+    teacher: str = ""
+    """Name of the teacher whose columns follow; empty before scoring."""
+    teacher_logprobs: np.ndarray | None = None  # [T] log p
+    support_ids: np.ndarray | None = None  # [T, K] int32: teacher top-k, then student top-k not among them; -1 is unused
+    support_logprobs: np.ndarray | None = None  # [T, K] teacher log p at support_ids; -inf where unused
+    tail_logprobs: np.ndarray | None = None  # [T] log of the teacher's mass outside the support; -inf if it covers all
+    reverse_kl: np.ndarray | None = None  # [T] KL(student || teacher) over full rows
+    forward_kl: np.ndarray | None = None  # [T] KL(teacher || student) over full rows
+
+    @property
+    def oldest_version(self) -> int:
+        """The student version that staleness counts from."""
+        return int(self.student_versions.min()) if len(self.student_versions) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """The rollouts (or supervised rows) of one optimizer step, right-padded. Row b holds prompt then response.
+
+    `loss_mask[b, s]` is True where token s is a response token, that is, a target; its prediction stands at s - 1.
+    All per-token columns are aligned with the token they describe. Unused rows and positions hold 0 (ids) and False.
+    """
+
+    step: int
+    sample_ids: np.ndarray  # [B] int64; -1 marks a padding row
+    token_ids: np.ndarray  # [B, S] int32
+    lengths: np.ndarray  # [B] int32 prompt + response tokens; 0 marks a padding row
+    loss_mask: np.ndarray  # [B, S] bool
+    num_target_tokens: int
+    """Response tokens of the whole step, over all ranks and micro-batches: what every loss is divided by."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per-token columns by Rollout field name: [B, S] or [B, S, K] (support_ids, support_logprobs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step gives back, already reduced over ranks and micro-batches."""
+
+    step: int
+    """Optimizer steps completed, this one included."""
+    loss: float
+    """Sum over target tokens divided by their number, nats."""
+    num_target_tokens: int
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)

@@ -66,6 +66,7 @@ class Recorder(LogitsProcessor):
         self.student_top_k: int = limits["student_top_k"]
         self.requests: dict[int, _Request] = {}
         self.cells: dict[str, dict[int, Cell]] = {}
+        self.readmitted = 0
         Recorder.active = self
 
     def is_argmax_invariant(self) -> bool:
@@ -74,13 +75,12 @@ class Recorder(LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.requests, batch_update, self._admit)
 
-    def _admit(
-        self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
-    ) -> _Request | None:
+    def _admit(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Request | None:
         args: dict[str, Any] | None = (params.extra_args or {}).get("kdray")
         if args is None:
             return None
         # A request that returns after preemption keeps the positions it recorded before.
+        self.readmitted += args["key"] in self.cells
         self.cells.setdefault(args["key"], {})
         return _Request(
             key=args["key"],

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,7 @@ class TeacherEngine:
         self._update = asyncio.Lock()
         self._broken: str | None = None
         self._counter = 0
+        self._cached_tokens = 0
 
     async def start(self) -> None:
         """Load the models and start the engine process; seconds to minutes. Raises what vLLM raises."""
@@ -92,9 +94,7 @@ class TeacherEngine:
         arguments: dict[str, Any] = {
             "model": spec.model,
             "hf_overrides": overrides,
-            "additional_config": {
-                "kdray": {"teacher_top_k": spec.teacher_top_k, "student_top_k": spec.student_top_k}
-            },
+            "additional_config": {"kdray": {"teacher_top_k": spec.teacher_top_k, "student_top_k": spec.student_top_k}},
             "logits_processors": ["actors.recorder:Recorder"],
             "worker_extension_cls": "actors.worker_extension.WorkerExtension",
             "skip_tokenizer_init": True,
@@ -135,7 +135,7 @@ class TeacherEngine:
 
     # ------------------------------------------------------------------------------------------- sample and score
 
-    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[list[Rollout]]:
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         """Draw every request, streaming those that ended together as one item.
 
         The rollouts carry the teacher's columns where the engine holds one.
@@ -159,12 +159,11 @@ class TeacherEngine:
                 extra_args={"kdray": {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}},
             )
             jobs.append((key, request.prompt_ids.tolist(), params))
-        async for ended in self._finish(jobs):
-            yield [
-                self._sampled(requests[index], output, floats, ints) for index, output, floats, ints in ended
-            ]
+        async with aclosing(self._finish(jobs)) as finished:
+            async for ended in finished:
+                yield [self._sampled(requests[index], *answer) for index, *answer in ended]
 
-    async def score(self, rollouts: Sequence[Rollout]) -> AsyncIterator[list[Rollout]]:
+    async def score(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[Rollout]]:
         """Fill in the teacher's columns of sequences sampled elsewhere, by prefill; streams like `sample`.
 
         Where the engine also holds the student, both exact KLs are filled in, under the version that it holds.
@@ -191,15 +190,16 @@ class TeacherEngine:
             )
             jobs.append((key, sequence[:-1], params))
         lengths = [len(rollout.token_ids) for rollout in rollouts]
-        async for ended in self._finish(jobs, lengths):
-            yield [
-                replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(floats, ints))
-                for index, _, floats, ints in ended
-            ]
+        async with aclosing(self._finish(jobs, lengths)) as finished:
+            async for ended in finished:
+                yield [
+                    replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(floats, ints))
+                    for index, _, floats, ints in ended
+                ]
 
     async def _finish(
         self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
-    ) -> AsyncIterator[list[tuple[int, Any, np.ndarray, np.ndarray]]]:
+    ) -> AsyncGenerator[list[tuple[int, Any, np.ndarray, np.ndarray]]]:
         """Run jobs (key, ids, params) and stream (index, output, floats, ints) of those that ended since the last item."""
         ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
@@ -223,6 +223,7 @@ class TeacherEngine:
                 ]
                 (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
                 taken += len(batch)
+                self._cached_tokens += sum(output.num_cached_tokens or 0 for _, output in batch)
                 arrays = _arrays(answer, [length for _, length in wanted])
                 yield [(index, output, *pair) for (index, output), pair in zip(batch, arrays, strict=True)]
         finally:
@@ -281,6 +282,11 @@ class TeacherEngine:
             columns |= {"reverse_kl": floats[:, 4], "forward_kl": floats[:, 5]}
         return columns
 
+    async def stats(self) -> dict[str, int]:
+        """Counters since the start: prompt tokens answered by the prefix cache, requests preempted, records held."""
+        (worker,) = (await self._engine.collective_rpc("kdray_stats"))[:1]
+        return {"cached_tokens": self._cached_tokens, **worker}
+
     # --------------------------------------------------------------------------------------------------- weights
 
     async def update_student(self, paths: Sequence[Path], version: int) -> None:
@@ -330,9 +336,7 @@ def _arrays(answer: bytes, lengths: list[int]) -> list[tuple[np.ndarray, np.ndar
     table = pa.ipc.open_stream(answer).read_all().combine_chunks()
     pairs = []
     for row, length in enumerate(lengths):
-        floats, ints = (
-            table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in ("floats", "ints")
-        )
+        floats, ints = (table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in ("floats", "ints"))
         pairs.append((floats.reshape(length, -1), ints.reshape(length, -1)))
     return pairs
 

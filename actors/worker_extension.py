@@ -43,6 +43,11 @@ class WorkerExtension:
         assert Recorder.active is not None
         Recorder.active.drop(keys)
 
+    def kdray_stats(self) -> dict[str, int]:
+        """Counters of this worker: requests that came back after preemption, requests whose records are held."""
+        assert Recorder.active is not None
+        return {"readmitted": Recorder.active.readmitted, "held": len(Recorder.active.cells)}
+
     def kdray_reload(self, paths: list[str], version: int) -> None:
         """Replace the student's weights by those in safetensors files (checkpoint names and layout).
 

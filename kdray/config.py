@@ -25,8 +25,20 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 class Settings(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
     )
+
+
+def _with_default_type(tree: Any, key: str, default: str) -> Any:
+    """`tree` with the member of the union at `key` named, where only its other keys are given."""
+    if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+        return {**tree, key: {"type": default} | tree[key]}
+    return tree
 
 
 # ---------------------------------------------------------------------------------------------------------- run
@@ -131,6 +143,11 @@ class DataSettings(Settings):
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Whether a text prompt is wrapped as a user message by the student tokenizer's chat template: `auto` where it has one.
     Chat messages always need one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_type(cls, tree: Any) -> Any:
+        return _with_default_type(tree, "prompts", "task")
 
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -258,6 +275,14 @@ class RolloutSettings(Settings):
     retries: NonNegative = 3
     """Times a request is sent again after its replica died or failed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_of_sampler(cls, tree: Any) -> Any:
+        # The default of alpha depends on who samples; written down here, it survives a dump.
+        if isinstance(tree, dict) and tree.get("sampler") == "student":
+            return {"alpha": 0.0} | tree
+        return tree
+
     @model_validator(mode="after")
     def _exact(self) -> RolloutSettings:
         for name in ("temperature", "top_p"):
@@ -267,17 +292,12 @@ class RolloutSettings(Settings):
                     f"rollout.{name}={value:g}: the mixture and its importance weights are exact at {name}=1 only; "
                     f"remove rollout.{name}"
                 )
-        if self.sampler == "student" and "alpha" in self.model_fields_set and self.alpha != 0.0:
+        if self.sampler == "student" and self.alpha != 0.0:
             raise ValueError(
                 f"rollout.alpha={self.alpha:g} with rollout.sampler=student: student-only replicas sample at alpha 0; "
                 "set rollout.alpha=0 or rollout.sampler=mixture"
             )
         return self
-
-    @property
-    def effective_alpha(self) -> float:
-        """The alpha of every training request: 0 where student-only replicas sample."""
-        return 0.0 if self.sampler == "student" else self.alpha
 
 
 # --------------------------------------------------------------------------------------------------------- loss
@@ -412,8 +432,8 @@ class EvaluationSettings(Settings):
 class ClusterSettings(Settings):
     address: str | None = None
     """Ray cluster to join; None takes RAY_ADDRESS, or starts a local Ray that ends with the run."""
-    placement_timeout_s: PositiveFloat = 600.0
-    """Seconds to wait for replicas and ranks to be placed and ready, model loading included."""
+    local_cpus: Positive | None = None
+    """CPUs that a local Ray counts; None is the machine's. More than it has lets small models share cores."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
 
@@ -440,11 +460,18 @@ class Config(Settings):
     cluster: ClusterSettings = ClusterSettings()
     """Where it runs."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_type(cls, tree: Any) -> Any:
+        return _with_default_type(tree, "loss", "minillm")
+
     @model_validator(mode="after")
     def _together(self) -> Config:
         if len(self.teachers) > 1:
-            raise ValueError(f"teachers names {', '.join(self.teachers)}: this version takes one teacher; keep one of them")
-        if isinstance(self.loss, MiniLLMLoss) and self.rollout.effective_alpha == 1.0:
+            raise ValueError(
+                f"teachers names {', '.join(self.teachers)}: this version takes one teacher; keep one of them"
+            )
+        if isinstance(self.loss, MiniLLMLoss) and self.rollout.alpha == 1.0:
             raise ValueError(
                 "rollout.alpha=1 with loss.type=minillm: the weight q/m is unbounded when the teacher draws every token; "
                 "use alpha below 1, or loss.type=forward_kl"
@@ -509,12 +536,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    # YAML 1.1 reads 1e-5 as text; a number is what the writer of a learning rate means.
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
     node: Any = tree
     *parents, leaf = key.split(".")
     for depth, part in enumerate(parents):
@@ -528,17 +549,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(item: Any) -> str:
     """One pydantic error as setting, value and remedy."""
-    # The tags of unions stand in the location; they are not keys that the user wrote.
-    location = [
-        str(part)
-        for part in item["loc"]
-        if not (isinstance(part, str) and part in _UNION_TAGS) and not str(part).startswith("function-")
-    ]
+    location = _written_keys(item["loc"], keep_last=item["type"] == "extra_forbidden")
     setting = ".".join(location)
     kind = item["type"]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _keys_at(tuple(location[:-1])), n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(sorted(_keys_at(tuple(location[:-1]))))}"
+        hint = (
+            f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(sorted(_keys_at(tuple(location[:-1]))))}"
+        )
         return f"{setting}: unknown key; {hint}"
     if kind == "missing":
         return f"{setting}: required, but not set"
@@ -551,23 +569,39 @@ def _explain(item: Any) -> str:
     return f"{setting}={item.get('input')!r}: {message}"
 
 
-_UNION_TAGS = frozenset(
-    {"task", "jsonl", "parquet", "hub", "iterable", "minillm", "reverse_kl", "forward_kl", "jsd", "tiny", "path"}
-)
+def _written_keys(location: tuple[int | str, ...], keep_last: bool) -> list[str]:
+    """The keys that the user wrote, out of a location of pydantic's, which names the members of unions too.
+
+    Args: keep_last: whether the last part is a key that no model knows.
+    """
+    models: list[type[BaseModel]] = [Config]
+    keys = []
+    for depth, part in enumerate(location):
+        known = [model for model in models if part in model.model_fields or model is TeachersMap]
+        if known:
+            models = _models_below(known, str(part))
+        elif not isinstance(part, int) and not (keep_last and depth == len(location) - 1):
+            continue
+        keys.append(str(part))
+    return keys
 
 
 def _keys_at(location: tuple[str, ...]) -> list[str]:
     """Names of the settings that the section at `location` knows; over all members where the section is a union."""
     models: list[type[BaseModel]] = [Config]
     for part in location:
-        following: list[type[BaseModel]] = []
-        for model in models:
-            if part in model.model_fields:
-                following += _models_in(model.model_fields[part].annotation)
-            elif model is TeachersMap:
-                following.append(TeacherSettings)
-        models = following
+        models = _models_below(models, part)
     return sorted({name for model in models for name in model.model_fields if model is not TeachersMap})
+
+
+def _models_below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
+    following: list[type[BaseModel]] = []
+    for model in models:
+        if model is TeachersMap:
+            following.append(TeacherSettings)
+        elif key in model.model_fields:
+            following += _models_in(model.model_fields[key].annotation)
+    return following
 
 
 class TeachersMap(BaseModel):

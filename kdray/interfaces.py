@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
@@ -11,7 +11,7 @@ from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 class Sampler(Protocol):
     """Draws rollouts: a teacher pool that co-samples with the student, or a student-only rollout pool."""
 
-    def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[list[Rollout]]:
+    def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         """Stream every request's rollout exactly once, in the order they end, those that ended together as one item.
 
         Raises: EngineError when a request could not be served within the pool's retries.
@@ -24,7 +24,7 @@ class Scorer(Protocol):
 
     name: str
 
-    def score(self, rollouts: Sequence[Rollout]) -> AsyncIterator[list[Rollout]]:
+    def score(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[Rollout]]:
         """Stream each rollout exactly once with this teacher's columns filled in."""
         ...
 

@@ -28,7 +28,7 @@ def draw(logprobs: torch.Tensor, uniforms: torch.Tensor, max_rows: int = 64) -> 
     out = torch.empty(logprobs.shape[0], dtype=torch.long, device=logprobs.device)
     for start in range(0, logprobs.shape[0], max_rows):
         rows = slice(start, start + max_rows)
-        cdf = logprobs[rows].double().exp_().cumsum_(-1)
+        cdf = logprobs[rows].double().exp().cumsum_(-1)
         target = uniforms[rows].to(cdf).unsqueeze(-1) * cdf[:, -1:]
         # right=True: first index whose cdf exceeds the target; a zero-probability token repeats its left neighbour's cdf.
         out[rows] = torch.searchsorted(cdf, target, right=True).squeeze(-1)

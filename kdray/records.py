@@ -61,7 +61,9 @@ def table_to_rollouts(table: pa.Table) -> list[Rollout]:
     """The inverse of `rollouts_to_table`; arrays are read-only views of the table where it is one chunk."""
     columns = {name: table.column(name).combine_chunks() for name in table.schema.names}
     lists = {name: _slices(columns[name]) for name in (*_INT_LISTS, *_FLOAT_LISTS, "support_ids", "support_logprobs")}
-    scalars = {name: columns[name].to_pylist() for name in ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher")}
+    scalars = {
+        name: columns[name].to_pylist() for name in ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher")
+    }
     widths = columns["support_width"].to_pylist()
     rollouts = []
     for row in range(table.num_rows):
@@ -95,6 +97,4 @@ def _slices(column: pa.ListArray) -> list[np.ndarray | None]:
     values = column.values.to_numpy(zero_copy_only=False)
     offsets = column.offsets.to_numpy()
     valid = column.is_valid().to_numpy(zero_copy_only=False)
-    return [
-        values[offsets[row] : offsets[row + 1]] if valid[row] else None for row in range(len(column))
-    ]
+    return [values[offsets[row] : offsets[row + 1]] if valid[row] else None for row in range(len(column))]

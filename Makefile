@@ -1,0 +1,39 @@
+# `make quickstart` is the first thing to run; `make test` is what CI runs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-unit test-full lint format bench clean
+
+quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
+	rm -rf runs/quickstart
+	$(BIN)/kdray run configs/quickstart.yaml
+
+test: $(STAMP) lint test-unit  ## what CI runs
+	$(BIN)/python -m pytest tests/integration -q -m "not full"
+
+test-unit: $(STAMP)  ## seconds, no Ray
+	$(BIN)/python -m pytest tests/unit -q
+
+test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
+	$(BIN)/python -m pytest tests/integration -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## engine throughput against its parts; writes benchmarks/results/
+	$(BIN)/python benchmarks/engine_throughput.py
+
+$(STAMP): pyproject.toml setup.sh
+	PYTHON=$(PYTHON) ./setup.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

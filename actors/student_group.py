@@ -1,0 +1,141 @@
+"""StudentGroup over a Ray Train TorchTrainer: one call reaches every rank, and one failure fails the call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.student_engine import Phase
+from actors.student_rank import Mailbox, Order, RankConfig, run_rank
+from kdray.batching import shard
+from kdray.config import TrainingSettings
+from kdray.errors import KdrayError, TrainingError
+from kdray.types import StepReport, TrainBatch
+
+
+@dataclass
+class StudentRanks:
+    """The student's ranks as one thing. `start` first, `close` last; implements `kdray.interfaces.StudentGroup`."""
+
+    training: TrainingSettings
+    vocab_size: int
+    seed: int
+    tokenizer: str
+    weights: Any
+    """Actor handle of the WeightStore that versions are published to."""
+    checkpoints: Path
+    """Folder of checkpoints; one subfolder each."""
+    storage: Path
+    """Folder that Ray Train keeps its own state in."""
+
+    def __post_init__(self) -> None:
+        self._mailbox: Any = None
+        self._fit: asyncio.Task[Any] | None = None
+
+    async def start(self) -> None:
+        """Start the ranks; returns at once, and the first call waits until they are there."""
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        training = self.training
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote(training.ranks)
+        use_gpu = training.gpus_per_rank > 0
+        resources = {"CPU": training.cpus_per_rank} | ({"GPU": training.gpus_per_rank} if use_gpu else {})
+        trainer = TorchTrainer(
+            run_rank,
+            train_loop_config={
+                "config": RankConfig(
+                    training=training,
+                    vocab_size=self.vocab_size,
+                    seed=self.seed,
+                    tokenizer=self.tokenizer,
+                    mailbox=self._mailbox,
+                    weights=self.weights,
+                )
+            },
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=training.ranks,
+                use_gpu=use_gpu,
+                resources_per_worker=resources,
+                accelerator_type=training.accelerator_type,
+            ),
+            run_config=ray.train.RunConfig(
+                name="student",
+                storage_path=str(self.storage.absolute()),
+                failure_config=ray.train.FailureConfig(max_failures=training.max_restarts),
+            ),
+        )
+        self._fit = asyncio.create_task(asyncio.to_thread(trainer.fit), name="student ranks")
+
+    async def close(self) -> None:
+        """Let the ranks end by themselves, and wait for that."""
+        if self._fit is None:
+            return
+        if not self._fit.done():
+            await self._mailbox.post.remote(Order("stop"))
+        await asyncio.wait({self._fit})
+        ray.kill(self._mailbox)
+
+    def kill(self) -> None:
+        """End without waiting for the ranks: their mailbox goes away, and Ray Train's controller with this process."""
+        if self._mailbox is not None:
+            ray.kill(self._mailbox)
+
+    async def start_phase(self, phase: Phase, checkpoint: Path | None = None) -> None:
+        """Fresh optimizer and the phase's own weights; or the state of a checkpoint that the same phase wrote."""
+        await self._call(Order("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
+
+    async def train_step(self, batch: TrainBatch) -> StepReport:
+        world_size = self.training.ranks
+        shards: Sequence[ray.ObjectRef] = [ray.put(shard(batch, rank, world_size)) for rank in range(world_size)]
+        return await self._call(Order("train", shards=shards))
+
+    async def publish(self, version: int) -> None:
+        await self._call(Order("publish", version=version))
+
+    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> None:
+        folder = (self.checkpoints / f"step-{step:06d}").absolute()
+        await self._call(Order("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
+
+    async def export(self, folder: Path) -> None:
+        """Write the student as a Hugging Face folder."""
+        await self._call(Order("export", folder=str(folder.absolute())))
+
+    async def restarts(self) -> int:
+        """Times the ranks were started again after one was lost."""
+        return await self._mailbox.restarts.remote()
+
+    async def _call(self, order: Order) -> Any:
+        """Post an order and wait for its answer, or for the end of the ranks, whichever comes first."""
+        assert self._fit is not None
+        index = await self._mailbox.post.remote(order)
+        answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
+        await asyncio.wait({answer, self._fit}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            answer.cancel()
+            raise TrainingError(f"the student ranks ended during `{order.kind}`: {_reason(self._fit)}")
+        result = answer.result()
+        if isinstance(result, KdrayError):
+            raise result
+        return result
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
+
+
+def _reason(fit: asyncio.Task[Any]) -> str:
+    if fit.cancelled():
+        return "cancelled"
+    error = fit.exception()
+    if error is None:
+        return "they stopped without an error"
+    failures = getattr(error, "worker_failures", None) or {}
+    parts = [f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())]
+    return "; ".join(parts) or str(error)

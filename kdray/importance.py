@@ -1,0 +1,42 @@
+"""Importance weights of a sampled token: teacher mixing and weight staleness, kept apart.
+
+A token drawn from m_old = alpha p + (1 - alpha) q_old is trained under q_theta. The one ratio q_theta / m_old is the
+product of the mixing weight q_old / m_old and the staleness ratio q_theta / q_old. The first is bounded by
+1 / (1 - alpha) and never clipped; the second has no bound of its own and is capped.
+Source: MiniLLM, Gu et al. 2024 (arXiv 2306.08543), equation 5 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def mixing_weight(student_logprobs: torch.Tensor, mixture_logprobs: torch.Tensor) -> torch.Tensor:
+    """q_old / m_old at the sampled tokens, in (0, 1 / (1 - alpha)]; its mean over draws from m_old is 1."""
+    return (student_logprobs - mixture_logprobs).exp()
+
+
+def staleness_ratio(
+    current_logprobs: torch.Tensor, student_logprobs: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(q_theta / q_old, cap) at the sampled tokens, and where the cap was reached (bool); same shapes as the inputs.
+
+    Args: current_logprobs: log q_theta, under the weights being trained; student_logprobs: log q_old, recorded by the
+          sampler. At equal weights the ratio is 1 up to the difference between two kernels.
+    """
+    ratio = (current_logprobs - student_logprobs).exp()
+    return ratio.clamp(max=cap), ratio > cap
+
+
+def effective_sample_size(weight_sum: float, weight_sq_sum: float, num_weights: int) -> float:
+    """(sum w)^2 / (n sum w^2), in (0, 1]: the share of n weighted samples that as many unweighted ones are worth.
+
+    Sums over parts add up, so that ranks and micro-batches give the same number. Source: Kish 1965.
+    Raises: ValueError without a positive weight.
+    """
+    if num_weights <= 0 or weight_sum <= 0.0:
+        raise ValueError(
+            f"effective sample size of {num_weights} weights that sum to {weight_sum:g}; it needs a positive weight"
+        )
+    # Rounding of equal weights may lift the quotient above 1 by an ulp.
+    return min(weight_sum**2 / (num_weights * weight_sq_sum), 1.0)

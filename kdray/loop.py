@@ -1,0 +1,259 @@
+"""The distillation loop.
+
+    prompts --admit--> sampler --rollouts--> (scorer) --scored--> RolloutBuffer --batch s--> student --version s + 1--+
+                ^                                                                                                      |
+                +---------------------------------- slots of the next batch <-----------------------------------------+
+
+produce   consumes admitted sample ids, makes rollouts in the buffer; waits for published versions; never for the trainer
+          itself, so that sampling step s + 1 overlaps training step s when max_staleness allows.
+train     consumes one complete batch a step, makes the next student version; waits for the batch's slowest rollout.
+
+The first task that fails cancels the others, and its error rises out of `distill`. The loop is given every collaborator and
+imports no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdray.batching import rollouts_to_batch
+from kdray.buffer import RolloutBuffer
+from kdray.data import PromptStream
+from kdray.errors import Interrupted
+from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
+from kdray.metrics import batch_metrics
+from kdray.progress import Ledger
+from kdray.seeds import sample_seed
+from kdray.types import Rollout, SampleRequest
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The numbers that the loop needs, out of the config."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    alpha: float
+    max_new_tokens: int
+    samples_per_prompt: int
+    max_staleness: int
+    checkpoint_every: int
+    evaluate_every: int
+
+
+@dataclass
+class Totals:
+    """Counters of a run, carried across a resume."""
+
+    prompts_consumed: int = 0
+    tokens_generated: int = 0
+    tokens_scored: int = 0
+    trained_tokens: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+async def distill(
+    settings: LoopSettings,
+    prompts: PromptStream,
+    sampler: Sampler,
+    scorer: Scorer | None,
+    student: StudentGroup,
+    reporter: Reporter,
+    ledger: Ledger,
+    totals: Totals,
+    stop: asyncio.Event,
+    start_step: int = 0,
+    evaluate: Callable[[int], Awaitable[dict[str, float]]] | None = None,
+    pool_metrics: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Run steps [start_step, settings.steps). Version `start_step` of the student is published already.
+
+    Args: scorer: scores what the sampler did not; None where the sampler's rollouts come back scored.
+          stop: set to end after the running step; a checkpoint is written.
+          evaluate: called with a version after every `evaluate_every` steps; its numbers join the step's metrics.
+    Raises: Interrupted after `stop`; what any part raised, alone, if one part failed.
+    """
+    buffer = RolloutBuffer(settings.batch_size, settings.max_staleness, settings.steps, start_step)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            producer = tasks.create_task(_produce(settings, buffer, prompts, sampler, scorer, totals), name="produce")
+            tasks.create_task(
+                _train(
+                    settings,
+                    buffer,
+                    student,
+                    reporter,
+                    ledger,
+                    totals,
+                    stop,
+                    start_step,
+                    evaluate,
+                    pool_metrics,
+                    producer,
+                ),
+                name="train",
+            )
+    except BaseExceptionGroup as group:
+        # One reason is what a user can act on: the first failure; the others are its consequences.
+        raise _first_leaf(group) from group
+
+
+async def _produce(
+    settings: LoopSettings,
+    buffer: RolloutBuffer,
+    prompts: PromptStream,
+    sampler: Sampler,
+    scorer: Scorer | None,
+    totals: Totals,
+) -> None:
+    async with asyncio.TaskGroup() as calls:
+        while admitted := await buffer.admit():
+            requests = [_request(settings, buffer, prompts, sample_id) for sample_id in admitted]
+            calls.create_task(_fill(buffer, sampler, scorer, requests, totals))
+
+
+def _request(settings: LoopSettings, buffer: RolloutBuffer, prompts: PromptStream, sample_id: int) -> SampleRequest:
+    prompt = prompts.at(sample_id // settings.samples_per_prompt)
+    return SampleRequest(
+        sample_id=sample_id,
+        prompt_id=prompt.prompt_id,
+        prompt_ids=prompt.token_ids,
+        alpha=settings.alpha,
+        seed=sample_seed(settings.seed, "train", sample_id),
+        max_new_tokens=settings.max_new_tokens,
+        min_version=buffer.min_version(sample_id),
+    )
+
+
+async def _fill(
+    buffer: RolloutBuffer,
+    sampler: Sampler,
+    scorer: Scorer | None,
+    requests: Sequence[SampleRequest],
+    totals: Totals,
+) -> None:
+    """Draw the requests into the buffer, scoring each group as soon as it ends."""
+    async with aclosing(draw_scored(sampler, scorer, requests, on_sampled=buffer.sampled)) as stream:
+        async for rollouts in stream:
+            tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+            totals.tokens_generated += tokens
+            totals.tokens_scored += tokens
+            await buffer.put(rollouts)
+
+
+async def draw_scored(
+    sampler: Sampler,
+    scorer: Scorer | None,
+    requests: Sequence[SampleRequest],
+    on_sampled: Callable[[list[int]], Awaitable[None]] | None = None,
+) -> AsyncGenerator[list[Rollout]]:
+    """Stream every request's rollout with the teacher's columns, whichever of the two made them."""
+    if scorer is None:
+        async with aclosing(sampler.sample(requests)) as stream:
+            async for rollouts in stream:
+                yield rollouts
+        return
+    scored: asyncio.Queue[list[Rollout]] = asyncio.Queue()
+
+    async def score(rollouts: list[Rollout]) -> None:
+        async for part in scorer.score(rollouts):
+            scored.put_nowait(part)
+
+    async def sample(calls: asyncio.TaskGroup) -> None:
+        async for rollouts in sampler.sample(requests):
+            if on_sampled is not None:
+                await on_sampled([rollout.sample_id for rollout in rollouts])
+            calls.create_task(score(rollouts))
+
+    remaining = len(requests)
+    async with asyncio.TaskGroup() as calls:
+        calls.create_task(sample(calls))
+        while remaining:
+            part = await scored.get()
+            remaining -= len(part)
+            yield part
+
+
+async def _train(
+    settings: LoopSettings,
+    buffer: RolloutBuffer,
+    student: StudentGroup,
+    reporter: Reporter,
+    ledger: Ledger,
+    totals: Totals,
+    stop: asyncio.Event,
+    start_step: int,
+    evaluate: Callable[[int], Awaitable[dict[str, float]]] | None,
+    pool_metrics: Callable[[], dict[str, float]],
+    producer: asyncio.Task[None],
+) -> None:
+    for step in range(start_step, settings.steps):
+        started = time.perf_counter()
+        ready = await _unless(stop, buffer.batch(step))
+        if ready is None:
+            await _interrupt(student, reporter, step, producer)
+        assert ready is not None
+        rollouts = ready.rollouts
+        report = await student.train_step(rollouts_to_batch(rollouts, step + 1))
+        trained = time.perf_counter()
+        await student.publish(step + 1)
+        await buffer.published(step + 1)
+        now = time.perf_counter()
+        ledger.append(step + 1, [rollout.sample_id for rollout in rollouts])
+        totals.prompts_consumed += len(rollouts) // settings.samples_per_prompt
+        totals.trained_tokens += report.num_target_tokens
+        metrics: dict[str, Any] = {
+            **batch_metrics(rollouts, trained_version=step),
+            "tokens_per_s": report.num_target_tokens / (now - started),
+            "wait_rollout_s": ready.wait_rollout_s,
+            "wait_teacher_s": ready.wait_teacher_s,
+            "wait_sync_s": now - trained,
+            **pool_metrics(),
+        }
+        done = step + 1
+        if evaluate is not None and settings.evaluate_every and done % settings.evaluate_every == 0:
+            metrics |= {f"heldout/{name}": value for name, value in (await evaluate(done)).items()}
+        reporter.step(report, metrics)
+        reporter.samples(rollouts, done)
+        if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.steps:
+            await student.save_checkpoint(done)
+            reporter.event("checkpoint", step=done)
+        if stop.is_set() and done < settings.steps:
+            await _interrupt(student, reporter, done, producer)
+    await student.save_checkpoint(settings.steps)
+    reporter.event("checkpoint", step=settings.steps)
+
+
+async def _interrupt(student: StudentGroup, reporter: Reporter, step: int, producer: asyncio.Task[None]) -> None:
+    """Write a checkpoint and end; what was being drawn is drawn again after a resume, from the same seeds."""
+    producer.cancel()
+    await student.save_checkpoint(step)
+    reporter.event("checkpoint", step=step)
+    reporter.event("interrupted", step=step)
+    raise Interrupted(f"stopped at step {step} after writing a checkpoint; continue with --resume")
+
+
+async def _unless(stop: asyncio.Event, wanted: Awaitable[Any]) -> Any:
+    """What `wanted` gives, or None if `stop` is set first."""
+    work = asyncio.ensure_future(wanted)
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        stopped.cancel()
+        if not work.done():
+            work.cancel()
+
+
+def _first_leaf(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,87 @@
+"""What every loss is given and gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kdray.errors import TrainingError, VocabError
+from kdray.types import TrainBatch
+
+
+@dataclass(frozen=True)
+class LossBatch:
+    """Tensors of one micro-batch, aligned with the token that they describe.
+
+    Only positions where `mask` is True are read; the others may hold anything. Columns that were not recorded are None.
+    """
+
+    token_ids: torch.Tensor  # [B, S] long
+    mask: torch.Tensor  # [B, S] bool, True at response tokens, which are contiguous; a row is one rollout
+    vocab_size: int
+    """Token ids that teacher and student share; further columns of the student's logits are embedding padding."""
+    mixture_logprobs: torch.Tensor | None = None  # [B, S] log m of the sampler
+    student_logprobs: torch.Tensor | None = None  # [B, S] log q of the sampler
+    teacher_logprobs: torch.Tensor | None = None  # [B, S] log p
+    support_ids: torch.Tensor | None = None  # [B, S, K] long, all different; -1 is an unused slot
+    support_logprobs: torch.Tensor | None = None  # [B, S, K] log p at support_ids; -inf where unused
+    tail_logprobs: torch.Tensor | None = (
+        None  # [B, S] log of the teacher's mass outside the support; -inf if it covers all
+    )
+
+    @classmethod
+    def from_train_batch(cls, batch: TrainBatch, vocab_size: int, device: torch.device | str = "cpu") -> LossBatch:
+        """The same batch as tensors on `device`; columns that no loss reads are left behind."""
+        names = (*FLOAT_COLUMNS, "support_ids", "support_logprobs")
+        columns = {name: torch.from_numpy(batch.columns[name]).to(device) for name in names if name in batch.columns}
+        if "support_ids" in columns:
+            columns["support_ids"] = columns["support_ids"].long()
+        return cls(
+            token_ids=torch.from_numpy(batch.token_ids).to(device, torch.long),
+            mask=torch.from_numpy(batch.loss_mask).to(device),
+            vocab_size=vocab_size,
+            **columns,
+        )
+
+    def masked(self, name: str) -> torch.Tensor:
+        """The column `name` at the N masked positions, row by row: [N] or [N, K].
+
+        Raises: TrainingError if the sampler did not record it.
+        """
+        column = getattr(self, name)
+        if column is None:
+            raise TrainingError(
+                f"the batch has no column {name}, which this loss needs; "
+                "let a teacher sample or score the rollouts first"
+            )
+        return column[self.mask]
+
+    def masked_rows(self, student_logits: torch.Tensor) -> torch.Tensor:
+        """Student log-softmax rows [N, vocab_size] at the masked positions, in float32 (float64 stays).
+
+        Gathering before the softmax spends no memory on prompts and padding, and no gradient reaches them.
+        Args: student_logits: [B, S, vocab >= vocab_size], any float dtype; [b, s] predicts token_ids[b, s].
+        Raises: VocabError if the logits have fewer columns than `vocab_size`.
+        """
+        if student_logits.shape[-1] < self.vocab_size:
+            raise VocabError(
+                f"the student's logits have {student_logits.shape[-1]} columns but the shared vocabulary has "
+                f"{self.vocab_size} ids; use a student whose embedding covers the teacher's tokenizer"
+            )
+        rows = student_logits[..., : self.vocab_size][self.mask]
+        return rows.log_softmax(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+FLOAT_COLUMNS = ("mixture_logprobs", "student_logprobs", "teacher_logprobs", "tail_logprobs")
+"""Columns with one number a token, by Rollout field name."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Sums over the masked tokens, so that any split in micro-batches and ranks adds up to the same numbers."""
+
+    total: torch.Tensor
+    """Scalar with gradient, nats; the caller divides it by the response tokens of the whole step."""
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Detached scalars for `kdray.metrics.reduce_sums`, by name."""

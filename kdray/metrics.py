@@ -1,0 +1,104 @@
+"""Metric names with unit, meaning and reduction, and the numbers that a step's sums and rollouts give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kdray.importance import effective_sample_size
+from kdray.types import Rollout
+
+Reduction = Literal["token_mean", "rollout_mean", "max", "ratio_of_sums", "step"]
+"""How parts (micro-batches, ranks, rollouts) become the step's one number: a mean over its response tokens or rollouts,
+a maximum, a quotient of sums over all parts, or `step`: measured once, for the whole step."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One name of `metrics.jsonl`, the dashboard and the report."""
+
+    unit: str
+    reduction: Reduction
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(
+        "nats/token", "token_mean", "What the optimizer minimises; with minillm a surrogate, not a divergence"
+    ),
+    "grad_norm": Metric("1", "step", "Global gradient norm before clipping"),
+    "learning_rate": Metric("1", "step", "Learning rate of the step"),
+    "step_s": Metric("s", "step", "Optimizer step: forward, backward, update, on the slowest rank"),
+    # From the rollouts of the step.
+    "reverse_kl": Metric("nats/token", "token_mean", "KL(student || teacher), full rows, at the sampled prefixes"),
+    "forward_kl": Metric("nats/token", "token_mean", "KL(teacher || student), full rows, at the sampled prefixes"),
+    "response_tokens": Metric("tokens", "rollout_mean", "Response length, end-of-sequence token included"),
+    "truncated": Metric("share", "rollout_mean", "Rollouts that max_new_tokens cut"),
+    "staleness_mean": Metric(
+        "steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"
+    ),
+    "staleness_max": Metric("steps", "max", "The same, of the stalest rollout"),
+    # From the sums of the loss.
+    "importance_weight_mean": Metric("1", "token_mean", "Mixing weight q / m at the sampled tokens; expected to be 1"),
+    "importance_weight_ess": Metric(
+        "share", "ratio_of_sums", "Effective sample size of the mixing weights over tokens"
+    ),
+    "staleness_ratio": Metric("1", "token_mean", "q_theta / q of the sampler, capped, at the sampled tokens"),
+    "staleness_clipped": Metric("share", "token_mean", "Tokens whose staleness ratio reached the cap"),
+    "policy_gradient": Metric("nats/token", "token_mean", "MiniLLM's long term; only its gradient has a meaning"),
+    "single_step": Metric("nats/token", "token_mean", "MiniLLM's single-step term, as it enters the loss"),
+    "log_ratio": Metric("nats/token", "token_mean", "MiniLLM's reward log p / q_theta at the sampled tokens"),
+    "reverse_kl_support": Metric(
+        "nats/token", "token_mean", "KL(student || teacher) on support and tail: a lower bound"
+    ),
+    "teacher_tail_mass": Metric("share", "token_mean", "Teacher's probability outside the support"),
+    "student_tail_mass": Metric(
+        "share", "token_mean", "Student's probability outside the support; high: raise student_top_k"
+    ),
+    # From the loop and the pools.
+    "tokens_per_s": Metric("tokens/s", "step", "Response tokens trained per second of the whole step, waits included"),
+    "wait_rollout_s": Metric("s", "step", "Training waited for sampling"),
+    "wait_teacher_s": Metric("s", "step", "Training waited for scoring by a teacher that did not sample"),
+    "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be published"),
+    "teacher_replicas": Metric("replicas", "step", "Teacher replicas that were ready"),
+}
+
+
+def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+    """The sums of a loss over all response tokens of a step, as metrics: means, and the effective sample size.
+
+    Args: sums: by the names in `LossOutput.sums`, added up over micro-batches and ranks; num_tokens: of the whole step.
+    Returns: nothing for a step without response tokens, which has no means.
+    """
+    if num_tokens == 0:
+        return {}
+    means = {name: float(value) / num_tokens for name, value in sums.items()}
+    if "importance_weight" in means:
+        weight_sum, weight_sq_sum = float(sums["importance_weight"]), float(sums["importance_weight_sq"])
+        means["importance_weight_mean"] = means.pop("importance_weight")
+        del means["importance_weight_sq"]
+        means["importance_weight_ess"] = effective_sample_size(weight_sum, weight_sq_sum, num_tokens)
+    return means
+
+
+def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
+    """What the rollouts of one step (at least one) tell before it is trained: staleness, lengths, recorded divergences.
+
+    Args: trained_version: the student version that the step starts from, which staleness counts back from.
+    """
+    staleness = [trained_version - rollout.oldest_version for rollout in rollouts]
+    metrics = {
+        "staleness_mean": float(np.mean(staleness)),
+        "staleness_max": float(max(staleness)),
+        "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+    }
+    for name in ("reverse_kl", "forward_kl"):
+        recorded = [getattr(rollout, name) for rollout in rollouts]
+        values = np.concatenate([value for value in recorded if value is not None] or [np.empty(0)])
+        if len(values):
+            metrics[name] = float(values.mean(dtype=np.float64))
+    return metrics

@@ -1,0 +1,196 @@
+"""Where models come from: hub ids and local folders pass through, tiny Llamas over characters are built on the spot.
+
+A tiny model is an ordinary Hugging Face folder (config, safetensors, tokenizer) that every engine loads like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import string
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdray.config import TinyModel, TinyTraining
+from kdray.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+BUILDER_FORMAT = 1
+"""Part of the cache key: raise it when the builder gives another model for the same settings."""
+
+HEAD_SIZE = 32
+"""Channels of an attention head."""
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+
+ALPHABET = "\n" + string.printable[:95]
+"""Characters that have an id of their own: printable ASCII (space included) and the line feed."""
+
+_WARMUP_STEPS = 30
+_BETAS = (0.9, 0.98)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def task_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a character over ALPHABET; decoding gives the text back exactly.
+
+    Other characters become `<unk>`. Nothing is added around a text: no beginning-of-sequence, no end-of-sequence token.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: index for index, token in enumerate([PAD, EOS, UNK, *ALPHABET])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    # Without a decoder, word-level tokens would be joined by spaces.
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def resolve_model(source: str | TinyModel, cache: Path) -> str:
+    """What an engine or `from_pretrained` can load: a hub id as given, an absolute folder for everything else.
+
+    A tiny model is built under `cache` on first use, in a folder named by a hash of its settings, and reused after.
+    Raises: DataError where a local folder does not exist or holds no model.
+    """
+    if isinstance(source, TinyModel):
+        settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
+        folder = Path(cache).absolute() / f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        return str(folder if folder.is_dir() else build_tiny_model(source, folder))
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DataError(f"model {source!r}: the folder has no config.json; name a Hugging Face model folder")
+        # Other processes of a run may have another working directory.
+        return str(folder.absolute())
+    if folder.exists():
+        raise DataError(f"model {source!r} is a file; name the folder that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(source):
+        raise DataError(f"model {source!r}: no such folder; name an existing one, or a hub id such as `org/name`")
+    return source
+
+
+def build_tiny_model(source: TinyModel, folder: Path) -> Path:
+    """Make a tiny Llama with float32 weights and its tokenizer in `folder`, training it where `source.train` says so.
+
+    The folder appears whole or not at all. The same settings give the same weights on the same machine and threads.
+    Raises: DataError where the folder exists, or the settings do not fit together.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: already exists; a tiny model is built in a new folder")
+    tokenizer = task_tokenizer()
+    if source.vocab_rows is not None and source.vocab_rows < len(tokenizer):
+        raise DataError(
+            f"vocab_rows={source.vocab_rows} is less than the {len(tokenizer)} tokens of the character tokenizer; "
+            "raise or remove it"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.seed)
+        model = LlamaForCausalLM(_llama_config(source, tokenizer))
+    if source.train is not None:
+        _train(model, tokenizer, source, source.train)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    # Built beside its final place, on the same file system, so that the rename is atomic.
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    staging.mkdir(parents=True)
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.rename(folder)
+    except OSError:
+        # Another process may have built the same model meanwhile; its result is as good.
+        if not (folder / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _llama_config(source: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Any:
+    from transformers import LlamaConfig
+
+    heads = source.width // HEAD_SIZE
+    return LlamaConfig(
+        vocab_size=source.vocab_rows or len(tokenizer),
+        hidden_size=source.width,
+        intermediate_size=2 * source.width,
+        num_hidden_layers=source.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=source.max_positions,
+        tie_word_embeddings=source.tie_embeddings,
+        # A narrow model needs a wider start than the 0.02 of large ones.
+        initializer_range=source.width**-0.5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+
+
+def _train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: TinyModel, settings: TinyTraining
+) -> None:
+    """Supervised training in place, on fresh examples every step; the loss counts the answer and <eos> alone."""
+    import numpy as np
+    import torch
+
+    from kdray.tasks import TASKS
+
+    rng = np.random.default_rng([source.seed, settings.difficulty])
+    tasks = [TASKS[name] for name in settings.tasks]
+    warmup = min(_WARMUP_STEPS, settings.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=_BETAS, weight_decay=0.0)
+
+    def share_of_peak(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+    model.train()
+    for _ in range(settings.steps):
+        examples = [tasks[i % len(tasks)].generate(rng, settings.difficulty) for i in range(settings.batch_size)]
+        prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+        answers = tokenizer([example.answer for example in examples])["input_ids"]
+        rows = [prompt + answer + [tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]
+        longest = max(map(len, rows))
+        if longest > source.max_positions:
+            raise DataError(
+                f"max_positions={source.max_positions} is less than the {longest} tokens of an example of "
+                f"{', '.join(settings.tasks)} at difficulty {settings.difficulty}; raise it or lower the difficulty"
+            )
+        token_ids = torch.full((len(rows), longest), tokenizer.pad_token_id)  # [batch, seq]
+        targets = torch.full((len(rows), longest), -100)  # [batch, seq]; -100 is left out of the loss
+        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            token_ids[index, : len(row)] = torch.tensor(row)
+            targets[index, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
+        # Padding is on the right of a causal model: real tokens never attend to it, so no attention mask is needed.
+        hidden = model.model(token_ids, use_cache=False).last_hidden_state[:, :-1]  # [batch, seq - 1, width]
+        counted = targets[:, 1:] >= 0
+        logits = model.lm_head(hidden[counted])  # [answer tokens, vocab]
+        loss = torch.nn.functional.cross_entropy(logits, targets[:, 1:][counted])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()

@@ -1,0 +1,116 @@
+"""Everything that can be found wrong before anything starts: data, tokenizers, models. No Ray, no engine, no training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdray.config import Config, TinyModel
+from kdray.data import Dataset, load_dataset
+from kdray.errors import ConfigError
+from kdray.models import resolve_model, task_tokenizer
+from kdray.vocab import check_vocab
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found, ready for use."""
+
+    tokenizer: Any
+    """The student's tokenizer."""
+    dataset: Dataset
+    vocab_size: int
+    """Ids that every teacher and the student share."""
+    stop_ids: tuple[int, ...]
+    """End-of-sequence ids of the student."""
+    lines: list[str] = field(default_factory=list)
+    """What a user should know, a line each."""
+
+
+def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
+    """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
+    tokenizer = load_tokenizer(config.student.model, config.student.revision)
+    student_rows, student_positions = _shape(config.student.model, config.student.revision)
+    vocab_size = student_rows
+    lines = [f"student: {_describe(config.student.model)}, {student_rows} vocabulary rows"]
+    positions = {"student.model": student_positions}
+    for name, teacher in config.teachers.items():
+        rows, teacher_positions = _shape(teacher.model, teacher.revision)
+        positions[f"teachers.{name}.model"] = teacher_positions
+        shared = check_vocab(load_tokenizer(teacher.model, teacher.revision), tokenizer, rows, student_rows)
+        vocab_size = min(vocab_size, shared)
+        padded = f"; {max(rows, student_rows) - shared} padded rows are cut" if rows != student_rows else ""
+        lines.append(f"teacher {name}: {_describe(teacher.model)}, {rows} vocabulary rows{padded}")
+    for setting, longest in positions.items():
+        if longest is not None and config.max_model_len > longest:
+            raise ConfigError(
+                f"{setting} holds {longest} positions, but data.max_prompt_tokens={config.data.max_prompt_tokens} plus "
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens} need {config.max_model_len}; lower one of them"
+            )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
+    dataset = load_dataset(config, tokenizer, prompts)
+    if config.training.sft.steps and not any(prompt.answer for prompt in dataset.train):
+        raise ConfigError(
+            f"training.sft.steps={config.training.sft.steps}, but the prompts have no reference answers; "
+            "set data.prompts.answer_column, or training.sft.steps=0"
+        )
+    if config.evaluation.control and not any(prompt.answer for prompt in dataset.train):
+        raise ConfigError("evaluation.control=true, but the prompts have no reference answers to train the control on")
+    dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
+    lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
+    if config.rollout.sampler == "student":
+        lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
+    elif any(teacher.engine_args.get("pipeline_parallel_size", 1) > 1 for teacher in config.teachers.values()):
+        raise ConfigError(
+            "pipeline_parallel_size above 1 with rollout.sampler=mixture: the one pass needs both models on one stage; "
+            "set rollout.sampler=student"
+        )
+    return Checked(tokenizer, dataset, vocab_size, (int(tokenizer.eos_token_id),), lines)
+
+
+def load_tokenizer(source: str | TinyModel, revision: str | None) -> Any:
+    """The tokenizer of a model source. Raises: ConfigError where it cannot be loaded."""
+    if isinstance(source, TinyModel):
+        return task_tokenizer()
+    from transformers import AutoTokenizer
+
+    resolve_model(source, Path())
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {source}: no tokenizer could be loaded: {error}") from error
+
+
+def _shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | None]:
+    """(vocabulary rows, longest sequence if the model says)."""
+    if isinstance(source, TinyModel):
+        tokens = len(task_tokenizer())
+        if source.vocab_rows is not None and source.vocab_rows < tokens:
+            raise ConfigError(
+                f"vocab_rows={source.vocab_rows}: the task tokenizer has {tokens} tokens; use at least that"
+            )
+        return source.vocab_rows or tokens, source.max_positions
+    from transformers import AutoConfig
+
+    resolve_model(source, Path())
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {source}: no config could be loaded: {error}") from error
+    return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
+
+
+def _describe(source: str | TinyModel) -> str:
+    if isinstance(source, str):
+        return source
+    trained = f", trained {source.train.steps} steps on {', '.join(source.train.tasks)}" if source.train else ""
+    return f"tiny, {source.layers} layers of {source.width}{trained}"
+
+
+def _dropped(dataset: Dataset, config: Config) -> str:
+    if not dataset.dropped:
+        return ""
+    return f"{dataset.dropped} dropped as longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"

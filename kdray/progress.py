@@ -1,0 +1,62 @@
+"""What a resume needs beside the weights, and the proof that every sample was trained once.
+
+Because step s trains samples [s * batch_size, (s + 1) * batch_size) and every draw is seeded by its sample id, the number of
+steps done is the whole position: of prompts, of samples, of randomness.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+COMMITTED = "COMMITTED.json"
+
+
+def newest_checkpoint(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The committed checkpoint with the most steps and what its marker holds; None where there is none.
+
+    A folder without a marker was interrupted while it was written, and is passed over.
+    """
+    found = []
+    for marker in checkpoints.glob(f"step-*/{COMMITTED}"):
+        progress = json.loads(marker.read_text(encoding="utf-8"))
+        found.append((int(progress["step"]), marker.parent, progress))
+    if not found:
+        return None
+    _, folder, progress = max(found, key=lambda item: item[0])
+    return folder, progress
+
+
+class Ledger:
+    """`ledger.jsonl`: the sample ids of every trained step, appended when the step is done."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, step: int, sample_ids: list[int]) -> None:
+        """Note one step. Reaches the disk before the call returns."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "sample_ids": sample_ids}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def truncate(self, step: int) -> None:
+        """Forget steps after `step`: a resume trains them again."""
+        lines = [line for line in self._lines() if line["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def check(self, steps: int, batch_size: int) -> tuple[int, int]:
+        """(lost, duplicated): samples of the first `steps` steps that were never trained; extra times one was trained."""
+        counts = Counter(sample_id for line in self._lines() for sample_id in line["sample_ids"])
+        lost = sum(1 for sample_id in range(steps * batch_size) if sample_id not in counts)
+        return lost, sum(count - 1 for count in counts.values())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines() if line.strip()]

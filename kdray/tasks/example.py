@@ -1,0 +1,42 @@
+"""What a task is: a maker of questions with one right answer each, and the rule that checks an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question and its only right answer. The prompt ends where the answer begins."""
+
+    prompt: str
+    answer: str
+
+
+class Task(Protocol):
+    """A family of generated questions over printable ASCII, of a size set by `difficulty`."""
+
+    @property
+    def name(self) -> str:
+        """The task's name in `data.prompts.tasks`."""
+        ...
+
+    def num_prompts(self, difficulty: int) -> int:
+        """How many different prompts exist."""
+        ...
+
+    def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
+        """One example, every prompt of the task being equally likely."""
+        ...
+
+    def grade(self, response: str, answer: str) -> bool:
+        """Whether a response is right."""
+        ...
+
+
+def exact_match(response: str, answer: str) -> bool:
+    """Whether response and answer are the same text, white space around them aside."""
+    return response.strip() == answer.strip()

@@ -1,0 +1,24 @@
+"""Pronounceable nonsense words of four or five letters, such as `rilo` or `tamen`, from syllables."""
+
+from __future__ import annotations
+
+import numpy as np
+
+CONSONANTS = "bdfgklmnprstvz"
+VOWELS = "aeiou"
+ENDINGS = ("", "k", "l", "m", "n", "p", "r", "s", "t")
+
+NUM_WORDS = (len(CONSONANTS) * len(VOWELS)) ** 2 * len(ENDINGS)
+"""How many different words there are: two syllables of consonant and vowel, and an ending."""
+
+
+def nonsense_word(rng: np.random.Generator) -> str:
+    """One of the NUM_WORDS words, all equally likely."""
+    number = int(rng.integers(NUM_WORDS))
+    number, ending = divmod(number, len(ENDINGS))
+    letters = ""
+    for _ in range(2):
+        number, vowel = divmod(number, len(VOWELS))
+        number, consonant = divmod(number, len(CONSONANTS))
+        letters += CONSONANTS[consonant] + VOWELS[vowel]
+    return letters + ENDINGS[ending]

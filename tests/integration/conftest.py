@@ -1,0 +1,75 @@
+"""Real engines on tiny models. What is slow to start is started once a session."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# Nothing here may look outside; the tiny models are made on the spot.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+VOCAB = 48
+EOS = 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.integration)
+
+
+@dataclass
+class TinyModels:
+    """Folders and modules of random Llamas whose laws differ clearly."""
+
+    root: Path
+
+    def make(self, name: str, layers: int, width: int, rows: int = VOCAB, tied: bool = False, seed: int = 0) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        folder = self.root / name
+        if folder.exists():
+            return folder
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            head_dim=32,
+            vocab_size=rows,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            initializer_range=0.15,
+            bos_token_id=None,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        LlamaForCausalLM(config).float().save_pretrained(folder)
+        return folder
+
+    def log_rows(self, folder: Path, prompt: np.ndarray, response: np.ndarray, vocab: int = VOCAB) -> torch.Tensor:
+        """Hugging Face's log-softmax rows at the response's positions, [T, vocab], float32."""
+        from transformers import AutoModelForCausalLM
+
+        model = self._loaded.get(folder)
+        if model is None:
+            model = self._loaded[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ids = torch.from_numpy(np.concatenate([prompt, response])).long().unsqueeze(0)
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1, :vocab]
+        return logits.log_softmax(-1)
+
+    def __post_init__(self) -> None:
+        self._loaded: dict[Path, torch.nn.Module] = {}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("models"))

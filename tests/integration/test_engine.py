@@ -1,0 +1,266 @@
+"""The one pass is exact: through the real vLLM engine, against Hugging Face forwards, before and after weight updates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from scipy.stats import chisquare
+
+from actors.teacher_engine import EngineSpec, TeacherEngine
+from kdray.errors import EngineError
+from kdray.types import Rollout, SampleRequest
+
+from .conftest import EOS, VOCAB, TinyModels
+
+# float32 on both sides; different kernels add in different orders.
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Pair:
+    engine: TeacherEngine
+    teacher: Path
+    student: Path
+    newer: Path
+
+
+# Tied and untied students take different paths through vLLM's weight packing: both have to survive an update.
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=[False, True], ids=["untied", "tied"])
+async def pair(request: pytest.FixtureRequest, tiny_models: TinyModels) -> AsyncIterator[Pair]:
+    tied = request.param
+    # The teacher's embedding is padded beyond the shared vocabulary, as real families pad theirs.
+    teacher = tiny_models.make("teacher", 3, 128, rows=VOCAB + 5, seed=1)
+    student = tiny_models.make(f"student-{tied}", 2, 64, tied=tied, seed=2)
+    newer = tiny_models.make(f"newer-{tied}", 2, 64, tied=tied, seed=3)
+    spec = EngineSpec(
+        role="mixture",
+        model=str(teacher),
+        student=str(student),
+        vocab_size=VOCAB,
+        stop_ids=(EOS,),
+        max_model_len=256,
+        teacher="wise",
+        teacher_top_k=8,
+        student_top_k=4,
+        max_num_seqs=32,
+        # Prompts of up to 150 tokens in chunks of 64, and a KV cache too small for 32 of them: chunking and preemption.
+        max_num_batched_tokens=64,
+        kv_cache_gib=0.1,
+        engine_args={"num_gpu_blocks_override": 60},
+    )
+    engine = TeacherEngine(spec)
+    await engine.start()
+    yield Pair(engine, teacher, student, newer)
+    await engine.close()
+
+
+def _requests(count: int, seed: int = 0, alphas: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0)) -> list[SampleRequest]:
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(2, VOCAB, size=96)
+    requests = []
+    for index in range(count):
+        own = rng.integers(2, VOCAB, size=rng.integers(1, 54))
+        # Every other prompt starts with the same 96 tokens, so that the prefix cache has something to hit.
+        prompt = np.concatenate([shared, own]) if index % 2 else own
+        requests.append(
+            SampleRequest(
+                sample_id=index,
+                prompt_id=index,
+                prompt_ids=prompt.astype(np.int32),
+                alpha=alphas[index % len(alphas)],
+                seed=int(rng.integers(0, 2**63)),
+                max_new_tokens=int(rng.integers(1, 60)),
+            )
+        )
+    return requests
+
+
+async def _draw(engine: TeacherEngine, requests: list[SampleRequest]) -> dict[int, Rollout]:
+    rollouts = [rollout async for part in engine.sample(requests) for rollout in part]
+    assert sorted(rollout.sample_id for rollout in rollouts) == sorted(request.sample_id for request in requests)
+    return {rollout.sample_id: rollout for rollout in rollouts}
+
+
+def _close(name: str, got: np.ndarray | None, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    assert got is not None, name
+    assert np.max(np.abs(got - want.numpy()), initial=0.0) < tolerance, name
+
+
+def _check(rollout: Rollout, teacher: torch.Tensor, student: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    """Every recorded column of a rollout against full rows of both models."""
+    at = torch.from_numpy(rollout.token_ids).long().unsqueeze(1)
+    p, q = teacher.gather(1, at).squeeze(1), student.gather(1, at).squeeze(1)
+    mixture = (rollout.alpha * p.double().exp() + (1 - rollout.alpha) * q.double().exp()).log()
+    _close("log p", rollout.teacher_logprobs, p, tolerance)
+    _close("log q", rollout.student_logprobs, q, tolerance)
+    _close("log m", rollout.mixture_logprobs, mixture, tolerance)
+    ids = torch.from_numpy(np.array(rollout.support_ids)).long()
+    used = ids >= 0
+    ids = ids.where(used, ids[:, :1])
+    logprobs = torch.from_numpy(np.array(rollout.support_logprobs))
+    assert (logprobs - teacher.gather(1, ids))[used].abs().max() < tolerance, "support"
+    # Values, not ids: where two tokens tie to within rounding, either may be the last of the top k.
+    assert (logprobs[:, :8] - teacher.topk(8).values).abs().max() < tolerance, "teacher top-8"
+    union = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, ids, True)
+    left_out = student.masked_fill(union, -torch.inf).max(1).values
+    assert (left_out <= student.topk(4).values[:, -1] + tolerance).all(), "student top-4"
+    assert torch.equal(union.sum(1), used.sum(1)), "no id twice"
+    _close("tail", rollout.tail_logprobs, teacher.masked_fill(union, -torch.inf).logsumexp(1), tolerance)
+    _close("reverse KL", rollout.reverse_kl, (student.exp() * (student - teacher)).sum(1), tolerance)
+    _close("forward KL", rollout.forward_kl, (teacher.exp() * (teacher - student)).sum(1), tolerance)
+
+
+async def test_recorded_columns_are_exact_under_load(pair: Pair, tiny_models: TinyModels) -> None:
+    """Unequal lengths, chunked prefill, prefix hits, preemption, mixed alphas; every position, the last one included."""
+    before = await pair.engine.stats()
+    requests = _requests(96)
+    rollouts = await _draw(pair.engine, requests)
+    for request in requests:
+        rollout = rollouts[request.sample_id]
+        teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
+        student = tiny_models.log_rows(pair.student, rollout.prompt_ids, rollout.token_ids)
+        _check(rollout, teacher, student)
+        assert (rollout.student_versions == 0).all()
+        ended = rollout.token_ids[-1] == EOS
+        assert rollout.finish_reason == ("stop" if ended else "length")
+        assert ended or len(rollout.token_ids) == request.max_new_tokens
+        assert EOS not in rollout.token_ids[:-1]
+    after = await pair.engine.stats()
+    assert after["cached_tokens"] > before["cached_tokens"], "no prefix-cache hit: the test does not test what it says"
+    assert after["readmitted"] > before["readmitted"], "nothing was preempted: the test does not test what it says"
+    assert after["held"] == 0, "records of finished requests are given away"
+
+
+async def test_same_request_draws_the_same_tokens(pair: Pair) -> None:
+    requests = _requests(24, seed=5)
+    first = await _draw(pair.engine, requests)
+    second = await _draw(pair.engine, list(reversed(requests)))
+    for sample_id, rollout in first.items():
+        assert np.array_equal(rollout.token_ids, second[sample_id].token_ids)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5])
+async def test_token_frequencies_follow_the_mixture(pair: Pair, tiny_models: TinyModels, alpha: float) -> None:
+    """First and second token of many draws against alpha p + (1 - alpha) q from Hugging Face (chi-square)."""
+    prompt = np.array([5, 9, 33, 20], dtype=np.int32)
+    requests = [
+        SampleRequest(index, 0, prompt, alpha, seed=1_000_003 * index + 17, max_new_tokens=2) for index in range(3000)
+    ]
+    rollouts = list((await _draw(pair.engine, requests)).values())
+
+    def law(prefix: np.ndarray) -> np.ndarray:
+        teacher, student = (
+            tiny_models.log_rows(folder, prefix, np.array([0])).double().exp()[0]
+            for folder in (pair.teacher, pair.student)
+        )
+        return (alpha * teacher + (1 - alpha) * student).numpy()
+
+    first = np.array([rollout.token_ids[0] for rollout in rollouts])
+    assert _p_value(first, law(prompt)) > 1e-3
+    favourite = int(np.bincount(first[first != EOS]).argmax())
+    second = np.array([rollout.token_ids[1] for rollout in rollouts if rollout.token_ids[0] == favourite])
+    assert len(second) > 200
+    assert _p_value(second, law(np.append(prompt, favourite).astype(np.int32))) > 1e-3
+    # The test has power: neither model alone explains the draws.
+    for folder in (pair.teacher, pair.student):
+        alone = tiny_models.log_rows(folder, prompt, np.array([0])).double().exp()[0].numpy()
+        assert _p_value(first, alone) < 1e-6
+
+
+def _p_value(tokens: np.ndarray, law: np.ndarray) -> float:
+    """Chi-square p-value, rare tokens pooled so that every expected count is at least 5."""
+    law = law / law.sum()
+    counts = np.bincount(tokens, minlength=len(law)).astype(float)
+    expected = law * len(tokens)
+    rare = expected < 5
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    keep = expected > 0
+    return float(chisquare(counts[keep], expected[keep]).pvalue)
+
+
+async def test_scores_by_prefill_agree(pair: Pair, tiny_models: TinyModels) -> None:
+    """Sequences of other origin, scored in batches with chunked prefill: every position within 1e-3 of Hugging Face."""
+    rng = np.random.default_rng(11)
+    foreign = []
+    for index in range(40):
+        length = int(rng.integers(1, 90))
+        foreign.append(
+            Rollout(
+                sample_id=index,
+                prompt_id=index,
+                prompt_ids=rng.integers(2, VOCAB, size=rng.integers(1, 120)).astype(np.int32),
+                token_ids=rng.integers(1, VOCAB, size=length).astype(np.int32),
+                mixture_logprobs=np.zeros(length, np.float32),
+                student_logprobs=np.zeros(length, np.float32),
+                student_versions=np.zeros(length, np.int32),
+                alpha=0.0,
+                finish_reason="length",
+            )
+        )
+    scored = [rollout async for part in pair.engine.score(foreign) for rollout in part]
+    assert sorted(rollout.sample_id for rollout in scored) == list(range(40))
+    for rollout in scored:
+        teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
+        student = tiny_models.log_rows(pair.student, rollout.prompt_ids, rollout.token_ids)
+        at = torch.from_numpy(rollout.token_ids).long().unsqueeze(1)
+        _close("log p", rollout.teacher_logprobs, teacher.gather(1, at).squeeze(1), 1e-3)
+        _close("reverse KL", rollout.reverse_kl, (student.exp() * (student - teacher)).sum(1), 1e-3)
+        assert rollout.teacher == "wise"
+        assert (rollout.student_logprobs == 0).all(), "what the sampler recorded stays"
+
+
+async def test_an_abandoned_stream_leaves_nothing_behind(pair: Pair) -> None:
+    stream = pair.engine.sample(_requests(16, seed=9))
+    await anext(stream)
+    await stream.aclose()
+    assert (await pair.engine.stats())["held"] == 0
+    assert await _draw(pair.engine, _requests(4, seed=9))
+
+
+async def test_requests_that_cannot_be_served_are_refused(pair: Pair) -> None:
+    prompt = np.full(250, 7, dtype=np.int32)
+    with pytest.raises(EngineError, match="the engine holds 256"):
+        await anext(pair.engine.sample([SampleRequest(0, 0, prompt, 0.2, 1, 60)]))
+
+
+async def test_update_is_exact_for_requests_in_flight_and_after(pair: Pair, tiny_models: TinyModels) -> None:
+    """Last in this file: it changes the student. Old tokens keep the old law, new tokens get the new one."""
+    rng = np.random.default_rng(4)
+    requests = [
+        SampleRequest(index, index, rng.integers(2, VOCAB, size=20).astype(np.int32), 0.2, 77 + index, 200)
+        for index in range(48)
+    ]
+    task = asyncio.create_task(_draw(pair.engine, requests))
+    await asyncio.sleep(0.3)
+    await pair.engine.update_student([pair.newer / "model.safetensors"], 1)
+    rollouts = await task
+    spanning = 0
+    for rollout in rollouts.values():
+        versions = rollout.student_versions
+        assert (np.diff(versions) >= 0).all()
+        spanning += len(set(versions.tolist())) == 2
+        teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
+        old = tiny_models.log_rows(pair.student, rollout.prompt_ids, rollout.token_ids)
+        new = tiny_models.log_rows(pair.newer, rollout.prompt_ids, rollout.token_ids)
+        student = torch.where(torch.from_numpy(versions == 0).unsqueeze(1), old, new)
+        _check(rollout, teacher, student)
+    assert spanning > 0, "no rollout spanned the update: the test does not test what it says"
+    for rollout in (await _draw(pair.engine, _requests(32, seed=6))).values():
+        assert (rollout.student_versions == 1).all()
+        teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
+        _check(rollout, teacher, tiny_models.log_rows(pair.newer, rollout.prompt_ids, rollout.token_ids))
+
+
+async def test_an_older_version_is_not_taken(pair: Pair, tiny_models: TinyModels) -> None:
+    await pair.engine.update_student([pair.student / "model.safetensors"], 0)
+    for rollout in (await _draw(pair.engine, _requests(4, seed=8))).values():
+        assert (rollout.student_versions == 1).all()

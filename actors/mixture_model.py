@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -61,8 +61,9 @@ class MixtureForCausalLM(nn.Module):
         self.role: str = config.kdray_role
         self.vocab_size: int = config.kdray_vocab_size
         self.student_version = 0
-        self.teacher: nn.Module | None = None
-        self.student: nn.Module | None = None
+        # Typed as Any: sub-models have vLLM's interface of a text model, of which torch's Module knows nothing.
+        self.teacher: Any = None
+        self.student: Any = None
         architectures = config.kdray_architectures
         if self.role in ("mixture", "teacher"):
             self.teacher = init_vllm_registered_model(
@@ -109,7 +110,7 @@ class MixtureForCausalLM(nn.Module):
     def log_rows(self, hidden: torch.Tensor) -> Rows:
         """Both models' log-softmax rows for hidden states as `forward` returns them."""
         halves = (hidden[..., : self.teacher_width], hidden[..., self.teacher_width :])
-        rows = []
+        rows: list[torch.Tensor | None] = []
         for model, half in zip((self.teacher, self.student), halves, strict=True):
             if model is None:
                 rows.append(None)

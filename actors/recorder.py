@@ -107,18 +107,16 @@ class Recorder(LogitsProcessor):
                 self._score(model, row, request)
         return logits
 
-    def _sample(
-        self, logits: torch.Tensor, rows: Rows, sampling: list[tuple[int, _Request]], student_version: int
-    ) -> None:
+    def _sample(self, logits: torch.Tensor, rows: Rows, sampling: list[tuple[int, _Request]], student_version: int) -> None:
         index = torch.tensor([row for row, _ in sampling], device=logits.device)
-        teacher, student = (None if part is None else part[index] for part in rows)
+        teacher = None if rows.teacher is None else rows.teacher[index]
+        student = None if rows.student is None else rows.student[index]
         alpha = torch.tensor([[request.alpha] for _, request in sampling], device=logits.device)
         if teacher is not None and student is not None:
             mixture = log_mixture(teacher, student, alpha)
         else:
             # The engine refuses any alpha but the one at which the missing model drops out.
-            mixture = teacher if teacher is not None else student
-            assert mixture is not None
+            mixture = _either(teacher, student)
         seeds = np.array([request.seed for _, request in sampling], dtype=np.uint64)
         positions = np.array([len(request.output_ids) for _, request in sampling])
         tokens = draw(mixture, torch.from_numpy(uniforms(seeds, positions)).to(logits.device))
@@ -144,8 +142,7 @@ class Recorder(LogitsProcessor):
             if not len(tokens):
                 break
             teacher, student = model.log_rows(step.hidden[chunk : chunk + len(tokens)])
-            mixture = teacher if teacher is not None else student
-            assert mixture is not None
+            mixture = _either(teacher, student)
             floats, ints = self._measure(teacher, student, mixture, tokens, model.student_version)
             cells = self.cells[request.key]
             for offset in range(len(tokens)):
@@ -160,7 +157,7 @@ class Recorder(LogitsProcessor):
         student_version: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K] and ints [n, 2 + K]."""
-        count, vocab = mixture.shape
+        count = len(mixture)
         nothing = torch.full((count, 1), torch.nan, device=mixture.device)
         at = tokens.unsqueeze(-1)
         floats = [mixture.gather(-1, at)]
@@ -212,6 +209,12 @@ class Recorder(LogitsProcessor):
         """Forget requests that were aborted."""
         for key in keys:
             self.cells.pop(key, None)
+
+
+def _either(teacher: torch.Tensor | None, student: torch.Tensor | None) -> torch.Tensor:
+    rows = teacher if teacher is not None else student
+    assert rows is not None
+    return rows
 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ call it, in the same order.
 from __future__ import annotations
 
 import gc
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -91,9 +90,7 @@ class StudentEngine:
             weight_decay=training.weight_decay,
         )
         schedule = "constant_with_warmup" if phase.schedule == "constant" else phase.schedule
-        scheduler = get_scheduler(
-            schedule, optimizer, num_warmup_steps=phase.warmup_steps, num_training_steps=phase.steps
-        )
+        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=phase.warmup_steps, num_training_steps=phase.steps)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
         )
@@ -146,6 +143,7 @@ class StudentEngine:
             for name, value in output.sums.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         self._refuse_non_finite(bad_samples, batch.step)
+        plain_norm = self._plain_grad_norm()
         engine.step()
         total_sum, sums = self._reduce(total, sums)
         self.steps_done += 1
@@ -153,7 +151,7 @@ class StudentEngine:
             step=batch.step,
             loss=total_sum / max(batch.num_target_tokens, 1),
             num_target_tokens=batch.num_target_tokens,
-            grad_norm=float(engine.get_global_grad_norm() or 0.0),
+            grad_norm=float(engine.get_global_grad_norm() if plain_norm is None else plain_norm),
             learning_rate=float(engine.get_lr()[0]),
             seconds=time.perf_counter() - started,
             metrics=reduce_sums(sums, batch.num_target_tokens),
@@ -166,6 +164,13 @@ class StudentEngine:
         attention = torch.arange(ids.shape[1], device=device) < lengths.clamp(min=1).unsqueeze(1)
         logits = self._engine(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits
         return logits.roll(1, dims=1)
+
+    def _plain_grad_norm(self) -> float | None:
+        """The gradient norm before clipping, where DeepSpeed has no optimizer of its own that would tell it."""
+        if self.training.zero_stage or self.training.precision != "fp32":
+            return None
+        gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _refuse_non_finite(self, bad_samples: list[int], step: int) -> None:
         flag = torch.tensor([len(bad_samples)], device=self._engine.device)
@@ -257,8 +262,3 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def is_finite(report: StepReport) -> bool:
-    """Whether the step's loss and gradient norm are numbers."""
-    return math.isfinite(report.loss) and math.isfinite(report.grad_norm)

@@ -34,6 +34,8 @@ class StudentRanks:
     """Folder that Ray Train keeps its own state in."""
 
     def __post_init__(self) -> None:
+        # Ranks work in folders of their own.
+        self.checkpoints = self.checkpoints.absolute()
         self._mailbox: Any = None
         self._fit: asyncio.Task[Any] | None = None
 
@@ -100,12 +102,12 @@ class StudentRanks:
         await self._call(Order("publish", version=version))
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> None:
-        folder = (self.checkpoints / f"step-{step:06d}").absolute()
+        folder = self.checkpoints / f"step-{step:06d}"
         await self._call(Order("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
 
     async def export(self, folder: Path) -> None:
-        """Write the student as a Hugging Face folder."""
-        await self._call(Order("export", folder=str(folder.absolute())))
+        """Write the student as a Hugging Face folder; an absolute path, since ranks work in folders of their own."""
+        await self._call(Order("export", folder=str(folder)))
 
     async def restarts(self) -> int:
         """Times the ranks were started again after one was lost."""

@@ -271,8 +271,8 @@ class TeacherEngine:
             return rollout
         return replace(rollout, teacher=self.spec.teacher, **self._teacher_columns(floats, ints))
 
-    def _teacher_columns(self, floats: np.ndarray, ints: np.ndarray) -> dict[str, np.ndarray | None]:
-        columns: dict[str, np.ndarray | None] = {
+    def _teacher_columns(self, floats: np.ndarray, ints: np.ndarray) -> dict[str, Any]:
+        columns: dict[str, Any] = {
             "teacher_logprobs": floats[:, 2],
             "tail_logprobs": floats[:, 3],
             "support_logprobs": floats[:, _FLOATS:],

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pyarrow as pa
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from actors.teacher_engine import EngineSpec
 from actors.teacher_replica import TeacherReplica
@@ -70,9 +70,7 @@ class ReplicaPool:
             options["autoscaling_config"] = settings.autoscaling
         deployment = serve.deployment(TeacherReplica).options(**options)
         try:
-            self._handle = serve.run(
-                deployment.bind(self.spec, self._weights), name=self.application, route_prefix=None
-            )
+            self._handle = serve.run(deployment.bind(self.spec, self._weights), name=self.application, route_prefix=None)
         except RuntimeError as error:
             raise EngineError(f"replicas of `{self.name}` did not start: {error}") from error
 
@@ -147,9 +145,7 @@ class ReplicaPool:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _persist(
-        self, ids: list[int], call: Callable[[list[int]], Any], arrived: asyncio.Queue[list[Rollout]]
-    ) -> None:
+    async def _persist(self, ids: list[int], call: Callable[[list[int]], Any], arrived: asyncio.Queue[list[Rollout]]) -> None:
         """One call, sent again for what is still missing while replicas die; bounded and backed off."""
         missing = dict.fromkeys(ids)
         attempts = AsyncRetrying(
@@ -157,22 +153,18 @@ class ReplicaPool:
             wait=wait_exponential(multiplier=0.5, max=30),
             retry=retry_if_exception_type(Exception),
             before_sleep=lambda state: self._note_retry(state, len(missing)),
-            reraise=False,
-            retry_error_cls=_GaveUp,
         )
         try:
             async for attempt in attempts:
                 with attempt:
                     async for table in call(list(missing)):
-                        rollouts = [
-                            rollout for rollout in table_to_rollouts(_table(table)) if rollout.sample_id in missing
-                        ]
+                        rollouts = [rollout for rollout in table_to_rollouts(_table(table)) if rollout.sample_id in missing]
                         for rollout in rollouts:
                             del missing[rollout.sample_id]
                         arrived.put_nowait(rollouts)
                     if missing:
                         raise EngineError(f"a replica ended its answer with {len(missing)} rollouts missing")
-        except _GaveUp as error:
+        except RetryError as error:
             cause = error.last_attempt.exception()
             raise EngineError(
                 f"`{self.name}` could not serve {len(missing)} rollouts in {self._retries + 1} attempts: {cause}"
@@ -181,18 +173,8 @@ class ReplicaPool:
     def _note_retry(self, state: Any, missing: int) -> None:
         error = state.outcome.exception()
         self.retried += missing
-        self._on_event(
-            "retry", pool=self.name, attempt=state.attempt_number, rollouts=missing, reason=repr(error)[:500]
-        )
+        self._on_event("retry", pool=self.name, attempt=state.attempt_number, rollouts=missing, reason=repr(error)[:500])
         logger.warning("%s: attempt %d failed, %d rollouts again: %r", self.name, state.attempt_number, missing, error)
-
-
-class _GaveUp(Exception):
-    """The last attempt failed; holds it."""
-
-    def __init__(self, last_attempt: Any) -> None:
-        super().__init__(last_attempt)
-        self.last_attempt = last_attempt
 
 
 def _table(item: Any) -> pa.Table:

@@ -27,7 +27,9 @@ logger = logging.getLogger("ray.serve")
 class TeacherReplica:
     """One engine behind Ray Serve; a student-only engine of a rollout pool too."""
 
-    async def __init__(self, spec: EngineSpec, weights: Any | None) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, spec: EngineSpec, weights: Any | None
+    ) -> None:
         """Start the engine. `weights` is the WeightStore's handle, None where the student never changes."""
         self._spec = spec
         self._weights = weights if spec.role != "teacher" else None

@@ -61,12 +61,15 @@ async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
     version, refs = await store.newest.remote(at_least)
     buckets: Sequence[np.ndarray] = await asyncio.gather(*refs)
     size = sum(bucket.nbytes for bucket in buckets)
+    folder = await asyncio.to_thread(_spacious_folder, size)
+    paths = [folder / f"bucket-{index:05d}.safetensors" for index in range(len(buckets))]
+    for path, bucket in zip(paths, buckets, strict=True):
+        await asyncio.to_thread(path.write_bytes, bucket.data)
+    return version, folder, paths
+
+
+def _spacious_folder(size: int) -> Path:
+    """A new folder in shared memory where that has room for `size` bytes twice, else in the temporary folder."""
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * size
-    folder = Path(tempfile.mkdtemp(prefix="kdray-weights-", dir=shared if roomy else None))
-    paths = []
-    for index, bucket in enumerate(buckets):
-        path = folder / f"bucket-{index:05d}.safetensors"
-        path.write_bytes(bucket.data)
-        paths.append(path)
-    return version, folder, paths
+    return Path(tempfile.mkdtemp(prefix="kdray-weights-", dir=shared if roomy else None))

@@ -7,6 +7,7 @@ vLLM mixes this class into its worker (`worker_extension_cls`); the engine calls
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -85,11 +86,11 @@ def _read(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _is_tied(student: torch.nn.Module) -> bool:
+def _is_tied(student: Any) -> bool:
     return bool(getattr(student.config, "tie_word_embeddings", False))
 
 
-def _pack_tied_head(student: torch.nn.Module) -> None:
+def _pack_tied_head(student: Any) -> None:
     """A tied head shares the embedding's weight but keeps its own packed copy, which no loader refreshes."""
     if _is_tied(student) and hasattr(student, "lm_head"):
         student.lm_head.quant_method.process_weights_after_loading(student.lm_head)

@@ -70,9 +70,7 @@ def run(
         from cluster.launch import run as launch
 
         summary = launch(settings, resume=resume)
-        results = {
-            name: summary[name] for name in ("before", "after", "control") if isinstance(summary.get(name), dict)
-        }
+        results = {name: summary[name] for name in ("before", "after", "control") if isinstance(summary.get(name), dict)}
         if results:
             _print_columns("held-out", results)
         typer.echo(f"run folder: {settings.run_folder}")
@@ -96,9 +94,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command(name="eval")
 def evaluate(
-    source: Annotated[
-        Path, typer.Argument(metavar="CONFIG-or-RUN", help="A recipe (its student as it is), or a run folder.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="CONFIG-or-RUN", help="A recipe (its student as it is), or a run folder.")],
     overrides: Overrides = None,
 ) -> None:
     """Measure a student against its teacher on the held-out prompts."""

@@ -221,15 +221,17 @@ def _connected(config: Config) -> Iterator[list[dict[str, float]]]:
                 raise ConfigError(f"cluster.address={address}: no Ray cluster answers there: {error}") from error
         else:
             ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from ray import serve
 
     serve_was_running = _serve_is_running()
     try:
-        serve.start(proxy_location="Disabled")
+        # Handles alone reach the replicas: no HTTP proxy, no open port.
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
-        if not serve_was_running:
+        # A local Ray takes its Serve with it.
+        if address and not serve_was_running:
             serve.shutdown()
         if not already:
             ray.shutdown()
@@ -251,12 +253,10 @@ def _serve_is_running() -> bool:
 class _Job:
     """One run from its first phase to its summary."""
 
-    def __init__(
-        self, config: Config, checked: Checked, folder: RunFolder, reporter: RunReporter, resume: bool
-    ) -> None:
+    def __init__(self, config: Config, checked: Checked, folder: RunFolder, reporter: RunReporter, resume: bool) -> None:
         self.config = config
         self.checked = checked
-        self.folder = folder
+        self.folder = RunFolder(folder.path.absolute())
         self.reporter = reporter
         self.checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
         self.ledger = Ledger(folder.path / "ledger.jsonl")
@@ -326,7 +326,7 @@ class _Job:
             if training.sft.steps:
                 await self._or_stop(self._supervised(student, "sft", models.student, training.sft.steps))
                 await student.export(sft_folder)
-                base = str(sft_folder.absolute())
+                base = str(sft_folder)
             distillation = _from(distillation, base)
             await student.start_phase(distillation)
             await student.publish(0)
@@ -381,9 +381,7 @@ class _Job:
         """Supervised fine-tuning for `steps`, or until `token_budget` target tokens; returns the tokens trained."""
         sft = self.config.training.sft
         await student.start_phase(Phase(name, model, None, sft.learning_rate, steps))
-        examples = PromptStream(
-            [prompt for prompt in self.checked.dataset.train if prompt.answer], self.config.run.seed
-        )
+        examples = PromptStream([prompt for prompt in self.checked.dataset.train if prompt.answer], self.config.run.seed)
         self.reporter.phase(name, steps)
         trained = 0
         for step in range(steps):

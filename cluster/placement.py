@@ -62,9 +62,7 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]
         there = sum(node.get(name, 0.0) for node in nodes)
         if asked_sum > there:
             parts = ", ".join(
-                f"{bundle.setting}={bundle.count} x {bundle.resources[name]:g}"
-                for bundle in wanted
-                if name in bundle.resources
+                f"{bundle.setting}={bundle.count} x {bundle.resources[name]:g}" for bundle in wanted if name in bundle.resources
             )
             remedy = "; on one machine cluster.local_cpus lets small models share cores" if name == "CPU" else ""
             raise CapacityError(
@@ -74,7 +72,5 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]
 
 
 def _text(resources: Mapping[str, Any]) -> str:
-    shown = {
-        name: amount for name, amount in resources.items() if not name.startswith(("node:", "memory", "object_store"))
-    }
+    shown = {name: amount for name, amount in resources.items() if not name.startswith(("node:", "memory", "object_store"))}
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

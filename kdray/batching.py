@@ -50,9 +50,7 @@ def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
 
 def examples_to_batch(examples: Sequence[tuple[Prompt, np.ndarray]], step: int) -> TrainBatch:
     """One row a (prompt, answer ids) pair, for supervised fine-tuning; its sample id is the prompt id. No columns."""
-    return _pad(
-        [prompt.prompt_id for prompt, _ in examples], [(prompt.token_ids, answer) for prompt, answer in examples], step
-    )
+    return _pad([prompt.prompt_id for prompt, _ in examples], [(prompt.token_ids, answer) for prompt, answer in examples], step)
 
 
 def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:

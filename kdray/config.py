@@ -303,6 +303,9 @@ class RolloutSettings(Settings):
 # --------------------------------------------------------------------------------------------------------- loss
 
 
+StalenessHandling = Literal["truncate", "mask"]
+
+
 class MiniLLMLoss(Settings):
     """Policy gradient of the sequence-level reverse KL, split in a single-step and a long term (MiniLLM, eq. 3-6)."""
 
@@ -313,9 +316,57 @@ class MiniLLMLoss(Settings):
     """Discount of the return per token; 1 is the paper's."""
     single_step: bool = True
     """Whether the exact per-position reverse KL term is added (eq. 3); without it the variance is far higher."""
+    whitening: bool = False
+    """Shift and scale the returns to mean 0 and variance 1 over the response tokens of the whole step; their q is then the
+    sampler's. Steadies the size of the long term against the single-step term, and changes the objective by that."""
+    staleness: StalenessHandling = "truncate"
+    """What happens to a token whose staleness ratio q_theta / q_sampled is above the cap: its ratio becomes the cap
+    (`truncate`), or the long term leaves the token out (`mask`)."""
     staleness_cap: PositiveFloat = 2.0
     """Upper bound of the staleness ratio q_theta / q_sampled. The mixing weight q / m is bounded by 1 / (1 - alpha) and is
     never clipped."""
+
+
+class LMOpsLoss(Settings):
+    """MiniLLM as its reference code computes it (microsoft/LMOps), with the defaults of that code; for comparison."""
+
+    type: Literal["lmops"]
+    gamma: Fraction = 0.95
+    """Discount of the return per token; the return starts at the token itself."""
+    length_norm: bool = True
+    """Divide the return by the number of tokens left, the token itself included."""
+    single_step: bool = True
+    """Whether the exact per-position reverse KL term is added."""
+    whitening: bool = True
+    """Shift and scale the returns to mean 0 and variance 1 over the response tokens of the whole step."""
+    reward_scaling: PositiveFloat = 0.5
+    """The log-ratio of a token is divided by this; whitening takes most of it back."""
+    reward_clip: PositiveFloat = 100.0
+    """Largest absolute reward of a token, after scaling."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.2
+    """PPO clip of q_theta / m: no gradient above 1 + clip at a positive advantage, nor below 1 - clip at a negative one. Mixing
+    alone reaches it, before any staleness. None turns it off."""
+
+
+class PerDecisionLoss(Settings):
+    """Reverse KL over whole responses with per-decision importance weights: no bias from mixing or staleness."""
+
+    type: Literal["per_decision"]
+    horizon: NonNegative | None = None
+    """Tokens that weights reach back and returns look ahead. None is exact, with a variance that grows exponentially in the
+    response length; 0 is the per-position reverse KL; a few tokens trade one for the other."""
+
+
+class VOPDLoss(Settings):
+    """Reverse KL at the sampled token with the state's KL as baseline (vOPD, Oh et al. 2026)."""
+
+    type: Literal["vopd"]
+    gamma: Fraction = 0.0
+    """Discount of later rewards: 0 is on-policy distillation's immediate reward, 1 the return of the whole response."""
+    staleness: StalenessHandling = "truncate"
+    """As for minillm: above the cap the ratio becomes the cap (`truncate`), or the token is left out (`mask`)."""
+    staleness_cap: PositiveFloat = 2.0
+    """Upper bound of the staleness ratio q_theta / q_sampled."""
 
 
 class ReverseKLLoss(Settings):
@@ -338,7 +389,77 @@ class JSDLoss(Settings):
     """Teacher's share of the mixture inside: towards 0 it behaves like forward KL, towards 1 like reverse KL."""
 
 
-LossSettings = Annotated[MiniLLMLoss | ReverseKLLoss | ForwardKLLoss | JSDLoss, Field(discriminator="type")]
+class SkewForwardKLLoss(Settings):
+    """KL(teacher || skew teacher + (1 - skew) student) at every position of the samples (DistiLLM, Ko et al. 2024)."""
+
+    type: Literal["skew_forward_kl"]
+    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Teacher's share of the mixture inside: bounds the loss by -log(skew); towards 0 it is forward KL."""
+
+
+class SkewReverseKLLoss(Settings):
+    """KL(student || skew student + (1 - skew) teacher) at every position of the samples (DistiLLM, Ko et al. 2024)."""
+
+    type: Literal["skew_reverse_kl"]
+    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Student's share of the mixture inside: bounds the loss by -log(skew); towards 0 it is reverse KL."""
+
+
+class TVDLoss(Settings):
+    """Total variation distance at every position of the samples (f-DISTILL, Wen et al. 2023)."""
+
+    type: Literal["tvd"]
+
+
+class AdaptiveKLLoss(Settings):
+    """Forward and reverse KL, weighted by the gaps in the teacher's head and tail (AKL, Wu et al. 2024)."""
+
+    type: Literal["adaptive_kl"]
+    head_mass: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Teacher's mass that its most likely ids, the head, may sum to; the paper's mu."""
+
+
+class MSELogitLoss(Settings):
+    """Half the mean square difference of centred logits at every position of the samples (Ba & Caruana 2014)."""
+
+    type: Literal["mse_logit"]
+
+
+class HintonLoss(Settings):
+    """Softened forward KL and cross entropy of the recorded tokens (Hinton et al. 2015). For samples that the teacher wrote:
+    the student's own tokens are no labels."""
+
+    type: Literal["hinton"]
+    temperature: PositiveFloat = 2.0
+    """Divides both models' logits in the soft term, whose gradient is multiplied back by its square."""
+    soft_share: Fraction = 0.5
+    """Weight of the soft term; the hard term has the rest."""
+
+
+class ForwardKLSampledLoss(Settings):
+    """Forward KL at the sampled token, weighted by p / m: sequence-level distillation at `rollout.alpha: 1` (Kim & Rush 2016).
+    The weight is at most 1 / alpha; at alpha 0 it has no bound."""
+
+    type: Literal["forward_kl_sampled"]
+
+
+LossSettings = Annotated[
+    MiniLLMLoss
+    | LMOpsLoss
+    | PerDecisionLoss
+    | VOPDLoss
+    | ReverseKLLoss
+    | ForwardKLLoss
+    | JSDLoss
+    | SkewForwardKLLoss
+    | SkewReverseKLLoss
+    | TVDLoss
+    | AdaptiveKLLoss
+    | MSELogitLoss
+    | HintonLoss
+    | ForwardKLSampledLoss,
+    Field(discriminator="type"),
+]
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -468,9 +589,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _together(self) -> Config:
         if len(self.teachers) > 1:
-            raise ValueError(
-                f"teachers names {', '.join(self.teachers)}: this version takes one teacher; keep one of them"
-            )
+            raise ValueError(f"teachers names {', '.join(self.teachers)}: this version takes one teacher; keep one of them")
         if isinstance(self.loss, MiniLLMLoss) and self.rollout.alpha == 1.0:
             raise ValueError(
                 "rollout.alpha=1 with loss.type=minillm: the weight q/m is unbounded when the teacher draws every token; "
@@ -554,9 +673,7 @@ def _explain(item: Any) -> str:
     kind = item["type"]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _keys_at(tuple(location[:-1])), n=1, cutoff=0.5)
-        hint = (
-            f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(sorted(_keys_at(tuple(location[:-1]))))}"
-        )
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(sorted(_keys_at(tuple(location[:-1]))))}"
         return f"{setting}: unknown key; {hint}"
     if kind == "missing":
         return f"{setting}: required, but not set"

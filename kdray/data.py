@@ -56,7 +56,7 @@ class PromptStream:
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def at(self, position: int) -> Prompt:
-        """The prompt at a position >= 0: a function of position and seed alone, so a position is all that resume needs."""
+        """The prompt at a position >= 0, a function of position and seed alone: resume needs nothing but a position."""
         if position < 0:
             raise ValueError(f"position={position}: positions count from 0")
         epoch, index = divmod(position, len(self._prompts))
@@ -69,8 +69,9 @@ class PromptStream:
 def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None = None) -> Dataset:
     """Read, check, tokenize and split the prompts that `data.prompts` names.
 
-    `prompt_id` counts the rows of the training source from 0, dropped ones included; rows of a held-out source of its own
-    count on from there. A held-out file or split gives its first `data.heldout_size` prompts.
+    `prompt_id` counts the rows of the training source from 0, dropped ones included; where held-out prompts have a
+    source of their own, its rows count on from there. A held-out file or split gives its first
+    `data.heldout_size` prompts.
 
     Args: tokenizer: the student's. prompts: for `data.prompts.type: iterable`, texts or rows (dicts), finite.
     Raises: DataError with file, line, setting and remedy.
@@ -126,7 +127,8 @@ def encode_answer(tokenizer: Any, prompt: Prompt) -> np.ndarray:
     """
     if prompt.answer is None:
         raise DataError(
-            f"prompt {prompt.prompt_id} has no reference answer; set data.prompts.answer_column, or training.sft.steps=0"
+            f"prompt {prompt.prompt_id} has no reference answer to train on; set data.prompts.answer_column, or "
+            "training.sft.steps=0"
         )
     if tokenizer.eos_token_id is None:
         raise DataError("the student tokenizer has no end-of-sequence token; set its eos_token")
@@ -273,7 +275,8 @@ def _choose(setting: str, column: str | None, defaults: Sequence[str], record: d
         if name in record:
             return name
     raise DataError(
-        f"{where}: none of the columns {', '.join(defaults)}; it has {_names(record)}: set data.prompts.{setting} to one"
+        f"{where}: none of the columns {', '.join(defaults)}; it has {_names(record)}; set "
+        f"data.prompts.{setting} to one of them"
     )
 
 
@@ -324,9 +327,7 @@ class _Encoder:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         wanted = config.data.chat_template
         if wanted == "always" and not has_template:
-            raise DataError(
-                "data.chat_template=always, but the student tokenizer has no chat template; use auto or never"
-            )
+            raise DataError("data.chat_template=always, but the student tokenizer has none; use auto or never")
         self._has_template = has_template
         self._wrap_text = wanted == "always" or (wanted == "auto" and has_template)
 
@@ -345,8 +346,8 @@ class _Encoder:
             longest = max(len(prompt.token_ids) for prompt in longer)
             first = longer[0]
             raise DataError(
-                f"data.max_prompt_tokens={self._limit}: {len(longer)} of {len(rows)} prompts are longer, the longest has "
-                f"{longest} tokens, the first is prompt {first.prompt_id} ({rows[first.prompt_id - first_id].place}); "
+                f"data.max_prompt_tokens={self._limit}: {len(longer)} of {len(rows)} prompts are longer: longest "
+                f"{longest} tokens, first prompt {first.prompt_id} ({rows[first.prompt_id - first_id].place}); "
                 f"set data.max_prompt_tokens={longest}, or data.too_long=drop to leave them out"
             )
         return kept, len(longer)
@@ -373,8 +374,8 @@ class _Encoder:
             return row.prompt
         if not self._has_template:
             raise DataError(
-                f"{row.place}: chat messages need a chat template, and the student tokenizer has none; use a student whose "
-                "tokenizer has one, or give the prompts as text"
+                f"{row.place}: chat messages need a chat template, and the student tokenizer has none; use a student "
+                "whose tokenizer has one, or give the prompts as text"
             )
         messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         import jinja2

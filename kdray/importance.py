@@ -2,11 +2,13 @@
 
 A token drawn from m_old = alpha p + (1 - alpha) q_old is trained under q_theta. The one ratio q_theta / m_old is the
 product of the mixing weight q_old / m_old and the staleness ratio q_theta / q_old. The first is bounded by
-1 / (1 - alpha) and never clipped; the second has no bound of its own and is capped.
+1 / (1 - alpha) and never clipped; the second has no bound of its own and is truncated at a cap or masked above it.
 Source: MiniLLM, Gu et al. 2024 (arXiv 2306.08543), equation 5 and algorithm 1.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
@@ -17,15 +19,21 @@ def mixing_weight(student_logprobs: torch.Tensor, mixture_logprobs: torch.Tensor
 
 
 def staleness_ratio(
-    current_logprobs: torch.Tensor, student_logprobs: torch.Tensor, cap: float
+    current_logprobs: torch.Tensor,
+    student_logprobs: torch.Tensor,
+    cap: float,
+    handling: Literal["truncate", "mask"] = "truncate",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(q_theta / q_old, cap) at the sampled tokens, and where the cap was reached (bool); same shapes as the inputs.
+    """q_theta / q_old at the sampled tokens, bounded by `cap`, and where it was above (bool); shaped as the inputs.
 
+    Above the cap the ratio becomes the cap (`truncate`: a smaller push) or 0 (`mask`: no push from a token whose ratio
+    cannot be trusted). Ratios below 1 are left alone: they shrink a token's share by themselves.
     Args: current_logprobs: log q_theta, under the weights being trained; student_logprobs: log q_old, recorded by the
           sampler. At equal weights the ratio is 1 up to the difference between two kernels.
     """
     ratio = (current_logprobs - student_logprobs).exp()
-    return ratio.clamp(max=cap), ratio > cap
+    above = ratio > cap
+    return ratio.masked_fill(above, cap if handling == "truncate" else 0.0), above
 
 
 def effective_sample_size(weight_sum: float, weight_sq_sum: float, num_weights: int) -> float:

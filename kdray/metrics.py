@@ -26,9 +26,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric(
-        "nats/token", "token_mean", "What the optimizer minimises; with minillm a surrogate, not a divergence"
-    ),
+    "loss": Metric("nats/token", "token_mean", "What the optimizer minimises; with minillm a surrogate, not a divergence"),
     "grad_norm": Metric("1", "step", "Global gradient norm before clipping"),
     "learning_rate": Metric("1", "step", "Learning rate of the step"),
     "step_s": Metric("s", "step", "Optimizer step: forward, backward, update, on the slowest rank"),
@@ -37,27 +35,22 @@ METRICS: dict[str, Metric] = {
     "forward_kl": Metric("nats/token", "token_mean", "KL(teacher || student), full rows, at the sampled prefixes"),
     "response_tokens": Metric("tokens", "rollout_mean", "Response length, end-of-sequence token included"),
     "truncated": Metric("share", "rollout_mean", "Rollouts that max_new_tokens cut"),
-    "staleness_mean": Metric(
-        "steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"
-    ),
+    "staleness_mean": Metric("steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"),
     "staleness_max": Metric("steps", "max", "The same, of the stalest rollout"),
     # From the sums of the loss.
     "importance_weight_mean": Metric("1", "token_mean", "Mixing weight q / m at the sampled tokens; expected to be 1"),
-    "importance_weight_ess": Metric(
-        "share", "ratio_of_sums", "Effective sample size of the mixing weights over tokens"
-    ),
-    "staleness_ratio": Metric("1", "token_mean", "q_theta / q of the sampler, capped, at the sampled tokens"),
-    "staleness_clipped": Metric("share", "token_mean", "Tokens whose staleness ratio reached the cap"),
-    "policy_gradient": Metric("nats/token", "token_mean", "MiniLLM's long term; only its gradient has a meaning"),
-    "single_step": Metric("nats/token", "token_mean", "MiniLLM's single-step term, as it enters the loss"),
-    "log_ratio": Metric("nats/token", "token_mean", "MiniLLM's reward log p / q_theta at the sampled tokens"),
-    "reverse_kl_support": Metric(
-        "nats/token", "token_mean", "KL(student || teacher) on support and tail: a lower bound"
-    ),
+    "importance_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of the mixing weights over tokens"),
+    "trajectory_weight_mean": Metric("1", "token_mean", "Product of q_theta / m up to a token, over its window; about 1"),
+    "trajectory_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of these products"),
+    "staleness_ratio": Metric("1", "token_mean", "q_theta / q of the sampler at the sampled tokens, as the loss uses it"),
+    "staleness_clipped": Metric("share", "token_mean", "Tokens whose staleness ratio was above the cap"),
+    "ppo_clipped": Metric("share", "token_mean", "Tokens that PPO's clip leaves without a policy gradient"),
+    "policy_gradient": Metric("nats/token", "token_mean", "The sampled term of the loss; only its gradient has a meaning"),
+    "single_step": Metric("nats/token", "token_mean", "The per-position reverse KL term, as it enters the loss"),
+    "log_ratio": Metric("nats/token", "token_mean", "Reward log p / q_theta at the sampled tokens"),
+    "reverse_kl_support": Metric("nats/token", "token_mean", "KL(student || teacher) on support and tail: a lower bound"),
     "teacher_tail_mass": Metric("share", "token_mean", "Teacher's probability outside the support"),
-    "student_tail_mass": Metric(
-        "share", "token_mean", "Student's probability outside the support; high: raise student_top_k"
-    ),
+    "student_tail_mass": Metric("share", "token_mean", "Student's probability outside the support; high: raise student_top_k"),
     # From the loop and the pools.
     "tokens_per_s": Metric("tokens/s", "step", "Response tokens trained per second of the whole step, waits included"),
     "wait_rollout_s": Metric("s", "step", "Training waited for sampling"),
@@ -65,6 +58,10 @@ METRICS: dict[str, Metric] = {
     "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be published"),
     "teacher_replicas": Metric("replicas", "step", "Teacher replicas that were ready"),
 }
+
+
+WEIGHTS = ("importance_weight", "trajectory_weight")
+"""Sums of weights: with the sum of squares under `<name>_sq` they become `<name>_mean` and `<name>_ess`."""
 
 
 def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
@@ -76,11 +73,11 @@ def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
     if num_tokens == 0:
         return {}
     means = {name: float(value) / num_tokens for name, value in sums.items()}
-    if "importance_weight" in means:
-        weight_sum, weight_sq_sum = float(sums["importance_weight"]), float(sums["importance_weight_sq"])
-        means["importance_weight_mean"] = means.pop("importance_weight")
-        del means["importance_weight_sq"]
-        means["importance_weight_ess"] = effective_sample_size(weight_sum, weight_sq_sum, num_tokens)
+    for name in WEIGHTS:
+        if name in means:
+            means[f"{name}_mean"] = means.pop(name)
+            del means[f"{name}_sq"]
+            means[f"{name}_ess"] = effective_sample_size(float(sums[name]), float(sums[f"{name}_sq"]), num_tokens)
     return means
 
 
@@ -101,4 +98,25 @@ def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str
         values = np.concatenate([value for value in recorded if value is not None] or [np.empty(0)])
         if len(values):
             metrics[name] = float(values.mean(dtype=np.float64))
+    return metrics
+
+
+def weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
+    """Mean and effective sample size of the mixing weights, by teacher and by staleness of the token, in steps.
+
+    Names are those of the table, then where they hold: `importance_weight_ess/<teacher>/staleness_<steps>`. A teacher
+    that the student has left behind, or that is far from it, shows as a low effective sample size there.
+    """
+    weights: dict[str, list[np.ndarray]] = {}
+    for rollout in rollouts:
+        values = np.exp((rollout.student_logprobs - rollout.mixture_logprobs).astype(np.float64))
+        for version in np.unique(rollout.student_versions):
+            place = f"{rollout.teacher}/staleness_{trained_version - int(version)}"
+            weights.setdefault(place, []).append(values[rollout.student_versions == version])
+    metrics = {}
+    for place, parts in sorted(weights.items()):
+        values = np.concatenate(parts)
+        total, squares = float(values.sum()), float(np.square(values).sum())
+        metrics[f"importance_weight_mean/{place}"] = total / len(values)
+        metrics[f"importance_weight_ess/{place}"] = effective_sample_size(total, squares, len(values))
     return metrics

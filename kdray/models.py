@@ -146,29 +146,27 @@ def _llama_config(source: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Any:
     )
 
 
-def _train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: TinyModel, settings: TinyTraining
-) -> None:
+def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: TinyModel, train: TinyTraining) -> None:
     """Supervised training in place, on fresh examples every step; the loss counts the answer and <eos> alone."""
     import numpy as np
     import torch
 
     from kdray.tasks import TASKS
 
-    rng = np.random.default_rng([source.seed, settings.difficulty])
-    tasks = [TASKS[name] for name in settings.tasks]
-    warmup = min(_WARMUP_STEPS, settings.steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=_BETAS, weight_decay=0.0)
+    rng = np.random.default_rng([source.seed, train.difficulty])
+    tasks = [TASKS[name] for name in train.tasks]
+    warmup = min(_WARMUP_STEPS, train.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, betas=_BETAS, weight_decay=0.0)
 
     def share_of_peak(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, settings.steps - warmup)))
+        return 0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, train.steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     model.train()
-    for _ in range(settings.steps):
-        examples = [tasks[i % len(tasks)].generate(rng, settings.difficulty) for i in range(settings.batch_size)]
+    for _ in range(train.steps):
+        examples = [tasks[i % len(tasks)].generate(rng, train.difficulty) for i in range(train.batch_size)]
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
         answers = tokenizer([example.answer for example in examples])["input_ids"]
         rows = [prompt + answer + [tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -176,7 +174,7 @@ def _train(
         if longest > source.max_positions:
             raise DataError(
                 f"max_positions={source.max_positions} is less than the {longest} tokens of an example of "
-                f"{', '.join(settings.tasks)} at difficulty {settings.difficulty}; raise it or lower the difficulty"
+                f"{', '.join(train.tasks)} at difficulty {train.difficulty}; raise it or lower the difficulty"
             )
         token_ids = torch.full((len(rows), longest), tokenizer.pad_token_id)  # [batch, seq]
         targets = torch.full((len(rows), longest), -100)  # [batch, seq]; -100 is left out of the loss

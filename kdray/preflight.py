@@ -89,9 +89,7 @@ def _shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | No
     if isinstance(source, TinyModel):
         tokens = len(task_tokenizer())
         if source.vocab_rows is not None and source.vocab_rows < tokens:
-            raise ConfigError(
-                f"vocab_rows={source.vocab_rows}: the task tokenizer has {tokens} tokens; use at least that"
-            )
+            raise ConfigError(f"vocab_rows={source.vocab_rows}: the task tokenizer has {tokens} tokens; use at least that")
         return source.vocab_rows or tokens, source.max_positions
     from transformers import AutoConfig
 

@@ -7,8 +7,8 @@ A column that the route did not produce is null.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from kdray.types import Rollout, SampleRequest
@@ -61,9 +61,7 @@ def table_to_rollouts(table: pa.Table) -> list[Rollout]:
     """The inverse of `rollouts_to_table`; arrays are read-only views of the table where it is one chunk."""
     columns = {name: table.column(name).combine_chunks() for name in table.schema.names}
     lists = {name: _slices(columns[name]) for name in (*_INT_LISTS, *_FLOAT_LISTS, "support_ids", "support_logprobs")}
-    scalars = {
-        name: columns[name].to_pylist() for name in ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher")
-    }
+    scalars = {name: columns[name].to_pylist() for name in ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher")}
     widths = columns["support_width"].to_pylist()
     rollouts = []
     for row in range(table.num_rows):
@@ -88,12 +86,12 @@ def table_to_requests(table: pa.Table) -> list[SampleRequest]:
     others = [name for name in REQUEST_SCHEMA.names if name != "prompt_ids"]
     values = {name: table.column(name).to_pylist() for name in others}
     return [
-        SampleRequest(prompt_ids=prompts[row], **{name: values[name][row] for name in others})
-        for row in range(table.num_rows)
+        SampleRequest(prompt_ids=prompts[row], **{name: values[name][row] for name in others}) for row in range(table.num_rows)
     ]
 
 
-def _slices(column: pa.ListArray) -> list[np.ndarray | None]:
+def _slices(column: pa.ListArray) -> list[Any]:
+    """The rows of a list column as arrays; None where null."""
     values = column.values.to_numpy(zero_copy_only=False)
     offsets = column.offsets.to_numpy()
     valid = column.is_valid().to_numpy(zero_copy_only=False)

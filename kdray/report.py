@@ -46,9 +46,7 @@ def write_report(run_folder: Path) -> Path:
     """
     folder = RunFolder(Path(run_folder))
     if not any(path.exists() for path in (folder.config, folder.metrics, folder.events, folder.summary)):
-        raise DataError(
-            f"{run_folder}: not a run folder (no config.yaml, no metrics.jsonl); give one such as runs/<name>"
-        )
+        raise DataError(f"{run_folder}: not a run folder (no config.yaml, no metrics.jsonl); give one such as runs/<name>")
     summary = folder.read_summary() if folder.summary.exists() else {}
     metrics = read_lines(folder.metrics) if folder.metrics.exists() else []
     events = read_lines(folder.events) if folder.events.exists() else []
@@ -61,14 +59,10 @@ def write_report(run_folder: Path) -> Path:
         name=folder.path.resolve().name,
         written_at=utc_now(),
         last_step=max(steps, default=None),
-        missing=[
-            path.name for path in (folder.config, folder.metrics, folder.events, folder.summary) if not path.exists()
-        ],
+        missing=[path.name for path in (folder.config, folder.metrics, folder.events, folder.summary) if not path.exists()],
         outcome_columns=outcome_columns,
         outcomes=_outcomes(summary, outcome_columns),
-        totals={
-            key: _show(value) for key, value in summary.items() if key not in outcome_columns and key != "versions"
-        },
+        totals={key: _show(value) for key, value in summary.items() if key not in outcome_columns and key != "versions"},
         versions={key: _show(value) for key, value in versions.items()} if isinstance(versions, dict) else {},
         plotly=Markup(get_plotlyjs()),
         curves=_curves(metrics),

@@ -121,9 +121,7 @@ class RunReporter:
         """Keep the first rollouts of a step, where it is one of those that are kept."""
         if not rollouts or (step % self._sample_every and step > 1 and step != self._total_steps):
             return
-        self._write_samples(
-            f"step-{step:08d}", [self._sample(r, "train", step) for r in rollouts[: self._sample_count]]
-        )
+        self._write_samples(f"step-{step:08d}", [self._sample(r, "train", step) for r in rollouts[: self._sample_count]])
 
     def heldout_samples(self, rollouts: Sequence[Rollout], name: str) -> None:
         """Keep the first rollouts of a held-out measurement (before, after, control); one of that name is replaced."""

@@ -59,9 +59,7 @@ class Rollout:
     teacher: str = ""
     """Name of the teacher whose columns follow; empty before scoring."""
     teacher_logprobs: np.ndarray | None = None  # [T] log p
-    support_ids: np.ndarray | None = (
-        None  # [T, K] int32: teacher top-k, then student top-k not among them; -1 is unused
-    )
+    support_ids: np.ndarray | None = None  # [T, K] int32: teacher top-k, then student top-k not among them; -1 is unused
     support_logprobs: np.ndarray | None = None  # [T, K] teacher log p at support_ids; -inf where unused
     tail_logprobs: np.ndarray | None = None  # [T] log of the teacher's mass outside the support; -inf if it covers all
     reverse_kl: np.ndarray | None = None  # [T] KL(student || teacher) over full rows

@@ -8,16 +8,14 @@ from typing import Any
 
 from kdray.errors import VocabError
 
-_REMEDY = (
-    "distillation compares ids: choose a student and a teacher of one model family, or give both the same tokenizer"
-)
+_REMEDY = "distillation compares ids: choose student and teacher of one model family, or give both the same tokenizer"
 _NAMED = 5
 
 
 def check_vocab(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> int:
     """How many ids teacher and student share: the fewer rows of the two output matrices.
 
-    Model families pad their matrices beyond the tokenizer, each size differently; rows that only one of them has are cut.
+    Model families pad their matrices beyond the tokenizer, each size differently; the rows that only one has are cut.
     Args: teacher_rows, student_rows: rows of the embedding (`vocab_size` of the model config).
     Raises: VocabError where ids name different tokens, where end-of-sequence differs, or where tokens lack a row.
     """

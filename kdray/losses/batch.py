@@ -26,9 +26,8 @@ class LossBatch:
     teacher_logprobs: torch.Tensor | None = None  # [B, S] log p
     support_ids: torch.Tensor | None = None  # [B, S, K] long, all different; -1 is an unused slot
     support_logprobs: torch.Tensor | None = None  # [B, S, K] log p at support_ids; -inf where unused
-    tail_logprobs: torch.Tensor | None = (
-        None  # [B, S] log of the teacher's mass outside the support; -inf if it covers all
-    )
+    tail_logprobs: torch.Tensor | None = None  # [B, S] log of the teacher's mass outside the support; -inf if it covers all
+    teacher_logits: torch.Tensor | None = None  # [B, S, vocab >= vocab_size]; where given, read instead of the support
 
     @classmethod
     def from_train_batch(cls, batch: TrainBatch, vocab_size: int, device: torch.device | str = "cpu") -> LossBatch:
@@ -52,8 +51,7 @@ class LossBatch:
         column = getattr(self, name)
         if column is None:
             raise TrainingError(
-                f"the batch has no column {name}, which this loss needs; "
-                "let a teacher sample or score the rollouts first"
+                f"the batch has no column {name}, which this loss needs; let a teacher sample or score the rollouts first"
             )
         return column[self.mask]
 
@@ -64,13 +62,22 @@ class LossBatch:
         Args: student_logits: [B, S, vocab >= vocab_size], any float dtype; [b, s] predicts token_ids[b, s].
         Raises: VocabError if the logits have fewer columns than `vocab_size`.
         """
-        if student_logits.shape[-1] < self.vocab_size:
-            raise VocabError(
-                f"the student's logits have {student_logits.shape[-1]} columns but the shared vocabulary has "
-                f"{self.vocab_size} ids; use a student whose embedding covers the teacher's tokenizer"
-            )
-        rows = student_logits[..., : self.vocab_size][self.mask]
-        return rows.log_softmax(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        check_columns("student's logits", student_logits.shape[-1], self.vocab_size)
+        return log_rows(student_logits[..., : self.vocab_size][self.mask])
+
+
+def log_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Log-softmax over the last dimension, in float32 (float64 stays)."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_columns(what: str, columns: int, vocab_size: int) -> None:
+    """Raises: VocabError if `what` covers fewer ids than the shared vocabulary."""
+    if columns < vocab_size:
+        raise VocabError(
+            f"the {what} have {columns} columns but the shared vocabulary has {vocab_size} ids; "
+            "use models whose embeddings cover the teacher's tokenizer"
+        )
 
 
 FLOAT_COLUMNS = ("mixture_logprobs", "student_logprobs", "teacher_logprobs", "tail_logprobs")

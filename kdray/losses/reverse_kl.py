@@ -1,19 +1,16 @@
-"""Reverse KL at every position of the samples, prefixes taken as given."""
+"""Reverse KL: the student must stay where the teacher is."""
 
 from __future__ import annotations
 
 import torch
 
 from kdray.config import ReverseKLLoss
-from kdray.losses.batch import LossBatch, LossOutput
-from kdray.losses.support import buckets
+from kdray.losses.support import Buckets, kl_terms
 
 
-def reverse_kl(student_logits: torch.Tensor, batch: LossBatch, settings: ReverseKLLoss) -> LossOutput:
-    """Sum over masked tokens of KL(student || teacher) on the support and its tail, in nats.
+def reverse_kl(rows: Buckets, settings: ReverseKLLoss | None = None) -> torch.Tensor:
+    """KL(student || teacher) of each position, nats, [N]. Its gradient in the student's logits is q (log q / p - KL).
 
-    Args: student_logits: [B, S, vocab], aligned with the token that they predict.
     Source: GKD, Agarwal et al. 2024 (arXiv 2306.13649), its beta -> 1 limit.
     """
-    both = buckets(batch.masked_rows(student_logits), batch)
-    return LossOutput(total=both.reverse_kl(), sums=both.metric_sums())
+    return rows.row_sums(kl_terms(rows.student, rows.teacher))

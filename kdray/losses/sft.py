@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdray.losses.batch import LossBatch, LossOutput
+from kdray.losses.support import at_tokens
 
 
 def sft(student_logits: torch.Tensor, batch: LossBatch, settings: None = None) -> LossOutput:
@@ -12,5 +13,4 @@ def sft(student_logits: torch.Tensor, batch: LossBatch, settings: None = None) -
 
     Args: student_logits: [B, S, vocab], aligned with the token that they predict.
     """
-    rows = batch.masked_rows(student_logits)
-    return LossOutput(total=-rows.gather(-1, batch.masked("token_ids").unsqueeze(-1)).sum())
+    return LossOutput(total=-at_tokens(batch.masked_rows(student_logits), batch.masked("token_ids")).sum())

@@ -1,47 +1,58 @@
-"""Teacher and student restricted to the recorded support plus one bucket for everything else.
+"""Teacher and student over the same buckets: every id of the vocabulary, or a recorded support plus one tail bucket.
 
-With the tail bucket both sides stay probability distributions: a divergence between them is a lower bound of the one
+This is the one place that knows where rows come from; a divergence sees `Buckets` alone and gives one value a row.
+With the tail bucket both sides stay probability distributions: an f-divergence between them is a lower bound of the one
 over the whole vocabulary, grows with the support, and equals it once the support covers all ids. Dropping the tail
-instead would pay the student for moving mass out of the support.
+instead would pay the student for moving mass out of the support, so no loss here can do it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from kdray.losses.batch import LossBatch
+from kdray.losses.batch import LossBatch, LossOutput, check_columns, log_rows
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Two distributions over K support ids and their tail, at N positions. Absent buckets hold 0 and count nothing."""
+    """Two distributions over the same C buckets, at N positions. Absent buckets hold 0 and count nothing.
 
-    teacher: torch.Tensor  # [N, K + 1] log p, the tail last
-    student: torch.Tensor  # [N, K + 1] log q, with gradient
-    present: torch.Tensor  # [N, K + 1] bool: slot in use; for the tail, some id lies outside the support
+    C is K + 1 with a tail (K support ids, the tail last), or the size of the vocabulary without.
+    """
 
-    def sum(self, terms: torch.Tensor) -> torch.Tensor:
-        """Sum of `terms` [N, K + 1] over all positions and present buckets."""
-        return terms.masked_fill(~self.present, 0.0).sum()
+    teacher: torch.Tensor  # [N, C] log p
+    student: torch.Tensor  # [N, C] log q, with gradient
+    present: torch.Tensor  # [N, C] bool: slot in use; for the tail, some id lies outside the support
+    has_tail: bool = True
+    """False where each bucket is one id of the vocabulary: all are present, and the divergence is exact."""
+    token_logprobs: torch.Tensor | None = None  # [N] log q of the recorded token, with gradient
+
+    def filled(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """`values` [N, C] with `fill` in the absent buckets."""
+        return values.masked_fill(~self.present, fill) if self.has_tail else values
+
+    def row_sums(self, terms: torch.Tensor) -> torch.Tensor:
+        """Sum of `terms` [N, C] over the present buckets of each position, [N]."""
+        return self.filled(terms, 0.0).sum(-1)
 
     def reverse_kl(self) -> torch.Tensor:
         """Sum over positions of KL(student || teacher), nats."""
-        return self.sum(kl_terms(self.student, self.teacher))
-
-    def forward_kl(self) -> torch.Tensor:
-        """Sum over positions of KL(teacher || student), nats."""
-        return self.sum(kl_terms(self.teacher, self.student))
+        return self.row_sums(kl_terms(self.student, self.teacher)).sum()
 
     def metric_sums(self) -> dict[str, torch.Tensor]:
         """Detached sums that every support loss reports: the KL that the support sees, both masses outside of it."""
-        tail = self.present[:, -1]
-        return {
-            "reverse_kl_support": self.reverse_kl().detach(),
-            "teacher_tail_mass": self.teacher[:, -1].exp().masked_fill(~tail, 0.0).sum(),
-            "student_tail_mass": self.student[:, -1].detach().exp().masked_fill(~tail, 0.0).sum(),
-        }
+        tail = self.present[:, -1] if self.has_tail else torch.zeros_like(self.present[:, -1])
+        with torch.no_grad():
+            return {
+                "reverse_kl_support": self.reverse_kl(),
+                "teacher_tail_mass": self.teacher[:, -1].exp().masked_fill(~tail, 0.0).sum(),
+                "student_tail_mass": self.student[:, -1].exp().masked_fill(~tail, 0.0).sum(),
+            }
 
 
 def kl_terms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -49,14 +60,24 @@ def kl_terms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return first.exp() * (first.clamp(min=torch.finfo(first.dtype).min) - second)
 
 
+def log_mixture(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share exp(first) + (1 - share) exp(second)), elementwise, for 0 < share < 1."""
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
 def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
-    """Both models on the batch's support and its tail.
+    """Both models on the batch's support and its tail; over the whole vocabulary where it has the teacher's logits.
 
     The student's tail is a logsumexp over the ids outside the support, not log(1 - Q): that one loses all digits, and
     its gradient, once Q is near 1.
     Args: student_rows: [N, vocab] log-softmax at the masked positions, from `LossBatch.masked_rows`.
     Source: chain rule of KL over the partition {each support id, the rest}; Cover & Thomas, theorem 2.5.3.
     """
+    token_ids = batch.masked("token_ids")
+    if batch.teacher_logits is not None:
+        check_columns("teacher's logits", batch.teacher_logits.shape[-1], batch.vocab_size)
+        teacher_rows = log_rows(batch.teacher_logits[..., : batch.vocab_size][batch.mask].detach())
+        return full_rows(teacher_rows, student_rows, token_ids)
     ids = batch.masked("support_ids")  # [N, K]
     num_rows, vocab = student_rows.shape
     used = ids >= 0
@@ -67,10 +88,46 @@ def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
     # A fully covered row is all -inf; its tail is absent below, and no gradient passes a masked fill.
     outside = student_rows.masked_fill(inside, -torch.inf)
     present = torch.cat([used, has_tail], dim=-1)
-    student = torch.cat(
-        [student_rows.gather(-1, ids.clamp(min=0)), outside.logsumexp(-1, keepdim=True)], dim=-1
-    ).masked_fill(~present, 0.0)
+    student = torch.cat([student_rows.gather(-1, ids.clamp(min=0)), outside.logsumexp(-1, keepdim=True)], dim=-1).masked_fill(
+        ~present, 0.0
+    )
     teacher = torch.cat([batch.masked("support_logprobs"), batch.masked("tail_logprobs").unsqueeze(-1)], dim=-1).to(
         student.dtype
     )
-    return Buckets(teacher=teacher.masked_fill(~present, 0.0), student=student, present=present)
+    return Buckets(
+        teacher=teacher.masked_fill(~present, 0.0),
+        student=student,
+        present=present,
+        token_logprobs=at_tokens(student_rows, token_ids),
+    )
+
+
+def full_rows(teacher_rows: torch.Tensor, student_rows: torch.Tensor, token_ids: torch.Tensor | None = None) -> Buckets:
+    """Both models over the whole vocabulary. Args: log-softmax rows [N, vocab]; token_ids: [N] recorded tokens, if known."""
+    return Buckets(
+        teacher=teacher_rows.to(student_rows.dtype),
+        student=student_rows,
+        present=torch.ones((), dtype=torch.bool, device=student_rows.device).expand(student_rows.shape),  # takes no memory
+        has_tail=False,
+        token_logprobs=None if token_ids is None else at_tokens(student_rows, token_ids),
+    )
+
+
+def at_tokens(rows: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """rows[n, token_ids[n]], [N]."""
+    return rows.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+Divergence = Callable[[Buckets, Any], torch.Tensor]
+"""(buckets, the loss's settings) -> one value a position [N], nats, with the student's gradient."""
+
+
+def divergence_loss(divergence: Divergence) -> Callable[..., LossOutput]:
+    """The loss that sums `divergence` over the masked tokens of a batch, prefixes taken as given."""
+
+    def loss(student_logits: torch.Tensor, batch: LossBatch, settings: Any) -> LossOutput:
+        both = buckets(batch.masked_rows(student_logits), batch)
+        return LossOutput(total=divergence(both, settings).sum(), sums=both.metric_sums())
+
+    loss.__doc__ = divergence.__doc__
+    return loss

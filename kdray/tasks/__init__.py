@@ -1,4 +1,4 @@
-"""Generated questions with exact graders: last letters, coin flip, arithmetic. No file, no network, no third-party list.
+"""Generated questions with exact graders: last letters, coin flip, arithmetic. No file, no network.
 
 To add one: a file here with a class of the shape of `Task`, a line in `TASKS`, and its name in `kdray.config.TaskName`.
 """
@@ -44,20 +44,24 @@ def generate_examples(
 
 
 def _distinct(
-    task: Task, rng: np.random.Generator, difficulty: int, share: int, exclude: AbstractSet[str]
+    task: Task,
+    rng: np.random.Generator,
+    difficulty: int,
+    share: int,
+    taken: AbstractSet[str],
 ) -> list[Example]:
     exist = task.num_prompts(difficulty)
     found: dict[str, Example] = {}
     misses = 0
     while len(found) < share:
         if share > exist or misses > _MISSES_PER_PROMPT * exist:
-            taken = "" if share > exist else f", and all but {len(found)} of them are held out or used already"
+            used = "" if share > exist else f", and all but {len(found)} of them are held out or used already"
             raise DataError(
-                f"task {task.name} has {exist} different prompts at difficulty {difficulty}{taken}: {share} were asked "
+                f"task {task.name} has {exist} different prompts at difficulty {difficulty}{used}: {share} were asked "
                 "for; raise data.prompts.difficulty, or lower data.prompts.size or data.heldout_size"
             )
         example = task.generate(rng, difficulty)
-        if example.prompt in found or example.prompt in exclude:
+        if example.prompt in found or example.prompt in taken:
             misses += 1
         else:
             found[example.prompt] = example

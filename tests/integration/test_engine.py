@@ -150,15 +150,12 @@ async def test_same_request_draws_the_same_tokens(pair: Pair) -> None:
 async def test_token_frequencies_follow_the_mixture(pair: Pair, tiny_models: TinyModels, alpha: float) -> None:
     """First and second token of many draws against alpha p + (1 - alpha) q from Hugging Face (chi-square)."""
     prompt = np.array([5, 9, 33, 20], dtype=np.int32)
-    requests = [
-        SampleRequest(index, 0, prompt, alpha, seed=1_000_003 * index + 17, max_new_tokens=2) for index in range(3000)
-    ]
+    requests = [SampleRequest(index, 0, prompt, alpha, seed=1_000_003 * index + 17, max_new_tokens=2) for index in range(3000)]
     rollouts = list((await _draw(pair.engine, requests)).values())
 
     def law(prefix: np.ndarray) -> np.ndarray:
         teacher, student = (
-            tiny_models.log_rows(folder, prefix, np.array([0])).double().exp()[0]
-            for folder in (pair.teacher, pair.student)
+            tiny_models.log_rows(folder, prefix, np.array([0])).double().exp()[0] for folder in (pair.teacher, pair.student)
         )
         return (alpha * teacher + (1 - alpha) * student).numpy()
 

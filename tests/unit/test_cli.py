@@ -24,9 +24,7 @@ from kdray.run_folder import RunFolder
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "run: {name: trial}\nstudent: {model: {type: tiny}}\nteachers: {t: {model: {type: tiny, layers: 4}}}\n"
-    )
+    path.write_text("run: {name: trial}\nstudent: {model: {type: tiny}}\nteachers: {t: {model: {type: tiny, layers: 4}}}\n")
     return path
 
 
@@ -94,9 +92,7 @@ def test_help_loads_nothing_heavy():
 
 
 def test_the_module_is_the_command_too():
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "--version"], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-m", "cluster.cli", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"kdray {__version__}\n")
 
 

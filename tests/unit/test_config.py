@@ -43,9 +43,7 @@ def all_settings() -> list[type[Settings]]:
 def test_every_field_is_documented(settings: type[BaseModel]):
     # `type` chooses the member of a union; the union's own field explains it.
     undocumented = [
-        name
-        for name, field in settings.model_fields.items()
-        if name != "type" and not (field.description or "").strip()
+        name for name, field in settings.model_fields.items() if name != "type" and not (field.description or "").strip()
     ]
     assert undocumented == []
 

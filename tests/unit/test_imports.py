@@ -15,8 +15,7 @@ LIGHT = ("kdray.config", "kdray.types", "kdray.interfaces", "kdray.errors", "kdr
 ROOT = Path(importlib.util.find_spec("kdray").origin).parents[1]
 
 MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for path in (ROOT / "kdray").rglob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in (ROOT / "kdray").rglob("*.py")
 )
 
 

@@ -1,4 +1,4 @@
-"""Losses against NumPy, hand arithmetic, numerical gradients, identities, and an enumerated world."""
+"""Losses against NumPy, hand arithmetic, numerical gradients and identities."""
 
 import itertools
 import math
@@ -494,9 +494,7 @@ def test_padding_order_and_split_change_nothing(data):
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 fill = value.new_zeros((len(part), 1, *value.shape[2:]))
-                padded[name] = torch.cat(
-                    [fill.repeat_interleave(left, 1), value[index], fill.repeat_interleave(right, 1)], 1
-                )
+                padded[name] = torch.cat([fill.repeat_interleave(left, 1), value[index], fill.repeat_interleave(right, 1)], 1)
         z = torch.nn.functional.pad(logits[index], (0, 0, left, right)).requires_grad_()
         output = loss_function(loss)(z, replace(batch, **padded), loss)
         output.total.backward()
@@ -507,105 +505,3 @@ def test_padding_order_and_split_change_nothing(data):
     assert total == pytest.approx(expected.total.item(), rel=1e-11, abs=1e-12)
     assert sums == pytest.approx({name: float(value) for name, value in expected.sums.items()}, rel=1e-11, abs=1e-12)
     torch.testing.assert_close(seen, whole.grad, rtol=1e-11, atol=1e-13)
-
-
-# ------------------------------------------------------------------------------------------------- enumerated world
-
-V, L, EOS = 5, 3, 0
-
-
-class World:
-    """All 85 sequences over five ids that end with id 0 or after three tokens; every row of logits is a linear function
-    of the same 12 parameters, so that a mistake at one prefix shows everywhere."""
-
-    def __init__(self, seed=0):
-        rng = np.random.default_rng(seed)
-        self.sequences = [
-            list(tokens)
-            for length in range(1, L + 1)
-            for tokens in itertools.product(range(V), repeat=length)
-            if EOS not in tokens[:-1] and (tokens[-1] == EOS or length == L)
-        ]
-        prefixes = sorted({tuple(tokens[:t]) for tokens in self.sequences for t in range(len(tokens))})
-        self.at = {prefix: row for row, prefix in enumerate(prefixes)}
-        self.features = torch.tensor(rng.normal(size=(len(prefixes), V, 12)) * 0.5)
-        self.theta = torch.tensor(rng.normal(size=12), requires_grad=True)
-        self.teacher = torch.tensor(rng.normal(size=(len(prefixes), V))).log_softmax(-1)
-
-    def student(self):
-        return (self.features @ self.theta).log_softmax(-1)
-
-    def rows(self, tokens, table):
-        return torch.stack([table[self.at[tuple(tokens[:t])]] for t in range(len(tokens))])
-
-    def logprob(self, tokens, table):
-        return self.rows(tokens, table)[range(len(tokens)), tokens].sum()
-
-    def exact_gradient(self):
-        """d KL(student || teacher) / d theta, the divergence summed over whole sequences."""
-        student = self.student()
-        divergence = sum(
-            self.logprob(tokens, student).exp() * (self.logprob(tokens, student) - self.logprob(tokens, self.teacher))
-            for tokens in self.sequences
-        )
-        return torch.autograd.grad(divergence, self.theta)[0]
-
-    def expected_gradient(self, loss, alpha, weights=True):
-        """Mean of the loss's gradient over sequences drawn from the mixture: a sum over all of them."""
-        student = self.student()
-        frozen = student.detach()
-        mixture = torch.logaddexp(self.teacher + math.log(alpha), frozen + math.log1p(-alpha)) if alpha else frozen
-        mean = torch.zeros((), dtype=torch.float64)
-        for tokens in self.sequences:
-            count = len(tokens)
-            column = lambda table: torch.cat([torch.zeros(1), self.rows(tokens, table)[range(count), tokens]])[None]  # noqa: B023, E731
-            pad_row = torch.zeros(1, V, dtype=torch.float64)
-            batch = LossBatch(
-                token_ids=torch.tensor([[0, *tokens]]),
-                mask=torch.tensor([[False] + [True] * count]),
-                vocab_size=V,
-                student_logprobs=column(frozen),
-                mixture_logprobs=column(mixture if weights else frozen),
-                teacher_logprobs=column(self.teacher),
-                support_ids=torch.arange(V).repeat(1, count + 1, 1),
-                support_logprobs=torch.cat([pad_row, self.rows(tokens, self.teacher)])[None],
-                tail_logprobs=torch.full((1, count + 1), -torch.inf, dtype=torch.float64),
-            )
-            logits = torch.cat([pad_row, self.rows(tokens, student)])[None]
-            mean = mean + self.logprob(tokens, mixture).exp() * LOSSES["minillm"](logits, batch, loss).total
-        return torch.autograd.grad(mean, self.theta)[0]
-
-
-@pytest.fixture(scope="module")
-def world():
-    return World()
-
-
-def test_world_is_a_distribution(world):
-    assert len(world.sequences) == 85
-    student = world.student().detach()
-    assert sum(world.logprob(tokens, student).exp() for tokens in world.sequences).item() == pytest.approx(
-        1.0, abs=1e-12
-    )
-
-
-def test_minillm_is_unbiased_on_the_students_own_samples(world):
-    gradient = world.expected_gradient(PLAIN, alpha=0.0)
-    torch.testing.assert_close(gradient, world.exact_gradient(), rtol=0, atol=1e-8)
-
-
-def test_minillm_terms_are_both_needed(world):
-    """Without the single-step term, or without the return, the expectation is another gradient."""
-    exact = world.exact_gradient()
-    for loss in (MiniLLMLoss(length_norm=False, single_step=False), MiniLLMLoss()):
-        assert (world.expected_gradient(loss, alpha=0.0) - exact).norm() > 0.01 * exact.norm()
-
-
-def test_minillm_under_mixing_is_biased_as_published(world):
-    """The single-token weight does not restore the student's expectation: nobody may claim that it does."""
-    exact = world.exact_gradient()
-    gradient = world.expected_gradient(PLAIN, alpha=0.2)
-    assert (gradient - exact).norm() > 0.05 * exact.norm()
-    assert torch.nn.functional.cosine_similarity(gradient, exact, dim=0) > 0.5
-    # and it does enter the gradient
-    assert (gradient - world.expected_gradient(PLAIN, alpha=0.2, weights=False)).norm() > 1e-3 * exact.norm()

@@ -120,9 +120,7 @@ def test_uniforms_depend_on_seed_and_position_only():
 
 
 def test_sample_seeds_are_apart_by_run_stream_and_sample():
-    seeds = {
-        sample_seed(run, stream, sample) for run in (0, 1) for stream in ("train", "heldout") for sample in range(500)
-    }
+    seeds = {sample_seed(run, stream, sample) for run in (0, 1) for stream in ("train", "heldout") for sample in range(500)}
     assert len(seeds) == 2000
     assert all(0 <= seed < 2**64 for seed in seeds)
     assert sample_seed(0, "train", 7) == sample_seed(0, "train", 7)

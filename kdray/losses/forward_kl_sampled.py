@@ -1,0 +1,25 @@
+"""Forward KL read at the sampled token: sequence-level distillation where the teacher writes, exact under mixing too."""
+
+from __future__ import annotations
+
+import torch
+
+from kdray.config import ForwardKLSampledLoss
+from kdray.losses.batch import LossBatch, LossOutput
+from kdray.losses.support import at_tokens
+
+
+def forward_kl_sampled(student_logits: torch.Tensor, batch: LossBatch, settings: ForwardKLSampledLoss) -> LossOutput:
+    """Sum over masked tokens of (p / m) log(p / q) at the sampled token, nats; only log q carries gradient.
+
+    Given the prefix, value and gradient have those of KL(teacher || student) as mean, whatever student drew the token: m is
+    the density it was drawn from. p / m is at most 1 / alpha; at alpha 1 it is 1, and this is sequence-level distillation on
+    the teacher's samples, less their constant entropy.
+    Args: student_logits: [B, S, vocab], aligned with the token that they predict.
+    Source: Kim & Rush 2016 (arXiv 1606.07947) for alpha 1; importance sampling otherwise.
+    """
+    logprobs = at_tokens(batch.masked_rows(student_logits), batch.masked("token_ids"))
+    teacher = batch.masked("teacher_logprobs").to(logprobs.dtype)
+    weight = (teacher - batch.masked("mixture_logprobs").to(logprobs.dtype)).exp()
+    log_ratio = teacher - logprobs
+    return LossOutput(total=(weight * log_ratio).sum(), sums={"log_ratio": log_ratio.detach().sum()})

@@ -1,0 +1,58 @@
+"""MiniLLM as its reference code computes it, for comparison: the paper's estimator with the departures of that code.
+
+Kept from the code: r_t counts twice (the return starts at t, not t + 1, beside the single-step term); gamma is 0.95;
+the return is divided by the tokens left, t included; rewards are divided by a scale and clipped; returns are
+whitened; q / m enters a PPO ratio whose clip is sign-aware; q and p of rewards and weights are those of the time of
+sampling.
+Different here: sums are divided by the response tokens of the whole step, not averaged in each micro-batch, and
+whitening takes the real tokens of the whole step, not padding zeros too, so that no split of a batch changes the
+gradient; the single-step term is on support and tail, not on the full row. The loss on pretraining text is not part
+of this term.
+Source: microsoft/LMOps, folder minillm, losses.py and arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kdray.config import LMOpsLoss
+from kdray.losses.batch import LossBatch, LossOutput
+from kdray.losses.policy_gradient import Whitening, sampled_tokens, whitened_returns
+from kdray.losses.support import buckets
+
+
+def lmops(
+    student_logits: torch.Tensor, batch: LossBatch, settings: LMOpsLoss, whitening: Whitening | None = None
+) -> LossOutput:
+    """Sum over masked tokens of KL(q || p)(prefix_t) + max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps)).
+
+    A_t: whitened returns from t on; rho_t = q_theta(y_t) / m_old(y_t), with gradient. Because rho_t is q_old / m_old
+    before the first step already, the clip takes the gradient of {A > 0, rho > 1 + eps} and {A < 0, rho < 1 - eps} from
+    the start.
+    Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
+          whitening: statistics of the whole step, needed under settings.whitening.
+    """
+    tokens = sampled_tokens(student_logits, batch)
+    advantages = whitened_returns(batch, settings, whitening, tokens.current.dtype)
+    ratio = (tokens.logprobs - tokens.mixture).exp()
+    surrogate = -advantages * ratio
+    flat = torch.zeros_like(batch.mask[batch.mask])
+    if settings.clip is not None:
+        low, high = 1.0 - settings.clip, 1.0 + settings.clip
+        surrogate = torch.maximum(surrogate, -advantages * ratio.clamp(low, high))
+        flat = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+    policy_gradient = surrogate.sum()
+
+    both = buckets(tokens.rows if settings.single_step else tokens.rows.detach(), batch)
+    single_step = both.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
+    return LossOutput(
+        total=single_step + policy_gradient,
+        sums={
+            "policy_gradient": policy_gradient.detach(),
+            "single_step": single_step.detach(),
+            "staleness_ratio": (tokens.current - tokens.student).exp().sum(),
+            "ppo_clipped": flat.sum(),
+            **tokens.metric_sums(),
+            **both.metric_sums(),
+        },
+    )

@@ -1,0 +1,170 @@
+"""What the policy-gradient losses share: sampled tokens under every model, returns, whitening over a whole step.
+
+The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is a number to the gradient except
+`SampledTokens.rows` and `.logprobs`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from kdray.config import LMOpsLoss, LossSettings, MiniLLMLoss
+from kdray.errors import TrainingError
+from kdray.importance import mixing_weight
+from kdray.losses.batch import LossBatch
+from kdray.types import TrainBatch
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Log-probabilities of the N sampled tokens, row by row, all in the dtype of the student's rows."""
+
+    mask: torch.Tensor  # [B, S] bool
+    rows: torch.Tensor  # [N, vocab] log q_theta, with gradient
+    logprobs: torch.Tensor  # [N] log q_theta of the sampled token, with gradient
+    current: torch.Tensor  # [N] the same, detached
+    student: torch.Tensor  # [N] log q of the sampler
+    mixture: torch.Tensor  # [N] log m of the sampler
+    teacher: torch.Tensor  # [N] log p
+
+    @property
+    def mixing(self) -> torch.Tensor:
+        """q / m of the sampler, [N]."""
+        return mixing_weight(self.student, self.mixture)
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """log p / q_theta, [N], detached."""
+        return self.teacher - self.current
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [N] where their tokens stand, 0 elsewhere: [B, S]."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+    def metric_sums(self) -> dict[str, torch.Tensor]:
+        """Detached sums that every policy-gradient loss reports."""
+        return {
+            "importance_weight": self.mixing.sum(),
+            "importance_weight_sq": self.mixing.square().sum(),
+            "log_ratio": self.rewards.sum(),
+        }
+
+
+def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTokens:
+    """The sampled tokens of a micro-batch. Args: student_logits: [B, S, vocab], aligned with the token they predict.
+
+    Raises: TrainingError if the sampler recorded no log m, log q or log p.
+    """
+    rows = batch.masked_rows(student_logits)
+    logprobs = rows.gather(-1, batch.masked("token_ids").unsqueeze(-1)).squeeze(-1)
+    return SampledTokens(
+        mask=batch.mask,
+        rows=rows,
+        logprobs=logprobs,
+        current=logprobs.detach(),
+        student=batch.masked("student_logprobs").to(rows.dtype),
+        mixture=batch.masked("mixture_logprobs").to(rows.dtype),
+        teacher=batch.masked("teacher_logprobs").to(rows.dtype),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- returns
+
+
+def later_sums(values: torch.Tensor, gamma: float) -> torch.Tensor:
+    """out[b, t] = sum over t' > t of gamma^(t' - t - 1) values[b, t'], [B, S], in log2(S) passes."""
+    total = pad(values[:, 1:], (0, 1))
+    stride = 1
+    # Each pass doubles the window: gamma^stride times the window that starts where this one ends.
+    while stride < values.shape[1]:
+        total = total + gamma**stride * pad(total[:, stride:], (0, stride))
+        stride *= 2
+    return total
+
+
+def returns_after(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length_norm: bool) -> torch.Tensor:
+    """R_{t+1}: the discounted rewards after each token; under length_norm divided by how many they are.
+
+    Args: rewards: [B, S], 0 outside `mask`; mask: [B, S] bool. Returns: [B, S]; 0 at the last token of a row.
+    """
+    returns = later_sums(rewards, gamma)
+    return returns / tokens_after(mask).clamp(min=1) if length_norm else returns
+
+
+def returns_from(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length_norm: bool) -> torch.Tensor:
+    """R_t: the discounted rewards of each token and those after it; arguments as in `returns_after`."""
+    returns = rewards + gamma * later_sums(rewards, gamma)
+    return returns / (tokens_after(mask) + 1) if length_norm else returns
+
+
+def tokens_after(mask: torch.Tensor) -> torch.Tensor:
+    """Response tokens after each response token, [B, S]."""
+    return mask.sum(-1, keepdim=True) - mask.cumsum(-1)
+
+
+# ----------------------------------------------------------------------------------------------------- whitening
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Mean and standard deviation of the returns of a whole step, the same on every rank and in every micro-batch."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def from_sums(cls, sums: Sequence[float]) -> Whitening:
+        """From what `return_sums` gives, added up over all ranks."""
+        count, total, squares = (float(value) for value in sums)
+        mean = total / max(count, 1.0)
+        variance = max(squares / max(count, 1.0) - mean**2, 0.0)
+        # The floor of the reference code: a step whose returns are all equal ends at 0, not at 0 / 0.
+        return cls(mean=mean, std=math.sqrt(variance + 1e-8))
+
+
+def return_sums(batch: TrainBatch, settings: LossSettings | None) -> np.ndarray | None:
+    """Number, sum and sum of squares of the returns at the real tokens of `batch`: float64 [3].
+
+    None if the settings whiten nothing. Known before any forward pass, since these returns are those of the sampler's
+    log q. The three numbers of shards add up to the whole batch's; padding rows add nothing.
+    """
+    if not isinstance(settings, MiniLLMLoss | LMOpsLoss) or not settings.whitening:
+        return None
+    tensors = LossBatch.from_train_batch(batch, vocab_size=0)
+    returns = recorded_returns(tensors, settings, torch.float64)
+    return np.array([len(returns), float(returns.sum()), float(returns.square().sum())])
+
+
+def recorded_returns(batch: LossBatch, settings: MiniLLMLoss | LMOpsLoss, dtype: torch.dtype) -> torch.Tensor:
+    """Returns [N] from the recorded log p and log q, before whitening: they stay the same while theta moves."""
+    recorded = batch.masked("teacher_logprobs").to(dtype) - batch.masked("student_logprobs").to(dtype)
+    returns_of = returns_after
+    if isinstance(settings, LMOpsLoss):
+        returns_of = returns_from
+        recorded = (recorded / settings.reward_scaling).clamp(-settings.reward_clip, settings.reward_clip)
+    rewards = recorded.new_zeros(batch.mask.shape).masked_scatter(batch.mask, recorded)
+    return returns_of(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]
+
+
+def whitened_returns(
+    batch: LossBatch, settings: MiniLLMLoss | LMOpsLoss, whitening: Whitening | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """`recorded_returns`, shifted and scaled by the step's statistics where the settings ask for it; [N].
+
+    Raises: TrainingError if they ask for it and no statistics are given: one micro-batch does not know them.
+    """
+    returns = recorded_returns(batch, settings, dtype)
+    if not settings.whitening:
+        return returns
+    if whitening is None:
+        raise TrainingError(
+            f"loss.whitening=true with loss.type={settings.type}: the loss was called without the step's statistics; "
+            "add up return_sums over the ranks and pass Whitening.from_sums of them to loss_function"
+        )
+    return (returns - whitening.mean) / whitening.std

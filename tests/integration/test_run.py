@@ -1,0 +1,245 @@
+"""`kdray run` as a user starts it: own folders and files, a whole run, an interruption, a resume, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from kdray.config import TinyModel
+from kdray.models import build_tiny_model
+from kdray.tasks import generate_examples
+
+BATCH = 32
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: a teacher and a student saved by save_pretrained, prompts in a JSONL file."""
+    root = tmp_path_factory.mktemp("workplace")
+    build_tiny_model(
+        TinyModel(type="tiny", layers=2, width=64, seed=1, train={"steps": 150, "difficulty": 1}), root / "teacher"
+    )
+    build_tiny_model(TinyModel(type="tiny", layers=2, width=64, tie_embeddings=True, seed=2), root / "student")
+    with (root / "prompts.jsonl").open("w") as file:
+        for example in generate_examples(["last_letters"], 1, 400, seed=3):
+            file.write(json.dumps({"question": example.prompt, "answer": example.answer}) + "\n")
+    return root
+
+
+def _recipe(workplace: Path, name: str, **sections: Any) -> Path:
+    tree: dict[str, Any] = {
+        "run": {"name": name, "output": str(workplace / "runs")},
+        "data": {"prompts": {"type": "jsonl", "path": str(workplace / "prompts.jsonl")}, "heldout_size": 48},
+        "student": {"model": str(workplace / "student")},
+        "teachers": {"main": {"model": str(workplace / "teacher"), "kv_cache_gib": 0.2}},
+        "rollout": {"max_new_tokens": 8},
+        "training": {
+            "steps": 12,
+            "batch_size": BATCH,
+            "learning_rate": 3e-3,
+            "sft": {"steps": 20, "batch_size": 32, "learning_rate": 3e-3},
+        },
+    }
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | values
+    path = workplace / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    # A session of its own, so that what it leaves behind can be found by session id.
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def _finish(process: subprocess.Popen[str], code: int, timeout_s: float = 280) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, output[-6000:]
+    return output
+
+
+def _assert_nothing_left(marker: str) -> None:
+    """No process of the run is alive: Ray's and vLLM's carry the run's environment variable."""
+    deadline = time.monotonic() + 20
+    while True:
+        left = []
+        for process in psutil.process_iter(["pid", "cmdline", "status"]):
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("KDRAY_TEST_MARKER") == marker:
+                    left.append((process.pid, " ".join(process.cmdline())[:120]))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        if not left:
+            return
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def marker(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An environment variable that every process of a run inherits."""
+    value = f"{os.getpid()}-{time.monotonic_ns()}"
+    monkeypatch.setenv("KDRAY_TEST_MARKER", value)
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _check_ledger(run: Path, steps: int) -> None:
+    """Every sample of every step trained exactly once, counted from the files."""
+    counts = Counter(sample for line in _lines(run / "ledger.jsonl") for sample in line["sample_ids"])
+    assert counts == Counter(range(steps * BATCH))
+    assert [line["step"] for line in _lines(run / "metrics.jsonl")] == list(range(1, steps + 1))
+
+
+def test_a_run_from_own_folders(workplace: Path, marker: str) -> None:
+    recipe = _recipe(workplace, "whole", rollout={"max_new_tokens": 8, "max_staleness": 2}, evaluation={"control": True})
+    output = _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "whole"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"], output[-3000:]
+    assert summary["steps"] == 12
+    assert summary["prompts_consumed"] == 12 * BATCH
+    assert summary["lost_samples"] == summary["duplicated_samples"] == 0
+    assert summary["control"]["trained_tokens"] >= summary["trained_tokens"]
+    assert {"ray", "torch", "transformers", "deepspeed", "pyarrow"} <= set(summary["versions"])
+    _check_ledger(run, 12)
+    metrics = _lines(run / "metrics.jsonl")
+    for line in metrics:
+        assert line["staleness_max"] <= 2
+        assert 0 < line["importance_weight_mean"] <= 1.25
+        assert line["importance_weight_ess"] <= 1.0 + 1e-6
+        assert {"loss", "reverse_kl", "forward_kl", "tokens_per_s", "wait_rollout_s", "wait_sync_s"} <= set(line)
+    assert any(line["staleness_max"] > 0 for line in metrics), "sampling never overlapped training"
+    assert pq.read_table(run / "samples").num_rows > 0
+    assert (run / "report.html").stat().st_size > 10_000
+    assert any((run / "tb").rglob("events.out.tfevents*"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = AutoModelForCausalLM.from_pretrained(run / "student")
+    original = AutoModelForCausalLM.from_pretrained(workplace / "student")
+    assert any((a != b).any() for a, b in zip(exported.parameters(), original.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(run / "student").eos_token_id == 1
+    assert "reverse_kl" in output
+    _assert_nothing_left(marker)
+
+
+def test_the_same_folder_is_not_written_twice(workplace: Path) -> None:
+    (workplace / "runs" / "taken").mkdir(parents=True)
+    (workplace / "runs" / "taken" / "config.yaml").write_text("run: {name: taken}\n")
+    output = _finish(_start("run", str(_recipe(workplace, "taken"))), 2)
+    assert "taken" in output
+    assert "--resume" in output
+
+
+def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
+    """Ctrl-C in mid-run: checkpoint, exit 130, nothing left; the resumed run trains every sample exactly once."""
+    recipe = _recipe(
+        workplace, "stopped", training={"steps": 60, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 0}
+    )
+    process = _start("run", str(recipe))
+    metrics = workplace / "runs" / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = _finish(process, 130)
+    assert "--resume" in output
+    _assert_nothing_left(marker)
+    run = workplace / "runs" / "stopped"
+    (checkpoint,) = run.glob("checkpoints/step-*")
+    stopped_at = int(checkpoint.name.removeprefix("step-"))
+    assert 5 <= stopped_at < 60
+    _finish(_start("run", str(recipe), "training.steps=" + str(stopped_at + 8), "--resume"), 0)
+    _check_ledger(run, stopped_at + 8)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["resumed_from_step"] == stopped_at
+    assert summary["prompts_consumed"] == (stopped_at + 8) * BATCH
+    _assert_nothing_left(marker)
+
+
+@pytest.mark.full
+def test_a_student_only_pool_samples_and_the_teacher_scores(workplace: Path, marker: str) -> None:
+    """alpha 0 with scoring by prefill, on two kinds of replica sharing the cores; strictly on-policy."""
+    recipe = _recipe(
+        workplace,
+        "split",
+        rollout={"max_new_tokens": 8, "sampler": "student", "max_staleness": 0, "pool": {"kv_cache_gib": 0.2}},
+        loss={"type": "jsd", "beta": 0.9},
+        cluster={"local_cpus": 4},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "split"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
+    _check_ledger(run, 12)
+    assert all(line["staleness_max"] == 0 for line in _lines(run / "metrics.jsonl"))
+    _assert_nothing_left(marker)
+
+
+@pytest.mark.full
+def test_a_failing_part_stops_the_run_with_the_reason(workplace: Path, marker: str) -> None:
+    """A learning rate that blows up: exit 1, the batch named, the optimizer not moved, nothing left."""
+    recipe = _recipe(workplace, "blown", training={"steps": 40, "batch_size": BATCH, "learning_rate": 1e30})
+    output = _finish(_start("run", str(recipe)), 1)
+    assert "not finite" in output
+    assert "samples [" in output
+    assert "Traceback" not in output
+    _assert_nothing_left(marker)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.step=3"], "training.step: unknown key; did you mean `steps`"),
+        (["teachers.main.replicas=64"], "teachers.main.replicas"),
+        (["teachers.main.num_gpus=1"], "no node has that"),
+        (["data.prompts.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["rollout.max_new_tokens=5000"], "positions"),
+        (["cluster.address=127.0.0.1:1"], "no Ray cluster answers there"),
+    ],
+)
+def test_bad_input_ends_with_2_before_anything_starts(workplace: Path, overrides: list[str], message: str) -> None:
+    recipe = _recipe(workplace, "bad-" + str(abs(hash(message)) % 10**6))
+    output = _finish(_start("run", str(recipe), *overrides), 2, timeout_s=120)
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_eval_reports_the_student_of_a_run(workplace: Path) -> None:
+    """After `test_a_run_from_own_folders`: the same numbers again, from the exported student."""
+    run = workplace / "runs" / "whole"
+    if not (run / "summary.json").exists():
+        pytest.fail("needs the run of test_a_run_from_own_folders; run the whole file")
+    output = _finish(_start("eval", str(run)), 0)
+    after = json.loads((run / "summary.json").read_text())["after"]["reverse_kl"]
+    shown = [float(word) for word in output.replace("│", " ").split() if word.replace(".", "", 1).isdigit()]
+    assert np.isclose(shown, after, rtol=2e-2).any(), output

@@ -1,0 +1,199 @@
+"""The student's ranks: real Ray Train and DeepSpeed, the same curve however the work is split."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.student_engine import Phase
+from actors.student_group import StudentRanks
+from actors.weight_sync import WeightStore, pull
+from kdray.batching import rollouts_to_batch
+from kdray.config import MiniLLMLoss, TrainingSettings
+from kdray.errors import TrainingError
+from kdray.models import task_tokenizer
+from kdray.types import Rollout, TrainBatch
+
+from .conftest import VOCAB, TinyModels
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def _batches(tiny_models: TinyModels, teacher: Path, student: Path, count: int = STEPS) -> list[TrainBatch]:
+    """Rollouts of unequal length with true columns of both models, 12 a step (so that 8 rows and 4 padding rows occur)."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for step in range(count):
+        rollouts = []
+        for index in range(16):
+            prompt = rng.integers(2, VOCAB, size=rng.integers(1, 12)).astype(np.int32)
+            response = rng.integers(1, VOCAB, size=rng.integers(1, 20)).astype(np.int32)
+            p, q = (tiny_models.log_rows(folder, prompt, response) for folder in (teacher, student))
+            at = torch.from_numpy(response).long().unsqueeze(1)
+            ids = p.topk(8, dim=1).indices
+            outside = p.scatter(1, ids, -torch.inf).logsumexp(1)
+            log_p, log_q = p.gather(1, at).squeeze(1), q.gather(1, at).squeeze(1)
+            rollouts.append(
+                Rollout(
+                    sample_id=step * 16 + index,
+                    prompt_id=index,
+                    prompt_ids=prompt,
+                    token_ids=response,
+                    mixture_logprobs=(0.2 * log_p.exp() + 0.8 * log_q.exp()).log().numpy(),
+                    student_logprobs=log_q.numpy(),
+                    student_versions=np.zeros(len(response), np.int32),
+                    alpha=0.2,
+                    finish_reason="length",
+                    teacher="t",
+                    teacher_logprobs=log_p.numpy(),
+                    support_ids=ids.numpy().astype(np.int32),
+                    support_logprobs=p.gather(1, ids).numpy(),
+                    tail_logprobs=outside.numpy(),
+                )
+            )
+        batches.append(rollouts_to_batch(rollouts, step + 1))
+    return batches
+
+
+def _training(**settings: Any) -> TrainingSettings:
+    values = {"batch_size": 16, "micro_batch_size": 4, "sft": {"batch_size": 16}, "cpus_per_rank": 1, "learning_rate": 3e-3}
+    return TrainingSettings.model_validate(values | settings)
+
+
+@asynccontextmanager
+async def _ranks(training: TrainingSettings, folder: Path) -> AsyncIterator[tuple[StudentRanks, Any]]:
+    task_tokenizer().save_pretrained(folder / "tokenizer")
+    weights = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
+    ranks = StudentRanks(training, VOCAB, 0, str(folder / "tokenizer"), weights, folder / "checkpoints", folder / "ray")
+    await ranks.start()
+    try:
+        yield ranks, weights
+        await ranks.close()
+    except BaseException:
+        ranks.kill()
+        raise
+    finally:
+        ray.kill(weights)
+
+
+def _phase(student: Path) -> Phase:
+    return Phase("distill", str(student), MiniLLMLoss(), 3e-3, STEPS, warmup_steps=1, schedule="cosine")
+
+
+async def _curve(
+    training: TrainingSettings, student: Path, batches: list[TrainBatch], folder: Path
+) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step."""
+    async with _ranks(training, folder) as (ranks, _):
+        await ranks.start_phase(_phase(student))
+        reports = [await ranks.train_step(batch) for batch in batches]
+    return [(report.loss, report.grad_norm) for report in reports]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models: TinyModels) -> tuple[Path, Path]:
+    teacher = tiny_models.make("group-teacher", 2, 64, seed=21)
+    return teacher, tiny_models.make("group-student", 2, 64, seed=22)
+
+
+@pytest.fixture(scope="module")
+def batches(tiny_models: TinyModels, models: tuple[Path, Path]) -> list[TrainBatch]:
+    return _batches(tiny_models, *models)
+
+
+@pytest.fixture(scope="module")
+async def reference(models: tuple[Path, Path], batches: list[TrainBatch], tmp_path_factory: pytest.TempPathFactory):
+    """One rank, whole batch at once, ZeRO 0."""
+    return await _curve(_training(micro_batch_size=16), models[1], batches, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
+async def test_two_ranks_give_the_curve_of_one(stage, models, batches, reference, tmp_path) -> None:
+    """Every ZeRO stage, two ranks, micro-batches of 4: loss and gradient norm within 2e-4 of one rank's whole batch."""
+    curve = await _curve(_training(ranks=2, zero_stage=stage), models[1], batches, tmp_path)
+    np.testing.assert_allclose(curve, reference, rtol=2e-4)
+    losses = [loss for loss, _ in curve]
+    assert len({round(loss, 4) for loss in losses}) == STEPS, "the student did not move: the test does not test what it says"
+
+
+@pytest.mark.full
+async def test_bf16_and_gradient_checkpointing_stay_near(models, batches, reference, tmp_path) -> None:
+    training = _training(precision="bf16", gradient_checkpointing=True, zero_stage=1)
+    curve = await _curve(training, models[1], batches, tmp_path)
+    np.testing.assert_allclose([loss for loss, _ in curve], [loss for loss, _ in reference], atol=0.08)
+
+
+async def test_published_weights_are_the_trained_ones_and_a_bad_loss_moves_nothing(models, batches, tmp_path) -> None:
+    """ZeRO 3, buckets smaller than a layer: what replicas pull equals the export; NaN stops before the optimizer."""
+    training = _training(ranks=2, zero_stage=3, sync_bucket_mib=0.03)
+    async with _ranks(training, tmp_path) as (ranks, store):
+        await ranks.start_phase(_phase(models[1]))
+        for batch in batches[:2]:
+            await ranks.train_step(batch)
+        bad = batches[2]
+        columns = dict(bad.columns)
+        columns["teacher_logprobs"] = columns["teacher_logprobs"].copy()
+        row = 3
+        columns["teacher_logprobs"][row][bad.loss_mask[row]] = np.nan
+        poisoned = TrainBatch(**{**{name: getattr(bad, name) for name in bad.__slots__}, "columns": columns})
+        with pytest.raises(TrainingError, match=rf"step 3: .*not finite.*{bad.sample_ids[row]}"):
+            await ranks.train_step(poisoned)
+        await ranks.publish(2)
+        version, folder, paths = await pull(store, 2)
+        await ranks.export(tmp_path / "student")
+        assert version == 2
+        assert len(paths) > 3
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+
+        pulled = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+        before = AutoModelForCausalLM.from_pretrained(models[1]).state_dict()
+        assert set(pulled) == set(exported)
+        assert all(torch.equal(pulled[name], exported[name]) for name in pulled)
+        assert any(not torch.equal(before[name], exported[name]) for name in pulled)
+        assert all(torch.isfinite(tensor).all() for tensor in pulled.values())
+        assert folder.is_dir()
+
+
+@pytest.mark.full
+async def test_a_lost_rank_resumes_from_the_commit_and_replays(models, batches, reference, tmp_path) -> None:
+    """SIGKILL one of two ranks after the commit of step 2: the group restarts there, replays step 3, same curve."""
+    training = _training(ranks=2, zero_stage=1, max_restarts=1)
+    async with _ranks(training, tmp_path) as (ranks, _):
+        await ranks.start_phase(_phase(models[1]))
+        curve = [await ranks.train_step(batch) for batch in batches[:2]]
+        await ranks.save_checkpoint(2)
+        curve.append(await ranks.train_step(batches[2]))
+        _kill_one_rank()
+        await asyncio.sleep(1)
+        curve.append(await ranks.train_step(batches[3]))
+        assert await ranks.restarts() == 1
+    np.testing.assert_allclose([(report.loss, report.grad_norm) for report in curve], reference, rtol=2e-4)
+
+
+def _kill_one_rank() -> None:
+    """End one training worker of this test's own Ray, found by the class of its actor."""
+    import os
+    import signal
+
+    from ray._private.state import actors
+
+    ranks = [actor for actor in actors().values() if "RayTrainWorker" in actor["ActorClassName"] and actor["State"] == "ALIVE"]
+    assert len(ranks) == 2
+    os.kill(ranks[1]["Pid"], signal.SIGKILL)

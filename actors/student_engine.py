@@ -22,6 +22,7 @@ from kdray.batching import micro_batches
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossBatch, loss_function
+from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.metrics import reduce_sums
 from kdray.types import StepReport, TrainBatch
 
@@ -131,11 +132,12 @@ class StudentEngine:
         # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
         scale = self.world_size / max(batch.num_target_tokens, 1)
         bad_samples: list[int] = []
+        loss_fn = loss_function(self.phase.loss, self._whitening(batch))
         for index, part in enumerate(parts):
             engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
             tensors = LossBatch.from_train_batch(part, self.vocab_size, device)
             logits = self._forward(part, device)
-            output = loss_function(self.phase.loss)(logits, tensors, self.phase.loss)
+            output = loss_fn(logits, tensors, self.phase.loss)
             if not bool(torch.isfinite(output.total)):
                 bad_samples += [int(sample) for sample in part.sample_ids if sample >= 0]
             engine.backward(output.total * scale, scale_wrt_gas=False)
@@ -156,6 +158,16 @@ class StudentEngine:
             seconds=time.perf_counter() - started,
             metrics=reduce_sums(sums, batch.num_target_tokens),
         )
+
+    def _whitening(self, batch: TrainBatch) -> Whitening | None:
+        """Mean and deviation of the whole step's returns, for the losses that whiten them; the same on all ranks."""
+        assert self.phase is not None
+        sums = return_sums(batch, self.phase.loss)
+        if sums is None:
+            return None
+        totals = torch.from_numpy(sums).to(self._engine.device)
+        dist.all_reduce(totals)
+        return Whitening.from_sums(totals.tolist())
 
     def _forward(self, part: TrainBatch, device: torch.device) -> torch.Tensor:
         """Logits [rows, seq, vocab] aligned with the token that they predict; column 0 predicts nothing."""

@@ -173,13 +173,15 @@ def _obey(order: Order, engine: StudentEngine, rank: int, config: RankConfig) ->
 
 def _publish(engine: StudentEngine, version: int, weights: Any, rank: int) -> None:
     """Send the weights to the store, bucket by bucket. Every rank takes part in the gathering, rank 0 sends."""
+    import numpy as np
     from safetensors.torch import save
 
     count = 0
     for bucket in engine.weight_buckets():
         if rank == 0:
             # Safetensors bytes: replicas write them to a file as they are.
-            ray.get(weights.put_bucket.remote(version, count, save(bucket)))
+            data = np.frombuffer(save(bucket), dtype=np.uint8)
+            ray.get(weights.put_bucket.remote(version, count, data))
         count += 1
     if rank == 0:
         ray.get(weights.commit.remote(version, count))

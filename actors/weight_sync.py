@@ -9,26 +9,28 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 
 class WeightStore:
-    """Newest published weights, as object references that this actor owns; an actor with async methods."""
+    """Newest published weights, bucket by bucket; an actor with async methods.
+
+    Buckets are answers to calls, not references to stored objects: a reference that the store handed out, and that a new
+    version made it drop, left a replica's get waiting for ever, once in some hundred updates (Ray 2.60).
+    """
 
     def __init__(self) -> None:
-        self._pending: dict[int, dict[int, ray.ObjectRef]] = {}
+        self._pending: dict[int, dict[int, np.ndarray]] = {}
         self._version = -1
-        self._buckets: list[ray.ObjectRef] = []
+        self._buckets: list[np.ndarray] = []
         self._published = asyncio.Condition()
 
-    async def put_bucket(self, version: int, index: int, data: bytes) -> None:
-        """Take one bucket (safetensors bytes). The store puts it itself, so that it outlives the rank that sent it."""
-        self._pending.setdefault(version, {})[index] = ray.put(np.frombuffer(data, dtype=np.uint8))
+    async def put_bucket(self, version: int, index: int, data: np.ndarray) -> None:
+        """Take one bucket: safetensors bytes as uint8 [size], which stay in the object store while the array lives."""
+        self._pending.setdefault(version, {})[index] = data
 
     async def commit(self, version: int, num_buckets: int) -> None:
         """Make `version` the newest, once all its buckets are here; a version already passed (a replay) is dropped.
@@ -45,27 +47,39 @@ class WeightStore:
                 self._buckets = [buckets[index] for index in range(num_buckets)]
                 self._published.notify_all()
 
-    async def newest(self, at_least: int) -> tuple[int, list[ray.ObjectRef]]:
-        """The newest version and its buckets, once that is `at_least` this."""
+    async def newest(self, at_least: int) -> tuple[int, int]:
+        """The newest version and its number of buckets, once that is `at_least` this."""
         async with self._published:
             await self._published.wait_for(lambda: self._version >= at_least)
-            return self._version, list(self._buckets)
+            return self._version, len(self._buckets)
+
+    async def bucket(self, version: int, index: int) -> np.ndarray | None:
+        """One bucket of the newest version; None where `version` is not the newest any more."""
+        return self._buckets[index] if version == self._version else None
 
 
 async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
     """Fetch the newest weights into files: (version, folder to delete afterwards, safetensors files).
 
     The engine that loads them is another process and no part of Ray, so weights reach it by path, in shared memory where
-    that has room for them twice.
+    that has room for them twice. A version that is overtaken while it is fetched is given up for the newer one.
     """
-    version, refs = await store.newest.remote(at_least)
-    buckets: Sequence[np.ndarray] = await asyncio.gather(*refs)
-    size = sum(bucket.nbytes for bucket in buckets)
-    folder = await asyncio.to_thread(_spacious_folder, size)
-    paths = [folder / f"bucket-{index:05d}.safetensors" for index in range(len(buckets))]
-    for path, bucket in zip(paths, buckets, strict=True):
-        await asyncio.to_thread(path.write_bytes, bucket.data)
-    return version, folder, paths
+    while True:
+        version, num_buckets = await store.newest.remote(at_least)
+        folder: Path | None = None
+        paths: list[Path] = []
+        for index in range(num_buckets):
+            bucket = await store.bucket.remote(version, index)
+            if bucket is None:
+                break
+            if folder is None:
+                folder = await asyncio.to_thread(_spacious_folder, bucket.nbytes * num_buckets)
+            paths.append(folder / f"bucket-{index:05d}.safetensors")
+            await asyncio.to_thread(paths[-1].write_bytes, bucket.data)
+        if folder is not None and len(paths) == num_buckets:
+            return version, folder, paths
+        if folder is not None:
+            await asyncio.to_thread(shutil.rmtree, folder)
 
 
 def _spacious_folder(size: int) -> Path:

@@ -182,17 +182,26 @@ def _ray_cluster(address: str | None) -> Check:
         return Check(name, True, "RAY_ADDRESS names none; a run starts a local Ray and ends it")
     if address == "auto":
         return Check(name, None, "RAY_ADDRESS=auto: looked up when a run starts")
-    remedy = "start the cluster, correct RAY_ADDRESS (host:6379 or ray://host:10001), or unset it for a local Ray"
+    if problem := unreachable(address):
+        return Check(name, False, f"RAY_ADDRESS={problem}", CLUSTER_REMEDY.format(setting="RAY_ADDRESS"))
+    return Check(name, True, f"RAY_ADDRESS={address} answers")
+
+
+CLUSTER_REMEDY = "start the cluster, correct {setting} (host:6379 or ray://host:10001), or unset it for a local Ray"
+
+
+def unreachable(address: str) -> str | None:
+    """Why nothing answers at a Ray address, or None if something does. Ray itself would try for minutes."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port or {"ray": 10001, "http": 80, "https": 443}.get(parts.scheme, 6379)
     except ValueError as error:
-        return Check(name, False, f"RAY_ADDRESS={address}: {error}", remedy)
+        return f"{address}: {error}"
     try:
         socket.create_connection((host or "", port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        return Check(name, False, f"RAY_ADDRESS={address} does not answer: {error}", remedy)
-    return Check(name, True, f"RAY_ADDRESS={address} answers")
+        return f"{address} does not answer: {error}"
+    return None
 
 
 def _version(distribution: str) -> str | None:

@@ -27,6 +27,7 @@ from actors.student_group import StudentRanks
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool
 from actors.weight_sync import WeightStore
+from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
 from kdray.batching import examples_to_batch
 from kdray.config import Config, TeacherSettings
@@ -215,10 +216,13 @@ def _connected(config: Config) -> Iterator[list[dict[str, float]]]:
     if not already:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if address:
+            remedy = CLUSTER_REMEDY.format(setting="cluster.address or RAY_ADDRESS")
+            if address not in ("auto", "local") and (problem := unreachable(address)):
+                raise ConfigError(f"cluster.address={problem}; {remedy}")
             try:
                 ray.init(address=address, **quiet)
             except ConnectionError as error:
-                raise ConfigError(f"cluster.address={address}: no Ray cluster answers there: {error}") from error
+                raise ConfigError(f"cluster.address={address}: no Ray cluster answers there: {error}; {remedy}") from error
         else:
             ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)
     from ray import serve

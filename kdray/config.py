@@ -573,7 +573,7 @@ class Config(Settings):
     rollout: RolloutSettings = RolloutSettings()
     """How sequences are drawn."""
     loss: LossSettings = MiniLLMLoss()
-    """What is minimised; the keys depend on `type`: minillm, reverse_kl, forward_kl, jsd."""
+    """What is minimised; the keys depend on `type`, and docs/losses.md says which when."""
     training: TrainingSettings = TrainingSettings()
     """Optimizer, ranks, precision, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -590,9 +590,9 @@ class Config(Settings):
     def _together(self) -> Config:
         if len(self.teachers) > 1:
             raise ValueError(f"teachers names {', '.join(self.teachers)}: this version takes one teacher; keep one of them")
-        if isinstance(self.loss, MiniLLMLoss) and self.rollout.alpha == 1.0:
+        if isinstance(self.loss, MiniLLMLoss | LMOpsLoss | PerDecisionLoss | VOPDLoss) and self.rollout.alpha == 1.0:
             raise ValueError(
-                "rollout.alpha=1 with loss.type=minillm: the weight q/m is unbounded when the teacher draws every token; "
+                f"rollout.alpha=1 with loss.type={self.loss.type}: the weight q/m is unbounded when the teacher draws every token; "
                 "use alpha below 1, or loss.type=forward_kl"
             )
         if self.training.batch_size % self.rollout.samples_per_prompt:

@@ -60,6 +60,8 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if config.evaluation.control and not any(prompt.answer for prompt in dataset.train):
         raise ConfigError("evaluation.control=true, but the prompts have no reference answers to train the control on")
     dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
+    if unknown := _with_unknown_tokens(dataset, tokenizer):
+        lines.append(f"{unknown} prompts hold characters that the student's tokenizer reads as its unknown token")
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
@@ -77,7 +79,7 @@ def load_tokenizer(source: str | TinyModel, revision: str | None) -> Any:
         return task_tokenizer()
     from transformers import AutoTokenizer
 
-    resolve_model(source, Path())
+    source = resolve_model(source, Path())
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -93,7 +95,7 @@ def _shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | No
         return source.vocab_rows or tokens, source.max_positions
     from transformers import AutoConfig
 
-    resolve_model(source, Path())
+    source = resolve_model(source, Path())
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
@@ -106,6 +108,12 @@ def _describe(source: str | TinyModel) -> str:
         return source
     trained = f", trained {source.train.steps} steps on {', '.join(source.train.tasks)}" if source.train else ""
     return f"tiny, {source.layers} layers of {source.width}{trained}"
+
+
+def _with_unknown_tokens(dataset: Dataset, tokenizer: Any) -> int:
+    if tokenizer.unk_token_id is None:
+        return 0
+    return sum(bool((prompt.token_ids == tokenizer.unk_token_id).any()) for prompt in [*dataset.train, *dataset.heldout])
 
 
 def _dropped(dataset: Dataset, config: Config) -> str:

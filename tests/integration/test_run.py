@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def _recipe(workplace: Path, name: str, **sections: Any) -> Path:
 
 def _start(*arguments: str) -> subprocess.Popen[str]:
     # A session of its own, so that what it leaves behind can be found by session id.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -70,6 +72,26 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
         start_new_session=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
+    _STARTED.append(process)
+    return process
+
+
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_what_was_started() -> Iterator[None]:
+    """A failed test must not leave its run to the next one: ask it to stop, and to stop at once."""
+    yield
+    for process in _STARTED:
+        for _ in range(2):
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=20)
+        if process.poll() is None:
+            process.kill()
+    _STARTED.clear()
 
 
 def _finish(process: subprocess.Popen[str], code: int, timeout_s: float = 280) -> str:
@@ -224,7 +246,7 @@ def test_a_failing_part_stops_the_run_with_the_reason(workplace: Path, marker: s
         (["teachers.main.num_gpus=1"], "no node has that"),
         (["data.prompts.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["rollout.max_new_tokens=5000"], "positions"),
-        (["cluster.address=127.0.0.1:1"], "no Ray cluster answers there"),
+        (["cluster.address=127.0.0.1:1"], "127.0.0.1:1 does not answer"),
     ],
 )
 def test_bad_input_ends_with_2_before_anything_starts(workplace: Path, overrides: list[str], message: str) -> None:

@@ -51,8 +51,8 @@ class ReplicaPool:
     def application(self) -> str:
         return f"kdray-{self.name}"
 
-    def deploy(self) -> None:
-        """Start the replicas and wait until they serve; blocks. Raises: EngineError when they do not start."""
+    def _target(self) -> Any:
+        """What Ray Serve is to run."""
         from ray import serve
 
         settings = self._settings
@@ -69,10 +69,7 @@ class ReplicaPool:
         else:
             options["autoscaling_config"] = settings.autoscaling
         deployment = serve.deployment(TeacherReplica).options(**options)
-        try:
-            self._handle = serve.run(deployment.bind(self.spec, self._weights), name=self.application, route_prefix=None)
-        except RuntimeError as error:
-            raise EngineError(f"replicas of `{self.name}` did not start: {error}") from error
+        return serve.RunTarget(deployment.bind(self.spec, self._weights), name=self.application, route_prefix=None)
 
     def delete(self) -> None:
         """Take the replicas down, waiting until they are gone."""
@@ -175,6 +172,22 @@ class ReplicaPool:
         self.retried += missing
         self._on_event("retry", pool=self.name, attempt=state.attempt_number, rollouts=missing, reason=repr(error)[:500])
         logger.warning("%s: attempt %d failed, %d rollouts again: %r", self.name, state.attempt_number, missing, error)
+
+
+def deploy(pools: Sequence[ReplicaPool]) -> None:
+    """Start the replicas of all pools side by side and wait until they serve; blocks.
+
+    Raises: EngineError when some do not start.
+    """
+    from ray import serve
+
+    try:
+        handles = serve.run_many([pool._target() for pool in pools])
+    except RuntimeError as error:
+        names = ", ".join(pool.name for pool in pools)
+        raise EngineError(f"replicas of {names} did not start: {error}") from error
+    for pool, handle in zip(pools, handles, strict=True):
+        pool._handle = handle
 
 
 def _table(item: Any) -> pa.Table:

@@ -25,7 +25,7 @@ from actors.rollout_pool import rollout_spec
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
 from actors.teacher_engine import EngineSpec
-from actors.teacher_pool import ReplicaPool
+from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_sync import WeightStore
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
@@ -154,9 +154,8 @@ async def _pools(
                 on_event,
             )
         )
-    started = asyncio.gather(*(asyncio.to_thread(pool.deploy) for pool in pools))
     try:
-        await started
+        await asyncio.to_thread(deploy, pools)
         on_event("serving", pools=[pool.name for pool in pools])
         if settings.sampler == "student":
             yield Pools(sampler=pools[1], scorer=teachers, all=pools)

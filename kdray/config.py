@@ -589,11 +589,12 @@ class Config(Settings):
     @model_validator(mode="after")
     def _together(self) -> Config:
         if len(self.teachers) > 1:
-            raise ValueError(f"teachers names {', '.join(self.teachers)}: this version takes one teacher; keep one of them")
+            names = ", ".join(self.teachers)
+            raise ValueError(f"teachers names {names}: this version takes one teacher; keep one of them")
         if isinstance(self.loss, MiniLLMLoss | LMOpsLoss | PerDecisionLoss | VOPDLoss) and self.rollout.alpha == 1.0:
             raise ValueError(
-                f"rollout.alpha=1 with loss.type={self.loss.type}: the weight q/m is unbounded when the teacher draws every token; "
-                "use alpha below 1, or loss.type=forward_kl"
+                f"rollout.alpha=1 with loss.type={self.loss.type}: the weight q/m is unbounded when the teacher draws "
+                "every token; use alpha below 1, or loss.type=forward_kl"
             )
         if self.training.batch_size % self.rollout.samples_per_prompt:
             raise ValueError(

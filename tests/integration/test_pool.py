@@ -16,7 +16,7 @@ import ray
 import torch
 
 from actors.teacher_engine import EngineSpec
-from actors.teacher_pool import ReplicaPool
+from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_sync import WeightStore
 from kdray.config import ClusterSettings, TeacherSettings
 from kdray.types import Rollout, SampleRequest
@@ -75,7 +75,7 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
         retries=3,
         on_event=lambda kind, **fields: events.append({"kind": kind, **fields}),
     )
-    await asyncio.to_thread(pool.deploy)
+    await asyncio.to_thread(deploy, [pool])
     yield Served(pool, store, teacher, students, events)
     await asyncio.to_thread(pool.delete)
     ray.shutdown()

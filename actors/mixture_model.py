@@ -75,11 +75,12 @@ class MixtureForCausalLM(nn.Module):
             )
         if self.role == "mixture":
             source = config.kdray_student
-            student_config = get_config(source, trust_remote_code=False)
+            revision = config.kdray_student_revision
+            student_config = get_config(source, trust_remote_code=False, revision=revision)
             self.student = init_vllm_registered_model(
                 vllm_config, prefix="student", hf_config=student_config, architectures=student_config.architectures
             )
-            self.secondary_weights = [DefaultModelLoader.Source(source, revision=None, prefix=_STUDENT)]
+            self.secondary_weights = [DefaultModelLoader.Source(source, revision=revision, prefix=_STUDENT)]
         self.teacher_width: int = config.get_text_config().hidden_size if self.teacher is not None else 0
         self.rows: Rows | None = None
         self.step: Step | None = None

@@ -7,6 +7,7 @@ call it, in the same order.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ class Phase:
     name: str
     model: str
     """Folder or hub id of the weights that the phase starts from."""
+    revision: str | None
+    """Commit or tag, where `model` is a hub id."""
     loss: LossSettings | None
     """What is minimised; None is supervised cross entropy."""
     learning_rate: float
@@ -74,6 +77,7 @@ class StudentEngine:
         sharded_loading = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
         model = AutoModelForCausalLM.from_pretrained(
             phase.model,
+            revision=phase.revision,
             dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
@@ -146,15 +150,21 @@ class StudentEngine:
                 sums[name] = sums.get(name, 0.0) + float(value)
         self._refuse_non_finite(bad_samples, batch.step)
         plain_norm = self._plain_grad_norm()
+        if plain_norm is not None and not math.isfinite(plain_norm):
+            raise TrainingError(f"step {batch.step}: the gradient is not finite; the optimizer was not moved")
+        learning_rate = float(engine.get_lr()[0])
         engine.step()
+        grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+        if not math.isfinite(grad_norm):
+            raise TrainingError(f"step {batch.step}: the gradient is not finite; continue from the last checkpoint")
         total_sum, sums = self._reduce(total, sums)
         self.steps_done += 1
         return StepReport(
             step=batch.step,
             loss=total_sum / max(batch.num_target_tokens, 1),
             num_target_tokens=batch.num_target_tokens,
-            grad_norm=float(engine.get_global_grad_norm() if plain_norm is None else plain_norm),
-            learning_rate=float(engine.get_lr()[0]),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
             seconds=time.perf_counter() - started,
             metrics=reduce_sums(sums, batch.num_target_tokens),
         )
@@ -253,6 +263,12 @@ class StudentEngine:
         dist.barrier()
 
     # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def agree(self, value: bool) -> bool:
+        """Rank 0's view, on all ranks: a file that one rank sees, another may not see yet."""
+        views = [value]
+        dist.broadcast_object_list(views, src=0)
+        return views[0]
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint into `folder`; complete once every rank returned."""

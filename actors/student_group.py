@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors.daemon_thread import in_daemon_thread
 from actors.student_engine import Phase
 from actors.student_rank import Mailbox, Order, RankConfig, run_rank
 from kdray.batching import shard
@@ -20,7 +21,7 @@ from kdray.types import StepReport, TrainBatch
 
 @dataclass
 class StudentRanks:
-    """The student's ranks as one thing. `start` first, `close` last; implements `kdray.interfaces.StudentGroup`."""
+    """The student's ranks as one thing (`kdray.interfaces.StudentGroup`). `start` first, `close` last, whatever happened."""
 
     training: TrainingSettings
     vocab_size: int
@@ -37,7 +38,7 @@ class StudentRanks:
         # Ranks work in folders of their own.
         self.checkpoints = self.checkpoints.absolute()
         self._mailbox: Any = None
-        self._fit: asyncio.Task[Any] | None = None
+        self._fit: asyncio.Future[Any] | None = None
 
     async def start(self) -> None:
         """Start the ranks; returns at once, and the first call waits until they are there."""
@@ -73,21 +74,20 @@ class StudentRanks:
                 failure_config=ray.train.FailureConfig(max_failures=training.max_restarts),
             ),
         )
-        self._fit = asyncio.create_task(asyncio.to_thread(trainer.fit), name="student ranks")
+        self._fit = in_daemon_thread(trainer.fit)
 
-    async def close(self) -> None:
-        """Let the ranks end by themselves, and wait for that."""
+    async def close(self, timeout_s: float = 30.0) -> None:
+        """Let the ranks end by themselves and wait for that, but not longer than `timeout_s`."""
         if self._fit is None:
             return
         if not self._fit.done():
             await self._mailbox.post.remote(Order("stop"))
-        await asyncio.wait({self._fit})
+            await asyncio.wait({self._fit}, timeout=timeout_s)
+        if self._fit.done() and not self._fit.cancelled():
+            # Looked at, so that asyncio does not report it as forgotten: a failure was told by the call that met it.
+            self._fit.exception()
+        # Ranks that did not end find nobody to ask, and end then.
         ray.kill(self._mailbox)
-
-    def kill(self) -> None:
-        """End without waiting for the ranks: their mailbox goes away, and Ray Train's controller with this process."""
-        if self._mailbox is not None:
-            ray.kill(self._mailbox)
 
     async def start_phase(self, phase: Phase, checkpoint: Path | None = None) -> None:
         """Fresh optimizer and the phase's own weights; or the state of a checkpoint that the same phase wrote."""
@@ -132,7 +132,7 @@ async def _awaited(reference: Any) -> Any:
     return await reference
 
 
-def _reason(fit: asyncio.Task[Any]) -> str:
+def _reason(fit: asyncio.Future[Any]) -> str:
     if fit.cancelled():
         return "cancelled"
     error = fit.exception()

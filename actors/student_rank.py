@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayActorError
 
 from actors.student_engine import Phase, StudentEngine
 from kdray.config import TrainingSettings
@@ -138,13 +139,20 @@ def run_rank(given: dict[str, RankConfig]) -> None:
         if checkpoint is not None:
             engine.load(Path(checkpoint))
     while True:
-        order: Order = ray.get(mailbox.order.remote(index))
+        try:
+            order: Order = ray.get(mailbox.order.remote(index))
+        except RayActorError:
+            # The driver took the mailbox away: the run is over, and a restart would find nobody either.
+            return
         try:
             result = _obey(order, engine, rank, config)
         except TrainingError as error:
             # Every rank raises it alike, and a restart would meet it again: it is an answer, not a lost rank.
             result = error
-        ray.get(mailbox.answer.remote(index, rank, result))
+        try:
+            ray.get(mailbox.answer.remote(index, rank, result))
+        except RayActorError:
+            return
         if order.kind == "stop":
             return
         index += 1
@@ -188,12 +196,15 @@ def _publish(engine: StudentEngine, version: int, weights: Any, rank: int) -> No
 
 
 def _save(engine: StudentEngine, folder: Path, progress: dict[str, Any], rank: int) -> None:
-    """Write a checkpoint whose marker appears last and at once: a folder without it is not a checkpoint."""
+    """Write a checkpoint that appears whole or not at all; one that is there already (a replay) is left alone."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if engine.agree((folder / COMMITTED).exists()):
+        return
     if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    engine.save(partial)
+    if rank == 0:
+        (partial / COMMITTED).write_text(json.dumps(progress), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    engine.save(folder)
-    if rank == 0:
-        temporary = folder / f".{COMMITTED}"
-        temporary.write_text(json.dumps(progress), encoding="utf-8")
-        os.replace(temporary, folder / COMMITTED)
+        os.replace(partial, folder)

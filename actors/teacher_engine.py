@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from kdray.errors import EngineError
+from kdray.errors import EngineError, RequestRefused
 from kdray.types import Rollout, SampleRequest
 
 Role = Literal["mixture", "teacher", "student"]
@@ -41,6 +41,10 @@ class EngineSpec:
     """End-of-sequence ids; drawing one ends the rollout, and it is the rollout's last token."""
     max_model_len: int
     """Longest prompt plus response, in tokens."""
+    revision: str | None = None
+    """Commit or tag of `model` on the hub."""
+    student_revision: str | None = None
+    """Commit or tag of `student` on the hub."""
     teacher: str = ""
     """Name of the teacher, written into every rollout it scored."""
     teacher_top_k: int = 32
@@ -88,11 +92,13 @@ class TeacherEngine:
             "architectures": [ARCHITECTURE],
             "kdray_role": spec.role,
             "kdray_student": spec.student,
+            "kdray_student_revision": spec.student_revision,
             "kdray_vocab_size": spec.vocab_size,
-            "kdray_architectures": _architectures(spec.model),
+            "kdray_architectures": _architectures(spec.model, spec.revision),
         }
         arguments: dict[str, Any] = {
             "model": spec.model,
+            "revision": spec.revision,
             "hf_overrides": overrides,
             "additional_config": {"kdray": {"teacher_top_k": spec.teacher_top_k, "student_top_k": spec.student_top_k}},
             "logits_processors": ["actors.recorder:Recorder"],
@@ -118,6 +124,8 @@ class TeacherEngine:
             }
         else:
             arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+            # A full graph would replay the layers without this model's Python, which keeps what scoring reads.
+            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
         arguments |= spec.engine_args
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
@@ -172,7 +180,7 @@ class TeacherEngine:
         from vllm.sampling_params import RequestOutputKind
 
         if self.spec.role == "student":
-            raise EngineError("a student-only replica cannot score")
+            raise RequestRefused("a student-only replica cannot score")
         jobs = []
         for rollout in rollouts:
             key = self._key(rollout.sample_id)
@@ -238,10 +246,10 @@ class TeacherEngine:
     def _check(self, request: SampleRequest) -> None:
         only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)
         if only is not None and request.alpha != only:
-            raise EngineError(f"a {self.spec.role}-only replica samples at alpha {only:g}, not {request.alpha:g}")
+            raise RequestRefused(f"a {self.spec.role}-only replica samples at alpha {only:g}, not {request.alpha:g}")
         length = len(request.prompt_ids) + request.max_new_tokens
         if length > self.spec.max_model_len:
-            raise EngineError(
+            raise RequestRefused(
                 f"sample {request.sample_id}: prompt and response may take {length} tokens, "
                 f"but the engine holds {self.spec.max_model_len}"
             )
@@ -341,10 +349,10 @@ def _arrays(answer: bytes, lengths: list[int]) -> list[tuple[np.ndarray, np.ndar
     return pairs
 
 
-def _architectures(model: str) -> list[str]:
+def _architectures(model: str, revision: str | None) -> list[str]:
     from transformers import AutoConfig
 
-    architectures = AutoConfig.from_pretrained(model, trust_remote_code=False).architectures
+    architectures = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).architectures
     if not architectures:
         raise EngineError(f"{model}: config.json names no architecture")
     return list(architectures)

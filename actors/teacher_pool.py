@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import pyarrow as pa
-from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from actors.teacher_engine import EngineSpec
 from actors.teacher_replica import TeacherReplica
 from kdray.config import ClusterSettings, EngineSettings
-from kdray.errors import EngineError
+from kdray.errors import EngineError, RequestRefused
 from kdray.records import requests_to_table, rollouts_to_table, table_to_rollouts
 from kdray.types import Rollout, SampleRequest
 
@@ -40,6 +41,8 @@ class ReplicaPool:
         self.name = name
         self.spec = spec
         self.retried = 0
+        self.replicas_serving = 0
+        self._run = uuid.uuid4().hex[:12]
         self._settings = settings
         self._cluster = cluster
         self._weights = weights
@@ -49,7 +52,8 @@ class ReplicaPool:
 
     @property
     def application(self) -> str:
-        return f"kdray-{self.name}"
+        """Unique in the cluster: another run's pool of the same name is another application."""
+        return f"kdray-{self._run}-{self.name}"
 
     def _target(self) -> Any:
         """What Ray Serve is to run."""
@@ -78,15 +82,22 @@ class ReplicaPool:
         serve.delete(self.application)
         self._handle = None
 
-    def num_replicas(self) -> int:
-        """Replicas that are serving now."""
+    async def watch_replicas(self, period_s: float = 2.0) -> None:
+        """Keep `replicas_serving` current, and write an event when it changes; never returns."""
+        while True:
+            serving = await asyncio.to_thread(self._count_replicas)
+            if serving != self.replicas_serving:
+                self._on_event("replicas", pool=self.name, before=self.replicas_serving, now=serving)
+                self.replicas_serving = serving
+            await asyncio.sleep(period_s)
+
+    def _count_replicas(self) -> int:
         from ray import serve
 
         application = serve.status().applications.get(self.application)
         if application is None:
             return 0
-        states = application.deployments[self.name].replica_states
-        return int(states.get("RUNNING", 0))
+        return int(application.deployments[self.name].replica_states.get("RUNNING", 0))
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         """See `kdray.interfaces.Sampler`. A request that is sent again draws the same tokens under the same weights."""
@@ -115,8 +126,11 @@ class ReplicaPool:
 
     async def _stream(self, ids: list[int], call: Callable[[list[int]], Any]) -> AsyncGenerator[list[Rollout]]:
         """Split ids over calls that run side by side, and yield whatever any of them gives; each id exactly once."""
-        replicas = max(1, self._settings.replicas)
-        size = min(_MAX_PER_CALL, -(-len(ids) // replicas))
+        if self._settings.autoscaling is None:
+            size = min(_MAX_PER_CALL, -(-len(ids) // self._settings.replicas))
+        else:
+            # Serve scales by calls in flight, and a new replica gets work only by them: half an engine's slots each.
+            size = max(1, self._settings.max_num_seqs // 2)
         arrived: asyncio.Queue[list[Rollout]] = asyncio.Queue()
         parts = [ids[start : start + size] for start in range(0, len(ids), size)]
         tasks = [asyncio.create_task(self._persist(part, call, arrived)) for part in parts]
@@ -148,17 +162,23 @@ class ReplicaPool:
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self._retries + 1),
             wait=wait_exponential(multiplier=0.5, max=30),
-            retry=retry_if_exception_type(Exception),
+            retry=retry_if_not_exception_type((RequestRefused, asyncio.CancelledError)),
             before_sleep=lambda state: self._note_retry(state, len(missing)),
         )
         try:
             async for attempt in attempts:
                 with attempt:
-                    async for table in call(list(missing)):
-                        rollouts = [rollout for rollout in table_to_rollouts(_table(table)) if rollout.sample_id in missing]
-                        for rollout in rollouts:
-                            del missing[rollout.sample_id]
-                        arrived.put_nowait(rollouts)
+                    response = call(list(missing))
+                    try:
+                        async for table in response:
+                            rollouts = [r for r in table_to_rollouts(_table(table)) if r.sample_id in missing]
+                            for rollout in rollouts:
+                                del missing[rollout.sample_id]
+                            arrived.put_nowait(rollouts)
+                    except asyncio.CancelledError:
+                        # Nobody waits for the answer any more: the replica may stop drawing.
+                        response.cancel()
+                        raise
                     if missing:
                         raise EngineError(f"a replica ended its answer with {len(missing)} rollouts missing")
         except RetryError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from kdray.records import rollouts_to_table, table_to_requests, table_to_rollout
 from kdray.types import SampleRequest
 
 logger = logging.getLogger("ray.serve")
+
+_WATCH_PERIOD_S = 0.5
 
 
 class TeacherReplica:
@@ -40,6 +43,7 @@ class TeacherReplica:
         if spec.role != "teacher":
             await self._engine.set_initial_version(-1 if self._weights is not None else 0)
         self._follower = asyncio.create_task(self._follow()) if self._weights is not None else None
+        self._watcher = asyncio.create_task(self._watch())
 
     async def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
@@ -92,7 +96,22 @@ class TeacherReplica:
             await self._weights.newest.remote(self._engine.student_version + 1)
             await self._reach(self._engine.student_version + 1)
 
+    async def _watch(self) -> None:
+        """End this process as soon as its engine is dead or in an unknown state.
+
+        A replica that lives on around a dead engine would fail every call for as many health checks as Serve wants to see;
+        a dead one is replaced at once, and its callers ask the next.
+        """
+        while True:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+            try:
+                await self.check_health()
+            except Exception:
+                logger.exception("the engine of this replica failed; the replica ends")
+                os._exit(1)
+
     async def __del__(self) -> None:
-        if getattr(self, "_follower", None) is not None:
-            self._follower.cancel()  # type: ignore[union-attr]
+        for task in (getattr(self, "_watcher", None), getattr(self, "_follower", None)):
+            if task is not None:
+                task.cancel()
         await self._engine.close()

@@ -68,14 +68,19 @@ async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
         version, num_buckets = await store.newest.remote(at_least)
         folder: Path | None = None
         paths: list[Path] = []
-        for index in range(num_buckets):
-            bucket = await store.bucket.remote(version, index)
-            if bucket is None:
-                break
-            if folder is None:
-                folder = await asyncio.to_thread(_spacious_folder, bucket.nbytes * num_buckets)
-            paths.append(folder / f"bucket-{index:05d}.safetensors")
-            await asyncio.to_thread(paths[-1].write_bytes, bucket.data)
+        try:
+            for index in range(num_buckets):
+                bucket = await store.bucket.remote(version, index)
+                if bucket is None:
+                    break
+                if folder is None:
+                    folder = await asyncio.to_thread(_spacious_folder, bucket.nbytes * num_buckets)
+                paths.append(folder / f"bucket-{index:05d}.safetensors")
+                await asyncio.to_thread(paths[-1].write_bytes, bucket.data)
+        except BaseException:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         if folder is not None and len(paths) == num_buckets:
             return version, folder, paths
         if folder is not None:

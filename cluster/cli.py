@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdray.errors import ConfigError, DataError, Interrupted, KdrayError
+from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, first_reason
 
 if TYPE_CHECKING:
     from kdray.config import Config
@@ -198,7 +198,7 @@ def _exit_codes() -> Iterator[_Outcome]:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
     except BaseExceptionGroup as group:
-        raise typer.Exit(_explain(_first(group), outcome)) from None
+        raise typer.Exit(_explain(first_reason(group), outcome)) from None
     except Exception as error:
         raise typer.Exit(_explain(error, outcome)) from None
 
@@ -223,14 +223,6 @@ def _explain(error: BaseException, outcome: _Outcome) -> int:
             file.write(text)
     typer.echo(f"{text}kdray: failed unexpectedly: {type(error).__name__}: {error}{where}", err=True)
     return 1
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure of a group of tasks; the others follow from it."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:

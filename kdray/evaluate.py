@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 
 import numpy as np
 
@@ -44,7 +45,8 @@ async def evaluate(
         )
         for index, prompt in enumerate(prompts)
     ]
-    rollouts = [rollout async for part in draw_scored(sampler, scorer, requests) for rollout in part]
+    async with aclosing(draw_scored(sampler, scorer, requests)) as stream:
+        rollouts = [rollout async for part in stream for rollout in part]
     rollouts.sort(key=lambda rollout: rollout.sample_id)
     reverse = [rollout.reverse_kl for rollout in rollouts if rollout.reverse_kl is not None]
     forward = [rollout.forward_kl for rollout in rollouts if rollout.forward_kl is not None]

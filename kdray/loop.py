@@ -18,13 +18,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from kdray.batching import rollouts_to_batch
 from kdray.buffer import RolloutBuffer
 from kdray.data import PromptStream
-from kdray.errors import Interrupted
+from kdray.errors import EngineError, Interrupted, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
 from kdray.metrics import batch_metrics
 from kdray.progress import Ledger
@@ -55,7 +55,6 @@ class Totals:
     tokens_generated: int = 0
     tokens_scored: int = 0
     trained_tokens: int = 0
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 async def distill(
@@ -101,7 +100,7 @@ async def distill(
             )
     except BaseExceptionGroup as group:
         # One reason is what a user can act on: the first failure; the others are its consequences.
-        raise _first_leaf(group) from group
+        raise first_reason(group) from group
 
 
 async def _produce(
@@ -160,24 +159,42 @@ async def draw_scored(
                 yield rollouts
         return
     scored: asyncio.Queue[list[Rollout]] = asyncio.Queue()
+    calls: set[asyncio.Task[None]] = set()
 
     async def score(rollouts: list[Rollout]) -> None:
-        async for part in scorer.score(rollouts):
-            scored.put_nowait(part)
+        async with aclosing(scorer.score(rollouts)) as stream:
+            async for part in stream:
+                scored.put_nowait(part)
 
-    async def sample(calls: asyncio.TaskGroup) -> None:
-        async for rollouts in sampler.sample(requests):
-            if on_sampled is not None:
-                await on_sampled([rollout.sample_id for rollout in rollouts])
-            calls.create_task(score(rollouts))
+    async def sample() -> None:
+        async with aclosing(sampler.sample(requests)) as stream:
+            async for rollouts in stream:
+                if on_sampled is not None:
+                    await on_sampled([rollout.sample_id for rollout in rollouts])
+                calls.add(asyncio.create_task(score(rollouts)))
 
+    # Not a TaskGroup: around a yield it would cancel whatever the reader is doing when a call fails.
+    calls.add(asyncio.create_task(sample()))
     remaining = len(requests)
-    async with asyncio.TaskGroup() as calls:
-        calls.create_task(sample(calls))
+    try:
         while remaining:
-            part = await scored.get()
-            remaining -= len(part)
-            yield part
+            getter = asyncio.ensure_future(scored.get())
+            await asyncio.wait({getter, *calls}, return_when=asyncio.FIRST_COMPLETED)
+            if getter.done():
+                part = getter.result()
+                remaining -= len(part)
+                yield part
+                continue
+            getter.cancel()
+            for call in [call for call in calls if call.done()]:
+                call.result()
+                calls.remove(call)
+            if not calls and scored.empty():
+                raise EngineError(f"the scorer ended with {remaining} rollouts missing")
+    finally:
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def _train(
@@ -193,11 +210,12 @@ async def _train(
     pool_metrics: Callable[[], dict[str, float]],
     producer: asyncio.Task[None],
 ) -> None:
+    saved = start_step
     for step in range(start_step, settings.steps):
         started = time.perf_counter()
         ready = await _unless(stop, buffer.batch(step))
         if ready is None:
-            await _interrupt(student, reporter, step, producer)
+            await _interrupt(student, reporter, step, saved, producer)
         assert ready is not None
         rollouts = ready.rollouts
         report = await student.train_step(rollouts_to_batch(rollouts, step + 1))
@@ -223,18 +241,21 @@ async def _train(
         reporter.samples(rollouts, done)
         if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.steps:
             await student.save_checkpoint(done)
+            saved = done
             reporter.event("checkpoint", step=done)
         if stop.is_set() and done < settings.steps:
-            await _interrupt(student, reporter, done, producer)
-    await student.save_checkpoint(settings.steps)
-    reporter.event("checkpoint", step=settings.steps)
+            await _interrupt(student, reporter, done, saved, producer)
+    if saved < settings.steps:
+        await student.save_checkpoint(settings.steps)
+        reporter.event("checkpoint", step=settings.steps)
 
 
-async def _interrupt(student: StudentGroup, reporter: Reporter, step: int, producer: asyncio.Task[None]) -> None:
-    """Write a checkpoint and end; what was being drawn is drawn again after a resume, from the same seeds."""
+async def _interrupt(student: StudentGroup, reporter: Reporter, step: int, saved: int, producer: asyncio.Task[None]) -> None:
+    """Write a checkpoint, unless that of this step is there, and end; what was in flight is drawn again after a resume."""
     producer.cancel()
-    await student.save_checkpoint(step)
-    reporter.event("checkpoint", step=step)
+    if step > saved or step == 0:
+        await student.save_checkpoint(step)
+        reporter.event("checkpoint", step=step)
     reporter.event("interrupted", step=step)
     raise Interrupted(f"stopped at step {step} after writing a checkpoint; continue with --resume")
 
@@ -250,10 +271,3 @@ async def _unless(stop: asyncio.Event, wanted: Awaitable[Any]) -> Any:
         stopped.cancel()
         if not work.done():
             work.cancel()
-
-
-def _first_leaf(group: BaseExceptionGroup) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

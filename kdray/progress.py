@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from kdray.run_folder import read_lines, write_atomically
 
 COMMITTED = "COMMITTED.json"
 
@@ -30,6 +33,14 @@ def newest_checkpoint(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
     return folder, progress
 
 
+def prune_checkpoints(checkpoints: Path, keep: int) -> None:
+    """Delete all but the `keep` committed checkpoints with the most steps, and what an interrupted save left."""
+    committed = sorted(marker.parent for marker in checkpoints.glob(f"step-*/{COMMITTED}"))
+    torn = [*checkpoints.glob(".step-*.partial")] if committed else []
+    for folder in [*committed[:-keep], *torn]:
+        shutil.rmtree(folder)
+
+
 class Ledger:
     """`ledger.jsonl`: the sample ids of every trained step, appended when the step is done."""
 
@@ -46,9 +57,7 @@ class Ledger:
     def truncate(self, step: int) -> None:
         """Forget steps after `step`: a resume trains them again."""
         lines = [line for line in self._lines() if line["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def check(self, steps: int, batch_size: int) -> tuple[int, int]:
         """(lost, duplicated): samples of the first `steps` steps that were never trained; extra times one was trained."""
@@ -57,6 +66,4 @@ class Ledger:
         return lost, sum(count - 1 for count in counts.values())
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_lines(self._path) if self._path.exists() else []

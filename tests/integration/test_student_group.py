@@ -83,16 +83,13 @@ async def _ranks(training: TrainingSettings, folder: Path) -> AsyncIterator[tupl
     await ranks.start()
     try:
         yield ranks, weights
-        await ranks.close()
-    except BaseException:
-        ranks.kill()
-        raise
     finally:
+        await ranks.close()
         ray.kill(weights)
 
 
 def _phase(student: Path) -> Phase:
-    return Phase("distill", str(student), MiniLLMLoss(), 3e-3, STEPS, warmup_steps=1, schedule="cosine")
+    return Phase("distill", str(student), None, MiniLLMLoss(), 3e-3, STEPS, warmup_steps=1, schedule="cosine")
 
 
 async def _curve(

@@ -1,0 +1,40 @@
+"""A blocking call beside an asyncio loop, in a thread that the end of the process does not wait for.
+
+`asyncio.to_thread` uses the loop's executor, which `asyncio.run` joins without a time limit: a call that waits for a cluster
+to place something would keep a failed or interrupted run alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def in_daemon_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Run `function(*arguments)` in a daemon thread; the future holds what it returns or raises."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = function(*arguments)
+        except BaseException as raised:
+            error = raised
+        # The loop may be gone by now: then nobody waits for the answer.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name=getattr(function, "__name__", "call"), daemon=True).start()
+    return future

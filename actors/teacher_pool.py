@@ -135,26 +135,27 @@ class ReplicaPool:
         parts = [ids[start : start + size] for start in range(0, len(ids), size)]
         tasks = [asyncio.create_task(self._persist(part, call, arrived)) for part in parts]
         remaining = len(ids)
+        getter = asyncio.ensure_future(arrived.get())
         try:
             while remaining:
-                getter = asyncio.ensure_future(arrived.get())
                 pending = {task for task in tasks if not task.done()}
                 await asyncio.wait({getter, *pending}, return_when=asyncio.FIRST_COMPLETED)
-                if not getter.done():
-                    getter.cancel()
-                    for task in tasks:
-                        if task.done():
-                            task.result()
-                    if arrived.empty() and all(task.done() for task in tasks):
-                        raise EngineError(f"`{self.name}` ended its answer with {remaining} rollouts missing")
+                if getter.done():
+                    rollouts = getter.result()
+                    getter = asyncio.ensure_future(arrived.get())
+                    remaining -= len(rollouts)
+                    yield rollouts
                     continue
-                rollouts = getter.result()
-                remaining -= len(rollouts)
-                yield rollouts
+                for task in tasks:
+                    if task.done():
+                        task.result()
+                if all(task.done() for task in tasks) and arrived.empty():
+                    raise EngineError(f"`{self.name}` ended its answer with {remaining} rollouts missing")
         finally:
+            getter.cancel()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(getter, *tasks, return_exceptions=True)
 
     async def _persist(self, ids: list[int], call: Callable[[list[int]], Any], arrived: asyncio.Queue[list[Rollout]]) -> None:
         """One call, sent again for what is still missing while replicas die; bounded and backed off."""

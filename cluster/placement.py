@@ -29,13 +29,19 @@ def bundles(config: Config) -> list[Bundle]:
     if config.rollout.sampler == "student":
         wanted.append(_engine_bundle("rollout pool", "rollout.pool", config.rollout.pool))
     training = config.training
-    rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank}
+    rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank} | _accelerator(training.accelerator_type)
     wanted.append(Bundle("student", "training.ranks", training.ranks, {k: v for k, v in rank.items() if v}))
     return wanted
 
 
+def _accelerator(kind: str | None) -> dict[str, float]:
+    """What Ray asks for an accelerator type: a sliver of a resource that every node of the type has once."""
+    return {} if kind is None else {f"accelerator_type:{kind}": 0.001}
+
+
 def _engine_bundle(role: str, setting: str, settings: EngineSettings) -> Bundle:
     resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
+    resources |= _accelerator(settings.accelerator_type)
     count = settings.replicas
     if settings.autoscaling is not None:
         count = int(settings.autoscaling.get("initial_replicas") or settings.autoscaling.get("min_replicas", 1))
@@ -49,9 +55,7 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]
     Raises: CapacityError naming the setting, what it asks and what is there.
     """
     for bundle in wanted:
-        if bundle.count and not any(
-            all(node.get(name, 0.0) >= amount for name, amount in bundle.resources.items()) for node in nodes
-        ):
+        if bundle.count and not any(_holds(node, bundle.resources) for node in nodes):
             asked = _text(bundle.resources)
             raise CapacityError(
                 f"{bundle.setting}: one {bundle.role} needs {asked} on one node, and no node has that "
@@ -69,6 +73,29 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]
                 f"the run needs {asked_sum:g} {name} ({parts}), but the cluster has {there:g}; "
                 f"lower one of these or add nodes{remedy}"
             )
+
+    _pack(wanted, nodes)
+
+
+def _pack(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> None:
+    """First-fit-decreasing: the largest bundles first, each on the first node that still holds it."""
+    left = [dict(node) for node in nodes]
+    for bundle in sorted(wanted, key=lambda bundle: [-bundle.resources.get(name, 0.0) for name in ("GPU", "CPU")]):
+        for placed in range(bundle.count):
+            node = next((node for node in left if _holds(node, bundle.resources)), None)
+            if node is None:
+                raise CapacityError(
+                    f"{bundle.setting}={bundle.count}: all parts of the run cannot be placed together; after {placed} of this "
+                    f"{bundle.role}, no node has {_text(bundle.resources)} left (left over: "
+                    f"{'; '.join(_text(node) for node in left)}); ask for less, or add a node"
+                )
+            for name, amount in bundle.resources.items():
+                node[name] -= amount
+
+
+def _holds(node: Mapping[str, float], resources: Mapping[str, float]) -> bool:
+    # Fractions of a GPU add up with rounding.
+    return all(node.get(name, 0.0) >= amount - 1e-9 for name, amount in resources.items())
 
 
 def _text(resources: Mapping[str, Any]) -> str:

@@ -208,6 +208,27 @@ class StudentSettings(Settings):
     """Commit or tag on the hub."""
 
 
+_ENGINE_ARGS_TAKEN = {
+    "model": "use the teacher's `model`",
+    "revision": "use the teacher's `revision`",
+    "tokenizer": "the engine sees ids only",
+    "hf_overrides": "the mixture model needs it",
+    "additional_config": "the recorder needs it",
+    "logits_processors": "the recorder needs it",
+    "worker_extension_cls": "the worker extension needs it",
+    "skip_tokenizer_init": "the engine sees ids only",
+    "dtype": "use `dtype`",
+    "seed": "use `run.seed`",
+    "max_model_len": "it follows from data.max_prompt_tokens and rollout.max_new_tokens",
+    "max_num_seqs": "use `max_num_seqs`",
+    "max_num_batched_tokens": "use `max_num_batched_tokens`",
+    "tensor_parallel_size": "use `tensor_parallel_size`",
+    "gpu_memory_utilization": "use `gpu_memory_utilization`",
+    "trust_remote_code": "kdray runs no code from model folders",
+    "speculative_config": "vLLM does not speculate beside a logits processor that draws; remove it",
+}
+
+
 class EngineSettings(Settings):
     """One kind of vLLM replica: its size, its place, its limits."""
 
@@ -236,7 +257,19 @@ class EngineSettings(Settings):
     gpu_memory_utilization: Fraction = 0.85
     """Share of GPU memory that the engine may take; leave room for the log-probability rows."""
     engine_args: dict[str, Any] = {}
-    """Further vLLM engine arguments, passed through by name."""
+    """Further vLLM engine arguments, passed through by name; those that kdray sets itself are refused."""
+
+    @model_validator(mode="after")
+    def _engine_rules(self) -> EngineSettings:
+        for name in self.engine_args:
+            if name in _ENGINE_ARGS_TAKEN:
+                raise ValueError(f"engine_args.{name}: set by kdray; {_ENGINE_ARGS_TAKEN[name]}")
+        if self.tensor_parallel_size > 1 and self.num_gpus not in (0.0, float(self.tensor_parallel_size)):
+            raise ValueError(
+                f"num_gpus={self.num_gpus:g} with tensor_parallel_size={self.tensor_parallel_size}: a replica takes one GPU "
+                f"for each part; set num_gpus={self.tensor_parallel_size}"
+            )
+        return self
 
 
 class TeacherSettings(EngineSettings):
@@ -272,7 +305,7 @@ class RolloutSettings(Settings):
     """Nucleus. The mixture and its weights are exact at 1 only."""
     pool: EngineSettings = EngineSettings()
     """The student-only replicas of `sampler: student`."""
-    retries: NonNegative = 3
+    retries: NonNegative = 5
     """Times a request is sent again after its replica died or failed."""
 
     @model_validator(mode="before")
@@ -476,6 +509,18 @@ class SFTSettings(Settings):
     """Examples a step, over all ranks."""
 
 
+_DEEPSPEED_TAKEN = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_clipping": "gradient_clipping",
+    "optimizer": "learning_rate, betas and weight_decay",
+    "scheduler": "schedule and warmup_steps",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+
+
 class TrainingSettings(Settings):
     steps: Positive = 100
     """Optimizer steps of the distillation phase."""
@@ -510,7 +555,8 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     deepspeed: dict[str, Any] = {}
-    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes)."""
+    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes); those that kdray sets
+    itself are refused."""
     checkpoint_every: NonNegative = 50
     """Steps between checkpoints; 0 writes one only at the end and on interruption."""
     keep_checkpoints: Positive = 2
@@ -530,6 +576,11 @@ class TrainingSettings(Settings):
                     f"training.{name}={size} is not a multiple of ranks x micro_batch_size = {self.ranks} x "
                     f"{self.micro_batch_size}; choose {name} so that every rank gets whole micro-batches"
                 )
+        for name in self.deepspeed:
+            if name in _DEEPSPEED_TAKEN:
+                raise ValueError(f"training.deepspeed.{name}: set by kdray; use training.{_DEEPSPEED_TAKEN[name]}")
+        if "stage" in self.deepspeed.get("zero_optimization", {}):
+            raise ValueError("training.deepspeed.zero_optimization.stage: set by kdray; use training.zero_stage")
         if self.warmup_steps > self.steps:
             raise ValueError(f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}")
         return self
@@ -596,6 +647,13 @@ class Config(Settings):
                 f"rollout.alpha=1 with loss.type={self.loss.type}: the weight q/m is unbounded when the teacher draws "
                 "every token; use alpha below 1, or loss.type=forward_kl"
             )
+        if isinstance(self.loss, ForwardKLSampledLoss) and self.rollout.alpha == 0.0:
+            raise ValueError(
+                "rollout.alpha=0 with loss.type=forward_kl_sampled: the weight p/m is unbounded when the student draws every "
+                "token; use alpha above 0, or loss.type=forward_kl"
+            )
+        if "rollout" in self.teachers:
+            raise ValueError("teachers.rollout: that is the name of the rollout pool; give the teacher another name")
         if self.training.batch_size % self.rollout.samples_per_prompt:
             raise ValueError(
                 f"training.batch_size={self.training.batch_size} is not a multiple of "

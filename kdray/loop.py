@@ -176,25 +176,25 @@ async def draw_scored(
     # Not a TaskGroup: around a yield it would cancel whatever the reader is doing when a call fails.
     calls.add(asyncio.create_task(sample()))
     remaining = len(requests)
+    getter = asyncio.ensure_future(scored.get())
     try:
         while remaining:
-            getter = asyncio.ensure_future(scored.get())
             await asyncio.wait({getter, *calls}, return_when=asyncio.FIRST_COMPLETED)
             if getter.done():
                 part = getter.result()
+                getter = asyncio.ensure_future(scored.get())
                 remaining -= len(part)
                 yield part
                 continue
-            getter.cancel()
             for call in [call for call in calls if call.done()]:
                 call.result()
                 calls.remove(call)
             if not calls and scored.empty():
                 raise EngineError(f"the scorer ended with {remaining} rollouts missing")
     finally:
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        for task in (getter, *calls):
+            task.cancel()
+        await asyncio.gather(getter, *calls, return_exceptions=True)
 
 
 async def _train(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdray.config import Config, TinyModel
-from kdray.data import Dataset, load_dataset
+from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models import resolve_model, task_tokenizer
 from kdray.vocab import check_vocab
@@ -59,6 +59,15 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         )
     if config.evaluation.control and not any(prompt.answer for prompt in dataset.train):
         raise ConfigError("evaluation.control=true, but the prompts have no reference answers to train the control on")
+    if (config.training.sft.steps or config.evaluation.control) and student_positions is not None:
+        answered = [prompt for prompt in dataset.train if prompt.answer]
+        lengths = [len(prompt.token_ids) + len(encode_answer(tokenizer, prompt)) for prompt in answered]
+        if max(lengths) > student_positions:
+            raise ConfigError(
+                f"student.model holds {student_positions} positions, but {sum(n > student_positions for n in lengths)} prompts "
+                f"with their answers are longer (the longest has {max(lengths)} tokens); leave them out of the data, or set "
+                "training.sft.steps=0 and evaluation.control=false"
+            )
     dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
     if unknown := _with_unknown_tokens(dataset, tokenizer):
         lines.append(f"{unknown} prompts hold characters that the student's tokenizer reads as its unknown token")
@@ -70,7 +79,29 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
             "pipeline_parallel_size above 1 with rollout.sampler=mixture: the one pass needs both models on one stage; "
             "set rollout.sampler=student"
         )
-    return Checked(tokenizer, dataset, vocab_size, (int(tokenizer.eos_token_id),), lines)
+    return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), lines)
+
+
+def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence id, and those that the student's generation config adds (chat models have several)."""
+    ids = [int(tokenizer.eos_token_id)]
+    if isinstance(config.student.model, str):
+        from transformers import GenerationConfig
+
+        try:
+            source = resolve_model(config.student.model, Path())
+            declared = GenerationConfig.from_pretrained(source, revision=config.student.revision).eos_token_id
+        except OSError:
+            # A model need not have a generation config.
+            declared = None
+        ids += declared if isinstance(declared, list) else [] if declared is None else [declared]
+    outside = [token_id for token_id in ids if token_id >= vocab_size]
+    if outside:
+        raise ConfigError(
+            f"student.model: end-of-sequence ids {outside} lie outside the {vocab_size} ids that teacher and student share; "
+            "use a teacher and a student of one family"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def load_tokenizer(source: str | TinyModel, revision: str | None) -> Any:
@@ -100,6 +131,10 @@ def _shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | No
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {source}: no config could be loaded: {error}") from error
+    if getattr(config, "vocab_size", None) is None:
+        raise ConfigError(f"model {source}: a {config.model_type} is no language model (its config has no vocab_size)")
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise ConfigError(f"model {source}: the folder has no *.safetensors weights; save it with save_pretrained")
     return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
 
 

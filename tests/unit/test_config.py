@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -254,3 +255,26 @@ def test_locations_keep_keys_that_are_also_tags(sections, message):
     with pytest.raises(ConfigError) as caught:
         parse_config(tree(**sections))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"teachers": {"main": {"model": "t", "engine_args": {"logits_processors": []}}}}, "the recorder needs it"),
+        ({"teachers": {"main": {"model": "t", "engine_args": {"speculative_config": {}}}}}, "does not speculate"),
+        ({"teachers": {"main": {"model": "t", "tensor_parallel_size": 4, "num_gpus": 2}}}, "set num_gpus=4"),
+        ({"teachers": {"rollout": {"model": "t"}}}, "name of the rollout pool"),
+        ({"training": {"deepspeed": {"gradient_accumulation_steps": 4}}}, "use training.micro_batch_size"),
+        ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "use training.zero_stage"),
+        ({"loss": {"type": "forward_kl_sampled"}, "rollout": {"alpha": 0.0}}, "p/m is unbounded"),
+        ({"loss": {"type": "vopd"}, "rollout": {"alpha": 1.0}}, "q/m is unbounded"),
+    ],
+)
+def test_what_kdray_sets_itself_cannot_be_contradicted(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tree(**sections))
+
+
+def test_pass_through_settings_pass() -> None:
+    config = parse_config(tree(training={"deepspeed": {"zero_optimization": {"overlap_comm": True}}}))
+    assert config.training.deepspeed["zero_optimization"] == {"overlap_comm": True}

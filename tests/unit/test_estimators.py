@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_world import VOCAB, ToyWorld, unweighted, without_baseline
 
 from kdray.batching import micro_batches, rollouts_to_batch, shard
 from kdray.config import (
@@ -30,6 +29,8 @@ from kdray.losses.reverse_kl import reverse_kl
 from kdray.losses.support import buckets
 from kdray.metrics import METRICS, reduce_sums, weight_metrics
 from kdray.types import Rollout
+
+from .toy_world import VOCAB, ToyWorld, unweighted, without_baseline
 
 torch.set_num_threads(1)
 

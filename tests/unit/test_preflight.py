@@ -1,0 +1,113 @@
+"""What is refused before anything starts, beyond the config itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdray.config import TinyModel, parse_config
+from kdray.errors import ConfigError, KdrayError, VocabError
+from kdray.models import build_tiny_model
+from kdray.preflight import check
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    build_tiny_model(TinyModel(type="tiny", layers=1, width=32, max_positions=64), root / "student")
+    build_tiny_model(TinyModel(type="tiny", layers=1, width=32, max_positions=64, vocab_rows=128), root / "teacher")
+    with (root / "prompts.jsonl").open("w") as file:
+        for index in range(40):
+            file.write(json.dumps({"prompt": f"{index}+1=", "answer": str(index + 1)}) + "\n")
+    return root
+
+
+def _config(models: Path, **sections: Any) -> Any:
+    tree: dict[str, Any] = {
+        "run": {"name": "x"},
+        "data": {
+            "prompts": {"type": "jsonl", "path": str(models / "prompts.jsonl")},
+            "heldout_size": 8,
+            "max_prompt_tokens": 32,
+        },
+        "student": {"model": str(models / "student")},
+        "teachers": {"main": {"model": str(models / "teacher")}},
+        "rollout": {"max_new_tokens": 16},
+    }
+    return parse_config(tree | {name: tree.get(name, {}) | value for name, value in sections.items()})
+
+
+def test_a_sound_config_passes_and_padding_is_cut(models: Path) -> None:
+    checked = check(_config(models))
+    assert checked.vocab_size == 99
+    assert checked.stop_ids == (1,)
+    assert any("29 padded rows are cut" in line for line in checked.lines)
+    assert (len(checked.dataset.train), len(checked.dataset.heldout)) == (32, 8)
+
+
+def test_every_end_of_sequence_of_the_student_stops(models: Path, tmp_path: Path) -> None:
+    student = build_tiny_model(TinyModel(type="tiny", layers=1, width=32, max_positions=64), tmp_path / "student")
+    generation = student / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [1, 7]}))
+    assert check(_config(models, student={"model": str(student)})).stop_ids == (1, 7)
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [1, 700]}))
+    with pytest.raises(ConfigError, match=r"\[700\] lie outside the 99 ids"):
+        check(_config(models, student={"model": str(student)}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"max_new_tokens": 60}}, r"holds 64 positions.*need 92"),
+        ({"student": {"model": "/nowhere/at/all"}}, r"/nowhere/at/all"),
+        ({"data": {"heldout_size": 40}}, r"heldout_size=40"),
+        (
+            {"rollout": {"max_new_tokens": 16}, "teachers": {"main": {"model": {"type": "tiny", "vocab_rows": 9}}}},
+            r"vocab_rows=9",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(models: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdrayError, match=message):
+        check(_config(models, **sections))
+
+
+def test_a_folder_without_weights_is_refused(models: Path, tmp_path: Path) -> None:
+    empty = build_tiny_model(TinyModel(type="tiny", layers=1, width=32), tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        check(_config(models, teachers={"main": {"model": str(empty)}}))
+
+
+def test_a_model_that_is_no_language_model_is_refused(models: Path, tmp_path: Path) -> None:
+    other = build_tiny_model(TinyModel(type="tiny", layers=1, width=32), tmp_path / "vision")
+    (other / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ConfigError, match="no language model"):
+        check(_config(models, teachers={"main": {"model": str(other)}}))
+
+
+def test_other_tokenizers_are_refused_with_the_ids(models: Path, tmp_path: Path) -> None:
+    other = build_tiny_model(TinyModel(type="tiny", layers=1, width=32), tmp_path / "other")
+    path = other / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    vocab = tree["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(VocabError, match=r"'a'.*'b'|'b'.*'a'"):
+        check(_config(models, teachers={"main": {"model": str(other)}}))
+
+
+def test_answers_that_cannot_be_trained_are_refused(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(index), "answer": "9" * 80}) + "\n" for index in range(20)))
+    sections = {
+        "data": {"prompts": {"type": "jsonl", "path": str(path)}, "heldout_size": 4, "max_prompt_tokens": 32},
+        "training": {"sft": {"steps": 2}},
+    }
+    with pytest.raises(ConfigError, match="16 prompts with their answers are longer"):
+        check(_config(models, **sections))
+    without = {**sections, "training": {"sft": {"steps": 0}}}
+    assert check(_config(models, **without)).dataset.train

@@ -57,6 +57,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     Args: prompts: texts or records, for `data.prompts.type: iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
+    _quieten()
     checked = check(config, prompts)
     with _connected(config) as nodes:
         check_capacity(bundles(config), nodes)
@@ -73,6 +74,17 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
             reporter.close()
     write_report(folder.path)
     return summary
+
+
+def _quieten() -> None:
+    """Leave the terminal to the run: libraries' notices and progress bars of single files tell a user nothing."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _checkpoint_to_resume(config: Config) -> Checkpoint | None:

@@ -148,16 +148,18 @@ async def test_same_request_draws_the_same_tokens(pair: Pair) -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5])
 async def test_token_frequencies_follow_the_mixture(pair: Pair, tiny_models: TinyModels, alpha: float) -> None:
+    await _check_frequencies(pair, tiny_models, pair.student, alpha)
+
+
+async def _check_frequencies(pair: Pair, tiny_models: TinyModels, student: Path, alpha: float) -> None:
     """First and second token of many draws against alpha p + (1 - alpha) q from Hugging Face (chi-square)."""
     prompt = np.array([5, 9, 33, 20], dtype=np.int32)
     requests = [SampleRequest(index, 0, prompt, alpha, seed=1_000_003 * index + 17, max_new_tokens=2) for index in range(3000)]
     rollouts = list((await _draw(pair.engine, requests)).values())
 
     def law(prefix: np.ndarray) -> np.ndarray:
-        teacher, student = (
-            tiny_models.log_rows(folder, prefix, np.array([0])).double().exp()[0] for folder in (pair.teacher, pair.student)
-        )
-        return (alpha * teacher + (1 - alpha) * student).numpy()
+        p, q = (tiny_models.log_rows(folder, prefix, np.array([0])).double().exp()[0] for folder in (pair.teacher, student))
+        return (alpha * p + (1 - alpha) * q).numpy()
 
     first = np.array([rollout.token_ids[0] for rollout in rollouts])
     assert _p_value(first, law(prompt)) > 1e-3
@@ -166,7 +168,7 @@ async def test_token_frequencies_follow_the_mixture(pair: Pair, tiny_models: Tin
     assert len(second) > 200
     assert _p_value(second, law(np.append(prompt, favourite).astype(np.int32))) > 1e-3
     # The test has power: neither model alone explains the draws.
-    for folder in (pair.teacher, pair.student):
+    for folder in (pair.teacher, student):
         alone = tiny_models.log_rows(folder, prompt, np.array([0])).double().exp()[0].numpy()
         assert _p_value(first, alone) < 1e-6
 
@@ -255,6 +257,7 @@ async def test_update_is_exact_for_requests_in_flight_and_after(pair: Pair, tiny
         assert (rollout.student_versions == 1).all()
         teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
         _check(rollout, teacher, tiny_models.log_rows(pair.newer, rollout.prompt_ids, rollout.token_ids))
+    await _check_frequencies(pair, tiny_models, pair.newer, 0.2)
 
 
 async def test_an_older_version_is_not_taken(pair: Pair, tiny_models: TinyModels) -> None:

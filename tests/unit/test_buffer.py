@@ -58,7 +58,7 @@ async def test_admission_ends_with_the_last_step() -> None:
 async def test_starts_at_the_step_of_a_resume() -> None:
     buffer = RolloutBuffer(batch_size=3, max_staleness=1, steps=9, start_step=4)
     assert await buffer.admit() == range(12, 18)
-    with pytest.raises(EngineError, match="sample 11 .*not asked for"):
+    with pytest.raises(EngineError, match=r"sample 11 .*not asked for"):
         await buffer.put([rollout(11, [4])])
 
 
@@ -96,12 +96,12 @@ async def test_refuses_what_came_before_even_after_it_was_trained() -> None:
     buffer = RolloutBuffer(batch_size=2, max_staleness=0, steps=3)
     await buffer.admit()
     await buffer.put([rollout(0)])
-    with pytest.raises(EngineError, match="sample 0 .*twice"):
+    with pytest.raises(EngineError, match=r"sample 0 .*twice"):
         await buffer.put([rollout(0)])
-    with pytest.raises(EngineError, match="sample 1 .*twice"):
+    with pytest.raises(EngineError, match=r"sample 1 .*twice"):
         await buffer.put([rollout(1), rollout(1)])
     await buffer.batch(0)
-    with pytest.raises(EngineError, match="sample 1 .*twice"):
+    with pytest.raises(EngineError, match=r"sample 1 .*twice"):
         await buffer.put([rollout(1)])
 
 

@@ -244,8 +244,9 @@ async def run_and_stop(rig: Rig, kind: str, step: int) -> None:
         rig.stop.set()
 
     watcher = asyncio.create_task(watch())
-    with pytest.raises(Interrupted, match=f"step {rig.student.steps_done}|step"):
+    with pytest.raises(Interrupted) as caught:
         await rig.run()
+    assert f"step {rig.student.steps_done} " in str(caught.value)
     await watcher
 
 
@@ -291,7 +292,6 @@ async def test_a_stop_right_after_a_checkpoint_leaves_that_one(tmp_path: Path) -
 
 async def test_a_stop_in_the_last_step_is_the_end_of_the_run(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
-    rig.student.failures = {}
     trained = rig.student.train_step
 
     async def train_step(batch: Any) -> Any:
@@ -349,7 +349,7 @@ async def test_resuming_a_finished_run_trains_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_resume_from_an_older_checkpoint_redoes_the_steps_after_it(tmp_path: Path) -> None:
-    """The run dies in step 5 with a checkpoint at 2: steps 3 and 4 are trained again, once as far as the ledger goes."""
+    """The run dies in step 4 with a checkpoint at 2: step 3 is trained again, the same, and counts once in the ledger."""
     first = Rig(tmp_path, checkpoint_every=2, max_staleness=0)
     first.student.failures = {4: TrainingError("dead")}
     with pytest.raises(TrainingError):

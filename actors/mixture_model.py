@@ -39,6 +39,8 @@ class Rows(NamedTuple):
 
     teacher: torch.Tensor | None
     student: torch.Tensor | None
+    hidden: torch.Tensor | None
+    """The teacher's last hidden states, [rows, teacher width]."""
 
 
 class Step(NamedTuple):
@@ -119,7 +121,7 @@ class MixtureForCausalLM(nn.Module):
             logits = model.compute_logits(half.contiguous())
             # The cut comes before the softmax: rows that only pad one model's embedding must not take mass.
             rows.append(logits[:, : self.vocab_size].log_softmax(-1, dtype=torch.float32))
-        return Rows(*rows)
+        return Rows(rows[0], rows[1], None if self.teacher is None else halves[0])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The teacher's log p (log q where there is no teacher), padded to the model's declared vocabulary with -inf."""

@@ -40,6 +40,7 @@ class Cell(NamedTuple):
 
     floats: np.ndarray  # [rows, 6 + K]
     ints: np.ndarray  # [rows, 2 + K]
+    hidden: np.ndarray  # [rows, d] float16; d is 0 where hidden states are not recorded
     row: int
 
 
@@ -64,6 +65,7 @@ class Recorder(LogitsProcessor):
         limits = vllm_config.additional_config["kdray"]
         self.teacher_top_k: int = limits["teacher_top_k"]
         self.student_top_k: int = limits["student_top_k"]
+        self.record_hidden: bool = limits["record_hidden"]
         self.requests: dict[int, _Request] = {}
         self.cells: dict[str, dict[int, Cell]] = {}
         self.readmitted = 0
@@ -109,8 +111,8 @@ class Recorder(LogitsProcessor):
 
     def _sample(self, logits: torch.Tensor, rows: Rows, sampling: list[tuple[int, _Request]], student_version: int) -> None:
         index = torch.tensor([row for row, _ in sampling], device=logits.device)
-        teacher = None if rows.teacher is None else rows.teacher[index]
-        student = None if rows.student is None else rows.student[index]
+        chosen = Rows(*(None if part is None else part[index] for part in rows))
+        teacher, student = chosen.teacher, chosen.student
         alpha = torch.tensor([[request.alpha] for _, request in sampling], device=logits.device)
         if teacher is not None and student is not None:
             mixture = log_mixture(teacher, student, alpha)
@@ -120,9 +122,9 @@ class Recorder(LogitsProcessor):
         seeds = np.array([request.seed for _, request in sampling], dtype=np.uint64)
         positions = np.array([len(request.output_ids) for _, request in sampling])
         tokens = draw(mixture, torch.from_numpy(uniforms(seeds, positions)).to(logits.device))
-        floats, ints = self._measure(teacher, student, mixture, tokens, student_version)
+        arrays = self._measure(chosen, mixture, tokens, student_version)
         for cell_row, (_, request) in enumerate(sampling):
-            self.cells[request.key][len(request.output_ids)] = Cell(floats, ints, cell_row)
+            self.cells[request.key][len(request.output_ids)] = Cell(*arrays, cell_row)
         logits[index] = -torch.inf
         logits[index, tokens] = 0.0
 
@@ -141,22 +143,21 @@ class Recorder(LogitsProcessor):
             tokens = torch.tensor(targets[position : position + stop - chunk], device=step.hidden.device)
             if not len(tokens):
                 break
-            teacher, student = model.log_rows(step.hidden[chunk : chunk + len(tokens)])
-            mixture = _either(teacher, student)
-            floats, ints = self._measure(teacher, student, mixture, tokens, model.student_version)
+            rows = model.log_rows(step.hidden[chunk : chunk + len(tokens)])
+            arrays = self._measure(rows, _either(rows.teacher, rows.student), tokens, model.student_version)
             cells = self.cells[request.key]
             for offset in range(len(tokens)):
-                cells[position + 1 + offset - request.start] = Cell(floats, ints, offset)
+                cells[position + 1 + offset - request.start] = Cell(*arrays, offset)
 
     def _measure(
         self,
-        teacher: torch.Tensor | None,
-        student: torch.Tensor | None,
+        rows: Rows,
         mixture: torch.Tensor,
         tokens: torch.Tensor,
         student_version: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K] and ints [n, 2 + K]."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K], ints [n, 2 + K], hidden [n, d]."""
+        teacher, student = rows.teacher, rows.student
         count = len(mixture)
         nothing = torch.full((count, 1), torch.nan, device=mixture.device)
         at = tokens.unsqueeze(-1)
@@ -176,7 +177,11 @@ class Recorder(LogitsProcessor):
             floats.append(teacher.gather(-1, index).masked_fill_(~used, -torch.inf))
         version = torch.full_like(at, student_version)
         ints = torch.cat([at, version, support], dim=-1).to(torch.int32)
-        return torch.cat(floats, dim=-1).cpu().numpy(), ints.cpu().numpy()
+        hidden = torch.empty((count, 0), dtype=torch.float16)
+        if self.record_hidden:
+            assert rows.hidden is not None
+            hidden = rows.hidden.to(torch.float16)
+        return torch.cat(floats, dim=-1).cpu().numpy(), ints.cpu().numpy(), hidden.cpu().numpy()
 
     def _support(self, teacher: torch.Tensor, student: torch.Tensor | None) -> torch.Tensor:
         """Teacher's top-k ids, then the student's top-k that are not among them (-1 where they are): [n, K]."""
@@ -188,8 +193,8 @@ class Recorder(LogitsProcessor):
         taken = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, first, True).gather(-1, second)
         return torch.cat([first, second.masked_fill(taken, -1)], dim=-1)
 
-    def take(self, wanted: list[tuple[str, int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Give away the first `length` positions of each (key, length): floats [T, 6 + K] and ints [T, 2 + K].
+    def take(self, wanted: list[tuple[str, int]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Give away the first `length` positions of each (key, length): floats [T, 6 + K], ints [T, 2 + K], hidden [T, d].
 
         Raises: KeyError naming the request, if a position was never evaluated.
         """
@@ -202,7 +207,10 @@ class Recorder(LogitsProcessor):
             rows = [cells[position] for position in range(length)]
             floats = np.stack([cell.floats[cell.row] for cell in rows]) if rows else np.empty((0, len(FLOATS)))
             ints = np.stack([cell.ints[cell.row] for cell in rows]) if rows else np.empty((0, len(INTS)))
-            taken.append((floats.astype(np.float32), ints.astype(np.int32)))
+            hidden = np.stack([cell.hidden[cell.row] for cell in rows]) if rows else np.empty((0, 0))
+            if not np.isfinite(hidden).all():
+                raise ValueError(f"request {key}: the teacher's hidden states do not fit half precision")
+            taken.append((floats.astype(np.float32), ints.astype(np.int32), hidden.astype(np.float16)))
         return taken
 
     def drop(self, keys: list[str]) -> None:

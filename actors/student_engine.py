@@ -12,18 +12,21 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from kdray.batching import micro_batches
+from actors.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
+from kdray.batching import micro_batches, take_rows
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
-from kdray.losses import LossBatch, loss_function
+from kdray.losses import LossBatch, LossFunction, LossOutput, loss_function
 from kdray.losses.policy_gradient import Whitening, return_sums
+from kdray.losses.pretraining import pretraining
 from kdray.metrics import reduce_sums
 from kdray.types import StepReport, TrainBatch
 
@@ -41,9 +44,23 @@ class Phase:
     """What is minimised; None is supervised cross entropy."""
     learning_rate: float
     steps: int
-    """Length of the learning-rate schedule, in optimizer steps."""
+    """Length of the learning-rate schedule, in optimizer updates."""
     warmup_steps: int = 0
     schedule: str = "constant"
+    teacher: tuple[str, str | None] | None = None
+    """Folder or hub id, and revision, of the teacher whose output head makes rows out of hidden states; None where the
+    batches bring a support."""
+
+
+class _Update(NamedTuple):
+    """What one optimizer update gives, reduced over ranks."""
+
+    loss: float
+    sums: dict[str, float]
+    text_sums: dict[str, float]
+    text_tokens: int
+    grad_norm: float
+    learning_rate: float
 
 
 class StudentEngine:
@@ -58,6 +75,7 @@ class StudentEngine:
         self.steps_done = 0
         self.phase: Phase | None = None
         self._engine: Any = None
+        self._teacher_head: OutputHead | None = None
 
     def start_phase(self, phase: Phase) -> None:
         """Load the phase's weights and start a fresh optimizer and schedule."""
@@ -100,6 +118,10 @@ class StudentEngine:
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
         )
         self._engine.module.eval()
+        self._teacher_head = None
+        if phase.teacher is not None:
+            dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+            self._teacher_head = load_output_head(*phase.teacher).to(self._engine.device, dtype)
         self.phase = phase
         self.steps_done = 0
 
@@ -119,54 +141,136 @@ class StudentEngine:
 
     # -------------------------------------------------------------------------------------------------- training
 
-    def train_step(self, batch: TrainBatch) -> StepReport:
-        """One optimizer step on this rank's shard; every rank gets the same report.
+    def train_step(self, batch: TrainBatch, text: TrainBatch | None = None) -> StepReport:
+        """One step on this rank's shard; every rank gets the same report.
 
-        The loss of every token counts the same, whatever the split in micro-batches and ranks: sums are divided by the
-        target tokens of the whole step. Raises: TrainingError on all ranks, before the optimizer moves, if any rank's loss
-        is not finite.
+        That is one optimizer update, or several where the phase distils and the settings ask for mini-batches or inner epochs.
+        In an update every token's loss counts the same, whatever the split in micro-batches and ranks: sums are divided by
+        the target tokens of all ranks. Pretraining text joins every update with its own mean.
+        Args: text: this rank's windows of the step.
+        Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has not made that
+        update.
         """
         assert self.phase is not None
         started = time.perf_counter()
-        engine = self._engine
-        device = engine.device
-        parts = list(micro_batches(batch, self.training.micro_batch_size))
-        total = torch.zeros((), dtype=torch.float64)
+        updates = list(self._updates(batch, text))
+        loss_fn = loss_function(self.phase.loss, self._whitening(batch))
+        done = [self._update(part, text_part, loss_fn, number) for number, (part, text_part) in enumerate(updates)]
         sums: dict[str, float] = {}
+        for update in done:
+            for name, value in update.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+        metrics = reduce_sums(sums, batch.num_target_tokens * len(done) // self._parts)
+        text_sums = {name: sum(update.text_sums[name] for update in done) for name in done[0].text_sums}
+        metrics |= reduce_sums(text_sums, sum(update.text_tokens for update in done))
+        self.steps_done += 1
+        return StepReport(
+            step=batch.step,
+            loss=sum(update.loss for update in done) / len(done),
+            num_target_tokens=batch.num_target_tokens,
+            grad_norm=max(update.grad_norm for update in done),
+            learning_rate=done[-1].learning_rate,
+            seconds=time.perf_counter() - started,
+            metrics=metrics,
+        )
+
+    @property
+    def _parts(self) -> int:
+        """Mini-batches that the rows of a step make in this phase; supervised phases have one."""
+        return self.training.mini_batches if self.phase is not None and self.phase.loss is not None else 1
+
+    def _updates(self, batch: TrainBatch, text: TrainBatch | None) -> Iterator[tuple[TrainBatch, TrainBatch | None]]:
+        """The rows of each optimizer update of the step: mini-batches in a new order every inner epoch."""
+        distils = self.phase is not None and self.phase.loss is not None
+        epochs = self.training.inner_epochs if distils else 1
+        rows, count = np.arange(len(batch.lengths)), self._parts
+        windows = None if text is None else np.arange(len(text.lengths))
+        for epoch in range(epochs):
+            if count > 1:
+                # The same on all ranks: rows of one number have like lengths on every rank (`kdray.batching.shard`).
+                rows = np.random.default_rng([self.seed, batch.step, epoch]).permutation(len(rows))
+            for number in range(count):
+                part = batch if count == 1 else self._part(batch, rows[number::count])
+                if text is None or windows is None:
+                    yield part, None
+                else:
+                    yield part, text if count == 1 else self._part(text, windows[number::count])
+
+    def _part(self, batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
+        """Some rows of every rank's shard, with the number of target tokens that all ranks hold there."""
+        part = take_rows(batch, np.sort(rows))
+        tokens = torch.tensor([int(part.loss_mask.sum())], device=self._engine.device)
+        dist.all_reduce(tokens)
+        return replace(part, num_target_tokens=int(tokens))
+
+    def _update(self, batch: TrainBatch, text: TrainBatch | None, loss_fn: LossFunction, number: int) -> _Update:
+        """One optimizer update. Args: number: updates made before it in this step."""
+        assert self.phase is not None
+        engine = self._engine
+        settings = self.training.pretraining
+        parts: list[tuple[TrainBatch, bool]] = [(part, False) for part in micro_batches(batch, self.training.micro_batch_size)]
+        if text is not None:
+            parts += [(part, True) for part in micro_batches(text, self.training.micro_batch_size)]
         # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
         scale = self.world_size / max(batch.num_target_tokens, 1)
-        bad_samples: list[int] = []
-        loss_fn = loss_function(self.phase.loss, self._whitening(batch))
-        for index, part in enumerate(parts):
+        text_scale = 0.0
+        if text is not None and settings is not None:
+            text_scale = settings.weight * self.world_size / max(text.num_target_tokens, 1)
+        total = torch.zeros((), dtype=torch.float64)
+        sums: dict[str, float] = {}
+        text_sums: dict[str, float] = {}
+        bad: list[str] = []
+        for index, (part, is_text) in enumerate(parts):
             engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
-            tensors = LossBatch.from_train_batch(part, self.vocab_size, device)
-            logits = self._forward(part, device)
-            output = loss_fn(logits, tensors, self.phase.loss)
+            if is_text:
+                assert settings is not None
+                tensors = LossBatch.from_train_batch(part, self.vocab_size, engine.device)
+                output = pretraining(self._forward(part), tensors, settings)
+            else:
+                output = self._distillation_loss(part, loss_fn)
             if not bool(torch.isfinite(output.total)):
-                bad_samples += [int(sample) for sample in part.sample_ids if sample >= 0]
-            engine.backward(output.total * scale, scale_wrt_gas=False)
-            total += output.total.detach().double().cpu()
+                what = "window" if is_text else "sample"
+                samples = [str(sample) for sample in part.sample_ids if sample >= 0]
+                bad.append(f"it is not finite for {what} {', '.join(samples)}")
+            weighted = output.total * (text_scale if is_text else scale)
+            engine.backward(weighted, scale_wrt_gas=False)
+            total += weighted.detach().double().cpu()
+            into = text_sums if is_text else sums
             for name, value in output.sums.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        self._refuse_non_finite(bad_samples, batch.step)
+                into[name] = into.get(name, 0.0) + float(value)
+        tokens_here = int(batch.loss_mask.sum())
+        if sums.get("teacher_head_error", 0.0) > HEAD_TOLERANCE * tokens_here:
+            error = sums["teacher_head_error"] / tokens_here
+            bad.append(
+                f"the teacher's output head gives log p {error:.2g} nats from the recorded ones, so it is not the whole "
+                "way from hidden state to logits: set rollout.teacher_signal=support"
+            )
+        self._refuse(bad, batch.step, number)
         plain_norm = self._plain_grad_norm()
         if plain_norm is not None and not math.isfinite(plain_norm):
-            raise TrainingError(f"step {batch.step}: the gradient is not finite; the optimizer was not moved")
+            raise TrainingError(f"step {batch.step}: the gradient is not finite; {_what_now(number)}")
         learning_rate = float(engine.get_lr()[0])
         engine.step()
         grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
         if not math.isfinite(grad_norm):
             raise TrainingError(f"step {batch.step}: the gradient is not finite; continue from the last checkpoint")
-        total_sum, sums = self._reduce(total, sums)
-        self.steps_done += 1
-        return StepReport(
-            step=batch.step,
-            loss=total_sum / max(batch.num_target_tokens, 1),
-            num_target_tokens=batch.num_target_tokens,
+        reduced = self._reduce({"": float(total), **sums})
+        return _Update(
+            loss=reduced.pop("") / self.world_size,
+            sums=reduced,
+            text_sums=self._reduce(text_sums),
+            text_tokens=0 if text is None else text.num_target_tokens,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            seconds=time.perf_counter() - started,
-            metrics=reduce_sums(sums, batch.num_target_tokens),
+        )
+
+    def _distillation_loss(self, part: TrainBatch, loss_fn: LossFunction) -> LossOutput:
+        """The phase's loss on one micro-batch: from logits, or from hidden states where the phase has the teacher's head."""
+        assert self.phase is not None
+        if self._teacher_head is not None:
+            return hidden_state_loss(self._engine, part, self.phase.loss, self._teacher_head, self.vocab_size)
+        return loss_fn(
+            self._forward(part), LossBatch.from_train_batch(part, self.vocab_size, self._engine.device), self.phase.loss
         )
 
     def _whitening(self, batch: TrainBatch) -> Whitening | None:
@@ -179,12 +283,10 @@ class StudentEngine:
         dist.all_reduce(totals)
         return Whitening.from_sums(totals.tolist())
 
-    def _forward(self, part: TrainBatch, device: torch.device) -> torch.Tensor:
+    def _forward(self, part: TrainBatch) -> torch.Tensor:
         """Logits [rows, seq, vocab] aligned with the token that they predict; column 0 predicts nothing."""
-        ids = torch.from_numpy(part.token_ids).to(device, torch.long)
-        lengths = torch.from_numpy(part.lengths).to(device)
-        attention = torch.arange(ids.shape[1], device=device) < lengths.clamp(min=1).unsqueeze(1)
-        logits = self._engine(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits
+        ids, attention = model_inputs(part, self._engine.device)
+        logits: torch.Tensor = self._engine(input_ids=ids, attention_mask=attention, use_cache=False).logits
         return logits.roll(1, dims=1)
 
     def _plain_grad_norm(self) -> float | None:
@@ -194,25 +296,26 @@ class StudentEngine:
         gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def _refuse_non_finite(self, bad_samples: list[int], step: int) -> None:
-        flag = torch.tensor([len(bad_samples)], device=self._engine.device)
+    def _refuse(self, reasons: list[str], step: int, number: int) -> None:
+        """Raises: TrainingError on all ranks if any of them has a reason."""
+        flag = torch.tensor([len(reasons)], device=self._engine.device)
         dist.all_reduce(flag)
         if int(flag):
-            named: list[list[int]] = [[] for _ in range(self.world_size)]
-            dist.all_gather_object(named, bad_samples)
-            samples = sorted(sample for rank in named for sample in rank)
+            named: list[list[str]] = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(named, reasons)
+            found = sorted(reason for rank in named for reason in rank)
             raise TrainingError(
-                f"step {step}: the loss of the batch is not finite (samples {samples[:16]}); "
-                "the optimizer was not moved. Lower training.learning_rate or look at these samples"
+                f"step {step}: the loss of the batch cannot be used: {'; '.join(found[:8])}. {_what_now(number).capitalize()}. "
+                "Where it is not finite, lower training.learning_rate or look at these samples"
             )
 
-    def _reduce(self, total: torch.Tensor, sums: dict[str, float]) -> tuple[float, dict[str, float]]:
+    def _reduce(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sums over ranks, which all have the same names."""
         names = sorted(sums)
-        values = torch.tensor([float(total), *(sums[name] for name in names)], dtype=torch.float64)
-        values = values.to(self._engine.device)
-        dist.all_reduce(values)
-        reduced = values.tolist()
-        return reduced[0], dict(zip(names, reduced[1:], strict=True))
+        values = torch.tensor([sums[name] for name in names], dtype=torch.float64).to(self._engine.device)
+        if names:
+            dist.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
 
     # --------------------------------------------------------------------------------------------------- weights
 
@@ -281,6 +384,11 @@ class StudentEngine:
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
         self.steps_done = int(state["steps_done"])
+
+
+def _what_now(number: int) -> str:
+    """What became of the optimizer where an update failed. Args: number: updates made before it in its step."""
+    return "the optimizer was not moved" if number == 0 else f"{number} updates of the step were made: go back to a checkpoint"
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

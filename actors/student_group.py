@@ -93,10 +93,14 @@ class StudentRanks:
         """Fresh optimizer and the phase's own weights; or the state of a checkpoint that the same phase wrote."""
         await self._call(Order("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
 
-    async def train_step(self, batch: TrainBatch) -> StepReport:
+    async def train_step(self, batch: TrainBatch, text: TrainBatch | None = None) -> StepReport:
+        return await self._call(
+            Order("train", shards=self._shards(batch), text_shards=None if text is None else self._shards(text))
+        )
+
+    def _shards(self, batch: TrainBatch) -> Sequence[ray.ObjectRef]:
         world_size = self.training.ranks
-        shards: Sequence[ray.ObjectRef] = [ray.put(shard(batch, rank, world_size)) for rank in range(world_size)]
-        return await self._call(Order("train", shards=shards))
+        return [ray.put(shard(batch, rank, world_size)) for rank in range(world_size)]
 
     async def publish(self, version: int) -> None:
         await self._call(Order("publish", version=version))

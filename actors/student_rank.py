@@ -35,6 +35,8 @@ class Order:
     """phase: continue from this checkpoint. save: the folder to write."""
     shards: Sequence[ray.ObjectRef] | None = None
     """train: one TrainBatch for each rank."""
+    text_shards: Sequence[ray.ObjectRef] | None = None
+    """train: the windows of pretraining text for each rank, where there are some."""
     version: int | None = None
     folder: str | None = None
     """export: the folder to write."""
@@ -166,7 +168,8 @@ def _obey(order: Order, engine: StudentEngine, rank: int, config: RankConfig) ->
             engine.load(Path(order.checkpoint))
     elif order.kind == "train":
         assert order.shards is not None
-        return engine.train_step(ray.get(order.shards[rank]))
+        text = None if order.text_shards is None else ray.get(order.text_shards[rank])
+        return engine.train_step(ray.get(order.shards[rank]), text)
     elif order.kind == "publish":
         assert order.version is not None
         _publish(engine, order.version, config.weights, rank)

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,14 @@ Role = Literal["mixture", "teacher", "student"]
 
 # Width of the fixed part of the recorder's columns; `actors.recorder` names them (it cannot be imported without vLLM).
 _FLOATS, _INTS = 6, 2
+
+
+class Recorded(NamedTuple):
+    """What the recorder kept of one request; the columns are its."""
+
+    floats: np.ndarray  # [T, 6 + K] float32
+    ints: np.ndarray  # [T, 2 + K] int32
+    hidden: np.ndarray  # [T, d] float16; d is 0 where hidden states are not recorded
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class EngineSpec:
     """Commit or tag of `student` on the hub."""
     teacher: str = ""
     """Name of the teacher, written into every rollout it scored."""
+    record_hidden: bool = False
+    """Whether the teacher's last hidden state is recorded for every token."""
     teacher_top_k: int = 32
     student_top_k: int = 16
     dtype: str = "auto"
@@ -100,7 +110,13 @@ class TeacherEngine:
             "model": spec.model,
             "revision": spec.revision,
             "hf_overrides": overrides,
-            "additional_config": {"kdray": {"teacher_top_k": spec.teacher_top_k, "student_top_k": spec.student_top_k}},
+            "additional_config": {
+                "kdray": {
+                    "teacher_top_k": spec.teacher_top_k,
+                    "student_top_k": spec.student_top_k,
+                    "record_hidden": spec.record_hidden,
+                }
+            },
             "logits_processors": ["actors.recorder:Recorder"],
             "worker_extension_cls": "actors.worker_extension.WorkerExtension",
             "skip_tokenizer_init": True,
@@ -201,14 +217,14 @@ class TeacherEngine:
         async with aclosing(self._finish(jobs, lengths)) as finished:
             async for ended in finished:
                 yield [
-                    replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(floats, ints))
-                    for index, _, floats, ints in ended
+                    replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(record))
+                    for index, _, record in ended
                 ]
 
     async def _finish(
         self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
-    ) -> AsyncGenerator[list[tuple[int, Any, np.ndarray, np.ndarray]]]:
-        """Run jobs (key, ids, params) and stream (index, output, floats, ints) of those that ended since the last item."""
+    ) -> AsyncGenerator[list[tuple[int, Any, Recorded]]]:
+        """Run jobs (key, ids, params) and stream (index, output, record) of those that ended since the last item."""
         ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
         async def follow(index: int) -> None:
@@ -233,7 +249,7 @@ class TeacherEngine:
                 taken += len(batch)
                 self._cached_tokens += sum(output.num_cached_tokens or 0 for _, output in batch)
                 arrays = _arrays(answer, [length for _, length in wanted])
-                yield [(index, output, *pair) for (index, output), pair in zip(batch, arrays, strict=True)]
+                yield [(index, output, record) for (index, output), record in zip(batch, arrays, strict=True)]
         finally:
             if taken < len(jobs):
                 # The reader went away or a request failed: abort the rest, and let the worker forget what it recorded.
@@ -259,7 +275,8 @@ class TeacherEngine:
         self._counter += 1
         return f"{sample_id}-{self._counter}"
 
-    def _sampled(self, request: SampleRequest, output: Any, floats: np.ndarray, ints: np.ndarray) -> Rollout:
+    def _sampled(self, request: SampleRequest, output: Any, record: Recorded) -> Rollout:
+        floats, ints = record.floats, record.ints
         completion = output.outputs[0]
         tokens = np.asarray(completion.token_ids, dtype=np.int32)
         if not np.array_equal(tokens, ints[:, 0]):
@@ -277,9 +294,10 @@ class TeacherEngine:
         )
         if self.spec.role == "student":
             return rollout
-        return replace(rollout, teacher=self.spec.teacher, **self._teacher_columns(floats, ints))
+        return replace(rollout, teacher=self.spec.teacher, **self._teacher_columns(record))
 
-    def _teacher_columns(self, floats: np.ndarray, ints: np.ndarray) -> dict[str, Any]:
+    def _teacher_columns(self, record: Recorded) -> dict[str, Any]:
+        floats, ints = record.floats, record.ints
         columns: dict[str, Any] = {
             "teacher_logprobs": floats[:, 2],
             "tail_logprobs": floats[:, 3],
@@ -288,6 +306,8 @@ class TeacherEngine:
         }
         if self.spec.role == "mixture":
             columns |= {"reverse_kl": floats[:, 4], "forward_kl": floats[:, 5]}
+        if self.spec.record_hidden:
+            columns["teacher_hidden"] = record.hidden
         return columns
 
     async def stats(self) -> dict[str, int]:
@@ -340,13 +360,13 @@ async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any
         getter.cancel()
 
 
-def _arrays(answer: bytes, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _arrays(answer: bytes, lengths: list[int]) -> list[Recorded]:
     table = pa.ipc.open_stream(answer).read_all().combine_chunks()
-    pairs = []
+    records = []
     for row, length in enumerate(lengths):
-        floats, ints = (table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in ("floats", "ints"))
-        pairs.append((floats.reshape(length, -1), ints.reshape(length, -1)))
-    return pairs
+        arrays = (table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in Recorded._fields)
+        records.append(Recorded(*(array.reshape(length, -1) for array in arrays)))
+    return records
 
 
 def _architectures(model: str, revision: str | None) -> list[str]:

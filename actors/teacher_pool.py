@@ -55,6 +55,11 @@ class ReplicaPool:
         """Unique in the cluster: another run's pool of the same name is another application."""
         return f"kdray-{self._run}-{self.name}"
 
+    @property
+    def dtype(self) -> str:
+        """Of the engines' arithmetic; `auto` is float32 on CPUs, and stays `auto` on GPUs, where it is the checkpoint's own."""
+        return "float32" if self.spec.dtype == "auto" and not self._settings.num_gpus else self.spec.dtype
+
     def _target(self) -> Any:
         """What Ray Serve is to run."""
         from ray import serve

@@ -25,13 +25,14 @@ class WorkerExtension:
     """Methods of the vLLM worker, all prefixed with `kdray_`; `self` is the worker."""
 
     def kdray_take(self, wanted: list[tuple[str, int]]) -> bytes:
-        """Recorded arrays of finished requests, in the order asked: Arrow IPC with list columns `floats` and `ints`."""
+        """Recorded arrays of finished requests, in the order asked: Arrow IPC with list columns `floats`, `ints`, `hidden`."""
         assert Recorder.active is not None
         taken = Recorder.active.take([(key, length) for key, length in wanted])
         table = pa.table(
             {
-                "floats": pa.array([floats.ravel() for floats, _ in taken], pa.list_(pa.float32())),
-                "ints": pa.array([ints.ravel() for _, ints in taken], pa.list_(pa.int32())),
+                "floats": pa.array([floats.ravel() for floats, _, _ in taken], pa.list_(pa.float32())),
+                "ints": pa.array([ints.ravel() for _, ints, _ in taken], pa.list_(pa.int32())),
+                "hidden": pa.array([hidden.ravel() for _, _, hidden in taken], pa.list_(pa.float16())),
             }
         )
         sink = pa.BufferOutputStream()

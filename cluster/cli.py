@@ -142,8 +142,14 @@ def export(
 
 
 @app.command()
-def doctor() -> None:
-    """Show what this machine has, what it lacks, and what to do; exit 1 when something required is missing."""
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="A recipe whose teachers to start and test, too.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings, as section.key=value.")] = None,
+) -> None:
+    """Show what this machine has, what it lacks, and what to do; exit 1 when something required is missing.
+
+    With a recipe: start its teachers and check that they carry a signal that the recipe's loss reads.
+    """
     with _exit_codes():
         from rich.console import Console
         from rich.table import Table
@@ -159,6 +165,13 @@ def doctor() -> None:
         Console().print(table)
         if any(check.ok is False for check in found):
             raise typer.Exit(1)
+        if config is not None:
+            from cluster.launch import check_teachers
+            from kdray.config import load_config
+
+            for teacher, numbers in check_teachers(load_config(config, overrides or [])).items():
+                described = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+                Console().print(f"[green]ok[/] teacher {teacher}: {described}", highlight=False)
 
 
 class _Outcome:

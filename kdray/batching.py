@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from kdray.errors import DataError
+from kdray.metrics import token_groups
 from kdray.types import Prompt, Rollout, TrainBatch
 
 # Columns that losses read, with what stands at positions that no token describes.
@@ -22,12 +23,14 @@ _COLUMNS: dict[str, tuple[type[np.generic], float]] = {
     "support_ids": (np.int32, -1),
     "support_logprobs": (np.float32, -np.inf),
     "tail_logprobs": (np.float32, 0.0),
+    "teacher_hidden": (np.float16, 0.0),
 }
 
 
 def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
     """One row a rollout, in their order, with every per-token column that a loss may read and the rollouts have.
 
+    Args: step: the optimizer step that trains them, counted from 1; it starts from student version `step - 1`.
     Raises: DataError if only some of the rollouts have a column.
     """
     batch = _pad(
@@ -45,7 +48,11 @@ def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
             )
         if not lacking and rollouts:
             batch.columns[name] = _column(values, rollouts, batch.token_ids.shape[1], dtype, fill)
-    return batch
+    names = [token_groups(rollout, step - 1) for rollout in rollouts]
+    groups = tuple(sorted({name for row in names for name in row}))
+    index = [np.array([groups.index(name) for name in row], dtype=np.int32) for row in names]
+    group = _column(index, rollouts, batch.token_ids.shape[1], np.int32, -1) if rollouts else None
+    return replace(batch, group=group, groups=groups)
 
 
 def examples_to_batch(examples: Sequence[tuple[Prompt, np.ndarray]], step: int) -> TrainBatch:
@@ -65,13 +72,13 @@ def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:
     dealt = np.full((num_deals, world_size), -1)
     dealt.ravel()[: len(by_length)] = by_length
     dealt[1::2] = dealt[1::2, ::-1]
-    return _take(batch, dealt[:, rank])
+    return take_rows(batch, dealt[:, rank])
 
 
 def micro_batches(batch: TrainBatch, micro_batch_size: int) -> Iterator[TrainBatch]:
     """Consecutive rows, at most `micro_batch_size` a part, each trimmed to its longest row (at least 1 token)."""
     for start in range(0, len(batch.lengths), micro_batch_size):
-        yield _take(batch, np.arange(start, min(start + micro_batch_size, len(batch.lengths))))
+        yield take_rows(batch, np.arange(start, min(start + micro_batch_size, len(batch.lengths))))
 
 
 def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step: int) -> TrainBatch:
@@ -110,7 +117,7 @@ def _column(
     return column
 
 
-def _take(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
+def take_rows(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
     """Copies of the given rows, trimmed to the longest of them; row -1 is a padding row."""
     padding = rows < 0
     lengths = np.where(padding, 0, batch.lengths[rows])
@@ -126,4 +133,5 @@ def _take(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
         lengths=lengths.astype(np.int32),
         loss_mask=loss_mask,
         columns={name: column[rows, :width] for name, column in batch.columns.items()},
+        group=None if batch.group is None else batch.group[rows, :width],
     )

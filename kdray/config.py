@@ -130,6 +130,57 @@ PromptSource = Annotated[
 ]
 
 
+class TaskText(Settings):
+    """Solved examples of the generated tasks, one a document; no file, no network."""
+
+    type: Literal["task"] = "task"
+    tasks: list[TaskName] = Field(default=["arithmetic"], min_length=1)
+    """Tasks to draw from, in equal shares."""
+    size: Positive = 2048
+    """Number of documents, all different."""
+    difficulty: Positive = 2
+    """As in `data.prompts.difficulty`."""
+
+
+class JsonlText(Settings):
+    """A file with one JSON object a line, each holding one document."""
+
+    type: Literal["jsonl"]
+    path: Path
+    """The file; a relative path counts from the folder the command was started in."""
+    column: str = "text"
+    """Key that holds the document."""
+
+
+class ParquetText(Settings):
+    """A Parquet file, or a folder of them, one document a row."""
+
+    type: Literal["parquet"]
+    path: Path
+    """The file or folder."""
+    column: str = "text"
+    """Column that holds the document."""
+
+
+class HubText(Settings):
+    """A dataset on the Hugging Face hub (or in its local cache), one document a row."""
+
+    type: Literal["hub"]
+    name: str
+    """Dataset id."""
+    subset: str | None = None
+    """Configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Split to read."""
+    revision: str | None = None
+    """Commit or tag, so that a run can be repeated."""
+    column: str = "text"
+    """Column that holds the document."""
+
+
+TextSource = Annotated[TaskText | JsonlText | ParquetText | HubText, Field(discriminator="type")]
+
+
 class DataSettings(Settings):
     prompts: PromptSource = TaskPrompts()
     """Where prompts come from; the keys depend on `type`: task, jsonl, parquet, hub, iterable."""
@@ -297,6 +348,10 @@ class RolloutSettings(Settings):
     replicas score by prefill; for a teacher that is too slow to decode beside the student."""
     teacher_top_k: Positive = 32
     """Teacher logprobs kept for every token; the vocabulary's size makes every loss exact."""
+    teacher_signal: Literal["support", "hidden"] = "support"
+    """What a teacher returns for every token beside log p. `support`: logprobs at its top ids and the student's, and the mass
+    outside; 6 bytes an id. `hidden`: its last hidden state too, from which the student's ranks make exact full rows with the
+    teacher's output head; 2 bytes a channel, and a copy of the head on every rank. For the divergences."""
     student_top_k: NonNegative = 16
     """The student's own top ids at which the teacher's logprob is kept too: reverse KL needs them."""
     temperature: PositiveFloat = 1.0
@@ -348,7 +403,8 @@ class MiniLLMLoss(Settings):
     gamma: Fraction = 1.0
     """Discount of the return per token; 1 is the paper's."""
     single_step: bool = True
-    """Whether the exact per-position reverse KL term is added (eq. 3); without it the variance is far higher."""
+    """Whether a token's own reward enters as the exact per-position reverse KL (eq. 3), or read at the one draw as part of
+    the return (eq. 2), with a higher variance."""
     whitening: bool = False
     """Shift and scale the returns to mean 0 and variance 1 over the response tokens of the whole step; their q is then the
     sampler's. Steadies the size of the long term against the single-step term, and changes the objective by that."""
@@ -495,6 +551,24 @@ LossSettings = Annotated[
 ]
 
 
+DIVERGENCE_LOSSES = (
+    ReverseKLLoss,
+    ForwardKLLoss,
+    JSDLoss,
+    SkewForwardKLLoss,
+    SkewReverseKLLoss,
+    TVDLoss,
+    AdaptiveKLLoss,
+    MSELogitLoss,
+    HintonLoss,
+)
+"""Losses that compare both models' rows at every position and nothing else."""
+
+
+def _type_of(loss: type[Settings]) -> str:
+    return str(loss.model_fields["type"].annotation.__args__[0])  # type: ignore[union-attr]
+
+
 # ----------------------------------------------------------------------------------------------------- training
 
 
@@ -507,6 +581,22 @@ class SFTSettings(Settings):
     """Peak AdamW learning rate."""
     batch_size: Positive = 64
     """Examples a step, over all ranks."""
+
+
+class PretrainingSettings(Settings):
+    """Plain text that the student keeps modelling beside distillation, so that it forgets less (MiniLLM's L_PT)."""
+
+    source: TextSource
+    """Where documents come from; the keys depend on `type`: jsonl, parquet, hub, task."""
+    weight: PositiveFloat = 1.0
+    """Weight of the mean over text tokens beside the mean over response tokens."""
+    batch_size: Positive = 64
+    """Windows a step, over all ranks."""
+    window_tokens: Annotated[int, Field(ge=2)] = 512
+    """Longest window; a longer document is cut into several, none of its tokens is left out."""
+    teacher_share: Fraction = 0.0
+    """Share of the forward KL to the teacher on the text; the rest is the text's own cross entropy. The reference code of
+    MiniLLM has 0.5, its paper 0. Above 0 the teacher scores every window."""
 
 
 _DEEPSPEED_TAKEN = {
@@ -523,7 +613,7 @@ _DEEPSPEED_TAKEN = {
 
 class TrainingSettings(Settings):
     steps: Positive = 100
-    """Optimizer steps of the distillation phase."""
+    """Steps of the distillation phase: each trains one batch of rollouts and publishes one version of the student."""
     batch_size: Positive = 64
     """Rollouts a step, over all ranks."""
     micro_batch_size: Positive = 16
@@ -565,12 +655,35 @@ class TrainingSettings(Settings):
     """Times the ranks may be restarted from the last checkpoint after one is lost."""
     sync_bucket_mib: PositiveFloat = 256.0
     """Size of one bucket of weights on their way to the replicas, MiB."""
+    mini_batch_size: Positive | None = None
+    """Rollouts of one optimizer update, over all ranks; None takes `batch_size`."""
+    inner_epochs: Positive = 1
+    """Passes over the rollouts of a step (PPO's inner epochs; MiniLLM has 4). The weights move meanwhile: the staleness ratio
+    of the policy-gradient losses corrects that, up to its cap."""
     sft: SFTSettings = SFTSettings()
     """The supervised phase before distillation."""
+    pretraining: PretrainingSettings | None = None
+    """Pretraining text mixed into every update; None leaves it out."""
 
     @model_validator(mode="after")
     def _split(self) -> TrainingSettings:
-        for name, size in (("batch_size", self.batch_size), ("sft.batch_size", self.sft.batch_size)):
+        sizes = {"batch_size": self.batch_size, "sft.batch_size": self.sft.batch_size}
+        if self.mini_batch_size is not None:
+            sizes["mini_batch_size"] = self.mini_batch_size
+            if self.batch_size % self.mini_batch_size:
+                raise ValueError(
+                    f"training.batch_size={self.batch_size} is not a multiple of "
+                    f"training.mini_batch_size={self.mini_batch_size}; choose a divisor"
+                )
+        if self.pretraining is not None:
+            sizes["pretraining.batch_size"] = self.pretraining.batch_size
+            if self.pretraining.batch_size < self.ranks * self.mini_batches:
+                raise ValueError(
+                    f"training.pretraining.batch_size={self.pretraining.batch_size} is less than one window for each of "
+                    f"{self.ranks} ranks in each of {self.mini_batches} mini-batches; raise it to "
+                    f"{self.ranks * self.mini_batches} or more"
+                )
+        for name, size in sizes.items():
             if size % (self.ranks * self.micro_batch_size):
                 raise ValueError(
                     f"training.{name}={size} is not a multiple of ranks x micro_batch_size = {self.ranks} x "
@@ -584,6 +697,16 @@ class TrainingSettings(Settings):
         if self.warmup_steps > self.steps:
             raise ValueError(f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}")
         return self
+
+    @property
+    def mini_batches(self) -> int:
+        """Mini-batches that the rollouts of one step make."""
+        return self.batch_size // (self.mini_batch_size or self.batch_size)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of one step."""
+        return self.mini_batches * self.inner_epochs
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
@@ -652,6 +775,12 @@ class Config(Settings):
                 "rollout.alpha=0 with loss.type=forward_kl_sampled: the weight p/m is unbounded when the student draws every "
                 "token; use alpha above 0, or loss.type=forward_kl"
             )
+        if self.rollout.teacher_signal == "hidden" and not isinstance(self.loss, DIVERGENCE_LOSSES):
+            raise ValueError(
+                f"rollout.teacher_signal=hidden with loss.type={self.loss.type}: exact rows are made for the divergences "
+                f"({', '.join(sorted(_type_of(loss) for loss in DIVERGENCE_LOSSES))}); choose one of them, or "
+                "rollout.teacher_signal=support"
+            )
         if "rollout" in self.teachers:
             raise ValueError("teachers.rollout: that is the name of the rollout pool; give the teacher another name")
         if self.training.batch_size % self.rollout.samples_per_prompt:
@@ -668,7 +797,9 @@ class Config(Settings):
     @property
     def max_model_len(self) -> int:
         """Longest sequence that an engine must hold, in tokens."""
-        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        text = self.training.pretraining
+        window = text.window_tokens if text is not None and text.teacher_share else 0
+        return max(self.data.max_prompt_tokens + self.rollout.max_new_tokens, window)
 
     def dump(self) -> str:
         """The resolved config as YAML: every setting, defaults included; `load_config` reads it back to an equal config."""

@@ -4,17 +4,16 @@ a resumed run can continue from. Shuffling lives in PromptStream; which prompts 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
 from kdray.errors import DataError
+from kdray.sources import hub_records, jsonl_records, kind, names, parquet_records
 from kdray.tasks import exact_match, generate_examples
 from kdray.types import Prompt
 
@@ -157,73 +156,18 @@ def _records(source: JsonlPrompts | ParquetPrompts | HubPrompts, heldout: bool) 
     """(where it stands, row) pairs of the training or held-out part."""
     if isinstance(source, HubPrompts):
         split = source.heldout_split if heldout else source.split
-        return _hub_records(source, split or source.split, "heldout_split" if heldout else "split")
+        setting = "heldout_split" if heldout else "split"
+        return hub_records(source.name, source.subset, split or source.split, source.revision, f"data.prompts.{setting}")
     path = source.heldout_path if heldout else source.path
     setting = "data.prompts.heldout_path" if heldout else "data.prompts.path"
-    if path is None or not path.exists():
-        raise DataError(f"{setting}={path}: no such file (relative paths count from {Path.cwd()})")
-    return _jsonl_records(path, setting) if isinstance(source, JsonlPrompts) else _parquet_records(path, setting)
-
-
-def _jsonl_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError(f"{setting}={path}: is a folder; name a file with one JSON object a line")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path} line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                record = json.loads(text)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{place}: not valid JSON: {error.msg} at column {error.colno}; every line must be one JSON object"
-                ) from error
-            if not isinstance(record, dict):
-                raise DataError(f"{place}: expected a JSON object, found {_kind(record)}")
-            yield place, record
-
-
-def _parquet_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{setting}={path}: the folder holds no .parquet file")
-    for name in files:
-        try:
-            with pq.ParquetFile(name) as file:
-                row = 0
-                for batch in file.iter_batches(batch_size=_BATCH):
-                    for record in batch.to_pylist():
-                        row += 1
-                        yield f"{name} row {row}", record
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
-
-
-def _hub_records(source: HubPrompts, split: str, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(source.name, source.subset, split=split, revision=source.revision)
-    # An unknown name, subset, split or revision, no network, no access: each comes as one of these.
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"data.prompts.name={source.name} (subset {source.subset}, {setting} {split}): could not be loaded: {error}"
-        ) from error
-    for index, record in enumerate(table):
-        yield f"{source.name} {split} row {index + 1}", record
+    assert path is not None  # a held-out part is asked for only where it has a path
+    return jsonl_records(path, setting) if isinstance(source, JsonlPrompts) else parquet_records(path, setting)
 
 
 def _iterable_records(prompts: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for index, item in enumerate(prompts):
         if not isinstance(item, str | dict):
-            raise DataError(f"prompts[{index}]: expected a text or a dict, found {_kind(item)}")
+            raise DataError(f"prompts[{index}]: expected a text or a dict, found {kind(item)}")
         yield f"prompts[{index}]", {"prompt": item} if isinstance(item, str) else item
 
 
@@ -253,13 +197,13 @@ def _rows(
             else:
                 answer_key = next((name for name in ANSWER_COLUMNS if name in record and name != prompt_key), None)
         if prompt_key not in record:
-            raise DataError(f"{where}: no {prompt_key!r}, where the first row has its prompt; it has {_names(record)}")
+            raise DataError(f"{where}: no {prompt_key!r}, where the first row has its prompt; it has {names(record)}")
         prompt = _check_prompt(record[prompt_key], f"{where}, {prompt_key!r}")
         answer = record.get(answer_key) if answer_key is not None else None
         if answer is None and answer_column is not None:
             raise DataError(f"{where}: no answer in {answer_column!r} (data.prompts.answer_column)")
         if answer is not None and not isinstance(answer, str):
-            raise DataError(f"{where}: the answer in {answer_key!r} must be text, found {_kind(answer)}")
+            raise DataError(f"{where}: the answer in {answer_key!r} must be text, found {kind(answer)}")
         rows.append(_Row(where, prompt, answer))
     if not rows:
         raise DataError(f"{place}: empty, no prompts in it")
@@ -269,14 +213,13 @@ def _rows(
 def _choose(setting: str, column: str | None, defaults: Sequence[str], record: dict[str, Any], where: str) -> str:
     if column is not None:
         if column not in record:
-            raise DataError(f"data.prompts.{setting}={column}: {where} has no such column; it has {_names(record)}")
+            raise DataError(f"data.prompts.{setting}={column}: {where} has no such column; it has {names(record)}")
         return column
     for name in defaults:
         if name in record:
             return name
     raise DataError(
-        f"{where}: none of the columns {', '.join(defaults)}; it has {_names(record)}; set "
-        f"data.prompts.{setting} to one of them"
+        f"{where}: none of the columns {', '.join(defaults)}; it has {names(record)}; set data.prompts.{setting} to one of them"
     )
 
 
@@ -286,7 +229,7 @@ def _check_prompt(value: Any, where: str) -> str | Messages:
             raise DataError(f"{where}: the prompt is blank; remove the row")
         return value
     if not isinstance(value, list):
-        raise DataError(f"{where}: a prompt is a text or a list of chat messages, found {_kind(value)}")
+        raise DataError(f"{where}: a prompt is a text or a list of chat messages, found {kind(value)}")
     if not value:
         raise DataError(f"{where}: the list of chat messages is empty; remove the row")
     for index, message in enumerate(value):
@@ -304,14 +247,6 @@ def _check_prompt(value: Any, where: str) -> str | Messages:
     if not any(message["content"].strip() for message in value):
         raise DataError(f"{where}: every message is blank; remove the row")
     return value
-
-
-def _names(record: dict[str, Any]) -> str:
-    return f"columns {', '.join(map(str, record))}" if record else "no columns"
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {value!r:.60}"
 
 
 # -------------------------------------------------------------------------------------------------- rows -> prompts

@@ -33,6 +33,10 @@ class RequestRefused(EngineError):
     """A request that no replica could ever serve; sending it again would not help."""
 
 
+class SignalError(EngineError):
+    """A teacher's answers teach nothing, or the loss does not read them."""
+
+
 class TrainingError(KdrayError, RuntimeError):
     """The student group failed, or its loss stopped being a finite number."""
 

@@ -32,8 +32,11 @@ class Scorer(Protocol):
 class StudentGroup(Protocol):
     """All ranks of the student as one thing: a call reaches every rank, and one rank's failure fails the call."""
 
-    async def train_step(self, batch: TrainBatch) -> StepReport:
-        """One optimizer step. Raises TrainingError naming the batch before the optimizer moves, if a loss is not finite."""
+    async def train_step(self, batch: TrainBatch, text: TrainBatch | None = None) -> StepReport:
+        """One step, with the pretraining text that joins it.
+
+        Raises: TrainingError naming the samples, before the optimizer makes the update, if a loss is not finite.
+        """
         ...
 
     async def publish(self, version: int) -> None:

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdray.batching import rollouts_to_batch
-from kdray.buffer import RolloutBuffer
+from kdray.buffer import ReadyBatch, RolloutBuffer
 from kdray.data import PromptStream
 from kdray.errors import EngineError, Interrupted, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
 from kdray.metrics import batch_metrics
 from kdray.progress import Ledger
 from kdray.seeds import sample_seed
-from kdray.types import Rollout, SampleRequest
+from kdray.types import Rollout, SampleRequest, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ async def distill(
     start_step: int = 0,
     evaluate: Callable[[int], Awaitable[dict[str, float]]] | None = None,
     pool_metrics: Callable[[], dict[str, float]] = dict,
+    text: Callable[[int], Awaitable[TrainBatch]] | None = None,
 ) -> None:
     """Run steps [start_step, settings.steps). Version `start_step` of the student is published already.
 
     Args: scorer: scores what the sampler did not; None where the sampler's rollouts come back scored.
           stop: set to end after the running step; a checkpoint is written.
+          text: gives the pretraining text of an optimizer step, counted from 1; asked for beside the rollouts of that step.
           evaluate: called with a version after every `evaluate_every` steps; its numbers join the step's metrics.
     Raises: Interrupted after `stop`; what any part raised, alone, if one part failed.
     """
@@ -94,6 +96,7 @@ async def distill(
                     start_step,
                     evaluate,
                     pool_metrics,
+                    text,
                     producer,
                 ),
                 name="train",
@@ -208,17 +211,18 @@ async def _train(
     start_step: int,
     evaluate: Callable[[int], Awaitable[dict[str, float]]] | None,
     pool_metrics: Callable[[], dict[str, float]],
+    text: Callable[[int], Awaitable[TrainBatch]] | None,
     producer: asyncio.Task[None],
 ) -> None:
     saved = start_step
     for step in range(start_step, settings.steps):
         started = time.perf_counter()
-        ready = await _unless(stop, buffer.batch(step))
-        if ready is None:
+        wanted = await _unless(stop, _both(buffer.batch(step), text(step + 1) if text is not None else None))
+        if wanted is None:
             await _interrupt(student, reporter, step, saved, producer)
-        assert ready is not None
+        ready, windows = wanted
         rollouts = ready.rollouts
-        report = await student.train_step(rollouts_to_batch(rollouts, step + 1))
+        report = await student.train_step(rollouts_to_batch(rollouts, step + 1), windows)
         trained = time.perf_counter()
         await student.publish(step + 1)
         await buffer.published(step + 1)
@@ -258,6 +262,16 @@ async def _interrupt(student: StudentGroup, reporter: Reporter, step: int, saved
         reporter.event("checkpoint", step=step)
     reporter.event("interrupted", step=step)
     raise Interrupted(f"stopped at step {step} after writing a checkpoint; continue with --resume")
+
+
+async def _both(ready: Awaitable[ReadyBatch], text: Awaitable[TrainBatch] | None) -> tuple[ReadyBatch, TrainBatch | None]:
+    """The rollouts and the text of a step, made side by side."""
+    windows = None if text is None else asyncio.ensure_future(text)
+    try:
+        return await ready, None if windows is None else await windows
+    finally:
+        if windows is not None:
+            windows.cancel()
 
 
 async def _unless(stop: asyncio.Event, wanted: Awaitable[Any]) -> Any:

@@ -37,9 +37,9 @@ METRICS: dict[str, Metric] = {
     "truncated": Metric("share", "rollout_mean", "Rollouts that max_new_tokens cut"),
     "staleness_mean": Metric("steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"),
     "staleness_max": Metric("steps", "max", "The same, of the stalest rollout"),
-    # From the sums of the loss.
     "importance_weight_mean": Metric("1", "token_mean", "Mixing weight q / m at the sampled tokens; expected to be 1"),
     "importance_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of the mixing weights over tokens"),
+    # From the sums of the loss.
     "trajectory_weight_mean": Metric("1", "token_mean", "Product of q_theta / m up to a token, over its window; about 1"),
     "trajectory_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of these products"),
     "staleness_ratio": Metric("1", "token_mean", "q_theta / q of the sampler at the sampled tokens, as the loss uses it"),
@@ -49,6 +49,9 @@ METRICS: dict[str, Metric] = {
     "single_step": Metric("nats/token", "token_mean", "The per-position reverse KL term, as it enters the loss"),
     "log_ratio": Metric("nats/token", "token_mean", "Reward log p / q_theta at the sampled tokens"),
     "reverse_kl_support": Metric("nats/token", "token_mean", "KL(student || teacher) on support and tail: a lower bound"),
+    "teacher_head_error": Metric("nats/token", "token_mean", "Distance of the output head's log p from the recorded one"),
+    "pretraining_loss": Metric("nats/token", "token_mean", "Cross entropy of the pretraining text, over its own tokens"),
+    "pretraining_kl": Metric("nats/token", "token_mean", "KL(teacher || student) on the pretraining text"),
     "teacher_tail_mass": Metric("share", "token_mean", "Teacher's probability outside the support"),
     "student_tail_mass": Metric("share", "token_mean", "Student's probability outside the support; high: raise student_top_k"),
     # From the loop and the pools.
@@ -60,29 +63,34 @@ METRICS: dict[str, Metric] = {
 }
 
 
-WEIGHTS = ("importance_weight", "trajectory_weight")
-"""Sums of weights: with the sum of squares under `<name>_sq` they become `<name>_mean` and `<name>_ess`."""
+_WEIGHT = "trajectory_weight"
+"""A sum of weights: with the sum of squares under `<name>_sq` it becomes `<name>_mean` and `<name>_ess`."""
 
 
 def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
     """The sums of a loss over all response tokens of a step, as metrics: means, and the effective sample size.
 
     Args: sums: by the names in `LossOutput.sums`, added up over micro-batches and ranks; num_tokens: of the whole step.
-    Returns: nothing for a step without response tokens, which has no means.
+    `<group>/<name>` is divided by `<group>/tokens` instead; groups without a token have no means.
+    Returns: nothing for a step without response tokens.
     """
     if num_tokens == 0:
         return {}
-    means = {name: float(value) / num_tokens for name, value in sums.items()}
-    for name in WEIGHTS:
-        if name in means:
-            means[f"{name}_mean"] = means.pop(name)
-            del means[f"{name}_sq"]
-            means[f"{name}_ess"] = effective_sample_size(float(sums[name]), float(sums[f"{name}_sq"]), num_tokens)
+    means = {}
+    for name, value in sums.items():
+        group, slash, leaf = name.rpartition("/")
+        count = sums[f"{group}/tokens"] if slash else num_tokens
+        if leaf != "tokens" and count:
+            means[name] = float(value) / count
+    if _WEIGHT in means:
+        means[f"{_WEIGHT}_mean"] = means.pop(_WEIGHT)
+        del means[f"{_WEIGHT}_sq"]
+        means[f"{_WEIGHT}_ess"] = effective_sample_size(float(sums[_WEIGHT]), float(sums[f"{_WEIGHT}_sq"]), num_tokens)
     return means
 
 
 def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
-    """What the rollouts of one step (at least one) tell before it is trained: staleness, lengths, recorded divergences.
+    """What the rollouts of one step (at least one) tell before it is trained: staleness, lengths, divergences, weights.
 
     Args: trained_version: the student version that the step starts from, which staleness counts back from.
     """
@@ -98,25 +106,31 @@ def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str
         values = np.concatenate([value for value in recorded if value is not None] or [np.empty(0)])
         if len(values):
             metrics[name] = float(values.mean(dtype=np.float64))
-    return metrics
+    return metrics | _weight_metrics(rollouts, trained_version)
 
 
-def weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
-    """Mean and effective sample size of the mixing weights, by teacher and by staleness of the token, in steps.
+def token_groups(rollout: Rollout, trained_version: int) -> list[str]:
+    """Where each token of a rollout is counted: its teacher and its staleness in steps, `teacher/<name>/staleness_<steps>`."""
+    return [f"teacher/{rollout.teacher}/staleness_{trained_version - int(version)}" for version in rollout.student_versions]
 
-    Names are those of the table, then where they hold: `importance_weight_ess/<teacher>/staleness_<steps>`. A teacher
-    that the student has left behind, or that is far from it, shows as a low effective sample size there.
+
+def _weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
+    """Mean and effective sample size of the mixing weights q / m, over all tokens and by `token_groups`.
+
+    A teacher that the student has left behind, or that is far from it, shows as a low effective sample size there.
     """
-    weights: dict[str, list[np.ndarray]] = {}
-    for rollout in rollouts:
-        values = np.exp((rollout.student_logprobs - rollout.mixture_logprobs).astype(np.float64))
-        for version in np.unique(rollout.student_versions):
-            place = f"{rollout.teacher}/staleness_{trained_version - int(version)}"
-            weights.setdefault(place, []).append(values[rollout.student_versions == version])
+    tokens = [len(rollout.token_ids) for rollout in rollouts]
+    if not sum(tokens):
+        return {}
+    weights = np.exp(
+        np.concatenate([rollout.student_logprobs - rollout.mixture_logprobs for rollout in rollouts]).astype(np.float64)
+    )
+    groups = np.array([name for rollout in rollouts for name in token_groups(rollout, trained_version)])
     metrics = {}
-    for place, parts in sorted(weights.items()):
-        values = np.concatenate(parts)
+    for group in (None, *np.unique(groups)):
+        values = weights if group is None else weights[groups == group]
+        prefix = "" if group is None else f"{group}/"
         total, squares = float(values.sum()), float(np.square(values).sum())
-        metrics[f"importance_weight_mean/{place}"] = total / len(values)
-        metrics[f"importance_weight_ess/{place}"] = effective_sample_size(total, squares, len(values))
+        metrics[f"{prefix}importance_weight_mean"] = total / len(values)
+        metrics[f"{prefix}importance_weight_ess"] = effective_sample_size(total, squares, len(values))
     return metrics

@@ -11,6 +11,8 @@ from kdray.config import Config, TinyModel
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models import resolve_model, task_tokenizer
+from kdray.pretraining import load_windows
+from kdray.types import Prompt
 from kdray.vocab import check_vocab
 
 
@@ -25,6 +27,8 @@ class Checked:
     """Ids that every teacher and the student share."""
     stop_ids: tuple[int, ...]
     """End-of-sequence ids of the student."""
+    windows: list[Prompt] = field(default_factory=list)
+    """Windows of pretraining text, where the config mixes some in."""
     lines: list[str] = field(default_factory=list)
     """What a user should know, a line each."""
 
@@ -43,11 +47,18 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         vocab_size = min(vocab_size, shared)
         padded = f"; {max(rows, student_rows) - shared} padded rows are cut" if rows != student_rows else ""
         lines.append(f"teacher {name}: {_describe(teacher.model)}, {rows} vocabulary rows{padded}")
+    needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    text = config.training.pretraining
     for setting, longest in positions.items():
-        if longest is not None and config.max_model_len > longest:
+        if longest is not None and needed > longest:
             raise ConfigError(
                 f"{setting} holds {longest} positions, but data.max_prompt_tokens={config.data.max_prompt_tokens} plus "
-                f"rollout.max_new_tokens={config.rollout.max_new_tokens} need {config.max_model_len}; lower one of them"
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens} need {needed}; lower one of them"
+            )
+        reads_text = text is not None and (setting == "student.model" or text.teacher_share > 0)
+        if longest is not None and reads_text and text is not None and text.window_tokens > longest:
+            raise ConfigError(
+                f"{setting} holds {longest} positions, but training.pretraining.window_tokens={text.window_tokens}; lower it"
             )
     if tokenizer.eos_token_id is None:
         raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
@@ -71,6 +82,10 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
     if unknown := _with_unknown_tokens(dataset, tokenizer):
         lines.append(f"{unknown} prompts hold characters that the student's tokenizer reads as its unknown token")
+    windows = [] if text is None else load_windows(text, tokenizer, config.run.seed)
+    if windows:
+        tokens = sum(len(window.token_ids) - 1 for window in windows)
+        lines.append(f"pretraining text: {len(windows)} windows, {tokens} target tokens")
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
@@ -79,7 +94,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
             "pipeline_parallel_size above 1 with rollout.sampler=mixture: the one pass needs both models on one stage; "
             "set rollout.sampler=student"
         )
-    return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), lines)
+    return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), windows, lines)
 
 
 def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:

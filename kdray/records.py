@@ -1,6 +1,7 @@
 """Rollouts as Arrow: the one columnar schema that travels between actors and lies as Parquet on disk.
 
-Every per-token column is a list; a support of width K is stored flattened, T * K values, with K in `support_width`.
+Every per-token column is a list; a support of width K is stored flattened, T * K values, with K in `support_width`;
+hidden states likewise, with their channels in `hidden_width`.
 A column that the route did not produce is null.
 """
 
@@ -28,6 +29,8 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("support_width", pa.int32(), nullable=False),
         pa.field("support_ids", pa.list_(pa.int32())),
         pa.field("support_logprobs", pa.list_(pa.float32())),
+        pa.field("hidden_width", pa.int32(), nullable=False),
+        pa.field("teacher_hidden", pa.list_(pa.float16())),
     ]
 )
 
@@ -51,6 +54,9 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
         for name in ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher", *_INT_LISTS, *_FLOAT_LISTS):
             columns[name].append(getattr(rollout, name))
         ids, logprobs = rollout.support_ids, rollout.support_logprobs
+        hidden = rollout.teacher_hidden
+        columns["hidden_width"].append(0 if hidden is None else hidden.shape[1])
+        columns["teacher_hidden"].append(None if hidden is None else hidden.ravel())
         columns["support_width"].append(0 if ids is None else ids.shape[1])
         columns["support_ids"].append(None if ids is None else ids.ravel())
         columns["support_logprobs"].append(None if logprobs is None else logprobs.ravel())
@@ -60,15 +66,16 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
 def table_to_rollouts(table: pa.Table) -> list[Rollout]:
     """The inverse of `rollouts_to_table`; arrays are read-only views of the table where it is one chunk."""
     columns = {name: table.column(name).combine_chunks() for name in table.schema.names}
-    lists = {name: _slices(columns[name]) for name in (*_INT_LISTS, *_FLOAT_LISTS, "support_ids", "support_logprobs")}
+    matrices = {"support_ids": "support_width", "support_logprobs": "support_width", "teacher_hidden": "hidden_width"}
+    lists = {name: _slices(columns[name]) for name in (*_INT_LISTS, *_FLOAT_LISTS, *matrices)}
     scalars = {name: columns[name].to_pylist() for name in ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher")}
-    widths = columns["support_width"].to_pylist()
+    widths = {name: columns[name].to_pylist() for name in ("support_width", "hidden_width")}
     rollouts = []
     for row in range(table.num_rows):
         arrays = {name: values[row] for name, values in lists.items()}
-        for name in ("support_ids", "support_logprobs"):
+        for name, width in matrices.items():
             if arrays[name] is not None:
-                arrays[name] = arrays[name].reshape(-1, widths[row])
+                arrays[name] = arrays[name].reshape(-1, widths[width][row])
         rollouts.append(Rollout(**{name: values[row] for name, values in scalars.items()}, **arrays))
     return rollouts
 

@@ -64,6 +64,7 @@ class Rollout:
     tail_logprobs: np.ndarray | None = None  # [T] log of the teacher's mass outside the support; -inf if it covers all
     reverse_kl: np.ndarray | None = None  # [T] KL(student || teacher) over full rows
     forward_kl: np.ndarray | None = None  # [T] KL(teacher || student) over full rows
+    teacher_hidden: np.ndarray | None = None  # [T, d] float16: what the teacher's output head turns into its logits
 
     @property
     def oldest_version(self) -> int:
@@ -87,7 +88,10 @@ class TrainBatch:
     num_target_tokens: int
     """Response tokens of the whole step, over all ranks and micro-batches: what every loss is divided by."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per-token columns by Rollout field name: [B, S] or [B, S, K] (support_ids, support_logprobs)."""
+    """Per-token columns by Rollout field name: [B, S] or [B, S, K]."""
+    group: np.ndarray | None = None  # [B, S] int32: index of a token in `groups`, -1 where there is no response token
+    groups: tuple[str, ...] = ()
+    """Where metrics are told apart: `teacher/<name>/staleness_<steps>`, those of the whole step, the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,9 +199,10 @@ class FakeStudent:
     trained: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     """(sample id, step from 0, prompt ids, response ids), in the order of training."""
     batches: list[TrainBatch] = field(default_factory=list)
+    texts: list[TrainBatch | None] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
 
-    async def train_step(self, batch: TrainBatch) -> StepReport:
+    async def train_step(self, batch: TrainBatch, text: TrainBatch | None = None) -> StepReport:
         step = self.steps_done
         self.history.add("train", step)
         self._check(batch, step)
@@ -209,6 +210,7 @@ class FakeStudent:
         if batch.step in self.failures:
             raise self.failures[batch.step]
         self.batches.append(batch)
+        self.texts.append(text)
         for row, sample_id in enumerate(batch.sample_ids):
             tokens, mask = batch.token_ids[row, : batch.lengths[row]], batch.loss_mask[row, : batch.lengths[row]]
             self.trained.append((int(sample_id), step, tuple(tokens[~mask].tolist()), tuple(tokens[mask].tolist())))

@@ -27,6 +27,9 @@ class LossBatch:
     support_ids: torch.Tensor | None = None  # [B, S, K] long, all different; -1 is an unused slot
     support_logprobs: torch.Tensor | None = None  # [B, S, K] log p at support_ids; -inf where unused
     tail_logprobs: torch.Tensor | None = None  # [B, S] log of the teacher's mass outside the support; -inf if it covers all
+    group: torch.Tensor | None = None  # [B, S] int, index in `groups`
+    groups: tuple[str, ...] = ()
+    """Names under which `by_group` adds up."""
     teacher_logits: torch.Tensor | None = None  # [B, S, vocab >= vocab_size]; where given, read instead of the support
 
     @classmethod
@@ -40,6 +43,8 @@ class LossBatch:
             token_ids=torch.from_numpy(batch.token_ids).to(device, torch.long),
             mask=torch.from_numpy(batch.loss_mask).to(device),
             vocab_size=vocab_size,
+            group=None if batch.group is None else torch.from_numpy(batch.group).to(device),
+            groups=batch.groups,
             **columns,
         )
 
@@ -54,6 +59,21 @@ class LossBatch:
                 f"the batch has no column {name}, which this loss needs; let a teacher sample or score the rollouts first"
             )
         return column[self.mask]
+
+    def shares(self, name: str, flags: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Sums of `flags` [N]: over all tokens, and over those of each group beside how many they are.
+
+        The names are `name`, `<group>/name` and `<group>/tokens`; every group of the step is there, the empty ones too, since
+        ranks add up by name.
+        """
+        sums = {name: flags.sum()}
+        if self.group is not None:
+            index = self.group[self.mask]
+            for number, group in enumerate(self.groups):
+                inside = index == number
+                sums[f"{group}/{name}"] = (flags & inside).sum()
+                sums[f"{group}/tokens"] = inside.sum()
+        return sums
 
     def masked_rows(self, student_logits: torch.Tensor) -> torch.Tensor:
         """Student log-softmax rows [N, vocab_size] at the masked positions, in float32 (float64 stays).

@@ -51,7 +51,7 @@ def lmops(
             "policy_gradient": policy_gradient.detach(),
             "single_step": single_step.detach(),
             "staleness_ratio": (tokens.current - tokens.student).exp().sum(),
-            "ppo_clipped": flat.sum(),
+            **batch.shares("ppo_clipped", flat),
             **tokens.metric_sums(),
             **both.metric_sums(),
         },

@@ -14,7 +14,7 @@ import torch
 from kdray.config import MiniLLMLoss
 from kdray.importance import staleness_ratio
 from kdray.losses.batch import LossBatch, LossOutput
-from kdray.losses.policy_gradient import Whitening, returns_after, sampled_tokens, whitened_returns
+from kdray.losses.policy_gradient import Whitening, returns_after, returns_from, sampled_tokens, whitened_returns
 from kdray.losses.support import buckets
 
 
@@ -26,8 +26,9 @@ def minillm(
     r_t = log p(y_t) / q(y_t); R_{t+1} = sum over t' > t of gamma^(t' - t - 1) r_t', divided by the number of its
     terms under length_norm. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings). The single-step KL
     is on the support and its tail and takes no w_t: it depends on the prefix alone, where the mean of w_t is 1; w_t
-    would only add variance. Under whitening r_t is of the sampler's q, whose returns are known before the step's
-    first forward pass.
+    would only add variance. Without it the return starts at the token itself, as in equation 2: r_t is that KL read at
+    one draw, and without either nothing would tell what the token was worth. Under whitening r_t is of the sampler's q,
+    whose returns are known before the step's first forward pass.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
           whitening: statistics of the whole step, needed under settings.whitening.
     """
@@ -36,7 +37,8 @@ def minillm(
         returns = whitened_returns(batch, settings, whitening, tokens.current.dtype)
     else:
         rewards = tokens.spread(tokens.rewards)
-        returns = returns_after(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]
+        returns_of = returns_after if settings.single_step else returns_from
+        returns = returns_of(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
     policy_gradient = -(tokens.mixing * staleness * returns * tokens.logprobs).sum()
 
@@ -49,7 +51,7 @@ def minillm(
             "policy_gradient": policy_gradient.detach(),
             "single_step": single_step.detach(),
             "staleness_ratio": staleness.sum(),
-            "staleness_clipped": clipped.sum(),
+            **batch.shares("staleness_clipped", clipped),
             **tokens.metric_sums(),
             **both.metric_sums(),
         },

@@ -49,11 +49,7 @@ class SampledTokens:
 
     def metric_sums(self) -> dict[str, torch.Tensor]:
         """Detached sums that every policy-gradient loss reports."""
-        return {
-            "importance_weight": self.mixing.sum(),
-            "importance_weight_sq": self.mixing.square().sum(),
-            "log_ratio": self.rewards.sum(),
-        }
+        return {"log_ratio": self.rewards.sum()}
 
 
 def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTokens:
@@ -144,9 +140,8 @@ def return_sums(batch: TrainBatch, settings: LossSettings | None) -> np.ndarray 
 def recorded_returns(batch: LossBatch, settings: MiniLLMLoss | LMOpsLoss, dtype: torch.dtype) -> torch.Tensor:
     """Returns [N] from the recorded log p and log q, before whitening: they stay the same while theta moves."""
     recorded = batch.masked("teacher_logprobs").to(dtype) - batch.masked("student_logprobs").to(dtype)
-    returns_of = returns_after
+    returns_of = returns_after if isinstance(settings, MiniLLMLoss) and settings.single_step else returns_from
     if isinstance(settings, LMOpsLoss):
-        returns_of = returns_from
         recorded = (recorded / settings.reward_scaling).clamp(-settings.reward_clip, settings.reward_clip)
     rewards = recorded.new_zeros(batch.mask.shape).masked_scatter(batch.mask, recorded)
     return returns_of(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]

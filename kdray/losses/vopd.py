@@ -38,7 +38,7 @@ def vopd(student_logits: torch.Tensor, batch: LossBatch, settings: VOPDLoss) -> 
         sums={
             "policy_gradient": policy_gradient.detach(),
             "staleness_ratio": staleness.sum(),
-            "staleness_clipped": clipped.sum(),
+            **batch.shares("staleness_clipped", clipped),
             **tokens.metric_sums(),
             **both.metric_sums(),
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,13 +55,17 @@ class TinyModels:
         LlamaForCausalLM(config).float().save_pretrained(folder)
         return folder
 
-    def log_rows(self, folder: Path, prompt: np.ndarray, response: np.ndarray, vocab: int = VOCAB) -> torch.Tensor:
-        """Hugging Face's log-softmax rows at the response's positions, [T, vocab], float32."""
+    def load(self, folder: Path) -> Any:
+        """The Hugging Face model in `folder`, float32."""
         from transformers import AutoModelForCausalLM
 
-        model = self._loaded.get(folder)
-        if model is None:
-            model = self._loaded[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        if folder not in self._loaded:
+            self._loaded[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return self._loaded[folder]
+
+    def log_rows(self, folder: Path, prompt: np.ndarray, response: np.ndarray, vocab: int = VOCAB) -> torch.Tensor:
+        """Hugging Face's log-softmax rows at the response's positions, [T, vocab], float32."""
+        model = self.load(folder)
         ids = torch.from_numpy(np.concatenate([prompt, response])).long().unsqueeze(0)
         with torch.no_grad():
             logits = model(ids).logits[0, len(prompt) - 1 : -1, :vocab]

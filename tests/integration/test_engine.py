@@ -13,6 +13,7 @@ import pytest_asyncio
 import torch
 from scipy.stats import chisquare
 
+from actors.hidden_state_loss import load_output_head
 from actors.teacher_engine import EngineSpec, TeacherEngine
 from kdray.errors import EngineError
 from kdray.types import Rollout, SampleRequest
@@ -49,6 +50,7 @@ async def pair(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Async
         teacher="wise",
         teacher_top_k=8,
         student_top_k=4,
+        record_hidden=True,
         max_num_seqs=32,
         # Prompts of up to 150 tokens in chunks of 64, and a KV cache too small for 32 of them: chunking and preemption.
         max_num_batched_tokens=64,
@@ -122,12 +124,17 @@ async def test_recorded_columns_are_exact_under_load(pair: Pair, tiny_models: Ti
     before = await pair.engine.stats()
     requests = _requests(96)
     rollouts = await _draw(pair.engine, requests)
+    head = load_output_head(str(pair.teacher))
     for request in requests:
         rollout = rollouts[request.sample_id]
         teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
         student = tiny_models.log_rows(pair.student, rollout.prompt_ids, rollout.token_ids)
         _check(rollout, teacher, student)
         assert (rollout.student_versions == 0).all()
+        assert rollout.teacher_hidden is not None
+        rows = torch.from_numpy(rollout.teacher_hidden.astype(np.float32)) @ head.weight.T
+        # Half precision on the way is what separates these rows from the teacher's own.
+        assert (rows[:, :VOCAB].log_softmax(-1) - teacher).abs().max() < 0.03
         ended = rollout.token_ids[-1] == EOS
         assert rollout.finish_reason == ("stop" if ended else "length")
         assert ended or len(rollout.token_ids) == request.max_new_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,66 @@ def test_a_run_from_own_folders(workplace: Path, marker: str) -> None:
     assert AutoTokenizer.from_pretrained(run / "student").eos_token_id == 1
     assert "reverse_kl" in output
     _assert_nothing_left(marker)
+
+
+def test_a_run_with_hidden_states_pretraining_text_and_inner_epochs(workplace: Path) -> None:
+    """Exact JSD inside the output head, windows scored by the teacher, four updates a step: all by settings alone."""
+    text = {"source": {"type": "jsonl", "path": str(workplace / "prompts.jsonl"), "column": "question"}}
+    recipe = _recipe(
+        workplace,
+        "hidden",
+        rollout={"max_new_tokens": 8, "teacher_signal": "hidden", "teacher_top_k": 4, "student_top_k": 0},
+        loss={"type": "jsd"},
+        training={
+            "pretraining": text | {"teacher_share": 0.5, "window_tokens": 8},
+            "mini_batch_size": 16,
+            "inner_epochs": 2,
+            # So small at first that the first step's updates leave the student where it sampled.
+            "warmup_steps": 12,
+        },
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "hidden"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["forward_kl"] < 0.8 * summary["before"]["forward_kl"]
+    lines = _lines(run / "metrics.jsonl")
+    _check_ledger(run, 12)
+    # On full rows the ranks' KL is the engine's own at the same tokens.
+    assert lines[0]["reverse_kl_support"] == pytest.approx(lines[0]["reverse_kl"], rel=0.1)
+    assert all(line["teacher_head_error"] < 0.01 for line in lines)
+    assert lines[-1]["pretraining_loss"] < lines[0]["pretraining_loss"]
+    assert lines[-1]["pretraining_kl"] < lines[0]["pretraining_kl"]
+    (signals,) = (event for event in _lines(run / "events.jsonl") if event["kind"] == "signals")
+    assert signals["prefill_gap"] < 1e-3
+    assert signals["divergence_perturbed"] > 0.1
+
+
+def test_a_teacher_without_a_signal_stops_the_run(workplace: Path) -> None:
+    """Through real replicas: a uniform teacher is refused with the reason, before the first step."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(workplace / "teacher")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    shutil.copytree(workplace / "teacher", workplace / "silent")
+    model.save_pretrained(workplace / "silent")
+    recipe = _recipe(workplace, "silent", teachers={"main": {"model": str(workplace / "silent"), "kv_cache_gib": 0.2}})
+    output = _finish(_start("run", str(recipe)), 1)
+    assert "teacher main: its rows are uniform" in " ".join(output.split())
+    assert "teachers.main.model" in output
+    assert not (workplace / "runs" / "silent" / "summary.json").exists()
+    assert _lines(workplace / "runs" / "silent" / "events.jsonl")[-1]["kind"] == "failed"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("student", "low", "high"), [("teacher", -1e-5, 1e-5), ("student", 0.1, 50.0)])
+def test_doctor_measures_a_student_through_the_real_teacher(workplace: Path, student: str, low: float, high: float) -> None:
+    """A student that is the teacher has no divergence from it; another one has."""
+    recipe = _recipe(workplace, f"doctor-{student}", student={"model": str(workplace / student)})
+    output = " ".join(_finish(_start("doctor", str(recipe)), 0).split())
+    assert "ok teacher main:" in output
+    assert low < float(output.partition("student_reverse_kl ")[2].split(",")[0]) < high
 
 
 def test_the_same_folder_is_not_written_twice(workplace: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
 from actors.weight_sync import WeightStore, pull
-from kdray.batching import rollouts_to_batch
-from kdray.config import MiniLLMLoss, TrainingSettings
+from kdray.batching import rollouts_to_batch, shard, take_rows
+from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.errors import TrainingError
+from kdray.losses import LossBatch, loss_function
 from kdray.models import task_tokenizer
 from kdray.types import Rollout, TrainBatch
 
@@ -128,6 +130,108 @@ async def test_two_ranks_give_the_curve_of_one(stage, models, batches, reference
     assert len({round(loss, 4) for loss in losses}) == STEPS, "the student did not move: the test does not test what it says"
 
 
+@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 0, marks=pytest.mark.full), (2, 3)])
+async def test_hidden_states_give_the_curve_of_full_rows(ranks, stage, models, batches, tiny_models, tmp_path) -> None:
+    """Reverse KL inside the output head, under ZeRO 3 too, against the same loss in a plain torch loop on full rows."""
+    teacher, student = models
+    loss = ReverseKLLoss(type="reverse_kl")
+    given = [replace(batch, columns=_with_hidden(batch, tiny_models, teacher)) for batch in batches]
+    training = _training(ranks=ranks, zero_stage=stage)
+    async with _ranks(training, tmp_path) as (group, _):
+        await group.start_phase(replace(_phase(student), loss=loss, teacher=(str(teacher), None)))
+        reports = [await group.train_step(batch) for batch in given]
+
+    def full_rows(model: Any, batch: TrainBatch) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = tiny_models.load(teacher)(torch.from_numpy(batch.token_ids).long()).logits.roll(1, dims=1)
+        tensors = replace(LossBatch.from_train_batch(batch, VOCAB), teacher_logits=teacher_logits)
+        return loss_function(loss)(_logits(model, batch), tensors, loss).total / batch.num_target_tokens
+
+    want = _plain_loop(student, [[batch] for batch in batches], full_rows, training)
+    # The states travel in half precision.
+    np.testing.assert_allclose([(report.loss, report.grad_norm) for report in reports], want, rtol=2e-3)
+    assert reports[0].metrics["reverse_kl_support"] == pytest.approx(reports[0].loss, rel=1e-5)
+
+
+async def test_inner_epochs_mini_batches_and_text_are_the_plain_loop(models, batches, tiny_models, tmp_path) -> None:
+    """Two epochs over two mini-batches with pretraining text in each update: the loop that one would write by hand."""
+    teacher, student = models
+    text_settings = {"source": {"type": "task"}, "batch_size": 8, "window_tokens": 32, "weight": 0.5, "teacher_share": 0.5}
+    training = _training(mini_batch_size=8, inner_epochs=2, pretraining=text_settings)
+    assert training.updates_per_step == 4
+    # Rollouts of a step stand for windows: their prompts' first tokens are as good a text as any.
+    texts = [take_rows(batch, np.arange(8)) for batch in reversed(batches)]
+    texts = [replace(text, num_target_tokens=int(text.loss_mask.sum())) for text in texts]
+    async with _ranks(training, tmp_path) as (group, _):
+        await group.start_phase(_phase(student))
+        reports = [await group.train_step(batch, text) for batch, text in zip(batches, texts, strict=True)]
+
+    updates = []
+    for batch, text in zip(batches, texts, strict=True):
+        rows, windows = shard(batch, 0, 1), shard(text, 0, 1)
+        step = []
+        for epoch in range(2):
+            order = np.random.default_rng([0, batch.step, epoch]).permutation(16)
+            step += [(take_rows(rows, np.sort(order[n::2])), take_rows(windows, np.arange(n, 8, 2))) for n in range(2)]
+        updates.append(step)
+
+    def both(model: Any, given: tuple[TrainBatch, TrainBatch]) -> torch.Tensor:
+        rows, windows = (LossBatch.from_train_batch(part, VOCAB) for part in given)
+        main = loss_function(MiniLLMLoss())(_logits(model, given[0]), rows, MiniLLMLoss()).total
+        at = windows.mask.nonzero(as_tuple=True)
+        q = _logits(model, given[1]).log_softmax(-1)[at]
+        cross_entropy = -q.gather(-1, windows.token_ids[at].unsqueeze(-1)).mean()
+        p = tiny_models.load(teacher)(torch.from_numpy(given[1].token_ids).long()).logits.roll(1, dims=1).log_softmax(-1)[at]
+        ids = p.topk(8).indices
+        tails = [(1 - row.exp().gather(-1, ids).sum(-1, keepdim=True)).log() for row in (p, q)]
+        p8, q8 = (torch.cat([row.gather(-1, ids), tail], -1) for row, tail in zip((p, q), tails, strict=True))
+        divergence = (p8.exp() * (p8 - q8)).sum(-1).mean()
+        return main / rows.mask.sum() + 0.5 * (0.5 * cross_entropy + 0.5 * divergence)
+
+    want = _plain_loop(student, updates, both, training)
+    np.testing.assert_allclose([report.loss for report in reports], [loss for loss, _ in want], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose([report.grad_norm for report in reports], [norm for _, norm in want], rtol=1e-3)
+    # Beyond the first update the weights have moved under the same rollouts, and the ratio says so.
+    assert abs(reports[0].metrics["staleness_ratio"] - 1.0) > 1e-4
+    assert reports[0].metrics["teacher/t/staleness_0/staleness_clipped"] == reports[0].metrics["staleness_clipped"]
+    assert {"pretraining_loss", "pretraining_kl"} <= set(reports[0].metrics)
+
+
+def _with_hidden(batch: TrainBatch, tiny_models: TinyModels, teacher: Path) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        output = tiny_models.load(teacher)(torch.from_numpy(batch.token_ids).long(), output_hidden_states=True)
+    return {**batch.columns, "teacher_hidden": output.hidden_states[-1].roll(1, dims=1).numpy().astype(np.float16)}
+
+
+def _logits(model: Any, batch: TrainBatch) -> torch.Tensor:
+    """Right padding of a causal model needs no mask."""
+    return model(torch.from_numpy(batch.token_ids).long()).logits.roll(1, dims=1)
+
+
+def _plain_loop(
+    student: Path, steps: list[Any], loss_of: Callable[[Any, Any], torch.Tensor], training: TrainingSettings
+) -> list[tuple[float, float]]:
+    """(mean loss, largest gradient norm) of every step, each a list of updates, by torch alone; schedule as in `_phase`."""
+    from transformers import AutoModelForCausalLM, get_scheduler
+
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=training.betas, weight_decay=0.0)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
+    curve = []
+    for updates in steps:
+        losses, norms = [], []
+        for update in updates:
+            loss = loss_of(model, update)
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)))
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+        curve.append((float(np.mean(losses)), max(norms)))
+    return curve
+
+
 @pytest.mark.full
 async def test_bf16_and_gradient_checkpointing_stay_near(models, batches, reference, tmp_path) -> None:
     training = _training(precision="bf16", gradient_checkpointing=True, zero_stage=1)
@@ -148,7 +252,7 @@ async def test_published_weights_are_the_trained_ones_and_a_bad_loss_moves_nothi
         row = 3
         columns["teacher_logprobs"][row][bad.loss_mask[row]] = np.nan
         poisoned = TrainBatch(**{**{name: getattr(bad, name) for name in bad.__slots__}, "columns": columns})
-        with pytest.raises(TrainingError, match=rf"step 3: .*not finite.*{bad.sample_ids[row]}"):
+        with pytest.raises(TrainingError, match=rf"step 3: .*not finite for sample .*{bad.sample_ids[row]}"):
             await ranks.train_step(poisoned)
         await ranks.publish(2)
         version, folder, paths = await pull(store, 2)

@@ -121,7 +121,7 @@ def numpy_loss(settings, logits, batch, frozen=None):
                     m = beta * a + (1 - beta) * b_
                     total += beta * a * math.log(a / m) + (1 - beta) * b_ * math.log(b_ / m)
             else:
-                later = targets[k + 1 :]
+                later = targets[k + 1 :] if settings.single_step else targets[k:]
                 ids = columns["token_ids"][b, later]
                 rewards = columns["teacher_logprobs"][b, later] - frozen[b, later, ids]
                 value = sum(settings.gamma**i * r for i, r in enumerate(rewards))
@@ -133,8 +133,6 @@ def numpy_loss(settings, logits, batch, frozen=None):
                 total += term + (reverse if settings.single_step else 0.0)
                 add("policy_gradient", term)
                 add("single_step", reverse if settings.single_step else 0.0)
-                add("importance_weight", w)
-                add("importance_weight_sq", w * w)
                 add("staleness_ratio", min(ratio, settings.staleness_cap))
                 add("staleness_clipped", float(ratio > settings.staleness_cap))
                 add("log_ratio", columns["teacher_logprobs"][b, t] - frozen[b, t, y])
@@ -251,8 +249,6 @@ def test_minillm_by_hand():
     output = LOSSES["minillm"](*by_hand(), MiniLLMLoss())
     assert output.total.item() == pytest.approx(3 * LN2**2 + 15 / 8 * LN2, rel=1e-14)
     expected = {
-        "importance_weight": 1 + 1 / 2 + 1,
-        "importance_weight_sq": 1 + 1 / 4 + 1,
         "staleness_ratio": 2 + 1 + 1,
         "staleness_clipped": 1,
         "log_ratio": 0.0,
@@ -373,8 +369,6 @@ def test_student_equal_to_teacher_is_a_fixed_point(loss, dtype):
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
     assert abs(output.total.item()) < tolerance
     assert logits.grad.abs().max().item() < tolerance
-    if loss is PLAIN:
-        assert output.sums["importance_weight"].item() == pytest.approx(mask.sum())
 
 
 # ------------------------------------------------------------------------------------------------ robustness, dtypes

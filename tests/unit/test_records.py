@@ -36,7 +36,8 @@ def floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
 @st.composite
 def rollouts(draw: st.DrawFn) -> Rollout:
     length, width = draw(st.integers(0, 5)), draw(st.integers(1, 3))
-    has_support = draw(st.booleans())
+    has_support, has_hidden = draw(st.booleans()), draw(st.booleans())
+    halves = arrays.arrays(np.float16, (length, 2), elements=st.floats(width=16))
 
     def maybe() -> np.ndarray | None:
         return draw(st.none() | floats(length))
@@ -58,6 +59,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         tail_logprobs=maybe(),
         reverse_kl=maybe(),
         forward_kl=maybe(),
+        teacher_hidden=draw(halves) if has_hidden else None,
     )
 
 
@@ -123,7 +125,7 @@ def test_requests_round_trip(given_requests: list[SampleRequest], start: int) ->
 
 
 def test_every_field_of_a_rollout_is_in_the_schema() -> None:
-    assert {field.name for field in fields(Rollout)} | {"support_width"} == set(ROLLOUT_SCHEMA.names)
+    assert {field.name for field in fields(Rollout)} | {"support_width", "hidden_width"} == set(ROLLOUT_SCHEMA.names)
     assert {field.name for field in fields(SampleRequest)} == set(REQUEST_SCHEMA.names)
 
 

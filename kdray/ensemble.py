@@ -1,0 +1,398 @@
+"""Several teachers' answers about one rollout -> one target. Pure numpy; who asks the teachers, and when, is left to others.
+
+Each teacher recorded log p on a support of its own. The supports are united, each teacher is asked for what it did not
+record (`missing_ids`), its tail shrinks by what it answered (`at_union`), and the laws, now over the same buckets, become one
+(`combine`): every id of the union, and one tail bucket for the rest.
+
+Which mean depends on the divergence, for weights w_i that sum to 1:
+
+    sum_i w_i KL(p_i || q) = KL(m || q) + sum_i w_i KL(p_i || m),  m = sum_i w_i p_i             forward KL: `arithmetic`
+    sum_i w_i KL(q || p_i) = KL(q || g) - log Z,                   g = prod_i p_i^w_i / Z        reverse KL: `geometric`
+
+What is added does not depend on the student, so one target replaces n losses. Both hold exactly on the buckets. Sums and
+buckets commute: m on the buckets is the bucketed m. Products and buckets do not: g on the buckets is the product of the
+coarse laws, and equals the bucketed g only where the union covers all ids (or the teachers' tails have one shape).
+
+Dimensions: n teachers, T response tokens, K_i width of a teacher's support, U of the union, M of what is missing. Logarithms
+are natural; computed in float64, and float32 only in the columns that `combine` gives.
+Source: arithmetic and geometric opinion pools; products of experts, Hinton 2002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kdray.errors import ConfigError, DataError
+
+Kind = Literal["arithmetic", "geometric"]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherColumns:
+    """What one teacher says of one rollout. What an unused slot of `support_logprobs` holds is never read.
+
+    Raises: ValueError if the shapes disagree, or a position names an id twice.
+    """
+
+    token_logprobs: np.ndarray  # [T] log p of the sampled token
+    support_ids: np.ndarray  # [T, K] int32; -1 is an unused slot
+    support_logprobs: np.ndarray  # [T, K] log p at support_ids; -inf where unused
+    tail_logprobs: np.ndarray  # [T] log of the mass outside the support; -inf if it covers all
+
+    def __post_init__(self) -> None:
+        rows = self.support_ids.shape[:1]
+        if (
+            self.support_ids.ndim != 2
+            or self.support_logprobs.shape != self.support_ids.shape
+            or self.token_logprobs.shape != rows
+            or self.tail_logprobs.shape != rows
+        ):
+            raise ValueError(
+                f"columns of one rollout do not fit together: token_logprobs {self.token_logprobs.shape}, support_ids "
+                f"{self.support_ids.shape}, support_logprobs {self.support_logprobs.shape}, tail_logprobs "
+                f"{self.tail_logprobs.shape}; expected [T], [T, K], [T, K], [T]"
+            )
+        _refuse_duplicates("support_ids", self.support_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Target(TeacherColumns):
+    """The combined law, float32, in the columns of a single teacher."""
+
+    log_z: np.ndarray  # [T] log Z of the geometric mean, <= 0: minus what the teachers disagree by; 0 for the arithmetic one
+
+
+# ---------------------------------------------------------------------------------------------------- one support
+
+
+def union_ids(columns: Sequence[TeacherColumns]) -> np.ndarray:
+    """All teachers' support ids, each once a position: [T, U] int32, -1 padded at the end.
+
+    The order is the first teacher's, then that of the second among the ids that the first does not name, and so on.
+    """
+    ids = np.concatenate([one.support_ids for one in columns], axis=1)
+    order = np.argsort(ids, axis=1, kind="stable")
+    ranked = np.take_along_axis(ids, order, axis=1)
+    first = np.ones(ids.shape, dtype=bool)
+    first[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    keep = np.empty_like(first)
+    np.put_along_axis(keep, order, first, axis=1)
+    return _pack(ids, keep & (ids >= 0))
+
+
+def missing_ids(columns: TeacherColumns, union: np.ndarray) -> np.ndarray | None:
+    """Ids of the union at which this teacher's log p is not known: [T, M] int32, -1 padded; None where nothing is missing.
+
+    Where the tail is -inf nothing is: every id outside the support has no mass.
+    """
+    keep = (union >= 0) & (_slots(columns.support_ids, union) < 0) & ~np.isneginf(columns.tail_logprobs)[:, None]
+    return _pack(union, keep) if keep.any() else None
+
+
+def at_union(
+    columns: TeacherColumns,
+    union: np.ndarray,
+    extra: tuple[np.ndarray, np.ndarray] | None,
+    tolerance: float = 1e-3,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One teacher's log p at the union [T, U], -inf at padding, and its log mass outside of it [T]; float64.
+
+    A tail that the new ids exhaust, up to rounding, is -inf. That is right where the union covers all ids; elsewhere it makes
+    a reverse KL infinite, so a caller that must stay finite bounds the tail from below.
+    Args: union: [T, U] from `union_ids`; extra: the ids of `missing_ids` [T, M] in any order and their log p [T, M], None
+          where nothing was missing; tolerance: by how much the new mass may exceed the tail, as a share of it. The second
+          prefill of a low-precision engine may need more than the default, which is ample for float32.
+    Raises: ValueError if the union leaves out an id of the support, `extra` is not what was missing, or its mass exceeds
+            the tail by more than the tolerance.
+    """
+    _refuse_duplicates("the union", union)
+    if not np.array_equal(_counts(columns.support_ids), (_slots(columns.support_ids, union) >= 0).sum(axis=1)):
+        raise ValueError("the union leaves out ids of this teacher's support; make it with union_ids of all teachers")
+    ids, logprobs = columns.support_ids, columns.support_logprobs.astype(np.float64)
+    tail = columns.tail_logprobs.astype(np.float64)
+    missing = missing_ids(columns, union)
+    _check_extra(missing, extra)
+    if extra is not None:
+        ids = np.concatenate([ids, extra[0]], axis=1)
+        logprobs = np.concatenate([logprobs, extra[1]], axis=1)
+        tail = _shrink(tail, np.where(extra[0] >= 0, extra[1].astype(np.float64), -np.inf), tolerance)
+    slots = _slots(ids, union)
+    # One further column is where the slots that are -1 point to.
+    padded = np.concatenate([logprobs, np.full((len(ids), 1), -np.inf)], axis=1)
+    return np.take_along_axis(padded, np.where(slots >= 0, slots, padded.shape[1] - 1), axis=1), tail
+
+
+def _shrink(tail: np.ndarray, logprobs: np.ndarray, tolerance: float) -> np.ndarray:
+    """log(exp(tail) - sum exp(logprobs)), [T].
+
+    Where one id takes nearly all of the tail, 1 - sum would cancel to noise. The largest share goes through expm1 instead: its
+    difference from the tail is exact in floating point, and what is subtracted then is as small as what is left.
+    Args: tail: [T], logprobs: [T, M], float64.
+    """
+    if logprobs.shape[1] == 0:
+        return tail
+    empty = np.isneginf(tail)
+    shares = np.sort(logprobs - np.where(empty, 0.0, tail)[:, None], axis=1)  # [T, M] logs, ascending
+    left = -np.expm1(shares[:, -1]) - np.exp(shares[:, :-1]).sum(axis=1)
+    over = ~empty & ~(left >= -tolerance)  # a NaN is over too
+    if over.any():
+        row = int(np.argmax(over))
+        raise ValueError(
+            f"position {row}: the ids asked for hold {1.0 - left[row]:.6g} times the teacher's tail mass "
+            f"{np.exp(tail[row]):.3g}, and tolerance={tolerance:g}; both must come from the same teacher weights and prefix"
+        )
+    return tail + _log(np.maximum(left, 0.0))
+
+
+# ---------------------------------------------------------------------------------------------------- one law
+
+
+def arithmetic(logprobs: np.ndarray, tails: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log sum_i w_i p_i of every bucket: the support [T, U] and the tail [T], float64. Exact under coarse graining.
+
+    Args: logprobs: [n, T, U]; tails: [n, T]; weights: [n], or [n, T] for each token its own, summing to 1 over teachers.
+    Raises: ValueError if the weights are not weights.
+    """
+    mixed = _log_mean(_buckets(logprobs, tails), _checked(weights, tails.shape)[..., None])
+    return mixed[:, :-1], mixed[:, -1]
+
+
+def geometric(logprobs: np.ndarray, tails: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """prod_i p_i^w_i over the buckets, normalised: logs of the support [T, U], the tail [T], and log Z [T]; float64.
+
+    A bucket that a teacher of positive weight gives no mass has none. Args as `arithmetic`.
+    Raises: ValueError if the weights are not weights, or the teachers have no bucket in common.
+    """
+    product = _weighted_sum(_buckets(logprobs, tails), _checked(weights, tails.shape)[..., None])
+    log_z = _logsumexp(product, axis=-1)
+    apart = np.isneginf(log_z)
+    if apart.any():
+        raise ValueError(
+            f"position {int(np.argmax(apart))}: no id has mass under every teacher, so their geometric mean is no law; "
+            "use the arithmetic one, or teachers that agree more"
+        )
+    product -= log_z[:, None]
+    return product[:, :-1], product[:, -1], log_z
+
+
+def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) -> Target:
+    """The target of several teachers in a single teacher's columns, float32.
+
+    For the geometric mean, log p of a sampled token outside the union is divided by the Z of the buckets, which is at least
+    the exact one (Hölder): it is a lower bound of the exact value. Elsewhere it equals the token's bucket.
+    Args: columns: all on one union, `TeacherColumns(token_logprobs, union, *at_union(...))`; weights: [n] or [n, T].
+    Raises: ValueError if the supports differ, the weights are not weights, or the teachers have no bucket in common.
+    """
+    ids = columns[0].support_ids
+    if not all(np.array_equal(one.support_ids, ids) for one in columns):
+        raise ValueError("the teachers' columns are on different supports; bring each to their union with at_union")
+    logprobs = np.where(ids >= 0, np.stack([one.support_logprobs for one in columns]).astype(np.float64), -np.inf)
+    tails = np.stack([one.tail_logprobs for one in columns]).astype(np.float64)
+    tokens = np.stack([one.token_logprobs for one in columns]).astype(np.float64)  # [n, T]
+    if kind == "arithmetic":
+        support, tail = arithmetic(logprobs, tails, weights)
+        token, log_z = _log_mean(tokens, _checked(weights, tails.shape)), np.zeros(len(ids))
+    elif kind == "geometric":
+        support, tail, log_z = geometric(logprobs, tails, weights)
+        token = _weighted_sum(tokens, _checked(weights, tails.shape)) - log_z
+    else:
+        raise ValueError(f"kind={kind!r} of an ensemble's target; choose arithmetic or geometric")
+    return Target(
+        token_logprobs=token.astype(np.float32),
+        support_ids=ids,
+        support_logprobs=support.astype(np.float32),
+        tail_logprobs=tail.astype(np.float32),
+        log_z=log_z.astype(np.float32),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def fixed_weights(
+    teachers: Sequence[str], shares: Mapping[str, float] | None = None, setting: str = "rollout.teachers.weights"
+) -> np.ndarray:
+    """Weights [n] in the order of `teachers`, in proportion to their shares: 0 where not named, all equal for None.
+
+    Raises: ConfigError naming `setting` if a share is no teacher's, negative or not finite, or if all are 0.
+    """
+    if shares is None:
+        return np.full(len(teachers), 1.0 / len(teachers))
+    unknown = [name for name in shares if name not in teachers]
+    if unknown:
+        raise ConfigError(f"{setting} names {', '.join(unknown)}, but the teachers are {', '.join(teachers)}")
+    values = np.array([shares.get(name, 0.0) for name in teachers], dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0.0).any() or not values.any():
+        raise ConfigError(f"{setting}={dict(shares)}: shares must be finite and 0 or more, at least one of them above 0")
+    return values / values.sum()
+
+
+def weights_by_domain(
+    teachers: Sequence[str], by_domain: Mapping[str, Mapping[str, float]], default: Mapping[str, float] | None = None
+) -> Callable[[str | None], np.ndarray]:
+    """A function from a prompt's domain to the weights [n] of `teachers`; all shares are checked before it is given.
+
+    Args: by_domain: shares of each domain, as for `fixed_weights`; default: those of every other prompt.
+    Raises: ConfigError as `fixed_weights`. The function raises DataError for another domain where there is no default.
+    """
+    setting = "rollout.teachers.domain_weights"
+    known = {domain: fixed_weights(teachers, shares, f"{setting}.{domain}") for domain, shares in by_domain.items()}
+    otherwise = None if default is None else fixed_weights(teachers, default)
+
+    def weights_of(domain: str | None) -> np.ndarray:
+        weights = otherwise if domain is None else known.get(domain, otherwise)
+        if weights is None:
+            raise DataError(
+                f"domain={domain!r} of a prompt is not in {setting}, which knows {', '.join(known) or 'none'}; "
+                "add it there, or set rollout.teachers.weights for all other prompts"
+            )
+        return weights
+
+    return weights_of
+
+
+def confidence_weights(
+    logprobs: np.ndarray, tails: np.ndarray, temperature: float = 1.0, tail_ids: int | np.ndarray = 1
+) -> np.ndarray:
+    """Weights [n, T] that favour the teacher that is surest of a token: softmax over teachers of -entropy / temperature.
+
+    A choice without a source: the exponential makes weights invariant to what all entropies have in common. Sure is not
+    right; it trusts a teacher that is wrong with confidence. High temperatures tend to equal weights.
+    The entropy, nats, is that of the buckets, with the tail spread evenly over `tail_ids` ids. At 1 the tail counts as a single
+    id, and a flat teacher with most of its mass there looks sure; the number of ids outside the union is the honest value.
+    Args: logprobs: [n, T, U]; tails: [n, T]; tail_ids: a number, or [T].
+    Raises: ValueError if the temperature is not above 0, or tail_ids not all 0 or more.
+    """
+    if not temperature > 0.0:
+        raise ValueError(f"temperature={temperature:g} of the confidence weights; it must be above 0")
+    if np.any(np.asarray(tail_ids) < 0):
+        raise ValueError("tail_ids is negative at some position; it counts the ids outside the union")
+    rows = _buckets(logprobs, tails)
+    mass = np.exp(rows)
+    entropy = -(mass * np.where(mass > 0.0, rows, 0.0)).sum(axis=-1)
+    # Where no id is outside, the tail holds no more than rounding.
+    entropy += mass[..., -1] * np.log(np.maximum(tail_ids, 1))
+    scores = -entropy / temperature
+    return np.exp(scores - _logsumexp(scores, axis=0))
+
+
+def renormalise(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """The weights with 0 for absent teachers, theirs spread over those present in proportion; same shape, float64.
+
+    Args: weights: [n] or [n, T]; present: bool [n].
+    Raises: ValueError if no teacher is present, or those present have weight 0.
+    """
+    weights, present = np.asarray(weights, dtype=np.float64), np.asarray(present, dtype=bool)
+    if not present.any():
+        raise ValueError(f"none of the {len(present)} teachers answered; there is no target to train on")
+    kept = np.where(present.reshape(-1, *(1,) * (weights.ndim - 1)), weights, 0.0)
+    total = kept.sum(axis=0)
+    if not np.all(total > 0.0):
+        raise ValueError(
+            f"the {int(present.sum())} teachers present of {len(present)} have weight 0, so the missing weight cannot be "
+            "spread in proportion; give them some"
+        )
+    return kept / total
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def _refuse_duplicates(what: str, ids: np.ndarray) -> None:
+    ranked = np.sort(ids, axis=1)
+    twice = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any(axis=1)
+    if twice.any():
+        raise ValueError(f"{what}: position {int(np.argmax(twice))} names an id twice, so its mass would count twice")
+
+
+def _check_extra(missing: np.ndarray | None, extra: tuple[np.ndarray, np.ndarray] | None) -> None:
+    """Raises: ValueError unless `extra` gives exactly the missing ids of each position."""
+    if extra is None:
+        if missing is not None:
+            row = int(np.argmax(_counts(missing)))
+            raise ValueError(
+                f"position {row}: log p is unknown at ids {_used(missing[row])} of the union; ask the teacher for missing_ids"
+            )
+        return
+    ids, logprobs = extra
+    if missing is None:
+        missing = np.full((len(ids), 0), -1, dtype=np.int32)
+    if ids.shape != logprobs.shape or len(ids) != len(missing):
+        raise ValueError(f"extra ids {ids.shape} and logprobs {logprobs.shape}; expected both [{len(missing)}, M]")
+    # As many as are missing, and each missing one among them: then no id is given twice or in vain.
+    wrong = (_counts(ids) != _counts(missing)) | ((missing >= 0) & (_slots(ids, missing) < 0)).any(axis=1)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(f"position {row}: missing are ids {_used(missing[row])}, but given are {_used(ids[row])}")
+
+
+def _used(ids: np.ndarray) -> list[int]:
+    return ids[ids >= 0].tolist()
+
+
+def _counts(ids: np.ndarray) -> np.ndarray:
+    """Used slots of each position, [T]."""
+    return (ids >= 0).sum(axis=1)
+
+
+def _pack(ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The kept ids of each position in their order, [T, most kept] int32, -1 padded at the end."""
+    order = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max(initial=0)]
+    return np.take_along_axis(np.where(keep, ids, -1), order, axis=1).astype(np.int32)
+
+
+def _slots(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted id [T, W] stands among its position's `ids` [T, K]: [T, W], -1 where it does not.
+
+    One binary search over (position, id) keys; a [T, W, K] comparison would not fit in memory for wide supports.
+    """
+    stride = int(max(ids.max(initial=0), wanted.max(initial=0))) + 1
+    rows, slots = np.nonzero(ids >= 0)
+    keys = rows * stride + ids[rows, slots]
+    order = np.argsort(keys)
+    keys = np.append(keys[order], np.iinfo(np.int64).max)  # a sentinel: every search ends inside
+    sought = np.arange(len(ids))[:, None] * stride + wanted
+    places = np.searchsorted(keys, sought)
+    found = (wanted >= 0) & (keys[places] == sought)
+    return np.where(found, np.append(slots[order], -1)[places], -1)
+
+
+def _buckets(logprobs: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    """Support and tail side by side, the tail last: [n, T, U + 1] float64."""
+    return np.concatenate([logprobs, tails[..., None]], axis=-1).astype(np.float64)
+
+
+def _checked(weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights as [n, T] float64."""
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape not in (shape, shape[:1]):
+        raise ValueError(f"weights {weights.shape} for {shape[0]} teachers and {shape[1]} tokens; expected [n] or [n, T]")
+    if not (weights >= 0.0).all() or not np.allclose(weights.sum(axis=0), 1.0, rtol=0.0, atol=1e-6):
+        raise ValueError("weights must be 0 or more and sum to 1 over teachers at every token; see renormalise")
+    return np.broadcast_to(weights.reshape(*weights.shape, *(1,) * (2 - weights.ndim)), shape)
+
+
+def _log(values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(values)
+
+
+def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
+    """log sum exp along `axis`; -inf where all are."""
+    top = values.max(axis=axis, keepdims=True)
+    top = np.where(np.isneginf(top), 0.0, top)
+    return np.squeeze(top, axis) + _log(np.exp(values - top).sum(axis=axis))
+
+
+def _log_mean(logs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """log sum_i w_i exp(logs_i) over the first dimension."""
+    return _logsumexp(logs + _log(weights), axis=0)
+
+
+def _weighted_sum(logs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """sum_i w_i logs_i over the first dimension, where 0 times -inf is 0: a teacher of weight 0 has no veto."""
+    return (np.where(weights > 0.0, logs, 0.0) * weights).sum(axis=0)

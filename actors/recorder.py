@@ -3,7 +3,8 @@
 vLLM hands every step's rows to `apply`. For a sampling request the recorder forms m = alpha p + (1 - alpha) q with the
 request's own alpha, draws the token from a hash of (seed, position), pins the engine's choice to it, and records log m,
 log p, log q, the teacher's logprobs on a support (teacher top-k and student top-k), its tail mass, and both exact KLs.
-For a scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass.
+For a scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass, at the ids that the
+request names too.
 
 Records are keyed by request and indexed by position, because vLLM evaluates positions more than once: partial prefills,
 preemption and surplus rows after the last token. A later evaluation of a position replaces the earlier one; the reader cuts
@@ -53,6 +54,8 @@ class _Request(NamedTuple):
     output_ids: list[int]
     start: int
     last_id: int
+    asked: np.ndarray | None  # [T, M] int32: ids at which a scoring request wants log p; -1 is unused
+    top_k: bool
 
 
 class Recorder(LogitsProcessor):
@@ -93,6 +96,8 @@ class Recorder(LogitsProcessor):
             output_ids=output_ids,
             start=args.get("start", 0),
             last_id=args.get("last_id", 0),
+            asked=np.frombuffer(args["asked"], dtype=np.int32).reshape(-1, args["width"]) if "asked" in args else None,
+            top_k=args.get("top_k", True),
         )
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -144,10 +149,15 @@ class Recorder(LogitsProcessor):
             if not len(tokens):
                 break
             rows = model.log_rows(step.hidden[chunk : chunk + len(tokens)])
-            arrays = self._measure(rows, _either(rows.teacher, rows.student), tokens, model.student_version)
+            first_token = position + 1 - request.start
+            asked = None
+            if request.asked is not None:
+                asked = torch.tensor(request.asked[first_token : first_token + len(tokens)], device=tokens.device).long()
+            mixture = _either(rows.teacher, rows.student)
+            arrays = self._measure(rows, mixture, tokens, model.student_version, asked, request.top_k)
             cells = self.cells[request.key]
             for offset in range(len(tokens)):
-                cells[position + 1 + offset - request.start] = Cell(*arrays, offset)
+                cells[first_token + offset] = Cell(*arrays, offset)
 
     def _measure(
         self,
@@ -155,8 +165,13 @@ class Recorder(LogitsProcessor):
         mixture: torch.Tensor,
         tokens: torch.Tensor,
         student_version: int,
+        asked: torch.Tensor | None = None,
+        top_k: bool = True,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K], ints [n, 2 + K], hidden [n, d]."""
+        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K], ints [n, 2 + K], hidden [n, d].
+
+        Args: asked: [n, M] ids that the support holds first; top_k: whether it also holds the models' own top ids.
+        """
         teacher, student = rows.teacher, rows.student
         count = len(mixture)
         nothing = torch.full((count, 1), torch.nan, device=mixture.device)
@@ -168,13 +183,11 @@ class Recorder(LogitsProcessor):
             floats += [nothing] * 3
             support = torch.empty((count, 0), dtype=torch.long, device=mixture.device)
         else:
-            support = self._support(teacher, student)
+            support = self._support(teacher, student, asked, top_k)
             used = support >= 0
-            index = support.where(used, support[:, :1])
-            outside = teacher.scatter(-1, index, -torch.inf)
-            floats.append(outside.logsumexp(-1, keepdim=True))
+            floats.append(teacher.masked_fill(_named(support, teacher.shape[-1]), -torch.inf).logsumexp(-1, keepdim=True))
             floats += [nothing] * 2 if student is None else [_kl(student, teacher), _kl(teacher, student)]
-            floats.append(teacher.gather(-1, index).masked_fill_(~used, -torch.inf))
+            floats.append(teacher.gather(-1, support.clamp(min=0)).masked_fill_(~used, -torch.inf))
         version = torch.full_like(at, student_version)
         ints = torch.cat([at, version, support], dim=-1).to(torch.int32)
         hidden = torch.empty((count, 0), dtype=torch.float16)
@@ -183,15 +196,21 @@ class Recorder(LogitsProcessor):
             hidden = rows.hidden.to(torch.float16)
         return torch.cat(floats, dim=-1).cpu().numpy(), ints.cpu().numpy(), hidden.cpu().numpy()
 
-    def _support(self, teacher: torch.Tensor, student: torch.Tensor | None) -> torch.Tensor:
-        """Teacher's top-k ids, then the student's top-k that are not among them (-1 where they are): [n, K]."""
+    def _support(
+        self, teacher: torch.Tensor, student: torch.Tensor | None, asked: torch.Tensor | None, top_k: bool
+    ) -> torch.Tensor:
+        """Ids asked for, then the teacher's top-k, then the student's; -1 where an id stands further to the left: [n, K]."""
         vocab = teacher.shape[-1]
-        first = teacher.topk(min(self.teacher_top_k, vocab), dim=-1).indices
-        if student is None or self.student_top_k == 0 or first.shape[-1] == vocab:
-            return first
-        second = student.topk(min(self.student_top_k, vocab), dim=-1).indices
-        taken = torch.zeros_like(teacher, dtype=torch.bool).scatter_(-1, first, True).gather(-1, second)
-        return torch.cat([first, second.masked_fill(taken, -1)], dim=-1)
+        parts = [] if asked is None else [asked]
+        if top_k:
+            parts.append(teacher.topk(min(self.teacher_top_k, vocab), dim=-1).indices)
+            if student is not None and self.student_top_k and parts[-1].shape[-1] < vocab:
+                parts.append(student.topk(min(self.student_top_k, vocab), dim=-1).indices)
+        support = torch.empty((len(teacher), 0), dtype=torch.long, device=teacher.device)
+        for part in parts:
+            taken = _named(support, vocab).gather(-1, part.clamp(min=0))
+            support = torch.cat([support, part.masked_fill(taken, -1)], dim=-1)
+        return support
 
     def take(self, wanted: list[tuple[str, int]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Give away the first `length` positions of each (key, length): floats [T, 6 + K], ints [T, 2 + K], hidden [T, d].
@@ -223,6 +242,13 @@ def _either(teacher: torch.Tensor | None, student: torch.Tensor | None) -> torch
     rows = teacher if teacher is not None else student
     assert rows is not None
     return rows
+
+
+def _named(ids: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Which ids of the vocabulary a row [n, K] names, [n, vocab] bool; -1 names none."""
+    # Unused slots land in a further column, which is cut off again.
+    flags = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
+    return flags.scatter_(-1, ids.where(ids >= 0, vocab), True)[:, :vocab]
 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdray.errors import EngineError, RequestRefused
+from kdray.handshake import Fingerprint
 from kdray.types import Rollout, SampleRequest
 
 Role = Literal["mixture", "teacher", "student"]
@@ -55,6 +56,10 @@ class EngineSpec:
     """Commit or tag of `student` on the hub."""
     teacher: str = ""
     """Name of the teacher, written into every rollout it scored."""
+    canary: tuple[int, ...] = ()
+    """Token ids that the teacher scores at its start, so that every replica can be compared with the first one."""
+    tokenizer: str = ""
+    """Hash of the teacher's tokenizer."""
     record_hidden: bool = False
     """Whether the teacher's last hidden state is recorded for every token."""
     teacher_top_k: int = 32
@@ -187,10 +192,12 @@ class TeacherEngine:
             async for ended in finished:
                 yield [self._sampled(requests[index], *answer) for index, *answer in ended]
 
-    async def score(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[Rollout]]:
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
         """Fill in the teacher's columns of sequences sampled elsewhere, by prefill; streams like `sample`.
 
-        Where the engine also holds the student, both exact KLs are filled in, under the version that it holds.
+        The new support holds the rollout's `support_ids`, where it has some, in their order, and then the models' own top ids
+        unless `top_k` is False. Where the engine also holds the student, both exact KLs are filled in, under the version that
+        it holds.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -201,7 +208,11 @@ class TeacherEngine:
         for rollout in rollouts:
             key = self._key(rollout.sample_id)
             sequence = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
-            extra = {"key": key, "mode": "score", "start": len(rollout.prompt_ids), "last_id": sequence[-1]}
+            start = len(rollout.prompt_ids)
+            extra = {"key": key, "mode": "score", "start": start, "last_id": sequence[-1], "top_k": top_k}
+            if rollout.support_ids is not None and rollout.support_ids.shape[1]:
+                # Bytes pass vLLM's encoding as they are; a list of so many numbers would be slow.
+                extra |= {"asked": rollout.support_ids.astype(np.int32).tobytes(), "width": rollout.support_ids.shape[1]}
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=1,
@@ -220,6 +231,24 @@ class TeacherEngine:
                     replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(record))
                     for index, _, record in ended
                 ]
+
+    async def fingerprint(self) -> Fingerprint:
+        """What this engine's teacher is, and its scores of the canary."""
+        ids = np.asarray(self.spec.canary, dtype=np.int32)
+        blank = np.zeros(len(ids) - 1, dtype=np.float32)
+        versions = np.zeros(len(ids) - 1, dtype=np.int32)
+        canary = Rollout(-1, -1, ids[:1], ids[1:], blank, blank, versions, alpha=0.0, finish_reason="length")
+        ((scored,),) = [part async for part in self.score([canary])]
+        assert scored.teacher_logprobs is not None
+        return Fingerprint(
+            model=self.spec.model,
+            revision=self.spec.revision,
+            tokenizer=self.spec.tokenizer,
+            vocab_size=self.spec.vocab_size,
+            dtype=str(self._engine.vllm_config.model_config.dtype).removeprefix("torch."),
+            canary=self.spec.canary,
+            scores=tuple(scored.teacher_logprobs.tolist()),
+        )
 
     async def _finish(
         self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -12,17 +13,25 @@ from typing import Any
 import pyarrow as pa
 from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
+from actors.autoscaling_policy import serve_config
 from actors.teacher_engine import EngineSpec
-from actors.teacher_replica import TeacherReplica
+from actors.teacher_replica import RatedReplica, TeacherReplica
+from kdray.autoscaling import ScaleWatch
 from kdray.config import ClusterSettings, EngineSettings
 from kdray.errors import EngineError, RequestRefused
+from kdray.outage import Outage
 from kdray.records import requests_to_table, rollouts_to_table, table_to_rollouts
 from kdray.types import Rollout, SampleRequest
+from kdray.workload import Awaited
 
 logger = logging.getLogger(__name__)
 
 # Rollouts that one call carries at most: large enough that calls cost nothing, small enough to spread over replicas.
 _MAX_PER_CALL = 256
+# Calls that a replica holds where replicas come and go or differ in speed. Those beyond wait at the caller, and whoever is free
+# takes the next: a call once sent to a replica stays there. Enough that small calls of a scorer fill an engine's step.
+_CALLS_PER_REPLICA = 8
+_ROUTING_STATS_PERIOD_S = 2.0
 
 
 class ReplicaPool:
@@ -37,10 +46,14 @@ class ReplicaPool:
         weights: Any | None,
         retries: int,
         on_event: Callable[..., None] = lambda kind, **fields: None,
+        registry: Any | None = None,
+        missing_after_s: float = 120.0,
     ) -> None:
+        """Args: registry: the TeacherRegistry's handle; missing_after_s: time without a replica until an outage begins."""
         self.name = name
         self.spec = spec
         self.retried = 0
+        self.outage = Outage()
         self.replicas_serving = 0
         self._run = uuid.uuid4().hex[:12]
         self._settings = settings
@@ -48,7 +61,13 @@ class ReplicaPool:
         self._weights = weights
         self._retries = retries
         self._on_event = on_event
+        self._registry = registry
+        self._missing_after_s = missing_after_s
+        self._refusals = 0
+        self._served_at = time.monotonic()
         self._handle: Any = None
+        self._awaited = Awaited(self._note_waiting)
+        self._scale = None if settings.autoscaling is None else ScaleWatch(settings.autoscaling.placement_timeout_s)
 
     @property
     def application(self) -> str:
@@ -65,9 +84,10 @@ class ReplicaPool:
         from ray import serve
 
         settings = self._settings
+        replica: type[TeacherReplica] = TeacherReplica
         options: dict[str, Any] = {
             "name": self.name,
-            "max_ongoing_requests": 1000,
+            "max_ongoing_requests": _CALLS_PER_REPLICA if self._uneven else 1000,
             "health_check_period_s": self._cluster.health_check_period_s,
             "health_check_timeout_s": max(30.0, 3 * self._cluster.health_check_period_s),
             "graceful_shutdown_timeout_s": 5.0,
@@ -76,9 +96,38 @@ class ReplicaPool:
         if settings.autoscaling is None:
             options["num_replicas"] = settings.replicas
         else:
-            options["autoscaling_config"] = settings.autoscaling
-        deployment = serve.deployment(TeacherReplica).options(**options)
-        return serve.RunTarget(deployment.bind(self.spec, self._weights), name=self.application, route_prefix=None)
+            options["autoscaling_config"] = serve_config(self.name, settings.autoscaling, self._weights)
+            options["graceful_shutdown_timeout_s"] = settings.autoscaling.drain_s
+        if settings.mixed_hardware:
+            from ray.serve.config import RequestRouterConfig
+
+            from actors.request_routing import ThroughputRouter
+
+            replica = RatedReplica
+            options["request_router_config"] = RequestRouterConfig(
+                request_router_class=ThroughputRouter, request_routing_stats_period_s=_ROUTING_STATS_PERIOD_S
+            )
+        deployment = serve.deployment(replica).options(**options)
+        application = deployment.bind(self.spec, self._weights, self._registry)
+        return serve.RunTarget(application, name=self.application, route_prefix=None)
+
+    @property
+    def _uneven(self) -> bool:
+        """Whether replicas come and go, or differ in speed: then calls are small, and wait for whoever is free."""
+        return self._settings.autoscaling is not None or self._settings.mixed_hardware
+
+    def awaited(self, sample_ids: Sequence[int]) -> None:
+        """The trainer waits for these samples from now on, whichever pools were asked for them; for none when it goes on."""
+        self._awaited.misses(sample_ids, time.monotonic())
+
+    def take_waited_s(self) -> float:
+        """Seconds that the trainer waited for this pool since the last call of this."""
+        return self._awaited.take_s(time.monotonic())
+
+    def _note_waiting(self, waits: bool) -> None:
+        # The store counts the seconds: it need only be told of both ends of a wait.
+        if self._scale is not None and self._weights is not None:
+            self._weights.note_waiting.remote(self.name, 0.0 if waits else None)
 
     def delete(self) -> None:
         """Take the replicas down, waiting until they are gone."""
@@ -88,13 +137,49 @@ class ReplicaPool:
         self._handle = None
 
     async def watch_replicas(self, period_s: float = 2.0) -> None:
-        """Keep `replicas_serving` current, and write an event when it changes; never returns."""
+        """Keep `replicas_serving` current, and write an event when it or the size asked for changes; never returns."""
         while True:
             serving = await asyncio.to_thread(self._count_replicas)
             if serving != self.replicas_serving:
                 self._on_event("replicas", pool=self.name, before=self.replicas_serving, now=serving)
                 self.replicas_serving = serving
+            await self._watch_target(serving)
+            await self._watch_outage(serving)
             await asyncio.sleep(period_s)
+
+    async def _watch_target(self, serving: int) -> None:
+        """Write an event when the size asked for changes (`scale`), and one when it does not come (`scale_stuck`)."""
+        if self._scale is None or self._weights is None:
+            return
+        found = await self._weights.target.remote(self.name)
+        if found is not None:
+            target, reason = found
+            for kind, fields in self._scale.see(serving, target, reason, time.monotonic()):
+                self._on_event(kind, pool=self.name, **fields)
+
+    async def _watch_outage(self, serving: int) -> None:
+        """Begin the outage where no replica serves for long, or none but such that were turned away; end it when one does."""
+        refused = [] if self._registry is None else await self._registry.refused.remote(self.name)
+        for reason in refused[self._refusals :]:
+            self._on_event("teacher_refused", teacher=self.name, reason=reason)
+        turned_away, self._refusals = refused[self._refusals :], len(refused)
+        now = time.monotonic()
+        if serving or not self._awaited.owes:
+            # A pool that scaled to zero and has no work is not missing.
+            self._served_at = now
+        if serving:
+            if self.outage.reason is not None:
+                self.outage.end()
+                self._on_event("teacher_back", teacher=self.name)
+            return
+        reason = None
+        if turned_away:
+            reason = f"teacher {self.name} has no replica left; the new one was turned away: {turned_away[-1]}"
+        elif self.outage.reason is None and now - self._served_at > self._missing_after_s:
+            reason = f"teacher {self.name} has had no replica for {now - self._served_at:.0f} s"
+        if reason is not None and reason != self.outage.reason:
+            self.outage.begin(reason, final=bool(turned_away))
+            self._on_event("teacher_missing", teacher=self.name, reason=reason)
 
     def _count_replicas(self) -> int:
         from ray import serve
@@ -116,14 +201,14 @@ class ReplicaPool:
             async for rollouts in stream:
                 yield rollouts
 
-    async def score(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[Rollout]]:
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
         """See `kdray.interfaces.Scorer`. Exact KLs are taken under the newest version that sampled, or a newer one."""
         by_id = {rollout.sample_id: rollout for rollout in rollouts}
         min_version = max(int(rollout.student_versions.max()) for rollout in rollouts)
 
         def call(missing: list[int]) -> Any:
             table = rollouts_to_table([by_id[sample_id] for sample_id in missing])
-            return self._handle.options(stream=True).score.remote(table, min_version)
+            return self._handle.options(stream=True).score.remote(table, min_version, top_k)
 
         async with aclosing(self._stream(list(by_id), call)) as stream:
             async for scored in stream:
@@ -131,36 +216,45 @@ class ReplicaPool:
 
     async def _stream(self, ids: list[int], call: Callable[[list[int]], Any]) -> AsyncGenerator[list[Rollout]]:
         """Split ids over calls that run side by side, and yield whatever any of them gives; each id exactly once."""
-        if self._settings.autoscaling is None:
-            size = min(_MAX_PER_CALL, -(-len(ids) // self._settings.replicas))
-        else:
-            # Serve scales by calls in flight, and a new replica gets work only by them: half an engine's slots each.
+        if self._uneven:
+            # Two calls fill an engine, and a new or faster replica takes the next one soon.
             size = max(1, self._settings.max_num_seqs // 2)
+        else:
+            size = min(_MAX_PER_CALL, -(-len(ids) // self._settings.replicas))
+        unanswered = set(ids)
+        self._awaited.asked(unanswered, time.monotonic())
         arrived: asyncio.Queue[list[Rollout]] = asyncio.Queue()
         parts = [ids[start : start + size] for start in range(0, len(ids), size)]
         tasks = [asyncio.create_task(self._persist(part, call, arrived)) for part in parts]
         remaining = len(ids)
         getter = asyncio.ensure_future(arrived.get())
+        gone = asyncio.ensure_future(self.outage.interrupt(only_final=True))
         try:
             while remaining:
                 pending = {task for task in tasks if not task.done()}
-                await asyncio.wait({getter, *pending}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({getter, gone, *pending}, return_when=asyncio.FIRST_COMPLETED)
                 if getter.done():
                     rollouts = getter.result()
                     getter = asyncio.ensure_future(arrived.get())
                     remaining -= len(rollouts)
+                    answered = [rollout.sample_id for rollout in rollouts]
+                    unanswered.difference_update(answered)
+                    self._awaited.answered(answered, time.monotonic())
                     yield rollouts
                     continue
+                if gone.done():
+                    gone.result()
                 for task in tasks:
                     if task.done():
                         task.result()
                 if all(task.done() for task in tasks) and arrived.empty():
                     raise EngineError(f"`{self.name}` ended its answer with {remaining} rollouts missing")
         finally:
-            getter.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(getter, *tasks, return_exceptions=True)
+            self._awaited.answered(unanswered, time.monotonic())
+            running: list[asyncio.Future[Any]] = [getter, gone, *tasks]
+            for future in running:
+                future.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def _persist(self, ids: list[int], call: Callable[[list[int]], Any], arrived: asyncio.Queue[list[Rollout]]) -> None:
         """One call, sent again for what is still missing while replicas die; bounded and backed off."""
@@ -207,6 +301,7 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
     """
     from ray import serve
 
+    logging.getLogger("ray.serve").addFilter(_is_news)
     try:
         handles = serve.run_many([pool._target() for pool in pools])
     except RuntimeError as error:
@@ -214,6 +309,11 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
         raise EngineError(f"replicas of {names} did not start: {error}") from error
     for pool, handle in zip(pools, handles, strict=True):
         pool._handle = handle
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Filter of Ray Serve's log: that calls wait for a free replica is how a busy pool works, and not worth a warning each."""
+    return not record.getMessage().startswith("Failed to route request after")
 
 
 def _table(item: Any) -> pa.Table:
@@ -233,6 +333,8 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
         options["num_gpus"] = settings.num_gpus
     if settings.accelerator_type:
         options["accelerator_type"] = settings.accelerator_type
+    if settings.accelerator_types:
+        options["label_selector"] = {"ray.io/accelerator-type": f"in({','.join(settings.accelerator_types)})"}
     if settings.resources:
         options["resources"] = settings.resources
     return options

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import shutil
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -20,7 +21,8 @@ from actors.teacher_engine import EngineSpec, TeacherEngine
 from actors.weight_sync import pull
 from kdray.errors import EngineError
 from kdray.records import rollouts_to_table, table_to_requests, table_to_rollouts
-from kdray.types import SampleRequest
+from kdray.types import Rollout, SampleRequest
+from kdray.workload import Workload
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,14 +33,26 @@ class TeacherReplica:
     """One engine behind Ray Serve; a student-only engine of a rollout pool too."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, spec: EngineSpec, weights: Any | None
+        self, spec: EngineSpec, weights: Any | None, registry: Any | None = None
     ) -> None:
-        """Start the engine. `weights` is the WeightStore's handle, None where the student never changes."""
+        """Start the engine.
+
+        Args: weights: the WeightStore's handle, None where the student never changes; registry: the TeacherRegistry's, None
+              where nobody checks.
+        Raises: EngineError where the registry turns this replica away.
+        """
         self._spec = spec
         self._weights = weights if spec.role != "teacher" else None
+        self._store = weights
+        self._workload = Workload(spec.max_num_seqs, time.monotonic())
         self._engine = TeacherEngine(spec)
         self._sync_lock = asyncio.Lock()
         await self._engine.start()
+        if registry is not None and spec.role != "student":
+            reason = await registry.enter.remote(spec.teacher, await self._engine.fingerprint())
+            if reason is not None:
+                await self._engine.close()
+                raise EngineError(f"teacher {spec.teacher}: this replica is turned away: {reason}")
         # The weights on disk are older than anything published: version 0 is the student at the start of the phase.
         if spec.role != "teacher":
             await self._engine.set_initial_version(-1 if self._weights is not None else 0)
@@ -56,19 +70,42 @@ class TeacherReplica:
         """Draw every request of a table (`kdray.records.REQUEST_SCHEMA`); each item holds what ended since the last."""
         wanted: list[SampleRequest] = table_to_requests(requests)
         await self._reach(max(request.min_version for request in wanted))
-        async with aclosing(self._engine.sample(wanted)) as stream:
-            async for rollouts in stream:
-                yield rollouts_to_table(rollouts)
+        call = self._workload.begin(len(wanted), time.monotonic())
+        try:
+            async with aclosing(self._engine.sample(wanted)) as stream:
+                async for rollouts in stream:
+                    self._note_done(call, rollouts)
+                    yield rollouts_to_table(rollouts)
+        finally:
+            self._workload.end(call, time.monotonic())
 
-    async def score(self, rollouts: pa.Table, min_version: int = -1) -> AsyncGenerator[pa.Table]:
+    async def score(self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True) -> AsyncGenerator[pa.Table]:
         """Fill in the teacher's columns of rollouts sampled elsewhere.
 
-        Args: min_version: oldest student version under which the exact KLs may be taken, where the engine holds a student.
+        Args: min_version: oldest student version under which the exact KLs may be taken, where the engine holds a student;
+              top_k: as for `TeacherEngine.score`.
         """
         await self._reach(min_version)
-        async with aclosing(self._engine.score(table_to_rollouts(rollouts))) as stream:
-            async for scored in stream:
-                yield rollouts_to_table(scored)
+        call = self._workload.begin(rollouts.num_rows, time.monotonic())
+        try:
+            async with aclosing(self._engine.score(table_to_rollouts(rollouts), top_k)) as stream:
+                async for scored in stream:
+                    self._note_done(call, scored)
+                    yield rollouts_to_table(scored)
+        finally:
+            self._workload.end(call, time.monotonic())
+
+    def _note_done(self, call: int, rollouts: list[Rollout]) -> None:
+        self._workload.done(call, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts), time.monotonic())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy knows of this replica; Ray Serve asks where its pool is autoscaled."""
+        from ray import serve
+
+        waiting_s = 0.0
+        if self._store is not None:
+            waiting_s = await self._store.waiting.remote(serve.get_replica_context().deployment)
+        return {"waiting_s": waiting_s, **self._workload.stats(time.monotonic())}
 
     async def student_version(self) -> int:
         return self._engine.student_version
@@ -115,3 +152,15 @@ class TeacherReplica:
             if task is not None:
                 task.cancel()
         await self._engine.close()
+
+
+class RatedReplica(TeacherReplica):
+    """A replica of a pool on mixed hardware, which tells the router how fast it is.
+
+    A class of its own: Ray Serve asks every deployment that has this method, and tells all callers whenever an answer changed.
+    """
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """Measured tokens/s to two digits, so that noise alone is not sent around; empty before the first answer."""
+        rate = self._workload.tokens_per_s(time.monotonic())
+        return {} if rate is None else {"tokens_per_s": float(f"{rate:.2g}")}

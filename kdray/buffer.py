@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kdray.errors import EngineError
@@ -81,12 +82,21 @@ class RolloutBuffer:
                 self._sampled_at.setdefault(sample_id, time.perf_counter())
             self._changed.notify_all()
 
-    async def batch(self, step: int) -> ReadyBatch:
-        """The rollouts of a step, once the last of them is there; their slots are free again from then on."""
+    async def batch(self, step: int, on_wait: Callable[[Sequence[int]], None] = lambda missing: None) -> ReadyBatch:
+        """The rollouts of a step, once the last of them is there; their slots are free again from then on.
+
+        Args: on_wait: called with the sample ids that are missing, if any, and with none once they are there or the wait is
+              given up.
+        """
         wanted = range(step * self._batch_size, (step + 1) * self._batch_size)
         started = time.perf_counter()
         async with self._changed:
-            await self._changed.wait_for(lambda: all(sample_id in self._ready for sample_id in wanted))
+            if missing := [sample_id for sample_id in wanted if sample_id not in self._ready]:
+                on_wait(missing)
+                try:
+                    await self._changed.wait_for(lambda: all(sample_id in self._ready for sample_id in wanted))
+                finally:
+                    on_wait(())
             ended = time.perf_counter()
             last_sampled = max(self._sampled_at.pop(sample_id) for sample_id in wanted)
             rollouts = [self._ready.pop(sample_id) for sample_id in wanted]

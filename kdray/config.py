@@ -8,13 +8,18 @@ Checks here need nothing but the config itself; what needs files or a cluster is
 from __future__ import annotations
 
 import difflib
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from kdray.autoscaling import ScalingRules
 from kdray.errors import ConfigError
+from kdray.workload import WINDOW_S
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -81,6 +86,8 @@ class JsonlPrompts(Settings):
     `messages`, whichever the first line has."""
     answer_column: str | None = None
     """Key that holds the reference answer. Default: `answer`, `completion`, `response` or `output`, where present."""
+    domain_column: str | None = None
+    """Key that says what a prompt is about, for `rollout.teachers` and for metrics by domain."""
     heldout_path: Path | None = None
     """A file of held-out prompts; without it the last `data.heldout_size` prompts are held out."""
 
@@ -95,6 +102,8 @@ class ParquetPrompts(Settings):
     """Column that holds the prompt; defaults as for JSONL."""
     answer_column: str | None = None
     """Column that holds the reference answer; defaults as for JSONL."""
+    domain_column: str | None = None
+    """Column that says what a prompt is about; as for JSONL."""
     heldout_path: Path | None = None
     """A file or folder of held-out prompts; without it the last `data.heldout_size` prompts are held out."""
 
@@ -117,6 +126,8 @@ class HubPrompts(Settings):
     """Column that holds the prompt; defaults as for JSONL."""
     answer_column: str | None = None
     """Column that holds the reference answer; defaults as for JSONL."""
+    domain_column: str | None = None
+    """Column that says what a prompt is about; as for JSONL."""
 
 
 class IterablePrompts(Settings):
@@ -280,13 +291,83 @@ _ENGINE_ARGS_TAKEN = {
 }
 
 
+class AutoscalingSettings(Settings):
+    """How a pool's size follows its work: it grows while the trainer waits for it, and shrinks when it has too little to do."""
+
+    min_replicas: NonNegative = 1
+    """Fewest replicas. At 0 a pool without work holds nothing, and its next request waits for a replica to start."""
+    max_replicas: Positive
+    """Most replicas. What the cluster cannot place is waited for, and nothing more is asked for meanwhile."""
+    initial_replicas: Positive | None = None
+    """Replicas that a run starts with; None takes `min_replicas`, or 1 where that is 0."""
+    upscale_wait_s: PositiveFloat = 5.0
+    """The pool grows when the trainer waited for it longer than this in the last 30 seconds; below half it may shrink."""
+    upscale_queue_age_s: PositiveFloat = 300.0
+    """The pool also grows when a request has waited this long for a free place in an engine, whoever asks."""
+    upscale_delay_s: NonNegativeFloat = 30.0
+    """Seconds that such a condition must hold before the pool grows, counted anew once the last new replica serves. With less
+    than 30, waits from before that replica make it grow further."""
+    upscale_factor: Annotated[float, Field(ge=1.0)] = 1.5
+    """Growth at once, as a factor; at least one replica."""
+    upscale_ongoing: NonNegativeFloat = 2.0
+    """Unanswered rollouts a replica below which the pool does not grow: nobody else can finish the last ones of a batch."""
+    downscale_idle_s: PositiveFloat = 300.0
+    """Seconds without any work after which the pool falls to `min_replicas`. Longer than the trainer's step, or every step
+    starts the pool again."""
+    downscale_busy: Fraction = 0.7
+    """One replica goes when the others would then be at work for at most this share of the time."""
+    downscale_delay_s: NonNegativeFloat = 300.0
+    """Seconds that this must hold."""
+    drain_s: PositiveFloat = 120.0
+    """Time that a replica to be removed has to finish what it was asked; the rest is drawn again elsewhere."""
+    placement_timeout_s: PositiveFloat = 600.0
+    """Time after which a replica that does not come to serve is reported as an event; longer than loading its model takes."""
+    report_every_s: PositiveFloat = 5.0
+    """Seconds between the reports of a replica to Ray Serve's controller, which decides by them."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> AutoscalingSettings:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"autoscaling.min_replicas={self.min_replicas} is more than autoscaling.max_replicas={self.max_replicas}; "
+                "lower the one or raise the other"
+            )
+        if not self.min_replicas <= self.starting_replicas <= self.max_replicas:
+            raise ValueError(
+                f"autoscaling.initial_replicas={self.starting_replicas} is not within min_replicas={self.min_replicas} and "
+                f"max_replicas={self.max_replicas}; choose a number between them, or remove it"
+            )
+        if self.upscale_wait_s >= WINDOW_S:
+            raise ValueError(
+                f"autoscaling.upscale_wait_s={self.upscale_wait_s:g}: waiting is counted over the last {WINDOW_S:g} seconds, "
+                "and never reaches that; choose less"
+            )
+        # Serve remembers requests of the last five reports, and would start an emptied pool again for them.
+        if self.min_replicas == 0 and self.downscale_idle_s < 5 * self.report_every_s:
+            raise ValueError(
+                f"autoscaling.downscale_idle_s={self.downscale_idle_s:g} with min_replicas=0: a pool may be emptied after five "
+                f"reports without work at the earliest; raise it to {5 * self.report_every_s:g}, or lower report_every_s"
+            )
+        return self
+
+    @property
+    def starting_replicas(self) -> int:
+        """Replicas that a run starts with."""
+        return max(1, self.min_replicas) if self.initial_replicas is None else self.initial_replicas
+
+    @property
+    def rules(self) -> ScalingRules:
+        """The part that decides."""
+        return ScalingRules(**{rule.name: getattr(self, rule.name) for rule in fields(ScalingRules)})
+
+
 class EngineSettings(Settings):
     """One kind of vLLM replica: its size, its place, its limits."""
 
     replicas: Positive = 1
     """Replicas, each one engine. Ignored where `autoscaling` is given."""
-    autoscaling: dict[str, Any] | None = None
-    """Passed through to Ray Serve as `autoscaling_config` (min_replicas, max_replicas, target_ongoing_requests, ...)."""
+    autoscaling: AutoscalingSettings | None = None
+    """Let the number of replicas follow the work; None keeps `replicas`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and activations of the engine; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
     tensor_parallel_size: Positive = 1
@@ -297,6 +378,9 @@ class EngineSettings(Settings):
     """GPUs that Ray reserves for a replica: `tensor_parallel_size` on a GPU cluster, 0 on CPUs."""
     accelerator_type: str | None = None
     """Ray accelerator type to be placed on, such as `H100`."""
+    accelerator_types: list[str] | None = None
+    """Accelerator types that a replica may be placed on, whichever is free; with more than one, calls go to the replica that is
+    expected to answer soonest, by measured tokens/s. Instead of `accelerator_type`."""
     resources: dict[str, float] = {}
     """Custom Ray resources that a replica takes, for placement."""
     max_num_seqs: Positive = 128
@@ -310,11 +394,24 @@ class EngineSettings(Settings):
     engine_args: dict[str, Any] = {}
     """Further vLLM engine arguments, passed through by name; those that kdray sets itself are refused."""
 
+    @property
+    def mixed_hardware(self) -> bool:
+        """Whether replicas may differ in speed."""
+        return self.accelerator_types is not None and len(self.accelerator_types) > 1
+
     @model_validator(mode="after")
     def _engine_rules(self) -> EngineSettings:
         for name in self.engine_args:
             if name in _ENGINE_ARGS_TAKEN:
                 raise ValueError(f"engine_args.{name}: set by kdray; {_ENGINE_ARGS_TAKEN[name]}")
+        if self.accelerator_types is not None:
+            if self.accelerator_type is not None:
+                raise ValueError(
+                    f"accelerator_type={self.accelerator_type} with accelerator_types={self.accelerator_types}: one says where "
+                    "a replica must be placed, the other where it may be; keep one of them"
+                )
+            if not self.accelerator_types or len(set(self.accelerator_types)) != len(self.accelerator_types):
+                raise ValueError(f"accelerator_types={self.accelerator_types}: name at least one type, and each once")
         if self.tensor_parallel_size > 1 and self.num_gpus not in (0.0, float(self.tensor_parallel_size)):
             raise ValueError(
                 f"num_gpus={self.num_gpus:g} with tensor_parallel_size={self.tensor_parallel_size}: a replica takes one GPU "
@@ -330,7 +427,157 @@ class TeacherSettings(EngineSettings):
     """Commit or tag on the hub."""
 
 
+class OpenAITeacherSettings(Settings):
+    """A remote endpoint with OpenAI's interface, which writes whole responses; nothing of it runs on the cluster."""
+
+    type: Literal["openai"]
+    base_url: str
+    """Address of the interface, usually ending in `/v1`."""
+    model: str = Field(min_length=1)
+    """Name of the model at the endpoint."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself stands in no file. None for an endpoint without keys."""
+    chat: bool = True
+    """Ask by chat completions: the prompt's text is a user message, and the endpoint applies its own template. False asks by
+    plain completions, which continue the text as it is."""
+    system_prompt: str | None = None
+    """System message before every prompt; for `chat`."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature at the endpoint; 0 is greedy. 1 draws from the teacher's own law."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus at the endpoint."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    """Top logprobs that the endpoint gives for every token: a support for the losses that need one. 0 asks for text only."""
+    token_ids: bool = False
+    """The endpoint takes and names token ids, as vLLM's server does, and its tokenizer is the student's. Prompts and responses
+    then travel as ids, and nothing is tokenized again. Compared with the student's tokenizer at start."""
+    max_concurrency: Positive = 8
+    """Requests in flight at once."""
+    requests_per_minute: PositiveFloat | None = None
+    """Most requests started in a minute, evenly spread, repeated ones included; None sets no limit."""
+    timeout_s: PositiveFloat = 120.0
+    """Longest silence of the endpoint before a request is sent again."""
+    retries: NonNegative = 5
+    """Times a request is sent again after a timeout, a lost connection, a rate limit (429) or an error of the endpoint (5xx); a
+    pause that the endpoint asks for is kept, up to two minutes."""
+
+    @model_validator(mode="after")
+    def _together(self) -> OpenAITeacherSettings:
+        try:
+            url = urlsplit(self.base_url)
+        except ValueError as error:
+            raise ValueError(f"base_url: not an address: {error}") from error
+        # Neither message repeats the address: what is wrong with it may be a key inside.
+        if url.username is not None or url.password is not None or url.query or url.fragment:
+            raise ValueError("base_url: holds more than an address; give a key by `api_key_env`")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError("base_url: not an address; write it as https://host/v1")
+        if self.token_ids and self.chat:
+            raise ValueError("token_ids=true with chat=true: chat completions take no ids; set chat=false or token_ids=false")
+        if self.logprobs and not self.token_ids:
+            raise ValueError(
+                f"logprobs={self.logprobs} with token_ids=false: logprobs of tokens named by text cannot be told apart; set "
+                "token_ids=true where the endpoint names ids (vLLM's server), or logprobs=0"
+            )
+        if self.system_prompt is not None and not self.chat:
+            raise ValueError("system_prompt with chat=false: plain completions have no messages; set chat=true or remove it")
+        return self
+
+
 # ------------------------------------------------------------------------------------------------------ rollout
+
+
+class RouteRule(Settings):
+    pattern: str
+    """Regular expression, found anywhere in the prompt's text as it was tokenized."""
+    teacher: str
+    """Name of the teacher that prompts with it go to."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> RouteRule:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern={self.pattern!r}: not a regular expression: {error}") from error
+        return self
+
+
+class RouteSettings(Settings):
+    """Every prompt goes to one teacher. Give one of `map`, `rules`, `weights`."""
+
+    type: Literal["route"]
+    map: dict[str, str] | None = None
+    """Teacher by the prompt's domain: the task's name, or what `data.prompts.domain_column` holds."""
+    rules: list[RouteRule] | None = None
+    """The first rule whose pattern is found decides."""
+    weights: dict[str, NonNegativeFloat] | None = None
+    """Each sample goes to a teacher drawn in proportion to these."""
+    default: str | None = None
+    """Teacher of prompts that `map` or `rules` do not name; None refuses them."""
+    missing: Literal["wait", "stop"] = "wait"
+    """What happens to the prompts of a teacher without any replica: `wait` for one, or `stop` the run with the reason."""
+    missing_after_s: PositiveFloat = 120.0
+    """Time without a replica after which a teacher counts as missing."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RouteSettings:
+        given = [name for name in ("map", "rules", "weights") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"rollout.teachers: type=route takes one of map, rules, weights, and {len(given)} are given")
+        if self.weights is not None and self.default is not None:
+            raise ValueError("rollout.teachers.default: weights send every prompt somewhere; remove it")
+        return self
+
+    def names(self) -> set[str]:
+        """Teachers that it mentions."""
+        mapped = [*(self.map or {}).values(), *(rule.teacher for rule in self.rules or []), *(self.weights or {})]
+        return {*mapped, *([] if self.default is None else [self.default])}
+
+
+class EnsembleSettings(Settings):
+    """Several teachers make the target of every prompt together; one of them samples with the student."""
+
+    type: Literal["ensemble"]
+    teachers: list[str] | None = None
+    """The chosen ones, in order; None takes all."""
+    mean: Literal["arithmetic", "geometric"] | None = None
+    """What the target is: the `arithmetic` mean of the probabilities is what a forward KL to each teacher asks for, the
+    `geometric` mean what a reverse KL does. None takes the one of `loss.type`."""
+    weights: dict[str, NonNegativeFloat] | None = None
+    """Shares of the teachers; None is equal ones."""
+    domain_weights: dict[str, dict[str, NonNegativeFloat]] | None = None
+    """Shares by the prompt's domain; prompts of another domain have `weights`."""
+    confidence_temperature: PositiveFloat | None = None
+    """Given, every token has weights of its own: a softmax of the teachers' negative entropies, nats, over this. Sure is not
+    right: it trusts a teacher that is wrong with confidence."""
+    sampler: Literal["rotate", "first", "weights"] = "rotate"
+    """Who samples: the teachers in turn, always the first, or one drawn by its weight."""
+    support: Literal["union", "sampler"] = "union"
+    """Ids at which the teachers are averaged. `union`: all teachers' and the student's top ids and the drawn one, which takes a
+    second prefill at every teacher. `sampler`: those of the teacher that sampled, one prefill at the others."""
+    missing: Literal["wait", "renormalise", "stop"] = "wait"
+    """What happens while a teacher has no replica: `wait` for one, `renormalise` the weights of the others, or `stop` the run
+    with the reason."""
+    missing_after_s: PositiveFloat = 120.0
+    """Time without a replica after which a teacher counts as missing."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_weights(self) -> EnsembleSettings:
+        if self.confidence_temperature is not None and (self.weights or self.domain_weights):
+            raise ValueError(
+                "rollout.teachers.confidence_temperature: it makes every token's weights; remove weights and domain_weights"
+            )
+        if self.teachers is not None and (not self.teachers or len(set(self.teachers)) != len(self.teachers)):
+            raise ValueError(f"rollout.teachers.teachers={self.teachers}: name at least one teacher, and each once")
+        return self
+
+    def names(self) -> set[str]:
+        """Teachers that it mentions."""
+        shares = [self.weights or {}, *(self.domain_weights or {}).values()]
+        return {*(self.teachers or []), *(name for mapping in shares for name in mapping)}
+
+
+TeachersSettings = Annotated[RouteSettings | EnsembleSettings, Field(discriminator="type")]
 
 
 class RolloutSettings(Settings):
@@ -358,6 +605,8 @@ class RolloutSettings(Settings):
     """Sampling temperature. The mixture and its weights are exact at 1 only."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus. The mixture and its weights are exact at 1 only."""
+    teachers: TeachersSettings | None = None
+    """With several teachers: how they share the prompts (`type: route`), or make one target (`type: ensemble`)."""
     pool: EngineSettings = EngineSettings()
     """The student-only replicas of `sampler: student`."""
     retries: NonNegative = 5
@@ -532,6 +781,13 @@ class ForwardKLSampledLoss(Settings):
     type: Literal["forward_kl_sampled"]
 
 
+class SequenceLoss(Settings):
+    """Cross entropy of the responses as they are: sequence-level distillation where a teacher wrote them (Kim & Rush 2016).
+    Needs their text alone, so a black-box teacher will do; on the student's own samples it teaches nothing."""
+
+    type: Literal["sequence"]
+
+
 LossSettings = Annotated[
     MiniLLMLoss
     | LMOpsLoss
@@ -546,7 +802,8 @@ LossSettings = Annotated[
     | AdaptiveKLLoss
     | MSELogitLoss
     | HintonLoss
-    | ForwardKLSampledLoss,
+    | ForwardKLSampledLoss
+    | SequenceLoss,
     Field(discriminator="type"),
 ]
 
@@ -762,9 +1019,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        if len(self.teachers) > 1:
-            names = ", ".join(self.teachers)
-            raise ValueError(f"teachers names {names}: this version takes one teacher; keep one of them")
+        self._check_teachers()
         if isinstance(self.loss, MiniLLMLoss | LMOpsLoss | PerDecisionLoss | VOPDLoss) and self.rollout.alpha == 1.0:
             raise ValueError(
                 f"rollout.alpha=1 with loss.type={self.loss.type}: the weight q/m is unbounded when the teacher draws "
@@ -789,6 +1044,34 @@ class Config(Settings):
                 f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}"
             )
         return self
+
+    def _check_teachers(self) -> None:
+        names, sharing = ", ".join(self.teachers), self.rollout.teachers
+        if sharing is None:
+            if len(self.teachers) > 1:
+                raise ValueError(
+                    f"teachers names {names}: say who teaches what: set rollout.teachers.type to route or ensemble"
+                )
+            return
+        unknown = sorted(sharing.names() - set(self.teachers))
+        if unknown:
+            raise ValueError(f"rollout.teachers names {', '.join(unknown)}, but the teachers are {names}")
+        if isinstance(sharing, EnsembleSettings) and sharing.support == "sampler" and self.rollout.sampler == "student":
+            raise ValueError(
+                "rollout.teachers.support=sampler with rollout.sampler=student: no teacher samples, so none has a support to "
+                "share; use rollout.teachers.support=union"
+            )
+        if self.rollout.teacher_signal == "hidden" and len(self.teachers) > 1:
+            raise ValueError(
+                f"rollout.teacher_signal=hidden with teachers {names}: the ranks hold one output head; use "
+                "rollout.teacher_signal=support"
+            )
+        text = self.training.pretraining
+        if text is not None and text.teacher_share and len(self.teachers) > 1:
+            raise ValueError(
+                f"training.pretraining.teacher_share={text.teacher_share:g} with teachers {names}: nothing says which of them "
+                "scores the text; set it to 0"
+            )
 
     @property
     def run_folder(self) -> Path:

@@ -89,15 +89,15 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
         rows, heldout_rows = _task_rows(source, size, config.run.seed)
         grade = exact_match
     elif isinstance(source, IterablePrompts):
-        rows = _rows(_iterable_records(prompts or ()), None, None, "prompts")
+        rows = _rows(_iterable_records(prompts or ()), _Columns(), "prompts")
     else:
         place = source.name if isinstance(source, HubPrompts) else str(source.path)
-        rows = _rows(_records(source, heldout=False), source.prompt_column, source.answer_column, place)
+        columns = _Columns(source.prompt_column, source.answer_column, source.domain_column)
+        rows = _rows(_records(source, heldout=False), columns, place)
         wanted = source.heldout_split if isinstance(source, HubPrompts) else source.heldout_path
         if wanted is not None:
             place = f"{source.name} (split {wanted})" if isinstance(source, HubPrompts) else str(wanted)
-            heldout_rows = _rows(_records(source, heldout=True), source.prompt_column, source.answer_column, place)
-            heldout_rows = heldout_rows[:size]
+            heldout_rows = _rows(_records(source, heldout=True), columns, place)[:size]
 
     encode = _Encoder(config, tokenizer)
     train, long_train = encode(rows, first_id=0)
@@ -146,7 +146,7 @@ def _task_rows(source: TaskPrompts, heldout_size: int, seed: int) -> tuple[list[
     taken = frozenset(example.prompt for example in heldout)
     train = generate_examples(source.tasks, source.difficulty, source.size, streams[1], exclude=taken)
     made = [
-        [_Row(f"task prompt {index}", example.prompt, example.answer) for index, example in enumerate(examples)]
+        [_Row(f"task prompt {index}", example.prompt, example.answer, example.task) for index, example in enumerate(examples)]
         for examples in (train, heldout)
     ]
     return made[0], made[1]
@@ -181,13 +181,22 @@ class _Row:
     place: str
     prompt: str | Messages
     answer: str | None
+    domain: str | None = None
 
 
-def _rows(
-    records: Iterator[tuple[str, dict[str, Any]]], prompt_column: str | None, answer_column: str | None, place: str
-) -> list[_Row]:
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Which columns of a source hold what, as the user named them."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    domain: str | None = None
+
+
+def _rows(records: Iterator[tuple[str, dict[str, Any]]], columns: _Columns, place: str) -> list[_Row]:
     """Checked rows. Columns that are not set are chosen by the first record. Raises: DataError."""
     rows: list[_Row] = []
+    prompt_column, answer_column = columns.prompt, columns.answer
     prompt_key, answer_key = prompt_column, answer_column
     for where, record in records:
         if not rows:
@@ -204,7 +213,12 @@ def _rows(
             raise DataError(f"{where}: no answer in {answer_column!r} (data.prompts.answer_column)")
         if answer is not None and not isinstance(answer, str):
             raise DataError(f"{where}: the answer in {answer_key!r} must be text, found {kind(answer)}")
-        rows.append(_Row(where, prompt, answer))
+        domain = None
+        if columns.domain is not None:
+            domain = record.get(_choose("domain_column", columns.domain, (), record, where))
+            if domain is not None and not isinstance(domain, str):
+                raise DataError(f"{where}: the domain in {columns.domain!r} must be text, found {kind(domain)}")
+        rows.append(_Row(where, prompt, answer, domain))
     if not rows:
         raise DataError(f"{place}: empty, no prompts in it")
     return rows
@@ -275,7 +289,7 @@ class _Encoder:
             for index, (row, text, token_ids) in enumerate(zip(part, *self._tokenize(part), strict=True), start=start):
                 if not token_ids:
                     raise DataError(f"{row.place}: the prompt has no tokens; remove the row")
-                prompt = Prompt(first_id + index, np.asarray(token_ids, dtype=np.int32), text, row.answer)
+                prompt = Prompt(first_id + index, np.asarray(token_ids, dtype=np.int32), text, row.answer, row.domain)
                 (longer if len(token_ids) > self._limit else kept).append(prompt)
         if longer and self._too_long == "refuse":
             longest = max(len(prompt.token_ids) for prompt in longer)

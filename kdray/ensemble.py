@@ -1,8 +1,8 @@
 """Several teachers' answers about one rollout -> one target. Pure numpy; who asks the teachers, and when, is left to others.
 
-Each teacher recorded log p on a support of its own. The supports are united, each teacher is asked for what it did not
-record (`missing_ids`), its tail shrinks by what it answered (`at_union`), and the laws, now over the same buckets, become one
-(`combine`): every id of the union, and one tail bucket for the rest.
+Each teacher recorded log p on a support of its own. The supports are united (`union_ids`), teachers that do not know log p
+at all of the union are asked for it (`knows`, `at_union`), and the laws, now over the same buckets, become one (`combine`):
+every id of the union, and one tail bucket for the rest.
 
 Which mean depends on the divergence, for weights w_i that sum to 1:
 
@@ -13,7 +13,7 @@ What is added does not depend on the student, so one target replaces n losses. B
 buckets commute: m on the buckets is the bucketed m. Products and buckets do not: g on the buckets is the product of the
 coarse laws, and equals the bucketed g only where the union covers all ids (or the teachers' tails have one shape).
 
-Dimensions: n teachers, T response tokens, K_i width of a teacher's support, U of the union, M of what is missing. Logarithms
+Dimensions: n teachers, T response tokens, K_i width of a teacher's support, U of the union. Logarithms
 are natural; computed in float64, and float32 only in the columns that `combine` gives.
 Source: arithmetic and geometric opinion pools; products of experts, Hinton 2002.
 """
@@ -69,83 +69,52 @@ class Target(TeacherColumns):
 # ---------------------------------------------------------------------------------------------------- one support
 
 
-def union_ids(columns: Sequence[TeacherColumns]) -> np.ndarray:
-    """All teachers' support ids, each once a position: [T, U] int32, -1 padded at the end.
+def union_ids(ids: Sequence[np.ndarray]) -> np.ndarray:
+    """All ids of supports [T, K_i], each once a position: [T, U] int32, -1 padded at the end.
 
-    The order is the first teacher's, then that of the second among the ids that the first does not name, and so on.
+    The order is the first support's, then that of the second among the ids that the first does not name, and so on.
     """
-    ids = np.concatenate([one.support_ids for one in columns], axis=1)
-    order = np.argsort(ids, axis=1, kind="stable")
-    ranked = np.take_along_axis(ids, order, axis=1)
-    first = np.ones(ids.shape, dtype=bool)
+    together = np.concatenate(ids, axis=1)
+    order = np.argsort(together, axis=1, kind="stable")
+    ranked = np.take_along_axis(together, order, axis=1)
+    first = np.ones(together.shape, dtype=bool)
     first[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
     keep = np.empty_like(first)
     np.put_along_axis(keep, order, first, axis=1)
-    return _pack(ids, keep & (ids >= 0))
+    return _pack(together, keep & (together >= 0))
 
 
-def missing_ids(columns: TeacherColumns, union: np.ndarray) -> np.ndarray | None:
-    """Ids of the union at which this teacher's log p is not known: [T, M] int32, -1 padded; None where nothing is missing.
-
-    Where the tail is -inf nothing is: every id outside the support has no mass.
-    """
-    keep = (union >= 0) & (_slots(columns.support_ids, union) < 0) & ~np.isneginf(columns.tail_logprobs)[:, None]
-    return _pack(union, keep) if keep.any() else None
+def knows(columns: TeacherColumns, union: np.ndarray) -> bool:
+    """Whether this teacher's log p is known at every id of the union [T, U]; where its tail is -inf, it is -inf elsewhere."""
+    return not _unknown(columns, union).any()
 
 
-def at_union(
-    columns: TeacherColumns,
-    union: np.ndarray,
-    extra: tuple[np.ndarray, np.ndarray] | None,
-    tolerance: float = 1e-3,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One teacher's log p at the union [T, U], -inf at padding, and its log mass outside of it [T]; float64.
+def at_union(columns: TeacherColumns, union: np.ndarray) -> TeacherColumns:
+    """One teacher's columns with the ids of the union [T, U] as support, -inf at padding.
 
-    A tail that the new ids exhaust, up to rounding, is -inf. That is right where the union covers all ids; elsewhere it makes
-    a reverse KL infinite, so a caller that must stay finite bounds the tail from below.
-    Args: union: [T, U] from `union_ids`; extra: the ids of `missing_ids` [T, M] in any order and their log p [T, M], None
-          where nothing was missing; tolerance: by how much the new mass may exceed the tail, as a share of it. The second
-          prefill of a low-precision engine may need more than the default, which is ample for float32.
-    Raises: ValueError if the union leaves out an id of the support, `extra` is not what was missing, or its mass exceeds
-            the tail by more than the tolerance.
+    A teacher that does not know all of them is asked again, for the union as a whole: its tail is then summed over the ids
+    outside, where taking what it answered from the old tail would leave rounding in place of a small tail.
+    Raises: ValueError if log p is unknown at an id of the union, or the union leaves out an id of the support.
     """
     _refuse_duplicates("the union", union)
-    if not np.array_equal(_counts(columns.support_ids), (_slots(columns.support_ids, union) >= 0).sum(axis=1)):
-        raise ValueError("the union leaves out ids of this teacher's support; make it with union_ids of all teachers")
-    ids, logprobs = columns.support_ids, columns.support_logprobs.astype(np.float64)
-    tail = columns.tail_logprobs.astype(np.float64)
-    missing = missing_ids(columns, union)
-    _check_extra(missing, extra)
-    if extra is not None:
-        ids = np.concatenate([ids, extra[0]], axis=1)
-        logprobs = np.concatenate([logprobs, extra[1]], axis=1)
-        tail = _shrink(tail, np.where(extra[0] >= 0, extra[1].astype(np.float64), -np.inf), tolerance)
-    slots = _slots(ids, union)
-    # One further column is where the slots that are -1 point to.
-    padded = np.concatenate([logprobs, np.full((len(ids), 1), -np.inf)], axis=1)
-    return np.take_along_axis(padded, np.where(slots >= 0, slots, padded.shape[1] - 1), axis=1), tail
-
-
-def _shrink(tail: np.ndarray, logprobs: np.ndarray, tolerance: float) -> np.ndarray:
-    """log(exp(tail) - sum exp(logprobs)), [T].
-
-    Where one id takes nearly all of the tail, 1 - sum would cancel to noise. The largest share goes through expm1 instead: its
-    difference from the tail is exact in floating point, and what is subtracted then is as small as what is left.
-    Args: tail: [T], logprobs: [T, M], float64.
-    """
-    if logprobs.shape[1] == 0:
-        return tail
-    empty = np.isneginf(tail)
-    shares = np.sort(logprobs - np.where(empty, 0.0, tail)[:, None], axis=1)  # [T, M] logs, ascending
-    left = -np.expm1(shares[:, -1]) - np.exp(shares[:, :-1]).sum(axis=1)
-    over = ~empty & ~(left >= -tolerance)  # a NaN is over too
-    if over.any():
-        row = int(np.argmax(over))
+    unknown = _unknown(columns, union)
+    if unknown.any():
+        row = int(np.argmax(unknown.any(axis=1)))
         raise ValueError(
-            f"position {row}: the ids asked for hold {1.0 - left[row]:.6g} times the teacher's tail mass "
-            f"{np.exp(tail[row]):.3g}, and tolerance={tolerance:g}; both must come from the same teacher weights and prefix"
+            f"position {row}: log p is unknown at ids {union[row][unknown[row]].tolist()} of the union; ask for them"
         )
-    return tail + _log(np.maximum(left, 0.0))
+    slots = _slots(columns.support_ids, union)
+    if not np.array_equal((columns.support_ids >= 0).sum(axis=1), (slots >= 0).sum(axis=1)):
+        raise ValueError("the union leaves out ids of this teacher's support; make it with union_ids of all teachers")
+    # One further column is where the slots that are -1 point to.
+    padded = np.concatenate([columns.support_logprobs, np.full((len(union), 1), -np.inf)], axis=1)
+    logprobs = np.take_along_axis(padded, np.where(slots >= 0, slots, padded.shape[1] - 1), axis=1)
+    return TeacherColumns(columns.token_logprobs, union, logprobs, columns.tail_logprobs)
+
+
+def _unknown(columns: TeacherColumns, union: np.ndarray) -> np.ndarray:
+    """Ids of the union outside the support of a teacher that has mass there, [T, U] bool."""
+    return (union >= 0) & (_slots(columns.support_ids, union) < 0) & ~np.isneginf(columns.tail_logprobs)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------- one law
@@ -184,7 +153,7 @@ def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) 
 
     For the geometric mean, log p of a sampled token outside the union is divided by the Z of the buckets, which is at least
     the exact one (Hölder): it is a lower bound of the exact value. Elsewhere it equals the token's bucket.
-    Args: columns: all on one union, `TeacherColumns(token_logprobs, union, *at_union(...))`; weights: [n] or [n, T].
+    Args: columns: all on one union, by `at_union`; weights: [n] or [n, T].
     Raises: ValueError if the supports differ, the weights are not weights, or the teachers have no bucket in common.
     """
     ids = columns[0].support_ids
@@ -307,36 +276,6 @@ def _refuse_duplicates(what: str, ids: np.ndarray) -> None:
     twice = ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any(axis=1)
     if twice.any():
         raise ValueError(f"{what}: position {int(np.argmax(twice))} names an id twice, so its mass would count twice")
-
-
-def _check_extra(missing: np.ndarray | None, extra: tuple[np.ndarray, np.ndarray] | None) -> None:
-    """Raises: ValueError unless `extra` gives exactly the missing ids of each position."""
-    if extra is None:
-        if missing is not None:
-            row = int(np.argmax(_counts(missing)))
-            raise ValueError(
-                f"position {row}: log p is unknown at ids {_used(missing[row])} of the union; ask the teacher for missing_ids"
-            )
-        return
-    ids, logprobs = extra
-    if missing is None:
-        missing = np.full((len(ids), 0), -1, dtype=np.int32)
-    if ids.shape != logprobs.shape or len(ids) != len(missing):
-        raise ValueError(f"extra ids {ids.shape} and logprobs {logprobs.shape}; expected both [{len(missing)}, M]")
-    # As many as are missing, and each missing one among them: then no id is given twice or in vain.
-    wrong = (_counts(ids) != _counts(missing)) | ((missing >= 0) & (_slots(ids, missing) < 0)).any(axis=1)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(f"position {row}: missing are ids {_used(missing[row])}, but given are {_used(ids[row])}")
-
-
-def _used(ids: np.ndarray) -> list[int]:
-    return ids[ids >= 0].tolist()
-
-
-def _counts(ids: np.ndarray) -> np.ndarray:
-    """Used slots of each position, [T]."""
-    return (ids >= 0).sum(axis=1)
 
 
 def _pack(ids: np.ndarray, keep: np.ndarray) -> np.ndarray:

@@ -33,6 +33,10 @@ class RequestRefused(EngineError):
     """A request that no replica could ever serve; sending it again would not help."""
 
 
+class TeacherGone(EngineError):
+    """A teacher has no replica left that could answer, or none that may: its canary no longer matches."""
+
+
 class SignalError(EngineError):
     """A teacher's answers teach nothing, or the loss does not read them."""
 

@@ -28,7 +28,8 @@ async def evaluate(
     """Numbers over the held-out prompts, and the rollouts behind them in the order of the prompts.
 
     `reverse_kl` and `forward_kl` are nats per response token over full rows, on temperature-1 samples of the student
-    (alpha 0; 1 measures the teacher itself), a mean over tokens. `exact_match` in [0, 1] is there where the task is graded.
+    (alpha 0; 1 measures the teacher itself), a mean over tokens. `exact_match` in [0, 1] is there where the task is graded,
+    and `exact_match/<domain>` where prompts have several domains.
 
     Args: version: the student version to measure; replicas update before they sample.
     Raises: EngineError where the replicas cannot give full-row KLs.
@@ -61,9 +62,13 @@ async def evaluate(
     }
     if grade is not None:
         graded = [
-            grade(decode(rollout.token_ids), prompt.answer)
+            (prompt.domain, grade(decode(rollout.token_ids), prompt.answer))
             for rollout, prompt in zip(rollouts, prompts, strict=True)
             if prompt.answer is not None
         ]
-        numbers["exact_match"] = float(np.mean(graded))
+        numbers["exact_match"] = float(np.mean([right for _, right in graded]))
+        domains = {domain for domain, _ in graded if domain is not None}
+        if len(domains) > 1:
+            for domain in sorted(domains):
+                numbers[f"exact_match/{domain}"] = float(np.mean([right for of, right in graded if of == domain]))
     return numbers, rollouts

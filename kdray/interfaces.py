@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from kdray.outage import Outage
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 
@@ -24,9 +25,20 @@ class Scorer(Protocol):
 
     name: str
 
-    def score(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[Rollout]]:
-        """Stream each rollout exactly once with this teacher's columns filled in."""
+    def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        """Stream each rollout exactly once with this teacher's columns filled in.
+
+        The new support begins with the rollout's `support_ids`, where it has some; with `top_k` the teacher's own top ids
+        follow.
+        """
         ...
+
+
+class Teacher(Sampler, Scorer, Protocol):
+    """A named pool that samples beside the student and scores what others sampled."""
+
+    outage: Outage
+    """Whether it can be asked now."""
 
 
 class StudentGroup(Protocol):

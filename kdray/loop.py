@@ -29,6 +29,7 @@ from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
 from kdray.metrics import batch_metrics
 from kdray.progress import Ledger
 from kdray.seeds import sample_seed
+from kdray.streams import Merged
 from kdray.types import Rollout, SampleRequest, TrainBatch
 
 
@@ -71,6 +72,7 @@ async def distill(
     evaluate: Callable[[int], Awaitable[dict[str, float]]] | None = None,
     pool_metrics: Callable[[], dict[str, float]] = dict,
     text: Callable[[int], Awaitable[TrainBatch]] | None = None,
+    on_wait: Callable[[Sequence[int]], None] = lambda missing: None,
 ) -> None:
     """Run steps [start_step, settings.steps). Version `start_step` of the student is published already.
 
@@ -78,6 +80,7 @@ async def distill(
           stop: set to end after the running step; a checkpoint is written.
           text: gives the pretraining text of an optimizer step, counted from 1; asked for beside the rollouts of that step.
           evaluate: called with a version after every `evaluate_every` steps; its numbers join the step's metrics.
+          on_wait: called with the sample ids that training begins to wait for, and with none when the wait ends.
     Raises: Interrupted after `stop`; what any part raised, alone, if one part failed.
     """
     buffer = RolloutBuffer(settings.batch_size, settings.max_staleness, settings.steps, start_step)
@@ -97,6 +100,7 @@ async def distill(
                     evaluate,
                     pool_metrics,
                     text,
+                    on_wait,
                     producer,
                 ),
                 name="train",
@@ -161,43 +165,19 @@ async def draw_scored(
             async for rollouts in stream:
                 yield rollouts
         return
-    scored: asyncio.Queue[list[Rollout]] = asyncio.Queue()
-    calls: set[asyncio.Task[None]] = set()
-
-    async def score(rollouts: list[Rollout]) -> None:
-        async with aclosing(scorer.score(rollouts)) as stream:
-            async for part in stream:
-                scored.put_nowait(part)
-
-    async def sample() -> None:
-        async with aclosing(sampler.sample(requests)) as stream:
-            async for rollouts in stream:
+    remaining = len(requests)
+    async with Merged[str, list[Rollout]]() as merged:
+        merged.add("sampled", sampler.sample(requests))
+        async for made, rollouts in merged:
+            if made == "sampled":
                 if on_sampled is not None:
                     await on_sampled([rollout.sample_id for rollout in rollouts])
-                calls.add(asyncio.create_task(score(rollouts)))
-
-    # Not a TaskGroup: around a yield it would cancel whatever the reader is doing when a call fails.
-    calls.add(asyncio.create_task(sample()))
-    remaining = len(requests)
-    getter = asyncio.ensure_future(scored.get())
-    try:
-        while remaining:
-            await asyncio.wait({getter, *calls}, return_when=asyncio.FIRST_COMPLETED)
-            if getter.done():
-                part = getter.result()
-                getter = asyncio.ensure_future(scored.get())
-                remaining -= len(part)
-                yield part
-                continue
-            for call in [call for call in calls if call.done()]:
-                call.result()
-                calls.remove(call)
-            if not calls and scored.empty():
-                raise EngineError(f"the scorer ended with {remaining} rollouts missing")
-    finally:
-        for task in (getter, *calls):
-            task.cancel()
-        await asyncio.gather(getter, *calls, return_exceptions=True)
+                merged.add("scored", scorer.score(rollouts))
+            else:
+                remaining -= len(rollouts)
+                yield rollouts
+    if remaining:
+        raise EngineError(f"the scorer ended with {remaining} rollouts missing")
 
 
 async def _train(
@@ -212,12 +192,13 @@ async def _train(
     evaluate: Callable[[int], Awaitable[dict[str, float]]] | None,
     pool_metrics: Callable[[], dict[str, float]],
     text: Callable[[int], Awaitable[TrainBatch]] | None,
+    on_wait: Callable[[Sequence[int]], None],
     producer: asyncio.Task[None],
 ) -> None:
     saved = start_step
     for step in range(start_step, settings.steps):
         started = time.perf_counter()
-        wanted = await _unless(stop, _both(buffer.batch(step), text(step + 1) if text is not None else None))
+        wanted = await _unless(stop, _both(buffer.batch(step, on_wait), text(step + 1) if text is not None else None))
         if wanted is None:
             await _interrupt(student, reporter, step, saved, producer)
         ready, windows = wanted

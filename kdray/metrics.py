@@ -52,6 +52,7 @@ METRICS: dict[str, Metric] = {
     "teacher_head_error": Metric("nats/token", "token_mean", "Distance of the output head's log p from the recorded one"),
     "pretraining_loss": Metric("nats/token", "token_mean", "Cross entropy of the pretraining text, over its own tokens"),
     "pretraining_kl": Metric("nats/token", "token_mean", "KL(teacher || student) on the pretraining text"),
+    "teacher_disagreement": Metric("nats/token", "token_mean", "-log Z of an ensemble's geometric mean: 0 if all agree"),
     "teacher_tail_mass": Metric("share", "token_mean", "Teacher's probability outside the support"),
     "student_tail_mass": Metric("share", "token_mean", "Student's probability outside the support; high: raise student_top_k"),
     # From the loop and the pools.
@@ -117,15 +118,17 @@ def token_groups(rollout: Rollout, trained_version: int) -> list[str]:
 def _weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
     """Mean and effective sample size of the mixing weights q / m, over all tokens and by `token_groups`.
 
-    A teacher that the student has left behind, or that is far from it, shows as a low effective sample size there.
+    A teacher that the student has left behind, or that is far from it, shows as a low effective sample size there. Tokens of
+    a black-box teacher, whose m is unknown, are left out.
     """
-    tokens = [len(rollout.token_ids) for rollout in rollouts]
-    if not sum(tokens):
+    log_weights, names = [np.empty(0)], []
+    for rollout in rollouts:
+        if rollout.student_logprobs is not None and rollout.mixture_logprobs is not None:
+            log_weights.append(rollout.student_logprobs - rollout.mixture_logprobs)
+            names += token_groups(rollout, trained_version)
+    if not names:
         return {}
-    weights = np.exp(
-        np.concatenate([rollout.student_logprobs - rollout.mixture_logprobs for rollout in rollouts]).astype(np.float64)
-    )
-    groups = np.array([name for rollout in rollouts for name in token_groups(rollout, trained_version)])
+    weights, groups = np.exp(np.concatenate(log_weights).astype(np.float64)), np.array(names)
     metrics = {}
     for group in (None, *np.unique(groups)):
         values = weights if group is None else weights[groups == group]

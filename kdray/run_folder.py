@@ -126,6 +126,23 @@ class RunFolder:
         """Replace summary.json."""
         write_atomically(self.summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
+    def write_teachers(self, fingerprints: Mapping[str, Any]) -> None:
+        """Replace teachers.json: what each teacher of the run is, for a resumed one to compare with."""
+        write_atomically(self.path / "teachers.json", json.dumps(fingerprints, indent=2, allow_nan=False) + "\n")
+
+    def read_teachers(self) -> dict[str, Any]:
+        """What `write_teachers` wrote; nothing where it is a new run. Raises: DataError when it is not a JSON object."""
+        path = self.path / "teachers.json"
+        if not path.exists():
+            return {}
+        try:
+            teachers = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: not valid JSON: {error}; remove the file to take the teachers as they are") from error
+        if not isinstance(teachers, dict):
+            raise DataError(f"{path}: expected a JSON object, found {type(teachers).__name__}")
+        return teachers
+
     def read_summary(self) -> dict[str, Any]:
         """Raises: DataError when the file is missing or not a JSON object."""
         try:

@@ -23,6 +23,8 @@ class Prompt:
     """The text that was tokenized (after the chat template, where one applies)."""
     answer: str | None = None
     """The reference completion: target of supervised fine-tuning and of the exact-match grader. None where unknown."""
+    domain: str | None = None
+    """What the prompt is about, by which it may be routed to a teacher: the task's name, or a column of its source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,12 @@ class Rollout:
     prompt_id: int
     prompt_ids: np.ndarray  # [P] int32
     token_ids: np.ndarray  # [T] int32, end-of-sequence token included when it was drawn
-    mixture_logprobs: np.ndarray  # [T] log m: the density each token was really drawn from
-    student_logprobs: np.ndarray  # [T] log q of the student version that was sampling
-    student_versions: np.ndarray  # [T] int32: a rollout can span a weight update
+    # Log-densities are None where a black-box teacher wrote the response: nothing is known of how it was drawn.
+    mixture_logprobs: np.ndarray | None  # [T] log m: the density each token was really drawn from
+    student_logprobs: np.ndarray | None  # [T] log q of the student version that was sampling
+    # [T] int32: a rollout can span a weight update. A black-box teacher's response does not depend on the student; every token
+    # has the oldest version that its request allows, so that staleness counts from when it was asked for.
+    student_versions: np.ndarray
     alpha: float
     finish_reason: str
     """`stop` when the end-of-sequence token was drawn, `length` when max_new_tokens cut the sequence."""

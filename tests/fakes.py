@@ -171,7 +171,7 @@ class FakeScorer:
     silent: bool = False
     """Whether it ends without an answer."""
 
-    async def score(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[Rollout]]:
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
         for rollout in rollouts:
             assert rollout.teacher_logprobs is None, f"sample {rollout.sample_id} was scored already"
             self.history.running.add(rollout.sample_id)

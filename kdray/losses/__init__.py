@@ -54,6 +54,7 @@ LOSSES: dict[str, LossFunction] = {
     "vopd": vopd,
     "forward_kl_sampled": forward_kl_sampled,
     "sft": sft,
+    "sequence": sft,
     **{name: divergence_loss(divergence) for name, divergence in DIVERGENCES.items()},
 }
 

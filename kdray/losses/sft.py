@@ -1,16 +1,19 @@
-"""Cross entropy of the reference answers: supervised fine-tuning, before distillation and as its control."""
+"""Cross entropy of given text: supervised fine-tuning on reference answers, sequence-level distillation on a teacher's."""
 
 from __future__ import annotations
 
 import torch
 
+from kdray.config import SequenceLoss
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.support import at_tokens
 
 
-def sft(student_logits: torch.Tensor, batch: LossBatch, settings: None = None) -> LossOutput:
+def sft(student_logits: torch.Tensor, batch: LossBatch, settings: SequenceLoss | None = None) -> LossOutput:
     """Sum over masked tokens of -log q(token), in nats.
 
+    On responses drawn from the teacher the mean is KL(teacher || student) over whole responses, plus the teacher's entropy.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict.
+    Source: Kim & Rush 2016 (arXiv 1606.07947), section 3.2, for sequence-level distillation.
     """
     return LossOutput(total=-at_tokens(batch.masked_rows(student_logits), batch.masked("token_ids")).sum())

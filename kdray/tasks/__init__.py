@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 import numpy as np
 
@@ -64,6 +65,6 @@ def _distinct(
         if example.prompt in found or example.prompt in taken:
             misses += 1
         else:
-            found[example.prompt] = example
+            found[example.prompt] = replace(example, task=task.name)
             misses = 0
     return list(found.values())

@@ -14,6 +14,8 @@ class Example:
 
     prompt: str
     answer: str
+    task: str = ""
+    """Name of the task that it came from."""
 
 
 class Task(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -193,11 +193,10 @@ def _p_value(tokens: np.ndarray, law: np.ndarray) -> float:
     return float(chisquare(counts[keep], expected[keep]).pvalue)
 
 
-async def test_scores_by_prefill_agree(pair: Pair, tiny_models: TinyModels) -> None:
-    """Sequences of other origin, scored in batches with chunked prefill: every position within 1e-3 of Hugging Face."""
-    rng = np.random.default_rng(11)
+def _foreign(count: int, rng: np.random.Generator) -> list[Rollout]:
+    """Sequences that no engine sampled, many longer than a chunk of prefill."""
     foreign = []
-    for index in range(40):
+    for index in range(count):
         length = int(rng.integers(1, 90))
         foreign.append(
             Rollout(
@@ -212,6 +211,43 @@ async def test_scores_by_prefill_agree(pair: Pair, tiny_models: TinyModels) -> N
                 finish_reason="length",
             )
         )
+    return foreign
+
+
+@pytest.mark.parametrize("top_k", [False, True])
+async def test_log_p_at_ids_that_the_caller_names(pair: Pair, tiny_models: TinyModels, top_k: bool) -> None:
+    """Other ids at every position, unused slots between them: exact values, in the caller's order, and an exact tail."""
+    rng = np.random.default_rng(12)
+    asked = {}
+    rollouts = []
+    for rollout in _foreign(30, rng):
+        ids = np.stack([rng.permutation(VOCAB)[:7] for _ in rollout.token_ids]).astype(np.int32)
+        ids[rng.random(ids.shape) < 0.3] = -1
+        asked[rollout.sample_id] = ids
+        rollouts.append(replace(rollout, support_ids=ids))
+    scored = [rollout async for part in pair.engine.score(rollouts, top_k) for rollout in part]
+    assert len(scored) == 30
+    for rollout in scored:
+        teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
+        ids, logprobs = np.array(rollout.support_ids), np.array(rollout.support_logprobs)
+        assert np.array_equal(ids[:, :7], asked[rollout.sample_id])
+        assert ids.shape[1] == (7 + 8 + 4 if top_k else 7)
+        used = ids >= 0
+        want = teacher.gather(1, torch.from_numpy(ids.clip(min=0)).long()).numpy()
+        assert np.abs(logprobs - want)[used].max() < TOLERANCE
+        assert (logprobs[~used] == -np.inf).all()
+        named = torch.zeros(len(ids), VOCAB + 1, dtype=torch.bool)
+        named = named.scatter(1, torch.from_numpy(np.where(used, ids, VOCAB)).long(), True)[:, :VOCAB]
+        assert torch.equal(named.sum(1), torch.from_numpy(used.sum(1))), "no id twice"
+        _close("tail", rollout.tail_logprobs, teacher.masked_fill(named, -torch.inf).logsumexp(1))
+        if top_k:
+            left_out = teacher.masked_fill(named, -torch.inf).max(1).values
+            assert (left_out <= teacher.topk(8).values[:, -1] + TOLERANCE).all(), "teacher top-8"
+
+
+async def test_scores_by_prefill_agree(pair: Pair, tiny_models: TinyModels) -> None:
+    """Sequences of other origin, scored in batches with chunked prefill: every position within 1e-3 of Hugging Face."""
+    foreign = _foreign(40, np.random.default_rng(11))
     scored = [rollout async for part in pair.engine.score(foreign) for rollout in part]
     assert sorted(rollout.sample_id for rollout in scored) == list(range(40))
     for rollout in scored:

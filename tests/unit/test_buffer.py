@@ -83,6 +83,30 @@ async def test_a_batch_is_in_admission_order_whatever_the_order_of_arrival() -> 
     assert len(buffer) == 0
 
 
+async def test_tells_whom_it_waits_for_and_when_it_stops() -> None:
+    buffer = RolloutBuffer(batch_size=3, max_staleness=1, steps=2)
+    await buffer.admit()
+    await buffer.put([rollout(1), rollout(4)])
+    told: list[list[int]] = []
+    waiting = asyncio.ensure_future(buffer.batch(0, lambda ids: told.append(list(ids))))
+    await asyncio.sleep(0)
+    await buffer.put([rollout(0)])
+    assert told == [[0, 2]]
+    await buffer.put([rollout(2), rollout(3), rollout(5)])
+    await waiting
+    assert told == [[0, 2], []]
+    await buffer.batch(1, lambda ids: told.append(list(ids)))
+    assert told == [[0, 2], []], "nothing was missing"
+
+
+async def test_a_wait_that_is_given_up_ends_for_everybody() -> None:
+    buffer = RolloutBuffer(batch_size=1, max_staleness=0, steps=2)
+    told: list[list[int]] = []
+    assert await blocks(buffer.batch(0, lambda ids: told.append(list(ids))))
+    await asyncio.sleep(0)
+    assert told == [[0], []]
+
+
 async def test_refuses_what_was_not_asked_for() -> None:
     buffer = RolloutBuffer(batch_size=2, max_staleness=0, steps=3)
     with pytest.raises(EngineError, match="sample 0 "):

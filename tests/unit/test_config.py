@@ -209,7 +209,7 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(sections, message):
         ({"data": {"prompts": {"type": "task", "tasks": []}}}, ["data.prompts.tasks"]),
         ({"data": {"prompts": {"type": "task", "tasks": ["sums"]}}}, ["data.prompts.tasks.0='sums'", "arithmetic"]),
         ({"teachers": {}}, ["teachers"]),
-        ({"teachers": {"a": {"model": TINY}, "b": {"model": TINY}}}, ["a, b", "one teacher"]),
+        ({"teachers": {"a": {"model": TINY}, "b": {"model": TINY}}}, ["a, b", "rollout.teachers.type", "route or ensemble"]),
         ({"teachers": {"Big One": {"model": TINY}}}, ["teachers", "Big One"]),
         ({"run": {"name": "../x"}}, ["run.name='../x'"]),
         ({"run": {}}, ["run.name: required"]),

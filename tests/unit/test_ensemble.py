@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from decimal import Decimal, localcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from kdray.ensemble import (
     confidence_weights,
     fixed_weights,
     geometric,
-    missing_ids,
+    knows,
     renormalise,
     union_ids,
     weights_by_domain,
@@ -63,12 +62,11 @@ class World:
 
     def united(self) -> list[TeacherColumns]:
         """Every teacher on the union, asked for what it lacked as a second prefill would answer."""
-        union = union_ids(self.columns)
+        union = union_ids([one.support_ids for one in self.columns])
         both = []
         for columns, rows in zip(self.columns, self.p, strict=True):
-            missing = missing_ids(columns, union)
-            extra = None if missing is None else (missing, np.log(np.take_along_axis(rows, np.maximum(missing, 0), axis=1)))
-            both.append(TeacherColumns(columns.token_logprobs, union, *at_union(columns, union, extra)))
+            asked = columns if knows(columns, union) else self.record(rows, [ids[ids >= 0] for ids in union])
+            both.append(at_union(asked, union))
         return both
 
     def bucketed(self, rows: np.ndarray, union: np.ndarray) -> np.ndarray:
@@ -117,119 +115,54 @@ def plain(ids: list[list[int]]) -> TeacherColumns:
 
 
 def test_union_by_hand_is_in_the_first_teachers_order_then_the_seconds() -> None:
-    union = union_ids([plain([[5, -1, 2], [7, 1, 0]]), plain([[9, 2, 4, -1], [1, 0, -1, -1]]), plain([[3], [-1]])])
+    union = union_ids([np.array(ids) for ids in ([[5, -1, 2], [7, 1, 0]], [[9, 2, 4, -1], [1, 0, -1, -1]], [[3], [-1]])])
     assert union.dtype == np.int32
     assert union.tolist() == [[5, 2, 9, 4, 3], [7, 1, 0, -1, -1]]
 
 
-def test_missing_by_hand_is_in_the_unions_order() -> None:
+def test_a_teacher_knows_its_support_and_all_ids_where_it_has_no_tail() -> None:
     first, second, third = plain([[5, -1, 2], [7, 1, 0]]), plain([[9, 2], [1, 0]]), plain([[5, 2, 9], [0, 7, 1]])
-    union = union_ids([first, second])
+    union = union_ids([first.support_ids, second.support_ids])
     assert union.tolist() == [[5, 2, 9], [7, 1, 0]]
-    missing = missing_ids(first, union)
-    assert missing is not None
-    assert missing.dtype == np.int32
-    assert missing.tolist() == [[9], [-1]]
-    assert missing_ids(second, union).tolist() == [[5], [7]]  # type: ignore[union-attr]
-    assert missing_ids(third, union) is None
-
-
-def test_nothing_is_missing_where_the_teacher_has_no_mass_outside_its_support() -> None:
+    assert not knows(first, union)
+    assert not knows(second, union)
+    assert knows(third, union)
     one = columns_of([[0, 1], [0, 1]], [[-0.7, -0.7], [-0.7, -0.9]], [-np.inf, -2.0])
-    union = np.array([[0, 1, 2], [0, 1, 2]], np.int32)
-    assert missing_ids(one, union).tolist() == [[-1], [2]]  # type: ignore[union-attr]
-    logprobs, tail = at_union(one, union, (np.array([[-1], [2]]), np.array([[0.0], [-2.5]])))
-    assert logprobs[0, 2] == -np.inf
-    assert logprobs[1, 2] == -2.5
-    assert tail[0] == -np.inf
-    assert tail[1] == pytest.approx(math.log(math.exp(-2.0) - math.exp(-2.5)), abs=1e-14)
+    assert not knows(one, np.array([[0, 1, 2], [0, 1, 2]], np.int32))
+    padded = np.array([[0, 1, 2], [0, 1, -1]], np.int32)
+    assert knows(one, padded)
+    assert at_union(one, padded).support_logprobs[:, 2].tolist() == [-np.inf, -np.inf]
 
 
 @given(seed=st.integers(0, 10**6), teachers=st.integers(1, 4), vocab=st.integers(6, 8))
-def test_union_missing_and_at_union_agree_with_whole_rows(seed: int, teachers: int, vocab: int) -> None:
+def test_union_and_at_union_agree_with_whole_rows(seed: int, teachers: int, vocab: int) -> None:
     world = World(seed, teachers, vocab=vocab)
-    union = union_ids(world.columns)
+    union = union_ids([one.support_ids for one in world.columns])
     for t in range(len(union)):
         seen = list(dict.fromkeys(i for one in world.columns for i in one.support_ids[t].tolist() if i >= 0))
         assert union[t].tolist() == seen + [-1] * (union.shape[1] - len(seen))
-        for one in world.columns:
-            missing = missing_ids(one, union)
-            lacking = [i for i in seen if i not in one.support_ids[t].tolist()]
-            assert lacking == ([] if missing is None else [i for i in missing[t].tolist() if i >= 0])
     for one, rows in zip(world.united(), world.p, strict=True):
+        assert one.support_ids is union or np.array_equal(one.support_ids, union)
         expected = world.bucketed(rows, union)
         with np.errstate(divide="ignore"):
             close(one.support_logprobs, np.log(expected[:, :-1]))
-        outside = expected[:, -1] > 0.0
-        close(one.tail_logprobs[outside], np.log(expected[outside, -1]), atol=1e-11)
-        assert (one.tail_logprobs[~outside] < math.log(1e-14)).all()  # where the union covers all, rounding at most
+            close(one.tail_logprobs, np.log(expected[:, -1]), atol=1e-11)
 
 
-@given(seed=st.integers(0, 10**6))
-def test_extra_ids_may_come_in_any_order_and_unused_slots_hold_anything(seed: int) -> None:
-    world = World(seed)
-    union = union_ids(world.columns)
-    one, rows = world.columns[0], world.p[0]
-    missing = missing_ids(one, union)
-    if missing is None:
-        return
-    wide = np.concatenate([missing, np.full((len(missing), 2), -1, np.int32)], axis=1)
-    shuffled = world.rng.permuted(wide, axis=1)
-    known = lambda ids: np.where(ids >= 0, np.log(np.take_along_axis(rows, np.maximum(ids, 0), axis=1)), 0.5)  # noqa: E731
-    noisy = np.where(one.support_ids >= 0, one.support_logprobs, 7.0)
-    noisy_one = TeacherColumns(one.token_logprobs, one.support_ids, noisy, one.tail_logprobs)
-    expected = at_union(one, union, (missing, known(missing)))
-    for value, reference in zip(at_union(noisy_one, union, (shuffled, known(shuffled))), expected, strict=True):
-        close(np.exp(value), np.exp(reference))
-
-
-@pytest.mark.parametrize("small", [0, 4])
-@pytest.mark.parametrize("share", [0.5, 1e-3, 1e-9, 1e-14])
-def test_the_tail_keeps_its_digits_when_one_id_takes_nearly_all_of_it(share: float, small: int) -> None:
-    """All but `share` of the tail goes to one id, a tenth of the share to each of the small ones; the oracle has 60 digits."""
-    tail = -2.7
-    logs = [tail + math.log1p(-share), *[tail + math.log(share / 10)] * small]
-    with localcontext() as context:
-        context.prec = 60
-        expected = float((Decimal(tail).exp() - sum(Decimal(value).exp() for value in logs)).ln())
-    columns = TeacherColumns(np.zeros(1), np.zeros((1, 0), np.int32), np.zeros((1, 0)), np.array([tail]))
-    ids = np.arange(len(logs), dtype=np.int32)[None]
-    _, left = at_union(columns, ids, (ids, np.array([logs])))
-    assert left[0] == pytest.approx(expected, abs=1e-13)
-
-
-def test_a_tail_exceeded_by_rounding_is_empty_and_by_more_is_refused() -> None:
-    columns = columns_of([[0], [0]], [[-1.0], [-1.0]], [-2.0, -2.0])
-    union = np.array([[0, 1], [0, 1]], np.int32)
-    ids = np.array([[1], [1]], np.int32)
-    at = lambda excess: (ids, np.array([[-3.0], [-2.0 + math.log1p(excess)]]))  # noqa: E731
-    _, tail = at_union(columns, union, at(9e-4))
-    assert tail[1] == -np.inf
-    assert np.isfinite(tail[0])
-    with pytest.raises(ValueError, match=r"position 1: .* 1\.002 times the teacher's tail mass 0\.135.*tolerance=0\.001"):
-        at_union(columns, union, at(2e-3))
-    assert at_union(columns, union, at(2e-3), tolerance=0.01)[1][1] == -np.inf
-    with pytest.raises(ValueError, match="nan"):
-        at_union(columns, union, (ids, np.array([[-3.0], [np.nan]])))
+def test_unused_slots_of_a_support_hold_anything() -> None:
+    columns = TeacherColumns(np.zeros(1), np.array([[3, -1, 1]], np.int32), np.array([[-1.0, 7.0, -2.0]]), np.array([-0.7]))
+    assert at_union(columns, np.array([[1, 3, -1]], np.int32)).support_logprobs.tolist() == [[-2.0, -1.0, -np.inf]]
 
 
 def test_at_union_refuses_what_would_count_mass_twice_or_lose_it() -> None:
     columns = columns_of([[0, 1]], [[-1.0, -2.0]], [-1.5])
     union = np.array([[0, 1, 2, 3]], np.int32)
-    lp = np.full((1, 2), -4.0)
-    with pytest.raises(ValueError, match=r"unknown at ids \[2, 3\].*missing_ids"):
-        at_union(columns, union, None)
-    for ids in ([[2, -1]], [[2, 2]], [[2, 1]], [[2, 9]]):
-        with pytest.raises(ValueError, match=r"missing are ids \[2, 3\], but given are"):
-            at_union(columns, union, (np.array(ids), lp))
-    with pytest.raises(ValueError, match=r"missing are ids \[\], but given are \[1\]"):
-        at_union(columns, union[:, :2], (np.array([[1]]), np.array([[-2.0]])))
+    with pytest.raises(ValueError, match=r"unknown at ids \[2, 3\]"):
+        at_union(columns, union)
     with pytest.raises(ValueError, match="leaves out"):
-        at_union(columns, union[:, 1:], None)
-    with pytest.raises(ValueError, match="expected both"):
-        at_union(columns, union, (np.array([[2, 3]]), lp[:, :1]))
+        at_union(columns, union[:, :1])
     with pytest.raises(ValueError, match="the union: position 0 names an id twice"):
-        at_union(columns, np.array([[0, 1, 1]], np.int32), None)
+        at_union(columns, np.array([[0, 1, 1]], np.int32))
 
 
 def test_duplicates_and_shapes_that_do_not_fit_are_refused() -> None:
@@ -439,8 +372,8 @@ def test_one_teacher_alone_and_equal_teachers_give_that_teacher(kind: Kind) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_rollout_and_an_empty_support_pass(kind: Kind) -> None:
     empty = TeacherColumns(np.zeros(0), np.zeros((0, 3), np.int32), np.zeros((0, 3)), np.zeros(0))
-    assert union_ids([empty, empty]).shape == (0, 0)
-    assert missing_ids(empty, union_ids([empty])) is None
+    assert union_ids([empty.support_ids] * 2).shape == (0, 0)
+    assert knows(empty, union_ids([empty.support_ids]))
     assert combine([empty, empty], np.array([0.5, 0.5]), kind).support_logprobs.shape == (0, 3)
     bare = TeacherColumns(np.array([-1.0]), np.zeros((1, 0), np.int32), np.zeros((1, 0)), np.zeros(1))
     target = combine([bare, bare], np.array([0.5, 0.5]), kind)

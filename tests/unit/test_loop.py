@@ -440,3 +440,15 @@ async def test_a_reader_that_leaves_early_leaves_no_task(tmp_path: Path, with_a_
     await turns(3)
     assert asyncio.all_tasks() == before
     assert not rig.history.running
+
+
+async def test_tells_which_samples_training_waits_for(tmp_path: Path) -> None:
+    """Every wait is told with samples of the step that is next, and its end."""
+    rig = Rig(tmp_path, max_staleness=0)
+    told: list[list[int]] = []
+    await rig.run(on_wait=lambda ids: told.append(list(ids)))
+    assert told[1::2] == [[]] * rig.settings.steps
+    batch_size = rig.settings.batch_size
+    for step, ids in enumerate(told[::2]):
+        assert ids
+        assert set(ids) <= set(range(step * batch_size, (step + 1) * batch_size))

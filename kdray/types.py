@@ -8,6 +8,7 @@ All logprobs are natural logarithms (nats), float32: `logprobs[t] = log p(token_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,8 @@ class Prompt:
     """The reference completion: target of supervised fine-tuning and of the exact-match grader. None where unknown."""
     domain: str | None = None
     """What the prompt is about, by which it may be routed to a teacher: the task's name, or a column of its source."""
+    question: str | list[dict[str, Any]] = ""
+    """The prompt before any chat template: a text, or chat messages."""
 
 
 @dataclass(frozen=True, slots=True)

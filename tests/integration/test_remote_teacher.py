@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from actors.remote_teacher import RemoteTeacher
 from kdray.config import OpenAITeacherSettings, TinyModel, TinyTraining
@@ -283,3 +285,52 @@ async def test_a_reader_that_leaves_stops_what_runs(endpoint: Endpoint) -> None:
         assert sent < 40
         assert len(await collect(teacher.sample(requests(2)))) == 2
         assert teacher.requests == sent + 2
+
+
+def _run(
+    endpoint: Endpoint, folder: Path, teacher: dict[str, Any], **sections: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`kdray run` against the endpoint: summary and metrics."""
+    tree = {
+        "run": {"name": "far", "output": str(folder)},
+        "data": {"prompts": {"type": "task", "difficulty": 2, "size": 512}, "heldout_size": 32, "max_prompt_tokens": 64},
+        "student": {"model": {"type": "tiny", "layers": 1, "width": 64, "max_positions": POSITIONS}},
+        "teachers": {"far": endpoint.settings(temperature=1.0, **teacher).model_dump(mode="json")},
+        "training": {"steps": 20, "batch_size": 32, "learning_rate": 3e-3},
+    } | sections
+    path = folder / "far.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "cluster.cli", "run", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert KEY not in done.stdout + done.stderr
+    texts = [file.read_bytes() for file in (folder / "far").rglob("*") if file.is_file()]
+    assert all(KEY.encode() not in text for text in texts), "the key is written nowhere"
+    lines = (folder / "far" / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "far" / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_a_run_learns_from_text_alone(endpoint: Endpoint, tmp_path: Path) -> None:
+    """Sequence-level distillation: the endpoint writes, four steps ahead; the student is graded by student-only replicas."""
+    rollout = {"alpha": 1.0, "max_new_tokens": 8, "max_staleness": 4}
+    summary, metrics = _run(endpoint, tmp_path, {}, rollout=rollout, loss={"type": "sequence"})
+    assert summary["lost_samples"] == summary["duplicated_samples"] == 0
+    assert len(metrics) == 20
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
+    assert {"exact_match", "response_tokens"} <= set(summary["after"])
+    assert "reverse_kl" not in summary["after"], "no replica holds this teacher beside the student"
+
+
+@pytest.mark.full
+def test_a_run_learns_from_the_endpoints_logprobs_at_its_own_samples(endpoint: Endpoint, tmp_path: Path) -> None:
+    """On-policy: student-only replicas sample, the endpoint scores by its top 20 logprobs."""
+    summary, metrics = _run(
+        endpoint,
+        tmp_path,
+        {"token_ids": True, "logprobs": 20},
+        rollout={"sampler": "student", "max_new_tokens": 8},
+        loss={"type": "reverse_kl"},
+    )
+    assert summary["lost_samples"] == summary["duplicated_samples"] == 0
+    assert metrics[-1]["reverse_kl_support"] < 0.7 * metrics[0]["reverse_kl_support"]
+    assert sum(line["wait_teacher_s"] for line in metrics) > 0

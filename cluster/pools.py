@@ -1,0 +1,283 @@
+"""Who samples and who scores: the teachers and student-only replicas of a run, from its config, as the loop sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.daemon_thread import in_daemon_thread
+from actors.remote_teacher import RemoteTeacher
+from actors.teacher_engine import EngineSpec
+from actors.teacher_pool import ReplicaPool, deploy
+from kdray.config import Config, EngineSettings, OtherTeacherSettings
+from kdray.errors import EngineError
+from kdray.interfaces import Sampler, Scorer, Teacher
+from kdray.models import resolve_model
+from kdray.preflight import Checked, load_tokenizer
+from kdray.seeds import sample_seed
+from kdray.signals import check_loss, check_prefill, check_rows
+from kdray.teachers import TeacherTeam
+from kdray.types import SampleRequest
+from kdray.vocab import tokenizer_hash
+
+_SIGNAL_PROMPTS, _SIGNAL_TOKENS = 8, 16
+_CANARY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the weights lie: folders or hub ids."""
+
+    student: str
+    teachers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Who samples and who scores, as the loop sees them, and all pools behind."""
+
+    sampler: Sampler
+    scorer: Scorer | None
+    all: list[ReplicaPool]
+    others: list[RemoteTeacher]
+    """Teachers that are no pool of replicas."""
+    team: TeacherTeam | None = None
+    """The teachers as one, where there are several."""
+
+    @property
+    def teachers(self) -> list[ReplicaPool]:
+        """Those served by replicas."""
+        return [pool for pool in self.all if pool.spec.role != "student"]
+
+    @property
+    def named(self) -> list[Teacher]:
+        """Teachers of every kind."""
+        return [*self.teachers, *self.others]
+
+    @property
+    def students(self) -> ReplicaPool | None:
+        """The student-only replicas, where there are some."""
+        return next((pool for pool in self.all if pool.spec.role == "student"), None)
+
+    @property
+    def retried(self) -> int:
+        """Rollouts asked for again after a failure."""
+        return sum(pool.retried for pool in self.all) + sum(other.retried for other in self.others)
+
+    def awaited(self, sample_ids: Sequence[int]) -> None:
+        """Tell every pool which samples the trainer waits for."""
+        for pool in self.all:
+            pool.awaited(sample_ids)
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "teacher_replicas": float(sum(pool.replicas_serving for pool in self.teachers)),
+            "retried_samples": float(self.retried),
+            **{f"teacher/{pool.name}/replicas": float(pool.replicas_serving) for pool in self.teachers},
+            **{f"teacher/{pool.name}/wait_s": pool.take_waited_s() for pool in self.teachers},
+            **(self.team.metrics() if self.team is not None else {}),
+        }
+
+
+def resolve_models(config: Config) -> Models:
+    """Build the tiny models, where the config asks for some."""
+    cache = config.run.output / ".models"
+    return Models(
+        student=_absolute(resolve_model(config.student.model, cache)),
+        teachers={name: _absolute(resolve_model(teacher.model, cache)) for name, teacher in config.served_teachers.items()},
+    )
+
+
+def _absolute(model: str) -> str:
+    """Folders as absolute paths: replicas and ranks work in other folders."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+@contextlib.asynccontextmanager
+async def open_pools(
+    config: Config,
+    checked: Checked,
+    models: Models,
+    weights: Any | None,
+    on_event: Callable[..., None] = lambda kind, **fields: None,
+    registry: Any | None = None,
+) -> AsyncIterator[Pools]:
+    """Start every teacher, and the student-only replicas where something needs them; end them whatever happens.
+
+    Args: registry: the TeacherRegistry's handle; None where no replica is compared with another.
+    Raises: ConfigError where a remote teacher cannot be used; EngineError where replicas do not start.
+    """
+    settings = config.rollout
+
+    def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
+        missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
+        return ReplicaPool(name, spec, engine, config.cluster, weights, settings.retries, on_event, registry, missing_after_s)
+
+    served = [pool(name, _teacher_spec(config, checked, models, name), each) for name, each in config.served_teachers.items()]
+    others = {name: _other_teacher(config, checked, name, each) for name, each in config.other_teachers.items()}
+    students = [pool("rollout", _student_spec(config, checked, models), settings.pool)] if config.has_rollout_pool else []
+    pools = [*served, *students]
+    by_name: dict[str, Teacher] = {**{pool.name: pool for pool in served}, **others}
+    teachers = [by_name[name] for name in config.teachers]
+    team = None
+    if settings.teachers is not None:
+        team = TeacherTeam(config, teachers, [*checked.dataset.train, *checked.dataset.heldout], checked.vocab_size)
+    one = team or teachers[0]
+    student_samples = settings.sampler == "student"
+    watchers: list[asyncio.Task[None]] = []
+    try:
+        for other in others.values():
+            await other.check()
+        try:
+            await in_daemon_thread(deploy, pools)
+        except EngineError as error:
+            for name in config.served_teachers:
+                if registry is not None and (reasons := await registry.refused.remote(name)):
+                    raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
+            raise
+        watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
+        on_event("serving", pools=[pool.name for pool in pools])
+        yield Pools(
+            sampler=students[0] if student_samples else one,
+            scorer=one if student_samples or (team is not None and team.scores) else None,
+            all=pools,
+            others=list(others.values()),
+            team=team,
+        )
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
+        deleting = (asyncio.to_thread(pool.delete) for pool in pools)
+        await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
+
+
+def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherTeacherSettings) -> RemoteTeacher:
+    """A teacher that lives in this process."""
+    prompts = [*checked.dataset.train, *checked.dataset.heldout]
+    # A chat endpoint applies its own template, to the question before the student's.
+    questions = {prompt.prompt_id: prompt.question if settings.chat else prompt.text for prompt in prompts}
+    return RemoteTeacher(
+        name,
+        settings,
+        checked.tokenizer,
+        lambda request: questions[request.prompt_id],
+        checked.vocab_size,
+        checked.stop_ids,
+    )
+
+
+def _teacher_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
+    teacher = config.served_teachers[name]
+    return replace(
+        _spec(config, checked, teacher),
+        role="mixture",
+        model=models.teachers[name],
+        student=models.student,
+        revision=teacher.revision,
+        student_revision=config.student.revision,
+        teacher=name,
+        canary=_canary(config, checked),
+        tokenizer=tokenizer_hash(load_tokenizer(teacher.model, teacher.revision)),
+    )
+
+
+def _student_spec(config: Config, checked: Checked, models: Models) -> EngineSpec:
+    return replace(_spec(config, checked, config.rollout.pool), model=models.student, revision=config.student.revision)
+
+
+def _spec(config: Config, checked: Checked, engine: EngineSettings) -> EngineSpec:
+    """What the engines of a run have in common, and their size; as a student-only one without its model."""
+    return EngineSpec(
+        role="student",
+        model="",
+        student=None,
+        vocab_size=checked.vocab_size,
+        stop_ids=checked.stop_ids,
+        max_model_len=config.max_model_len,
+        teacher_top_k=config.rollout.teacher_top_k,
+        record_hidden=config.rollout.teacher_signal == "hidden",
+        student_top_k=config.rollout.student_top_k,
+        dtype=engine.dtype,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        kv_cache_gib=engine.kv_cache_gib,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        seed=config.run.seed,
+        engine_args=engine.engine_args,
+    )
+
+
+def _canary(config: Config, checked: Checked) -> tuple[int, ...]:
+    """Ids that every teacher replica scores at its start: held-out prompts, one after the other."""
+    ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
+    return tuple(ids[: min(_CANARY_TOKENS, config.max_model_len)])
+
+
+def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[str, Any]:
+    """What `kdray.evaluate.evaluate` is given besides the version."""
+    # The team's metrics are those of training.
+    team = None if pools.team is None else pools.team.apart()
+    sampler = team if team is not None and pools.sampler is pools.team else pools.sampler
+    scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
+    if config.other_teachers and pools.students is not None:
+        # Exact KLs need both models in one replica; without them, what the student writes is graded.
+        sampler, scorer = pools.students, None
+    return {
+        "prompts": checked.dataset.heldout[: config.evaluation.prompts],
+        "sampler": sampler,
+        "scorer": scorer,
+        "decode": decoder(checked.tokenizer),
+        "grade": checked.dataset.grade,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "seed": config.run.seed,
+        "exact": not config.other_teachers,
+    }
+
+
+async def check_signals(config: Config, checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:
+    """Draw from the teacher alone, score what it drew by prefill, and give both to the checks of `kdray.signals`.
+
+    A teacher that gives text alone has nothing to check. Raises: SignalError with what is wrong.
+    """
+    requests = [
+        SampleRequest(
+            sample_id=index,
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.token_ids,
+            alpha=1.0,
+            seed=sample_seed(config.run.seed, "signals", index),
+            max_new_tokens=min(config.rollout.max_new_tokens, _SIGNAL_TOKENS),
+            min_version=version,
+        )
+        for index, prompt in enumerate(checked.dataset.heldout[:_SIGNAL_PROMPTS])
+    ]
+    sampled = [rollout async for part in teacher.sample(requests) for rollout in part]
+    if any(rollout.support_logprobs is None for rollout in sampled):
+        return {"tokens": float(sum(len(rollout.token_ids) for rollout in sampled))}
+    found = check_rows(sampled, checked.vocab_size)
+    if not isinstance(teacher, ReplicaPool):
+        return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
+    scored = [rollout async for part in teacher.score(sampled) for rollout in part]
+    # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
+    tolerance = 1e-3 if teacher.dtype == "float32" else 0.25
+    recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]
+    if recorded:
+        # 0 for a student that equals the teacher, such as a snapshot of it.
+        found["student_reverse_kl"] = float(np.concatenate(recorded).mean())
+    found["prefill_gap"] = check_prefill(sampled, scored, tolerance)
+    return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
+
+
+def decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
+    def decode(token_ids: np.ndarray) -> str:
+        return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+    return decode

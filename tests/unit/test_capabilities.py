@@ -1,0 +1,80 @@
+"""What a run needs of its teachers against what they can say: before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdray.capabilities import check_capabilities, needed
+from kdray.config import Config, parse_config
+from kdray.errors import ConfigError
+
+TINY = {"type": "tiny"}
+TEXT = {"type": "openai", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": None}
+IDS = TEXT | {"chat": False, "token_ids": True, "logprobs": 5}
+
+
+def config(teacher: dict[str, Any], loss: str, more_teachers: dict[str, Any] | None = None, **rollout: Any) -> Config:
+    return parse_config(
+        {
+            "run": {"name": "x"},
+            "student": {"model": TINY},
+            "teachers": {"one": teacher} | (more_teachers or {}),
+            "loss": {"type": loss},
+            "rollout": rollout,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "loss", "rollout"),
+    [
+        (TEXT, "sequence", {"alpha": 1}),
+        (IDS, "sequence", {"alpha": 1}),
+        (IDS, "forward_kl", {"alpha": 1}),
+        (IDS, "reverse_kl", {"sampler": "student"}),
+        (IDS, "vopd", {"sampler": "student"}),
+        ({"model": TINY}, "minillm", {}),
+        ({"model": TINY}, "sequence", {"alpha": 1}),
+        ({"model": TINY}, "jsd", {"teacher_signal": "hidden"}),
+    ],
+)
+def test_what_fits_passes(teacher: dict[str, Any], loss: str, rollout: dict[str, Any]) -> None:
+    check_capabilities(config(teacher, loss, **rollout))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "loss", "rollout", "message"),
+    [
+        (TEXT, "forward_kl", {"alpha": 1}, r"loss\.type=forward_kl needs its logprobs at its top ids, and teachers\.one"),
+        (
+            TEXT,
+            "reverse_kl",
+            {"sampler": "student"},
+            r"rollout\.sampler=student needs its log p of every token.*set its logprobs",
+        ),
+        (IDS, "reverse_kl", {}, r"rollout\.alpha=0\.2 needs sampling beside the student.*rollout\.sampler=student"),
+        (IDS, "forward_kl_sampled", {"alpha": 1}, r"loss\.type=forward_kl_sampled needs sampling beside the student"),
+        (IDS, "jsd", {"sampler": "student", "teacher_signal": "hidden"}, r"teacher_signal=hidden needs its hidden states"),
+    ],
+)
+def test_what_a_teacher_cannot_say_is_refused_with_the_remedy(
+    teacher: dict[str, Any], loss: str, rollout: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_capabilities(config(teacher, loss, **rollout))
+
+
+def test_the_weakest_teacher_of_several_decides() -> None:
+    sharing = {"type": "ensemble"}
+    with pytest.raises(ConfigError, match=r"rollout\.teachers\.type=ensemble needs its logprobs at ids.*teachers\.two"):
+        check_capabilities(config({"model": TINY}, "forward_kl", {"two": IDS}, alpha=1, teachers=sharing))
+    routed = {"type": "route", "weights": {"one": 1, "two": 1}}
+    check_capabilities(config({"model": TINY}, "forward_kl", {"two": IDS}, alpha=1, teachers=routed))
+    assert "beside" not in needed(config({"model": TINY}, "minillm", sampler="student"))
+
+
+def test_sequence_needs_a_teacher_that_writes() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.alpha=0\.2 with loss\.type=sequence.*set rollout\.alpha=1"):
+        config({"model": TINY}, "sequence")

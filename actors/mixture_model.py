@@ -62,6 +62,7 @@ class MixtureForCausalLM(nn.Module):
         config = vllm_config.model_config.hf_config
         self.role: str = config.kdray_role
         self.vocab_size: int = config.kdray_vocab_size
+        self.declared_size: int = vllm_config.model_config.get_vocab_size()
         self.student_version = 0
         # Typed as Any: sub-models have vLLM's interface of a text model, of which torch's Module knows nothing.
         self.teacher: Any = None
@@ -128,7 +129,8 @@ class MixtureForCausalLM(nn.Module):
         self.rows = self.log_rows(hidden_states)
         rows = self.rows.teacher if self.rows.teacher is not None else self.rows.student
         assert rows is not None
-        return rows.clone()
+        # A copy: the engine changes its logits in place. vLLM's own masks span the declared vocabulary.
+        return torch.nn.functional.pad(rows, (0, self.declared_size - rows.shape[-1]), value=-torch.inf)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Weights of the engine's own checkpoint go to its one model (the teacher's, if both), `student.` to the student."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from actors import plain_scoring
 from kdray.errors import EngineError, RequestRefused
 from kdray.handshake import Fingerprint
 from kdray.types import Rollout, SampleRequest
@@ -60,6 +61,8 @@ class EngineSpec:
     """Token ids that the teacher scores at its start, so that every replica can be compared with the first one."""
     tokenizer: str = ""
     """Hash of the teacher's tokenizer."""
+    scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
+    """How prefill is read: by the recorder, or by vLLM's own `prompt_logprobs`."""
     record_hidden: bool = False
     """Whether the teacher's last hidden state is recorded for every token."""
     teacher_top_k: int = 32
@@ -134,6 +137,7 @@ class TeacherEngine:
             "enable_prefix_caching": True,
             "trust_remote_code": False,
             "disable_log_stats": True,
+            "max_logprobs": max(20, spec.teacher_top_k),
         }
         if current_platform.is_cpu():
             arguments |= {
@@ -204,6 +208,11 @@ class TeacherEngine:
 
         if self.spec.role == "student":
             raise RequestRefused("a student-only replica cannot score")
+        if self.spec.scoring == "prompt_logprobs":
+            async with aclosing(self._score_plainly(rollouts, top_k)) as plain:
+                async for part in plain:
+                    yield part
+            return
         jobs = []
         for rollout in rollouts:
             key = self._key(rollout.sample_id)
@@ -232,6 +241,22 @@ class TeacherEngine:
                     for index, _, record in ended
                 ]
 
+    async def _score_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[Rollout]]:
+        if not top_k or any(rollout.support_ids is not None for rollout in rollouts):
+            raise RequestRefused("scoring=prompt_logprobs gives a teacher's own top ids alone; set scoring=recorder")
+        width = min(self.spec.teacher_top_k, self.spec.vocab_size)
+        jobs = []
+        for rollout in rollouts:
+            ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+            jobs.append((self._key(rollout.sample_id), ids[:-1], plain_scoring.sampling_params(width, ids[-1])))
+        async with aclosing(self._outputs(jobs)) as outputs:
+            async for ended in outputs:
+                scored = []
+                for index, output in ended:
+                    found = plain_scoring.columns(output, len(rollouts[index].prompt_ids), self.spec.vocab_size)
+                    scored.append(replace(rollouts[index], teacher=self.spec.teacher, **found))
+                yield scored
+
     async def fingerprint(self) -> Fingerprint:
         """What this engine's teacher is, and its scores of the canary."""
         ids = np.asarray(self.spec.canary, dtype=np.int32)
@@ -254,6 +279,25 @@ class TeacherEngine:
         self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
     ) -> AsyncGenerator[list[tuple[int, Any, Recorded]]]:
         """Run jobs (key, ids, params) and stream (index, output, record) of those that ended since the last item."""
+        complete = False
+        try:
+            async with aclosing(self._outputs(jobs)) as outputs:
+                async for batch in outputs:
+                    wanted = [
+                        (jobs[index][0], len(output.outputs[0].token_ids) if lengths is None else lengths[index])
+                        for index, output in batch
+                    ]
+                    (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
+                    arrays = _arrays(answer, [length for _, length in wanted])
+                    yield [(index, output, record) for (index, output), record in zip(batch, arrays, strict=True)]
+            complete = True
+        finally:
+            if not complete and self._engine is not None:
+                # The reader went away or a request failed: let the worker forget what it recorded of the rest.
+                await self._engine.collective_rpc("kdray_drop", args=([key for key, _, _ in jobs],))
+
+    async def _outputs(self, jobs: list[tuple[str, list[int], Any]]) -> AsyncGenerator[list[tuple[int, Any]]]:
+        """Run jobs (key, ids, params) and stream (index, output) of those that ended since the last item."""
         ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
         async def follow(index: int) -> None:
@@ -270,23 +314,14 @@ class TeacherEngine:
                 batch = [await _first(ended.get(), tasks)]
                 while not ended.empty():
                     batch.append(ended.get_nowait())
-                wanted = [
-                    (jobs[index][0], len(output.outputs[0].token_ids) if lengths is None else lengths[index])
-                    for index, output in batch
-                ]
-                (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
                 taken += len(batch)
                 self._cached_tokens += sum(output.num_cached_tokens or 0 for _, output in batch)
-                arrays = _arrays(answer, [length for _, length in wanted])
-                yield [(index, output, record) for (index, output), record in zip(batch, arrays, strict=True)]
+                yield batch
         finally:
-            if taken < len(jobs):
-                # The reader went away or a request failed: abort the rest, and let the worker forget what it recorded.
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                if self._engine is not None:
-                    await self._engine.collective_rpc("kdray_drop", args=([key for key, _, _ in jobs],))
+            # Aborted where the reader went away or a request failed.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _check(self, request: SampleRequest) -> None:
         only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)

@@ -183,6 +183,7 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str) -
         revision=teacher.revision,
         student_revision=config.student.revision,
         teacher=name,
+        scoring=teacher.scoring,
         canary=_canary(config, checked),
         tokenizer=tokenizer_hash(load_tokenizer(teacher.model, teacher.revision)),
     )
@@ -238,8 +239,13 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
         "grade": checked.dataset.grade,
         "max_new_tokens": config.rollout.max_new_tokens,
         "seed": config.run.seed,
-        "exact": not config.other_teachers,
+        "exact": not config.other_teachers and (pools.sampler is not pools.students or _all_recorded(config)),
     }
+
+
+def _all_recorded(config: Config) -> bool:
+    """Whether prefill gives the exact KLs."""
+    return all(teacher.scoring == "recorder" for teacher in config.served_teachers.values())
 
 
 async def check_signals(config: Config, checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:
@@ -265,7 +271,8 @@ async def check_signals(config: Config, checked: Checked, teacher: Teacher, vers
     found = check_rows(sampled, checked.vocab_size)
     if not isinstance(teacher, ReplicaPool):
         return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
-    scored = [rollout async for part in teacher.score(sampled) for rollout in part]
+    asked = [replace(rollout, support_ids=None) for rollout in sampled]
+    scored = [rollout async for part in teacher.score(asked) for rollout in part]
     # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
     tolerance = 1e-3 if teacher.dtype == "float32" else 0.25
     recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]

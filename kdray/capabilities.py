@@ -37,6 +37,8 @@ def offered(teacher: TeacherSource) -> frozenset[Capability]:
     """What a teacher can say, by its settings."""
     if isinstance(teacher, OpenAITeacherSettings):
         return frozenset(("text", "sampled", "top_k") if teacher.logprobs else ("text",))
+    if teacher.scoring == "prompt_logprobs":
+        return frozenset(_MEANING) - {"requested", "hidden"}
     return frozenset(_MEANING)
 
 
@@ -88,4 +90,4 @@ def _remedy(teacher: TeacherSource, capability: Capability) -> str:
         return "set its logprobs, where the endpoint names token ids, or use loss.type=sequence with rollout.alpha=1"
     if capability == "beside":
         return "let it write (rollout.alpha=1 with loss.type=sequence), or the student sample (rollout.sampler=student)"
-    return "use a teacher of type vllm"
+    return "use a teacher of type vllm with scoring=recorder"

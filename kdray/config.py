@@ -424,6 +424,9 @@ class TeacherSettings(EngineSettings):
     """A teacher served by vLLM replicas on the cluster."""
 
     type: Literal["vllm"] = "vllm"
+    scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
+    """How given sequences are scored by prefill. `recorder`: at any ids, with hidden states and both exact KLs.
+    `prompt_logprobs`: vLLM's own, the teacher's top ids alone; for an engine whose prefill the recorder cannot read."""
     model: ModelSource
     """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
     revision: str | None = None

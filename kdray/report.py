@@ -33,6 +33,8 @@ _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Waits", "seconds per step", ("wait_rollout_s", "wait_teacher_s", "wait_sync_s")),
 )
 _STACKED = "Waits"
+_TEACHER_EVENTS = ("scale", "scale_stuck", "retry", "teacher_missing", "teacher_refused", "teacher_back")
+"""Events that the time line of the teachers marks."""
 _MAX_POINTS = 2000
 _MAX_EVENTS = 1000
 _MAX_SAMPLE_FILES = 6
@@ -65,6 +67,7 @@ def write_report(run_folder: Path) -> Path:
         totals={key: _show(value) for key, value in summary.items() if key not in outcome_columns and key != "versions"},
         versions={key: _show(value) for key, value in versions.items()} if isinstance(versions, dict) else {},
         plotly=Markup(get_plotlyjs()),
+        timeline=_timeline(metrics, events),
         curves=_curves(metrics),
         events=[
             (
@@ -128,6 +131,48 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, list[s
             html = Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
         curves.append((title, html, absent))
     return curves
+
+
+def _timeline(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> Any:
+    """Replicas of every pool over time, what happened to them, and how long the trainer waited; None where nothing is known."""
+    figure = go.Figure()
+    pools = list(dict.fromkeys(line["pool"] for line in events if line.get("kind") == "replicas"))
+    end = max((line["time"] for line in (*metrics, *events) if "time" in line), default=None)
+    for pool in pools:
+        changes = [line for line in events if line.get("kind") == "replicas" and line["pool"] == pool]
+        figure.add_scatter(
+            x=[*(line["time"] for line in changes), end],
+            y=[*(line["now"] for line in changes), changes[-1]["now"]],
+            name=f"replicas of {pool}",
+            line={"shape": "hv"},
+        )
+    marked = [line for line in events if line.get("kind") in _TEACHER_EVENTS]
+    if marked:
+        figure.add_scatter(
+            x=[line["time"] for line in marked],
+            y=[line.get("now", 0) for line in marked],
+            text=[", ".join(f"{key}={_show(value)}" for key, value in line.items() if key != "time") for line in marked],
+            name="events",
+            mode="markers",
+            marker={"symbol": "diamond", "size": 9},
+        )
+    for name in sorted({key for line in metrics for key in line if key.startswith("teacher/") and key.endswith("/wait_s")}):
+        points = _thinned([(line["time"], line[name]) for line in metrics if name in line and "time" in line])
+        figure.add_scatter(
+            x=[time for time, _ in points], y=[value for _, value in points], name=f"wait for {name.split('/')[1]}", yaxis="y2"
+        )
+    if not figure.data:
+        return None
+    figure.update_layout(
+        template="none",
+        height=360,
+        margin={"l": 60, "r": 60, "t": 10, "b": 40},
+        xaxis_title="time (UTC)",
+        yaxis={"title": "replicas", "rangemode": "tozero"},
+        yaxis2={"title": "seconds waited, a step", "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        legend={"orientation": "h", "y": 1.15},
+    )
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
 
 
 def _thinned(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -235,6 +280,11 @@ written {{ written_at }}
 {% if figure %}{{ figure }}{% endif %}
 {% if absent %}<p class="note">Missing in metrics.jsonl: {{ absent | join(", ") }}.</p>{% endif %}
 {% endfor %}
+
+<h2>Teachers over time</h2>
+{% if timeline %}{{ timeline }}{% else %}
+<p class="note">Missing: no replicas in events.jsonl.</p>
+{% endif %}
 
 <h2>Events</h2>
 {% if events %}

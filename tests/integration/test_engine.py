@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -258,6 +259,33 @@ async def test_scores_by_prefill_agree(pair: Pair, tiny_models: TinyModels) -> N
         _close("reverse KL", rollout.reverse_kl, (student.exp() * (student - teacher)).sum(1), 1e-3)
         assert rollout.teacher == "wise"
         assert (rollout.student_logprobs == 0).all(), "what the sampler recorded stays"
+
+
+async def test_vllms_own_prompt_logprobs_agree_with_the_recorder(pair: Pair, tiny_models: TinyModels) -> None:
+    """The fallback reads the same engine: log p, top ids and tail, up to what float32 leaves of a small tail."""
+    foreign = _foreign(30, np.random.default_rng(13))
+    recorded = {rollout.sample_id: rollout async for part in pair.engine.score(foreign) for rollout in part}
+    engine = copy(pair.engine)
+    engine.spec = replace(engine.spec, scoring="prompt_logprobs")
+    plain = [rollout async for part in engine.score(foreign) for rollout in part]
+    assert sorted(rollout.sample_id for rollout in plain) == list(range(30))
+    for rollout in plain:
+        reference = recorded[rollout.sample_id]
+        teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
+        at = torch.from_numpy(rollout.token_ids).long().unsqueeze(1)
+        _close("log p", rollout.teacher_logprobs, teacher.gather(1, at).squeeze(1), 1e-3)
+        assert rollout.support_logprobs is not None
+        assert reference.support_logprobs is not None
+        assert rollout.support_logprobs.shape[1] == 8
+        assert np.abs(rollout.support_logprobs - reference.support_logprobs[:, :8]).max() < 1e-4
+        named = torch.zeros(len(at), VOCAB, dtype=torch.bool).scatter(
+            1, torch.from_numpy(rollout.support_ids.copy()).long(), True
+        )
+        tail = teacher.masked_fill(named, -torch.inf).logsumexp(1).exp().numpy()
+        assert np.abs(np.exp(rollout.tail_logprobs) - tail).max() < 1e-5
+        assert rollout.reverse_kl is None
+    with pytest.raises(EngineError, match="scoring=recorder"):
+        await anext(engine.score(plain))
 
 
 async def test_an_abandoned_stream_leaves_nothing_behind(pair: Pair) -> None:

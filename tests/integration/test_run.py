@@ -163,6 +163,8 @@ def test_a_run_from_own_folders(workplace: Path, marker: str) -> None:
     assert pq.read_table(run / "samples").num_rows > 0
     assert (run / "report.html").stat().st_size > 10_000
     assert any((run / "tb").rglob("events.out.tfevents*"))
+    (fingerprint,) = json.loads((run / "teachers.json").read_text()).values()
+    assert len(fingerprint["scores"]) == len(fingerprint["canary"]) - 1 == 63
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     exported = AutoModelForCausalLM.from_pretrained(run / "student")
@@ -286,6 +288,47 @@ def test_a_student_only_pool_samples_and_the_teacher_scores(workplace: Path, mar
     _check_ledger(run, 12)
     assert all(line["staleness_max"] == 0 for line in _lines(run / "metrics.jsonl"))
     _assert_nothing_left(marker)
+
+
+@pytest.mark.full
+def test_two_teachers_make_one_target_and_must_stay_the_same(workplace: Path, marker: str) -> None:
+    """An ensemble in a whole run; resumed with other weights in one teacher's folder, it ends with the reason."""
+    shutil.copytree(workplace / "teacher", workplace / "second")
+    teachers = {
+        name: {"model": str(workplace / folder), "kv_cache_gib": 0.1}
+        for name, folder in (("main", "teacher"), ("second", "second"))
+    }
+    recipe = _recipe(
+        workplace,
+        "both",
+        teachers=teachers,
+        rollout={"max_new_tokens": 8, "teachers": {"type": "ensemble", "weights": {"main": 3, "second": 1}}},
+        loss={"type": "reverse_kl"},
+        cluster={"local_cpus": 4},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "both"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"]
+    _check_ledger(run, 12)
+    for line in _lines(run / "metrics.jsonl"):
+        # Twins agree: their mean is each of them, on the support and on full rows.
+        assert line["teacher_disagreement"] == pytest.approx(0.0, abs=1e-5)
+        assert line["teacher/main/replicas"] == line["teacher/second/replicas"] == 1
+    _other_weights(workplace / "second")
+    output = " ".join(_finish(_start("run", str(recipe), "training.steps=14", "--resume"), 1).split())
+    assert "teacher second is not the one that the run began with: its canary no longer matches" in output
+    _assert_nothing_left(marker)
+
+
+def _other_weights(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.full

@@ -271,7 +271,7 @@ async def check_signals(config: Config, checked: Checked, teacher: Teacher, vers
     found = check_rows(sampled, checked.vocab_size)
     if not isinstance(teacher, ReplicaPool):
         return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
-    asked = [replace(rollout, support_ids=None) for rollout in sampled]
+    asked = [rollout.unscored() for rollout in sampled]
     scored = [rollout async for part in teacher.score(asked) for rollout in part]
     # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
     tolerance = 1e-3 if teacher.dtype == "float32" else 0.25

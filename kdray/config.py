@@ -490,6 +490,27 @@ class OpenAITeacherSettings(Settings):
         return self
 
 
+class HFTeacherSettings(Settings):
+    """A small Hugging Face model inside the run's own process, in float32 on the CPU: for tests and tiny teachers."""
+
+    type: Literal["hf"]
+    model: ModelSource
+    """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    batch_size: Positive = 16
+    """Sequences of one forward pass, which holds a row of logits for each of their tokens."""
+
+
+class CaptureTeacherSettings(Settings):
+    """Answers of a teacher that were recorded earlier: nothing is loaded or asked, and nothing else can be scored."""
+
+    type: Literal["capture"]
+    path: Path
+    """Folder of a capture, or one Parquet file of rollouts. A relative path counts from the folder the command was started
+    in."""
+
+
 # ------------------------------------------------------------------------------------------------------ rollout
 
 

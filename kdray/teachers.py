@@ -126,7 +126,7 @@ class TeacherTeam:
         for rollout in rollouts:
             for name in choices[rollout.sample_id].scorers:
                 if name not in answers[rollout.sample_id]:
-                    wanted[name].append(_question(rollout, rollout.support_ids if of_sampler else None))
+                    wanted[name].append(rollout.unscored(rollout.support_ids if of_sampler else None))
         await self._ask(wanted, answers, top_k=top_k and not of_sampler)
         unions: dict[int, np.ndarray] = {}
         again: dict[str, list[Rollout]] = defaultdict(list)
@@ -139,7 +139,7 @@ class TeacherTeam:
             unions[rollout.sample_id] = union_ids(supports if of_sampler else [*supports, rollout.token_ids[:, None]])
             for name, answer in given.items():
                 if not knows(_columns(answer), unions[rollout.sample_id]):
-                    again[name].append(_question(rollout, unions[rollout.sample_id]))
+                    again[name].append(rollout.unscored(unions[rollout.sample_id]))
         await self._ask(again, answers, top_k=False)
         yield [
             self._combined(rollout, choices[rollout.sample_id], answers[rollout.sample_id], unions.get(rollout.sample_id))
@@ -250,20 +250,6 @@ class TeacherTeam:
         sums = self._sums[metric]
         sums[0] += total
         sums[1] += tokens
-
-
-def _question(rollout: Rollout, ids: np.ndarray | None) -> Rollout:
-    """The rollout as it is sent to be scored, without another teacher's columns, asking for log p at `ids` [T, K]."""
-    return replace(
-        rollout,
-        support_ids=ids,
-        support_logprobs=None,
-        teacher_logprobs=None,
-        tail_logprobs=None,
-        reverse_kl=None,
-        forward_kl=None,
-        teacher_hidden=None,
-    )
 
 
 def _columns(answer: Rollout) -> TeacherColumns:

@@ -7,7 +7,7 @@ All logprobs are natural logarithms (nats), float32: `logprobs[t] = log p(token_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,19 @@ class Rollout:
     reverse_kl: np.ndarray | None = None  # [T] KL(student || teacher) over full rows
     forward_kl: np.ndarray | None = None  # [T] KL(teacher || student) over full rows
     teacher_hidden: np.ndarray | None = None  # [T, d] float16: what the teacher's output head turns into its logits
+
+    def unscored(self, support_ids: np.ndarray | None = None) -> Rollout:
+        """The rollout without a teacher's columns, as it is sent to be scored. Args: support_ids: [T, K] ids to ask for."""
+        return replace(
+            self,
+            support_ids=support_ids,
+            support_logprobs=None,
+            teacher_logprobs=None,
+            tail_logprobs=None,
+            reverse_kl=None,
+            forward_kl=None,
+            teacher_hidden=None,
+        )
 
     @property
     def oldest_version(self) -> int:

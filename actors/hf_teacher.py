@@ -27,8 +27,8 @@ from kdray.types import Rollout, SampleRequest
 
 Result = TypeVar("Result")
 
-Columns = dict[str, np.ndarray]
-"""By Rollout field name: log p, support, and tail of n positions, [n] or [n, K]."""
+Columns = dict[str, Any]
+"""Arrays by Rollout field name: log p, support, and tail of n positions, [n] or [n, K]."""
 
 
 @dataclass
@@ -75,7 +75,8 @@ class HFTeacher:
         """Load the model. Raises: ConfigError where it cannot be, or has fewer rows than `vocab_size`; DataError where its
         folder holds no model.
         """
-        await self._in_worker(self._loaded)
+        if self._model is None:
+            await self._in_worker(self._loaded)
 
     async def close(self) -> None:
         """End the thread after the pass that runs now, and let the model go."""

@@ -15,11 +15,13 @@ from actors.daemon_thread import in_daemon_thread
 from actors.remote_teacher import RemoteTeacher
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
-from kdray.config import Config, EngineSettings, OtherTeacherSettings
+from kdray.config import Config, EngineSettings, OtherTeacherSettings, ULDLoss
+from kdray.cross_tokenizer import CrossTokenizerScorer
+from kdray.data import reencode
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models import resolve_model
-from kdray.preflight import Checked, load_tokenizer
+from kdray.preflight import Checked, load_tokenizer, shape
 from kdray.seeds import sample_seed
 from kdray.signals import check_loss, check_prefill, check_rows
 from kdray.teachers import TeacherTeam
@@ -28,6 +30,8 @@ from kdray.vocab import tokenizer_hash
 
 _SIGNAL_PROMPTS, _SIGNAL_TOKENS = 8, 16
 _CANARY_TOKENS = 64
+_TEACHER_TOKENS = 4
+"""Times as many tokens as the student that a teacher with another tokenizer may need for a text; longer ones get no rows."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ async def open_pools(
     if settings.teachers is not None:
         team = TeacherTeam(config, teachers, [*checked.dataset.train, *checked.dataset.heldout], checked.vocab_size)
     one = team or teachers[0]
+    scorer: Scorer = _cross_tokenizer(config, checked, served[0]) if isinstance(config.loss, ULDLoss) else one
     student_samples = settings.sampler == "student"
     watchers: list[asyncio.Task[None]] = []
     try:
@@ -145,7 +150,7 @@ async def open_pools(
         on_event("serving", pools=[pool.name for pool in pools])
         yield Pools(
             sampler=students[0] if student_samples else one,
-            scorer=one if student_samples or (team is not None and team.scores) else None,
+            scorer=scorer if student_samples or (team is not None and team.scores) else None,
             all=pools,
             others=list(others.values()),
             team=team,
@@ -173,8 +178,45 @@ def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherT
     )
 
 
+def _cross_tokenizer(config: Config, checked: Checked, pool: ReplicaPool) -> CrossTokenizerScorer:
+    """The pool of a teacher with another tokenizer, as a scorer of the student's rollouts."""
+    tokenizer = _teacher_tokenizer(config, pool.name)
+    prompts = reencode(config, tokenizer, [*checked.dataset.train, *checked.dataset.heldout])
+    spec = pool.spec
+    return CrossTokenizerScorer(pool, checked.tokenizer, tokenizer, prompts, spec.vocab_size, spec.max_model_len)
+
+
+def _teacher_tokenizer(config: Config, name: str) -> Any:
+    teacher = config.served_teachers[name]
+    return load_tokenizer(teacher.model, teacher.revision)
+
+
+def _own_vocabulary_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
+    """A teacher alone, over its own vocabulary; its tokens for a text may be several times the student's."""
+    teacher = config.served_teachers[name]
+    tokenizer = _teacher_tokenizer(config, name)
+    rows, positions = shape(teacher.model, teacher.revision)
+    heldout = reencode(config, tokenizer, checked.dataset.heldout[:_CANARY_TOKENS])
+    canary = [int(token_id) for ids in heldout.values() for token_id in ids][:_CANARY_TOKENS]
+    longest = _TEACHER_TOKENS * config.max_model_len
+    return replace(
+        _spec(config, checked, teacher),
+        role="teacher",
+        model=models.teachers[name],
+        revision=teacher.revision,
+        teacher=name,
+        vocab_size=rows,
+        stop_ids=(int(tokenizer.eos_token_id),),
+        max_model_len=longest if positions is None else min(longest, positions),
+        canary=tuple(canary),
+        tokenizer=tokenizer_hash(tokenizer),
+    )
+
+
 def _teacher_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
     teacher = config.served_teachers[name]
+    if isinstance(config.loss, ULDLoss):
+        return _own_vocabulary_spec(config, checked, models, name)
     return replace(
         _spec(config, checked, teacher),
         role="mixture",
@@ -185,7 +227,7 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str) -
         teacher=name,
         scoring=teacher.scoring,
         canary=_canary(config, checked),
-        tokenizer=tokenizer_hash(load_tokenizer(teacher.model, teacher.revision)),
+        tokenizer=tokenizer_hash(_teacher_tokenizer(config, name)),
     )
 
 
@@ -228,7 +270,8 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
     team = None if pools.team is None else pools.team.apart()
     sampler = team if team is not None and pools.sampler is pools.team else pools.sampler
     scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
-    if config.other_teachers and pools.students is not None:
+    own_ids = isinstance(config.loss, ULDLoss)
+    if (config.other_teachers or own_ids) and pools.students is not None:
         # Exact KLs need both models in one replica; without them, what the student writes is graded.
         sampler, scorer = pools.students, None
     return {
@@ -239,7 +282,7 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
         "grade": checked.dataset.grade,
         "max_new_tokens": config.rollout.max_new_tokens,
         "seed": config.run.seed,
-        "exact": not config.other_teachers and (pools.sampler is not pools.students or _all_recorded(config)),
+        "exact": not (config.other_teachers or own_ids) and (pools.sampler is not pools.students or _all_recorded(config)),
     }
 
 
@@ -251,8 +294,10 @@ def _all_recorded(config: Config) -> bool:
 async def check_signals(config: Config, checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:
     """Draw from the teacher alone, score what it drew by prefill, and give both to the checks of `kdray.signals`.
 
-    A teacher that gives text alone has nothing to check. Raises: SignalError with what is wrong.
+    A teacher that gives text alone, or reads other ids, has nothing to check. Raises: SignalError with what is wrong.
     """
+    if isinstance(config.loss, ULDLoss):
+        return {}
     requests = [
         SampleRequest(
             sample_id=index,

@@ -57,7 +57,7 @@ def needed(config: Config) -> dict[Capability, str]:
         asks["sampled"] = by_loss
     elif isinstance(loss, MiniLLMLoss | LMOpsLoss):
         asks["top_k" if loss.single_step else "sampled"] = by_loss
-    elif isinstance(loss, VOPDLoss) or not isinstance(loss, SequenceLoss):
+    elif not isinstance(loss, SequenceLoss):
         asks["top_k"] = by_loss
     if (
         isinstance(loss, ForwardKLSampledLoss | PerDecisionLoss | MiniLLMLoss | LMOpsLoss | VOPDLoss)

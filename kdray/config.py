@@ -829,6 +829,23 @@ class SequenceLoss(Settings):
     type: Literal["sequence"]
 
 
+class ULDLoss(Settings):
+    """Universal Logit Distillation over texts aligned as in GOLD, from a teacher with another tokenizer."""
+
+    type: Literal["uld"]
+    sorted_weight: NonNegativeFloat = 0.1
+    """Weight of the distance between both laws sorted by probability (Boizard et al. 2024). A large one has local minima, where
+    a matched id takes the rank of another."""
+    matched_weight: NonNegativeFloat = 1.0
+    """Weight of the forward KL over the ids whose token both have, everything else being one bucket."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> ULDLoss:
+        if not self.sorted_weight + self.matched_weight > 0.0:
+            raise ValueError("loss.sorted_weight and loss.matched_weight are both 0: there is nothing to learn; raise one")
+        return self
+
+
 LossSettings = Annotated[
     MiniLLMLoss
     | LMOpsLoss
@@ -844,7 +861,8 @@ LossSettings = Annotated[
     | MSELogitLoss
     | HintonLoss
     | ForwardKLSampledLoss
-    | SequenceLoss,
+    | SequenceLoss
+    | ULDLoss,
     Field(discriminator="type"),
 ]
 
@@ -1082,6 +1100,15 @@ class Config(Settings):
                 f"rollout.alpha={self.rollout.alpha:g} with loss.type=sequence: cross entropy of what the student drew teaches "
                 "nothing; set rollout.alpha=1, so that the teacher writes"
             )
+        if isinstance(self.loss, ULDLoss) and (
+            self.rollout.sampler != "student" or len(self.teachers) > 1 or not self.served_teachers
+        ):
+            raise ValueError(
+                "loss.type=uld: a teacher with another tokenizer cannot sample beside the student, nor share a target with "
+                "others; set rollout.sampler=student, and keep one teacher of type vllm"
+            )
+        if isinstance(self.loss, ULDLoss) and self.training.pretraining is not None and self.training.pretraining.teacher_share:
+            raise ValueError("training.pretraining.teacher_share with loss.type=uld: the text is in other ids; set it to 0")
         if "rollout" in self.teachers:
             raise ValueError("teachers.rollout: that is the name of the rollout pool; give the teacher another name")
         if self.training.batch_size % self.rollout.samples_per_prompt:

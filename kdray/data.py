@@ -119,6 +119,17 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
     return Dataset(train, heldout, long_train + long_heldout, grade)
 
 
+def reencode(config: Config, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[int, np.ndarray]:
+    """The prompts as a teacher with another tokenizer reads them, by prompt id, under that tokenizer's own chat template.
+
+    Raises: DataError where a prompt is longer than `data.max_prompt_tokens` in the teacher's tokens.
+    """
+    rows = [_Row(f"prompt {prompt.prompt_id}, in the teacher's tokens", prompt.question, None) for prompt in prompts]
+    encode = _Encoder(config.model_copy(update={"data": config.data.model_copy(update={"too_long": "refuse"})}), tokenizer)
+    encoded, _ = encode(rows, first_id=0)
+    return {prompt.prompt_id: again.token_ids for prompt, again in zip(prompts, encoded, strict=True)}
+
+
 def encode_answer(tokenizer: Any, prompt: Prompt) -> np.ndarray:
     """The reference answer as ids, end-of-sequence last: the target of supervised fine-tuning, int32 [answer tokens].
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdray.capabilities import check_capabilities
-from kdray.config import Config, TinyModel
+from kdray.config import Config, TinyModel, ULDLoss
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models import resolve_model, task_tokenizer
@@ -37,7 +37,7 @@ class Checked:
 def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
     tokenizer = load_tokenizer(config.student.model, config.student.revision)
-    student_rows, student_positions = _shape(config.student.model, config.student.revision)
+    student_rows, student_positions = shape(config.student.model, config.student.revision)
     vocab_size = student_rows
     lines = [f"student: {_describe(config.student.model)}, {student_rows} vocabulary rows"]
     positions = {"student.model": student_positions}
@@ -45,8 +45,11 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     for name, other in config.other_teachers.items():
         lines.append(f"teacher {name}: {other.model} at {other.base_url}")
     for name, teacher in config.served_teachers.items():
-        rows, teacher_positions = _shape(teacher.model, teacher.revision)
+        rows, teacher_positions = shape(teacher.model, teacher.revision)
         positions[f"teachers.{name}.model"] = teacher_positions
+        if isinstance(config.loss, ULDLoss):
+            lines.append(f"teacher {name}: {_describe(teacher.model)}, {rows} vocabulary rows of its own")
+            continue
         shared = check_vocab(load_tokenizer(teacher.model, teacher.revision), tokenizer, rows, student_rows)
         vocab_size = min(vocab_size, shared)
         padded = f"; {max(rows, student_rows) - shared} padded rows are cut" if rows != student_rows else ""
@@ -136,7 +139,7 @@ def load_tokenizer(source: str | TinyModel, revision: str | None) -> Any:
         raise ConfigError(f"model {source}: no tokenizer could be loaded: {error}") from error
 
 
-def _shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | None]:
+def shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | None]:
     """(vocabulary rows, longest sequence if the model says)."""
     if isinstance(source, TinyModel):
         tokens = len(task_tokenizer())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kdray.batching import rollouts_to_batch
-from kdray.config import ForwardKLSampledLoss, HintonLoss, LMOpsLoss, LossSettings, MiniLLMLoss, SequenceLoss, TVDLoss
+from kdray.config import ForwardKLSampledLoss, HintonLoss, LMOpsLoss, LossSettings, MiniLLMLoss, SequenceLoss, TVDLoss, ULDLoss
 from kdray.errors import SignalError
 from kdray.losses import LossBatch, loss_function
 from kdray.losses.batch import log_rows
@@ -92,11 +92,11 @@ def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float
     """Give the run's loss two students made from the teacher's own rows: the teacher itself, and one mixed with chance.
 
     The first must have no loss and no gradient, the second a divergence and a gradient: in the terms that vanish there, that
-    is, without hard labels and whitening. `sequence` reads the text alone, so there is nothing to ask: it gets an empty answer,
-    whatever columns the rollouts have.
+    is, without hard labels and whitening. `sequence` reads the text alone and `uld` another vocabulary, so there is nothing to
+    ask: they get an empty answer, whatever columns the rollouts have.
     Returns: `loss_equal`, `divergence_perturbed`, `gradient_perturbed`, a token. Raises: SignalError where they are not so.
     """
-    if isinstance(settings, SequenceLoss):
+    if isinstance(settings, SequenceLoss | ULDLoss):
         return {}
     if isinstance(settings, HintonLoss):
         # The hard term is a cross entropy: no student makes it zero.

@@ -8,7 +8,10 @@ from typing import Any
 
 from kdray.errors import VocabError
 
-_REMEDY = "distillation compares ids: choose student and teacher of one model family, or give both the same tokenizer"
+_REMEDY = (
+    "distillation compares ids: choose student and teacher of one model family, or a loss that compares texts: loss.type=uld, "
+    "or loss.type=sequence with an endpoint"
+)
 _NAMED = 5
 
 

@@ -30,6 +30,7 @@ from kdray.losses.sft import sft
 from kdray.losses.skew_kl import skew_forward_kl, skew_reverse_kl
 from kdray.losses.support import Buckets, Divergence, divergence_loss
 from kdray.losses.tvd import tvd
+from kdray.losses.uld import uld
 from kdray.losses.vopd import vopd
 
 LossFunction = Callable[..., LossOutput]
@@ -54,6 +55,7 @@ LOSSES: dict[str, LossFunction] = {
     "vopd": vopd,
     "forward_kl_sampled": forward_kl_sampled,
     "sft": sft,
+    "uld": uld,
     "sequence": sft,
     **{name: divergence_loss(divergence) for name, divergence in DIVERGENCES.items()},
 }

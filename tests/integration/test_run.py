@@ -321,6 +321,62 @@ def test_two_teachers_make_one_target_and_must_stay_the_same(workplace: Path, ma
     _assert_nothing_left(marker)
 
 
+@pytest.mark.full
+def test_a_teacher_with_another_tokenizer_teaches(workplace: Path, marker: str) -> None:
+    """Byte-level pieces against characters: aligned by text, compared by rank and by the ids that both have."""
+    _teacher_of_pieces(workplace / "pieces")
+    recipe = _recipe(
+        workplace,
+        "pieces",
+        teachers={"main": {"model": str(workplace / "pieces"), "kv_cache_gib": 0.1}},
+        rollout={"max_new_tokens": 8, "sampler": "student", "pool": {"kv_cache_gib": 0.1}},
+        loss={"type": "uld"},
+        cluster={"local_cpus": 4},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "pieces"
+    _check_ledger(run, 12)
+    lines = _lines(run / "metrics.jsonl")
+    for name in ("uld", "matched_kl"):
+        first, last = (sum(line[name] for line in part) for part in (lines[:3], lines[-3:]))
+        assert last < 0.8 * first, name
+    assert all(0.3 < line["aligned"] <= 1.0 for line in lines)
+    summary = json.loads((run / "summary.json").read_text())
+    assert "reverse_kl" not in summary["after"], "ids mean other things to the two: there is no KL to report"
+    _assert_nothing_left(marker)
+    refused = " ".join(_finish(_start("validate", str(recipe), "loss.type=jsd"), 2).split())
+    assert "tokenizers differ at" in refused
+    assert "loss.type=uld" in refused
+
+
+def _teacher_of_pieces(folder: Path) -> None:
+    """A teacher of the same task over byte-level pieces."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from kdray.config import TinyTraining
+    from kdray.models import _llama_config, _train
+
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["</s>"],
+        show_progress=False,
+    )
+    pieces.train_from_iterator([example.prompt for example in generate_examples(["last_letters"], 1, 200, seed=9)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="</s>", pad_token="</s>")
+    source = TinyModel(type="tiny", layers=2, width=64)
+    torch.manual_seed(4)
+    model = LlamaForCausalLM(_llama_config(source, tokenizer))
+    _train(model, tokenizer, source, TinyTraining(steps=150, difficulty=1))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _other_weights(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import pytest_asyncio
 import ray
 import torch
@@ -21,7 +22,8 @@ import torch
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.teacher_registry import TeacherRegistry
-from kdray.config import ClusterSettings, TeacherSettings, parse_config
+from kdray.config import ClusterSettings, Config, TeacherSettings, parse_config
+from kdray.errors import EngineError
 from kdray.loop import draw_scored
 from kdray.teachers import TeacherTeam
 from kdray.types import Prompt, Rollout, SampleRequest
@@ -34,7 +36,8 @@ TOP_K = 6
 
 @dataclass
 class Served:
-    team: TeacherTeam
+    teams: dict[str, TeacherTeam]
+    """By what happens to a missing teacher, all over the same pools."""
     pools: dict[str, ReplicaPool]
     folders: dict[str, Path]
     student: Path
@@ -43,8 +46,9 @@ class Served:
     def kinds(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] == kind]
 
-    async def draw(self, requests: list[SampleRequest]) -> list[Rollout]:
-        return [rollout async for part in draw_scored(self.team, self.team, requests) for rollout in part]
+    async def draw(self, requests: list[SampleRequest], missing: str = "renormalise") -> list[Rollout]:
+        team = self.teams[missing]
+        return [rollout async for part in draw_scored(team, team, requests) for rollout in part]
 
     async def until(self, kind: str, teacher: str, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
@@ -70,23 +74,19 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
     serve.start(proxy_location="Disabled")
     folders = {name: tiny_models.make(f"team-{name}", 2, 64, seed=50 + index) for index, name in enumerate(NAMES)}
     student = tiny_models.make("team-student", 1, 32, seed=60)
-    config = parse_config(
-        {
-            "run": {"name": "team"},
-            "student": {"model": str(student)},
-            "teachers": {name: {"model": str(folder)} for name, folder in folders.items()},
-            "rollout": {
-                "teachers": {
-                    "type": "ensemble",
-                    "weights": {"a": 1, "b": 2, "c": 1},
-                    "missing": "renormalise",
-                    "missing_after_s": 2,
-                }
-            },
-            "loss": {"type": "forward_kl"},
-            "cluster": {"health_check_period_s": 1},
-        }
-    )
+
+    def config(missing: str) -> Config:
+        sharing = {"type": "ensemble", "weights": {"a": 1, "b": 2, "c": 1}, "missing": missing, "missing_after_s": 2}
+        return parse_config(
+            {
+                "run": {"name": "team"},
+                "student": {"model": str(student)},
+                "teachers": {name: {"model": str(folder)} for name, folder in folders.items()},
+                "rollout": {"teachers": sharing},
+                "loss": {"type": "forward_kl"},
+            }
+        )
+
     registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote({})
     events: list[dict[str, Any]] = []
     pools = {}
@@ -119,7 +119,11 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
     await asyncio.to_thread(deploy, list(pools.values()))
     watchers = [asyncio.create_task(pool.watch_replicas(0.3)) for pool in pools.values()]
     prompts = [Prompt(index, np.array([2 + index % 40, 7], np.int32)) for index in range(600)]
-    yield Served(TeacherTeam(config, list(pools.values()), prompts, VOCAB), pools, folders, student, events)
+    teams = {
+        missing: TeacherTeam(config(missing), list(pools.values()), prompts, VOCAB)
+        for missing in ("renormalise", "wait", "stop")
+    }
+    yield Served(teams["renormalise"], teams, pools, folders, student, events)
     for watcher in watchers:
         watcher.cancel()
     await asyncio.gather(*(asyncio.to_thread(pool.delete) for pool in pools.values()))
@@ -194,6 +198,21 @@ def _is_without_b(rollout: Rollout, served: Served, models: TinyModels) -> bool:
         _check(rollout, served, models, {"a": 0.5, "c": 0.5})
         return True
     return False
+
+
+async def test_a_teacher_whose_replicas_all_died_is_waited_for_or_ends_the_run(served: Served, tiny_models: TinyModels) -> None:
+    await served.draw(_requests(12))
+    served.events.clear()
+    served.kill_replicas("c")
+    waiting = asyncio.create_task(served.draw(_requests(60), "wait"))
+    with pytest.raises(
+        EngineError, match=r"teacher c has had no replica for \d+ s; rollout\.teachers\.missing=stop ends the run"
+    ):
+        await served.draw(_requests(60), "stop")
+    rollouts = await asyncio.wait_for(waiting, 180)
+    assert sorted(rollout.sample_id for rollout in rollouts) == list(range(60))
+    for rollout in rollouts:
+        _check(rollout, served, tiny_models, {"a": 0.25, "b": 0.5, "c": 0.25})
 
 
 async def test_a_replica_with_other_weights_is_turned_away_and_never_trained_on(

@@ -1,0 +1,162 @@
+"""A teacher with another tokenizer scores the student's rollouts: their text is cut anew, and rows are matched group by group.
+
+The row before a group predicts its first token on both sides; where groups hold several tokens, what follows inside is the
+tokenizer's affair and no row is given. A token is matched where both vocabularies hold the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kdray.alignment import Group, align, boundaries
+from kdray.errors import ConfigError
+from kdray.interfaces import Scorer
+from kdray.losses.uld import UNMATCHED
+from kdray.types import Rollout
+
+
+def vocabulary_map(student_tokenizer: Any, teacher_tokenizer: Any, teacher_size: int) -> np.ndarray:
+    """The student's id for every teacher id, UNMATCHED where it has no such token: [teacher_size] int32.
+
+    End of sequence is one token to both, whatever its text. A text that several ids of one side hold matches none.
+    """
+    student, teacher = _ids_by_text(student_tokenizer), _ids_by_text(teacher_tokenizer)
+    mapped = np.full(teacher_size, UNMATCHED, dtype=np.int32)
+    for text, ids in teacher.items():
+        if len(ids) == 1 and ids[0] < teacher_size and len(student.get(text, ())) == 1:
+            mapped[ids[0]] = student[text][0]
+    # What has the text of the other's end is not the end.
+    mapped[mapped == student_tokenizer.eos_token_id] = UNMATCHED
+    mapped[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
+    return mapped
+
+
+def _ids_by_text(tokenizer: Any) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for token, token_id in tokenizer.get_vocab().items():
+        # Sentence pieces mark the space before a word; turning one piece into text would strip it.
+        text = token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+        if text == token:
+            text = tokenizer.convert_tokens_to_string([token])
+        # Bytes that are no character by themselves have only their token's name in common.
+        found.setdefault(token if "\N{REPLACEMENT CHARACTER}" in text else text, []).append(token_id)
+    return found
+
+
+class CrossTokenizerScorer:
+    """A Scorer (`kdray.interfaces`) around a teacher that reads other ids than the student writes."""
+
+    def __init__(
+        self,
+        inner: Scorer,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        prompts: Mapping[int, np.ndarray],
+        teacher_size: int,
+        max_tokens: int,
+    ) -> None:
+        """Args: prompts: the teacher's ids of every prompt, by prompt id; teacher_size: ids that its rows cover;
+              max_tokens: longest sequence that it reads.
+        Raises: ConfigError where the teacher's tokenizer cannot say which characters a token covers.
+        """
+        if not getattr(teacher_tokenizer, "is_fast", False):
+            raise ConfigError("loss.type=uld: the teacher's tokenizer has no fast version, which alone tells where tokens end")
+        self.name = inner.name
+        self.mapped = vocabulary_map(student_tokenizer, teacher_tokenizer, teacher_size)
+        self._inner = inner
+        self._student = student_tokenizer
+        self._teacher = teacher_tokenizer
+        self._prompts = prompts
+        self._max_tokens = max_tokens
+
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Scorer`. `support_ids` holds the student's ids, UNMATCHED where it has none.
+
+        A response that the teacher cannot read to its end, or one without a whole character, is given no rows.
+        """
+        by_id = {rollout.sample_id: rollout for rollout in rollouts}
+        groups: dict[int, list[Group]] = {}
+        questions, without = [], []
+        for rollout in rollouts:
+            question = self._question(rollout, groups)
+            if question is None:
+                without.append(self._answer(rollout, None, []))
+            else:
+                questions.append(question)
+        if without:
+            yield without
+        if questions:
+            async with aclosing(self._inner.score(questions, top_k)) as stream:
+                async for scored in stream:
+                    yield [self._answer(by_id[one.sample_id], one, groups[one.sample_id]) for one in scored]
+
+    def _question(self, rollout: Rollout, groups: dict[int, list[Group]]) -> Rollout | None:
+        """The rollout in the teacher's ids; what is aligned goes into `groups`."""
+        ids = rollout.token_ids.tolist()
+        stopped = rollout.finish_reason == "stop"
+        written = ids[:-1] if stopped else ids
+        while written and not stopped and self._text(written).endswith("\N{REPLACEMENT CHARACTER}"):
+            # Cut by max_new_tokens inside a character.
+            written.pop()
+        ends = boundaries(self._text, written)
+        text = self._text(written)
+        encoded = self._teacher(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        teacher_ids = list(encoded["input_ids"])
+        teacher_ends: list[int | None] = [end for _, end in encoded["offset_mapping"]]
+        if stopped:
+            # The end of the sequence is one more character, the same one to both.
+            ends.append(len(text) + 1)
+            teacher_ids.append(self._teacher.eos_token_id)
+            teacher_ends.append(len(text) + 1)
+        prompt_ids = self._prompts[rollout.prompt_id]
+        if not ends or not teacher_ids or len(prompt_ids) + len(teacher_ids) > self._max_tokens:
+            return None
+        if teacher_ends[-1] != ends[-1]:
+            # The teacher's tokenizer drops characters at the end, such as spaces.
+            return None
+        groups[rollout.sample_id] = align(ends, teacher_ends)
+        tokens = np.array(teacher_ids, dtype=np.int32)
+        return replace(
+            rollout.unscored(),
+            prompt_ids=prompt_ids,
+            token_ids=tokens,
+            mixture_logprobs=None,
+            student_logprobs=None,
+            student_versions=np.full(len(tokens), rollout.oldest_version, dtype=np.int32),
+        )
+
+    def _answer(self, rollout: Rollout, scored: Rollout | None, groups: Sequence[Group]) -> Rollout:
+        """The student's rollout with the teacher's rows where groups begin."""
+        length = len(rollout.token_ids)
+        width = 1 if scored is None or scored.support_ids is None else scored.support_ids.shape[1]
+        ids = np.full((length, width), -1, dtype=np.int32)
+        logprobs = np.full((length, width), -np.inf, dtype=np.float32)
+        tails, tokens = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.float32)
+        if scored is not None:
+            assert scored.support_ids is not None
+            assert scored.support_logprobs is not None
+            assert scored.tail_logprobs is not None
+            assert scored.teacher_logprobs is not None
+            for group in groups:
+                row = scored.support_ids[group.second_start]
+                ids[group.first_start] = np.where(row >= 0, self.mapped[row.clip(min=0)], -1)
+                logprobs[group.first_start] = scored.support_logprobs[group.second_start]
+                tails[group.first_start] = scored.tail_logprobs[group.second_start]
+                # log p of the group's text, by the chain rule over the teacher's tokens.
+                tokens[group.first_start] = scored.teacher_logprobs[group.second_start : group.second_end].sum()
+        return replace(
+            rollout,
+            teacher=self.name,
+            support_ids=ids,
+            support_logprobs=logprobs,
+            tail_logprobs=tails,
+            teacher_logprobs=tokens,
+        )
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self._student.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,73 @@
+"""Distillation from a teacher with another tokenizer: probabilities compared by rank, and by id where both have the token.
+
+Rows come from `kdray.cross_tokenizer`: the teacher's row before a group of tokens stands at the student's first token of it.
+There, over the teacher's K recorded ids with probabilities p_(1) >= p_(2) >= ..., the student's K likeliest q_(1) >= ...:
+
+    ULD = sum_k |p_(k) - q_(k)| + |p_rest - q_rest|        Wasserstein-1 between sorted laws, cut to K and a rest
+    KL  = KL(p || q) over {each id that both have, the rest}    forward KL of a coarse graining: a lower bound of that on ids
+    loss = sorted_weight ULD + matched_weight KL
+
+Source: Universal Logit Distillation, Boizard et al. 2024; matched and unmatched ids side by side as in TRL's GOLD.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kdray.config import ULDLoss
+from kdray.losses.batch import LossBatch, LossOutput
+from kdray.losses.support import kl_terms
+
+UNMATCHED = -2
+"""Stands in `support_ids` for a teacher's id whose token the student lacks."""
+
+
+def uld(student_logits: torch.Tensor, batch: LossBatch, settings: ULDLoss) -> LossOutput:
+    """Sum over aligned positions, nats and probability mixed as weighted; positions without a row count nothing.
+
+    Args: student_logits: [B, S, vocab], aligned with the token that they predict.
+    """
+    rows = batch.masked_rows(student_logits)  # [N, vocab]
+    ids, teacher = batch.masked("support_ids"), batch.masked("support_logprobs").to(rows.dtype)  # [N, K]
+    tail = batch.masked("tail_logprobs").to(rows.dtype).unsqueeze(-1)
+    aligned = (ids != -1).any(-1)
+    rows, ids, teacher, tail = (part[aligned] for part in (rows, ids, teacher, tail))
+    by_rank = _sorted_distance(rows, ids, teacher, tail)
+    by_id = _matched_kl(rows, ids, teacher, tail)
+    return LossOutput(
+        total=settings.sorted_weight * by_rank.sum() + settings.matched_weight * by_id.sum(),
+        sums={
+            "uld": by_rank.detach().sum(),
+            "matched_kl": by_id.detach().sum(),
+            "aligned": aligned.sum(),
+        },
+    )
+
+
+def _sorted_distance(rows: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+    """Distance of both laws by rank, [N]. Args: rows: student [N, vocab]; ids, teacher: [N, K]; tail: [N, 1]; logs."""
+    p = teacher.masked_fill(ids == -1, -torch.inf).exp().sort(-1, descending=True).values
+    width = min(p.shape[-1], rows.shape[-1])
+    q = rows.exp().topk(width, dim=-1).values
+    # Slots that a row does not use have no rank: what the student has there belongs to its rest.
+    ranked = torch.arange(width, device=ids.device) < (ids != -1).sum(-1, keepdim=True)
+    inside = q * ranked
+    distance = (p[:, :width] * ranked - inside).abs().sum(-1)
+    # Ids of the teacher beyond the student's whole vocabulary have no counterpart by rank either.
+    rest = tail.exp().squeeze(-1) + p[:, width:].sum(-1)
+    return distance + (rest - (1.0 - inside.sum(-1))).abs()
+
+
+def _matched_kl(rows: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) over the ids that both have and one bucket of everything else, [N]."""
+    vocab = rows.shape[-1]
+    matched = ids >= 0
+    inside = torch.zeros(len(rows), vocab + 1, dtype=torch.bool, device=ids.device)
+    inside = inside.scatter_(-1, ids.where(matched, vocab), True)[:, :vocab]
+    # -inf, not log 0 of a difference: no digits are lost, and a fully matched row has no rest on either side.
+    student_rest = rows.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True)
+    teacher_rest = torch.cat([teacher.masked_fill(ids != UNMATCHED, -torch.inf), tail], dim=-1).logsumexp(-1, keepdim=True)
+    has_rest = inside.sum(-1, keepdim=True) < vocab
+    terms = kl_terms(teacher.masked_fill(~matched, 0.0), rows.gather(-1, ids.clamp(min=0))).masked_fill(~matched, 0.0)
+    rest = kl_terms(teacher_rest, student_rest.masked_fill(~has_rest, 0.0)).masked_fill(~has_rest, 0.0)
+    return terms.sum(-1) + rest.squeeze(-1)

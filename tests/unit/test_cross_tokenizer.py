@@ -1,0 +1,165 @@
+"""A teacher with another tokenizer: what it is asked, where its rows stand, and which ids are the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kdray.cross_tokenizer import CrossTokenizerScorer, vocabulary_map
+from kdray.losses.uld import UNMATCHED
+from kdray.models import task_tokenizer
+from kdray.types import Rollout
+
+LINES = ["last letters of the words", "the coin is still heads up", "naïve 对话"]
+
+
+def byte_level(size: int, eos: str) -> Any:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[eos], show_progress=False)
+    tokenizer.train_from_iterator(LINES * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+
+
+CHARACTERS, SMALL, LARGE = task_tokenizer(), byte_level(270, "<end>"), byte_level(330, "</s>")
+
+
+class Bigram:
+    """An exact teacher over its own ids: the next one depends on the last alone."""
+
+    name = "other"
+
+    def __init__(self, size: int, seed: int = 0, top_k: int = 5) -> None:
+        self.rows = np.log(np.random.default_rng(seed).dirichlet(np.full(size, 0.3), size=size) + 1e-12)
+        self.top_k = top_k
+        self.asked: list[Rollout] = []
+
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        for rollout in rollouts:
+            self.asked.append(rollout)
+            rows = self.rows[[int(rollout.prompt_ids[-1]), *rollout.token_ids[:-1]]]
+            ids = np.argsort(-rows, axis=1)[:, : self.top_k].astype(np.int32)
+            logprobs = np.take_along_axis(rows, ids.astype(np.int64), axis=1)
+            yield [
+                replace(
+                    rollout,
+                    teacher=self.name,
+                    support_ids=ids,
+                    support_logprobs=logprobs.astype(np.float32),
+                    tail_logprobs=np.log(1 - np.exp(logprobs).sum(1)).astype(np.float32),
+                    teacher_logprobs=rows[np.arange(len(rows)), rollout.token_ids].astype(np.float32),
+                )
+            ]
+
+
+def rollout(tokenizer: Any, text: str, stop: bool = True, sample_id: int = 0, ids: list[int] | None = None) -> Rollout:
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if ids is None else ids
+    tokens = np.array([*tokens, *([tokenizer.eos_token_id] if stop else [])], np.int32)
+    blank = np.zeros(len(tokens), np.float32)
+    versions = np.full(len(tokens), 4, np.int32)
+    prompt = np.array([3, 5], np.int32)
+    return Rollout(sample_id, 7, prompt, tokens, blank, blank, versions, 0.0, "stop" if stop else "length")
+
+
+def scorer(student: Any, teacher: Any, inner: Bigram, max_tokens: int = 100) -> CrossTokenizerScorer:
+    return CrossTokenizerScorer(inner, student, teacher, {7: np.array([9, 8, 2], np.int32)}, len(teacher), max_tokens)
+
+
+async def score(one: CrossTokenizerScorer, *rollouts: Rollout) -> list[Rollout]:
+    return sorted([r async for part in one.score(rollouts) for r in part], key=lambda r: r.sample_id)
+
+
+def test_tokens_with_one_text_are_one_token() -> None:
+    mapped = vocabulary_map(SMALL, LARGE, len(LARGE))
+    small, large = SMALL.get_vocab(), LARGE.get_vocab()
+    for token, token_id in large.items():
+        if token == "</s>":
+            assert mapped[token_id] == SMALL.eos_token_id
+        elif token in small and token != "<end>":
+            assert mapped[token_id] == small[token]
+        else:
+            assert mapped[token_id] == UNMATCHED
+    known = mapped[mapped >= 0]
+    assert len(set(known.tolist())) == len(known)
+    assert (vocabulary_map(CHARACTERS, CHARACTERS, len(CHARACTERS)) == np.arange(len(CHARACTERS))).all()
+    # A space is written otherwise inside byte-level tokens, and is the same text.
+    assert vocabulary_map(CHARACTERS, LARGE, len(LARGE))[large["Ġ"]] == CHARACTERS.get_vocab()[" "]
+
+
+async def test_the_same_tokenizer_gives_the_teachers_own_columns() -> None:
+    inner = Bigram(len(CHARACTERS))
+    (found,) = await score(scorer(CHARACTERS, CHARACTERS, inner), rollout(CHARACTERS, "abc de"))
+    (asked,) = inner.asked
+    assert asked.token_ids.tolist() == found.token_ids.tolist()
+    assert asked.prompt_ids.tolist() == [9, 8, 2]
+    assert asked.student_versions.tolist() == [4] * 7
+    (plain,) = [part async for part in inner.score([asked])]
+    for name in ("support_ids", "support_logprobs", "tail_logprobs", "teacher_logprobs"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(plain[0], name))
+    assert found.teacher == "other"
+    assert found.prompt_ids.tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+async def test_rows_stand_where_groups_begin(stop: bool) -> None:
+    """Characters against pieces: a piece's row is that of its first character, and its log p is the whole piece's."""
+    inner = Bigram(len(LARGE))
+    text = "the coin is heads"
+    (found,) = await score(scorer(CHARACTERS, LARGE, inner), rollout(CHARACTERS, text, stop))
+    encoded = LARGE(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]] + ([len(text)] if stop else [])
+    teacher_ids = encoded["input_ids"] + ([LARGE.eos_token_id] if stop else [])
+    assert len(teacher_ids) < len(text)
+    assert inner.asked[0].token_ids.tolist() == teacher_ids
+    assert found.support_ids is not None
+    assert found.support_logprobs is not None
+    assert found.teacher_logprobs is not None
+    assert np.flatnonzero((found.support_ids != -1).any(1)).tolist() == starts
+    mapped = vocabulary_map(CHARACTERS, LARGE, len(LARGE))
+    before = [2, *teacher_ids[:-1]]
+    for start, last, token in zip(starts, before, teacher_ids, strict=True):
+        best = np.argsort(-inner.rows[last])[:5]
+        assert found.support_ids[start].tolist() == mapped[best].tolist()
+        np.testing.assert_allclose(found.support_logprobs[start], inner.rows[last][best], rtol=1e-6)
+        assert found.teacher_logprobs[start] == pytest.approx(inner.rows[last][token], rel=1e-6)
+    others = np.setdiff1d(np.arange(len(found.token_ids)), starts)
+    assert (found.teacher_logprobs[others] == 0).all()
+    assert (found.support_logprobs[others] == -np.inf).all()
+
+
+async def test_a_response_cut_inside_a_character_is_scored_up_to_it() -> None:
+    ids = SMALL("naïve 对", add_special_tokens=False)["input_ids"][:-1]
+    inner = Bigram(len(LARGE))
+    (found,) = await score(scorer(SMALL, LARGE, inner), rollout(SMALL, "", stop=False, ids=ids))
+    assert LARGE.decode(inner.asked[0].token_ids) == "naïve "
+    assert found.support_ids is not None
+    assert (found.support_ids[-1] == -1).all()
+    assert (found.support_ids[0] != -1).any()
+
+
+async def test_what_the_teacher_cannot_read_has_no_rows_and_the_rest_is_scored() -> None:
+    inner = Bigram(len(LARGE))
+    one = scorer(CHARACTERS, LARGE, inner, max_tokens=8)
+    short, long = await score(
+        one, rollout(CHARACTERS, "the"), rollout(CHARACTERS, "the coin is still heads up" * 3, sample_id=1)
+    )
+    assert [asked.sample_id for asked in inner.asked] == [0]
+    assert (long.support_ids == -1).all()
+    assert (long.teacher_logprobs == 0).all()
+    assert (short.support_ids != -1).any()
+
+
+async def test_an_empty_response_is_its_end() -> None:
+    inner = Bigram(len(LARGE))
+    (found,) = await score(scorer(CHARACTERS, LARGE, inner), rollout(CHARACTERS, ""))
+    assert inner.asked[0].token_ids.tolist() == [LARGE.eos_token_id]
+    assert found.teacher_logprobs is not None
+    assert found.teacher_logprobs[0] == pytest.approx(inner.rows[2][LARGE.eos_token_id], rel=1e-6)

@@ -248,12 +248,12 @@ class StudentEngine:
         self._refuse(bad, batch.step, number)
         plain_norm = self._plain_grad_norm()
         if plain_norm is not None and not math.isfinite(plain_norm):
-            raise TrainingError(f"step {batch.step}: the gradient is not finite; {_what_now(number)}")
+            raise TrainingError(f"{_not_finite(batch)}; {_what_now(number)}")
         learning_rate = float(engine.get_lr()[0])
         engine.step()
         grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
         if not math.isfinite(grad_norm):
-            raise TrainingError(f"step {batch.step}: the gradient is not finite; continue from the last checkpoint")
+            raise TrainingError(f"{_not_finite(batch)}; continue from the last checkpoint")
         reduced = self._reduce({"": float(total), **sums})
         return _Update(
             loss=reduced.pop("") / self.world_size,
@@ -384,6 +384,10 @@ class StudentEngine:
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
         self.steps_done = int(state["steps_done"])
+
+
+def _not_finite(batch: TrainBatch) -> str:
+    return f"step {batch.step}: the gradient is not finite (here with samples {batch.sample_ids[:8].tolist()} and others)"
 
 
 def _what_now(number: int) -> str:

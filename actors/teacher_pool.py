@@ -133,8 +133,11 @@ class ReplicaPool:
         """Take the replicas down, waiting until they are gone."""
         from ray import serve
 
+        if self._handle is not None:
+            # Its router goes on reporting to Serve, and would start a Ray of its own once this one has ended.
+            self._handle.shutdown()
+            self._handle = None
         serve.delete(self.application)
-        self._handle = None
 
     async def watch_replicas(self, period_s: float = 2.0) -> None:
         """Keep `replicas_serving` current, and write an event when it or the size asked for changes; never returns."""

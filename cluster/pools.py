@@ -12,10 +12,19 @@ from typing import Any
 import numpy as np
 
 from actors.daemon_thread import in_daemon_thread
+from actors.hf_teacher import HFTeacher
 from actors.remote_teacher import RemoteTeacher
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
-from kdray.config import Config, EngineSettings, OtherTeacherSettings, ULDLoss
+from kdray.captured_teacher import CapturedTeacher
+from kdray.config import (
+    CaptureTeacherSettings,
+    Config,
+    EngineSettings,
+    HFTeacherSettings,
+    OtherTeacherSettings,
+    ULDLoss,
+)
 from kdray.cross_tokenizer import CrossTokenizerScorer
 from kdray.data import reencode
 from kdray.errors import EngineError
@@ -34,6 +43,10 @@ _TEACHER_TOKENS = 4
 """Times as many tokens as the student that a teacher with another tokenizer may need for a text; longer ones get no rows."""
 
 
+OtherTeacher = RemoteTeacher | HFTeacher | CapturedTeacher
+"""Teachers that are no pool of replicas."""
+
+
 @dataclass(frozen=True)
 class Models:
     """Where the weights lie: folders or hub ids."""
@@ -49,7 +62,7 @@ class Pools:
     sampler: Sampler
     scorer: Scorer | None
     all: list[ReplicaPool]
-    others: list[RemoteTeacher]
+    others: list[OtherTeacher]
     """Teachers that are no pool of replicas."""
     team: TeacherTeam | None = None
     """The teachers as one, where there are several."""
@@ -72,7 +85,9 @@ class Pools:
     @property
     def retried(self) -> int:
         """Rollouts asked for again after a failure."""
-        return sum(pool.retried for pool in self.all) + sum(other.retried for other in self.others)
+        return sum(pool.retried for pool in self.all) + sum(
+            other.retried for other in self.others if isinstance(other, RemoteTeacher)
+        )
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
         """Tell every pool which samples the trainer waits for."""
@@ -163,8 +178,14 @@ async def open_pools(
         await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
 
 
-def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherTeacherSettings) -> RemoteTeacher:
+def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherTeacherSettings) -> OtherTeacher:
     """A teacher that lives in this process."""
+    if isinstance(settings, HFTeacherSettings):
+        cache = config.run.output / ".models"
+        return HFTeacher(name, settings, checked.vocab_size, checked.stop_ids, config.rollout.teacher_top_k, cache)
+    if isinstance(settings, CaptureTeacherSettings):
+        hash_ = tokenizer_hash(checked.tokenizer)
+        return CapturedTeacher(name, settings.path, checked.dataset.train, checked.vocab_size, hash_)
     prompts = [*checked.dataset.train, *checked.dataset.heldout]
     # A chat endpoint applies its own template, to the question before the student's.
     questions = {prompt.prompt_id: prompt.question if settings.chat else prompt.text for prompt in prompts}
@@ -294,9 +315,10 @@ def _all_recorded(config: Config) -> bool:
 async def check_signals(config: Config, checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:
     """Draw from the teacher alone, score what it drew by prefill, and give both to the checks of `kdray.signals`.
 
-    A teacher that gives text alone, or reads other ids, has nothing to check. Raises: SignalError with what is wrong.
+    A teacher that gives text alone, reads other ids, or recorded its answers earlier has nothing to check.
+    Raises: SignalError with what is wrong.
     """
-    if isinstance(config.loss, ULDLoss):
+    if isinstance(config.loss, ULDLoss) or isinstance(teacher, CapturedTeacher):
         return {}
     requests = [
         SampleRequest(

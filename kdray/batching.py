@@ -30,8 +30,8 @@ _COLUMNS: dict[str, tuple[type[np.generic], float]] = {
 def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
     """One row a rollout, in their order, with every per-token column that a loss may read and the rollouts have.
 
-    Beside rollouts that a black-box teacher wrote, columns that only some have are left out: a loss of the text alone trains
-    both kinds together, and one that needs more says so.
+    Beside rollouts that a teacher wrote without the student, columns that only some have are left out: a loss of the text alone
+    trains both kinds together, and one that needs more says so.
     Args: step: the optimizer step that trains them, counted from 1; it starts from student version `step - 1`.
     Raises: DataError if otherwise only some of the rollouts have a column.
     """
@@ -40,7 +40,7 @@ def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
         [(rollout.prompt_ids, rollout.token_ids) for rollout in rollouts],
         step,
     )
-    black_box = any(rollout.mixture_logprobs is None for rollout in rollouts)
+    black_box = any(rollout.student_logprobs is None for rollout in rollouts)
     for name, (dtype, fill) in _COLUMNS.items():
         values = [getattr(rollout, name) for rollout in rollouts]
         lacking = [rollout.sample_id for rollout, value in zip(rollouts, values, strict=True) if value is None]

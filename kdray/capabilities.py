@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from kdray.captured_teacher import signals as recorded_signals
 from kdray.config import (
+    CaptureTeacherSettings,
     Config,
     EnsembleSettings,
     ForwardKLSampledLoss,
+    HFTeacherSettings,
     LMOpsLoss,
     MiniLLMLoss,
     OpenAITeacherSettings,
@@ -37,6 +40,11 @@ def offered(teacher: TeacherSource) -> frozenset[Capability]:
     """What a teacher can say, by its settings."""
     if isinstance(teacher, OpenAITeacherSettings):
         return frozenset(("text", "sampled", "top_k") if teacher.logprobs else ("text",))
+    if isinstance(teacher, HFTeacherSettings):
+        return frozenset(("text", "sampled", "top_k", "requested"))
+    if isinstance(teacher, CaptureTeacherSettings):
+        # What was recorded of its own answers; of another response it knows nothing.
+        return frozenset(("text", "top_k") if "top_k" in recorded_signals(teacher.path) else ("text",))
     if teacher.scoring == "prompt_logprobs":
         return frozenset(_MEANING) - {"requested", "hidden"}
     return frozenset(_MEANING)

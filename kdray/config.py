@@ -514,7 +514,7 @@ class CaptureTeacherSettings(Settings):
 # ------------------------------------------------------------------------------------------------------ rollout
 
 
-OtherTeacherSettings = OpenAITeacherSettings
+OtherTeacherSettings = OpenAITeacherSettings | HFTeacherSettings | CaptureTeacherSettings
 """Teachers that are no pool of replicas."""
 
 
@@ -524,7 +524,11 @@ def _teacher_tag(value: Any) -> str:
 
 
 TeacherSource = Annotated[
-    Annotated[TeacherSettings, Tag("vllm")] | Annotated[OpenAITeacherSettings, Tag("openai")], Discriminator(_teacher_tag)
+    Annotated[TeacherSettings, Tag("vllm")]
+    | Annotated[OpenAITeacherSettings, Tag("openai")]
+    | Annotated[HFTeacherSettings, Tag("hf")]
+    | Annotated[CaptureTeacherSettings, Tag("capture")],
+    Discriminator(_teacher_tag),
 ]
 
 
@@ -1059,7 +1063,7 @@ class Config(Settings):
     student: StudentSettings
     """The model that learns."""
     teachers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], TeacherSource] = Field(min_length=1)
-    """Teachers by name; the keys depend on `type`: vllm (the default) or openai."""
+    """Teachers by name; the keys depend on `type`: vllm (the default), openai, hf or capture."""
     rollout: RolloutSettings = RolloutSettings()
     """How sequences are drawn."""
     loss: LossSettings = MiniLLMLoss()

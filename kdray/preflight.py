@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from kdray.capabilities import check_capabilities
-from kdray.config import Config, TinyModel, ULDLoss
+from kdray.captured_teacher import CapturedTeacher, read_manifest
+from kdray.config import CaptureTeacherSettings, Config, OpenAITeacherSettings, TinyModel, ULDLoss
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models import resolve_model, task_tokenizer
 from kdray.pretraining import load_windows
 from kdray.types import Prompt
-from kdray.vocab import check_vocab
+from kdray.vocab import check_vocab, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,22 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     lines = [f"student: {_describe(config.student.model)}, {student_rows} vocabulary rows"]
     positions = {"student.model": student_positions}
     check_capabilities(config)
-    for name, other in config.other_teachers.items():
-        lines.append(f"teacher {name}: {other.model} at {other.base_url}")
-    for name, teacher in config.served_teachers.items():
+    captures = {}
+    for name, teacher in config.teachers.items():
+        if isinstance(teacher, OpenAITeacherSettings):
+            lines.append(f"teacher {name}: {teacher.model} at {teacher.base_url}")
+            continue
+        if isinstance(teacher, CaptureTeacherSettings):
+            captures[name] = teacher.path
+            manifest = read_manifest(teacher.path)
+            if manifest is not None:
+                vocab_size = min(vocab_size, manifest.vocab_size)
+            continue
         rows, teacher_positions = shape(teacher.model, teacher.revision)
-        positions[f"teachers.{name}.model"] = teacher_positions
         if isinstance(config.loss, ULDLoss):
             lines.append(f"teacher {name}: {_describe(teacher.model)}, {rows} vocabulary rows of its own")
             continue
+        positions[f"teachers.{name}.model"] = teacher_positions
         shared = check_vocab(load_tokenizer(teacher.model, teacher.revision), tokenizer, rows, student_rows)
         vocab_size = min(vocab_size, shared)
         padded = f"; {max(rows, student_rows) - shared} padded rows are cut" if rows != student_rows else ""
@@ -70,6 +79,14 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if tokenizer.eos_token_id is None:
         raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
     dataset = load_dataset(config, tokenizer, prompts)
+    for name, path in captures.items():
+        captured = CapturedTeacher(name, path, dataset.train, vocab_size, tokenizer_hash(tokenizer))
+        if captured.longest_answer > config.rollout.max_new_tokens:
+            raise ConfigError(
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest answer of teachers.{name} has "
+                f"{captured.longest_answer} tokens; raise it to that"
+            )
+        lines.append(f"teacher {name}: recorded answers in {path}, with {', '.join(sorted(captured.signals))}")
     if config.training.sft.steps and not any(prompt.answer for prompt in dataset.train):
         raise ConfigError(
             f"training.sft.steps={config.training.sft.steps}, but the prompts have no reference answers; "

@@ -9,8 +9,8 @@ from typing import Any
 from kdray.errors import VocabError
 
 _REMEDY = (
-    "distillation compares ids: choose student and teacher of one model family, or a loss that compares texts: loss.type=uld, "
-    "or loss.type=sequence with an endpoint"
+    "distillation compares ids: choose student and teacher of one model family, give both the same tokenizer, or take a loss "
+    "that compares texts: loss.type=uld, or loss.type=sequence with an endpoint"
 )
 _NAMED = 5
 

@@ -311,9 +311,12 @@ def test_two_teachers_make_one_target_and_must_stay_the_same(workplace: Path, ma
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"]
     _check_ledger(run, 12)
-    for line in _lines(run / "metrics.jsonl"):
-        # Twins agree: their mean is each of them, on the support and on full rows.
-        assert line["teacher_disagreement"] == pytest.approx(0.0, abs=1e-5)
+    lines = _lines(run / "metrics.jsonl")
+    # Twins agree: their mean is each of them. A step has the number where something was combined since the last one.
+    disagreement = [line["teacher_disagreement"] for line in lines if "teacher_disagreement" in line]
+    assert disagreement
+    assert max(map(abs, disagreement)) < 1e-5
+    for line in lines:
         assert line["teacher/main/replicas"] == line["teacher/second/replicas"] == 1
     _other_weights(workplace / "second")
     output = " ".join(_finish(_start("run", str(recipe), "training.steps=14", "--resume"), 1).split())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kdray.capabilities import check_capabilities, needed
+from kdray.captured_teacher import write_capture
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError
+from kdray.types import Rollout
 
 TINY = {"type": "tiny"}
 TEXT = {"type": "openai", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": None}
@@ -78,3 +82,21 @@ def test_the_weakest_teacher_of_several_decides() -> None:
 def test_sequence_needs_a_teacher_that_writes() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.alpha=0\.2 with loss\.type=sequence.*set rollout\.alpha=1"):
         config({"model": TINY}, "sequence")
+
+
+def test_a_model_in_the_process_and_recorded_answers_say_what_they_can(tmp_path: Path) -> None:
+    local = {"type": "hf", "model": TINY}
+    check_capabilities(config(local, "forward_kl", alpha=1))
+    check_capabilities(config(local, "reverse_kl", sampler="student"))
+    with pytest.raises(ConfigError, match=r"minillm needs sampling beside the student, and teachers\.one \(type=hf\)"):
+        check_capabilities(config(local, "minillm"))
+    tokens = np.array([3, 1], np.int32)
+    versions = np.zeros(2, np.int32)
+    text = Rollout(0, 0, tokens, tokens, None, None, versions, 1.0, "stop", teacher="far")
+    write_capture(tmp_path / "text", [text], None, "hash", 9)
+    recorded = {"type": "capture", "path": str(tmp_path / "text")}
+    check_capabilities(config(recorded, "sequence", alpha=1))
+    with pytest.raises(ConfigError, match=r"loss\.type=forward_kl needs its logprobs at its top ids"):
+        check_capabilities(config(recorded, "forward_kl", alpha=1))
+    with pytest.raises(ConfigError, match=r"rollout\.sampler=student needs its log p of every token"):
+        check_capabilities(config(recorded, "reverse_kl", sampler="student"))

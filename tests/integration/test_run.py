@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -322,6 +323,61 @@ def test_two_teachers_make_one_target_and_must_stay_the_same(workplace: Path, ma
     output = " ".join(_finish(_start("run", str(recipe), "training.steps=14", "--resume"), 1).split())
     assert "teacher second is not the one that the run began with: its canary no longer matches" in output
     _assert_nothing_left(marker)
+
+
+@pytest.mark.full
+def test_a_model_in_the_process_and_its_recorded_answers_teach(workplace: Path, marker: str) -> None:
+    """As a Hugging Face model that scores the student's samples, and as Parquet files of what it once wrote."""
+    local = {"type": "hf", "model": str(workplace / "teacher")}
+    pool = {"kv_cache_gib": 0.1}
+    recipe = _recipe(
+        workplace,
+        "local",
+        teachers={"local": local},
+        rollout={"max_new_tokens": 8, "sampler": "student", "pool": pool},
+        loss={"type": "reverse_kl"},
+    )
+    _finish(_start("run", str(_with_teachers(recipe, {"local": local}))), 0)
+    run = workplace / "runs" / "local"
+    _check_ledger(run, 12)
+    lines = _lines(run / "metrics.jsonl")
+    assert lines[-1]["reverse_kl_support"] < 0.8 * lines[0]["reverse_kl_support"]
+
+    asyncio.run(_record(workplace, recipe))
+    captured = {"type": "capture", "path": str(workplace / "recorded")}
+    rollout = {"max_new_tokens": 8, "alpha": 1.0, "max_staleness": 4, "pool": pool}
+    recipe = _recipe(workplace, "recorded", rollout=rollout, loss={"type": "forward_kl"})
+    _finish(_start("run", str(_with_teachers(recipe, {"far": captured}))), 0)
+    run = workplace / "runs" / "recorded"
+    _check_ledger(run, 12)
+    lines = _lines(run / "metrics.jsonl")
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    _assert_nothing_left(marker)
+
+
+def _with_teachers(recipe: Path, teachers: dict[str, Any]) -> Path:
+    """The recipe with these teachers alone."""
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"teachers": teachers}))
+    return recipe
+
+
+async def _record(workplace: Path, recipe: Path) -> None:
+    """What the teacher writes to every training prompt of the recipe, as a capture."""
+    from actors.hf_teacher import HFTeacher
+    from kdray.captured_teacher import write_capture
+    from kdray.config import HFTeacherSettings, load_config
+    from kdray.preflight import check
+    from kdray.types import SampleRequest
+    from kdray.vocab import tokenizer_hash
+
+    checked = check(load_config(recipe))
+    settings = HFTeacherSettings(type="hf", model=str(workplace / "teacher"), batch_size=64)
+    teacher = HFTeacher("far", settings, checked.vocab_size, checked.stop_ids, teacher_top_k=16)
+    await teacher.check()
+    requests = [SampleRequest(i, p.prompt_id, p.token_ids, 1.0, i, 8) for i, p in enumerate(checked.dataset.train)]
+    rollouts = [rollout async for part in teacher.sample(requests) for rollout in part]
+    await teacher.close()
+    write_capture(workplace / "recorded", rollouts, None, tokenizer_hash(checked.tokenizer), checked.vocab_size)
 
 
 @pytest.mark.full

@@ -28,12 +28,37 @@ def boundaries(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int])
     Args: decode: ids -> text, special tokens kept.
     """
     whole = decode(token_ids)
+    ends = _growing(decode, token_ids, whole)
+    if ends and ends[-1] != len(whole):
+        # A decoder that looks further back than the window: every prefix by itself, in quadratic time.
+        ends = [
+            len(text) if whole.startswith(text := decode(token_ids[:count])) else None for count in range(1, len(token_ids) + 1)
+        ]
+    return ends
+
+
+def _growing(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int], whole: str) -> list[int | None]:
+    """`boundaries` in linear time: each token is decoded after the few before it instead of after all.
+
+    The window begins with whole visible characters, so that a decoder which drops the first space of a text drops it before
+    and after the token alike.
+    """
     ends: list[int | None] = []
+    start, read, length = 0, 0, 0  # the window, what of it is accounted for, and how many characters that makes
+    before = ""
     for count in range(1, len(token_ids) + 1):
-        text = decode(token_ids[:count])
+        text = decode(token_ids[start:count])
+        piece = text[len(before) :]
         # The bytes of a character that are not all there yet decode to a replacement, which the whole text has not.
-        cut = text.endswith(_CUT) and not whole.startswith(text)
-        ends.append(None if cut or not whole.startswith(text) else len(text))
+        if not text.startswith(before) or not whole.startswith(piece, length):
+            ends.append(None)
+            continue
+        ends.append(length + len(piece))
+        if not piece.strip() or piece.endswith(_CUT):
+            continue
+        # Keep the last accounted tokens as context, never half of an invalid run of bytes.
+        start, read, length = read, count, length + len(piece)
+        before = decode(token_ids[start:read])
     return ends
 
 

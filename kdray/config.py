@@ -841,7 +841,7 @@ class ULDLoss(Settings):
     """Weight of the distance between both laws sorted by probability (Boizard et al. 2024). A large one has local minima, where
     a matched id takes the rank of another."""
     matched_weight: NonNegativeFloat = 1.0
-    """Weight of the forward KL over the ids whose token both have, everything else being one bucket."""
+    """Weight of the forward KL over the student's ids that begin the teacher's tokens, everything else being one bucket."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> ULDLoss:

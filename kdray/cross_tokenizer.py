@@ -1,7 +1,7 @@
 """A teacher with another tokenizer scores the student's rollouts: their text is cut anew, and rows are matched group by group.
 
 The row before a group predicts its first token on both sides; where groups hold several tokens, what follows inside is the
-tokenizer's affair and no row is given. A token is matched where both vocabularies hold the same text.
+tokenizer's affair and no row is given. A teacher's token stands for the student's first token of the same text.
 """
 
 from __future__ import annotations
@@ -21,15 +21,26 @@ from kdray.types import Rollout
 
 
 def vocabulary_map(student_tokenizer: Any, teacher_tokenizer: Any, teacher_size: int) -> np.ndarray:
-    """The student's id for every teacher id, UNMATCHED where it has no such token: [teacher_size] int32.
+    """The student's id for every teacher id: [teacher_size] int32, UNMATCHED where it cannot write the token's text.
 
-    End of sequence is one token to both, whatever its text. A text that several ids of one side hold matches none.
+    That is its token of the same text, or the first of the tokens that it writes the text with: where the teacher goes on with
+    "the", a student of single letters goes on with "t". End of sequence is one token to both, whatever its text.
     """
     student, teacher = _ids_by_text(student_tokenizer), _ids_by_text(teacher_tokenizer)
     mapped = np.full(teacher_size, UNMATCHED, dtype=np.int32)
+    longer: list[tuple[str, int]] = []
     for text, ids in teacher.items():
-        if len(ids) == 1 and ids[0] < teacher_size and len(student.get(text, ())) == 1:
-            mapped[ids[0]] = student[text][0]
+        inside = [token_id for token_id in ids if token_id < teacher_size]
+        if len(student.get(text, ())) == 1:
+            mapped[inside] = student[text][0]
+        elif text:
+            longer += [(text, token_id) for token_id in inside]
+    texts = [text for text, _ in longer]
+    written = student_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    for (text, token_id), ids in zip(longer, written, strict=True):
+        # Not where the student's tokenizer changes the text, or reads it as unknown.
+        if ids and student_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text:
+            mapped[token_id] = ids[0]
     # What has the text of the other's end is not the end.
     mapped[mapped == student_tokenizer.eos_token_id] = UNMATCHED
     mapped[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
@@ -75,7 +86,7 @@ class CrossTokenizerScorer:
         self._max_tokens = max_tokens
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`. `support_ids` holds the student's ids, UNMATCHED where it has none.
+        """See `kdray.interfaces.Scorer`. `support_ids` holds the student's ids, and UNMATCHED where it cannot write the token.
 
         A response that the teacher cannot read to its end, or one without a whole character, is given no rows.
         """
@@ -143,9 +154,8 @@ class CrossTokenizerScorer:
             assert scored.tail_logprobs is not None
             assert scored.teacher_logprobs is not None
             for group in groups:
-                row = scored.support_ids[group.second_start]
-                ids[group.first_start] = np.where(row >= 0, self.mapped[row.clip(min=0)], -1)
-                logprobs[group.first_start] = scored.support_logprobs[group.second_start]
+                row, given = scored.support_ids[group.second_start], scored.support_logprobs[group.second_start]
+                ids[group.first_start], logprobs[group.first_start] = self._on_student(row, given)
                 tails[group.first_start] = scored.tail_logprobs[group.second_start]
                 # log p of the group's text, by the chain rule over the teacher's tokens.
                 tokens[group.first_start] = scored.teacher_logprobs[group.second_start : group.second_end].sum()
@@ -157,6 +167,19 @@ class CrossTokenizerScorer:
             tail_logprobs=tails,
             teacher_logprobs=tokens,
         )
+
+    def _on_student(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One row of the teacher's support [K] on the student's ids: what begins with the same token adds up."""
+        mapped = np.where(ids >= 0, self.mapped[ids.clip(min=0)], -1)
+        unique, inverse = np.unique(mapped[mapped >= 0], return_inverse=True)
+        sums = np.full(len(unique), -np.inf, dtype=np.float32)
+        np.logaddexp.at(sums, inverse, logprobs[mapped >= 0])
+        unmatched = mapped == UNMATCHED
+        order = np.argsort(-sums, kind="stable")
+        out_ids = np.concatenate([unique[order], mapped[unmatched]])
+        out_logprobs = np.concatenate([sums[order], logprobs[unmatched]])
+        padding = (0, len(ids) - len(out_ids))
+        return np.pad(out_ids, padding, constant_values=-1), np.pad(out_logprobs, padding, constant_values=-np.inf)
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return self._student.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -53,7 +53,9 @@ METRICS: dict[str, Metric] = {
     "pretraining_loss": Metric("nats/token", "token_mean", "Cross entropy of the pretraining text, over its own tokens"),
     "pretraining_kl": Metric("nats/token", "token_mean", "KL(teacher || student) on the pretraining text"),
     "uld": Metric("1/token", "token_mean", "Distance of both laws sorted by probability, at aligned positions"),
-    "matched_kl": Metric("nats/token", "token_mean", "KL(teacher || student) over ids that both have, at aligned positions"),
+    "matched_kl": Metric(
+        "nats/token", "token_mean", "KL(teacher || student) over the student's ids and a rest, at aligned positions"
+    ),
     "aligned": Metric("share", "token_mean", "Response tokens at which a teacher with another tokenizer gives a row"),
     "teacher_disagreement": Metric("nats/token", "token_mean", "-log Z of an ensemble's geometric mean: 0 if all agree"),
     "teacher_tail_mass": Metric("share", "token_mean", "Teacher's probability outside the support"),

@@ -4,7 +4,7 @@ Rows come from `kdray.cross_tokenizer`: the teacher's row before a group of toke
 There, over the teacher's K recorded ids with probabilities p_(1) >= p_(2) >= ..., the student's K likeliest q_(1) >= ...:
 
     ULD = sum_k |p_(k) - q_(k)| + |p_rest - q_rest|        Wasserstein-1 between sorted laws, cut to K and a rest
-    KL  = KL(p || q) over {each id that both have, the rest}    forward KL of a coarse graining: a lower bound of that on ids
+    KL  = KL(p || q) over {the student's ids with which the teacher's tokens begin, the rest}    forward KL of a coarse graining
     loss = sorted_weight ULD + matched_weight KL
 
 Source: Universal Logit Distillation, Boizard et al. 2024; matched and unmatched ids side by side as in TRL's GOLD.
@@ -19,7 +19,7 @@ from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.support import kl_terms
 
 UNMATCHED = -2
-"""Stands in `support_ids` for a teacher's id whose token the student lacks."""
+"""Stands in `support_ids` for a teacher's id whose text the student cannot write."""
 
 
 def uld(student_logits: torch.Tensor, batch: LossBatch, settings: ULDLoss) -> LossOutput:

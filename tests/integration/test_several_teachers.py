@@ -123,7 +123,7 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
         missing: TeacherTeam(config(missing), list(pools.values()), prompts, VOCAB)
         for missing in ("renormalise", "wait", "stop")
     }
-    yield Served(teams["renormalise"], teams, pools, folders, student, events)
+    yield Served(teams, pools, folders, student, events)
     for watcher in watchers:
         watcher.cancel()
     await asyncio.gather(*(asyncio.to_thread(pool.delete) for pool in pools.values()))

@@ -265,8 +265,13 @@ class TeacherEngine:
         canary = Rollout(-1, -1, ids[:1], ids[1:], blank, blank, versions, alpha=0.0, finish_reason="length")
         ((scored,),) = [part async for part in self.score([canary])]
         assert scored.teacher_logprobs is not None
+        if not np.isfinite(scored.teacher_logprobs).all():
+            raise EngineError(
+                f"teacher {self.spec.teacher}: log p of a test sequence is not finite; its weights or its dtype are broken: "
+                f"try teachers.{self.spec.teacher}.dtype=float32"
+            )
         return Fingerprint(
-            model=self.spec.model,
+            model=_source(self.spec.model),
             revision=self.spec.revision,
             tokenizer=self.spec.tokenizer,
             vocab_size=self.spec.vocab_size,
@@ -408,6 +413,11 @@ class TeacherEngine:
         """Name the version of the weights loaded at start."""
         await self._engine.collective_rpc("kdray_set_version", args=(version,))
         self.student_version = version
+
+
+def _source(model: str) -> str:
+    """A hub id, or the name of a folder: folders move, and what lies in them is what the canary tells."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any:

@@ -142,13 +142,22 @@ class ReplicaPool:
     async def watch_replicas(self, period_s: float = 2.0) -> None:
         """Keep `replicas_serving` current, and write an event when it or the size asked for changes; never returns."""
         while True:
-            serving = await asyncio.to_thread(self._count_replicas)
-            if serving != self.replicas_serving:
-                self._on_event("replicas", pool=self.name, before=self.replicas_serving, now=serving)
-                self.replicas_serving = serving
-            await self._watch_target(serving)
-            await self._watch_outage(serving)
+            try:
+                await self._watch()
+            except Exception as error:
+                # Serve's controller may be away for a moment; a watcher that ended would never see a teacher go or come back.
+                logger.warning("%s: its replicas could not be watched: %r", self.name, error)
+                self._on_event("watch_failed", pool=self.name, reason=repr(error)[:500])
             await asyncio.sleep(period_s)
+
+    async def _watch(self) -> None:
+        serving = await asyncio.to_thread(self._count_replicas)
+        if serving != self.replicas_serving:
+            self._on_event("replicas", pool=self.name, before=self.replicas_serving, now=serving)
+            self.replicas_serving = serving
+        await self._watch_target(serving)
+        if self.spec.role != "student":
+            await self._watch_outage(serving)
 
     async def _watch_target(self, serving: int) -> None:
         """Write an event when the size asked for changes (`scale`), and one when it does not come (`scale_stuck`)."""
@@ -159,6 +168,12 @@ class ReplicaPool:
             target, reason = found
             for kind, fields in self._scale.see(serving, target, reason, time.monotonic()):
                 self._on_event(kind, pool=self.name, **fields)
+
+    @property
+    def _patience_s(self) -> float:
+        """Time without a replica until an outage begins; a pool that grows from nothing is given the time to place one."""
+        autoscaling = self._settings.autoscaling
+        return self._missing_after_s if autoscaling is None else max(self._missing_after_s, autoscaling.placement_timeout_s)
 
     async def _watch_outage(self, serving: int) -> None:
         """Begin the outage where no replica serves for long, or none but such that were turned away; end it when one does."""
@@ -178,7 +193,7 @@ class ReplicaPool:
         reason = None
         if turned_away:
             reason = f"teacher {self.name} has no replica left; the new one was turned away: {turned_away[-1]}"
-        elif self.outage.reason is None and now - self._served_at > self._missing_after_s:
+        elif self.outage.reason is None and now - self._served_at > self._patience_s:
             reason = f"teacher {self.name} has had no replica for {now - self._served_at:.0f} s"
         if reason is not None and reason != self.outage.reason:
             self.outage.begin(reason, final=bool(turned_away))

@@ -171,7 +171,8 @@ def doctor(
 
             for teacher, numbers in check_teachers(load_config(config, overrides or [])).items():
                 described = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-                Console().print(f"[green]ok[/] teacher {teacher}: {described}", highlight=False)
+                told = f"[green]ok[/] teacher {teacher}: {described}" if numbers else f"not checked: teacher {teacher}"
+                Console().print(told, highlight=False)
 
 
 class _Outcome:

@@ -33,7 +33,7 @@ from kdray.models import resolve_model
 from kdray.preflight import Checked, load_tokenizer, shape
 from kdray.seeds import sample_seed
 from kdray.signals import check_loss, check_prefill, check_rows
-from kdray.teachers import TeacherTeam
+from kdray.teachers import TeacherTeam, prompts_of
 from kdray.types import SampleRequest
 from kdray.vocab import tokenizer_hash
 
@@ -184,8 +184,8 @@ def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherT
         cache = config.run.output / ".models"
         return HFTeacher(name, settings, checked.vocab_size, checked.stop_ids, config.rollout.teacher_top_k, cache)
     if isinstance(settings, CaptureTeacherSettings):
-        hash_ = tokenizer_hash(checked.tokenizer)
-        return CapturedTeacher(name, settings.path, checked.dataset.train, checked.vocab_size, hash_)
+        asked = prompts_of(config, name, checked.dataset.train)
+        return CapturedTeacher(name, settings.path, asked, checked.vocab_size, tokenizer_hash(checked.tokenizer))
     prompts = [*checked.dataset.train, *checked.dataset.heldout]
     # A chat endpoint applies its own template, to the question before the student's.
     questions = {prompt.prompt_id: prompt.question if settings.chat else prompt.text for prompt in prompts}
@@ -226,6 +226,7 @@ def _own_vocabulary_spec(config: Config, checked: Checked, models: Models, name:
         model=models.teachers[name],
         revision=teacher.revision,
         teacher=name,
+        scoring=teacher.scoring,
         vocab_size=rows,
         stop_ids=(int(tokenizer.eos_token_id),),
         max_model_len=longest if positions is None else min(longest, positions),

@@ -62,6 +62,12 @@ def _growing(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int], w
     return ends
 
 
+def offset_boundaries(offsets: Sequence[tuple[int, int]]) -> list[int | None]:
+    """`boundaries` by a fast tokenizer's offsets: a token that ends inside a character claims all of it, as does the next."""
+    starts = [start for start, _ in offsets[1:]]
+    return [None if index < len(starts) and starts[index] < end else end for index, (_, end) in enumerate(offsets)]
+
+
 def align(first: Sequence[int | None], second: Sequence[int | None]) -> list[Group]:
     """The smallest groups that end at a boundary of both; they cover all tokens of both, in order, once.
 

@@ -1124,6 +1124,12 @@ class Config(Settings):
 
     def _check_teachers(self) -> None:
         names, sharing = ", ".join(self.teachers), self.rollout.teachers
+        text = self.training.pretraining
+        if text is not None and text.teacher_share and not self.served_teachers:
+            raise ValueError(
+                f"training.pretraining.teacher_share={text.teacher_share:g}: the text is scored by a teacher of type vllm, and "
+                "there is none; set it to 0"
+            )
         if sharing is None:
             if len(self.teachers) > 1:
                 raise ValueError(
@@ -1143,7 +1149,6 @@ class Config(Settings):
                 f"rollout.teacher_signal=hidden with teachers {names}: the ranks hold one output head; use "
                 "rollout.teacher_signal=support"
             )
-        text = self.training.pretraining
         if text is not None and text.teacher_share and len(self.teachers) > 1:
             raise ValueError(
                 f"training.pretraining.teacher_share={text.teacher_share:g} with teachers {names}: nothing says which of them "

@@ -6,6 +6,7 @@ tokenizer's affair and no row is given. A teacher's token stands for the student
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -13,33 +14,47 @@ from typing import Any
 
 import numpy as np
 
-from kdray.alignment import Group, align, boundaries
+from kdray.alignment import Group, align, boundaries, offset_boundaries
 from kdray.errors import ConfigError
 from kdray.interfaces import Scorer
 from kdray.losses.uld import UNMATCHED
 from kdray.types import Rollout
+
+_CUT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""How tokenizers that fall back to bytes name them."""
 
 
 def vocabulary_map(student_tokenizer: Any, teacher_tokenizer: Any, teacher_size: int) -> np.ndarray:
     """The student's id for every teacher id: [teacher_size] int32, UNMATCHED where it cannot write the token's text.
 
     That is its token of the same text, or the first of the tokens that it writes the text with: where the teacher goes on with
-    "the", a student of single letters goes on with "t". End of sequence is one token to both, whatever its text.
+    "the", a student of single letters goes on with "t". End of sequence is one token to both, whatever its text;
+    what other special tokens are called is no text.
     """
     student, teacher = _ids_by_text(student_tokenizer), _ids_by_text(teacher_tokenizer)
+    pieces = {token_id: text for text, ids in student.items() for token_id in ids}
+    special = {token_id for token_id, token in teacher_tokenizer.added_tokens_decoder.items() if token.special}
+    # Some tokenizers put a space before whatever they are given: they are given a text without its own.
+    letter = student_tokenizer("a", add_special_tokens=False)["input_ids"]
+    spaced = bool(letter) and str(pieces[letter[0]]).startswith(" ")
     mapped = np.full(teacher_size, UNMATCHED, dtype=np.int32)
     longer: list[tuple[str, int]] = []
     for text, ids in teacher.items():
         inside = [token_id for token_id in ids if token_id < teacher_size]
         if len(student.get(text, ())) == 1:
             mapped[inside] = student[text][0]
-        elif text:
-            longer += [(text, token_id) for token_id in inside]
-    texts = [text for text, _ in longer]
+        elif isinstance(text, str) and text:
+            longer += [(text, token_id) for token_id in inside if token_id not in special]
+    texts = [text.removeprefix(" ") if spaced else text for text, _ in longer]
     written = student_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    for (text, token_id), ids in zip(longer, written, strict=True):
+    for (text, token_id), given, ids in zip(longer, texts, written, strict=True):
         # Not where the student's tokenizer changes the text, or reads it as unknown.
-        if ids and student_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text:
+        if not ids or _decode(student_tokenizer, ids) != given:
+            continue
+        piece = pieces[ids[0]]
+        # Nor where it begins with a space that the text has not.
+        if isinstance(piece, bytes) or text.startswith(piece):
             mapped[token_id] = ids[0]
     # What has the text of the other's end is not the end.
     mapped[mapped == student_tokenizer.eos_token_id] = UNMATCHED
@@ -47,16 +62,29 @@ def vocabulary_map(student_tokenizer: Any, teacher_tokenizer: Any, teacher_size:
     return mapped
 
 
-def _ids_by_text(tokenizer: Any) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for token, token_id in tokenizer.get_vocab().items():
+def _ids_by_text(tokenizer: Any) -> dict[str | bytes, list[int]]:
+    """Ids by the characters of their token; by its name, as bytes, where they are not such."""
+    texts: dict[str, str] = {}
+    for token in tokenizer.get_vocab():
         # Sentence pieces mark the space before a word; turning one piece into text would strip it.
         text = token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
         if text == token:
             text = tokenizer.convert_tokens_to_string([token])
-        # Bytes that are no character by themselves have only their token's name in common.
-        found.setdefault(token if "\N{REPLACEMENT CHARACTER}" in text else text, []).append(token_id)
+        texts[token] = text
+    # Where a character has a token of its own, the one of its byte is not how it is written.
+    written = {text for token, text in texts.items() if not _BYTE.fullmatch(token)}
+    found: dict[str | bytes, list[int]] = {}
+    for token, token_id in tokenizer.get_vocab().items():
+        text = texts[token]
+        # Bytes that are no character by themselves have only their token's name in common, and that may be another's text.
+        is_text = _CUT not in text and not (_BYTE.fullmatch(token) and text in written)
+        found.setdefault(text if is_text else token.encode(), []).append(token_id)
     return found
+
+
+def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 class CrossTokenizerScorer:
@@ -73,10 +101,12 @@ class CrossTokenizerScorer:
     ) -> None:
         """Args: prompts: the teacher's ids of every prompt, by prompt id; teacher_size: ids that its rows cover;
               max_tokens: longest sequence that it reads.
-        Raises: ConfigError where the teacher's tokenizer cannot say which characters a token covers.
+        Raises: ConfigError where the teacher's tokenizer cannot say which characters a token covers, or where a text ends.
         """
         if not getattr(teacher_tokenizer, "is_fast", False):
             raise ConfigError("loss.type=uld: the teacher's tokenizer has no fast version, which alone tells where tokens end")
+        if teacher_tokenizer.eos_token_id is None:
+            raise ConfigError("loss.type=uld: the teacher's tokenizer has no end-of-sequence token; set its eos_token")
         self.name = inner.name
         self.mapped = vocabulary_map(student_tokenizer, teacher_tokenizer, teacher_size)
         self._inner = inner
@@ -111,14 +141,14 @@ class CrossTokenizerScorer:
         ids = rollout.token_ids.tolist()
         stopped = rollout.finish_reason == "stop"
         written = ids[:-1] if stopped else ids
-        while written and not stopped and self._text(written).endswith("\N{REPLACEMENT CHARACTER}"):
+        while written and not stopped and self._text(written).endswith(_CUT):
             # Cut by max_new_tokens inside a character.
             written.pop()
         ends = boundaries(self._text, written)
         text = self._text(written)
         encoded = self._teacher(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         teacher_ids = list(encoded["input_ids"])
-        teacher_ends: list[int | None] = [end for _, end in encoded["offset_mapping"]]
+        teacher_ends = offset_boundaries(encoded["offset_mapping"])
         if stopped:
             # The end of the sequence is one more character, the same one to both.
             ends.append(len(text) + 1)
@@ -182,4 +212,4 @@ class CrossTokenizerScorer:
         return np.pad(out_ids, padding, constant_values=-1), np.pad(out_logprobs, padding, constant_values=-np.inf)
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        return self._student.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return _decode(self._student, token_ids)

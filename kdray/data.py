@@ -120,12 +120,13 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
 
 
 def reencode(config: Config, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[int, np.ndarray]:
-    """The prompts as a teacher with another tokenizer reads them, by prompt id, under that tokenizer's own chat template.
+    """The prompts as a teacher with another tokenizer reads them, of any length, by prompt id, under its own chat template.
 
-    Raises: DataError where a prompt is longer than `data.max_prompt_tokens` in the teacher's tokens.
+    Raises: DataError where its tokenizer has no chat template and needs one.
     """
     rows = [_Row(f"prompt {prompt.prompt_id}, in the teacher's tokens", prompt.question, None) for prompt in prompts]
-    encode = _Encoder(config.model_copy(update={"data": config.data.model_copy(update={"too_long": "refuse"})}), tokenizer)
+    unlimited = config.data.model_copy(update={"max_prompt_tokens": 2**31})
+    encode = _Encoder(config.model_copy(update={"data": unlimited}), tokenizer)
     encoded, _ = encode(rows, first_id=0)
     return {prompt.prompt_id: again.token_ids for prompt, again in zip(prompts, encoded, strict=True)}
 

@@ -16,6 +16,7 @@ class Fingerprint:
     """What a teacher replica says of itself at its start."""
 
     model: str
+    """Hub id, or the name of the folder."""
     revision: str | None
     tokenizer: str
     """Hash of the tokenizer's vocabulary, `kdray.vocab.tokenizer_hash`; empty where the teacher's folder has none."""
@@ -51,8 +52,10 @@ def difference(reference: Fingerprint, found: Fingerprint) -> str | None:
         if field.name != "scores" and before != now:
             shown = ("other token ids", "") if field.name == "canary" else (f"{now!r}", f", the run began with {before!r}")
             return f"its {field.name} is {shown[0]}{shown[1]}"
+    if len(reference.scores) != len(found.scores):
+        return f"it scored {len(found.scores)} tokens of its canary, the run began with {len(reference.scores)}"
     gaps = np.abs(np.array(reference.scores) - np.array(found.scores))
-    if len(reference.scores) != len(found.scores) or not gaps.mean() <= reference.tolerance:
+    if not gaps.mean() <= reference.tolerance:
         return (
             f"its canary no longer matches: log p of {len(found.scores)} fixed tokens is off by {gaps.mean():.3g} nats in the "
             f"mean (allowed {reference.tolerance:g}, worst {gaps.max():.3g}): its weights are not those that the run began with"

@@ -100,7 +100,7 @@ def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str
 
     Args: trained_version: the student version that the step starts from, which staleness counts back from.
     """
-    staleness = [trained_version - rollout.oldest_version for rollout in rollouts]
+    staleness = [trained_version - rollout.oldest_version for rollout in rollouts if len(rollout.token_ids)] or [0]
     metrics = {
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(max(staleness)),

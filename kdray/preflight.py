@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 from kdray.capabilities import check_capabilities
 from kdray.captured_teacher import CapturedTeacher, read_manifest
-from kdray.config import CaptureTeacherSettings, Config, OpenAITeacherSettings, TinyModel, ULDLoss
+from kdray.config import CaptureTeacherSettings, Config, EngineSettings, OpenAITeacherSettings, TinyModel, ULDLoss
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models import resolve_model, task_tokenizer
 from kdray.pretraining import load_windows
+from kdray.teachers import prompts_of
 from kdray.types import Prompt
 from kdray.vocab import check_vocab, tokenizer_hash
 
@@ -43,9 +45,20 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     lines = [f"student: {_describe(config.student.model)}, {student_rows} vocabulary rows"]
     positions = {"student.model": student_positions}
     check_capabilities(config)
+    for setting, engine in {"rollout.pool": config.rollout.pool, **_engines(config)}.items():
+        if engine.engine_args.get("pipeline_parallel_size", 1) > 1:
+            raise ConfigError(
+                f"{setting}.engine_args.pipeline_parallel_size above 1: an engine here has all layers on one stage; remove it, "
+                f"and raise {setting}.tensor_parallel_size instead"
+            )
     captures = {}
     for name, teacher in config.teachers.items():
         if isinstance(teacher, OpenAITeacherSettings):
+            if teacher.api_key_env is not None and not os.environ.get(teacher.api_key_env, "").strip():
+                raise ConfigError(
+                    f"teachers.{name}.api_key_env={teacher.api_key_env}: the variable is not set; export it, or set "
+                    "api_key_env=null for an endpoint without keys"
+                )
             lines.append(f"teacher {name}: {teacher.model} at {teacher.base_url}")
             continue
         if isinstance(teacher, CaptureTeacherSettings):
@@ -56,6 +69,12 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
             continue
         rows, teacher_positions = shape(teacher.model, teacher.revision)
         if isinstance(config.loss, ULDLoss):
+            own = load_tokenizer(teacher.model, teacher.revision)
+            if own.eos_token_id is None or not own.is_fast:
+                raise ConfigError(
+                    f"teachers.{name}.model: loss.type=uld needs a fast tokenizer with an end-of-sequence token; "
+                    f"{'it is slow' if not own.is_fast else 'set its eos_token'}"
+                )
             lines.append(f"teacher {name}: {_describe(teacher.model)}, {rows} vocabulary rows of its own")
             continue
         positions[f"teachers.{name}.model"] = teacher_positions
@@ -79,8 +98,13 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if tokenizer.eos_token_id is None:
         raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
     dataset = load_dataset(config, tokenizer, prompts)
+    for name in config.teachers:
+        # A prompt that no teacher takes is found here, not when its turn comes.
+        if not prompts_of(config, name, [*dataset.train, *dataset.heldout]):
+            lines.append(f"teacher {name}: rollout.teachers sends it no prompt; it is started and never asked")
     for name, path in captures.items():
-        captured = CapturedTeacher(name, path, dataset.train, vocab_size, tokenizer_hash(tokenizer))
+        asked = prompts_of(config, name, dataset.train)
+        captured = CapturedTeacher(name, path, asked, vocab_size, tokenizer_hash(tokenizer))
         if captured.longest_answer > config.rollout.max_new_tokens:
             raise ConfigError(
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest answer of teachers.{name} has "
@@ -113,12 +137,11 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
-    elif any(teacher.engine_args.get("pipeline_parallel_size", 1) > 1 for teacher in config.served_teachers.values()):
-        raise ConfigError(
-            "pipeline_parallel_size above 1 with rollout.sampler=mixture: the one pass needs both models on one stage; "
-            "set rollout.sampler=student"
-        )
     return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), windows, lines)
+
+
+def _engines(config: Config) -> dict[str, EngineSettings]:
+    return {f"teachers.{name}": teacher for name, teacher in config.served_teachers.items()}
 
 
 def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:

@@ -58,6 +58,18 @@ def router(settings: TeachersSettings, teachers: Sequence[str], seed: int) -> Ro
     return by_weights(settings.weights, seed)
 
 
+def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those of the prompts that a teacher may be asked about. Raises: ConfigError or DataError, as the router does."""
+    settings = config.rollout.teachers
+    if settings is None:
+        return list(prompts)
+    route = router(settings, list(config.teachers), config.run.seed)
+    if isinstance(settings, RouteSettings) and settings.weights:
+        # Drawn for every sample anew.
+        return list(prompts)
+    return [prompt for prompt in prompts if teacher in route(prompt, 0).scorers]
+
+
 def ensemble_mean(settings: EnsembleSettings, loss: LossSettings) -> Kind:
     """The mean that makes one target out of several teachers: the one set, or the one that the loss asks for."""
     return settings.mean or ("geometric" if loss.type in _GEOMETRIC else "arithmetic")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from kdray.alignment import Group, align, boundaries
+from kdray.alignment import Group, align, boundaries, offset_boundaries
 
 TEXTS = ["the theatre of the absurd", "naïve café 对话 🙂 and more", "a", "  spaces   inside ", "🙂🙃🙂"]
 
@@ -68,6 +68,86 @@ def test_a_token_may_end_inside_a_character() -> None:
 def test_any_text_is_partitioned(text: str) -> None:
     groups = align(ends(SMALL, text), ends(LARGE, text))
     _check_partition(groups, len(SMALL.encode(text).ids), len(LARGE.encode(text).ids))
+
+
+def one_by_one(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int | None]:
+    """The definition: a token ends where the decoded prefix is one of the text."""
+    texts = [tokenizer.decode(list(token_ids[:count]), skip_special_tokens=False) for count in range(1, len(token_ids) + 1)]
+    return [len(text) if texts[-1].startswith(text) else None for text in texts]
+
+
+def sentence_pieces() -> Tokenizer:
+    """Words begin with a mark, unknown characters fall back to bytes, and decoding drops the first space of a text."""
+    vocabulary = {
+        token: index for index, token in enumerate(["<unk>", "▁", "a", "b", "▁a", *(f"<0x{n:02X}>" for n in range(256))])
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+PIECES = sentence_pieces()
+
+
+@pytest.mark.parametrize("tokenizer", [SMALL, PIECES], ids=["bytes", "pieces"])
+@given(data=st.data())
+def test_ends_are_those_of_decoding_every_prefix(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Any ids, invalid bytes and runs of spaces among them: a model draws what no tokenizer would write."""
+    names = ("Ġ", "▁", "▁a", "a", "<0xE5>", "å", "¯", "¹")
+    named: list[int] = [token_id for name in names if (token_id := tokenizer.token_to_id(name)) is not None]
+    token_ids: list[int] = data.draw(
+        st.lists(st.sampled_from(named) | st.integers(0, tokenizer.get_vocab_size() - 1), max_size=12)
+    )
+    assert boundaries(lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False), token_ids) == one_by_one(
+        tokenizer, token_ids
+    )
+
+
+def test_a_long_response_is_not_decoded_from_its_start_again_and_again() -> None:
+    token_ids = LARGE.encode("the naïve 对话 " * 200).ids
+    decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return str(LARGE.decode(list(ids), skip_special_tokens=False))
+
+    assert boundaries(decode, token_ids)[-1] == len("the naïve 对话 " * 200)
+    assert decoded < 20 * len(token_ids)
+
+
+@given(st.text(max_size=40))
+def test_offsets_give_the_same_ends(text: str) -> None:
+    encoded = CROSSING.encode(text)
+    found = offset_boundaries(encoded.offsets)
+    assert {end: index for index, end in enumerate(found) if end is not None} == {
+        end: index for index, end in enumerate(one_by_one(CROSSING, encoded.ids)) if end is not None
+    }
+
+
+def crossing() -> Tokenizer:
+    """Tokens that begin or end inside a character and hold another: `a` and the first byte of 对, its other two and `b`."""
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("a", "å"), ("¯", "¹"), ("¯¹", "b")]
+    vocabulary = {token: index for index, token in enumerate([*names, *("".join(merge) for merge in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+CROSSING = crossing()
+
+
+def test_a_token_that_ends_inside_a_character_is_no_boundary_by_offsets_either() -> None:
+    encoded = CROSSING.encode("a对b")
+    assert encoded.tokens == ["aå", "¯¹b"]
+    assert encoded.offsets == [(0, 2), (1, 3)], "both claim the character that they share"
+    assert offset_boundaries(encoded.offsets) == [None, 3]
+    # Against single letters the three characters are one group, not `a对` beside half of it.
+    assert align([1, 2, 3], offset_boundaries(encoded.offsets)) == [Group(0, 3, 0, 2)]
 
 
 def _check_partition(groups: Sequence[Group], first: int, second: int) -> None:

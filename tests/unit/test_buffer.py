@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,3 +171,12 @@ async def test_what_was_ready_before_is_not_waited_for() -> None:
     ready = await buffer.batch(0)
     assert 0 <= ready.wait_rollout_s < 0.01
     assert 0 <= ready.wait_teacher_s < 0.01
+
+
+async def test_an_answer_without_tokens_is_no_older_than_any_other() -> None:
+    """A black-box teacher may answer with nothing: no version drew it."""
+    buffer = RolloutBuffer(batch_size=1, max_staleness=0, steps=3, start_step=2)
+    (sample_id,) = await buffer.admit()
+    empty = np.empty(0, np.int32)
+    await buffer.put([replace(rollout(sample_id), token_ids=empty, student_versions=empty)])
+    assert len((await buffer.batch(2)).rollouts) == 1

@@ -8,10 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kdray.alignment import align, boundaries
+from kdray.batching import rollouts_to_batch
+from kdray.config import ULDLoss
 from kdray.cross_tokenizer import CrossTokenizerScorer, vocabulary_map
+from kdray.errors import ConfigError
+from kdray.losses import LossBatch, loss_function
 from kdray.losses.uld import UNMATCHED
 from kdray.models import task_tokenizer
 from kdray.types import Rollout
@@ -19,13 +25,13 @@ from kdray.types import Rollout
 LINES = ["last letters of the words", "the coin is still heads up", "naïve 对话"]
 
 
-def byte_level(size: int, eos: str) -> Any:
+def byte_level(size: int, eos: str, lines: Sequence[str] = LINES) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[eos], show_progress=False)
-    tokenizer.train_from_iterator(LINES * 5, trainer)
+    tokenizer.train_from_iterator([*lines] * 5, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
 
 
@@ -99,6 +105,47 @@ def test_a_token_is_the_students_first_one_of_its_text() -> None:
     assert letters[large["å"]] == UNMATCHED
 
 
+def sentence_pieces(spaced: bool) -> Any:
+    """Words begin with a mark, unknown characters fall back to bytes; `spaced`: a space is put before every text."""
+    tokens = ["<unk>", "</s>", "▁", "a", "b", "▁a", "å", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    mark = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), mark]) if spaced else mark
+    read = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)] if spaced else read)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_sentence_pieces_and_bytes_are_told_from_letters(spaced: bool) -> None:
+    pieces = sentence_pieces(spaced)
+    teacher = byte_level(280, "<end>", ["abab aba"])
+    teacher.add_special_tokens({"additional_special_tokens": ["<|a|>"]})
+    mapped, ids, names = vocabulary_map(pieces, teacher, len(teacher)), teacher.get_vocab(), pieces.convert_ids_to_tokens
+
+    def student(token: str) -> str:
+        return str(names(int(mapped[ids[token]])))
+
+    assert student("a") == "a", "not the one with a space before it, nor the byte that only stands in for it"
+    assert student("b") == "b"
+    assert student("Ġ") == "▁"
+    assert student("Ċ") == "<0x0A>", "the only token that writes a line break"
+    assert student("Ġaba") == "▁a"
+    # Without a space before it a text is not what such a tokenizer writes; better no counterpart than a wrong one.
+    assert mapped[ids["ab"]] == UNMATCHED if spaced else student("ab") == "a"
+    assert mapped[ids["å"]] == UNMATCHED, "the byte that is named so is not the letter"
+    assert mapped[ids["<|a|>"]] == UNMATCHED, "the name of a special token is not written"
+    assert vocabulary_map(teacher, pieces, len(pieces))[pieces.convert_tokens_to_ids("<0xE5>")] == UNMATCHED
+
+
+def test_a_teacher_without_an_end_is_refused() -> None:
+    endless = byte_level(270, "<end>")
+    endless.eos_token = None
+    with pytest.raises(ConfigError, match="end-of-sequence"):
+        scorer(CHARACTERS, endless, Bigram(len(endless)))
+
+
 async def test_the_same_tokenizer_gives_the_teachers_own_columns() -> None:
     inner = Bigram(len(CHARACTERS))
     (found,) = await score(scorer(CHARACTERS, CHARACTERS, inner), rollout(CHARACTERS, "abc de"))
@@ -162,6 +209,9 @@ async def test_what_the_teacher_cannot_read_has_no_rows_and_the_rest_is_scored()
         one, rollout(CHARACTERS, "the"), rollout(CHARACTERS, "the coin is still heads up" * 3, sample_id=1)
     )
     assert [asked.sample_id for asked in inner.asked] == [0]
+    assert long.support_ids is not None
+    assert long.teacher_logprobs is not None
+    assert short.support_ids is not None
     assert (long.support_ids == -1).all()
     assert (long.teacher_logprobs == 0).all()
     assert (short.support_ids != -1).any()
@@ -173,3 +223,86 @@ async def test_an_empty_response_is_its_end() -> None:
     assert inner.asked[0].token_ids.tolist() == [LARGE.eos_token_id]
     assert found.teacher_logprobs is not None
     assert found.teacher_logprobs[0] == pytest.approx(inner.rows[2][LARGE.eos_token_id], rel=1e-6)
+
+
+def merges(pairs: Sequence[tuple[str, str]]) -> Any:
+    """Four letters, the given pieces of them, and a full stop that ends a text."""
+    vocabulary = {token: index for index, token in enumerate([*".abcd", *("".join(pair) for pair in pairs)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(pairs)))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=".")
+
+
+class Student:
+    """A bigram table over its own ids, trained on what it draws: nothing but the loss tells it of the teacher."""
+
+    def __init__(self, tokenizer: Any, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.table = torch.zeros(len(tokenizer), len(tokenizer), requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.table], lr=0.1)
+        self.draws = np.random.default_rng(seed)
+
+    def sample(self, count: int) -> list[Rollout]:
+        law = self.table.detach().double().softmax(-1).numpy()
+        found = []
+        for sample_id in range(count):
+            ids = [0]
+            while len(ids) == 1 or (ids[-1] != self.tokenizer.eos_token_id and len(ids) <= 12):
+                ids.append(int(self.draws.choice(len(law), p=law[ids[-1]])))
+            tokens = np.array(ids[1:], np.int32)
+            logprobs = np.log(law[ids[:-1], ids[1:]]).astype(np.float32)
+            reason = "stop" if ids[-1] == self.tokenizer.eos_token_id else "length"
+            versions = np.zeros(len(tokens), np.int32)
+            found.append(Rollout(sample_id, 7, np.zeros(1, np.int32), tokens, logprobs, logprobs, versions, 0.0, reason))
+        return found
+
+    def learn(self, rollouts: list[Rollout], settings: ULDLoss) -> None:
+        batch = rollouts_to_batch(rollouts, 1)
+        logits = self.table[torch.from_numpy(np.roll(batch.token_ids, 1, axis=1)).long()]
+        loss = loss_function(settings)(logits, LossBatch.from_train_batch(batch, len(self.table)), settings).total
+        self.optimizer.zero_grad()
+        (loss / batch.num_target_tokens).backward()
+        self.optimizer.step()
+
+
+async def compare(one: CrossTokenizerScorer, student: Student, inner: Bigram, teacher: Any) -> tuple[float, float]:
+    """Of 200 fresh texts: log q - log p, nats a character; share of groups where both would go on alike."""
+    rollouts = student.sample(200)
+    inner.asked.clear()
+    await score(one, *rollouts)
+    law, gap, alike, groups = student.table.detach().numpy(), 0.0, 0, 0
+    for own, asked in zip(rollouts, inner.asked, strict=True):
+        assert own.student_logprobs is not None
+        read = [int(asked.prompt_ids[-1]), *asked.token_ids.tolist()]
+        written = [0, *own.token_ids.tolist()]
+        gap += own.student_logprobs.sum() - inner.rows[read[:-1], read[1:]].sum()
+        ends = [boundaries(student.tokenizer.decode, written[1:]), boundaries(teacher.decode, read[1:])]
+        for group in align(*ends):
+            first = student.tokenizer.decode([int(law[written[group.first_start]].argmax())])
+            alike += teacher.decode([int(inner.rows[read[group.second_start]].argmax())]).startswith(first)
+            groups += 1
+    return gap / sum(len(student.tokenizer.decode(rollout.token_ids)) for rollout in rollouts), alike / groups
+
+
+RICH = merges([("a", "b"), ("b", "c"), ("c", "d"), ("d", "a"), ("ab", "c")])
+
+
+@pytest.mark.parametrize("pairs", [[], [("a", "b"), ("c", "d")]], ids=["letters", "other pieces"])
+async def test_a_student_moves_towards_a_teacher_of_other_pieces(pairs: list[tuple[str, str]]) -> None:
+    """Its own texts become likely to the teacher, and it goes on as the teacher would.
+
+    With ids matched by equal text alone, the distance does not fall: pieces that the student lacks are worth nothing then.
+    """
+    tokenizer, settings = merges(pairs), ULDLoss(type="uld")
+    gaps = []
+    for seed in range(3):
+        inner, student = Bigram(len(RICH), seed, top_k=8), Student(tokenizer, seed + 1)
+        one = CrossTokenizerScorer(inner, tokenizer, RICH, {7: np.zeros(1, np.int32)}, len(RICH), 100)
+        before = await compare(one, student, inner, RICH)
+        for _ in range(50):
+            student.learn(await score(one, *student.sample(24)), settings)
+        after = await compare(one, student, inner, RICH)
+        assert after[1] > before[1] + 0.5, seed
+        gaps.append((before[0], after[0]))
+    before_mean, after_mean = np.mean(gaps, axis=0)
+    assert after_mean < 0.8 * before_mean

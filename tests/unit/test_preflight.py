@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kdray.config import TinyModel, parse_config
-from kdray.errors import ConfigError, KdrayError, VocabError
+from kdray.errors import ConfigError, DataError, KdrayError, VocabError
 from kdray.models import build_tiny_model
 from kdray.preflight import check
 
@@ -111,3 +111,45 @@ def test_answers_that_cannot_be_trained_are_refused(models: Path, tmp_path: Path
         check(_config(models, **sections))
     without = {**sections, "training": {"sft": {"steps": 0}}}
     assert check(_config(models, **without)).dataset.train
+
+
+def _shared(tmp_path, **rollout):
+    tiny = {"type": "tiny"}
+    return parse_config(
+        {
+            "run": {"name": "x", "output": str(tmp_path)},
+            "data": {"prompts": {"type": "task", "tasks": ["last_letters", "coin_flip"], "size": 16}, "heldout_size": 4},
+            "student": {"model": tiny},
+            "teachers": {"a": {"model": tiny}, "b": {"model": tiny}},
+            "rollout": {"teachers": rollout},
+        }
+    )
+
+
+def test_a_prompt_that_no_teacher_takes_is_found_before_anything_starts(tmp_path):
+    with pytest.raises(DataError, match=r"domain='coin_flip' is not in rollout\.teachers\.map"):
+        check(_shared(tmp_path, type="route", map={"last_letters": "a"}))
+    with pytest.raises(DataError, match=r"rollout\.teachers\.domain_weights"):
+        check(_shared(tmp_path, type="ensemble", domain_weights={"last_letters": {"a": 1}}))
+    with pytest.raises(ConfigError, match="at least one of them above 0"):
+        check(_shared(tmp_path, type="ensemble", weights={"a": 0, "b": 0}))
+    with pytest.raises(ConfigError, match="at least one of them above 0"):
+        check(_shared(tmp_path, type="route", weights={"a": 0, "b": 0}))
+    lines = check(_shared(tmp_path, type="route", map={"last_letters": "a", "coin_flip": "a"})).lines
+    assert any("teacher b: rollout.teachers sends it no prompt" in line for line in lines)
+
+
+def test_an_endpoint_without_its_key_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("KDRAY_TEST_KEY", raising=False)
+    tree = {
+        "run": {"name": "x", "output": str(tmp_path)},
+        "data": {"prompts": {"type": "task", "size": 8}, "heldout_size": 2},
+        "student": {"model": {"type": "tiny"}},
+        "teachers": {"far": {"type": "openai", "base_url": "http://here/v1", "model": "m", "api_key_env": "KDRAY_TEST_KEY"}},
+        "rollout": {"alpha": 1},
+        "loss": {"type": "sequence"},
+    }
+    with pytest.raises(ConfigError, match=r"teachers\.far\.api_key_env=KDRAY_TEST_KEY: the variable is not set"):
+        check(parse_config(tree))
+    monkeypatch.setenv("KDRAY_TEST_KEY", "k")
+    assert "k" not in [line.rpartition(" ")[2] for line in check(parse_config(tree)).lines]

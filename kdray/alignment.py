@@ -40,8 +40,8 @@ def boundaries(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int])
 def _growing(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int], whole: str) -> list[int | None]:
     """`boundaries` in linear time: each token is decoded after the few before it instead of after all.
 
-    The window begins with whole visible characters, so that a decoder which drops the first space of a text drops it before
-    and after the token alike.
+    The window begins with tokens that are accounted for, so that a decoder which drops the first space of a text drops it with
+    and without the new token alike.
     """
     ends: list[int | None] = []
     start, read, length = 0, 0, 0  # the window, what of it is accounted for, and how many characters that makes
@@ -54,9 +54,9 @@ def _growing(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int], w
             ends.append(None)
             continue
         ends.append(length + len(piece))
-        if not piece.strip() or piece.endswith(_CUT):
+        # The window moves on from whole characters alone: half of an invalid run of bytes would decode to something else.
+        if not piece or piece.endswith(_CUT):
             continue
-        # Keep the last accounted tokens as context, never half of an invalid run of bytes.
         start, read, length = read, count, length + len(piece)
         before = decode(token_ids[start:read])
     return ends

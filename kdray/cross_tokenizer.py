@@ -208,8 +208,9 @@ class CrossTokenizerScorer:
         order = np.argsort(-sums, kind="stable")
         out_ids = np.concatenate([unique[order], mapped[unmatched]])
         out_logprobs = np.concatenate([sums[order], logprobs[unmatched]])
-        padding = (0, len(ids) - len(out_ids))
-        return np.pad(out_ids, padding, constant_values=-1), np.pad(out_logprobs, padding, constant_values=-np.inf)
+        padded = np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), -np.inf, dtype=np.float32)
+        padded[0][: len(out_ids)], padded[1][: len(out_ids)] = out_ids, out_logprobs
+        return padded
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return _decode(self._student, token_ids)

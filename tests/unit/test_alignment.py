@@ -105,6 +105,14 @@ def test_ends_are_those_of_decoding_every_prefix(tokenizer: Tokenizer, data: st.
     )
 
 
+def test_a_run_of_invalid_bytes_is_read_as_in_the_whole_text() -> None:
+    """Cut in the middle, its second half would decode to other characters than it does after the first."""
+    ids = PIECES.get_vocab()
+    run = [ids[f"<0x{byte}>"] for byte in ("EF", "BD", "BD", "BF", "AF", "EF")] + [ids["a"]]
+    assert None in one_by_one(PIECES, run)
+    assert boundaries(PIECES.decode, run) == one_by_one(PIECES, run)
+
+
 def test_a_long_response_is_not_decoded_from_its_start_again_and_again() -> None:
     token_ids = LARGE.encode("the naïve 对话 " * 200).ids
     decoded = 0

@@ -306,3 +306,14 @@ async def test_a_student_moves_towards_a_teacher_of_other_pieces(pairs: list[tup
         gaps.append((before[0], after[0]))
     before_mean, after_mean = np.mean(gaps, axis=0)
     assert after_mean < 0.8 * before_mean
+
+
+async def test_a_groups_log_p_is_the_sum_over_all_of_the_teachers_tokens() -> None:
+    """A teacher of letters against a student of pieces: several of its tokens make one of the student's."""
+    inner = Bigram(len(CHARACTERS))
+    (found,) = await score(scorer(LARGE, CHARACTERS, inner), rollout(LARGE, "the coin is heads"))
+    (asked,) = inner.asked
+    assert len(asked.token_ids) > len(found.token_ids)
+    rows = inner.rows[[2, *asked.token_ids[:-1]]]
+    assert found.teacher_logprobs is not None
+    assert found.teacher_logprobs.sum() == pytest.approx(rows[np.arange(len(rows)), asked.token_ids].sum(), rel=1e-5)

@@ -1,6 +1,6 @@
 """Generated questions with exact graders: last letters, coin flip, arithmetic. No file, no network.
 
-To add one: a file here with a class of the shape of `Task`, a line in `TASKS`, and its name in `kdray.config.TaskName`.
+To add one: a file here with a class of the shape of `Task`, a line in `TASKS`, and its name in `kdray.settings.data.TaskName`.
 """
 
 from __future__ import annotations

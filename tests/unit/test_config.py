@@ -10,7 +10,6 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from kdray import config as module
 from kdray.config import Config, Settings, load_config, parse_config
 from kdray.errors import ConfigError
 
@@ -33,7 +32,7 @@ def all_settings() -> list[type[Settings]]:
     found, todo = [], [Settings]
     while todo:
         todo += (children := todo.pop().__subclasses__())
-        found += [child for child in children if child.__module__ == module.__name__]
+        found += [child for child in children if child.__module__.startswith(("kdray.config", "kdray.settings"))]
     return found
 
 

@@ -1,0 +1,31 @@
+"""What every section is made of: strict models, and numbers with bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+def with_default_type(tree: Any, key: str, default: str) -> Any:
+    """`tree` with the member of the union at `key` named, where only its other keys are given."""
+    if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+        return {**tree, key: {"type": default} | tree[key]}
+    return tree

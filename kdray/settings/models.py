@@ -1,0 +1,66 @@
+"""Where a model comes from: the hub, a folder, or a recipe to build a small one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from kdray.settings.base import NonNegative, Positive, PositiveFloat, Settings
+from kdray.settings.data import TaskName
+
+
+class TinyTraining(Settings):
+    """Supervised training that turns a tiny model into a teacher, in seconds on a CPU."""
+
+    tasks: list[TaskName] = Field(default=["last_letters"], min_length=1)
+    """Tasks to learn."""
+    difficulty: Positive = 2
+    """As in `data.prompts.difficulty`."""
+    steps: Positive = 600
+    """Optimizer steps."""
+    batch_size: Positive = 128
+    """Examples a step."""
+    learning_rate: PositiveFloat = 3e-3
+    """Peak AdamW learning rate, with a short warm-up and cosine decay."""
+
+
+class TinyModel(Settings):
+    """A small Llama over characters, built on the spot (and kept in `<output>/.models`): for recipes that run anywhere."""
+
+    type: Literal["tiny"]
+    layers: Positive = 2
+    """Transformer layers."""
+    width: Positive = 64
+    """Hidden size; a multiple of 32, the size of an attention head (the smallest that vLLM has on CPUs)."""
+    tie_embeddings: bool = False
+    """Whether input and output embeddings share one matrix."""
+    max_positions: Positive = 512
+    """Longest sequence, in tokens."""
+    vocab_rows: Positive | None = None
+    """Rows of the embedding when more than the tokenizer has, as real model families pad theirs."""
+    seed: NonNegative = 0
+    """Seed of the initial weights and of the training examples."""
+    train: TinyTraining | None = None
+    """Training that the model gets before the run; None leaves it random."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> TinyModel:
+        if self.width % 32:
+            raise ValueError(f"width={self.width}: attention heads have 32 channels; choose a multiple of 32")
+        return self
+
+
+def _model_tag(value: Any) -> str:
+    return "path" if isinstance(value, str | Path) else "tiny"
+
+
+ModelSource = Annotated[Annotated[str, Tag("path")] | Annotated[TinyModel, Tag("tiny")], Discriminator(_model_tag)]
+
+
+class StudentSettings(Settings):
+    model: ModelSource
+    """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
+    revision: str | None = None
+    """Commit or tag on the hub."""

@@ -10,7 +10,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +75,7 @@ class StudentEngine:
         self.steps_done = 0
         self.phase: Phase | None = None
         self._engine: Any = None
+        self._loss: LossSettings | None = None
         self._teacher_head: OutputHead | None = None
 
     def start_phase(self, phase: Phase) -> None:
@@ -141,20 +142,25 @@ class StudentEngine:
 
     # -------------------------------------------------------------------------------------------------- training
 
-    def train_step(self, batch: TrainBatch, text: TrainBatch | None = None) -> StepReport:
+    def train_step(
+        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+    ) -> StepReport:
         """One step on this rank's shard; every rank gets the same report.
 
         That is one optimizer update, or several where the phase distils and the settings ask for mini-batches or inner epochs.
         In an update every token's loss counts the same, whatever the split in micro-batches and ranks: sums are divided by
         the target tokens of all ranks. Pretraining text joins every update with its own mean.
-        Args: text: this rank's windows of the step.
+        Args: text: this rank's windows of the step; loss_values: settings of the loss that differ in this step.
         Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has not made that
         update.
         """
         assert self.phase is not None
         started = time.perf_counter()
+        self._loss = self.phase.loss
+        if self._loss is not None and loss_values:
+            self._loss = self._loss.model_copy(update=dict(loss_values))
         updates = list(self._updates(batch, text))
-        loss_fn = loss_function(self.phase.loss, self._whitening(batch))
+        loss_fn = loss_function(self._loss, self._whitening(batch))
         done = [self._update(part, text_part, loss_fn, number) for number, (part, text_part) in enumerate(updates)]
         sums: dict[str, float] = {}
         for update in done:
@@ -268,15 +274,13 @@ class StudentEngine:
         """The phase's loss on one micro-batch: from logits, or from hidden states where the phase has the teacher's head."""
         assert self.phase is not None
         if self._teacher_head is not None:
-            return hidden_state_loss(self._engine, part, self.phase.loss, self._teacher_head, self.vocab_size)
-        return loss_fn(
-            self._forward(part), LossBatch.from_train_batch(part, self.vocab_size, self._engine.device), self.phase.loss
-        )
+            return hidden_state_loss(self._engine, part, self._loss, self._teacher_head, self.vocab_size)
+        return loss_fn(self._forward(part), LossBatch.from_train_batch(part, self.vocab_size, self._engine.device), self._loss)
 
     def _whitening(self, batch: TrainBatch) -> Whitening | None:
         """Mean and deviation of the whole step's returns, for the losses that whiten them; the same on all ranks."""
         assert self.phase is not None
-        sums = return_sums(batch, self.phase.loss)
+        sums = return_sums(batch, self._loss)
         if sums is None:
             return None
         totals = torch.from_numpy(sums).to(self._engine.device)

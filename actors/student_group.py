@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,16 @@ class StudentRanks:
         """Fresh optimizer and the phase's own weights; or the state of a checkpoint that the same phase wrote."""
         await self._call(Order("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
 
-    async def train_step(self, batch: TrainBatch, text: TrainBatch | None = None) -> StepReport:
+    async def train_step(
+        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+    ) -> StepReport:
         return await self._call(
-            Order("train", shards=self._shards(batch), text_shards=None if text is None else self._shards(text))
+            Order(
+                "train",
+                shards=self._shards(batch),
+                text_shards=None if text is None else self._shards(text),
+                loss_values=dict(loss_values or {}),
+            )
         )
 
     def _shards(self, batch: TrainBatch) -> Sequence[ray.ObjectRef]:

@@ -37,6 +37,8 @@ class Order:
     """train: one TrainBatch for each rank."""
     text_shards: Sequence[ray.ObjectRef] | None = None
     """train: the windows of pretraining text for each rank, where there are some."""
+    loss_values: dict[str, float] | None = None
+    """train: settings of the loss that differ in this step."""
     version: int | None = None
     folder: str | None = None
     """export: the folder to write."""
@@ -169,7 +171,7 @@ def _obey(order: Order, engine: StudentEngine, rank: int, config: RankConfig) ->
     elif order.kind == "train":
         assert order.shards is not None
         text = None if order.text_shards is None else ray.get(order.text_shards[rank])
-        return engine.train_step(ray.get(order.shards[rank]), text)
+        return engine.train_step(ray.get(order.shards[rank]), text, order.loss_values)
     elif order.kind == "publish":
         assert order.version is not None
         _publish(engine, order.version, config.weights, rank)

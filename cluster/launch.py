@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,12 +28,13 @@ from actors.teacher_registry import TeacherRegistry
 from actors.weight_sync import WeightStore
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
-from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, open_pools, resolve_models
+from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, open_pools, resolve_models, training_route
 from kdray.batching import examples_to_batch
 from kdray.config import Config
 from kdray.data import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
 from kdray.evaluate import evaluate as measure
+from kdray.filters import Filters
 from kdray.loop import LoopSettings, Totals, distill
 from kdray.preflight import Checked, check
 from kdray.pretraining import PretrainingText
@@ -41,7 +42,8 @@ from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
 from kdray.report import write_report
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
-from kdray.types import TrainBatch
+from kdray.schedules import Schedules
+from kdray.types import Rollout, TrainBatch
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,13 @@ def _checkpoint_to_resume(config: Config) -> Checkpoint | None:
         return None
     checkpoint = Checkpoint(folder=found[0].absolute(), progress=found[1])
     training = config.training
-    if training.steps < checkpoint.step:
+    fine_tuning = checkpoint.progress.get("stage") == "finetune"
+    if fine_tuning and training.steps != checkpoint.progress["horizon"]:
+        raise ConfigError(
+            f"training.steps={training.steps}, but the run is fine-tuning after {checkpoint.progress['horizon']} steps of "
+            "distillation already; set training.steps to that"
+        )
+    if not fine_tuning and training.steps < checkpoint.step:
         raise ConfigError(
             f"training.steps={training.steps}, but the run's newest checkpoint has {checkpoint.step} steps already; "
             "set training.steps to at least that"
@@ -257,10 +265,11 @@ class _Job:
             ray.kill(weights)
 
     async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
-        config, checked = self.config, self.checked
+        config = self.config
         training = config.training
         steps = training.steps
-        start_step = self.checkpoint.step if self.checkpoint else 0
+        # Steps beyond those of distillation are fine-tuning.
+        start_step = min(steps, self.checkpoint.step) if self.checkpoint else 0
         self.folder.truncate_metrics(start_step)
         self.ledger.truncate(start_step)
         if self.checkpoint is None:
@@ -283,21 +292,55 @@ class _Job:
             training.schedule,
             self._teacher_of_head(models),
         )
+        schedules = Schedules(
+            training.schedules,
+            {name: config.scheduled(name) or 0.0 for name in training.schedules},
+            steps,
+            config.rollout.max_staleness,
+        )
+        progress: dict[str, Any] = {"base": base, "base_revision": revision, "horizon": steps, "stage": "distill"}
+        if self.checkpoint is not None:
+            kept = ("before", "stage", "distilled", "totals", "schedules")
+            progress |= {name: self.checkpoint.progress[name] for name in kept}
+            self.totals = Totals(**progress["totals"])
+            schedules.restore(progress["schedules"])
+        recoverable = _WithProgress(student, self.folder.checkpoints, training.keep_checkpoints, progress)
+        recoverable.live = {"totals": lambda: asdict(self.totals), "schedules": schedules.state}
+        if progress["stage"] == "distill":
+            await self._distill(student, pools, phase, recoverable, schedules, start_step)
+        after = progress["distilled"]
+        if training.finetune.steps:
+            after = await self._finetune(student, pools, recoverable)
+        await student.export(self.folder.student)
+        control = None
+        if config.evaluation.control and not self.stop.is_set():
+            try:
+                control = await self._or_stop(self._control(student, pools, base, revision))
+            except Interrupted:
+                # The run itself is complete; its summary says that there is no control.
+                self.reporter.event("interrupted", phase="control")
+        return self._summarise(progress, after, control, await student.restarts(), pools)
+
+    async def _distill(
+        self,
+        student: StudentRanks,
+        pools: Pools,
+        phase: Phase,
+        recoverable: _WithProgress,
+        schedules: Schedules,
+        start_step: int,
+    ) -> None:
+        """The phase that the run is for; its measurements go into the progress of every checkpoint."""
+        config, checked = self.config, self.checked
+        training, steps, progress = config.training, config.training.steps, recoverable.progress
         await self._or_stop(student.start_phase(phase, self.checkpoint.folder if self.checkpoint else None))
         await student.publish(start_step)
         await self._or_stop(self._check_signals(pools, start_step))
         if self.checkpoint is None:
-            before = await self._or_stop(self._measure(pools, 0, "before"))
-        else:
-            before = self.checkpoint.progress["before"]
-            self.totals = Totals(**self.checkpoint.progress["totals"])
-        recoverable = _WithProgress(
-            student, phase, steps, before, self.totals, self.folder.checkpoints, training.keep_checkpoints
-        )
-        if self.checkpoint is None:
+            progress |= {"before": await self._or_stop(self._measure(pools, 0, "before")), "distilled": None}
             # From here on a resume repeats neither the supervised phase nor the first measurement.
             await recoverable.save_checkpoint(0)
-
+        sampler, scorer = training_route(config, checked, pools)
         self.reporter.phase("distill", steps)
         await distill(
             settings=LoopSettings(
@@ -310,10 +353,12 @@ class _Job:
                 max_staleness=config.rollout.max_staleness,
                 checkpoint_every=training.checkpoint_every,
                 evaluate_every=config.evaluation.every,
+                teacher_share=config.rollout.teacher_share,
+                data_share=config.rollout.data_share,
             ),
             prompts=PromptStream(checked.dataset.train, config.run.seed),
-            sampler=pools.sampler,
-            scorer=pools.scorer,
+            sampler=sampler,
+            scorer=scorer,
             student=recoverable,
             reporter=self.reporter,
             ledger=self.ledger,
@@ -324,17 +369,66 @@ class _Job:
             pool_metrics=pools.metrics,
             text=self._text(pools),
             on_wait=pools.awaited,
+            schedules=schedules,
+            filters=self._filters(),
         )
-        after = await self._measure(pools, steps, "after")
-        await student.export(self.folder.student)
-        control = None
-        if config.evaluation.control and not self.stop.is_set():
-            try:
-                control = await self._or_stop(self._control(student, pools, base, revision))
-            except Interrupted:
-                # The run itself is complete; its summary says that there is no control.
-                self.reporter.event("interrupted", phase="control")
-        return self._summarise(before, after, control, await student.restarts(), pools)
+        name = "distilled" if training.finetune.steps else "after"
+        progress["distilled"] = await self._measure(pools, steps, name)
+
+    def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
+        """What `rollout.filters` leaves out of a batch."""
+        settings, dataset = self.config.rollout.filters, self.checked.dataset
+        if settings is None:
+            return lambda rollouts: {}
+        answers = {prompt.prompt_id: prompt.answer for prompt in dataset.train}
+        return Filters(settings, decoder(self.checked.tokenizer), dataset.grade, answers)
+
+    async def _finetune(self, student: StudentRanks, pools: Pools, recoverable: _WithProgress) -> dict[str, float]:
+        """The second stage, on the reference answers; a resume continues it where its last checkpoint stands."""
+        training, distilled = self.config.training, self.folder.checkpoints / "distilled"
+        # Its checkpoints count on from distillation's last one.
+        first = training.steps + 1
+        resumed = recoverable.progress["stage"] == "finetune"
+        if not resumed:
+            await student.export(distilled)
+            recoverable.progress["stage"] = "finetune"
+        settings = training.finetune
+        phase = Phase(
+            "finetune", str(distilled), None, None, settings.learning_rate, settings.steps, schedule=training.schedule
+        )
+        checkpoint = self.checkpoint if resumed else None
+        await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
+        done = checkpoint.step - first if checkpoint else 0
+        if not resumed:
+            # From here on a resume repeats nothing of distillation.
+            await recoverable.save_checkpoint(first)
+        examples = self._examples(training.sft.steps * training.sft.batch_size)
+        self.reporter.phase("finetune", settings.steps)
+        for step in range(done, settings.steps):
+            if self.stop.is_set():
+                await recoverable.save_checkpoint(first + step)
+                raise Interrupted(f"stopped at step {step} of fine-tuning after writing a checkpoint; continue with --resume")
+            report = await student.train_step(examples(step, settings.batch_size))
+            self.reporter.phase_step(report)
+            reached = step + 1
+            if training.checkpoint_every and reached % training.checkpoint_every == 0 and reached < settings.steps:
+                await recoverable.save_checkpoint(first + reached)
+                self.reporter.event("checkpoint", step=first + reached)
+        await recoverable.save_checkpoint(first + settings.steps)
+        version = training.steps + 1
+        await student.publish(version)
+        return await self._measure(pools, version, "after")
+
+    def _examples(self, first: int) -> Callable[[int, int], TrainBatch]:
+        """Batches of reference answers by (step from 0, size), from the `first`-th example of the run's order on."""
+        prompts = [prompt for prompt in self.checked.dataset.train if prompt.answer]
+        stream = PromptStream(prompts, self.config.run.seed)
+
+        def batch(step: int, size: int) -> TrainBatch:
+            chosen = [stream.at(first + step * size + offset) for offset in range(size)]
+            return examples_to_batch([(prompt, encode_answer(self.checked.tokenizer, prompt)) for prompt in chosen], step + 1)
+
+        return batch
 
     async def _check_signals(self, pools: Pools, version: int) -> None:
         """Every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""
@@ -346,8 +440,8 @@ class _Job:
         """Whose output head the ranks need, where teachers return hidden states."""
         if self.config.rollout.teacher_signal != "hidden":
             return None
-        ((name, teacher),) = self.config.served_teachers.items()
-        return models.teachers[name], teacher.revision
+        (name,) = self.config.served_teachers
+        return models.teachers[name], self.config.source(name)[1]
 
     def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
         """The pretraining text of a step, where the config mixes some in."""
@@ -364,14 +458,11 @@ class _Job:
         sft = self.config.training.sft
         schedule = self.config.training.schedule if name == "control" else "constant"
         await student.start_phase(Phase(name, model, revision, None, sft.learning_rate, steps, schedule=schedule))
-        examples = PromptStream([prompt for prompt in self.checked.dataset.train if prompt.answer], self.config.run.seed)
+        examples = self._examples(first_example)
         self.reporter.phase(name, steps)
         trained = 0
         for step in range(steps):
-            first = first_example + step * sft.batch_size
-            chosen = [examples.at(first + offset) for offset in range(sft.batch_size)]
-            pairs = [(prompt, encode_answer(self.checked.tokenizer, prompt)) for prompt in chosen]
-            report = await student.train_step(examples_to_batch(pairs, step + 1))
+            report = await student.train_step(examples(step, sft.batch_size))
             trained += report.num_target_tokens
             self.reporter.phase_step(report)
         return trained
@@ -383,7 +474,8 @@ class _Job:
         tokens = sum(len(encode_answer(self.checked.tokenizer, prompt)) for prompt in answered) / len(answered)
         steps = max(1, math.ceil(1.02 * self.totals.trained_tokens / (tokens * sft.batch_size)))
         trained = await self._supervised(student, "control", base, revision, steps, sft.steps * sft.batch_size)
-        version = self.config.training.steps + 1
+        # Fine-tuning's student is the version before.
+        version = self.config.training.steps + 2
         await student.publish(version)
         numbers = await self._measure(pools, version, "control")
         return {**numbers, "method": "sft", "trained_tokens": trained}
@@ -415,7 +507,7 @@ class _Job:
                 await asyncio.wait({task}, timeout=_CLEAN_UP_S)
 
     def _summarise(
-        self, before: dict[str, float], after: dict[str, float], control: Any, restarts: int, pools: Pools
+        self, progress: dict[str, Any], after: dict[str, float], control: Any, restarts: int, pools: Pools
     ) -> dict[str, Any]:
         steps = self.config.training.steps
         lost, duplicated = self.ledger.check(steps, self.config.training.batch_size)
@@ -426,7 +518,8 @@ class _Job:
             "tokens_scored": self.totals.tokens_scored,
             "trained_tokens": self.totals.trained_tokens,
             "wall_s": round(time.monotonic() - self.started, 3),
-            "before": before,
+            "before": progress["before"],
+            **({"distilled": progress["distilled"]} if self.config.training.finetune.steps else {}),
             "after": after,
             "control": control,
             "restarts": restarts,
@@ -444,35 +537,19 @@ class _Job:
 class _WithProgress:
     """The student group as the loop sees it, writing what a resume needs beside every checkpoint."""
 
-    def __init__(
-        self,
-        student: StudentRanks,
-        phase: Phase,
-        horizon: int,
-        before: dict[str, float],
-        totals: Totals,
-        checkpoints: Path,
-        keep: int,
-    ) -> None:
+    def __init__(self, student: StudentRanks, checkpoints: Path, keep: int, progress: dict[str, Any]) -> None:
+        """Args: progress: what goes into every checkpoint's marker, as it is then."""
         self._student = student
-        self._phase = phase
-        self._horizon = horizon
-        self._before = before
-        self._totals = totals
         self._checkpoints = checkpoints
         self._keep = keep
+        self.progress = progress
+        self.live: dict[str, Callable[[], Any]] = {}
+        """Entries of the progress that are asked for when a checkpoint is written."""
         self.train_step = student.train_step
         self.publish = student.publish
 
     async def save_checkpoint(self, step: int) -> None:
-        progress = {
-            "base": self._phase.model,
-            "base_revision": self._phase.revision,
-            "horizon": self._horizon,
-            "before": self._before,
-            "totals": asdict(self._totals),
-        }
-        await self._student.save_checkpoint(step, progress)
+        await self._student.save_checkpoint(step, self.progress | {name: entry() for name, entry in self.live.items()})
         await asyncio.to_thread(prune_checkpoints, self._checkpoints, self._keep)
 
 

@@ -23,6 +23,7 @@ from kdray.config import (
     EngineSettings,
     HFTeacherSettings,
     OtherTeacherSettings,
+    SequenceLoss,
     ULDLoss,
 )
 from kdray.cross_tokenizer import CrossTokenizerScorer
@@ -31,6 +32,7 @@ from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models import resolve_model
 from kdray.preflight import Checked, load_tokenizer, shape
+from kdray.references import WithReferences
 from kdray.seeds import sample_seed
 from kdray.signals import check_loss, check_prefill, check_rows
 from kdray.teachers import TeacherTeam, prompts_of
@@ -109,7 +111,7 @@ def resolve_models(config: Config) -> Models:
     cache = config.run.output / ".models"
     return Models(
         student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(teacher.model, cache)) for name, teacher in config.served_teachers.items()},
+        teachers={name: _absolute(resolve_model(config.source(name)[0], cache)) for name in config.served_teachers},
     )
 
 
@@ -208,15 +210,14 @@ def _cross_tokenizer(config: Config, checked: Checked, pool: ReplicaPool) -> Cro
 
 
 def _teacher_tokenizer(config: Config, name: str) -> Any:
-    teacher = config.served_teachers[name]
-    return load_tokenizer(teacher.model, teacher.revision)
+    return load_tokenizer(*config.source(name))
 
 
 def _own_vocabulary_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
     """A teacher alone, over its own vocabulary; its tokens for a text may be several times the student's."""
     teacher = config.served_teachers[name]
     tokenizer = _teacher_tokenizer(config, name)
-    rows, positions = shape(teacher.model, teacher.revision)
+    rows, positions = shape(*config.source(name))
     heldout = reencode(config, tokenizer, checked.dataset.heldout[:_CANARY_TOKENS])
     canary = [int(token_id) for ids in heldout.values() for token_id in ids][:_CANARY_TOKENS]
     longest = _TEACHER_TOKENS * config.max_model_len
@@ -224,7 +225,7 @@ def _own_vocabulary_spec(config: Config, checked: Checked, models: Models, name:
         _spec(config, checked, teacher),
         role="teacher",
         model=models.teachers[name],
-        revision=teacher.revision,
+        revision=config.source(name)[1],
         teacher=name,
         scoring=teacher.scoring,
         vocab_size=rows,
@@ -244,7 +245,7 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str) -
         role="mixture",
         model=models.teachers[name],
         student=models.student,
-        revision=teacher.revision,
+        revision=config.source(name)[1],
         student_revision=config.student.revision,
         teacher=name,
         record_hidden=config.rollout.teacher_signal == "hidden",
@@ -284,6 +285,24 @@ def _canary(config: Config, checked: Checked) -> tuple[int, ...]:
     """Ids that every teacher replica scores at its start: held-out prompts, one after the other."""
     ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
     return tuple(ids[: min(_CANARY_TOKENS, config.max_model_len)])
+
+
+def training_route(config: Config, checked: Checked, pools: Pools) -> tuple[Sampler, Scorer | None]:
+    """Who samples and who scores what is trained on: the pools, and the data where it has a share of the responses."""
+    share = max((config.rollout.data_share, *_scheduled(config, "rollout.data_share")))
+    if not share:
+        return pools.sampler, pools.scorer
+    # Where the sampler's rollouts come back scored, nobody else would score the data's.
+    scorer: Scorer | None = None
+    if pools.scorer is None and not isinstance(config.loss, SequenceLoss):
+        scorer = pools.team or pools.named[0]
+    prompts, limit = checked.dataset.train, config.rollout.max_new_tokens
+    return WithReferences(pools.sampler, scorer, prompts, checked.tokenizer, limit), pools.scorer
+
+
+def _scheduled(config: Config, name: str) -> tuple[float, ...]:
+    schedule = config.training.schedules.get(name)
+    return () if schedule is None else schedule.extremes
 
 
 def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[str, Any]:

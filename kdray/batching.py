@@ -6,7 +6,7 @@ nor padding, nor the split over ranks and micro-batches changes the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,12 +27,18 @@ _COLUMNS: dict[str, tuple[type[np.generic], float]] = {
 }
 
 
-def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
+def rollouts_to_batch(
+    rollouts: Sequence[Rollout],
+    step: int,
+    dropped: Collection[int] = (),
+    weights: Mapping[int, float] | None = None,
+) -> TrainBatch:
     """One row a rollout, in their order, with every per-token column that a loss may read and the rollouts have.
 
     Beside rollouts that a teacher wrote without the student, columns that only some have are left out: a loss of the text alone
     trains both kinds together, and one that needs more says so.
-    Args: step: the optimizer step that trains them, counted from 1; it starts from student version `step - 1`.
+    Args: step: the optimizer step that trains them, counted from 1; it starts from student version `step - 1`; dropped: sample
+          ids whose tokens are no targets; weights: of the rollouts in the loss, by sample id; None where all count alike.
     Raises: DataError if otherwise only some of the rollouts have a column.
     """
     batch = _pad(
@@ -55,7 +61,12 @@ def rollouts_to_batch(rollouts: Sequence[Rollout], step: int) -> TrainBatch:
     groups = tuple(sorted({name for row in names for name in row}))
     index = [np.array([groups.index(name) for name in row], dtype=np.int32) for row in names]
     group = _column(index, rollouts, batch.token_ids.shape[1], np.int32, -1) if rollouts else None
-    return replace(batch, group=group, groups=groups)
+    if weights is not None:
+        rows = [np.full(len(rollout.token_ids), weights[rollout.sample_id], dtype=np.float32) for rollout in rollouts]
+        batch.columns["weights"] = _column(rows, rollouts, batch.token_ids.shape[1], np.float32, 0.0)
+    kept = np.array([rollout.sample_id not in dropped for rollout in rollouts], dtype=bool)
+    loss_mask = batch.loss_mask & kept[:, None]
+    return replace(batch, loss_mask=loss_mask, num_target_tokens=int(loss_mask.sum()), group=group, groups=groups)
 
 
 def examples_to_batch(examples: Sequence[tuple[Prompt, np.ndarray]], step: int) -> TrainBatch:

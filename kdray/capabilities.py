@@ -55,9 +55,14 @@ def needed(config: Config) -> dict[Capability, str]:
     loss, rollout = config.loss, config.rollout
     by_loss = f"loss.type={loss.type}"
     asks: dict[Capability, str] = {}
-    if rollout.sampler == "student":
+    if rollout.data_share and not isinstance(loss, SequenceLoss):
+        asks["sampled"] = f"rollout.data_share={rollout.data_share:g}"
+    if rollout.data_share == 1.0:
+        # Nothing is drawn.
+        pass
+    elif rollout.sampler == "student":
         asks["sampled"] = "rollout.sampler=student"
-    elif rollout.alpha < 1.0:
+    elif rollout.alpha < 1.0 and rollout.teacher_share < 1.0:
         asks["beside"] = f"rollout.alpha={rollout.alpha:g}"
     else:
         asks["text"] = "rollout.alpha=1"

@@ -54,7 +54,14 @@ from kdray.settings.losses import (
     type_of,
 )
 from kdray.settings.models import ModelSource, StudentSettings, TinyModel, TinyTraining
-from kdray.settings.rollout import EnsembleSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
+from kdray.settings.rollout import (
+    EnsembleSettings,
+    FilterSettings,
+    RolloutSettings,
+    RouteRule,
+    RouteSettings,
+    TeachersSettings,
+)
 from kdray.settings.teachers import (
     AutoscalingSettings,
     CaptureTeacherSettings,
@@ -62,6 +69,9 @@ from kdray.settings.teachers import (
     HFTeacherSettings,
     OpenAITeacherSettings,
     OtherTeacherSettings,
+    PeerTeacherSettings,
+    SelfTeacherSettings,
+    ServedTeacher,
     TeacherSettings,
     TeacherSource,
 )
@@ -103,6 +113,10 @@ class ClusterSettings(Settings):
     """Seconds between health checks of a replica."""
 
 
+SCHEDULED_SHARES = ("alpha", "teacher_share", "data_share")
+"""Settings of `rollout` that `training.schedules` may change."""
+
+
 class Config(Settings):
     """A whole run."""
 
@@ -113,7 +127,7 @@ class Config(Settings):
     student: StudentSettings
     """The model that learns."""
     teachers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], TeacherSource] = Field(min_length=1)
-    """Teachers by name; the keys depend on `type`: vllm (the default), openai, hf or capture."""
+    """Teachers by name; the keys depend on `type`: vllm (the default), self, peer, openai, hf or capture."""
     rollout: RolloutSettings = RolloutSettings()
     """How sequences are drawn."""
     loss: LossSettings = MiniLLMLoss()
@@ -133,6 +147,9 @@ class Config(Settings):
     @model_validator(mode="after")
     def _together(self) -> Config:
         self._check_teachers()
+        self._check_writers()
+        self._check_live_teachers()
+        self._check_schedules()
         if isinstance(self.loss, MiniLLMLoss | LMOpsLoss | PerDecisionLoss | VOPDLoss) and self.rollout.alpha == 1.0:
             raise ValueError(
                 f"rollout.alpha=1 with loss.type={self.loss.type}: the weight q/m is unbounded when the teacher draws "
@@ -148,11 +165,6 @@ class Config(Settings):
                 f"rollout.teacher_signal=hidden with loss.type={self.loss.type}: exact rows are made for the divergences "
                 f"({', '.join(sorted(type_of(loss) for loss in DIVERGENCE_LOSSES))}); choose one of them, or "
                 "rollout.teacher_signal=support"
-            )
-        if isinstance(self.loss, SequenceLoss) and self.rollout.alpha < 1.0:
-            raise ValueError(
-                f"rollout.alpha={self.rollout.alpha:g} with loss.type=sequence: cross entropy of what the student drew teaches "
-                "nothing; set rollout.alpha=1, so that the teacher writes"
             )
         if isinstance(self.loss, ULDLoss) and (
             self.rollout.sampler != "student" or len(self.teachers) > 1 or not self.served_teachers
@@ -171,6 +183,96 @@ class Config(Settings):
                 f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}"
             )
         return self
+
+    def _check_writers(self) -> None:
+        """Who writes the responses, and whether the loss can learn from them."""
+        rollout, loss = self.rollout, self.loss
+        drawn = (1.0 - rollout.data_share) * (1.0 - rollout.teacher_share)
+        if isinstance(loss, SequenceLoss) and rollout.alpha < 1.0 and drawn > 0.0:
+            raise ValueError(
+                f"rollout.alpha={rollout.alpha:g} with loss.type=sequence: cross entropy of what the student drew teaches "
+                "nothing; set rollout.alpha=1, so that the teacher writes"
+            )
+        if rollout.sampler == "student" and rollout.teacher_share:
+            raise ValueError(
+                f"rollout.teacher_share={rollout.teacher_share:g} with rollout.sampler=student: student-only replicas cannot "
+                "write for the teacher; set rollout.sampler=mixture with rollout.alpha=0"
+            )
+        weighted = MiniLLMLoss | LMOpsLoss | PerDecisionLoss | VOPDLoss | ForwardKLSampledLoss
+        if isinstance(loss, weighted) and rollout.data_share:
+            raise ValueError(
+                f"rollout.data_share={rollout.data_share:g} with loss.type={loss.type}: its weights divide by the density that "
+                "each token was drawn from, and nobody knows the data's; use a divergence, or loss.type=sequence"
+            )
+        if isinstance(loss, weighted) and not isinstance(loss, ForwardKLSampledLoss) and rollout.teacher_share:
+            raise ValueError(
+                f"rollout.teacher_share={rollout.teacher_share:g} with loss.type={loss.type}: the weight q / m is unbounded "
+                "where the teacher writes alone; use a divergence, or rollout.alpha for mixing token by token"
+            )
+        if rollout.filters is not None and rollout.filters.agreement is not None and rollout.samples_per_prompt == 1:
+            raise ValueError(
+                f"rollout.filters.agreement={rollout.filters.agreement} with rollout.samples_per_prompt=1: there is nothing to "
+                "agree with; raise rollout.samples_per_prompt"
+            )
+
+    def _check_live_teachers(self) -> None:
+        """Teachers that read other prompts, or whose weights change during the run."""
+        peers, selves = self.peers, [t for t in self.teachers.values() if isinstance(t, SelfTeacherSettings)]
+        if self.teacher_apart and not isinstance(self.loss, ULDLoss):
+            name = next(name for name, teacher in self.served_teachers.items() if teacher.prompt_template is not None)
+            if self.rollout.sampler != "student" or len(self.teachers) > 1:
+                raise ValueError(
+                    f"teachers.{name}.prompt_template: a teacher that reads another prompt cannot sample beside the student, "
+                    "nor share a target with others; set rollout.sampler=student, and keep one teacher"
+                )
+        if peers and len(peers) < len(self.teachers):
+            raise ValueError(
+                f"teachers: {', '.join(peers)} of type peer learn from this student and from each other; another kind of "
+                "teacher beside them is not known: keep peers alone"
+            )
+        if len(peers) > 1 and not isinstance(self.rollout.teachers, EnsembleSettings):
+            raise ValueError("rollout.teachers: several peers teach as one; set rollout.teachers.type=ensemble")
+        if peers and self.rollout.teachers is not None and (self.rollout.teachers.names()):
+            raise ValueError("rollout.teachers: peers count alike, since every student has the others; remove their names")
+        if "student" in peers:
+            raise ValueError("teachers.student: that is what peers call the run's student; give the teacher another name")
+        if selves and (len(self.teachers) > 1 or isinstance(self.loss, ULDLoss)):
+            raise ValueError(
+                "teachers: one of type self is the only teacher of its run, and reads the student's own ids; remove the others"
+            )
+        if (peers or selves) and self.rollout.teacher_signal == "hidden":
+            raise ValueError(
+                "rollout.teacher_signal=hidden: the ranks hold an output head of fixed weights, and these teachers change; use "
+                "rollout.teacher_signal=support"
+            )
+
+    def _check_schedules(self) -> None:
+        """Every scheduled setting must exist, and be valid at both ends of its course."""
+        for name, schedule in self.training.schedules.items():
+            section, _, leaf = name.partition(".")
+            own = self.scheduled(name)
+            if own is None:
+                known = [f"rollout.{one}" for one in SCHEDULED_SHARES] + [
+                    f"loss.{field}" for field, value in self.loss if isinstance(value, float) and not isinstance(value, bool)
+                ]
+                raise ValueError(f"training.schedules.{name}: no number that can change; those are {', '.join(known)}")
+            tree = self.model_dump(mode="json")
+            tree["training"]["schedules"] = {}
+            for value in schedule.extremes:
+                tree[section][leaf] = value
+                try:
+                    Config.model_validate(tree)
+                except ValidationError as error:
+                    reasons = "; ".join(explain(item) for item in error.errors())
+                    raise ValueError(f"training.schedules.{name}: at {value:g}: {reasons}") from error
+
+    def scheduled(self, name: str) -> float | None:
+        """The own value of a setting that a schedule may change; None where there is no such number."""
+        section, _, leaf = name.partition(".")
+        if section == "rollout" and leaf in SCHEDULED_SHARES:
+            return float(getattr(self.rollout, leaf))
+        value = getattr(self.loss, leaf, None) if section == "loss" else None
+        return value if isinstance(value, float) else None
 
     def _check_teachers(self) -> None:
         names, sharing = ", ".join(self.teachers), self.rollout.teachers
@@ -206,14 +308,31 @@ class Config(Settings):
             )
 
     @property
-    def served_teachers(self) -> dict[str, TeacherSettings]:
+    def served_teachers(self) -> dict[str, ServedTeacher]:
         """Teachers that replicas on the cluster serve."""
-        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, TeacherSettings)}
+        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, ServedTeacher)}
 
     @property
     def other_teachers(self) -> dict[str, OtherTeacherSettings]:
         """Teachers that are no pool of replicas."""
-        return {name: teacher for name, teacher in self.teachers.items() if not isinstance(teacher, TeacherSettings)}
+        return {name: teacher for name, teacher in self.teachers.items() if not isinstance(teacher, ServedTeacher)}
+
+    @property
+    def peers(self) -> dict[str, PeerTeacherSettings]:
+        """Teachers that learn too."""
+        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, PeerTeacherSettings)}
+
+    @property
+    def teacher_apart(self) -> bool:
+        """Whether the teacher reads something else than the student, so that no replica can hold both."""
+        templates = any(teacher.prompt_template is not None for teacher in self.served_teachers.values())
+        return templates or isinstance(self.loss, ULDLoss)
+
+    def source(self, name: str) -> tuple[ModelSource, str | None]:
+        """Model and revision of a served teacher; a self-teacher's are the student's."""
+        teacher = self.served_teachers[name]
+        owner = self.student if isinstance(teacher, SelfTeacherSettings) else teacher
+        return owner.model, owner.revision
 
     @property
     def has_rollout_pool(self) -> bool:
@@ -263,7 +382,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [explain(item) for item in error.errors()]
         raise ConfigError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from error
 
 
@@ -286,7 +405,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _explain(item: Any) -> str:
+def explain(item: Any) -> str:
     """One pydantic error as setting, value and remedy."""
     location = _written_keys(item["loc"], keep_last=item["type"] == "extra_forbidden")
     setting = ".".join(location)
@@ -365,6 +484,7 @@ __all__ = [
     "EngineSettings",
     "EnsembleSettings",
     "EvaluationSettings",
+    "FilterSettings",
     "ForwardKLLoss",
     "ForwardKLSampledLoss",
     "HFTeacherSettings",
@@ -384,6 +504,7 @@ __all__ = [
     "OtherTeacherSettings",
     "ParquetPrompts",
     "ParquetText",
+    "PeerTeacherSettings",
     "PerDecisionLoss",
     "PretrainingSettings",
     "PromptSource",
@@ -393,7 +514,9 @@ __all__ = [
     "RouteSettings",
     "RunSettings",
     "SFTSettings",
+    "SelfTeacherSettings",
     "SequenceLoss",
+    "ServedTeacher",
     "Settings",
     "SkewForwardKLLoss",
     "SkewReverseKLLoss",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,11 @@ from kdray.buffer import ReadyBatch, RolloutBuffer
 from kdray.data import PromptStream
 from kdray.errors import EngineError, Interrupted, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
-from kdray.metrics import batch_metrics
+from kdray.metrics import batch_metrics, filter_metrics
 from kdray.progress import Ledger
-from kdray.seeds import sample_seed
+from kdray.references import DATA
+from kdray.schedules import Schedules
+from kdray.seeds import sample_seed, unit
 from kdray.streams import Merged
 from kdray.types import Rollout, SampleRequest, TrainBatch
 
@@ -46,6 +48,8 @@ class LoopSettings:
     max_staleness: int
     checkpoint_every: int
     evaluate_every: int
+    teacher_share: float = 0.0
+    data_share: float = 0.0
 
 
 @dataclass
@@ -73,6 +77,9 @@ async def distill(
     pool_metrics: Callable[[], dict[str, float]] = dict,
     text: Callable[[int], Awaitable[TrainBatch]] | None = None,
     on_wait: Callable[[Sequence[int]], None] = lambda missing: None,
+    schedules: Schedules | None = None,
+    filters: Callable[[Sequence[Rollout]], dict[int, str]] = lambda rollouts: {},
+    weights: Callable[[Sequence[Rollout]], dict[int, float] | None] = lambda rollouts: None,
 ) -> None:
     """Run steps [start_step, settings.steps). Version `start_step` of the student is published already.
 
@@ -81,12 +88,18 @@ async def distill(
           text: gives the pretraining text of an optimizer step, counted from 1; asked for beside the rollouts of that step.
           evaluate: called with a version after every `evaluate_every` steps; its numbers join the step's metrics.
           on_wait: called with the sample ids that training begins to wait for, and with none when the wait ends.
+          schedules: values of settings that change from step to step.
+          filters: gives the rule by which each rollout of a batch is left out of training, by sample id.
+          weights: gives the weights of the rollouts of a batch in the loss, by sample id; None where all count alike.
     Raises: Interrupted after `stop`; what any part raised, alone, if one part failed.
     """
     buffer = RolloutBuffer(settings.batch_size, settings.max_staleness, settings.steps, start_step)
+    schedules = schedules or Schedules({}, {}, settings.steps, settings.max_staleness)
     try:
         async with asyncio.TaskGroup() as tasks:
-            producer = tasks.create_task(_produce(settings, buffer, prompts, sampler, scorer, totals), name="produce")
+            producer = tasks.create_task(
+                _produce(settings, buffer, prompts, sampler, scorer, totals, schedules), name="produce"
+            )
             tasks.create_task(
                 _train(
                     settings,
@@ -101,6 +114,9 @@ async def distill(
                     pool_metrics,
                     text,
                     on_wait,
+                    schedules,
+                    filters,
+                    weights,
                     producer,
                 ),
                 name="train",
@@ -117,23 +133,45 @@ async def _produce(
     sampler: Sampler,
     scorer: Scorer | None,
     totals: Totals,
+    schedules: Schedules,
 ) -> None:
     async with asyncio.TaskGroup() as calls:
         while admitted := await buffer.admit():
-            requests = [_request(settings, buffer, prompts, sample_id) for sample_id in admitted]
+            requests = [
+                request_for(
+                    settings,
+                    prompts,
+                    sample_id,
+                    buffer.min_version(sample_id),
+                    schedules.at(sample_id // settings.batch_size),
+                )
+                for sample_id in admitted
+            ]
             calls.create_task(_fill(buffer, sampler, scorer, requests, totals))
 
 
-def _request(settings: LoopSettings, buffer: RolloutBuffer, prompts: PromptStream, sample_id: int) -> SampleRequest:
+def request_for(
+    settings: LoopSettings, prompts: PromptStream, sample_id: int, min_version: int, values: Mapping[str, float]
+) -> SampleRequest:
+    """The request of a sample: a function of its id and the settings alone. Args: values: scheduled settings of its step."""
+    alpha, teacher_share, data_share = (
+        values.get(f"rollout.{name}", getattr(settings, name)) for name in ("alpha", "teacher_share", "data_share")
+    )
+    # One draw decides who writes, so that a schedule moves as few samples as it must from one writer to another.
+    chance = unit(settings.seed, "writer", sample_id)
+    if chance < data_share:
+        alpha = DATA
+    elif chance < data_share + (1.0 - data_share) * teacher_share:
+        alpha = 1.0
     prompt = prompts.at(sample_id // settings.samples_per_prompt)
     return SampleRequest(
         sample_id=sample_id,
         prompt_id=prompt.prompt_id,
         prompt_ids=prompt.token_ids,
-        alpha=settings.alpha,
+        alpha=alpha,
         seed=sample_seed(settings.seed, "train", sample_id),
         max_new_tokens=settings.max_new_tokens,
-        min_version=buffer.min_version(sample_id),
+        min_version=min_version,
     )
 
 
@@ -193,6 +231,9 @@ async def _train(
     pool_metrics: Callable[[], dict[str, float]],
     text: Callable[[int], Awaitable[TrainBatch]] | None,
     on_wait: Callable[[Sequence[int]], None],
+    schedules: Schedules,
+    filters: Callable[[Sequence[Rollout]], dict[int, str]],
+    weights: Callable[[Sequence[Rollout]], dict[int, float] | None],
     producer: asyncio.Task[None],
 ) -> None:
     saved = start_step
@@ -203,16 +244,24 @@ async def _train(
             await _interrupt(student, reporter, step, saved, producer)
         ready, windows = wanted
         rollouts = ready.rollouts
-        report = await student.train_step(rollouts_to_batch(rollouts, step + 1), windows)
+        dropped = filters(rollouts)
+        values = schedules.at(step)
+        batch = rollouts_to_batch(rollouts, step + 1, dropped, weights(rollouts))
+        report = await student.train_step(batch, windows, loss_values(values))
         trained = time.perf_counter()
+        measured = batch_metrics(rollouts, trained_version=step)
+        # Before anything can be admitted that this step's signals decide.
+        schedules.observe(step + 1, measured)
         await student.publish(step + 1)
         await buffer.published(step + 1)
         now = time.perf_counter()
-        ledger.append(step + 1, [rollout.sample_id for rollout in rollouts])
+        ledger.append(step + 1, [rollout.sample_id for rollout in rollouts], dropped)
         totals.prompts_consumed += len(rollouts) // settings.samples_per_prompt
         totals.trained_tokens += report.num_target_tokens
         metrics: dict[str, Any] = {
-            **batch_metrics(rollouts, trained_version=step),
+            **measured,
+            **filter_metrics(dropped, len(rollouts)),
+            **{f"schedule/{name}": value for name, value in values.items()},
             "tokens_per_s": report.num_target_tokens / (now - started),
             "wait_rollout_s": ready.wait_rollout_s,
             "wait_teacher_s": ready.wait_teacher_s,
@@ -233,6 +282,11 @@ async def _train(
     if saved < settings.steps:
         await student.save_checkpoint(settings.steps)
         reporter.event("checkpoint", step=settings.steps)
+
+
+def loss_values(values: Mapping[str, float]) -> dict[str, float]:
+    """The scheduled values of the loss, by its own field names."""
+    return {name.removeprefix("loss."): value for name, value in values.items() if name.startswith("loss.")}
 
 
 async def _interrupt(student: StudentGroup, reporter: Reporter, step: int, saved: int, producer: asyncio.Task[None]) -> None:

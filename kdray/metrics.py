@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +38,7 @@ METRICS: dict[str, Metric] = {
     "truncated": Metric("share", "rollout_mean", "Rollouts that max_new_tokens cut"),
     "staleness_mean": Metric("steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"),
     "staleness_max": Metric("steps", "max", "The same, of the stalest rollout"),
+    "filtered": Metric("share", "rollout_mean", "Rollouts that rollout.filters left out; filtered/<rule> says by which rule"),
     "importance_weight_mean": Metric("1", "token_mean", "Mixing weight q / m at the sampled tokens; expected to be 1"),
     "importance_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of the mixing weights over tokens"),
     # From the sums of the loss.
@@ -113,6 +115,14 @@ def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str
         if len(values):
             metrics[name] = float(values.mean(dtype=np.float64))
     return metrics | _weight_metrics(rollouts, trained_version)
+
+
+def filter_metrics(dropped: Mapping[int, str], num_rollouts: int) -> dict[str, float]:
+    """Share of a batch that was left out, in all and by rule; nothing where nothing was."""
+    if not dropped:
+        return {}
+    shares = {f"filtered/{rule}": count / num_rollouts for rule, count in Counter(dropped.values()).items()}
+    return {"filtered": len(dropped) / num_rollouts, **shares}
 
 
 def token_groups(rollout: Rollout, trained_version: int) -> list[str]:

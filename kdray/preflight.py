@@ -10,7 +10,19 @@ from typing import Any
 
 from kdray.capabilities import check_capabilities
 from kdray.captured_teacher import CapturedTeacher, read_manifest
-from kdray.config import CaptureTeacherSettings, Config, EngineSettings, OpenAITeacherSettings, TinyModel, ULDLoss
+from kdray.config import (
+    CaptureTeacherSettings,
+    Config,
+    EngineSettings,
+    HFTeacherSettings,
+    ModelSource,
+    OpenAITeacherSettings,
+    PeerTeacherSettings,
+    SelfTeacherSettings,
+    TeacherSource,
+    TinyModel,
+    ULDLoss,
+)
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models import resolve_model, task_tokenizer
@@ -67,21 +79,22 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
             if manifest is not None:
                 vocab_size = min(vocab_size, manifest.vocab_size)
             continue
-        rows, teacher_positions = shape(teacher.model, teacher.revision)
+        model, revision = (teacher.model, teacher.revision) if isinstance(teacher, HFTeacherSettings) else config.source(name)
+        rows, teacher_positions = shape(model, revision)
         if isinstance(config.loss, ULDLoss):
-            own = load_tokenizer(teacher.model, teacher.revision)
+            own = load_tokenizer(model, revision)
             if own.eos_token_id is None or not own.is_fast:
                 raise ConfigError(
                     f"teachers.{name}.model: loss.type=uld needs a fast tokenizer with an end-of-sequence token; "
                     f"{'it is slow' if not own.is_fast else 'set its eos_token'}"
                 )
-            lines.append(f"teacher {name}: {_describe(teacher.model)}, {rows} vocabulary rows of its own")
+            lines.append(f"teacher {name}: {_describe(model)}, {rows} vocabulary rows of its own")
             continue
         positions[f"teachers.{name}.model"] = teacher_positions
-        shared = check_vocab(load_tokenizer(teacher.model, teacher.revision), tokenizer, rows, student_rows)
+        shared = check_vocab(load_tokenizer(model, revision), tokenizer, rows, student_rows)
         vocab_size = min(vocab_size, shared)
         padded = f"; {max(rows, student_rows) - shared} padded rows are cut" if rows != student_rows else ""
-        lines.append(f"teacher {name}: {_describe(teacher.model)}, {rows} vocabulary rows{padded}")
+        lines.append(f"teacher {name}: {_describe_teacher(teacher, model)}, {rows} vocabulary rows{padded}")
     needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     text = config.training.pretraining
     for setting, longest in positions.items():
@@ -111,6 +124,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
                 f"{captured.longest_answer} tokens; raise it to that"
             )
         lines.append(f"teacher {name}: recorded answers in {path}, with {', '.join(sorted(captured.signals))}")
+    _check_references(config, dataset)
     if config.training.sft.steps and not any(prompt.answer for prompt in dataset.train):
         raise ConfigError(
             f"training.sft.steps={config.training.sft.steps}, but the prompts have no reference answers; "
@@ -138,6 +152,32 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
     return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), windows, lines)
+
+
+def _check_references(config: Config, dataset: Dataset) -> None:
+    """Raises: ConfigError where a setting needs reference answers that the prompts have not."""
+    schedule = config.training.schedules.get("rollout.data_share")
+    filters = config.rollout.filters
+    correct = filters is not None and filters.correct
+    wanted = {
+        f"rollout.data_share={config.rollout.data_share:g}": config.rollout.data_share > 0.0 or schedule is not None,
+        "rollout.filters.correct=true": correct,
+        f"training.finetune.steps={config.training.finetune.steps}": config.training.finetune.steps > 0,
+        **{
+            f"teachers.{name}.prompt_template": "{answer}" in (teacher.prompt_template or "")
+            for name, teacher in config.served_teachers.items()
+        },
+    }
+    lacking = sum(prompt.answer is None for prompt in dataset.train)
+    for setting, asks in wanted.items():
+        # Fine-tuning takes the prompts that have one, as the first supervised phase does.
+        if asks and (lacking == len(dataset.train) if setting.startswith("training") else lacking):
+            raise ConfigError(
+                f"{setting}, but {lacking} of {len(dataset.train)} prompts have no reference answer; set "
+                "data.prompts.answer_column, or leave them out"
+            )
+    if correct and dataset.grade is None:
+        raise ConfigError("rollout.filters.correct=true: only generated tasks can be graded; use `pattern` or `agreement`")
 
 
 def _engines(config: Config) -> dict[str, EngineSettings]:
@@ -198,6 +238,12 @@ def shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | Non
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise ConfigError(f"model {source}: the folder has no *.safetensors weights; save it with save_pretrained")
     return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
+
+
+def _describe_teacher(teacher: TeacherSource, model: ModelSource) -> str:
+    if isinstance(teacher, SelfTeacherSettings):
+        return "the student itself" + (f", renewed every {teacher.every} steps" if teacher.every else " as distillation begins")
+    return _describe(model) + (", a student too" if isinstance(teacher, PeerTeacherSettings) else "")
 
 
 def _describe(source: str | TinyModel) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,19 @@ def prune_checkpoints(checkpoints: Path, keep: int) -> None:
 
 
 class Ledger:
-    """`ledger.jsonl`: the sample ids of every trained step, appended when the step is done."""
+    """`ledger.jsonl`: the sample ids of every trained step, and which of them a filter left out; appended when it is done."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, step: int, sample_ids: list[int]) -> None:
-        """Note one step. Reaches the disk before the call returns."""
+    def append(self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None) -> None:
+        """Note one step. Reaches the disk before the call returns. Args: dropped: the rule by which a sample was left out."""
+        by_rule: dict[str, list[int]] = {}
+        for sample_id, rule in (dropped or {}).items():
+            by_rule.setdefault(rule, []).append(sample_id)
+        line = {"step": step, "sample_ids": sample_ids} | ({"dropped": by_rule} if by_rule else {})
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "sample_ids": sample_ids}) + "\n")
+            file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

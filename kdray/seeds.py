@@ -15,6 +15,11 @@ def sample_seed(run_seed: int, stream: str, sample_id: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def unit(run_seed: int, stream: str, sample_id: int) -> float:
+    """One uniform in [0, 1) for a decision about a sample; `stream` names the decision."""
+    return sample_seed(run_seed, stream, sample_id) / 2.0**64
+
+
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One uniform in [0, 1) per (seed, position) pair, float64 [n]; the splitmix64 finaliser over seed + position.
 

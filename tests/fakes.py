@@ -202,7 +202,9 @@ class FakeStudent:
     texts: list[TrainBatch | None] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
 
-    async def train_step(self, batch: TrainBatch, text: TrainBatch | None = None) -> StepReport:
+    async def train_step(
+        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+    ) -> StepReport:
         step = self.steps_done
         self.history.add("train", step)
         self._check(batch, step)

@@ -30,6 +30,7 @@ class LossBatch:
     group: torch.Tensor | None = None  # [B, S] int, index in `groups`
     groups: tuple[str, ...] = ()
     """Names under which `by_group` adds up."""
+    weights: torch.Tensor | None = None  # [B, S] weight of a token in the loss; None where all count alike
     teacher_logits: torch.Tensor | None = None  # [B, S, vocab >= vocab_size]; where given, read instead of the support
 
     @classmethod
@@ -100,7 +101,7 @@ def check_columns(what: str, columns: int, vocab_size: int) -> None:
         )
 
 
-FLOAT_COLUMNS = ("mixture_logprobs", "student_logprobs", "teacher_logprobs", "tail_logprobs")
+FLOAT_COLUMNS = ("mixture_logprobs", "student_logprobs", "teacher_logprobs", "tail_logprobs", "weights")
 """Columns with one number a token, by Rollout field name."""
 
 

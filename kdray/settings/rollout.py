@@ -101,12 +101,45 @@ class EnsembleSettings(Settings):
         return {*(self.teachers or []), *(name for mapping in shares for name in mapping)}
 
 
+class FilterSettings(Settings):
+    """Which responses are trained on. Those of one prompt (`samples_per_prompt`) vote together."""
+
+    finished: bool = True
+    """Leave out responses that `max_new_tokens` cut, and those that a program could not parse."""
+    pattern: str | None = None
+    """Leave out responses in which this regular expression is not found."""
+    correct: bool = False
+    """Leave out responses that the task's grader calls wrong."""
+    agreement: Literal["plurality", "majority", "unanimous"] | None = None
+    """Self-consistency: keep the answer that most of a prompt's responses give and leave out the others; where it has no
+    `plurality` (a tie), no `majority` of all of them, or is not `unanimous`, leave out all. Compared as texts."""
+    distinct: bool = False
+    """Keep one of several equal responses to a prompt."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> FilterSettings:
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"pattern={self.pattern!r}: not a regular expression: {error}") from error
+        return self
+
+
 TeachersSettings = Annotated[RouteSettings | EnsembleSettings, Field(discriminator="type")]
 
 
 class RolloutSettings(Settings):
     alpha: Fraction = 0.2
     """Teacher's share of every next-token draw (MiniLLM's alpha): 0 samples from the student alone, 1 from the teacher."""
+    teacher_share: Fraction = 0.0
+    """Share of the responses that the teacher writes whole, at alpha 1; the others follow `alpha`. With alpha 0 what is left is
+    on-policy distillation's share of student samples (GKD's lambda)."""
+    data_share: Fraction = 0.0
+    """Share of the responses that are the data's reference answers, which the teacher then scores: 1 is distillation on a fixed
+    dataset, 0.3 beside a writing teacher the usual mix with real data. Taken before `teacher_share`."""
+    filters: FilterSettings | None = None
+    """Rules that leave responses out of training; None trains on all."""
     max_new_tokens: Positive = 128
     """Longest response, in tokens."""
     samples_per_prompt: Positive = 1

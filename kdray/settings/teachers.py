@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -164,17 +166,75 @@ class EngineSettings(Settings):
         return self
 
 
-class TeacherSettings(EngineSettings):
-    """A teacher served by vLLM replicas on the cluster."""
+class ServedTeacherSettings(EngineSettings):
+    """What every teacher served by vLLM replicas on the cluster has."""
 
-    type: Literal["vllm"] = "vllm"
+    prompt_template: str | None = None
+    """What the teacher reads in place of a prompt: `{prompt}` stands for it, `{answer}` for its reference answer. Lets the
+    teacher know more than the student, such as the same model with the answer in front. Student-only replicas then sample."""
     scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
     """How given sequences are scored by prefill. `recorder`: at any ids, with hidden states and both exact KLs.
     `prompt_logprobs`: vLLM's own, the teacher's top ids alone; for an engine whose prefill the recorder cannot read."""
+
+    @model_validator(mode="after")
+    def _template(self) -> ServedTeacherSettings:
+        if self.prompt_template is not None:
+            check_template("prompt_template", self.prompt_template, required=("prompt",), allowed=("prompt", "answer"))
+        return self
+
+
+def check_template(setting: str, template: str, required: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raises: ValueError where a template cannot be filled in, lacks a field, or has one that nobody knows."""
+    try:
+        found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"{setting}: cannot be filled in: {error}; write {{{{ and }}}} for braces of its own") from error
+    for name in sorted(found - set(allowed)):
+        raise ValueError(f"{setting}: {{{name}}} stands for nothing; use {', '.join(f'{{{one}}}' for one in allowed)}")
+    for name in required:
+        if name not in found:
+            raise ValueError(f"{setting}: lacks {{{name}}}")
+
+
+class TeacherSettings(ServedTeacherSettings):
+    """A teacher with weights of its own."""
+
+    type: Literal["vllm"] = "vllm"
     model: ModelSource
     """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
     revision: str | None = None
     """Commit or tag on the hub."""
+
+
+class SelfTeacherSettings(ServedTeacherSettings):
+    """The student itself as it was earlier: a snapshot, or an exponential average of its versions. Self-distillation."""
+
+    type: Literal["self"]
+    every: Positive | None = None
+    """Steps between renewals; None keeps the student that distillation began with."""
+    decay: Annotated[Fraction, Field(lt=1.0)] = 0.0
+    """Share of the teacher's weights that a renewal keeps: 0 copies the student, more averages over its versions."""
+
+    @model_validator(mode="after")
+    def _renewed(self) -> SelfTeacherSettings:
+        if self.decay and self.every is None:
+            raise ValueError(f"decay={self.decay:g} without `every`: nothing is ever renewed; set every, or remove decay")
+        return self
+
+
+class PeerTeacherSettings(ServedTeacherSettings):
+    """Another student, which learns from this one while this one learns from it: mutual distillation. It is trained with the
+    run's own settings, in a run folder of its own below `peers/`."""
+
+    type: Literal["peer"]
+    model: ModelSource
+    """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+
+
+ServedTeacher = TeacherSettings | SelfTeacherSettings | PeerTeacherSettings
+"""Teachers that replicas on the cluster serve."""
 
 
 class OpenAITeacherSettings(Settings):
@@ -266,6 +326,8 @@ def _teacher_tag(value: Any) -> str:
 
 TeacherSource = Annotated[
     Annotated[TeacherSettings, Tag("vllm")]
+    | Annotated[SelfTeacherSettings, Tag("self")]
+    | Annotated[PeerTeacherSettings, Tag("peer")]
     | Annotated[OpenAITeacherSettings, Tag("openai")]
     | Annotated[HFTeacherSettings, Tag("hf")]
     | Annotated[CaptureTeacherSettings, Tag("capture")],

@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 
 from kdray.settings.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.settings.data import TextSource
+from kdray.settings.schedules import ScheduleSettings
 
 
 class SFTSettings(Settings):
-    """Supervised fine-tuning on the reference answers before distillation (MiniLLM's first phase)."""
+    """Supervised fine-tuning on the reference answers: before distillation (MiniLLM's first phase), or after it."""
 
     steps: NonNegative = 0
     """Optimizer steps; 0 leaves the phase out."""
@@ -98,14 +99,21 @@ class TrainingSettings(Settings):
     inner_epochs: Positive = 1
     """Passes over the rollouts of a step (PPO's inner epochs; MiniLLM has 4). The weights move meanwhile: the staleness ratio
     of the policy-gradient losses corrects that, up to its cap."""
+    schedules: dict[str, ScheduleSettings] = Field(default={})
+    """Settings that change during distillation, by their full name: rollout.alpha, rollout.teacher_share, rollout.data_share,
+    or a number of the loss, such as loss.temperature. Their own values are where they begin."""
     sft: SFTSettings = SFTSettings()
     """The supervised phase before distillation."""
+    finetune: SFTSettings = SFTSettings()
+    """The supervised phase after distillation, on the task's reference answers: the second stage of two-stage distillation."""
     pretraining: PretrainingSettings | None = None
     """Pretraining text mixed into every update; None leaves it out."""
 
     @model_validator(mode="after")
     def _split(self) -> TrainingSettings:
         sizes = {"batch_size": self.batch_size, "sft.batch_size": self.sft.batch_size}
+        if self.finetune.steps:
+            sizes["finetune.batch_size"] = self.finetune.batch_size
         if self.mini_batch_size is not None:
             sizes["mini_batch_size"] = self.mini_batch_size
             if self.batch_size % self.mini_batch_size:

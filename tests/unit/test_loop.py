@@ -294,7 +294,7 @@ async def test_a_stop_in_the_last_step_is_the_end_of_the_run(tmp_path: Path) -> 
     rig = Rig(tmp_path)
     trained = rig.student.train_step
 
-    async def train_step(batch: Any, text: Any = None) -> Any:
+    async def train_step(batch: Any, text: Any = None, loss_values: Any = None) -> Any:
         if batch.step == rig.settings.steps:
             rig.stop.set()
         return await trained(batch)

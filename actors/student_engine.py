@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from actors.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
 from kdray.batching import micro_batches, take_rows
@@ -29,6 +30,8 @@ from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.losses.pretraining import pretraining
 from kdray.metrics import reduce_sums
 from kdray.types import StepReport, TrainBatch
+
+_AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class StudentEngine:
         self.phase: Phase | None = None
         self._engine: Any = None
         self._loss: LossSettings | None = None
+        self._average: dict[str, torch.Tensor] = {}
         self._teacher_head: OutputHead | None = None
 
     def start_phase(self, phase: Phase) -> None:
@@ -123,6 +127,7 @@ class StudentEngine:
         if phase.teacher is not None:
             dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
             self._teacher_head = load_output_head(*phase.teacher).to(self._engine.device, dtype)
+        self._average = {}
         self.phase = phase
         self.steps_done = 0
 
@@ -344,6 +349,20 @@ class StudentEngine:
         if bucket:
             yield self._gather(bucket, deepspeed)
 
+    def averaged_buckets(self, decay: float) -> Iterator[dict[str, torch.Tensor]]:
+        """The exponential average of the weights, moved towards them: average <- decay average + (1 - decay) weights.
+
+        It starts as the weights themselves, lives on rank 0's CPU in float32, and is part of every checkpoint. Buckets as those
+        of `weight_buckets`, in the weights' own dtype. Source: Tarvainen & Valpola 2017, mean teacher (arXiv 1703.01780).
+        """
+        for bucket in self.weight_buckets():
+            averaged = {}
+            for name, tensor in bucket.items():
+                last = self._average.get(name)
+                self._average[name] = tensor.float() if last is None else torch.lerp(tensor.float(), last, decay)
+                averaged[name] = self._average[name].to(tensor.dtype)
+            yield averaged
+
     def _gather(self, bucket: list[tuple[str, torch.nn.Parameter]], deepspeed: Any) -> dict[str, torch.Tensor]:
         sharded = self.training.zero_stage == 3
         parameters = [parameter for _, parameter in bucket]
@@ -380,6 +399,8 @@ class StudentEngine:
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint into `folder`; complete once every rank returned."""
         self._engine.save_checkpoint(str(folder), tag="state", client_state={"steps_done": self.steps_done})
+        if self._average:
+            save_file(self._average, folder / _AVERAGE)
         dist.barrier()
 
     def load(self, folder: Path) -> None:
@@ -388,6 +409,8 @@ class StudentEngine:
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
         self.steps_done = int(state["steps_done"])
+        if self.rank == 0 and (folder / _AVERAGE).exists():
+            self._average = load_file(folder / _AVERAGE)
 
 
 def _not_finite(batch: TrainBatch) -> str:

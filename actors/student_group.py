@@ -33,6 +33,8 @@ class StudentRanks:
     """Folder of checkpoints; one subfolder each."""
     storage: Path
     """Folder that Ray Train keeps its own state in."""
+    average: Any = None
+    """Actor handle of the WeightStore of a teacher that is this student's average; None where there is none."""
 
     def __post_init__(self) -> None:
         # Ranks work in folders of their own.
@@ -59,6 +61,7 @@ class StudentRanks:
                     tokenizer=self.tokenizer,
                     mailbox=self._mailbox,
                     weights=self.weights,
+                    average=self.average,
                 )
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -111,6 +114,10 @@ class StudentRanks:
 
     async def publish(self, version: int) -> None:
         await self._call(Order("publish", version=version))
+
+    async def renew(self, version: int, decay: float) -> None:
+        """Move the average of the student's weights towards them, and publish it as a teacher's: decay 1 leaves it as it is."""
+        await self._call(Order("renew", version=version, decay=decay))
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> None:
         folder = self.checkpoints / f"step-{step:06d}"

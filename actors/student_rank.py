@@ -11,10 +11,10 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import RayActorError
@@ -24,12 +24,15 @@ from kdray.config import TrainingSettings
 from kdray.errors import TrainingError
 from kdray.progress import COMMITTED
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Order:
     """One thing that every rank does. Fields that an order does not use are None."""
 
-    kind: Literal["phase", "train", "publish", "save", "export", "stop"]
+    kind: Literal["phase", "train", "publish", "renew", "save", "export", "stop"]
     phase: Phase | None = None
     checkpoint: str | None = None
     """phase: continue from this checkpoint. save: the folder to write."""
@@ -40,6 +43,9 @@ class Order:
     loss_values: dict[str, float] | None = None
     """train: settings of the loss that differ in this step."""
     version: int | None = None
+    """publish, renew: the number under which the weights, or their average, are published."""
+    decay: float | None = None
+    """renew: how much of the average stays."""
     folder: str | None = None
     """export: the folder to write."""
     progress: dict[str, Any] | None = None
@@ -123,6 +129,8 @@ class RankConfig:
     """Actor handle of the Mailbox."""
     weights: Any
     """Actor handle of the WeightStore (`actors.weight_sync`)."""
+    average: Any = None
+    """Actor handle of the WeightStore of a teacher that is this student's average."""
 
 
 def run_rank(given: dict[str, RankConfig]) -> None:
@@ -174,7 +182,11 @@ def _obey(order: Order, engine: StudentEngine, rank: int, config: RankConfig) ->
         return engine.train_step(ray.get(order.shards[rank]), text, order.loss_values)
     elif order.kind == "publish":
         assert order.version is not None
-        _publish(engine, order.version, config.weights, rank)
+        _publish(engine.weight_buckets(), order.version, config.weights, rank)
+    elif order.kind == "renew":
+        assert order.version is not None
+        assert order.decay is not None
+        _publish(engine.averaged_buckets(order.decay), order.version, config.average, rank)
     elif order.kind == "save":
         assert order.checkpoint is not None
         _save(engine, Path(order.checkpoint), order.progress or {}, rank)
@@ -184,13 +196,13 @@ def _obey(order: Order, engine: StudentEngine, rank: int, config: RankConfig) ->
     return None
 
 
-def _publish(engine: StudentEngine, version: int, weights: Any, rank: int) -> None:
+def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: Any, rank: int) -> None:
     """Send the weights to the store, bucket by bucket. Every rank takes part in the gathering, rank 0 sends."""
     import numpy as np
     from safetensors.torch import save
 
     count = 0
-    for bucket in engine.weight_buckets():
+    for bucket in buckets:
         if rank == 0:
             # Safetensors bytes: replicas write them to a file as they are.
             data = np.frombuffer(save(bucket), dtype=np.uint8)

@@ -83,6 +83,8 @@ class TeacherEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.student_version = 0
+        self.teacher_version = -1
+        """Newest weights that a teacher which changes has taken; -1 where it has those it was started with."""
         self._engine: Any = None
         self._update = asyncio.Lock()
         self._broken: str | None = None
@@ -389,25 +391,39 @@ class TeacherEngine:
     async def update_student(self, paths: Sequence[Path], version: int) -> None:
         """Replace the student's weights by those in safetensors files; requests in flight go on under the new ones.
 
-        Every step below matters: without the pause a forward pass meets half-loaded weights, and without dropping cached and
-        running KV, new weights read keys and values of the old. Raises: EngineError, and the engine is unhealthy from then
-        on, if any step fails.
+        Raises: EngineError, and the engine is unhealthy from then on, if any step fails.
         """
         if self.spec.role == "teacher":
             raise EngineError("a teacher-only replica holds no student")
         async with self._update:
-            if version <= self.student_version:
-                return
-            try:
-                await self._engine.pause_generation(mode="keep", clear_cache=False)
-                await self._engine.collective_rpc("kdray_reload", args=([str(path) for path in paths], version))
-                if not await self._engine.reset_prefix_cache(reset_running_requests=True):
-                    raise EngineError("vLLM did not drop its KV cache")
-                await self._engine.resume_generation()
-            except Exception as error:
-                self._broken = f"update to student version {version} failed: {error}"
-                raise EngineError(self._broken) from error
-            self.student_version = version
+            if version > self.student_version:
+                await self._reload("student", paths, version)
+                self.student_version = version
+
+    async def update_teacher(self, paths: Sequence[Path], version: int) -> None:
+        """The same for a teacher that changes during a run: an average of the student, or another student."""
+        if self.spec.role == "student":
+            raise EngineError("a student-only replica holds no teacher")
+        async with self._update:
+            if version > self.teacher_version:
+                await self._reload("teacher", paths, version)
+                self.teacher_version = version
+
+    async def _reload(self, which: Literal["student", "teacher"], paths: Sequence[Path], version: int) -> None:
+        """Load new weights between two forward passes. The caller holds the lock.
+
+        Every step matters: without the pause a forward pass meets half-loaded weights, and without dropping cached and running
+        KV, new weights read keys and values of the old.
+        """
+        try:
+            await self._engine.pause_generation(mode="keep", clear_cache=False)
+            await self._engine.collective_rpc("kdray_reload", args=(which, [str(path) for path in paths], version))
+            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise EngineError("vLLM did not drop its KV cache")
+            await self._engine.resume_generation()
+        except Exception as error:
+            self._broken = f"update to {which} version {version} failed: {error}"
+            raise EngineError(self._broken) from error
 
     async def set_initial_version(self, version: int) -> None:
         """Name the version of the weights loaded at start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -48,8 +49,11 @@ class ReplicaPool:
         on_event: Callable[..., None] = lambda kind, **fields: None,
         registry: Any | None = None,
         missing_after_s: float = 120.0,
+        teacher_weights: Any | None = None,
     ) -> None:
-        """Args: registry: the TeacherRegistry's handle; missing_after_s: time without a replica until an outage begins."""
+        """Args: registry: the TeacherRegistry's handle; missing_after_s: time without a replica until an outage begins;
+        teacher_weights: the WeightStore of a teacher that changes during the run.
+        """
         self.name = name
         self.spec = spec
         self.retried = 0
@@ -62,6 +66,7 @@ class ReplicaPool:
         self._retries = retries
         self._on_event = on_event
         self._registry = registry
+        self._teacher_weights = teacher_weights
         self._missing_after_s = missing_after_s
         self._refusals = 0
         self._served_at = time.monotonic()
@@ -108,7 +113,7 @@ class ReplicaPool:
                 request_router_class=ThroughputRouter, request_routing_stats_period_s=_ROUTING_STATS_PERIOD_S
             )
         deployment = serve.deployment(replica).options(**options)
-        application = deployment.bind(self.spec, self._weights, self._registry)
+        application = deployment.bind(self.spec, self._weights, self._registry, self._teacher_weights)
         return serve.RunTarget(application, name=self.application, route_prefix=None)
 
     @property
@@ -312,6 +317,9 @@ class ReplicaPool:
         logger.warning("%s: attempt %d failed, %d rollouts again: %r", self.name, state.attempt_number, missing, error)
 
 
+_DEPLOYING = threading.Lock()
+
+
 def deploy(pools: Sequence[ReplicaPool]) -> None:
     """Start the replicas of all pools side by side and wait until they serve; blocks.
 
@@ -321,7 +329,9 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
 
     logging.getLogger("ray.serve").addFilter(_is_news)
     try:
-        handles = serve.run_many([pool._target() for pool in pools])
+        # Ray Serve cannot be asked to run something in two threads at once (Ray 2.60).
+        with _DEPLOYING:
+            handles = serve.run_many([pool._target() for pool in pools])
     except RuntimeError as error:
         names = ", ".join(pool.name for pool in pools)
         raise EngineError(f"replicas of {names} did not start: {error}") from error

@@ -11,8 +11,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -33,17 +34,22 @@ class TeacherReplica:
     """One engine behind Ray Serve; a student-only engine of a rollout pool too."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, spec: EngineSpec, weights: Any | None, registry: Any | None = None
+        self,
+        spec: EngineSpec,
+        weights: Any | None,
+        registry: Any | None = None,
+        teacher_weights: Any | None = None,
     ) -> None:
         """Start the engine.
 
         Args: weights: the WeightStore's handle, None where the student never changes; registry: the TeacherRegistry's, None
-              where nobody checks.
+              where nobody checks; teacher_weights: the WeightStore of a teacher that changes during the run.
         Raises: EngineError where the registry turns this replica away.
         """
         self._spec = spec
         self._weights = weights if spec.role != "teacher" else None
         self._store = weights
+        self._teacher_weights = teacher_weights
         self._workload = Workload(spec.max_num_seqs, time.monotonic())
         self._engine = TeacherEngine(spec)
         self._sync_lock = asyncio.Lock()
@@ -56,7 +62,8 @@ class TeacherReplica:
         # The weights on disk are older than anything published: version 0 is the student at the start of the phase.
         if spec.role != "teacher":
             await self._engine.set_initial_version(-1 if self._weights is not None else 0)
-        self._follower = asyncio.create_task(self._follow()) if self._weights is not None else None
+        follows = self._weights is not None or teacher_weights is not None
+        self._follower = asyncio.create_task(self._follow()) if follows else None
         self._watcher = asyncio.create_task(self._watch())
 
     async def check_health(self) -> None:
@@ -111,27 +118,51 @@ class TeacherReplica:
         return self._engine.student_version
 
     async def _reach(self, version: int) -> None:
-        """Return once the engine holds at least `version`."""
-        if self._weights is None:
-            return
-        async with self._sync_lock:
-            if self._engine.student_version < version:
-                await self._pull(version)
+        """Return once the engine holds at least `version` of the student, and a teacher that changes as it was by then.
 
-    async def _pull(self, at_least: int) -> None:
-        version, folder, paths = await pull(self._weights, at_least)
+        A teacher's weights are published before those of the student that they belong to, so the newest are enough.
+        """
+        async with self._sync_lock:
+            if self._weights is not None and self._engine.student_version < version:
+                await self._pull(self._weights, version, self._engine.update_student)
+                await self._renew_teacher()
+            elif self._teacher_weights is not None and self._engine.teacher_version < 0:
+                await self._renew_teacher()
+
+    async def _renew_teacher(self) -> None:
+        """Take the newest weights of a teacher that changes, waiting for its first."""
+        if self._teacher_weights is None:
+            return
+        newest, _ = await self._teacher_weights.newest.remote(0)
+        if newest > self._engine.teacher_version:
+            await self._pull(self._teacher_weights, newest, self._engine.update_teacher)
+
+    async def _pull(self, store: Any, at_least: int, update: Callable[[list[Path], int], Awaitable[None]]) -> None:
+        version, folder, paths = await pull(store, at_least)
         try:
-            await self._engine.update_student(paths, version)
+            await update(paths, version)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _follow(self) -> None:
         """Take every new version as soon as it is published."""
-        assert self._weights is not None
+        async with asyncio.TaskGroup() as tasks:
+            if self._weights is not None:
+                tasks.create_task(self._follow_student(self._weights))
+            if self._teacher_weights is not None:
+                tasks.create_task(self._follow_teacher(self._teacher_weights))
+
+    async def _follow_student(self, weights: Any) -> None:
         while True:
             # The wait holds no lock: requests that already have what they need go on meanwhile.
-            await self._weights.newest.remote(self._engine.student_version + 1)
+            await weights.newest.remote(self._engine.student_version + 1)
             await self._reach(self._engine.student_version + 1)
+
+    async def _follow_teacher(self, weights: Any) -> None:
+        while True:
+            await weights.newest.remote(self._engine.teacher_version + 1)
+            async with self._sync_lock:
+                await self._renew_teacher()
 
     async def _watch(self) -> None:
         """End this process as soon as its engine is dead or in an unknown state.

@@ -50,29 +50,30 @@ class WorkerExtension:
         assert Recorder.active is not None
         return {"readmitted": Recorder.active.readmitted, "held": len(Recorder.active.cells)}
 
-    def kdray_reload(self, paths: list[str], version: int) -> None:
-        """Replace the student's weights by those in safetensors files (checkpoint names and layout).
+    def kdray_reload(self, which: str, paths: list[str], version: int) -> None:
+        """Replace the weights of one of both models by those in safetensors files (checkpoint names and layout).
 
         The caller has paused generation and drops cached and running KV afterwards; without that, old keys and values mix
-        with new weights. Raises: KeyError naming the parameters that the files left out.
+        with new weights. Args: which: `student` or `teacher`. Raises: KeyError naming the parameters that the files left out.
         """
         model = MixtureForCausalLM.active
         assert model is not None
-        student = model.student
-        assert student is not None, "this engine holds no student"
+        part = model.student if which == "student" else model.teacher
+        assert part is not None, f"this engine holds no {which}"
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():  # type: ignore[attr-defined]
             # vLLM packs linear weights for its kernels after the first load; only its layerwise reload unpacks, fills and
             # packs them again in place. Plain load_weights would write into emptied tensors.
-            initialize_layerwise_reload(student)
-            loaded = student.load_weights(_read(paths))
-            finalize_layerwise_reload(student, self.model_config)  # type: ignore[attr-defined]
-            _pack_tied_head(student)
-        expected = {name for name, _ in student.named_parameters(remove_duplicate=True)}
-        tied = {"lm_head.weight"} if _is_tied(student) else set()
+            initialize_layerwise_reload(part)
+            loaded = part.load_weights(_read(paths))
+            finalize_layerwise_reload(part, self.model_config)  # type: ignore[attr-defined]
+            _pack_tied_head(part)
+        expected = {name for name, _ in part.named_parameters(remove_duplicate=True)}
+        tied = {"lm_head.weight"} if _is_tied(part) else set()
         missing = expected - loaded - tied
         if missing:
-            raise KeyError(f"student version {version} lacks {sorted(missing)[:8]}")
-        model.student_version = version
+            raise KeyError(f"{which} version {version} lacks {sorted(missing)[:8]}")
+        if which == "student":
+            model.student_version = version
 
     def kdray_set_version(self, version: int) -> None:
         """Name the version of the weights that were loaded at start."""
@@ -87,11 +88,11 @@ def _read(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _is_tied(student: Any) -> bool:
-    return bool(getattr(student.config, "tie_word_embeddings", False))
+def _is_tied(part: Any) -> bool:
+    return bool(getattr(part.config, "tie_word_embeddings", False))
 
 
-def _pack_tied_head(student: Any) -> None:
+def _pack_tied_head(part: Any) -> None:
     """A tied head shares the embedding's weight but keeps its own packed copy, which no loader refreshes."""
-    if _is_tied(student) and hasattr(student, "lm_head"):
-        student.lm_head.quant_method.process_weights_after_loading(student.lm_head)
+    if _is_tied(part) and hasattr(part, "lm_head"):
+        part.lm_head.quant_method.process_weights_after_loading(part.lm_head)

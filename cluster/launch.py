@@ -13,13 +13,14 @@ import math
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import ray
+from rich.console import Console
 
 from actors.daemon_thread import in_daemon_thread
 from actors.student_engine import Phase
@@ -30,12 +31,13 @@ from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
 from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, open_pools, resolve_models, training_route
 from kdray.batching import examples_to_batch
-from kdray.config import Config
+from kdray.config import Config, PeerTeacherSettings, SelfTeacherSettings
 from kdray.data import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
 from kdray.evaluate import evaluate as measure
 from kdray.filters import Filters
 from kdray.loop import LoopSettings, Totals, distill
+from kdray.peers import MAIN_STUDENT, peer_configs
 from kdray.preflight import Checked, check
 from kdray.pretraining import PretrainingText
 from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
@@ -58,22 +60,28 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
     _quieten()
-    checked = check(config, prompts)
+    configs = {"": config}
+    if config.peers:
+        configs |= peer_configs(config, resolve_models(config).teachers, resolve_models(config).student)
+    checked = {name: check(each, prompts) for name, each in configs.items()}
     with _connected(config) as nodes:
-        check_capacity(bundles(config), nodes)
-        checkpoint = _checkpoint_to_resume(config) if resume else None
-        # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
-        folder = RunFolder.create(config, resume)
-        reporter = RunReporter(folder, config.training.steps, decode=decoder(checked.tokenizer))
-        try:
-            summary = asyncio.run(_Job(config, checked, folder, reporter, checkpoint).run())
-        except BaseException as error:
-            reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
-            raise
-        finally:
-            reporter.close()
-    write_report(folder.path)
-    return summary
+        check_capacity([bundle for each in configs.values() for bundle in bundles(each)], nodes)
+        checkpoints = {name: _checkpoint_to_resume(each) if resume else None for name, each in configs.items()}
+        jobs: dict[str, _Job] = {}
+        with contextlib.ExitStack() as reporters:
+            for name, each in configs.items():
+                # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
+                folder = RunFolder.create(each, resume)
+                # Peers report to their folders alone: a terminal shows one run at a time.
+                console = Console(quiet=True) if name else None
+                decode = decoder(checked[name].tokenizer)
+                reporter = RunReporter(folder, each.training.steps, console, decode=decode)
+                reporters.callback(reporter.close)
+                jobs[name] = _Job(each, checked[name], folder, reporter, checkpoints[name])
+            summaries = asyncio.run(_run_together(jobs))
+    for job in jobs.values():
+        write_report(job.folder.path)
+    return summaries[""]
 
 
 def _quieten() -> None:
@@ -198,6 +206,65 @@ def _connected(config: Config) -> Iterator[list[dict[str, float]]]:
 # ------------------------------------------------------------------------------------------------------------- job
 
 
+async def _run_together(jobs: Mapping[str, _Job]) -> dict[str, dict[str, Any]]:
+    """Run a job, or several whose students teach each other; their summaries, by name.
+
+    The first signal asks all to stop after a checkpoint, a second one means now. Weight stores outlive every job: a student
+    that is done goes on teaching.
+    """
+    main = asyncio.current_task()
+    assert main is not None
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if any(job.stop.is_set() for job in jobs.values()):
+            main.cancel()
+        for job in jobs.values():
+            job.stop.set()
+            job.reporter.event("interrupt_requested")
+
+    stores = []
+
+    def store() -> Any:
+        stores.append(ray.remote(WeightStore).options(num_cpus=0, max_concurrency=1000).remote())
+        return stores[-1]
+
+    for job in jobs.values():
+        job.weights = store()
+    for name, job in jobs.items():
+        for teacher, settings in job.config.teachers.items():
+            if isinstance(settings, SelfTeacherSettings):
+                job.average = job.teacher_weights[teacher] = store()
+            elif isinstance(settings, PeerTeacherSettings):
+                job.teacher_weights[teacher] = jobs["" if name and teacher == MAIN_STUDENT else teacher].weights
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    tasks = {name: asyncio.create_task(job.run()) for name, job in jobs.items()}
+    try:
+        running = set(tasks.values())
+        while running:
+            ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for error in (task.exception() for task in ended):
+                # One that was interrupted has its checkpoint; the others are writing theirs.
+                if error is not None and not isinstance(error, Interrupted):
+                    raise error
+        return {name: task.result() for name, task in tasks.items()}
+    except asyncio.CancelledError as error:
+        raise Interrupted("stopped at once, without a new checkpoint") from error
+    except BaseException as error:
+        for job in jobs.values():
+            job.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
+        raise
+    finally:
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        for each in stores:
+            ray.kill(each)
+
+
 class _Job:
     """One run from its first phase to its summary."""
 
@@ -213,47 +280,34 @@ class _Job:
         self.totals = Totals()
         self.stop = asyncio.Event()
         self.started = time.monotonic()
+        self.weights: Any = None
+        """Handle of the WeightStore of the student."""
+        self.average: Any = None
+        """Handle of the WeightStore of its average, where that is a teacher."""
+        self.teacher_weights: dict[str, Any] = {}
+        """The WeightStores of teachers that change during the run, by name."""
 
     async def run(self) -> dict[str, Any]:
-        main = asyncio.current_task()
-        assert main is not None
-        loop = asyncio.get_running_loop()
-
-        def on_signal() -> None:
-            # The first signal asks; a second one means now.
-            if self.stop.is_set():
-                main.cancel()
-            self.stop.set()
-            self.reporter.event("interrupt_requested")
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
-        try:
-            return await self._run()
-        except asyncio.CancelledError as error:
-            raise Interrupted("stopped at once, without a new checkpoint") from error
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-    async def _run(self) -> dict[str, Any]:
+        """The run, between the start of its parts and their end; its weight stores are made and ended by the caller."""
         config, checked = self.config, self.checked
         self.reporter.event("start", resumed_step=self.checkpoint.step if self.checkpoint else None)
         models = await self._or_stop(in_daemon_thread(resolve_models, config))
-        weights = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=1000).remote()
         student = StudentRanks(
             training=config.training,
             vocab_size=checked.vocab_size,
             seed=config.run.seed,
             tokenizer=models.student,
-            weights=weights,
+            weights=self.weights,
             checkpoints=self.folder.checkpoints,
             storage=self.folder.path / "logs" / "ray_train",
+            average=self.average,
         )
         await student.start()
         try:
             registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote(self.folder.read_teachers())
-            pools_context = open_pools(config, checked, models, weights, self.reporter.event, registry)
+            pools_context = open_pools(
+                config, checked, models, self.weights, self.reporter.event, registry, self.teacher_weights
+            )
             pools = await self._or_stop(pools_context.__aenter__())
             self.folder.write_teachers(await registry.known.remote())
             try:
@@ -262,7 +316,6 @@ class _Job:
                 await pools_context.__aexit__(None, None, None)
         finally:
             await student.close()
-            ray.kill(weights)
 
     async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
         config = self.config
@@ -305,6 +358,7 @@ class _Job:
             self.totals = Totals(**progress["totals"])
             schedules.restore(progress["schedules"])
         recoverable = _WithProgress(student, self.folder.checkpoints, training.keep_checkpoints, progress)
+        recoverable.renewal = self._renewal()
         recoverable.live = {"totals": lambda: asdict(self.totals), "schedules": schedules.state}
         if progress["stage"] == "distill":
             await self._distill(student, pools, phase, recoverable, schedules, start_step)
@@ -334,6 +388,9 @@ class _Job:
         config, checked = self.config, self.checked
         training, steps, progress = config.training, config.training.steps, recoverable.progress
         await self._or_stop(student.start_phase(phase, self.checkpoint.folder if self.checkpoint else None))
+        if self.average is not None:
+            # What a checkpoint holds of the average is published as it is.
+            await student.renew(0, decay=0.0 if self.checkpoint is None else 1.0)
         await student.publish(start_step)
         await self._or_stop(self._check_signals(pools, start_step))
         if self.checkpoint is None:
@@ -375,6 +432,12 @@ class _Job:
         name = "distilled" if training.finetune.steps else "after"
         progress["distilled"] = await self._measure(pools, steps, name)
 
+    def _renewal(self) -> tuple[int, float] | None:
+        for teacher in self.config.teachers.values():
+            if isinstance(teacher, SelfTeacherSettings) and teacher.every is not None:
+                return teacher.every, teacher.decay
+        return None
+
     def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
         """What `rollout.filters` leaves out of a batch."""
         settings, dataset = self.config.rollout.filters, self.checked.dataset
@@ -409,6 +472,7 @@ class _Job:
                 await recoverable.save_checkpoint(first + step)
                 raise Interrupted(f"stopped at step {step} of fine-tuning after writing a checkpoint; continue with --resume")
             report = await student.train_step(examples(step, settings.batch_size))
+            self.totals.trained_tokens += report.num_target_tokens
             self.reporter.phase_step(report)
             reached = step + 1
             if training.checkpoint_every and reached % training.checkpoint_every == 0 and reached < settings.steps:
@@ -546,7 +610,14 @@ class _WithProgress:
         self.live: dict[str, Callable[[], Any]] = {}
         """Entries of the progress that are asked for when a checkpoint is written."""
         self.train_step = student.train_step
-        self.publish = student.publish
+        self.renewal: tuple[int, float] | None = None
+        """Every how many steps the student's average, its teacher, is renewed, and how much of it stays then."""
+
+    async def publish(self, version: int) -> None:
+        if self.renewal is not None and version % self.renewal[0] == 0:
+            # Before the student's: a replica that has this version of the student finds the teacher that belongs to it.
+            await self._student.renew(version, self.renewal[1])
+        await self._student.publish(version)
 
     async def save_checkpoint(self, step: int) -> None:
         await self._student.save_checkpoint(step, self.progress | {name: entry() for name, entry in self.live.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from kdray.config import (
     ULDLoss,
 )
 from kdray.cross_tokenizer import CrossTokenizerScorer
-from kdray.data import reencode
-from kdray.errors import EngineError
+from kdray.data import reencode, templated
+from kdray.errors import ConfigError, EngineError
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models import resolve_model
 from kdray.preflight import Checked, load_tokenizer, shape
+from kdray.privileged import PrivilegedScorer
 from kdray.references import WithReferences
 from kdray.seeds import sample_seed
 from kdray.signals import check_loss, check_prefill, check_rows
@@ -128,17 +129,24 @@ async def open_pools(
     weights: Any | None,
     on_event: Callable[..., None] = lambda kind, **fields: None,
     registry: Any | None = None,
+    teacher_weights: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Pools]:
     """Start every teacher, and the student-only replicas where something needs them; end them whatever happens.
 
-    Args: registry: the TeacherRegistry's handle; None where no replica is compared with another.
+    Args: registry: the TeacherRegistry's handle; None where no replica is compared with another; teacher_weights: the
+          WeightStore of each teacher that changes during the run, by name.
     Raises: ConfigError where a remote teacher cannot be used; EngineError where replicas do not start.
     """
     settings = config.rollout
 
     def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
         missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
-        return ReplicaPool(name, spec, engine, config.cluster, weights, settings.retries, on_event, registry, missing_after_s)
+        live = (teacher_weights or {}).get(name)
+        # Replicas of a teacher that changes differ by its version, and nothing is wrong with that.
+        compared = registry if live is None else None
+        return ReplicaPool(
+            name, spec, engine, config.cluster, weights, settings.retries, on_event, compared, missing_after_s, live
+        )
 
     served = [pool(name, _teacher_spec(config, checked, models, name), each) for name, each in config.served_teachers.items()]
     others = {name: _other_teacher(config, checked, name, each) for name, each in config.other_teachers.items()}
@@ -150,7 +158,11 @@ async def open_pools(
     if settings.teachers is not None:
         team = TeacherTeam(config, teachers, [*checked.dataset.train, *checked.dataset.heldout], checked.vocab_size)
     one = team or teachers[0]
-    scorer: Scorer = _cross_tokenizer(config, checked, served[0]) if isinstance(config.loss, ULDLoss) else one
+    scorer: Scorer = one
+    if isinstance(config.loss, ULDLoss):
+        scorer = _cross_tokenizer(config, checked, served[0])
+    elif config.teacher_apart:
+        scorer = PrivilegedScorer(served[0], _privileged_prompts(config, checked, served[0].name))
     student_samples = settings.sampler == "student"
     watchers: list[asyncio.Task[None]] = []
     try:
@@ -236,10 +248,43 @@ def _own_vocabulary_spec(config: Config, checked: Checked, models: Models, name:
     )
 
 
+def _privileged_prompts(config: Config, checked: Checked, name: str) -> dict[int, np.ndarray]:
+    """What a teacher with a template of its own reads, by prompt id."""
+    template = config.served_teachers[name].prompt_template
+    assert template is not None
+    prompts = [*checked.dataset.train, *checked.dataset.heldout]
+    return templated(config, checked.tokenizer, prompts, template)
+
+
+def _privileged_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
+    """A teacher alone, whose prompts are longer than the student's."""
+    teacher = config.served_teachers[name]
+    longest = max(len(ids) for ids in _privileged_prompts(config, checked, name).values()) + config.rollout.max_new_tokens
+    positions = shape(*config.source(name))[1]
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"teachers.{name}.prompt_template: its longest prompt needs {longest} positions with rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens}, and the model holds {positions}; shorten one of them"
+        )
+    return replace(
+        _spec(config, checked, teacher),
+        role="teacher",
+        model=models.teachers[name],
+        revision=config.source(name)[1],
+        teacher=name,
+        scoring=teacher.scoring,
+        max_model_len=max(longest, config.max_model_len),
+        canary=_canary(config, checked),
+        tokenizer=tokenizer_hash(checked.tokenizer),
+    )
+
+
 def _teacher_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
     teacher = config.served_teachers[name]
     if isinstance(config.loss, ULDLoss):
         return _own_vocabulary_spec(config, checked, models, name)
+    if config.teacher_apart:
+        return _privileged_spec(config, checked, models, name)
     return replace(
         _spec(config, checked, teacher),
         role="mixture",
@@ -311,8 +356,7 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
     team = None if pools.team is None else pools.team.apart()
     sampler = team if team is not None and pools.sampler is pools.team else pools.sampler
     scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
-    own_ids = isinstance(config.loss, ULDLoss)
-    if (config.other_teachers or own_ids) and pools.students is not None:
+    if (config.other_teachers or config.teacher_apart) and pools.students is not None:
         # Exact KLs need both models in one replica; without them, what the student writes is graded.
         sampler, scorer = pools.students, None
     return {
@@ -323,7 +367,8 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
         "grade": checked.dataset.grade,
         "max_new_tokens": config.rollout.max_new_tokens,
         "seed": config.run.seed,
-        "exact": not (config.other_teachers or own_ids) and (pools.sampler is not pools.students or _all_recorded(config)),
+        "exact": not (config.other_teachers or config.teacher_apart)
+        and (pools.sampler is not pools.students or _all_recorded(config)),
     }
 
 

@@ -124,7 +124,33 @@ def reencode(config: Config, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[
 
     Raises: DataError where its tokenizer has no chat template and needs one.
     """
-    rows = [_Row(f"prompt {prompt.prompt_id}, in the teacher's tokens", prompt.question, None) for prompt in prompts]
+    return _encoded(config, tokenizer, prompts, [prompt.question for prompt in prompts])
+
+
+def templated(config: Config, tokenizer: Any, prompts: Sequence[Prompt], template: str) -> dict[int, np.ndarray]:
+    """What a teacher with `prompt_template` reads, ids by prompt id; of chat messages, the last one is put into the template.
+
+    Raises: DataError where a prompt has no answer that the template asks for.
+    """
+    if "{answer}" in template and (lacking := [prompt for prompt in prompts if prompt.answer is None]):
+        raise DataError(f"prompt_template asks for {{answer}}, and prompt {lacking[0].prompt_id} has none; leave it out")
+    questions: list[str | Messages] = []
+    for prompt in prompts:
+        question = prompt.question
+        text = question if isinstance(question, str) else question[-1]["content"]
+        filled = template.format(prompt=text, answer=prompt.answer)
+        questions.append(filled if isinstance(question, str) else [*question[:-1], {**question[-1], "content": filled}])
+    return _encoded(config, tokenizer, prompts, questions)
+
+
+def _encoded(
+    config: Config, tokenizer: Any, prompts: Sequence[Prompt], questions: Sequence[str | Messages]
+) -> dict[int, np.ndarray]:
+    """The ids of questions that stand in for prompts, of any length, by prompt id."""
+    rows = [
+        _Row(f"prompt {prompt.prompt_id}, as the teacher reads it", question, None)
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
     unlimited = config.data.model_copy(update={"max_prompt_tokens": 2**31})
     encode = _Encoder(config.model_copy(update={"data": unlimited}), tokenizer)
     encoded, _ = encode(rows, first_id=0)

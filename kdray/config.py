@@ -234,8 +234,6 @@ class Config(Settings):
             raise ValueError("rollout.teachers: several peers teach as one; set rollout.teachers.type=ensemble")
         if peers and self.rollout.teachers is not None and (self.rollout.teachers.names()):
             raise ValueError("rollout.teachers: peers count alike, since every student has the others; remove their names")
-        if "student" in peers:
-            raise ValueError("teachers.student: that is what peers call the run's student; give the teacher another name")
         if selves and (len(self.teachers) > 1 or isinstance(self.loss, ULDLoss)):
             raise ValueError(
                 "teachers: one of type self is the only teacher of its run, and reads the student's own ids; remove the others"

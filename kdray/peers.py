@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdray.config import Config, PeerTeacherSettings
+from kdray.errors import ConfigError
 
 MAIN_STUDENT = "student"
 """What its peers call the run's own student."""
@@ -15,9 +16,12 @@ def peer_configs(config: Config, peers: Mapping[str, str], student: str) -> dict
 
     A peer's replicas hold one of its teachers beside it, so they have the size that the run gives to that peer's pool. Its
     folder is `peers/<name>` in the run's. The SFT control is the main student's alone.
+    Raises: ConfigError where a peer has the name of the run's student.
     Args: peers, student: where the weights lie; built already, so that no run builds them again.
     Source: Zhang et al. 2018, deep mutual learning (arXiv 1706.00384), sections 2.2 and 2.4.
     """
+    if MAIN_STUDENT in config.peers:
+        raise ConfigError(f"teachers.{MAIN_STUDENT}: that is what peers call the run's own student; give it another name")
     found = {}
     for name, settings in config.peers.items():
         others = {MAIN_STUDENT: (student, config.student.revision)} | {

@@ -335,3 +335,18 @@ async def test_an_older_version_is_not_taken(pair: Pair, tiny_models: TinyModels
     await pair.engine.update_student([pair.student / "model.safetensors"], 0)
     for rollout in (await _draw(pair.engine, _requests(4, seed=8))).values():
         assert (rollout.student_versions == 1).all()
+
+
+async def test_a_teacher_that_changes_is_exact_after_its_update(pair: Pair, tiny_models: TinyModels) -> None:
+    """Last: it changes the teacher. Its law is the new one; the student's stays; an older version is not taken."""
+    newer = tiny_models.make("newer-teacher", 3, 128, rows=VOCAB + 5, seed=4)
+    await pair.engine.update_teacher([newer / "model.safetensors"], 3)
+    await pair.engine.update_teacher([pair.teacher / "model.safetensors"], 2)
+    for rollout in (await _draw(pair.engine, _requests(24, seed=14))).values():
+        teacher = tiny_models.log_rows(newer, rollout.prompt_ids, rollout.token_ids)
+        _check(rollout, teacher, tiny_models.log_rows(pair.newer, rollout.prompt_ids, rollout.token_ids))
+    scored = [rollout async for part in pair.engine.score(_foreign(6, np.random.default_rng(15))) for rollout in part]
+    for rollout in scored:
+        teacher = tiny_models.log_rows(newer, rollout.prompt_ids, rollout.token_ids)
+        at = torch.from_numpy(rollout.token_ids).long().unsqueeze(1)
+        _close("log p", rollout.teacher_logprobs, teacher.gather(1, at).squeeze(1), 1e-3)

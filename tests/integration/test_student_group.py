@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file
 
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
@@ -80,14 +82,16 @@ def _training(**settings: Any) -> TrainingSettings:
 @asynccontextmanager
 async def _ranks(training: TrainingSettings, folder: Path) -> AsyncIterator[tuple[StudentRanks, Any]]:
     task_tokenizer().save_pretrained(folder / "tokenizer")
-    weights = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
-    ranks = StudentRanks(training, VOCAB, 0, str(folder / "tokenizer"), weights, folder / "checkpoints", folder / "ray")
+    weights, average = (ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote() for _ in range(2))
+    checkpoints, storage = folder / "checkpoints", folder / "ray"
+    ranks = StudentRanks(training, VOCAB, 0, str(folder / "tokenizer"), weights, checkpoints, storage, average)
     await ranks.start()
     try:
         yield ranks, weights
     finally:
         await ranks.close()
         ray.kill(weights)
+        ray.kill(average)
 
 
 def _phase(student: Path) -> Phase:
@@ -298,3 +302,39 @@ def _kill_one_rank() -> None:
     ranks = [actor for actor in actors().values() if "RayTrainWorker" in actor["ActorClassName"] and actor["State"] == "ALIVE"]
     assert len(ranks) == 2
     os.kill(ranks[1]["Pid"], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 0, marks=pytest.mark.full), (2, 3)])
+async def test_the_average_of_a_students_versions_is_the_one_computed_by_hand(ranks, stage, models, batches, tmp_path) -> None:
+    """A mean teacher: started as the student, moved by a share at every renewal, kept by a checkpoint, published as it is."""
+    phase, published, wanted = _phase(models[1]), [], []
+    async with _ranks(_training(ranks=ranks, zero_stage=stage), tmp_path / "one") as (group, weights):
+        await group.start_phase(phase)
+        average = None
+        for version, batch in enumerate(batches[:3]):
+            await group.renew(version, decay=0.75)
+            await group.publish(version)
+            student = await _tensors(weights)
+            average = student if average is None else {k: 0.75 * average[k] + 0.25 * student[k] for k in student}
+            wanted.append(average)
+            published.append(await _tensors(group.average))
+            await group.train_step(batch)
+        await group.save_checkpoint(3)
+    for got, want in zip(published, wanted, strict=True):
+        assert got.keys() == want.keys()
+        assert all(torch.allclose(got[name], want[name], atol=1e-6) for name in want)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (published[2][name] - published[0][name]).abs().max() > 1e-4, "the student did not move"
+    async with _ranks(_training(ranks=ranks, zero_stage=stage), tmp_path / "two") as (group, _):
+        await group.start_phase(phase, tmp_path / "one" / "checkpoints" / "step-000003")
+        await group.renew(0, decay=1.0)
+        resumed = await _tensors(group.average)
+    assert all(torch.equal(resumed[name], published[2][name]) for name in resumed)
+
+
+async def _tensors(store: Any) -> dict[str, torch.Tensor]:
+    """The newest weights of a store."""
+    _, folder, paths = await pull(store, 0)
+    tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    shutil.rmtree(folder)
+    return tensors

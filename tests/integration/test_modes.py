@@ -1,0 +1,216 @@
+"""Ways of distilling through `kdray run`: who writes, which responses count, what changes on the way, who teaches."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from .test_run import (  # noqa: F401 - fixtures are used by name
+    BATCH,
+    _assert_nothing_left,
+    _check_ledger,
+    _end_what_was_started,
+    _finish,
+    _lines,
+    _recipe,
+    _start,
+    marker,
+    workplace,
+)
+
+SFT = {"steps": 20, "batch_size": 32, "learning_rate": 3e-3}
+
+
+def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path, marker: str) -> None:  # noqa: F811
+    """Data, teacher, mixture write; some responses are left out; alpha and the loss change; fine-tuning is interrupted."""
+    recipe = _recipe(
+        workplace,
+        "modes",
+        rollout={
+            "max_new_tokens": 4,
+            "alpha": 0.4,
+            "data_share": 0.25,
+            "teacher_share": 0.25,
+            "filters": {"finished": True, "pattern": "^[a-m]"},
+        },
+        loss={"type": "jsd", "beta": 0.9},
+        training={
+            "steps": 12,
+            "batch_size": BATCH,
+            "learning_rate": 3e-3,
+            "checkpoint_every": 10,
+            "sft": SFT,
+            "finetune": {"steps": 400, "batch_size": 32, "learning_rate": 1e-3},
+            "schedules": {
+                "loss.beta": {"type": "linear", "to": 0.3},
+                "rollout.alpha": {"type": "signal", "at_zero": 0.0, "at_full": 0.8, "full": 100.0, "smoothing": 0.0},
+            },
+        },
+    )
+    run = workplace / "runs" / "modes"
+    process = _start("run", str(recipe))
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "step-000023" / "COMMITTED.json").exists():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "of fine-tuning after writing a checkpoint" in _finish(process, 130)
+    before = (run / "metrics.jsonl").read_text()
+    _finish(_start("run", str(recipe), "--resume", "training.finetune.steps=400"), 0)
+    assert (run / "metrics.jsonl").read_text() == before, "distillation was repeated"
+    _check_ledger(run, 12)
+    metrics, ledger = _lines(run / "metrics.jsonl"), _lines(run / "ledger.jsonl")
+    assert [line["schedule/loss.beta"] for line in metrics] == pytest.approx([0.9 - 0.05 * step for step in range(12)])
+    alphas = [line["schedule/rollout.alpha"] for line in metrics]
+    # One step of staleness: the batch of step s was admitted knowing the divergence of step s - 2.
+    assert alphas[:2] == [0.4, 0.4]
+    assert alphas[2:] == pytest.approx([0.8 * line["reverse_kl"] / 100.0 for line in metrics[:10]])
+    for line, entry in zip(metrics, ledger, strict=True):
+        left_out = {rule: len(ids) for rule, ids in entry.get("dropped", {}).items()}
+        assert sum(left_out.values()) == round(BATCH * line.get("filtered", 0.0))
+        assert {rule: round(BATCH * line[f"filtered/{rule}"]) for rule in left_out} == left_out
+    assert sum("pattern" in entry.get("dropped", {}) for entry in ledger) > 6
+    rows = pq.ParquetDataset(run / "samples").read().to_pylist()
+    trained = [row for row in rows if row["source"] == "train"]
+    answers = {json.loads(line)["question"]: json.loads(line)["answer"] for line in open(workplace / "prompts.jsonl")}
+    written = [row for row in trained if math.isnan(row["alpha"])]
+    assert written
+    assert all(row["response"] == answers[row["prompt"]] for row in written)
+    assert {1.0, 0.4} <= {row["alpha"] for row in trained}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["resumed_from_step"] >= 23
+    assert summary["after"]["reverse_kl"] != summary["distilled"]["reverse_kl"]
+    assert summary["distilled"]["reverse_kl"] < summary["before"]["reverse_kl"]
+    _assert_nothing_left(marker)
+
+
+@pytest.mark.full
+def test_a_dataset_alone_teaches_the_teachers_law(workplace: Path, marker: str) -> None:  # noqa: F811
+    """Classical distillation: nobody samples; the rows at the data's answers are the teacher's, exactly."""
+    recipe = _recipe(
+        workplace,
+        "classical",
+        rollout={"data_share": 1, "max_new_tokens": 8},
+        loss={"type": "hinton", "temperature": 2},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "classical"
+    _check_ledger(run, 12)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["forward_kl"] < summary["before"]["forward_kl"]
+    assert all("importance_weight_mean" not in line for line in _lines(run / "metrics.jsonl"))
+
+
+@pytest.mark.full
+def test_the_teachers_texts_and_real_data_with_votes(workplace: Path, marker: str) -> None:  # noqa: F811
+    """Sequence level: siblings vote, one of equal answers is trained, the data's own are kept."""
+    filters = {"agreement": "majority", "distinct": True}
+    recipe = _recipe(
+        workplace,
+        "response",
+        rollout={"alpha": 1, "data_share": 0.3, "samples_per_prompt": 4, "max_new_tokens": 8, "filters": filters},
+        loss={"type": "sequence"},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "response"
+    _check_ledger(run, 12)
+    dropped = [entry["dropped"] for entry in _lines(run / "ledger.jsonl")]
+    assert all({"agreement", "distinct"} & rules.keys() for rules in dropped)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["forward_kl"] < summary["before"]["forward_kl"]
+
+
+@pytest.mark.full
+def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path, marker: str) -> None:  # noqa: F811
+    recipe = _recipe(
+        workplace,
+        "average",
+        teachers={"main": {"type": "self", "every": 2, "decay": 0.5, "kv_cache_gib": 0.2}},
+        rollout={"data_share": 1, "max_new_tokens": 8},
+        loss={"type": "hinton", "temperature": 1},
+        training={"steps": 6, "batch_size": BATCH, "learning_rate": 3e-3, "checkpoint_every": 6, "sft": SFT},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "average"
+    average = load_file(run / "checkpoints" / "step-000006" / "average.safetensors")
+    final = load_file(run / "student" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert 0 < (average[name] - final[name]).abs().max() < 0.1
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"]["reverse_kl"] < 1e-4, "the teacher is not the student as distillation began"
+    assert summary["after"]["reverse_kl"] > 1e-4
+    _finish(_start("run", str(recipe), "training.steps=8", "--resume"), 0)
+    _check_ledger(run, 8)
+    # A resume publishes the average as the checkpoint holds it: the distance measured again is the one of before.
+    signals = [line for line in _lines(run / "events.jsonl") if line["kind"] == "signals"]
+    assert signals[0]["student_reverse_kl"] == pytest.approx(0.0, abs=1e-4)
+    assert signals[1]["student_reverse_kl"] > 1e-4
+    _assert_nothing_left(marker)
+
+
+@pytest.mark.full
+def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:  # noqa: F811
+    """Both learn, each in its own folder; an interruption leaves a checkpoint of both, and both go on from it."""
+    recipe = _recipe(
+        workplace,
+        "mutual",
+        teachers={"main": {"type": "peer", "model": str(workplace / "teacher"), "kv_cache_gib": 0.2}},
+        rollout={"data_share": 0.5, "alpha": 0, "max_new_tokens": 8},
+        loss={"type": "jsd"},
+        training={"steps": 40, "batch_size": BATCH, "learning_rate": 1e-3, "sft": SFT},
+        cluster={"local_cpus": 6},
+    )
+    runs = [workplace / "runs" / "mutual", workplace / "runs" / "mutual" / "peers" / "main"]
+    process = _start("run", str(recipe))
+    deadline = time.monotonic() + 250
+    while not all((run / "metrics.jsonl").exists() and len(_lines(run / "metrics.jsonl")) >= 3 for run in runs):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _finish(process, 130)
+    stopped = [max(int(folder.name[5:]) for folder in run.glob("checkpoints/step-*")) for run in runs]
+    assert min(stopped) >= 3
+    _finish(_start("run", str(recipe), "training.steps=45", "--resume"), 0, timeout_s=400)
+    for run, first in zip(runs, stopped, strict=True):
+        _check_ledger(run, 45)
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["resumed_from_step"] == first
+        assert (run / "report.html").exists()
+        # Each moved from where it began towards the other, which moved too.
+        assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
+        begun, ended = (load_file(path)["model.norm.weight"] for path in _weights(run))
+        assert not np.allclose(begun, ended)
+    _assert_nothing_left(marker)
+
+
+def _weights(run: Path) -> list[Path]:
+    return [run / "checkpoints" / "sft" / "model.safetensors", run / "student" / "model.safetensors"]
+
+
+@pytest.mark.full
+def test_the_same_model_teaches_with_the_answer_before_its_eyes(workplace: Path, marker: str) -> None:  # noqa: F811
+    recipe = _recipe(
+        workplace,
+        "privileged",
+        teachers={"main": {"type": "self", "prompt_template": "{answer}. {prompt}", "kv_cache_gib": 0.2}},
+        rollout={"sampler": "student", "max_new_tokens": 8, "pool": {"kv_cache_gib": 0.2}},
+        loss={"type": "reverse_kl"},
+        cluster={"local_cpus": 4},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "privileged"
+    _check_ledger(run, 12)
+    metrics = _lines(run / "metrics.jsonl")
+    assert all(line["reverse_kl_support"] > 1e-3 for line in metrics), "the teacher reads what the student reads"
+    assert np.mean([line["reverse_kl_support"] for line in metrics[-3:]]) < metrics[0]["reverse_kl_support"]
+    _assert_nothing_left(marker)

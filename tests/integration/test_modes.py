@@ -81,7 +81,7 @@ def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path,
     assert sum("pattern" in entry.get("dropped", {}) for entry in ledger) > 6
     rows = pq.ParquetDataset(run / "samples").read().to_pylist()
     trained = [row for row in rows if row["source"] == "train"]
-    answers = {json.loads(line)["question"]: json.loads(line)["answer"] for line in open(workplace / "prompts.jsonl")}
+    answers = {line["question"]: line["answer"] for line in _lines(workplace / "prompts.jsonl")}
     written = [row for row in trained if math.isnan(row["alpha"])]
     assert written
     assert all(row["response"] == answers[row["prompt"]] for row in written)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from kdray.settings.base import Positive, Settings, with_default_type
 
-TaskName = Literal["last_letters", "coin_flip", "arithmetic"]
+TaskName = Literal["last_letters", "coin_flip", "arithmetic", "hinted_letters"]
 
 
 class TaskPrompts(Settings):

@@ -15,11 +15,12 @@ from kdray.errors import DataError
 from kdray.tasks.arithmetic import Arithmetic
 from kdray.tasks.coin_flip import CoinFlip
 from kdray.tasks.example import Example, Task, exact_match
+from kdray.tasks.hinted_letters import HintedLetters
 from kdray.tasks.last_letters import LastLetters
 
 __all__ = ["TASKS", "Example", "Task", "exact_match", "generate_examples"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (LastLetters(), CoinFlip(), Arithmetic())}
+TASKS: dict[str, Task] = {task.name: task for task in (LastLetters(), CoinFlip(), Arithmetic(), HintedLetters())}
 
 # After this many draws per existing prompt without a new one, nothing is left but with probability e^-30.
 _MISSES_PER_PROMPT = 30

@@ -106,10 +106,10 @@ def main() -> None:
         print(_line(results[-1]), flush=True)
     date = datetime.now(UTC).date().isoformat()
     text = [
-        f"One seed each, held-out prompts, {date}. `python benchmarks/modes.py`. The control is the same SFT student trained on "
+        f"One seed each, held out, {date}. `python benchmarks/modes.py`. The control is the same SFT student trained on "
         "the reference answers alone, for as many tokens. Exact match in %, reverse KL to the teacher in nats per token.",
         "",
-        "| way | recipe | match before | program | after | control | KL before | after | control | tokens drawn / trained | wall s |",
+        "| way | recipe | match before | program | after | control | KL before | after | control | drawn/trained | wall s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *map(_line, results),
         "",

@@ -17,6 +17,10 @@ def _solve(name: str, prompt: str) -> str:
         words = re.fullmatch(r"last letters of: ([a-z ]+) = ", prompt)
         assert words
         return "".join(word[-1] for word in words.group(1).split())
+    if name == "hinted_letters":
+        hint, plain = prompt.split(". ", 1)
+        assert hint == _solve("last_letters", plain)
+        return hint
     if name == "coin_flip":
         turns = re.findall(r"([a-z]+) (flips|does not flip) it\.", prompt)
         assert prompt.startswith("a coin is heads up. ")

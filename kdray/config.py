@@ -53,7 +53,7 @@ from kdray.settings.losses import (
     VOPDLoss,
     type_of,
 )
-from kdray.settings.models import ModelSource, StudentSettings, TinyModel, TinyTraining
+from kdray.settings.models import ModelSource, PrunedModel, StudentSettings, TinyModel, TinyTraining
 from kdray.settings.rollout import EnsembleSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
 from kdray.settings.teachers import (
     AutoscalingSettings,
@@ -387,6 +387,7 @@ __all__ = [
     "PerDecisionLoss",
     "PretrainingSettings",
     "PromptSource",
+    "PrunedModel",
     "ReverseKLLoss",
     "RolloutSettings",
     "RouteRule",

@@ -98,9 +98,13 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 def evaluate(
     source: Annotated[Path, typer.Argument(metavar="CONFIG-or-RUN", help="A recipe (its student as it is), or a run folder.")],
     overrides: Overrides = None,
+    other: Annotated[
+        Path | None,
+        typer.Option("--student", metavar="DIR", help="Measure the model in this folder, too, such as a quantised export."),
+    ] = None,
 ) -> None:
     """Measure a student against its teacher on the held-out prompts."""
-    with _exit_codes() as outcome:
+    with _exit_codes() as outcome, contextlib.ExitStack() as opened:
         student = None
         config = source
         if source.is_dir():
@@ -111,9 +115,19 @@ def evaluate(
         settings = _load(config, overrides)
         if student is not None:
             outcome.log_folder = source / "logs"
+        plain = None
+        if other is not None:
+            from kdray.quantization import plain_weights
+
+            # Where run folders lie, every node can read.
+            plain = opened.enter_context(plain_weights(other, settings.run.output / ".models"))
         from cluster.launch import evaluate as launch
 
-        _print_columns("held-out", {"student": launch(settings, student)})
+        columns = {"student": launch(settings, student)}
+        if plain is not None:
+            # With the slash it is a folder's name, whatever the folder is called.
+            columns[f"{other}/"] = launch(settings, plain)
+        _print_columns("held-out", columns)
 
 
 @app.command()
@@ -129,8 +143,14 @@ def report(run: RunPath) -> None:
 def export(
     run: RunPath,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder for the model.")],
+    method: Annotated[
+        str | None, typer.Option("--quantize", metavar="int8|int4", help="Quantise the decoder's linear weights.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", min=1, help="With int4: weights that share a scale; 128 if not given.")
+    ] = None,
 ) -> None:
-    """Copy a run's final student to a folder of its own (Hugging Face format, safetensors)."""
+    """Copy a run's final student to a folder of its own (Hugging Face format, safetensors), quantised if asked."""
     with _exit_codes():
         from kdray.run_folder import RunFolder
 
@@ -139,8 +159,17 @@ def export(
             raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
         if to.resolve().is_relative_to(student.resolve()):
             raise DataError(f"--to {to}: lies inside the student that would be copied; give a folder elsewhere")
-        shutil.copytree(student, to, dirs_exist_ok=True)
+        if method is None:
+            if group_size is not None:
+                raise DataError(f"--group-size {group_size}: nothing is quantised; add --quantize int4, or remove the option")
+            shutil.copytree(student, to, dirs_exist_ok=True)
+            typer.echo(to)
+            return
+        from kdray.quantization import quantize, size_bytes
+
+        quantize(student, to, method, group_size)
         typer.echo(to)
+        typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
 
 
 @app.command()

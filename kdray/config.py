@@ -53,7 +53,7 @@ from kdray.settings.losses import (
     VOPDLoss,
     type_of,
 )
-from kdray.settings.models import ModelSource, StudentSettings, TinyModel, TinyTraining
+from kdray.settings.models import ModelSource, PrunedModel, StudentSettings, TinyModel, TinyTraining
 from kdray.settings.rollout import (
     EnsembleSettings,
     FilterSettings,
@@ -506,6 +506,7 @@ __all__ = [
     "PerDecisionLoss",
     "PretrainingSettings",
     "PromptSource",
+    "PrunedModel",
     "ReverseKLLoss",
     "RolloutSettings",
     "RouteRule",

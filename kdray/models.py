@@ -1,10 +1,11 @@
-"""Where models come from: hub ids and local folders pass through, tiny Llamas over characters are built on the spot.
+"""Where models come from: hub ids and local folders pass through; tiny Llamas and pruned models are built on the spot.
 
-A tiny model is an ordinary Hugging Face folder (config, safetensors, tokenizer) that every engine loads like any other.
+What is built is an ordinary Hugging Face folder (config, safetensors, tokenizer) that every engine loads like any other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,17 +13,22 @@ import re
 import shutil
 import string
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdray.config import TinyModel, TinyTraining
+from kdray.config import ModelSource, PrunedModel, TinyModel, TinyTraining
 from kdray.errors import DataError
+from kdray.pruning import plan_pruning, prune
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 BUILDER_FORMAT = 1
 """Part of the cache key: raise it when the builder gives another model for the same settings."""
+
+PRUNING_FORMAT = 1
+"""The same for pruned models."""
 
 HEAD_SIZE = 32
 """Channels of an attention head."""
@@ -60,12 +66,19 @@ def task_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def resolve_model(source: str | TinyModel, cache: Path) -> str:
+def resolve_model(source: ModelSource, cache: Path) -> str:
     """What an engine or `from_pretrained` can load: a hub id as given, an absolute folder for everything else.
 
-    A tiny model is built under `cache` on first use, in a folder named by a hash of its settings, and reused after.
-    Raises: DataError where a local folder does not exist or holds no model.
+    A tiny or pruned model is built under `cache` on first use, in a folder named by a hash of its settings (and of the files
+    of the source that is pruned, so that another source is another model), and reused after.
+    Raises: DataError where a local folder does not exist or holds no model; ConfigError where a source cannot be pruned.
     """
+    if isinstance(source, PrunedModel):
+        origin = resolve_model(source.source, cache)
+        cuts = source.model_dump(mode="json", exclude={"source", "revision"})
+        settings = json.dumps([PRUNING_FORMAT, cuts, _content(origin, source.revision)], sort_keys=True)
+        folder = Path(cache).absolute() / f"pruned-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        return str(folder if folder.is_dir() else build_pruned_model(source, origin, folder))
     if isinstance(source, TinyModel):
         settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
         folder = Path(cache).absolute() / f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
@@ -107,12 +120,65 @@ def build_tiny_model(source: TinyModel, folder: Path) -> Path:
     if source.train is not None:
         _train(model, tokenizer, source, source.train)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with _whole_folder(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return folder
+
+
+def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
+    """Cut `origin` (a folder or hub id, what `source.source` resolves to) as `source` says, into `folder`.
+
+    Weights keep their dtype; tokenizer and generation config are the source's. The folder appears whole or not at all.
+    Raises: ConfigError where the source cannot be cut so; DataError where the folder exists.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: already exists; a pruned model is built in a new folder")
+    # Before the weights are read, which may take minutes.
+    plan = plan_pruning(model_config(origin, source.revision), source)
+    model = AutoModelForCausalLM.from_pretrained(origin, revision=source.revision, dtype="auto", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(origin, revision=source.revision, trust_remote_code=False)
+    weights = prune(model.state_dict(), plan)
+    plan.config.dtype = model.dtype
+    model.config = plan.config
+    with _whole_folder(folder) as staging:
+        model.save_pretrained(staging, state_dict=weights)
+        tokenizer.save_pretrained(staging)
+    return folder
+
+
+def model_config(source: str | TinyModel, revision: str | None) -> Any:
+    """The Hugging Face config of a model, which for a tiny one need not be built yet."""
+    if isinstance(source, TinyModel):
+        return _llama_config(source, task_tokenizer())
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(resolve_model(source, Path()), revision=revision, trust_remote_code=False)
+
+
+def _content(origin: str, revision: str | None) -> str:
+    """What tells a model from every other: a hash of a folder's files, or the id and commit on the hub."""
+    folder = Path(origin)
+    if not folder.is_dir():
+        return f"{origin}@{model_config(origin, revision)._commit_hash}"
+    hashes = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps(hashes)
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `folder` at the end of the block; none is left behind where the block fails."""
     # Built beside its final place, on the same file system, so that the rename is atomic.
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        yield staging
         staging.rename(folder)
     except OSError:
         # Another process may have built the same model meanwhile; its result is as good.
@@ -120,7 +186,6 @@ def build_tiny_model(source: TinyModel, folder: Path) -> Path:
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return folder
 
 
 def _llama_config(source: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Any:

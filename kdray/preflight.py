@@ -18,6 +18,7 @@ from kdray.config import (
     ModelSource,
     OpenAITeacherSettings,
     PeerTeacherSettings,
+    PrunedModel,
     SelfTeacherSettings,
     TeacherSource,
     TinyModel,
@@ -25,8 +26,9 @@ from kdray.config import (
 )
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
-from kdray.models import resolve_model, task_tokenizer
+from kdray.models import model_config, resolve_model, task_tokenizer
 from kdray.pretraining import load_windows
+from kdray.pruning import plan_pruning
 from kdray.teachers import prompts_of
 from kdray.types import Prompt
 from kdray.vocab import check_vocab, tokenizer_hash
@@ -187,12 +189,12 @@ def _engines(config: Config) -> dict[str, EngineSettings]:
 def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     """The tokenizer's end-of-sequence id, and those that the student's generation config adds (chat models have several)."""
     ids = [int(tokenizer.eos_token_id)]
-    if isinstance(config.student.model, str):
+    source, revision = _origin(config.student.model, config.student.revision)
+    if isinstance(source, str):
         from transformers import GenerationConfig
 
         try:
-            source = resolve_model(config.student.model, Path())
-            declared = GenerationConfig.from_pretrained(source, revision=config.student.revision).eos_token_id
+            declared = GenerationConfig.from_pretrained(resolve_model(source, Path()), revision=revision).eos_token_id
         except OSError:
             # A model need not have a generation config.
             declared = None
@@ -206,8 +208,18 @@ def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...
     return tuple(dict.fromkeys(ids))
 
 
-def load_tokenizer(source: str | TinyModel, revision: str | None) -> Any:
+def _origin(source: ModelSource, revision: str | None) -> tuple[str | TinyModel, str | None]:
+    """Whose tokenizer and generation config a model has, and of which revision: for a pruned one, its source's."""
+    if not isinstance(source, PrunedModel):
+        return source, revision
+    if revision is not None:
+        raise ConfigError(f"revision={revision}: a pruned model is built here; set model.revision, that of its source")
+    return source.source, source.revision
+
+
+def load_tokenizer(source: ModelSource, revision: str | None) -> Any:
     """The tokenizer of a model source. Raises: ConfigError where it cannot be loaded."""
+    source, revision = _origin(source, revision)
     if isinstance(source, TinyModel):
         return task_tokenizer()
     from transformers import AutoTokenizer
@@ -219,8 +231,12 @@ def load_tokenizer(source: str | TinyModel, revision: str | None) -> Any:
         raise ConfigError(f"model {source}: no tokenizer could be loaded: {error}") from error
 
 
-def shape(source: str | TinyModel, revision: str | None) -> tuple[int, int | None]:
-    """(vocabulary rows, longest sequence if the model says)."""
+def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
+    """(vocabulary rows, longest sequence if the model says); for a pruned model, whether its source can be cut so."""
+    if isinstance(source, PrunedModel):
+        found = shape(*_origin(source, revision))
+        plan_pruning(model_config(source.source, source.revision), source)
+        return found
     if isinstance(source, TinyModel):
         tokens = len(task_tokenizer())
         if source.vocab_rows is not None and source.vocab_rows < tokens:
@@ -246,9 +262,16 @@ def _describe_teacher(teacher: TeacherSource, model: ModelSource) -> str:
     return _describe(model) + (", a student too" if isinstance(teacher, PeerTeacherSettings) else "")
 
 
-def _describe(source: str | TinyModel) -> str:
+def _describe(source: ModelSource) -> str:
     if isinstance(source, str):
         return source
+    if isinstance(source, PrunedModel):
+        before = model_config(source.source, source.revision)
+        plan = plan_pruning(before, source)
+        return (
+            f"cut from {_describe(source.source)}: layers {', '.join(map(str, plan.layers))} of {before.num_hidden_layers}, "
+            f"{plan.neurons} of {before.intermediate_size} neurons, {plan.groups} of {plan.source_groups} key-value heads"
+        )
     trained = f", trained {source.train.steps} steps on {', '.join(source.train.tasks)}" if source.train else ""
     return f"tiny, {source.layers} layers of {source.width}{trained}"
 

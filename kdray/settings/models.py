@@ -1,4 +1,4 @@
-"""Where a model comes from: the hub, a folder, or a recipe to build a small one."""
+"""Where a model comes from: the hub, a folder, a recipe to build a small one, or a cut of a larger one."""
 
 from __future__ import annotations
 
@@ -52,15 +52,54 @@ class TinyModel(Settings):
         return self
 
 
-def _model_tag(value: Any) -> str:
-    return "path" if isinstance(value, str | Path) else "tiny"
+def _model_tag(value: Any) -> str | None:
+    if isinstance(value, str | Path):
+        return "path"
+    tag = value.get("type", "tiny") if isinstance(value, dict) else getattr(value, "type", None)
+    return tag if isinstance(tag, str) else None
 
 
-ModelSource = Annotated[Annotated[str, Tag("path")] | Annotated[TinyModel, Tag("tiny")], Discriminator(_model_tag)]
+UnprunedSource = Annotated[
+    Annotated[str, Tag("path")] | Annotated[TinyModel, Tag("tiny")],
+    Discriminator(
+        _model_tag,
+        custom_error_type="model_source",
+        custom_error_message="expected a folder, a hub id, or a section with `type: tiny`",
+    ),
+]
+
+
+class PrunedModel(Settings):
+    """Layers, neurons and heads of a larger model as the start of a smaller one (kept in `<output>/.models`).
+
+    What is not set stays as it is in the source; the hidden size and the vocabulary always do.
+    """
+
+    type: Literal["pruned"]
+    source: UnprunedSource
+    """Hugging Face id, local folder, or tiny model to cut: a Llama, Mistral, Qwen2 or Qwen3 with plain weights."""
+    revision: str | None = None
+    """Commit or tag of the source on the hub."""
+    layers: Annotated[int, Field(ge=2)] | Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    """Layers to keep: how many, evenly spaced with the first and the last among them, or which, counted from 0, ascending."""
+    intermediate_size: Positive | None = None
+    """Neurons of each feed-forward block to keep, those with the largest weights."""
+    num_key_value_heads: Positive | None = None
+    """Key-value heads of each attention block to keep, each with all its query heads, those with the largest weights."""
+
+
+ModelSource = Annotated[
+    Annotated[str, Tag("path")] | Annotated[TinyModel, Tag("tiny")] | Annotated[PrunedModel, Tag("pruned")],
+    Discriminator(
+        _model_tag,
+        custom_error_type="model_source",
+        custom_error_message="expected a folder, a hub id, or a section with `type: tiny` or `type: pruned`",
+    ),
+]
 
 
 class StudentSettings(Settings):
     model: ModelSource
-    """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
+    """Hugging Face id, local folder, a tiny model to build (`type: tiny`), or a part of a larger one (`type: pruned`)."""
     revision: str | None = None
     """Commit or tag on the hub."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -230,6 +232,31 @@ def test_eval_of_another_folder_is_refused(recipe, launch):
     assert "not a run folder" in result.stderr
 
 
+def test_eval_measures_another_folder_beside(launch, finished, tmp_path, monkeypatch):
+    other = tmp_path / "student"
+    shutil.copytree(finished.student, other)
+    measured = {finished.student: 0.25, Path("student"): 0.75}
+    monkeypatch.setattr(launch, "evaluate", lambda config, student=None: {"exact_match": measured[student]})
+    result = call("eval", finished.path, "--student", "student")
+    assert result.exit_code == 0, result.output
+    header, *rows = [line for line in result.stdout.splitlines() if line.strip(" │┃━─┏┓└┘┡┩╇┴┳┼")]
+    assert "held-out" in header
+    assert header.index("student ") < header.index("student/")
+    assert len(rows) == 1
+    assert rows[0].index("0.25") < rows[0].index("0.75")
+
+
+@pytest.mark.parametrize("files", [[], ["config.json"], ["model.safetensors"]])
+def test_eval_of_another_folder_that_is_no_model_is_refused_before_anything_starts(launch, finished, tmp_path, files):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in files:
+        (other / name).write_text("{}")
+    result = call("eval", finished.path, "--student", other)
+    assert (result.exit_code, launch.calls) == (2, [])
+    assert "no Hugging Face model" in result.stderr
+
+
 # ----------------------------------------------------------------------------------------------- report, export
 
 
@@ -263,6 +290,30 @@ def test_export_overwrites_nothing(finished, tmp_path):
     assert result.exit_code == 2
     assert "not an empty folder" in result.stderr
     assert (target / "model.safetensors").read_bytes() == b"dear"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quantize", "int3"], "--quantize int3: unknown; use int8 or int4"),
+        (["--quantize", "int8", "--group-size", "64"], "--group-size 64: int8 has one scale a row"),
+        (["--group-size", "64"], "--group-size 64: nothing is quantised"),
+        (["--quantize", "int4", "--group-size", "0"], "--group-size"),
+    ],
+)
+def test_export_refuses_what_it_cannot_quantise(finished, tmp_path, options, message):
+    target = tmp_path / "model"
+    result = call("export", finished.path, "--to", target, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not target.exists()
+
+
+def test_export_of_a_quantised_student_is_refused(finished, tmp_path):
+    (finished.student / "config.json").write_text('{"quantization_config": {}}')
+    result = call("export", finished.path, "--to", tmp_path / "model", "--quantize", "int8")
+    assert result.exit_code == 2
+    assert "quantised already" in result.stderr
 
 
 def test_export_into_the_student_itself_is_refused(finished):

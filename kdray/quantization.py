@@ -1,0 +1,139 @@
+"""A student's weights in 8 or 4 bits, in the format of compressed-tensors, which vLLM and transformers load; and back.
+
+Quantised are the weights of the decoder's linear layers (q, k, v, o, gate, up, down), symmetrically, rounded to the nearest:
+int8 with one scale a row, int4 with one scale for each `group_size` neighbours in a row. Embeddings, output head, norms and
+biases keep their dtype, activations are not quantised, and no data is needed. Rounding, packing and file format are the
+library's; what is left to this file is which scale covers what.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from kdray.errors import DataError
+
+METHODS: dict[str, int] = {"int8": 8, "int4": 4}
+"""Bits by method."""
+
+GROUP_SIZE = 128
+"""Weights that share a scale in int4, unless told otherwise; the W4A16 scheme of compressed-tensors."""
+
+
+def check_quantization(student: Path, method: str, group_size: int | None) -> None:
+    """Whether `student`, a Hugging Face folder, can be quantised so. Raises: DataError with option, value and remedy."""
+    if method not in METHODS:
+        raise DataError(f"--quantize {method}: unknown; use {' or '.join(METHODS)}")
+    if group_size is not None and METHODS[method] == 8:
+        raise DataError(f"--group-size {group_size}: int8 has one scale a row; remove the option, or use --quantize int4")
+    if is_quantized(student):
+        raise DataError(f"{student}: its weights are quantised already; name the folder before quantisation")
+
+
+def quantize(student: Path, to: Path, method: str, group_size: int | None = None) -> None:
+    """Write a copy of `student` with quantised weights to `to`, a new or empty folder: a Hugging Face folder again.
+
+    Args: group_size: for int4, weights of a row that share a scale; None is GROUP_SIZE.
+    Raises: DataError as `check_quantization`, and where a row does not divide into groups; nothing is written then.
+    """
+    import torch
+    from compressed_tensors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStrategy,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_quantization(student, method, group_size)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype="auto", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+    size = None if method == "int8" else group_size or GROUP_SIZE
+    strategy = QuantizationStrategy.CHANNEL if size is None else QuantizationStrategy.GROUP
+    arguments = QuantizationArgs(num_bits=METHODS[method], type="int", symmetric=True, strategy=strategy, group_size=size)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    apply_quantization_config(model, QuantizationConfig(config_groups={"decoder": scheme}, ignore=["lm_head"]))
+    for name, module in model.named_modules():
+        if not is_module_quantized(module):
+            continue
+        columns = module.weight.shape[1]
+        if size is not None and columns % size:
+            raise DataError(
+                f"--group-size {size}: the {columns} weights a row of {name} do not divide by it; use a divisor, such as "
+                f"{_largest_divisor(columns, size)}"
+            )
+        with torch.no_grad():
+            groups = module.weight.unflatten(1, (-1, size or columns))  # [rows, groups, group size]
+            scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+            module.weight_scale.copy_(scale)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(to)
+    compressor.update_config(to)
+    tokenizer.save_pretrained(to)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the weights in a Hugging Face folder are quantised, by its config."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def plain_weights(folder: Path, near: Path) -> Iterator[Path]:
+    """`folder` itself, or where its weights are quantised, a folder in `near` with their values as plain numbers.
+
+    It lasts as long as the block. What is measured on it is the effect of weight-only quantisation exactly, and nothing of a
+    quantised kernel's arithmetic.
+    Raises: DataError where the folder is no model, or is quantised in another way.
+    """
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise DataError(f"{folder}: no Hugging Face model (config.json and *.safetensors) is there; name its folder")
+    if not is_quantized(folder):
+        yield folder
+        return
+    near.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".plain-", dir=near.absolute()) as name:
+        dequantize(folder, Path(name) / "model")
+        yield Path(name) / "model"
+
+
+def dequantize(folder: Path, to: Path) -> None:
+    """Write the values of the quantised weights in `folder` to the new folder `to`, in the dtype of its config.
+
+    Raises: DataError where something else than weights is quantised, or in another format than compressed-tensors.
+    """
+    import torch
+    from compressed_tensors import logger
+    from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer, convert_checkpoint
+
+    # One line a file that is copied.
+    logger.disable("compressed_tensors.entrypoints")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config["quantization_config"]
+    if found.get("quant_method") != "compressed-tensors":
+        raise DataError(f"{folder}: quantised by {found.get('quant_method')}; only compressed-tensors is read here")
+    if any(_quantizes_activations(group) for group in found.get("config_groups", {}).values()) or found.get("kv_cache_scheme"):
+        raise DataError(f"{folder}: it quantises activations or KV cache, too, which plain weights cannot show")
+    to.mkdir(parents=True)
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    convert_checkpoint(folder, to, CompressedTensorsDequantizer(folder, dtype=dtype))
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of the weights in a Hugging Face folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _quantizes_activations(group: dict[str, Any]) -> bool:
+    return bool(group.get("input_activations") or group.get("output_activations"))
+
+
+def _largest_divisor(columns: int, size: int) -> int:
+    return next(divisor for divisor in range(min(size, columns), 0, -1) if columns % divisor == 0)

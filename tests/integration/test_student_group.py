@@ -338,20 +338,25 @@ def _plain_features(teacher: Any, student: Any, batch: TrainBatch) -> torch.Tens
 async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
     ranks, stage, models, batches, tiny_models, tmp_path
 ) -> None:
-    """Every ZeRO stage against a plain torch loop; a resume from step 2 repeats the rest; the export is the student."""
+    """Every ZeRO stage, with text, against a plain torch loop; a resume repeats steps 3 and 4; the export is the student."""
     teacher, student = models
-    training = _training(ranks=ranks, zero_stage=stage, features=FEATURES)
+    text_settings = {"source": {"type": "task"}, "batch_size": 8, "window_tokens": 32, "weight": 0.5}
+    training = _training(ranks=ranks, zero_stage=stage, features=FEATURES, pretraining=text_settings)
+    texts = [take_rows(batch, np.arange(8)) for batch in reversed(batches)]
+    given = [
+        (batch, replace(text, num_target_tokens=int(text.loss_mask.sum()))) for batch, text in zip(batches, texts, strict=True)
+    ]
     phase = replace(_phase(student), loss=ReverseKLLoss(type="reverse_kl"), feature_teacher=(str(teacher), None))
     async with _ranks(training, tmp_path) as (group, store):
         await group.start_phase(phase)
-        reports = [await group.train_step(batch) for batch in batches[:2]]
+        reports = [await group.train_step(*each) for each in given[:2]]
         await group.save_checkpoint(2)
-        reports += [await group.train_step(batch) for batch in batches[2:]]
+        reports += [await group.train_step(*each) for each in given[2:]]
         await group.publish(STEPS)
         _, _, paths = await pull(store, STEPS)
         await group.export(tmp_path / "student")
         await group.start_phase(phase, tmp_path / "checkpoints" / "step-000002")
-        again = [await group.train_step(batch) for batch in batches[2:]]
+        again = [await group.train_step(*each) for each in given[2:]]
     curve = [(report.loss, report.grad_norm) for report in reports]
 
     from safetensors.torch import load_file
@@ -362,7 +367,7 @@ async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
     assert all(torch.equal(exported[name], pulled[name]) for name in exported)
     np.testing.assert_allclose([(report.loss, report.grad_norm) for report in again], curve[2:], rtol=1e-6)
 
-    want, trained = _plain_features_loop(teacher, student, batches, training)
+    want, trained = _plain_features_loop(teacher, student, given, training)
     np.testing.assert_allclose(curve, want, rtol=5e-4)
     for name, parameter in trained.student.named_parameters():
         torch.testing.assert_close(exported[name], parameter.detach(), rtol=1e-2, atol=2e-4, msg=name)
@@ -371,7 +376,7 @@ async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
 
 
 def _plain_features_loop(
-    teacher: Path, student: Path, batches: list[TrainBatch], training: TrainingSettings
+    teacher: Path, student: Path, given: list[tuple[TrainBatch, TrainBatch]], training: TrainingSettings
 ) -> tuple[list[tuple[float, float]], Any]:
     """(loss, gradient norm) of every step by torch alone, and what was trained: the student and its maps."""
     from transformers import AutoModelForCausalLM, get_scheduler
@@ -386,9 +391,12 @@ def _plain_features_loop(
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=training.betas, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
     loss, curve = ReverseKLLoss(type="reverse_kl"), []
-    for batch in batches:
+    for batch, text in given:
         main = loss_function(loss)(_logits(both.student, batch), LossBatch.from_train_batch(batch, VOCAB), loss).total
-        total = (main + _plain_features(frozen, both, batch)) / batch.num_target_tokens
+        mask = torch.from_numpy(text.loss_mask)
+        words = torch.from_numpy(text.token_ids).long()[mask]
+        cross_entropy = torch.nn.functional.cross_entropy(_logits(both.student, text)[mask], words)
+        total = (main + _plain_features(frozen, both, batch)) / batch.num_target_tokens + 0.5 * cross_entropy
         optimizer.zero_grad()
         total.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(both.parameters(), training.gradient_clipping))

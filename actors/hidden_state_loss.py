@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from actors.student_features import feature_inputs, with_features
 from kdray.config import LossSettings
 from kdray.errors import ConfigError, TrainingError
 from kdray.losses import LossOutput, chunked_divergence, divergence_of
@@ -139,8 +140,9 @@ def hidden_state_loss(
 
     ids, attention = model_inputs(part, device)
     with _replaced_head(engine.module.get_output_embeddings(), loss):
-        total = engine(input_ids=ids, attention_mask=attention, use_cache=False).logits.reshape(())
-    return LossOutput(total=total, sums=sums)
+        inputs = feature_inputs(engine.module, mask)
+        output = engine(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
+    return with_features(LossOutput(total=output.logits.reshape(()), sums=sums), output, engine.module)
 
 
 @contextmanager

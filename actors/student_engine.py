@@ -22,6 +22,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from actors.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
+from actors.student_features import (
+    StudentWithFeatures,
+    attention_implementation,
+    feature_inputs,
+    load_feature_teacher,
+    unwrapped,
+    with_features,
+)
 from kdray.batching import micro_batches, take_rows
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
@@ -53,6 +61,8 @@ class Phase:
     teacher: tuple[str, str | None] | None = None
     """Folder or hub id, and revision, of the teacher whose output head makes rows out of hidden states; None where the
     batches bring a support."""
+    feature_teacher: tuple[str, str | None] | None = None
+    """Folder or hub id, and revision, of the teacher that `training.features` compares with; None where the phase does not."""
 
 
 class _Update(NamedTuple):
@@ -98,12 +108,14 @@ class StudentEngine:
         config = self._deepspeed_config()
         # At stage 3 transformers loads each weight straight into its shards while this object is alive.
         sharded_loading = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
-        model = AutoModelForCausalLM.from_pretrained(
+        features = training.features if phase.feature_teacher is not None else None
+        model: Any = AutoModelForCausalLM.from_pretrained(
             phase.model,
             revision=phase.revision,
             dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
+            **attention_implementation(features),
         )
         del sharded_loading
         model.config.use_cache = False
@@ -111,8 +123,14 @@ class StudentEngine:
             model.gradient_checkpointing_enable()
         # Dropout would make the trained law differ from the one that the replicas sample from.
         model.eval()
+        trained: list[dict[str, Any]] = [{"params": [each for each in model.parameters() if each.requires_grad]}]
+        if features is not None and phase.feature_teacher is not None:
+            teacher = load_feature_teacher(*phase.feature_teacher, features, model.dtype)
+            model = StudentWithFeatures(model, teacher, features, self.seed)
+            if features.hidden is not None:
+                trained.append({"params": list(model.projections.parameters()), "lr": features.hidden.projection_learning_rate})
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            trained,
             lr=phase.learning_rate,
             betas=training.betas,
             weight_decay=training.weight_decay,
@@ -123,6 +141,8 @@ class StudentEngine:
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
         )
         self._engine.module.eval()
+        if isinstance(model, StudentWithFeatures):
+            model.place_teacher(self._engine.device)
         self._teacher_head = None
         if phase.teacher is not None:
             dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
@@ -219,9 +239,10 @@ class StudentEngine:
         assert self.phase is not None
         engine = self._engine
         settings = self.training.pretraining
-        parts: list[tuple[TrainBatch, bool]] = [(part, False) for part in micro_batches(batch, self.training.micro_batch_size)]
-        if text is not None:
-            parts += [(part, True) for part in micro_batches(text, self.training.micro_batch_size)]
+        size = self.training.micro_batch_size
+        # Rollouts last: a weight of the features is reduced over ranks with the last part, which therefore has to use it.
+        parts = [] if text is None else [(part, True) for part in micro_batches(text, size)]
+        parts += [(part, False) for part in micro_batches(batch, size)]
         # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
         scale = self.world_size / max(batch.num_target_tokens, 1)
         text_scale = 0.0
@@ -236,7 +257,7 @@ class StudentEngine:
             if is_text:
                 assert settings is not None
                 tensors = LossBatch.from_train_batch(part, self.vocab_size, engine.device)
-                output = pretraining(self._forward(part), tensors, settings)
+                output = pretraining(_aligned(self._forward(part)), tensors, settings)
             else:
                 output = self._distillation_loss(part, loss_fn)
             if not bool(torch.isfinite(output.total)):
@@ -280,7 +301,10 @@ class StudentEngine:
         assert self.phase is not None
         if self._teacher_head is not None:
             return hidden_state_loss(self._engine, part, self._loss, self._teacher_head, self.vocab_size)
-        return loss_fn(self._forward(part), LossBatch.from_train_batch(part, self.vocab_size, self._engine.device), self._loss)
+        tensors = LossBatch.from_train_batch(part, self.vocab_size, self._engine.device)
+        module = self._engine.module
+        output = self._forward(part, **feature_inputs(module, tensors.mask))
+        return with_features(loss_fn(_aligned(output), tensors, self._loss), output, module)
 
     def _whitening(self, batch: TrainBatch) -> Whitening | None:
         """Mean and deviation of the whole step's returns, for the losses that whiten them; the same on all ranks."""
@@ -292,11 +316,10 @@ class StudentEngine:
         dist.all_reduce(totals)
         return Whitening.from_sums(totals.tolist())
 
-    def _forward(self, part: TrainBatch) -> torch.Tensor:
-        """Logits [rows, seq, vocab] aligned with the token that they predict; column 0 predicts nothing."""
+    def _forward(self, part: TrainBatch, **inputs: torch.Tensor) -> Any:
+        """The model's output for a micro-batch."""
         ids, attention = model_inputs(part, self._engine.device)
-        logits: torch.Tensor = self._engine(input_ids=ids, attention_mask=attention, use_cache=False).logits
-        return logits.roll(1, dims=1)
+        return self._engine(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
 
     def _plain_grad_norm(self) -> float | None:
         """The gradient norm before clipping, where DeepSpeed has no optimizer of its own that would tell it."""
@@ -338,7 +361,7 @@ class StudentEngine:
         limit = self.training.sync_bucket_mib * 2**20
         bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0.0
-        named = list(self._engine.module.named_parameters())
+        named = list(unwrapped(self._engine.module).named_parameters())
         for name, parameter in named:
             count = getattr(parameter, "ds_numel", parameter.numel())
             if bucket and size + count * parameter.element_size() > limit:
@@ -380,7 +403,7 @@ class StudentEngine:
             from transformers import AutoTokenizer
 
             folder.mkdir(parents=True, exist_ok=True)
-            module = self._engine.module
+            module = unwrapped(self._engine.module)
             module.config.use_cache = True
             module.save_pretrained(folder, state_dict=state, safe_serialization=True)
             module.config.use_cache = False
@@ -411,6 +434,12 @@ class StudentEngine:
         self.steps_done = int(state["steps_done"])
         if self.rank == 0 and (folder / _AVERAGE).exists():
             self._average = load_file(folder / _AVERAGE)
+
+
+def _aligned(output: Any) -> torch.Tensor:
+    """Logits [rows, seq, vocab] aligned with the token that they predict; column 0 predicts nothing."""
+    logits: torch.Tensor = output.logits
+    return logits.roll(1, dims=1)
 
 
 def _not_finite(batch: TrainBatch) -> str:

@@ -37,6 +37,7 @@ from kdray.errors import ConfigError, Interrupted
 from kdray.evaluate import evaluate as measure
 from kdray.filters import Filters
 from kdray.loop import LoopSettings, Totals, distill
+from kdray.models import resolve_model
 from kdray.peers import MAIN_STUDENT, peer_configs
 from kdray.preflight import Checked, check
 from kdray.pretraining import PretrainingText
@@ -344,6 +345,7 @@ class _Job:
             training.warmup_steps * updates,
             training.schedule,
             self._teacher_of_head(models),
+            self._teacher_of_features(models),
         )
         schedules = Schedules(
             training.schedules,
@@ -506,6 +508,15 @@ class _Job:
             return None
         (name,) = self.config.served_teachers
         return models.teachers[name], self.config.source(name)[1]
+
+    def _teacher_of_features(self, models: Models) -> tuple[str, str | None] | None:
+        """Whose layers the student is compared with, where the config asks for that."""
+        if self.config.training.features is None or self.config.white_box_teacher is None:
+            return None
+        name, teacher = self.config.white_box_teacher
+        # A teacher inside this process is not among the served ones.
+        folder = models.teachers.get(name) or resolve_model(teacher.model, self.config.run.output / ".models")
+        return folder, teacher.revision
 
     def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
         """The pretraining text of a step, where the config mixes some in."""

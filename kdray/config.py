@@ -31,6 +31,7 @@ from kdray.settings.data import (
     TaskText,
     TextSource,
 )
+from kdray.settings.features import AttentionTerm, FeatureSettings, HiddenTerm, RelationTerm
 from kdray.settings.losses import (
     DIVERGENCE_LOSSES,
     AdaptiveKLLoss,
@@ -175,6 +176,8 @@ class Config(Settings):
             )
         if isinstance(self.loss, ULDLoss) and self.training.pretraining is not None and self.training.pretraining.teacher_share:
             raise ValueError("training.pretraining.teacher_share with loss.type=uld: the text is in other ids; set it to 0")
+        if self.training.features is not None:
+            self._check_features()
         if "rollout" in self.teachers:
             raise ValueError("teachers.rollout: that is the name of the rollout pool; give the teacher another name")
         if self.training.batch_size % self.rollout.samples_per_prompt:
@@ -304,6 +307,27 @@ class Config(Settings):
                 f"training.pretraining.teacher_share={text.teacher_share:g} with teachers {names}: nothing says which of them "
                 "scores the text; set it to 0"
             )
+
+    def _check_features(self) -> None:
+        described = ", ".join(f"{name} (type={teacher.type})" for name, teacher in self.teachers.items())
+        if len(self.teachers) > 1 or self.white_box_teacher is None:
+            raise ValueError(
+                f"training.features with teachers {described}: the ranks load one teacher whose weights are at hand; keep one "
+                "of type vllm or hf, or remove training.features"
+            )
+        if isinstance(self.loss, ULDLoss):
+            raise ValueError(
+                "training.features with loss.type=uld: states are compared token by token, and the teacher's tokens are others"
+                "; remove training.features"
+            )
+
+    @property
+    def white_box_teacher(self) -> tuple[str, TeacherSettings | HFTeacherSettings] | None:
+        """Name and settings of the first teacher whose weights are at hand."""
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, TeacherSettings | HFTeacherSettings):
+                return name, teacher
+        return None
 
     @property
     def served_teachers(self) -> dict[str, ServedTeacher]:
@@ -474,6 +498,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 __all__ = [
     "DIVERGENCE_LOSSES",
     "AdaptiveKLLoss",
+    "AttentionTerm",
     "AutoscalingSettings",
     "CaptureTeacherSettings",
     "ClusterSettings",
@@ -482,10 +507,12 @@ __all__ = [
     "EngineSettings",
     "EnsembleSettings",
     "EvaluationSettings",
+    "FeatureSettings",
     "FilterSettings",
     "ForwardKLLoss",
     "ForwardKLSampledLoss",
     "HFTeacherSettings",
+    "HiddenTerm",
     "HintonLoss",
     "HubPrompts",
     "HubText",
@@ -507,6 +534,7 @@ __all__ = [
     "PretrainingSettings",
     "PromptSource",
     "PrunedModel",
+    "RelationTerm",
     "ReverseKLLoss",
     "RolloutSettings",
     "RouteRule",

@@ -54,6 +54,9 @@ METRICS: dict[str, Metric] = {
     "teacher_head_error": Metric("nats/token", "token_mean", "Distance of the output head's log p from the recorded one"),
     "pretraining_loss": Metric("nats/token", "token_mean", "Cross entropy of the pretraining text, over its own tokens"),
     "pretraining_kl": Metric("nats/token", "token_mean", "KL(teacher || student) on the pretraining text"),
+    "feature_hidden": Metric("1/token", "token_mean", "Distance of projected hidden states, mean over pairs of layers"),
+    "feature_attention": Metric("1/token", "token_mean", "Distance of attention maps, mean over pairs of layers (nats for kl)"),
+    "feature_relation": Metric("1/token", "token_mean", "Distance of relations among a response's tokens"),
     "uld": Metric("1/token", "token_mean", "Distance of both laws sorted by probability, at aligned positions"),
     "matched_kl": Metric(
         "nats/token", "token_mean", "KL(teacher || student) over the student's ids and a rest, at aligned positions"

@@ -97,6 +97,8 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         vocab_size = min(vocab_size, shared)
         padded = f"; {max(rows, student_rows) - shared} padded rows are cut" if rows != student_rows else ""
         lines.append(f"teacher {name}: {_describe_teacher(teacher, model)}, {rows} vocabulary rows{padded}")
+    if config.training.features is not None:
+        lines.append(_features(config))
     needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     text = config.training.pretraining
     for setting, longest in positions.items():
@@ -260,6 +262,29 @@ def _describe_teacher(teacher: TeacherSource, model: ModelSource) -> str:
     if isinstance(teacher, SelfTeacherSettings):
         return "the student itself" + (f", renewed every {teacher.every} steps" if teacher.every else " as distillation begins")
     return _describe(model) + (", a student too" if isinstance(teacher, PeerTeacherSettings) else "")
+
+
+def depth(source: ModelSource, revision: str | None) -> int:
+    """Layers of a model, whose `shape` could be read."""
+    if isinstance(source, TinyModel):
+        return source.layers
+    if isinstance(source, PrunedModel):
+        return len(plan_pruning(model_config(source.source, source.revision), source).layers)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve_model(source, Path()), revision=revision, trust_remote_code=False)
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _features(config: Config) -> str:
+    """The pairs of layers that are compared, as a line. Raises: ConfigError for a layer that is not there."""
+    assert config.training.features is not None
+    assert config.white_box_teacher is not None
+    name, teacher = config.white_box_teacher
+    layers = depth(config.student.model, config.student.revision), depth(teacher.model, teacher.revision)
+    named = {term.setting.rpartition(".")[2]: term.pairs(*layers) for term in config.training.features.terms}
+    pairs = "; ".join(f"{term} {', '.join(f'{s}-{t}' for s, t in each)}" for term, each in named.items())
+    return f"features of teacher {name}, which every student rank holds too (student layer - teacher layer): {pairs}"
 
 
 def _describe(source: ModelSource) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from kdray.settings.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.settings.data import TextSource
+from kdray.settings.features import FeatureSettings
 from kdray.settings.schedules import ScheduleSettings
 
 
@@ -108,6 +109,9 @@ class TrainingSettings(Settings):
     """The supervised phase after distillation, on the task's reference answers: the second stage of two-stage distillation."""
     pretraining: PretrainingSettings | None = None
     """Pretraining text mixed into every update; None leaves it out."""
+    features: FeatureSettings | None = None
+    """Hidden states, attention maps and relations of a white-box teacher that the student matches beside the loss; None leaves
+    them out."""
 
     @model_validator(mode="after")
     def _split(self) -> TrainingSettings:

@@ -208,6 +208,41 @@ def test_a_run_with_hidden_states_pretraining_text_and_inner_epochs(workplace: P
     assert signals["divergence_perturbed"] > 0.1
 
 
+@pytest.mark.full
+def test_a_run_with_features(workplace: Path, marker: str) -> None:
+    """All three terms on two ranks at ZeRO 2: they fall, and what is exported and resumed is in order."""
+    recipe = _recipe(
+        workplace,
+        "features",
+        loss={"type": "jsd"},
+        training={
+            "ranks": 2,
+            "zero_stage": 2,
+            "micro_batch_size": 8,
+            "cpus_per_rank": 0.5,
+            "checkpoint_every": 6,
+            "features": {"hidden": {"distance": "mse"}, "attention": {}, "relation": {"distance": "distances"}},
+        },
+        cluster={"local_cpus": 4},
+    )
+    _finish(_start("run", str(recipe)), 0)
+    run = workplace / "runs" / "features"
+    _check_ledger(run, 12)
+    lines = _lines(run / "metrics.jsonl")
+    for name in ("feature_hidden", "feature_attention", "feature_relation"):
+        first, last = (sum(line[name] for line in part) for part in (lines[:3], lines[-3:]))
+        assert last < first, name
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"]
+    from transformers import AutoModelForCausalLM
+
+    exported, original = (AutoModelForCausalLM.from_pretrained(each) for each in (run / "student", workplace / "student"))
+    assert set(exported.state_dict()) == set(original.state_dict())
+    _finish(_start("run", str(recipe), "--resume", "training.steps=14"), 0)
+    _check_ledger(run, 14)
+    _assert_nothing_left(marker)
+
+
 def test_a_teacher_without_a_signal_stops_the_run(workplace: Path) -> None:
     """Through real replicas: a uniform teacher is refused with the reason, before the first step."""
     import torch

@@ -338,3 +338,109 @@ async def _tensors(store: Any) -> dict[str, torch.Tensor]:
     tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     shutil.rmtree(folder)
     return tensors
+
+
+FEATURES = {
+    "hidden": {"layers": "uniform", "distance": "mse"},
+    "attention": {"layers": "uniform", "distance": "kl"},
+    "relation": {"distance": "similarities"},
+}
+
+
+def _plain_features(teacher: Any, student: Any, batch: TrainBatch) -> torch.Tensor:
+    """The three terms written out for equal widths and depths, a row at a time; sums over response tokens."""
+    ids = torch.from_numpy(batch.token_ids).long()
+    total = torch.zeros(())
+    for row, length in enumerate(batch.lengths.tolist()):
+        at = torch.from_numpy(np.nonzero(batch.loss_mask[row])[0] - 1)
+        given = {"input_ids": ids[row : row + 1, :length], "output_hidden_states": True, "output_attentions": True}
+        q = student.student(**given)
+        with torch.no_grad():
+            p = teacher(**given)
+        for layer, projection in enumerate(student.projections):
+            gap = q.hidden_states[layer][0, at] @ projection.weight.T - p.hidden_states[layer][0, at]
+            total = total + gap.square().mean(-1).sum() / len(student.projections)
+        for a, b in zip(q.attentions, p.attentions, strict=True):
+            # Each row up to its own position: what lies behind is masked.
+            for s in at.tolist():
+                rows = [each[0, :, s, : s + 1].clamp(min=1e-12) for each in (a, b)]
+                total = total + (rows[1] * (rows[1] / rows[0]).log()).sum(-1).mean() / len(q.attentions)
+        if len(at) > 1:
+            grams = [torch.nn.functional.normalize(each.hidden_states[-1][0, at], dim=-1) for each in (q, p)]
+            total = total + (grams[0] @ grams[0].T - grams[1] @ grams[1].T).square().sum() / (len(at) - 1)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [(1, 0), (2, 3), pytest.param(2, 1, marks=pytest.mark.full), pytest.param(2, 2, marks=pytest.mark.full)],
+)
+async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
+    ranks, stage, models, batches, tiny_models, tmp_path
+) -> None:
+    """Every ZeRO stage, with text, against a plain torch loop; a resume repeats steps 3 and 4; the export is the student."""
+    teacher, student = models
+    text_settings = {"source": {"type": "task"}, "batch_size": 8, "window_tokens": 32, "weight": 0.5}
+    training = _training(ranks=ranks, zero_stage=stage, features=FEATURES, pretraining=text_settings)
+    texts = [take_rows(batch, np.arange(8)) for batch in reversed(batches)]
+    given = [
+        (batch, replace(text, num_target_tokens=int(text.loss_mask.sum()))) for batch, text in zip(batches, texts, strict=True)
+    ]
+    phase = replace(_phase(student), loss=ReverseKLLoss(type="reverse_kl"), feature_teacher=(str(teacher), None))
+    async with _ranks(training, tmp_path) as (group, store):
+        await group.start_phase(phase)
+        reports = [await group.train_step(*each) for each in given[:2]]
+        await group.save_checkpoint(2)
+        reports += [await group.train_step(*each) for each in given[2:]]
+        await group.publish(STEPS)
+        _, _, paths = await pull(store, STEPS)
+        await group.export(tmp_path / "student")
+        await group.start_phase(phase, tmp_path / "checkpoints" / "step-000002")
+        again = [await group.train_step(*each) for each in given[2:]]
+    curve = [(report.loss, report.grad_norm) for report in reports]
+
+    from safetensors.torch import load_file
+
+    exported = load_file(tmp_path / "student" / "model.safetensors")
+    pulled = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    assert set(exported) == set(pulled) == set(tiny_models.load(student).state_dict())
+    assert all(torch.equal(exported[name], pulled[name]) for name in exported)
+    np.testing.assert_allclose([(report.loss, report.grad_norm) for report in again], curve[2:], rtol=1e-6)
+
+    want, trained = _plain_features_loop(teacher, student, given, training)
+    np.testing.assert_allclose(curve, want, rtol=5e-4)
+    for name, parameter in trained.student.named_parameters():
+        torch.testing.assert_close(exported[name], parameter.detach(), rtol=1e-2, atol=2e-4, msg=name)
+    assert reports[-1].metrics["feature_hidden"] < reports[0].metrics["feature_hidden"]
+    assert {"feature_attention", "feature_relation"} <= set(reports[0].metrics)
+
+
+def _plain_features_loop(
+    teacher: Path, student: Path, given: list[tuple[TrainBatch, TrainBatch]], training: TrainingSettings
+) -> tuple[list[tuple[float, float]], Any]:
+    """(loss, gradient norm) of every step by torch alone, and what was trained: the student and its maps."""
+    from transformers import AutoModelForCausalLM, get_scheduler
+
+    both = torch.nn.Module()
+    both.student = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, attn_implementation="eager").eval()
+    both.projections = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(3))
+    for projection in both.projections:
+        torch.nn.init.eye_(projection.weight)
+    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, attn_implementation="eager").eval()
+    groups = [{"params": list(both.student.parameters())}, {"params": list(both.projections.parameters()), "lr": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=training.betas, weight_decay=0.0)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
+    loss, curve = ReverseKLLoss(type="reverse_kl"), []
+    for batch, text in given:
+        main = loss_function(loss)(_logits(both.student, batch), LossBatch.from_train_batch(batch, VOCAB), loss).total
+        mask = torch.from_numpy(text.loss_mask)
+        words = torch.from_numpy(text.token_ids).long()[mask]
+        cross_entropy = torch.nn.functional.cross_entropy(_logits(both.student, text)[mask], words)
+        total = (main + _plain_features(frozen, both, batch)) / batch.num_target_tokens + 0.5 * cross_entropy
+        optimizer.zero_grad()
+        total.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(both.parameters(), training.gradient_clipping))
+        optimizer.step()
+        scheduler.step()
+        curve.append((total.item(), norm))
+    return curve, both

@@ -265,6 +265,26 @@ def test_locations_keep_keys_that_are_also_tags(sections, message):
         ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "use training.zero_stage"),
         ({"loss": {"type": "forward_kl_sampled"}, "rollout": {"alpha": 0.0}}, "p/m is unbounded"),
         ({"loss": {"type": "vopd"}, "rollout": {"alpha": 1.0}}, "q/m is unbounded"),
+        ({"training": {"features": {}}}, "training.features names no term"),
+        (
+            {
+                "training": {"features": {"hidden": {}}},
+                "teachers": {"far": {"type": "openai", "base_url": "http://here/v1", "model": "m"}},
+            },
+            r"training\.features with teachers far \(type=openai\).*keep one of type vllm or hf",
+        ),
+        (
+            {
+                "training": {"features": {"relation": {}}},
+                "teachers": {"a": {"model": TINY}, "b": {"model": TINY}},
+                "rollout": {"teachers": {"type": "ensemble"}},
+            },
+            r"training\.features with teachers a \(type=vllm\), b",
+        ),
+        (
+            {"training": {"features": {"hidden": {}}}, "loss": {"type": "uld"}, "rollout": {"sampler": "student"}},
+            "training.features with loss.type=uld",
+        ),
     ],
 )
 def test_what_kdray_sets_itself_cannot_be_contradicted(sections: dict[str, Any], message: str) -> None:

@@ -153,3 +153,10 @@ def test_an_endpoint_without_its_key_is_refused_before_anything_starts(tmp_path,
         check(parse_config(tree))
     monkeypatch.setenv("KDRAY_TEST_KEY", "k")
     assert "k" not in [line.rpartition(" ")[2] for line in check(parse_config(tree)).lines]
+
+
+def test_layers_of_features_are_looked_up_in_both_models(models: Path) -> None:
+    lines = check(_config(models, training={"features": {"hidden": {}, "attention": {}}})).lines
+    assert any("teacher main" in line and "hidden 0-0, 1-1; attention 1-1" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"features\.relation\.layers=\[\[1, 2\]\]: the teacher has no layer 2.*from 0 to 1"):
+        check(_config(models, training={"features": {"relation": {"layers": [[1, 2]]}}}))

@@ -1,0 +1,148 @@
+"""The white-box teacher beside the student: both read the same tokens, and what lies between their layers is compared.
+
+The teacher is a plain model that no optimizer, checkpoint or export sees. The learned maps between the models' widths are
+trained with the student: wrapped together they are one module for DeepSpeed, which clips, shards and saves both alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdray.config import AttentionTerm, FeatureSettings, HiddenTerm
+from kdray.errors import TrainingError
+from kdray.losses import LossOutput
+from kdray.losses.features import ATTENTION, HIDDEN, RELATION, over_responses, predicting
+
+
+def load_feature_teacher(model: str, revision: str | None, settings: FeatureSettings, dtype: torch.dtype) -> Any:
+    """The teacher without its output head, frozen, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(
+        model,
+        revision=revision,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **attention_implementation(settings),
+    )
+    return teacher.base_model.eval().requires_grad_(False)
+
+
+def attention_implementation(settings: FeatureSettings | None) -> dict[str, str]:
+    """How models are loaded: fused attention has no maps to show."""
+    return {"attn_implementation": "eager"} if settings is not None and settings.attention is not None else {}
+
+
+class StudentWithFeatures(torch.nn.Module):
+    """The student and the maps into the teacher's widths; its output has the terms where response tokens are named.
+
+    Everything happens in `forward`: at ZeRO stage 3 the maps are whole nowhere else, and DeepSpeed has to see the terms among
+    the outputs, or its backward pass would reach the maps before it is prepared.
+    """
+
+    def __init__(self, student: Any, teacher: Any, settings: FeatureSettings, seed: int) -> None:
+        """Args: student: the Hugging Face model; teacher: from `load_feature_teacher`; seed: of the maps' first weights."""
+        super().__init__()
+        self.student = student
+        self.settings = settings
+        # In a tuple: a module that is not registered is not trained, sharded, saved or moved.
+        self._teacher = (teacher,)
+        student_width, teacher_width = (model.config.get_text_config().hidden_size for model in (student, teacher))
+        layers = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
+        self.pairs = {type(term): term.pairs(*layers) for term in settings.terms}
+        dtype = next(student.parameters()).dtype
+        generator = torch.Generator().manual_seed(seed)
+        maps = [_linear(student_width, teacher_width, generator, dtype) for _ in self.pairs.get(HiddenTerm, [])]
+        self.projections = torch.nn.ModuleList(maps)
+
+    def place_teacher(self, device: torch.device) -> None:
+        """Move the teacher to where the student went."""
+        self._teacher[0].to(device)
+
+    def get_output_embeddings(self) -> Any:
+        return self.student.get_output_embeddings()
+
+    def forward(self, response_mask: torch.Tensor | None = None, **inputs: Any) -> Any:
+        """The student's output. Args: response_mask: [B, S], False in column 0; with it the output has `feature_terms`, their
+        sums over these tokens, by metric name and not yet weighted.
+        """
+        from transformers.modeling_outputs import CausalLMOutput
+
+        if response_mask is None:
+            return self.student(**inputs)
+        wanted = {"output_hidden_states": True, "output_attentions": self.settings.attention is not None}
+        output = self.student(**inputs, **wanted)
+        with torch.no_grad():
+            teacher = self._teacher[0](**inputs, **wanted)
+        terms = self._terms(output, teacher, response_mask)
+        # Nobody reads the states further; what the backward pass needs of them, it holds.
+        bare = CausalLMOutput(logits=output.logits)
+        bare["feature_terms"] = terms
+        return bare
+
+    def _terms(self, student: Any, teacher: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        settings, at = self.settings, predicting(mask)
+        terms = {}
+        for term in settings.terms:
+            pairs = self.pairs[type(term)]
+            if isinstance(term, HiddenTerm):
+                hidden = HIDDEN[term.distance]
+                values = [
+                    hidden(projection(student.hidden_states[s][at]), teacher.hidden_states[t][at])
+                    for projection, (s, t) in zip(self.projections, pairs, strict=True)
+                ]
+            elif isinstance(term, AttentionTerm):
+                maps = (_all_maps(student, self.student), _all_maps(teacher, self._teacher[0]))
+                values = [ATTENTION[term.distance](maps[0][s - 1], maps[1][t - 1], mask) for s, t in pairs]
+            else:
+                relation = RELATION[term.distance]
+                values = [over_responses(relation, student.hidden_states[s], teacher.hidden_states[t], mask) for s, t in pairs]
+            terms[f"feature_{term.setting.rpartition('.')[2]}"] = torch.stack(values).mean()
+        return terms
+
+
+def _linear(student_width: int, teacher_width: int, generator: torch.Generator, dtype: torch.dtype) -> torch.nn.Linear:
+    """A map that changes nothing where the widths are equal, else one that keeps lengths on average."""
+    linear = torch.nn.Linear(student_width, teacher_width, bias=False, dtype=dtype)
+    with torch.no_grad():
+        if student_width == teacher_width:
+            torch.nn.init.eye_(linear.weight)
+        else:
+            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * teacher_width**-0.5)
+    return linear
+
+
+def _all_maps(output: Any, model: Any) -> tuple[torch.Tensor, ...]:
+    layers = model.config.get_text_config().num_hidden_layers
+    maps = output.attentions or ()
+    if len(maps) != layers or any(each is None for each in maps):
+        raise TrainingError(
+            f"training.features.attention: a {model.config.model_type} shows attention maps of {len(maps)} of its {layers} "
+            "layers; remove the term, or use models of softmax attention throughout"
+        )
+    return tuple(maps)
+
+
+def unwrapped(module: Any) -> Any:
+    """The student alone, whose weights have the names that replicas and exports know."""
+    return module.student if isinstance(module, StudentWithFeatures) else module
+
+
+def feature_inputs(module: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the forward pass of a micro-batch of rollouts is given beside ids. Args: mask: [B, S], the response tokens."""
+    return {"response_mask": mask} if isinstance(module, StudentWithFeatures) else {}
+
+
+def with_features(loss: LossOutput, output: Any, module: Any) -> LossOutput:
+    """`loss` plus the weighted terms that the module's `output` has, and their sums for the metrics."""
+    if not isinstance(module, StudentWithFeatures):
+        return loss
+    total, sums = loss.total, dict(loss.sums)
+    for term in module.settings.terms:
+        name = f"feature_{term.setting.rpartition('.')[2]}"
+        total = total + term.weight * output["feature_terms"][name]
+        sums[name] = output["feature_terms"][name].detach()
+    return LossOutput(total=total, sums=sums)

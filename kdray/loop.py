@@ -23,6 +23,7 @@ from typing import Any
 
 from kdray.batching import rollouts_to_batch
 from kdray.buffer import ReadyBatch, RolloutBuffer
+from kdray.config import Config
 from kdray.data import PromptStream
 from kdray.errors import EngineError, Interrupted, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
@@ -46,6 +47,20 @@ class LoopSettings:
     max_staleness: int
     checkpoint_every: int
     evaluate_every: int
+
+    @classmethod
+    def of(cls, config: Config) -> LoopSettings:
+        return cls(
+            seed=config.run.seed,
+            steps=config.training.steps,
+            batch_size=config.training.batch_size,
+            alpha=config.rollout.alpha,
+            max_new_tokens=config.rollout.max_new_tokens,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            max_staleness=config.rollout.max_staleness,
+            checkpoint_every=config.training.checkpoint_every,
+            evaluate_every=config.evaluation.every,
+        )
 
 
 @dataclass
@@ -120,11 +135,12 @@ async def _produce(
 ) -> None:
     async with asyncio.TaskGroup() as calls:
         while admitted := await buffer.admit():
-            requests = [_request(settings, buffer, prompts, sample_id) for sample_id in admitted]
+            requests = [sample_request(settings, prompts, each, buffer.min_version(each)) for each in admitted]
             calls.create_task(_fill(buffer, sampler, scorer, requests, totals))
 
 
-def _request(settings: LoopSettings, buffer: RolloutBuffer, prompts: PromptStream, sample_id: int) -> SampleRequest:
+def sample_request(settings: LoopSettings, prompts: PromptStream, sample_id: int, min_version: int = 0) -> SampleRequest:
+    """What a run asks for as its sample `sample_id`: the same in every run of the same settings and prompts."""
     prompt = prompts.at(sample_id // settings.samples_per_prompt)
     return SampleRequest(
         sample_id=sample_id,
@@ -133,7 +149,7 @@ def _request(settings: LoopSettings, buffer: RolloutBuffer, prompts: PromptStrea
         alpha=settings.alpha,
         seed=sample_seed(settings.seed, "train", sample_id),
         max_new_tokens=settings.max_new_tokens,
-        min_version=buffer.min_version(sample_id),
+        min_version=min_version,
     )
 
 

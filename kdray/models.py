@@ -34,6 +34,8 @@ ALPHABET = "\n" + string.printable[:95]
 
 _WARMUP_STEPS = 30
 _BETAS = (0.9, 0.98)
+_HASHED_PIECES, _HASHED_BYTES = 64, 2**16
+"""Pieces of a file of weights that its hash reads, and their size."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -67,8 +69,7 @@ def resolve_model(source: str | TinyModel, cache: Path) -> str:
     Raises: DataError where a local folder does not exist or holds no model.
     """
     if isinstance(source, TinyModel):
-        settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
-        folder = Path(cache).absolute() / f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        folder = Path(cache).absolute() / model_name(source)
         return str(folder if folder.is_dir() else build_tiny_model(source, folder))
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -81,6 +82,36 @@ def resolve_model(source: str | TinyModel, cache: Path) -> str:
     if not _HUB_ID.fullmatch(source):
         raise DataError(f"model {source!r}: no such folder; name an existing one, or a hub id such as `org/name`")
     return source
+
+
+def model_name(source: str | TinyModel) -> str:
+    """What a model is called wherever it lies: its hub id, or the name of its folder, which for a tiny model says all of it."""
+    if isinstance(source, TinyModel):
+        settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
+        return f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    folder = Path(source).expanduser()
+    return folder.absolute().name if folder.is_dir() else source
+
+
+def weights_hash(source: str) -> str | None:
+    """16 hex digits over the weights in a local folder, whatever its name; None for a hub id.
+
+    Of every file the size, the names and shapes of its tensors, and pieces all over it are read: seconds for a large model, and
+    no training leaves all of these pieces as they were.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    content = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            content.update(f"{path.name}/{size}/".encode() + file.read(header))
+            for piece in range(_HASHED_PIECES):
+                file.seek(8 + header + (size - 8 - header) * piece // _HASHED_PIECES)
+                content.update(file.read(_HASHED_BYTES))
+    return content.hexdigest()
 
 
 def build_tiny_model(source: TinyModel, folder: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kdray.capabilities import check_capabilities, needed
-from kdray.captured_teacher import write_capture
+from kdray.captures import write_capture
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError
 from kdray.types import Rollout

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from kdray.captured_teacher import CACHED_GROUPS, CapturedTeacher, Manifest, read_manifest, signals, write_capture
+from kdray.captured_teacher import CACHED_GROUPS, CapturedTeacher
+from kdray.captures import Manifest, read_manifest, signals, write_capture
 from kdray.config import CaptureTeacherSettings
 from kdray.errors import DataError, RequestRefused, VocabError
 from kdray.handshake import Fingerprint
@@ -234,7 +235,7 @@ def test_shards_are_added_and_counted_and_nothing_half_written_is_left(tmp_path:
     assert sorted(path.iterdir()) == sorted([*shards, path / "manifest.json"])
     assert read_manifest(path) == Manifest(FINGERPRINT, TOKENIZER, VOCAB, 6)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert set(manifest) == {"fingerprint", "tokenizer", "vocab_size", "rollouts"}
+    assert set(manifest) == {"fingerprint", "tokenizer", "vocab_size", "rollouts", "asked_with", "asked", "complete"}
     assert Fingerprint.from_dict(manifest["fingerprint"]) == FINGERPRINT
     assert len(answers(opened(path, 2), [request(index, index % 2) for index in range(6)])) == 6
 
@@ -318,7 +319,10 @@ def test_what_a_file_cannot_answer_is_refused(tmp_path: Path) -> None:
         answers(teacher, [request(0, 0, max_new_tokens=2)])
     assert len(answers(teacher, [request(0, 0, max_new_tokens=3)])) == 1
     with pytest.raises(RequestRefused, match=r"teachers\.past\.type=capture: recorded answers say nothing of other sequences"):
-        asyncio.run(read(teacher.score([rollout(0, 0)])))
+        asyncio.run(read(teacher.score([rollout(2, 0).unscored()])))
+    for asked, top_k in ((rollout(0, 0), True), (rollout(0, 0).unscored(), False)):
+        with pytest.raises(RequestRefused, match=r"say nothing at ids that another teacher names"):
+            asyncio.run(read(teacher.score([asked], top_k)))
 
 
 def test_missing_paths_and_files_are_named(tmp_path: Path) -> None:

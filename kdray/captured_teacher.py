@@ -71,9 +71,9 @@ class CapturedTeacher:
         self._read = [*dict.fromkeys([*_ALWAYS_READ, *_WIDTHS, *self._said])]
         self._drawn: dict[bytes, list[_Place]] = {digest(prompt.token_ids): [] for prompt in prompts}
         """What the teacher drew, by the hash of the prompt's ids."""
-        self._by_seed: dict[tuple[bytes, int], _Place] = {}
-        """The same, by prompt and seed, where the seeds were recorded."""
-        self._by_tokens: dict[tuple[bytes, bytes], _Place] = {}
+        self._by_seed: dict[bytes, _Place] = {}
+        """The same, by prompt and seed (`_seeded`), where the seeds were recorded."""
+        self._by_tokens: dict[bytes, _Place] = {}
         """Every row, by the hashes of prompt and response."""
         self._index(prompts)
         self._group = lru_cache(maxsize=CACHED_GROUPS)(self._read_group)
@@ -160,11 +160,11 @@ class CapturedTeacher:
                         answered.add(prompt)
                         self._check_answer(path, sample_id.as_py(), alpha.as_py(), _ids(token_ids))
                         place = _Place(sample_id.as_py(), number, group, row, len(token_ids.values))
-                        self._by_tokens[prompt, digest(_ids(token_ids))] = place
+                        self._by_tokens[prompt + digest(_ids(token_ids))] = place
                         if alpha.as_py() == 1.0:
                             self._drawn[prompt].append(place)
                             if seed is not None:
-                                self._by_seed[prompt, seed] = place
+                                self._by_seed[_seeded(prompt, seed)] = place
         for places in self._drawn.values():
             places.sort()
         missing = [prompt for prompt in prompts if digest(prompt.token_ids) not in answered]
@@ -208,7 +208,7 @@ class CapturedTeacher:
                 f"sample {request.sample_id}: {self._path} holds the reference answer of prompt {request.prompt_id}, and none "
                 "that the teacher wrote; set rollout.data_share=1, or capture more"
             )
-        place = self._by_seed.get((prompt, request.seed)) or places[request.sample_id % len(places)]
+        place = self._by_seed.get(_seeded(prompt, request.seed)) or places[request.sample_id % len(places)]
         if place.num_tokens > request.max_new_tokens:
             # Cut, it would be a law of other sequences: the teacher did not stop there.
             raise RequestRefused(
@@ -226,7 +226,7 @@ class CapturedTeacher:
             )
         if not self._said:
             raise RequestRefused(f"teachers.{self.name}.type=capture: {self._path} holds text alone; set loss.type=sequence")
-        place = self._by_tokens.get((digest(rollout.prompt_ids), digest(rollout.token_ids)))
+        place = self._by_tokens.get(digest(rollout.prompt_ids) + digest(rollout.token_ids))
         if place is None:
             raise RequestRefused(
                 f"teachers.{self.name}.type=capture: recorded answers say nothing of other sequences, such as sample "
@@ -292,6 +292,11 @@ class CapturedTeacher:
             problems.append(f"its support names id {stored.support_ids.max()}, and the student has {self._vocab_size}")
         if problems:
             raise DataError(f"{path}: sample {stored.sample_id}: {problems[0]}; restore the file, or capture again")
+
+
+def _seeded(prompt: bytes, seed: int) -> bytes:
+    """A prompt's digest and a seed as one key: millions of them are kept."""
+    return prompt + seed.to_bytes(8, "little")
 
 
 def _ids(values: pa.ListScalar) -> np.ndarray:

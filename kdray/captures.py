@@ -238,7 +238,7 @@ def signals(path: Path) -> set[Signal]:
         if all(_never_null(shard, name) for shard in shards for name in columns)
     }
     references = np.isnan(alphas)
-    if references.any():
+    if references.any() and "sampled" in found:
         found.add("references")
     if not references.all():
         found.add("text")

@@ -20,6 +20,7 @@ import pyarrow as pa
 from actors import plain_scoring
 from kdray.errors import EngineError, RequestRefused
 from kdray.handshake import Fingerprint
+from kdray.models import model_name
 from kdray.types import Rollout, SampleRequest
 
 Role = Literal["mixture", "teacher", "student"]
@@ -273,7 +274,8 @@ class TeacherEngine:
                 f"try teachers.{self.spec.teacher}.dtype=float32"
             )
         return Fingerprint(
-            model=_source(self.spec.model),
+            # Folders move, and what lies in them is what the canary tells.
+            model=model_name(self.spec.model),
             revision=self.spec.revision,
             tokenizer=self.spec.tokenizer,
             vocab_size=self.spec.vocab_size,
@@ -429,11 +431,6 @@ class TeacherEngine:
         """Name the version of the weights loaded at start."""
         await self._engine.collective_rpc("kdray_set_version", args=(version,))
         self.student_version = version
-
-
-def _source(model: str) -> str:
-    """A hub id, or the name of a folder: folders move, and what lies in them is what the canary tells."""
-    return Path(model).name if Path(model).is_dir() else model
 
 
 async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,8 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe,
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as training.learning_rate=1e-5.")
 ]
+_PROGRESS_S = 5.0
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")]
 
 
@@ -79,6 +82,24 @@ def run(
         report_path = settings.run_folder / "report.html"
         if report_path.is_file():
             typer.echo(f"report: {report_path}")
+
+
+@app.command()
+def capture(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder; <run folder>/capture otherwise.")] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the prompts, each with draws of its own.")] = 1,
+) -> None:
+    """Record the teacher's answers to every training prompt, to train later without it; a killed start is gone on with."""
+    with _exit_codes():
+        settings = _load(config, overrides)
+        from cluster.launch import capture as launch
+
+        found = launch(settings, to, epochs, on_progress=_progress())
+        (name,) = settings.teachers
+        _print_columns("capture", {"answers": {key: found[key] for key in found if key not in ("path", "seconds")}})
+        typer.echo(f"train from it: 'teachers.{name}={{type: capture, path: {found['path']}}}'")
 
 
 @app.command()
@@ -274,6 +295,19 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
     from kdray.config import load_config
 
     return load_config(path, overrides or [])
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Prints answers held and wanted, at most every few seconds."""
+    printed = time.monotonic()
+
+    def show(held: int, wanted: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed > _PROGRESS_S or held == wanted:
+            printed = time.monotonic()
+            typer.echo(f"{held} of {wanted} answers")
+
+    return show
 
 
 def _finished_student(run_folder: Path) -> Path:

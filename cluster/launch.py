@@ -27,11 +27,13 @@ from actors.student_engine import Phase
 from actors.student_group import StudentRanks
 from actors.teacher_registry import TeacherRegistry
 from actors.weight_sync import WeightStore
+from cluster.capture import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
 from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, open_pools, resolve_models, training_route
 from kdray.batching import examples_to_batch
-from kdray.config import Config, PeerTeacherSettings, SelfTeacherSettings
+from kdray.capture import check_alone
+from kdray.config import CaptureTeacherSettings, Config, PeerTeacherSettings, SelfTeacherSettings, TeacherSettings
 from kdray.data import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
 from kdray.evaluate import evaluate as measure
@@ -44,7 +46,7 @@ from kdray.pretraining import PretrainingText
 from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
 from kdray.report import write_report
 from kdray.reporter import RunReporter
-from kdray.run_folder import RunFolder
+from kdray.run_folder import CAPTURE, RunFolder
 from kdray.schedules import Schedules
 from kdray.types import Rollout, TrainBatch
 
@@ -135,6 +137,35 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
         wanted = [bundle for bundle in bundles(config) if bundle.role != "student"]
         check_capacity(wanted, nodes)
         return asyncio.run(_evaluate(config, checked))
+
+
+def capture(
+    config: Config,
+    to: Path | None = None,
+    epochs: int = 1,
+    prompts: Iterable[Any] | None = None,
+    on_progress: Callable[[int, int], None] = lambda held, wanted: None,
+) -> dict[str, Any]:
+    """Record the teacher's answers to every training prompt; returns `cluster.capture.Captured` as a dict.
+
+    Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with draws of its own; prompts:
+          as for `run`; on_progress: called with the answers held and wanted.
+    Raises: ConfigError or DataError before anything starts, and for another teacher than the one whose answers are there;
+    Interrupted with all kept that came.
+    """
+    _quieten()
+    check_capturable(config)
+    checked = check(config, prompts)
+    requests = first_requests(config, checked, epochs)
+    check_alone(requests)
+    models = resolve_models(config)
+    with capture_folder(config, checked, models, to or config.run_folder / CAPTURE) as folder:
+        wanted = wanted_answers(checked, folder, requests)
+        with contextlib.ExitStack() as stack:
+            if any(key not in folder for key in wanted):
+                nodes = stack.enter_context(_connected(config))
+                check_capacity([bundle for bundle in bundles(config) if bundle.role.startswith("teacher")], nodes)
+            return asdict(asyncio.run(capture_answers(config, checked, models, folder, wanted, on_progress)))
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:
@@ -402,19 +433,7 @@ class _Job:
         sampler, scorer = training_route(config, checked, pools)
         self.reporter.phase("distill", steps)
         await distill(
-            settings=LoopSettings(
-                seed=config.run.seed,
-                steps=steps,
-                batch_size=training.batch_size,
-                alpha=config.rollout.alpha,
-                max_new_tokens=config.rollout.max_new_tokens,
-                samples_per_prompt=config.rollout.samples_per_prompt,
-                max_staleness=config.rollout.max_staleness,
-                checkpoint_every=training.checkpoint_every,
-                evaluate_every=config.evaluation.every,
-                teacher_share=config.rollout.teacher_share,
-                data_share=config.rollout.data_share,
-            ),
+            settings=LoopSettings.of(config),
             prompts=PromptStream(checked.dataset.train, config.run.seed),
             sampler=sampler,
             scorer=scorer,
@@ -506,8 +525,9 @@ class _Job:
         """Whose output head the ranks need, where teachers return hidden states."""
         if self.config.rollout.teacher_signal != "hidden":
             return None
-        (name,) = self.config.served_teachers
-        return models.teachers[name], self.config.source(name)[1]
+        ((name, teacher),) = self.config.teachers.items()
+        assert isinstance(teacher, TeacherSettings | CaptureTeacherSettings)
+        return models.teachers[name], teacher.revision
 
     def _teacher_of_features(self, models: Models) -> tuple[str, str | None] | None:
         """Whose layers the student is compared with, where the config asks for that."""

@@ -22,6 +22,7 @@ from kdray.config import (
     Config,
     EngineSettings,
     HFTeacherSettings,
+    ModelSource,
     OtherTeacherSettings,
     SequenceLoss,
     ULDLoss,
@@ -112,8 +113,20 @@ def resolve_models(config: Config) -> Models:
     cache = config.run.output / ".models"
     return Models(
         student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(config.source(name)[0], cache)) for name in config.served_teachers},
+        teachers={name: _absolute(resolve_model(config.source(name)[0], cache)) for name in config.served_teachers}
+        | {name: _absolute(resolve_model(model, cache)) for name, model in _other_models(config).items()},
     )
+
+
+def _other_models(config: Config) -> dict[str, ModelSource]:
+    """Models of teachers that no replica holds, as far as this run needs their weights."""
+    found: dict[str, ModelSource] = {}
+    for name, teacher in config.other_teachers.items():
+        if isinstance(teacher, HFTeacherSettings):
+            found[name] = teacher.model
+        if isinstance(teacher, CaptureTeacherSettings) and teacher.model and config.rollout.teacher_signal == "hidden":
+            found[name] = teacher.model
+    return found
 
 
 def _absolute(model: str) -> str:
@@ -130,11 +143,13 @@ async def open_pools(
     on_event: Callable[..., None] = lambda kind, **fields: None,
     registry: Any | None = None,
     teacher_weights: Mapping[str, Any] | None = None,
+    alone: tuple[int, ...] | None = None,
 ) -> AsyncIterator[Pools]:
     """Start every teacher, and the student-only replicas where something needs them; end them whatever happens.
 
     Args: registry: the TeacherRegistry's handle; None where no replica is compared with another; teacher_weights: the
-          WeightStore of each teacher that changes during the run, by name.
+          WeightStore of each teacher that changes during the run, by name; alone: given, the teachers run without any student,
+          at alpha 1, and their replicas are compared by this canary.
     Raises: ConfigError where a remote teacher cannot be used; EngineError where replicas do not start.
     """
     settings = config.rollout
@@ -148,9 +163,19 @@ async def open_pools(
             name, spec, engine, config.cluster, weights, settings.retries, on_event, compared, missing_after_s, live
         )
 
-    served = [pool(name, _teacher_spec(config, checked, models, name), each) for name, each in config.served_teachers.items()]
+    def teacher_spec(name: str) -> EngineSpec:
+        spec = _teacher_spec(config, checked, models, name)
+        if alone is None:
+            return spec
+        return replace(spec, role="teacher", student=None, student_revision=None, canary=alone)
+
+    served = [pool(name, teacher_spec(name), each) for name, each in config.served_teachers.items()]
     others = {name: _other_teacher(config, checked, name, each) for name, each in config.other_teachers.items()}
-    students = [pool("rollout", _student_spec(config, checked, models), settings.pool)] if config.has_rollout_pool else []
+    students = (
+        [pool("rollout", _student_spec(config, checked, models), settings.pool)]
+        if config.has_rollout_pool and alone is None
+        else []
+    )
     pools = [*served, *students]
     by_name: dict[str, Teacher] = {**{pool.name: pool for pool in served}, **others}
     teachers = [by_name[name] for name in config.teachers]
@@ -274,7 +299,7 @@ def _privileged_spec(config: Config, checked: Checked, models: Models, name: str
         teacher=name,
         scoring=teacher.scoring,
         max_model_len=max(longest, config.max_model_len),
-        canary=_canary(config, checked),
+        canary=canary(config, checked),
         tokenizer=tokenizer_hash(checked.tokenizer),
     )
 
@@ -295,7 +320,7 @@ def _teacher_spec(config: Config, checked: Checked, models: Models, name: str) -
         teacher=name,
         record_hidden=config.rollout.teacher_signal == "hidden",
         scoring=teacher.scoring,
-        canary=_canary(config, checked),
+        canary=canary(config, checked),
         tokenizer=tokenizer_hash(_teacher_tokenizer(config, name)),
     )
 
@@ -326,7 +351,7 @@ def _spec(config: Config, checked: Checked, engine: EngineSettings) -> EngineSpe
     )
 
 
-def _canary(config: Config, checked: Checked) -> tuple[int, ...]:
+def canary(config: Config, checked: Checked) -> tuple[int, ...]:
     """Ids that every teacher replica scores at its start: held-out prompts, one after the other."""
     ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
     return tuple(ids[: min(_CANARY_TOKENS, config.max_model_len)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from kdray.captured_teacher import signals as recorded_signals
+from kdray.captures import signals as recorded_signals
 from kdray.config import (
     CaptureTeacherSettings,
     Config,
@@ -21,13 +21,15 @@ from kdray.config import (
 )
 from kdray.errors import ConfigError
 
-Capability = Literal["text", "sampled", "top_k", "requested", "hidden", "beside"]
-"""`text`: it writes responses. `sampled`: log p of the tokens of a given response. `top_k`: its top ids and the mass outside.
-`requested`: log p at ids that the caller names. `hidden`: its last hidden states. `beside`: it samples together with the
-student, token by token, so that the density of every draw is known."""
+Capability = Literal["text", "references", "sampled", "top_k", "requested", "hidden", "beside"]
+"""`text`: it writes responses. `references`: the same scores as of any response, of the data's reference answers. `sampled`:
+log p of the tokens of a given response. `top_k`: its top ids and the mass outside. `requested`: log p at ids that the caller
+names. `hidden`: its last hidden states. `beside`: it samples together with the student, token by token, so that the density of
+every draw is known."""
 
 _MEANING: dict[Capability, str] = {
     "text": "responses that it writes",
+    "references": "its scores of the data's reference answers",
     "sampled": "its log p of every token",
     "top_k": "its logprobs at its top ids",
     "requested": "its logprobs at ids that another teacher names",
@@ -39,12 +41,13 @@ _MEANING: dict[Capability, str] = {
 def offered(teacher: TeacherSource) -> frozenset[Capability]:
     """What a teacher can say, by its settings."""
     if isinstance(teacher, OpenAITeacherSettings):
-        return frozenset(("text", "sampled", "top_k") if teacher.logprobs else ("text",))
+        return frozenset(("text", "references", "sampled", "top_k") if teacher.logprobs else ("text",))
     if isinstance(teacher, HFTeacherSettings):
-        return frozenset(("text", "sampled", "top_k", "requested"))
+        return frozenset(("text", "references", "sampled", "top_k", "requested"))
     if isinstance(teacher, CaptureTeacherSettings):
-        # What was recorded of its own answers; of another response it knows nothing.
-        return frozenset(("text", "top_k") if "top_k" in recorded_signals(teacher.path) else ("text",))
+        # `sampled` is of any response, and of one that was not recorded it knows nothing.
+        said: set[Capability] = {signal for signal in recorded_signals(teacher.path) if signal != "sampled"}
+        return frozenset(said if teacher.model is not None else said - {"hidden"})
     if teacher.scoring == "prompt_logprobs":
         return frozenset(_MEANING) - {"requested", "hidden"}
     return frozenset(_MEANING)
@@ -99,6 +102,10 @@ def check_capabilities(config: Config) -> None:
 
 
 def _remedy(teacher: TeacherSource, capability: Capability) -> str:
+    if isinstance(teacher, CaptureTeacherSettings) and capability in ("text", "references", "top_k"):
+        return "capture what the run needs (`kdray capture` with its settings), or use the teacher itself"
+    if isinstance(teacher, CaptureTeacherSettings) and capability == "hidden":
+        return "capture with rollout.teacher_signal=hidden, and name the teacher's model, whose output head the ranks take"
     if isinstance(teacher, OpenAITeacherSettings) and capability in ("sampled", "top_k"):
         return "set its logprobs, where the endpoint names token ids, or use loss.type=sequence with rollout.alpha=1"
     if capability == "beside":

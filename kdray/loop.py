@@ -23,6 +23,7 @@ from typing import Any
 
 from kdray.batching import rollouts_to_batch
 from kdray.buffer import ReadyBatch, RolloutBuffer
+from kdray.config import Config
 from kdray.data import PromptStream
 from kdray.errors import EngineError, Interrupted, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
@@ -50,6 +51,22 @@ class LoopSettings:
     evaluate_every: int
     teacher_share: float = 0.0
     data_share: float = 0.0
+
+    @classmethod
+    def of(cls, config: Config) -> LoopSettings:
+        return cls(
+            seed=config.run.seed,
+            steps=config.training.steps,
+            batch_size=config.training.batch_size,
+            alpha=config.rollout.alpha,
+            max_new_tokens=config.rollout.max_new_tokens,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            max_staleness=config.rollout.max_staleness,
+            checkpoint_every=config.training.checkpoint_every,
+            evaluate_every=config.evaluation.every,
+            teacher_share=config.rollout.teacher_share,
+            data_share=config.rollout.data_share,
+        )
 
 
 @dataclass
@@ -138,24 +155,25 @@ async def _produce(
     async with asyncio.TaskGroup() as calls:
         while admitted := await buffer.admit():
             requests = [
-                request_for(
-                    settings,
-                    prompts,
-                    sample_id,
-                    buffer.min_version(sample_id),
-                    schedules.at(sample_id // settings.batch_size),
-                )
-                for sample_id in admitted
+                sample_request(settings, prompts, each, buffer.min_version(each), schedules.at(each // settings.batch_size))
+                for each in admitted
             ]
             calls.create_task(_fill(buffer, sampler, scorer, requests, totals))
 
 
-def request_for(
-    settings: LoopSettings, prompts: PromptStream, sample_id: int, min_version: int, values: Mapping[str, float]
+def sample_request(
+    settings: LoopSettings,
+    prompts: PromptStream,
+    sample_id: int,
+    min_version: int = 0,
+    values: Mapping[str, float] | None = None,
 ) -> SampleRequest:
-    """The request of a sample: a function of its id and the settings alone. Args: values: scheduled settings of its step."""
+    """What a run asks for as its sample `sample_id`: the same in every run of the same settings and prompts.
+
+    Args: values: scheduled settings of the step that trains it, by their full names.
+    """
     alpha, teacher_share, data_share = (
-        values.get(f"rollout.{name}", getattr(settings, name)) for name in ("alpha", "teacher_share", "data_share")
+        (values or {}).get(f"rollout.{name}", getattr(settings, name)) for name in ("alpha", "teacher_share", "data_share")
     )
     # One draw decides who writes, so that a schedule moves as few samples as it must from one writer to another.
     chance = unit(settings.seed, "writer", sample_id)

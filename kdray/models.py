@@ -40,6 +40,8 @@ ALPHABET = "\n" + string.printable[:95]
 
 _WARMUP_STEPS = 30
 _BETAS = (0.9, 0.98)
+_HASHED_BYTES = 4096
+"""Size of a piece of a tensor that the hash of weights reads."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -80,8 +82,7 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
         folder = Path(cache).absolute() / f"pruned-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
         return str(folder if folder.is_dir() else build_pruned_model(source, origin, folder))
     if isinstance(source, TinyModel):
-        settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
-        folder = Path(cache).absolute() / f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        folder = Path(cache).absolute() / model_name(source)
         return str(folder if folder.is_dir() else build_tiny_model(source, folder))
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -94,6 +95,38 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
     if not _HUB_ID.fullmatch(source):
         raise DataError(f"model {source!r}: no such folder; name an existing one, or a hub id such as `org/name`")
     return source
+
+
+def model_name(source: str | TinyModel) -> str:
+    """What a model is called wherever it lies: its hub id, or the name of its folder, which for a tiny model says all of it."""
+    if isinstance(source, TinyModel):
+        settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
+        return f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    folder = Path(source).expanduser()
+    return folder.absolute().name if folder.is_dir() else source
+
+
+def weights_hash(source: str) -> str | None:
+    """16 hex digits over the weights in a local folder, whatever its name; None for a hub id.
+
+    Of every tensor its name, shape, beginning and middle are read: a second for a large model, and no training leaves these as
+    they were in all tensors.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    content = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            content.update(json.dumps(header, sort_keys=True).encode())
+            for name in sorted(header.keys() - {"__metadata__"}):
+                start, end = header[name]["data_offsets"]
+                for place in (start, (start + end) // 2):
+                    file.seek(8 + size + place)
+                    content.update(file.read(min(_HASHED_BYTES, end - place)))
+    return content.hexdigest()
 
 
 def build_tiny_model(source: TinyModel, folder: Path) -> Path:

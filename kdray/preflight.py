@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kdray.capabilities import check_capabilities
-from kdray.captured_teacher import CapturedTeacher, read_manifest
+from kdray.captured_teacher import CapturedTeacher
+from kdray.captures import check_model, read_manifest
 from kdray.config import (
     CaptureTeacherSettings,
     Config,
@@ -78,6 +79,8 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         if isinstance(teacher, CaptureTeacherSettings):
             captures[name] = teacher.path
             manifest = read_manifest(teacher.path)
+            if teacher.model is not None:
+                check_model(f"teachers.{name}.model", manifest, teacher.model, teacher.revision)
             if manifest is not None:
                 vocab_size = min(vocab_size, manifest.vocab_size)
             continue

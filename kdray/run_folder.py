@@ -21,6 +21,9 @@ import numpy as np
 from kdray.config import Config, load_config
 from kdray.errors import ConfigError, DataError
 
+CAPTURE = "capture"
+"""Where `kdray capture` writes inside a run folder, which a run may still be started in."""
+
 _MAY_DIFFER = ("training.steps", "evaluation", "cluster", "run.output")
 """Settings that a resumed run may change. `run.output` says where the folder is, not what the run does: the folder may
 have been moved, or the command started elsewhere."""
@@ -49,8 +52,8 @@ class RunFolder:
         if resume:
             folder._check_resumable(config)
             for path in (folder.metrics, folder.events):
-                _drop_torn_line(path)
-        elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+                drop_torn_line(path)
+        elif folder.path.exists() and (not folder.path.is_dir() or any(p.name != CAPTURE for p in folder.path.iterdir())):
             if folder.config.is_file():
                 remedies = "continue it with --resume, or choose another run.name"
                 raise ConfigError(f"{folder.path}: already holds a run; {remedies}")
@@ -250,7 +253,8 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
         file.write(_line(line))
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line of a JSON-lines file that a kill left without its end."""
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):

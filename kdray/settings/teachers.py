@@ -307,12 +307,23 @@ class HFTeacherSettings(Settings):
 
 
 class CaptureTeacherSettings(Settings):
-    """Answers of a teacher that were recorded earlier: nothing is loaded or asked, and nothing else can be scored."""
+    """Answers of a teacher that were recorded earlier: nobody is asked, and nothing else can be scored."""
 
     type: Literal["capture"]
     path: Path
     """Folder of a capture, or one Parquet file of rollouts. A relative path counts from the folder the command was started
     in."""
+    model: ModelSource | None = None
+    """The teacher that must have answered: Hugging Face id, local folder, tiny model, or the name at an endpoint. A capture by
+    another is refused; None takes any. `rollout.teacher_signal=hidden` takes the output head from it."""
+    revision: str | None = None
+    """Commit or tag of `model` on the hub."""
+
+    @model_validator(mode="after")
+    def _of_a_model(self) -> CaptureTeacherSettings:
+        if self.revision is not None and self.model is None:
+            raise ValueError(f"revision={self.revision} without `model`: of which model? set model, or remove revision")
+        return self
 
 
 OtherTeacherSettings = OpenAITeacherSettings | HFTeacherSettings | CaptureTeacherSettings

@@ -399,7 +399,7 @@ def _with_teachers(recipe: Path, teachers: dict[str, Any]) -> Path:
 async def _record(workplace: Path, recipe: Path) -> None:
     """What the teacher writes to every training prompt of the recipe, as a capture."""
     from actors.hf_teacher import HFTeacher
-    from kdray.captured_teacher import write_capture
+    from kdray.captures import write_capture
     from kdray.config import HFTeacherSettings, load_config
     from kdray.preflight import check
     from kdray.types import SampleRequest

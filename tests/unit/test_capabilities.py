@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kdray.capabilities import check_capabilities, needed
-from kdray.captured_teacher import write_capture
+from kdray.capabilities import check_capabilities, needed, offered
+from kdray.captures import write_capture
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError
 from kdray.types import Rollout
@@ -100,3 +101,27 @@ def test_a_model_in_the_process_and_recorded_answers_say_what_they_can(tmp_path:
         check_capabilities(config(recorded, "forward_kl", alpha=1))
     with pytest.raises(ConfigError, match=r"rollout\.sampler=student needs its log p of every token"):
         check_capabilities(config(recorded, "reverse_kl", sampler="student"))
+
+
+def test_a_capture_offers_what_it_holds_and_hidden_states_where_its_model_is_named(tmp_path: Path) -> None:
+    tokens, logprobs = np.array([3, 1], np.int32), np.zeros(2, np.float32)
+    drawn = Rollout(0, 0, tokens, tokens, logprobs, None, np.zeros(2, np.int32), 1.0, "stop", "far", logprobs)
+    drawn = replace(
+        drawn,
+        support_ids=tokens[:, None],
+        support_logprobs=logprobs[:, None],
+        tail_logprobs=logprobs,
+        teacher_hidden=np.zeros((2, 4), np.float16),
+    )
+    write_capture(tmp_path / "drawn", [drawn], None, "hash", 9)
+    write_capture(tmp_path / "data", [replace(drawn, alpha=float("nan"), mixture_logprobs=None)], None, "hash", 9)
+    recorded = {"type": "capture", "path": str(tmp_path / "drawn")}
+    named = recorded | {"model": "some/teacher"}
+    data = recorded | {"path": str(tmp_path / "data")}
+    can = [offered(config(teacher, "forward_kl", alpha=1).teachers["one"]) for teacher in (recorded, named, data)]
+    assert can == [{"text", "top_k"}, {"text", "top_k", "hidden"}, {"references", "top_k"}]
+    check_capabilities(config(named, "jsd", alpha=1, teacher_signal="hidden"))
+    with pytest.raises(ConfigError, match=r"needs its hidden states.*name the teacher's model, whose output head"):
+        check_capabilities(config(recorded, "jsd", alpha=1, teacher_signal="hidden"))
+    with pytest.raises(ConfigError, match=r"rollout\.alpha=1 needs responses that it writes.*capture what the run needs"):
+        check_capabilities(config(data, "forward_kl", alpha=1))

@@ -18,11 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.numpy import save_file
 
-from kdray.captured_teacher import CACHED_GROUPS, CapturedTeacher, Manifest, read_manifest, signals, write_capture
-from kdray.config import CaptureTeacherSettings
+from kdray.captured_teacher import CACHED_GROUPS, CapturedTeacher
+from kdray.captures import Manifest, check_model, read_manifest, signals, write_capture
+from kdray.config import CaptureTeacherSettings, TinyModel
 from kdray.errors import DataError, RequestRefused, VocabError
 from kdray.handshake import Fingerprint
+from kdray.models import model_name, weights_hash
 from kdray.records import ROLLOUT_SCHEMA, rollouts_to_table
 from kdray.types import Prompt, Rollout, SampleRequest
 
@@ -234,7 +237,7 @@ def test_shards_are_added_and_counted_and_nothing_half_written_is_left(tmp_path:
     assert sorted(path.iterdir()) == sorted([*shards, path / "manifest.json"])
     assert read_manifest(path) == Manifest(FINGERPRINT, TOKENIZER, VOCAB, 6)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert set(manifest) == {"fingerprint", "tokenizer", "vocab_size", "rollouts"}
+    assert set(manifest) == {"fingerprint", "tokenizer", "vocab_size", "rollouts", "asked_with", "asked", "complete"}
     assert Fingerprint.from_dict(manifest["fingerprint"]) == FINGERPRINT
     assert len(answers(opened(path, 2), [request(index, index % 2) for index in range(6)])) == 6
 
@@ -318,7 +321,10 @@ def test_what_a_file_cannot_answer_is_refused(tmp_path: Path) -> None:
         answers(teacher, [request(0, 0, max_new_tokens=2)])
     assert len(answers(teacher, [request(0, 0, max_new_tokens=3)])) == 1
     with pytest.raises(RequestRefused, match=r"teachers\.past\.type=capture: recorded answers say nothing of other sequences"):
-        asyncio.run(read(teacher.score([rollout(0, 0)])))
+        asyncio.run(read(teacher.score([rollout(2, 0).unscored()])))
+    for asked, top_k in ((rollout(0, 0), True), (rollout(0, 0).unscored(), False)):
+        with pytest.raises(RequestRefused, match=r"say nothing at ids that another teacher names"):
+            asyncio.run(read(teacher.score([asked], top_k)))
 
 
 def test_missing_paths_and_files_are_named(tmp_path: Path) -> None:
@@ -436,3 +442,76 @@ def test_settings_know_their_type_and_need_a_path() -> None:
     assert CaptureTeacherSettings(type="capture", path=Path("there")).path == Path("there")
     with pytest.raises(ValidationError):
         CaptureTeacherSettings(type="capture")  # type: ignore[call-arg]
+
+
+# ------------------------------------------------------------------------------------------------- whose answers
+
+
+def made_by(model: str, weights: str | None = None, revision: str | None = None) -> Manifest:
+    about = {"type": "vllm", "model": model, "revision": revision, "weights": weights}
+    return Manifest(None, TOKENIZER, VOCAB, 1, about)
+
+
+def folder_with(path: Path, seed: int, change: tuple[str, int] | None = None) -> str:
+    """Weights as a model's folder has them. Args: change: a tensor, and the row of it that training has moved."""
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    tensors = {name: rng.normal(size=(64, 64)).astype(np.float32) for name in ("embed", "layer.0", "layer.1")}
+    if change is not None:
+        tensors[change[0]][change[1]] += 1e-3
+    save_file(tensors, path / "model.safetensors")
+    return str(path)
+
+
+def test_a_required_model_is_compared_by_its_weights_wherever_it_lies(tmp_path: Path) -> None:
+    there = folder_with(tmp_path / "a" / "final", seed=1)
+    manifest = made_by("final", weights_hash(there))
+    check_model("teachers.x.model", manifest, there, None)
+    # Moved and renamed, it is the same teacher; of the same name with one other tensor, another one.
+    check_model("teachers.x.model", manifest, folder_with(tmp_path / "moved", seed=1), None)
+    others = [folder_with(tmp_path / "b" / "final", seed=2)]
+    others += [folder_with(tmp_path / f"{row}" / "final", seed=1, change=("layer.1", row)) for row in (0, 32)]
+    for other in others:
+        with pytest.raises(DataError, match=r"x\.model=final: the capture was made by final, whose weights are others"):
+            check_model("teachers.x.model", manifest, other, None)
+
+
+def test_a_required_model_of_the_hub_or_an_endpoint_is_compared_by_name(tmp_path: Path) -> None:
+    tiny = TinyModel(type="tiny", layers=3)
+    check_model("m", made_by("org/name", revision="v1"), "org/name", "v1")
+    check_model("m", made_by(model_name(tiny), "0" * 16), tiny, None)
+    check_model("m", Manifest(FINGERPRINT, TOKENIZER, VOCAB, 1), "some/teacher", None)
+    for manifest, model, revision, message in (
+        (made_by("org/name", revision="v1"), "org/name", None, "m=org/name: the capture was made by org/name at v1"),
+        (made_by("org/name"), "org/other", None, "m=org/other: the capture was made by org/name; name that teacher"),
+        (made_by(model_name(tiny)), TinyModel(type="tiny", layers=4), None, r"m=tiny-\w+: the capture was made by tiny-"),
+        (Manifest(FINGERPRINT, TOKENIZER, VOCAB, 1), "other", None, "m=other: the capture was made by some/teacher"),
+        (Manifest(None, TOKENIZER, VOCAB, 1), "other", None, "does not say whose answers it holds"),
+        (None, "other", None, "one Parquet file does not say whose answers it holds"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_model("m", manifest, model, revision)
+    with pytest.raises(ValidationError, match="revision=v1 without `model`"):
+        CaptureTeacherSettings(type="capture", path=tmp_path, revision="v1")
+
+
+def test_a_damaged_shard_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    path = capture(tmp_path / "there", [rollout(index, index, tokens=50) for index in range(4)])
+    (shard,) = path.glob("*.parquet")
+    chunk = next(
+        pq.read_metadata(shard).row_group(0).column(number)
+        for number in range(pq.read_metadata(shard).num_columns)
+        if pq.read_metadata(shard).schema.column(number).path.startswith("teacher_logprobs")
+    )
+    content = bytearray(shard.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-\w+\.parquet: cannot be read: .*restore the file, or capture again"):
+        answers(opened(path, 4), [request(0, 0, max_new_tokens=50)])
+
+
+def test_the_same_rows_again_are_the_same_shard(tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    one, other = (write_capture(path, [rollout(0, 0)], FINGERPRINT, TOKENIZER, VOCAB) for _ in range(2))
+    assert one == other
+    assert read_manifest(path) == Manifest(FINGERPRINT, TOKENIZER, VOCAB, 1)

@@ -48,7 +48,14 @@ def launch(monkeypatch):
         fake.calls.append((config, student))
         return {"reverse_kl": 0.4375, "exact_match": 0.5}
 
-    fake.run, fake.evaluate = run, evaluate
+    def capture(config, to=None, epochs=1, prompts=None, on_progress=None):
+        fake.calls.append((config, to, epochs))
+        on_progress(7, 7)
+        if fake.fails is not None:
+            raise fake.fails
+        return {"path": str(to or config.run_folder / "capture"), "wanted": 7, "asked": 5, "held": 7, "seconds": 1.5}
+
+    fake.run, fake.evaluate, fake.capture = run, evaluate, capture
     monkeypatch.setitem(sys.modules, "cluster.launch", fake)
     return fake
 
@@ -108,6 +115,22 @@ def test_run_passes_the_resolved_config_and_prints_the_outcome(recipe, launch):
     assert (config.training.learning_rate, config.run.seed, resume) == (1e-5, 3, False)
     for expected in ("before", "0.875", "after", "0.125", "runs/trial"):
         assert expected in result.stdout
+
+
+def test_capture_passes_its_options_and_says_how_to_train_from_it(recipe, launch, tmp_path):
+    result = call("capture", recipe, "rollout.alpha=1", "loss.type=forward_kl", "--to", tmp_path / "there", "--epochs", 3)
+    assert result.exit_code == 0, result.output
+    ((config, to, epochs),) = launch.calls
+    assert (config.rollout.alpha, to, epochs) == (1.0, tmp_path / "there", 3)
+    assert "7 of 7 answers" in result.stdout
+    (override,) = [
+        line.partition("'")[2].rstrip("'") for line in result.stdout.splitlines() if line.startswith("train from it")
+    ]
+    # What it prints is an override that works.
+    taught = load_config(recipe, ["rollout.alpha=1", "loss.type=forward_kl", override]).teachers["t"]
+    assert (taught.type, taught.path) == ("capture", tmp_path / "there")
+    launch.fails = Interrupted("stopped with 3 answers")
+    assert call("capture", recipe).exit_code == 130
 
 
 def test_run_again_needs_resume(recipe, launch):

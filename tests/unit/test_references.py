@@ -10,7 +10,7 @@ import pytest
 
 from kdray.data import PromptStream
 from kdray.errors import DataError
-from kdray.loop import LoopSettings, request_for
+from kdray.loop import LoopSettings, sample_request
 from kdray.references import DATA, WithReferences, from_data
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.fakes import EOS, FakeScorer, Rig, make_prompts
@@ -38,7 +38,7 @@ def test_who_writes_a_sample_follows_its_id_and_the_shares() -> None:
     prompts = PromptStream(make_prompts(), seed=0)
 
     def writers(values: dict[str, float], **shares: float) -> np.ndarray:
-        return np.array([request_for(settings(**shares), prompts, i, 0, values).alpha for i in range(4000)])
+        return np.array([sample_request(settings(**shares), prompts, i, 0, values).alpha for i in range(4000)])
 
     alphas = writers({}, data_share=0.3, teacher_share=0.5)
     assert np.isnan(alphas).mean() == pytest.approx(0.3, abs=0.025)

@@ -40,6 +40,14 @@ def test_create_refuses_a_run_of_the_same_name_and_names_the_remedies(tmp_path):
         RunFolder.create(config_in(tmp_path))
 
 
+def test_a_run_may_start_where_a_capture_lies(tmp_path):
+    (tmp_path / "trial" / "capture").mkdir(parents=True)
+    RunFolder.create(config_in(tmp_path))
+    (tmp_path / "other" / "captures").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="exists and is not a run folder"):
+        RunFolder.create(config_in(tmp_path, run={"name": "other"}))
+
+
 def test_create_refuses_a_folder_that_is_no_run_and_leaves_it_alone(tmp_path):
     (tmp_path / "trial").mkdir()
     (tmp_path / "trial" / "thesis.txt").write_text("mine")

@@ -1,0 +1,104 @@
+"""An append-only file of Arrow rows that survives `kill -9`: what was appended is there again when it is opened next.
+
+A frame is the length and the CRC-32 of what follows, and an Arrow IPC message: first the schema's, then a record batch for each
+append. A frame is written by one call, straight to the operating system; a kill can cut the last one at any byte, and a machine
+that goes down can leave anything behind the last sync. So the file counts up to its last whole frame, and the rest is cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from kdray.errors import DataError
+
+_HEADER = struct.Struct("<II")
+"""Bytes of the message, and their CRC-32."""
+_SYNC_S = 1.0
+"""Most that a machine that goes down can lose, in seconds of work; a process that is killed loses nothing."""
+
+
+class Journal:
+    """Opened by one process at a time; `close` at the end."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        """Open the journal at `path`, new where there is none, and cut off a torn tail.
+
+        Raises: DataError where it holds rows of another schema.
+        """
+        self.path = path
+        self._schema = schema
+        content = path.read_bytes() if path.exists() else b""
+        whole = 0
+        self.batches: list[pa.RecordBatch] = []
+        """All that it holds."""
+        for number, (end, message) in enumerate(_frames(content)):
+            if number == 0 and message != schema.serialize().to_pybytes():
+                raise DataError(
+                    f"{path}: holds rows of another version of kdray; let that version end the capture, or remove the file "
+                    "and ask for its rows again"
+                )
+            if number:
+                self.batches.append(pa.ipc.read_record_batch(pa.py_buffer(message), schema))
+            whole = end
+        self.torn_bytes = len(content) - whole
+        """Bytes that were cut off when it was opened."""
+        # Unbuffered: what `append` returned from is the operating system's.
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(whole)
+        self._synced = time.monotonic()
+        if not whole:
+            self._write(schema.serialize().to_pybytes())
+
+    @property
+    def num_rows(self) -> int:
+        return sum(batch.num_rows for batch in self.batches)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the rows, in memory."""
+        return sum(batch.nbytes for batch in self.batches)
+
+    def append(self, rows: pa.Table) -> None:
+        """Add rows; from then on no kill of this process loses them."""
+        for batch in rows.combine_chunks().to_batches():
+            self._write(batch.serialize().to_pybytes())
+            self.batches.append(batch)
+
+    def clear(self) -> None:
+        """Forget all rows: they are kept elsewhere."""
+        self._file.truncate(0)
+        self.batches = []
+        self._write(self._schema.serialize().to_pybytes())
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _write(self, message: bytes) -> None:
+        frame = memoryview(_HEADER.pack(len(message), zlib.crc32(message)) + message)
+        while frame:
+            frame = frame[self._file.write(frame) :]
+        if time.monotonic() - self._synced > _SYNC_S:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+
+def _frames(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """(where it ends, message) of every whole frame from the start on."""
+    start = 0
+    while start + _HEADER.size <= len(content):
+        length, checksum = _HEADER.unpack_from(content, start)
+        end = start + _HEADER.size + length
+        message = content[start + _HEADER.size : end]
+        # No message is empty: zeros are what a file system leaves of a frame that it had no time to write.
+        if not length or end > len(content) or zlib.crc32(message) != checksum:
+            return
+        yield end, message
+        start = end

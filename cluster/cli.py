@@ -70,7 +70,9 @@ def run(
         from cluster.launch import run as launch
 
         summary = launch(settings, resume=resume)
-        results = {name: summary[name] for name in ("before", "after", "control") if isinstance(summary.get(name), dict)}
+        results = {
+            name: summary[name] for name in ("before", "program", "after", "control") if isinstance(summary.get(name), dict)
+        }
         if results:
             _print_columns("held-out", results)
         typer.echo(f"run folder: {settings.run_folder}")

@@ -28,7 +28,7 @@ from actors.teacher_registry import TeacherRegistry
 from actors.weight_sync import WeightStore
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
-from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, open_pools, resolve_models
+from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, measure_program, open_pools, resolve_models
 from kdray.batching import examples_to_batch
 from kdray.config import Config
 from kdray.data import PromptStream, encode_answer
@@ -288,11 +288,13 @@ class _Job:
         await self._or_stop(self._check_signals(pools, start_step))
         if self.checkpoint is None:
             before = await self._or_stop(self._measure(pools, 0, "before"))
+            program = await self._or_stop(self._measure_program(pools))
         else:
             before = self.checkpoint.progress["before"]
+            program = self.checkpoint.progress.get("program")
             self.totals = Totals(**self.checkpoint.progress["totals"])
         recoverable = _WithProgress(
-            student, phase, steps, before, self.totals, self.folder.checkpoints, training.keep_checkpoints
+            student, phase, steps, before, program, self.totals, self.folder.checkpoints, training.keep_checkpoints
         )
         if self.checkpoint is None:
             # From here on a resume repeats neither the supervised phase nor the first measurement.
@@ -334,7 +336,7 @@ class _Job:
             except Interrupted:
                 # The run itself is complete; its summary says that there is no control.
                 self.reporter.event("interrupted", phase="control")
-        return self._summarise(before, after, control, await student.restarts(), pools)
+        return self._summarise(before, program, after, control, await student.restarts(), pools)
 
     async def _check_signals(self, pools: Pools, version: int) -> None:
         """Every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""
@@ -395,6 +397,13 @@ class _Job:
             self.reporter.heldout_samples(rollouts, name)
         return numbers
 
+    async def _measure_program(self, pools: Pools) -> dict[str, float] | None:
+        """The System-2 program itself on the held-out prompts, where there is one."""
+        numbers = await measure_program(self.config, self.checked, pools)
+        if numbers is not None:
+            self.reporter.event("evaluation", name="program", **numbers)
+        return numbers
+
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
         """What `work` gives; where the user asks to stop first, end it: nothing that it does is worth a checkpoint.
 
@@ -415,7 +424,7 @@ class _Job:
                 await asyncio.wait({task}, timeout=_CLEAN_UP_S)
 
     def _summarise(
-        self, before: dict[str, float], after: dict[str, float], control: Any, restarts: int, pools: Pools
+        self, before: dict[str, float], program: Any, after: dict[str, float], control: Any, restarts: int, pools: Pools
     ) -> dict[str, Any]:
         steps = self.config.training.steps
         lost, duplicated = self.ledger.check(steps, self.config.training.batch_size)
@@ -427,6 +436,7 @@ class _Job:
             "trained_tokens": self.totals.trained_tokens,
             "wall_s": round(time.monotonic() - self.started, 3),
             "before": before,
+            "program": program,
             "after": after,
             "control": control,
             "restarts": restarts,
@@ -450,6 +460,7 @@ class _WithProgress:
         phase: Phase,
         horizon: int,
         before: dict[str, float],
+        program: dict[str, float] | None,
         totals: Totals,
         checkpoints: Path,
         keep: int,
@@ -458,6 +469,7 @@ class _WithProgress:
         self._phase = phase
         self._horizon = horizon
         self._before = before
+        self._program = program
         self._totals = totals
         self._checkpoints = checkpoints
         self._keep = keep
@@ -470,6 +482,7 @@ class _WithProgress:
             "base_revision": self._phase.revision,
             "horizon": self._horizon,
             "before": self._before,
+            "program": self._program,
             "totals": asdict(self._totals),
         }
         await self._student.save_checkpoint(step, progress)

@@ -23,14 +23,17 @@ from kdray.config import (
     EngineSettings,
     HFTeacherSettings,
     OtherTeacherSettings,
+    ProgramSettings,
     ULDLoss,
 )
 from kdray.cross_tokenizer import CrossTokenizerScorer
-from kdray.data import reencode
+from kdray.data import question_encoder, reencode, response_encoder
 from kdray.errors import EngineError
+from kdray.evaluate import evaluate
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models import resolve_model
 from kdray.preflight import Checked, load_tokenizer, shape
+from kdray.programs.sampler import ProgramSampler, TextCodec
 from kdray.seeds import sample_seed
 from kdray.signals import check_loss, check_prefill, check_rows
 from kdray.teachers import TeacherTeam, prompts_of
@@ -66,6 +69,8 @@ class Pools:
     """Teachers that are no pool of replicas."""
     team: TeacherTeam | None = None
     """The teachers as one, where there are several."""
+    program: ProgramSampler | None = None
+    """The System-2 program around the one teacher or the team, where there is one: the sampler then."""
 
     @property
     def teachers(self) -> list[ReplicaPool]:
@@ -91,6 +96,9 @@ class Pools:
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
         """Tell every pool which samples the trainer waits for."""
+        if self.program is not None:
+            self.program.awaited(sample_ids)
+            return
         for pool in self.all:
             pool.awaited(sample_ids)
 
@@ -101,6 +109,7 @@ class Pools:
             **{f"teacher/{pool.name}/replicas": float(pool.replicas_serving) for pool in self.teachers},
             **{f"teacher/{pool.name}/wait_s": pool.take_waited_s() for pool in self.teachers},
             **(self.team.metrics() if self.team is not None else {}),
+            **(self.program.metrics() if self.program is not None else {}),
         }
 
 
@@ -163,12 +172,14 @@ async def open_pools(
             raise
         watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
         on_event("serving", pools=[pool.name for pool in pools])
+        program = None if settings.program is None else _program(config, checked, settings.program, one, pools)
         yield Pools(
-            sampler=students[0] if student_samples else one,
+            sampler=program or (students[0] if student_samples else one),
             scorer=scorer if student_samples or (team is not None and team.scores) else None,
             all=pools,
             others=list(others.values()),
             team=team,
+            program=program,
         )
     finally:
         for watcher in watchers:
@@ -176,6 +187,29 @@ async def open_pools(
         # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
         deleting = (asyncio.to_thread(pool.delete) for pool in pools)
         await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
+
+
+def _program(
+    config: Config, checked: Checked, settings: ProgramSettings, teacher: Teacher | TeacherTeam, pools: Sequence[ReplicaPool]
+) -> ProgramSampler:
+    """The System-2 program around the one teacher or the team."""
+
+    def awaited(calls: Sequence[int]) -> None:
+        for pool in pools:
+            pool.awaited(calls)
+
+    return ProgramSampler(
+        settings,
+        teacher,
+        teacher.name,
+        [*checked.dataset.train, *checked.dataset.heldout],
+        TextCodec(question_encoder(config, checked.tokenizer), response_encoder(checked.tokenizer), decoder(checked.tokenizer)),
+        config.rollout.samples_per_prompt,
+        config.data.prefix,
+        config.data.max_prompt_tokens,
+        config.run.seed,
+        awaited,
+    )
 
 
 def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherTeacherSettings) -> OtherTeacher:
@@ -189,11 +223,18 @@ def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherT
     prompts = [*checked.dataset.train, *checked.dataset.heldout]
     # A chat endpoint applies its own template, to the question before the student's.
     questions = {prompt.prompt_id: prompt.question if settings.chat else prompt.text for prompt in prompts}
+    encode = question_encoder(config, checked.tokenizer)
+
+    def text_of(request: SampleRequest) -> str | list[dict[str, Any]]:
+        if request.question is None:
+            return questions[request.prompt_id]
+        return request.question if settings.chat else encode(request.question).text
+
     return RemoteTeacher(
         name,
         settings,
         checked.tokenizer,
-        lambda request: questions[request.prompt_id],
+        text_of,
         checked.vocab_size,
         checked.stop_ids,
     )
@@ -290,7 +331,8 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
     """What `kdray.evaluate.evaluate` is given besides the version."""
     # The team's metrics are those of training.
     team = None if pools.team is None else pools.team.apart()
-    sampler = team if team is not None and pools.sampler is pools.team else pools.sampler
+    sampling = pools.sampler if pools.program is None else pools.program.teacher
+    sampler = team if team is not None and sampling is pools.team else sampling
     scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
     own_ids = isinstance(config.loss, ULDLoss)
     if (config.other_teachers or own_ids) and pools.students is not None:
@@ -306,6 +348,31 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
         "seed": config.run.seed,
         "exact": not (config.other_teachers or own_ids) and (pools.sampler is not pools.students or _all_recorded(config)),
     }
+
+
+async def measure_program(config: Config, checked: Checked, pools: Pools) -> dict[str, float] | None:
+    """What the System-2 program answers to the held-out prompts; None without one.
+
+    By the names of `kdray.metrics` and `kdray.evaluate`; an answer that could not be read is wrong.
+    """
+    if pools.program is None:
+        return None
+    program = pools.program.apart()
+    numbers, _ = await evaluate(
+        prompts=checked.dataset.heldout[: config.evaluation.prompts],
+        sampler=program,
+        scorer=None,
+        decode=decoder(checked.tokenizer),
+        grade=checked.dataset.grade,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.run.seed,
+        version=0,
+        alpha=1.0,
+        exact=False,
+        # The first of a prompt's samples: unperturbed, and a label row.
+        samples_per_prompt=config.rollout.samples_per_prompt,
+    )
+    return numbers | program.metrics()
 
 
 def _all_recorded(config: Config) -> bool:

@@ -54,6 +54,16 @@ from kdray.settings.losses import (
     type_of,
 )
 from kdray.settings.models import ModelSource, StudentSettings, TinyModel, TinyTraining
+from kdray.settings.programs import (
+    BranchSolveMergeProgram,
+    ChainOfThoughtProgram,
+    DirectProgram,
+    ProgramSettings,
+    RationaleProgram,
+    RephraseRespondProgram,
+    System2AttentionProgram,
+    UniversalSettings,
+)
 from kdray.settings.rollout import EnsembleSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
 from kdray.settings.teachers import (
     AutoscalingSettings,
@@ -170,7 +180,39 @@ class Config(Settings):
                 f"training.batch_size={self.training.batch_size} is not a multiple of "
                 f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}"
             )
+        self._check_program()
         return self
+
+    def _check_program(self) -> None:
+        program = self.rollout.program
+        if program is None:
+            return
+        setting = f"rollout.program.type={program.type}"
+        if self.rollout.alpha < 1.0:
+            raise ValueError(f"rollout.alpha={self.rollout.alpha:g} with {setting}: the teacher writes; set rollout.alpha=1")
+        if not isinstance(self.loss, SequenceLoss):
+            raise ValueError(
+                f"loss.type={self.loss.type} with {setting}: a final answer has no log-probabilities; set loss.type=sequence"
+            )
+        recorded = [name for name, teacher in self.teachers.items() if isinstance(teacher, CaptureTeacherSettings)]
+        if recorded:
+            raise ValueError(
+                f"teachers.{recorded[0]}.type=capture with {setting}: recorded answers cannot be asked anything new; remove "
+                "rollout.program to train on them"
+            )
+        if isinstance(self.rollout.teachers, EnsembleSettings):
+            raise ValueError(f"rollout.teachers.type=ensemble with {setting}: answers have no target to share; use type=route")
+        if isinstance(program, RationaleProgram):
+            if self.rollout.samples_per_prompt % 2:
+                raise ValueError(
+                    f"rollout.samples_per_prompt={self.rollout.samples_per_prompt} with {setting}: label and rationale rows "
+                    "come in pairs; set rollout.samples_per_prompt=2"
+                )
+            if program.rationale_prefix == self.data.prefix:
+                raise ValueError(
+                    f"rollout.program.rationale_prefix={program.rationale_prefix!r} is data.prefix too: the student could not "
+                    "tell the rows apart; set data.prefix to another text, such as '[label] '"
+                )
 
     def _check_teachers(self) -> None:
         names, sharing = ", ".join(self.teachers), self.rollout.teachers
@@ -229,7 +271,9 @@ class Config(Settings):
         """Longest sequence that an engine must hold, in tokens."""
         text = self.training.pretraining
         window = text.window_tokens if text is not None and text.teacher_share else 0
-        return max(self.data.max_prompt_tokens + self.rollout.max_new_tokens, window)
+        program = self.rollout.program
+        stage = program.max_stage_tokens if program is not None else 0
+        return max(self.data.max_prompt_tokens + self.rollout.max_new_tokens, window, stage)
 
     def dump(self) -> str:
         """The resolved config as YAML: every setting, defaults included; `load_config` reads it back to an equal config."""
@@ -358,10 +402,13 @@ __all__ = [
     "DIVERGENCE_LOSSES",
     "AdaptiveKLLoss",
     "AutoscalingSettings",
+    "BranchSolveMergeProgram",
     "CaptureTeacherSettings",
+    "ChainOfThoughtProgram",
     "ClusterSettings",
     "Config",
     "DataSettings",
+    "DirectProgram",
     "EngineSettings",
     "EnsembleSettings",
     "EvaluationSettings",
@@ -386,7 +433,10 @@ __all__ = [
     "ParquetText",
     "PerDecisionLoss",
     "PretrainingSettings",
+    "ProgramSettings",
     "PromptSource",
+    "RationaleProgram",
+    "RephraseRespondProgram",
     "ReverseKLLoss",
     "RolloutSettings",
     "RouteRule",
@@ -399,6 +449,7 @@ __all__ = [
     "SkewReverseKLLoss",
     "StalenessHandling",
     "StudentSettings",
+    "System2AttentionProgram",
     "TVDLoss",
     "TaskName",
     "TaskPrompts",
@@ -411,6 +462,7 @@ __all__ = [
     "TinyTraining",
     "TrainingSettings",
     "ULDLoss",
+    "UniversalSettings",
     "VOPDLoss",
     "load_config",
     "parse_config",

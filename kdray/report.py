@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from kdray.errors import DataError
 from kdray.run_folder import RunFolder, read_lines, utc_now, write_atomically
 
-_OUTCOMES = ("before", "after", "control", "teacher")
+_OUTCOMES = ("before", "program", "after", "control", "teacher")
 """Sections of summary.json that stand side by side in the first table, where they are there."""
 
 _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -27,7 +27,7 @@ from kdray.config import (
     ULDLoss,
 )
 from kdray.cross_tokenizer import CrossTokenizerScorer
-from kdray.data import question_encoder, reencode, response_encoder
+from kdray.data import asked_text, question_encoder, reencode, response_encoder
 from kdray.errors import EngineError
 from kdray.evaluate import evaluate
 from kdray.interfaces import Sampler, Scorer, Teacher
@@ -221,20 +221,12 @@ def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherT
         asked = prompts_of(config, name, checked.dataset.train)
         return CapturedTeacher(name, settings.path, asked, checked.vocab_size, tokenizer_hash(checked.tokenizer))
     prompts = [*checked.dataset.train, *checked.dataset.heldout]
-    # A chat endpoint applies its own template, to the question before the student's.
-    questions = {prompt.prompt_id: prompt.question if settings.chat else prompt.text for prompt in prompts}
-    encode = question_encoder(config, checked.tokenizer)
-
-    def text_of(request: SampleRequest) -> str | list[dict[str, Any]]:
-        if request.question is None:
-            return questions[request.prompt_id]
-        return request.question if settings.chat else encode(request.question).text
-
     return RemoteTeacher(
         name,
         settings,
         checked.tokenizer,
-        text_of,
+        # A chat endpoint applies its own template, to the question before the student's.
+        asked_text(config, checked.tokenizer, prompts, settings.chat),
         checked.vocab_size,
         checked.stop_ids,
     )

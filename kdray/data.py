@@ -15,7 +15,7 @@ from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, Parq
 from kdray.errors import DataError
 from kdray.sources import hub_records, jsonl_records, kind, names, parquet_records
 from kdray.tasks import exact_match, generate_examples
-from kdray.types import Prompt
+from kdray.types import Prompt, SampleRequest
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages")
 """Where a prompt is looked for when `prompt_column` is not set, in this order."""
@@ -141,6 +141,24 @@ def question_encoder(config: Config, tokenizer: Any) -> Callable[[str], Prompt]:
         return prompt
 
     return encoded
+
+
+def asked_text(
+    config: Config, tokenizer: Any, prompts: Sequence[Prompt], chat: bool
+) -> Callable[[SampleRequest], str | Messages]:
+    """What a teacher that reads text is asked by a request: the prompt's own question, or that of a program's call.
+
+    Args: chat: whether it applies a chat template of its own; otherwise the text after the student's is given.
+    """
+    questions = {prompt.prompt_id: prompt.question if chat else prompt.text for prompt in prompts}
+    encode = question_encoder(config, tokenizer)
+
+    def text(request: SampleRequest) -> str | Messages:
+        if request.question is None:
+            return questions[request.prompt_id]
+        return request.question if chat else encode(request.question).text
+
+    return text
 
 
 def response_encoder(tokenizer: Any) -> Callable[[str], list[int]]:

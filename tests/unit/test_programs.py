@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from kdray.config import load_config
 from kdray.data import response_encoder
 from kdray.errors import DataError, EngineError
 from kdray.models import task_tokenizer
@@ -18,6 +19,7 @@ from kdray.programs.branch_solve_merge import swapped
 from kdray.programs.sampler import ProgramSampler, TextCodec
 from kdray.seeds import uniforms
 from kdray.settings.programs import FINAL_ANSWER, ProgramSettings
+from kdray.tasks import STAGES, TASKS
 from kdray.types import Prompt, Rollout, SampleRequest
 
 TOKENIZER = task_tokenizer()
@@ -300,6 +302,48 @@ def test_answers_that_agree_need_no_choice_and_unparsable_ones_do_not_count():
     assert len(teacher.asked) == 5
     (rollout,) = draw(sampler(program, StubTeacher({"q": {"b": 1.0}})), [request(0)])
     assert rollout.finish_reason == "unparsable"
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "task"),
+    [
+        ("letters", "last_letters"),
+        ("coins", "coin_flip"),
+        ("attention", "misled_letters"),
+        ("attention", "backed_letters"),
+        ("judge", "judged_letters"),
+        ("thoughts", "arithmetic"),
+        ("step_by_step", "arithmetic"),
+        ("step_by_step", "last_letters"),
+    ],
+)
+def test_a_recipe_is_right_where_every_stage_is(recipe, task):
+    """Its templates ask what its stages were taught, word for word: the stub knows nothing else."""
+    config = load_config(f"configs/system2_{recipe}.yaml")
+    example = TASKS[task].generate(np.random.default_rng(4), 3)
+    law: dict[str, dict[str, float]] = {}
+    for stage in STAGES.values():
+        # Some stages draw what they ask about, such as one word of three.
+        for seed in range(20 if stage.of.name == task else 0):
+            taught = stage.make(example, np.random.default_rng(seed))
+            law[taught.prompt] = {taught.answer: 1.0}
+    if recipe == "attention":
+        question = example.prompt.split("i think ")[0]
+        law[question] = {example.answer: 1.0}
+    teacher = StubTeacher(law)
+    program, prefix = config.rollout.program, config.data.prefix
+    assert program is not None
+    first, second = draw(
+        sampler(program, teacher, [example.prompt], 2 if recipe == "step_by_step" else 1, prefix),
+        [request(number, prompt=prefix + example.prompt, max_new_tokens=config.rollout.max_new_tokens) for number in range(2)],
+    )
+    assert text(first.token_ids) == example.answer
+    if recipe == "step_by_step":
+        assert text(second.prompt_ids) == program.rationale_prefix + example.prompt
+        assert text(second.token_ids) in next(iter(law[f"explain: {example.prompt}"]))
 
 
 # --------------------------------------------------------------------------------------------- many at once

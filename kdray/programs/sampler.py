@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -34,9 +34,9 @@ class _Cut(Unparsable):
 
 @dataclass
 class _Counts:
-    """What the rollouts since the last report took."""
+    """What rollouts took: one, or all that ended since the last report."""
 
-    answers: int = 0
+    rollouts: int = 0
     unparsable: int = 0
     cut: int = 0
     calls: int = 0
@@ -45,16 +45,20 @@ class _Counts:
 
     def means(self) -> dict[str, float]:
         """By the names of `kdray.metrics`; nothing before the first rollout."""
-        if not self.answers:
+        if not self.rollouts:
             return {}
         numbers = {
-            "teacher_calls": self.calls / self.answers,
-            "teacher_tokens": self.teacher_tokens / self.answers,
-            "unparsable": self.unparsable / self.answers,
-            "unparsable_cut": self.cut / self.answers,
+            "teacher_calls": self.calls / self.rollouts,
+            "teacher_tokens": self.teacher_tokens / self.rollouts,
+            "unparsable": self.unparsable / self.rollouts,
+            "unparsable_cut": self.cut / self.rollouts,
         }
-        parsed = self.answers - self.unparsable
+        parsed = self.rollouts - self.unparsable
         return numbers | ({"answer_tokens": self.answer_tokens / parsed} if parsed else {})
+
+    def add(self, other: _Counts) -> None:
+        for count in fields(self):
+            setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ class ProgramSampler:
                     remaining -= len(rollouts)
                     yield rollouts
             finally:
-                self._in_flight -= calls.asked.keys()
+                calls.closed = True
+                self._in_flight.difference_update(calls.asked)
         if remaining:
             raise EngineError(f"{self._settings.type}: {remaining} rollouts are missing at the end")
 
@@ -145,17 +150,18 @@ class ProgramSampler:
         """One request's rollout."""
         sibling = request.sample_id % self._samples_per_prompt
         prompt_ids, token_ids = request.prompt_ids, []
-        self._counts.answers += 1
+        counts = _Counts(rollouts=1)
         try:
             question = Question(self._questions[request.prompt_id], sibling)
-            answer = await run_program(self._settings, question, calls.of(request))
+            answer = await run_program(self._settings, question, calls.of(request, counts))
             if answer.question is not None:
                 prompt_ids = self._codec.prompt(answer.question).token_ids
             token_ids = self._row(answer, prompt_ids, request)
-            self._counts.answer_tokens += len(token_ids)
+            counts.answer_tokens += len(token_ids)
         except Unparsable as error:
-            self._counts.unparsable += 1
-            self._counts.cut += isinstance(error, _Cut)
+            counts.unparsable += 1
+            counts.cut += isinstance(error, _Cut)
+        self._counts.add(counts)
         yield [
             Rollout(
                 sample_id=request.sample_id,
@@ -210,16 +216,18 @@ class _Calls:
     def __init__(self, sampler: ProgramSampler, merged: Merged[str, list[Rollout]]) -> None:
         self.asked: dict[int, asyncio.Future[Rollout]] = {}
         """By the teacher's sample id, until answered."""
+        self.closed = False
+        """Whether nobody reads any more: what was asked in the last turn is not sent."""
         self._sampler = sampler
         self._merged = merged
         self._waiting: list[SampleRequest] = []
         self._same: dict[tuple[int, str], asyncio.Future[Rollout]] = {}
 
-    def of(self, request: SampleRequest) -> Ask:
-        """The calls of one request's program."""
+    def of(self, request: SampleRequest, counts: _Counts) -> Ask:
+        """The calls of one request's program, counted there."""
 
         async def ask(text: str, stage: str, index: int = 0) -> str:
-            rollout = await self._send(self._sampler._call(request, text, stage, index))
+            rollout = await self._send(self._sampler._call(request, text, stage, index), counts)
             if rollout.finish_reason != "stop":
                 raise _Cut(f"sample {request.sample_id}: stage {stage} was cut after {len(rollout.token_ids)} tokens")
             response = self._sampler._codec.decode(rollout.token_ids).strip()
@@ -229,19 +237,26 @@ class _Calls:
 
         return ask
 
-    async def _send(self, call: SampleRequest) -> Rollout:
+    async def _send(self, call: SampleRequest, counts: _Counts) -> Rollout:
         """The teacher's response; one for all that ask the same with the same seed, as the rows of a pair do."""
         key = (call.seed, call.question or "")
-        if key not in self._same:
+        is_new = key not in self._same
+        if is_new:
             self._same[key] = self.asked[call.sample_id] = asyncio.get_running_loop().create_future()
             if not self._waiting:
                 # By the time it runs, every program that went on in this turn has asked.
                 asyncio.get_running_loop().call_soon(self._flush)
             self._waiting.append(call)
         # Shielded: one of two rollouts that is given up must not take the response from the other.
-        return await asyncio.shield(self._same[key])
+        rollout = await asyncio.shield(self._same[key])
+        if is_new:
+            counts.calls += 1
+            counts.teacher_tokens += len(rollout.token_ids)
+        return rollout
 
     def _flush(self) -> None:
+        if self.closed:
+            return
         calls, self._waiting = self._waiting, []
         self._sampler._in_flight |= {call.sample_id for call in calls}
         self._merged.add("calls", self._answers(calls))
@@ -254,8 +269,6 @@ class _Calls:
             async for rollouts in stream:
                 for rollout in rollouts:
                     missing -= 1
-                    self._sampler._counts.calls += 1
-                    self._sampler._counts.teacher_tokens += len(rollout.token_ids)
                     self._sampler._in_flight.discard(rollout.sample_id)
                     self.asked.pop(rollout.sample_id).set_result(rollout)
         if missing:

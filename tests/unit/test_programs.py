@@ -468,3 +468,23 @@ def test_prompts_that_do_not_fit_a_program_are_refused():
     with pytest.raises(DataError, match="prompt 0: .*no two answers in 'q'"):
         check_prompts(settings(**JUDGE), [Prompt(0, ids("q"), question="q")])
     check_prompts(settings(**JUDGE), [Prompt(0, ids("q"), question="A:x B:y")])
+
+
+def test_a_stream_that_is_closed_early_asks_nothing_more_and_leaves_nothing():
+    questions = ["a", "b"]
+    law = always(**{f"re {q}": f"{q}{q}" for q in questions}, **{f"{q}|{q}{q}?": q.upper() for q in questions})
+    teacher = StubTeacher(law, slow=frozenset({"re b"}))
+    source = sampler(settings(**TWO_STEPS), teacher, questions)
+
+    async def read() -> None:
+        before = asyncio.all_tasks()
+        stream = source.sample([request(n, n, prompt=questions[n]) for n in range(2)])
+        (rollout,) = await anext(stream)
+        assert text(rollout.token_ids) == "A"
+        await stream.aclose()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
+        assert not source._in_flight
+
+    asyncio.run(read())
+    assert "b|bb?" not in teacher.asked

@@ -76,6 +76,8 @@ def asking(config: Config, checked: Checked, models: Models) -> Asking:
     ((name, teacher),) = config.teachers.items()
     rollout = config.rollout
     how: dict[str, Any] = {"type": teacher.type, "max_new_tokens": rollout.max_new_tokens, "stop_ids": list(checked.stop_ids)}
+    if rollout.program is not None:
+        how["program"] = rollout.program.model_dump(mode="json")
     if isinstance(teacher, OpenAITeacherSettings):
         asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
         how |= {setting: getattr(teacher, setting) for setting in asked}

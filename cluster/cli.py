@@ -73,9 +73,8 @@ def run(
         from cluster.launch import run as launch
 
         summary = launch(settings, resume=resume)
-        results = {
-            name: summary[name] for name in ("before", "distilled", "after", "control") if isinstance(summary.get(name), dict)
-        }
+        shown = ("before", "program", "distilled", "after", "control")
+        results = {name: summary[name] for name in shown if isinstance(summary.get(name), dict)}
         if results:
             _print_columns("held-out", results)
         typer.echo(f"run folder: {settings.run_folder}")

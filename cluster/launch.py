@@ -30,10 +30,27 @@ from actors.weight_sync import WeightStore
 from cluster.capture import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.placement import bundles, check_capacity
-from cluster.pools import Models, Pools, check_signals, decoder, measure_arguments, open_pools, resolve_models, training_route
+from cluster.pools import (
+    Models,
+    Pools,
+    check_signals,
+    decoder,
+    measure_arguments,
+    measure_program,
+    open_pools,
+    resolve_models,
+    training_route,
+)
 from kdray.batching import examples_to_batch
 from kdray.capture import check_alone
-from kdray.config import CaptureTeacherSettings, Config, PeerTeacherSettings, SelfTeacherSettings, TeacherSettings
+from kdray.config import (
+    CaptureTeacherSettings,
+    Config,
+    PeerTeacherSettings,
+    RationaleProgram,
+    SelfTeacherSettings,
+    TeacherSettings,
+)
 from kdray.data import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
 from kdray.evaluate import evaluate as measure
@@ -43,6 +60,7 @@ from kdray.models import resolve_model
 from kdray.peers import MAIN_STUDENT, peer_configs
 from kdray.preflight import Checked, check
 from kdray.pretraining import PretrainingText
+from kdray.programs import row_kind
 from kdray.progress import Ledger, newest_checkpoint, prune_checkpoints
 from kdray.report import write_report
 from kdray.reporter import RunReporter
@@ -386,7 +404,7 @@ class _Job:
         )
         progress: dict[str, Any] = {"base": base, "base_revision": revision, "horizon": steps, "stage": "distill"}
         if self.checkpoint is not None:
-            kept = ("before", "stage", "distilled", "totals", "schedules")
+            kept = ("before", "program", "stage", "distilled", "totals", "schedules")
             progress |= {name: self.checkpoint.progress[name] for name in kept}
             self.totals = Totals(**progress["totals"])
             schedules.restore(progress["schedules"])
@@ -427,7 +445,8 @@ class _Job:
         await student.publish(start_step)
         await self._or_stop(self._check_signals(pools, start_step))
         if self.checkpoint is None:
-            progress |= {"before": await self._or_stop(self._measure(pools, 0, "before")), "distilled": None}
+            progress["before"] = await self._or_stop(self._measure(pools, 0, "before"))
+            progress |= {"program": await self._or_stop(self._measure_program(pools)), "distilled": None}
             # From here on a resume repeats neither the supervised phase nor the first measurement.
             await recoverable.save_checkpoint(0)
         sampler, scorer = training_route(config, checked, pools)
@@ -449,6 +468,7 @@ class _Job:
             on_wait=pools.awaited,
             schedules=schedules,
             filters=self._filters(),
+            weights=self._weights(),
         )
         name = "distilled" if training.finetune.steps else "after"
         progress["distilled"] = await self._measure(pools, steps, name)
@@ -458,6 +478,14 @@ class _Job:
             if isinstance(teacher, SelfTeacherSettings) and teacher.every is not None:
                 return teacher.every, teacher.decay
         return None
+
+    def _weights(self) -> Callable[[Sequence[Rollout]], dict[int, float] | None]:
+        """Weights of the rows of a batch, where a program makes rows of two kinds."""
+        program, siblings = self.config.rollout.program, self.config.rollout.samples_per_prompt
+        if not isinstance(program, RationaleProgram):
+            return lambda rollouts: None
+        of = {"label": 1.0, "rationale": program.rationale_weight}
+        return lambda rollouts: {each.sample_id: of[row_kind(each.sample_id, siblings)] for each in rollouts}
 
     def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
         """What `rollout.filters` leaves out of a batch."""
@@ -582,6 +610,13 @@ class _Job:
             self.reporter.heldout_samples(rollouts, name)
         return numbers
 
+    async def _measure_program(self, pools: Pools) -> dict[str, float] | None:
+        """The System-2 program itself on the held-out prompts, where there is one."""
+        numbers = await measure_program(self.config, self.checked, pools)
+        if numbers is not None:
+            self.reporter.event("evaluation", name="program", **numbers)
+        return numbers
+
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
         """What `work` gives; where the user asks to stop first, end it: nothing that it does is worth a checkpoint.
 
@@ -614,6 +649,7 @@ class _Job:
             "trained_tokens": self.totals.trained_tokens,
             "wall_s": round(time.monotonic() - self.started, 3),
             "before": progress["before"],
+            "program": progress["program"],
             **({"distilled": progress["distilled"]} if self.config.training.finetune.steps else {}),
             "after": after,
             "control": control,

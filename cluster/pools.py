@@ -24,16 +24,19 @@ from kdray.config import (
     HFTeacherSettings,
     ModelSource,
     OtherTeacherSettings,
+    ProgramSettings,
     SequenceLoss,
     ULDLoss,
 )
 from kdray.cross_tokenizer import CrossTokenizerScorer
-from kdray.data import reencode, templated
+from kdray.data import asked_text, question_encoder, reencode, response_encoder, templated
 from kdray.errors import ConfigError, EngineError
+from kdray.evaluate import evaluate
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models import resolve_model
 from kdray.preflight import Checked, load_tokenizer, shape
 from kdray.privileged import PrivilegedScorer
+from kdray.programs.sampler import ProgramSampler, TextCodec
 from kdray.references import WithReferences
 from kdray.seeds import sample_seed
 from kdray.signals import check_loss, check_prefill, check_rows
@@ -70,6 +73,8 @@ class Pools:
     """Teachers that are no pool of replicas."""
     team: TeacherTeam | None = None
     """The teachers as one, where there are several."""
+    program: ProgramSampler | None = None
+    """The System-2 program around the one teacher or the team, where there is one: the sampler then."""
 
     @property
     def teachers(self) -> list[ReplicaPool]:
@@ -95,6 +100,9 @@ class Pools:
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
         """Tell every pool which samples the trainer waits for."""
+        if self.program is not None:
+            self.program.awaited(sample_ids)
+            return
         for pool in self.all:
             pool.awaited(sample_ids)
 
@@ -105,6 +113,7 @@ class Pools:
             **{f"teacher/{pool.name}/replicas": float(pool.replicas_serving) for pool in self.teachers},
             **{f"teacher/{pool.name}/wait_s": pool.take_waited_s() for pool in self.teachers},
             **(self.team.metrics() if self.team is not None else {}),
+            **(self.program.metrics() if self.program is not None else {}),
         }
 
 
@@ -202,12 +211,14 @@ async def open_pools(
             raise
         watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
         on_event("serving", pools=[pool.name for pool in pools])
+        program = None if settings.program is None else _program(config, checked, settings.program, one, pools)
         yield Pools(
-            sampler=students[0] if student_samples else one,
+            sampler=program or (students[0] if student_samples else one),
             scorer=scorer if student_samples or (team is not None and team.scores) else None,
             all=pools,
             others=list(others.values()),
             team=team,
+            program=program,
         )
     finally:
         for watcher in watchers:
@@ -215,6 +226,29 @@ async def open_pools(
         # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
         deleting = (asyncio.to_thread(pool.delete) for pool in pools)
         await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
+
+
+def _program(
+    config: Config, checked: Checked, settings: ProgramSettings, teacher: Teacher | TeacherTeam, pools: Sequence[ReplicaPool]
+) -> ProgramSampler:
+    """The System-2 program around the one teacher or the team."""
+
+    def awaited(calls: Sequence[int]) -> None:
+        for pool in pools:
+            pool.awaited(calls)
+
+    return ProgramSampler(
+        settings,
+        teacher,
+        teacher.name,
+        [*checked.dataset.train, *checked.dataset.heldout],
+        TextCodec(question_encoder(config, checked.tokenizer), response_encoder(checked.tokenizer), decoder(checked.tokenizer)),
+        config.rollout.samples_per_prompt,
+        config.data.prefix,
+        config.data.max_prompt_tokens,
+        config.run.seed,
+        awaited,
+    )
 
 
 def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherTeacherSettings) -> OtherTeacher:
@@ -226,13 +260,12 @@ def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherT
         asked = prompts_of(config, name, checked.dataset.train)
         return CapturedTeacher(name, settings.path, asked, checked.vocab_size, tokenizer_hash(checked.tokenizer))
     prompts = [*checked.dataset.train, *checked.dataset.heldout]
-    # A chat endpoint applies its own template, to the question before the student's.
-    questions = {prompt.prompt_id: prompt.question if settings.chat else prompt.text for prompt in prompts}
     return RemoteTeacher(
         name,
         settings,
         checked.tokenizer,
-        lambda request: questions[request.prompt_id],
+        # A chat endpoint applies its own template, to the question before the student's.
+        asked_text(config, checked.tokenizer, prompts, settings.chat),
         checked.vocab_size,
         checked.stop_ids,
     )
@@ -379,7 +412,8 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
     """What `kdray.evaluate.evaluate` is given besides the version."""
     # The team's metrics are those of training.
     team = None if pools.team is None else pools.team.apart()
-    sampler = team if team is not None and pools.sampler is pools.team else pools.sampler
+    sampling = pools.sampler if pools.program is None else pools.program.teacher
+    sampler = team if team is not None and sampling is pools.team else sampling
     scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
     if (config.other_teachers or config.teacher_apart) and pools.students is not None:
         # Exact KLs need both models in one replica; without them, what the student writes is graded.
@@ -395,6 +429,31 @@ def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[st
         "exact": not (config.other_teachers or config.teacher_apart)
         and (pools.sampler is not pools.students or _all_recorded(config)),
     }
+
+
+async def measure_program(config: Config, checked: Checked, pools: Pools) -> dict[str, float] | None:
+    """What the System-2 program answers to the held-out prompts; None without one.
+
+    By the names of `kdray.metrics` and `kdray.evaluate`; an answer that could not be read is wrong.
+    """
+    if pools.program is None:
+        return None
+    program = pools.program.apart()
+    numbers, _ = await evaluate(
+        prompts=checked.dataset.heldout[: config.evaluation.prompts],
+        sampler=program,
+        scorer=None,
+        decode=decoder(checked.tokenizer),
+        grade=checked.dataset.grade,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.run.seed,
+        version=0,
+        alpha=1.0,
+        exact=False,
+        # The first of a prompt's samples: unperturbed, and a label row.
+        samples_per_prompt=config.rollout.samples_per_prompt,
+    )
+    return numbers | program.metrics()
 
 
 def _all_recorded(config: Config) -> bool:

@@ -55,6 +55,16 @@ from kdray.settings.losses import (
     type_of,
 )
 from kdray.settings.models import ModelSource, PrunedModel, StudentSettings, TinyModel, TinyTraining
+from kdray.settings.programs import (
+    BranchSolveMergeProgram,
+    ChainOfThoughtProgram,
+    DirectProgram,
+    ProgramSettings,
+    RationaleProgram,
+    RephraseRespondProgram,
+    System2AttentionProgram,
+    UniversalSettings,
+)
 from kdray.settings.rollout import (
     EnsembleSettings,
     FilterSettings,
@@ -185,6 +195,7 @@ class Config(Settings):
                 f"training.batch_size={self.training.batch_size} is not a multiple of "
                 f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}"
             )
+        self._check_program()
         return self
 
     def _check_writers(self) -> None:
@@ -274,6 +285,37 @@ class Config(Settings):
             return float(getattr(self.rollout, leaf))
         value = getattr(self.loss, leaf, None) if section == "loss" else None
         return value if isinstance(value, float) else None
+
+    def _check_program(self) -> None:
+        program = self.rollout.program
+        if program is None:
+            return
+        setting = f"rollout.program.type={program.type}"
+        if self.rollout.alpha < 1.0:
+            raise ValueError(f"rollout.alpha={self.rollout.alpha:g} with {setting}: the teacher writes; set rollout.alpha=1")
+        if not isinstance(self.loss, SequenceLoss):
+            raise ValueError(
+                f"loss.type={self.loss.type} with {setting}: a final answer has no log-probabilities; set loss.type=sequence"
+            )
+        recorded = [name for name, teacher in self.teachers.items() if isinstance(teacher, CaptureTeacherSettings)]
+        if recorded:
+            raise ValueError(
+                f"teachers.{recorded[0]}.type=capture with {setting}: recorded answers cannot be asked anything new; remove "
+                "rollout.program to train on them"
+            )
+        if isinstance(self.rollout.teachers, EnsembleSettings):
+            raise ValueError(f"rollout.teachers.type=ensemble with {setting}: answers have no target to share; use type=route")
+        if isinstance(program, RationaleProgram):
+            if self.rollout.samples_per_prompt % 2:
+                raise ValueError(
+                    f"rollout.samples_per_prompt={self.rollout.samples_per_prompt} with {setting}: label and rationale rows "
+                    "come in pairs; set rollout.samples_per_prompt=2"
+                )
+            if program.rationale_prefix == self.data.prefix:
+                raise ValueError(
+                    f"rollout.program.rationale_prefix={program.rationale_prefix!r} is data.prefix too: the student could not "
+                    "tell the rows apart; set data.prefix to another text, such as '[label] '"
+                )
 
     def _check_teachers(self) -> None:
         names, sharing = ", ".join(self.teachers), self.rollout.teachers
@@ -370,7 +412,9 @@ class Config(Settings):
         """Longest sequence that an engine must hold, in tokens."""
         text = self.training.pretraining
         window = text.window_tokens if text is not None and text.teacher_share else 0
-        return max(self.data.max_prompt_tokens + self.rollout.max_new_tokens, window)
+        program = self.rollout.program
+        stage = program.max_stage_tokens if program is not None else 0
+        return max(self.data.max_prompt_tokens + self.rollout.max_new_tokens, window, stage)
 
     def dump(self) -> str:
         """The resolved config as YAML: every setting, defaults included; `load_config` reads it back to an equal config."""
@@ -500,10 +544,13 @@ __all__ = [
     "AdaptiveKLLoss",
     "AttentionTerm",
     "AutoscalingSettings",
+    "BranchSolveMergeProgram",
     "CaptureTeacherSettings",
+    "ChainOfThoughtProgram",
     "ClusterSettings",
     "Config",
     "DataSettings",
+    "DirectProgram",
     "EngineSettings",
     "EnsembleSettings",
     "EvaluationSettings",
@@ -532,9 +579,12 @@ __all__ = [
     "PeerTeacherSettings",
     "PerDecisionLoss",
     "PretrainingSettings",
+    "ProgramSettings",
     "PromptSource",
     "PrunedModel",
+    "RationaleProgram",
     "RelationTerm",
+    "RephraseRespondProgram",
     "ReverseKLLoss",
     "RolloutSettings",
     "RouteRule",
@@ -549,6 +599,7 @@ __all__ = [
     "SkewReverseKLLoss",
     "StalenessHandling",
     "StudentSettings",
+    "System2AttentionProgram",
     "TVDLoss",
     "TaskName",
     "TaskPrompts",
@@ -561,6 +612,7 @@ __all__ = [
     "TinyTraining",
     "TrainingSettings",
     "ULDLoss",
+    "UniversalSettings",
     "VOPDLoss",
     "load_config",
     "parse_config",

@@ -5,7 +5,7 @@ a resumed run can continue from. Shuffling lives in PromptStream; which prompts 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, Parq
 from kdray.errors import DataError
 from kdray.sources import hub_records, jsonl_records, kind, names, parquet_records
 from kdray.tasks import exact_match, generate_examples
-from kdray.types import Prompt
+from kdray.types import Prompt, SampleRequest
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages")
 """Where a prompt is looked for when `prompt_column` is not set, in this order."""
@@ -100,7 +100,7 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
             heldout_rows = _rows(_records(source, heldout=True), columns, place)[:size]
 
     encode = _Encoder(config, tokenizer)
-    train, long_train = encode(rows, first_id=0)
+    train, long_train = encode(_prefixed(rows, config.data.prefix), first_id=0)
     if heldout_rows is None:
         if len(train) <= size:
             dropped = f" ({long_train} more are too long)" if long_train else ""
@@ -109,7 +109,7 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
                 "data.heldout_size, or give more prompts"
             )
         return Dataset(train[:-size], train[-size:], long_train, grade)
-    heldout, long_heldout = encode(heldout_rows, first_id=len(rows))
+    heldout, long_heldout = encode(_prefixed(heldout_rows, config.data.prefix), first_id=len(rows))
     for name, kept, long in (("training", train, long_train), ("held-out", heldout, long_heldout)):
         if not kept:
             raise DataError(
@@ -151,10 +151,50 @@ def _encoded(
         _Row(f"prompt {prompt.prompt_id}, as the teacher reads it", question, None)
         for prompt, question in zip(prompts, questions, strict=True)
     ]
-    unlimited = config.data.model_copy(update={"max_prompt_tokens": 2**31})
-    encode = _Encoder(config.model_copy(update={"data": unlimited}), tokenizer)
-    encoded, _ = encode(rows, first_id=0)
+    encoded, _ = _unlimited(config, tokenizer)(rows, first_id=0)
     return {prompt.prompt_id: again.token_ids for prompt, again in zip(prompts, encoded, strict=True)}
+
+
+def question_encoder(config: Config, tokenizer: Any) -> Callable[[str], Prompt]:
+    """Turns a text of any length into what a prompt with that question would be, under the config's chat template.
+
+    Its `prompt_id` is 0. Raises: DataError where the tokenizer has no chat template and needs one.
+    """
+    encode = _unlimited(config, tokenizer)
+
+    def encoded(question: str) -> Prompt:
+        (prompt,), _ = encode([_Row("a question", question, None)], first_id=0)
+        return prompt
+
+    return encoded
+
+
+def asked_text(
+    config: Config, tokenizer: Any, prompts: Sequence[Prompt], chat: bool
+) -> Callable[[SampleRequest], str | Messages]:
+    """What a teacher that reads text is asked by a request: the prompt's own question, or that of a program's call.
+
+    Args: chat: whether it applies a chat template of its own; otherwise the text after the student's is given.
+    """
+    questions = {prompt.prompt_id: prompt.question if chat else prompt.text for prompt in prompts}
+    encode = question_encoder(config, tokenizer)
+
+    def text(request: SampleRequest) -> str | Messages:
+        if request.question is None:
+            return questions[request.prompt_id]
+        return request.question if chat else encode(request.question).text
+
+    return text
+
+
+def response_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Turns a response's text into ids, end-of-sequence last. What looks like a special token is text, and ends nothing."""
+
+    def encoded(text: str) -> list[int]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return [*ids, int(tokenizer.eos_token_id)]
+
+    return encoded
 
 
 def encode_answer(tokenizer: Any, prompt: Prompt) -> np.ndarray:
@@ -180,9 +220,9 @@ def _task_rows(source: TaskPrompts, heldout_size: int, seed: int) -> tuple[list[
     """(training, held-out) rows; held-out ones are drawn first, so that they do not depend on `size`."""
     # Seeds apart from those of other uses of the run's seed, and from the examples that a tiny teacher trains on.
     streams = [int(word) for word in np.random.SeedSequence([seed, 0x6B6472]).generate_state(2, np.uint64)]
-    heldout = generate_examples(source.tasks, source.difficulty, heldout_size, streams[0])
+    heldout = generate_examples([*source.tasks, *source.transfer_tasks], source.difficulty, heldout_size, streams[0])
     taken = frozenset(example.prompt for example in heldout)
-    train = generate_examples(source.tasks, source.difficulty, source.size, streams[1], exclude=taken)
+    train = generate_examples(source.tasks, source.difficulty, source.size, streams[1], exclude=taken, weights=source.weights)
     made = [
         [_Row(f"task prompt {index}", example.prompt, example.answer, example.task) for index, example in enumerate(examples)]
         for examples in (train, heldout)
@@ -302,6 +342,23 @@ def _check_prompt(value: Any, where: str) -> str | Messages:
 
 
 # -------------------------------------------------------------------------------------------------- rows -> prompts
+
+
+def _prefixed(rows: list[_Row], prefix: str) -> list[_Row]:
+    """The rows with `data.prefix` before the question: the text, or the last chat message."""
+
+    def put(prompt: str | Messages) -> str | Messages:
+        if isinstance(prompt, str):
+            return prefix + prompt
+        return [*prompt[:-1], {**prompt[-1], "content": prefix + prompt[-1]["content"]}]
+
+    return [replace(row, prompt=put(row.prompt)) for row in rows] if prefix else rows
+
+
+def _unlimited(config: Config, tokenizer: Any) -> _Encoder:
+    """The config's encoder, for texts of any length."""
+    unlimited = config.data.model_copy(update={"max_prompt_tokens": 2**31})
+    return _Encoder(config.model_copy(update={"data": unlimited}), tokenizer)
 
 
 class _Encoder:

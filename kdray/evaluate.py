@@ -25,6 +25,7 @@ async def evaluate(
     version: int,
     alpha: float = 0.0,
     exact: bool = True,
+    samples_per_prompt: int = 1,
 ) -> tuple[dict[str, float], list[Rollout]]:
     """Numbers over the held-out prompts, and the rollouts behind them in the order of the prompts.
 
@@ -33,12 +34,13 @@ async def evaluate(
     and `exact_match/<domain>` where prompts have several domains.
 
     Args: version: the student version to measure; replicas update before they sample; exact: whether KLs are measured, which
-          takes replicas that hold teacher and student together.
+          takes replicas that hold teacher and student together; samples_per_prompt: of a sampler that tells a prompt's samples
+          apart by their ids; the first of each is drawn.
     Raises: EngineError where the replicas cannot give full-row KLs.
     """
     requests = [
         SampleRequest(
-            sample_id=index,
+            sample_id=index * samples_per_prompt,
             prompt_id=prompt.prompt_id,
             prompt_ids=prompt.token_ids,
             alpha=alpha,

@@ -70,6 +70,12 @@ METRICS: dict[str, Metric] = {
     "wait_rollout_s": Metric("s", "step", "Training waited for sampling"),
     "wait_teacher_s": Metric("s", "step", "Training waited for scoring by a teacher that did not sample"),
     "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be published"),
+    # From a System-2 program, over the rollouts that ended since the step before.
+    "teacher_calls": Metric("calls", "rollout_mean", "Calls to the teacher for one answer"),
+    "teacher_tokens": Metric("tokens", "rollout_mean", "Tokens that the teacher wrote for one answer, all calls together"),
+    "answer_tokens": Metric("tokens", "rollout_mean", "Final answer, end-of-sequence token included, where there is one"),
+    "unparsable": Metric("share", "rollout_mean", "Rollouts without an answer that could be read"),
+    "unparsable_cut": Metric("share", "rollout_mean", "Of all rollouts, those without one because a limit of tokens cut it"),
     "teacher_replicas": Metric("replicas", "step", "Teacher replicas that were ready"),
 }
 

@@ -249,10 +249,16 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: 
     import numpy as np
     import torch
 
-    from kdray.tasks import TASKS
+    from kdray.tasks import STAGES, TASKS, Lesson, shares
 
     rng = np.random.default_rng([source.seed, train.difficulty])
-    tasks = [TASKS[name] for name in train.tasks]
+    known: dict[str, Lesson] = {**TASKS, **STAGES}
+    tasks = [known[name] for name in train.tasks]
+    if train.weights is None:
+        chosen = [tasks[index % len(tasks)] for index in range(train.batch_size)]
+    else:
+        counts = shares(train.batch_size, [train.weights.get(name, 0.0) for name in train.tasks])
+        chosen = [task for task, count in zip(tasks, counts, strict=True) for _ in range(count)]
     warmup = min(_WARMUP_STEPS, train.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, betas=_BETAS, weight_decay=0.0)
 
@@ -264,7 +270,7 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     model.train()
     for _ in range(train.steps):
-        examples = [tasks[i % len(tasks)].generate(rng, train.difficulty) for i in range(train.batch_size)]
+        examples = [task.generate(rng, train.difficulty) for task in chosen]
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
         answers = tokenizer([example.answer for example in examples])["input_ids"]
         rows = [prompt + answer + [tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]

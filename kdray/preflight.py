@@ -29,6 +29,7 @@ from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models import model_config, resolve_model, task_tokenizer
 from kdray.pretraining import load_windows
+from kdray.programs import check_prompts
 from kdray.pruning import plan_pruning
 from kdray.teachers import prompts_of
 from kdray.types import Prompt
@@ -110,6 +111,12 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
                 f"{setting} holds {longest} positions, but data.max_prompt_tokens={config.data.max_prompt_tokens} plus "
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens} need {needed}; lower one of them"
             )
+        program = config.rollout.program
+        if longest is not None and program is not None and program.max_stage_tokens > longest:
+            raise ConfigError(
+                f"{setting} holds {longest} positions, but rollout.program.max_stage_tokens={program.max_stage_tokens}; "
+                "lower it"
+            )
         reads_text = text is not None and (setting == "student.model" or text.teacher_share > 0)
         if longest is not None and reads_text and text is not None and text.window_tokens > longest:
             raise ConfigError(
@@ -118,6 +125,9 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if tokenizer.eos_token_id is None:
         raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
     dataset = load_dataset(config, tokenizer, prompts)
+    if config.rollout.program is not None:
+        check_prompts(config.rollout.program, [*dataset.train, *dataset.heldout])
+        lines.append(f"program: {config.rollout.program.type}, of whose calls the final answer alone is trained on")
     for name in config.teachers:
         # A prompt that no teacher takes is found here, not when its turn comes.
         if not prompts_of(config, name, [*dataset.train, *dataset.heldout]):

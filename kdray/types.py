@@ -45,6 +45,9 @@ class SampleRequest:
     max_new_tokens: int
     min_version: int = 0
     """Oldest student version that may sample this request; a replica that holds an older one updates first."""
+    question: str | None = None
+    """What is asked, before any chat template, where that is not the prompt's own question: a call of a program. For teachers
+    that read text; replicas read `prompt_ids`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,3 +30,14 @@ def with_default_type(tree: Any, key: str, default: str) -> Any:
     if isinstance(tree, dict) and isinstance(tree.get(key), dict):
         return {**tree, key: {"type": default} | tree[key]}
     return tree
+
+
+def check_weights(setting: str, weights: Mapping[str, float] | None, names: Sequence[str]) -> None:
+    """Raises: ValueError where weights name what is not among `names`, or leave nothing."""
+    if weights is None:
+        return
+    unknown = sorted(set(weights) - set(names))
+    if unknown:
+        raise ValueError(f"{setting} names {', '.join(unknown)}, but there are {', '.join(names)}")
+    if not any(weights.values()):
+        raise ValueError(f"{setting}: all are 0; give one of them a share")

@@ -7,9 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.settings.base import Positive, Settings, with_default_type
+from kdray.settings.base import NonNegativeFloat, Positive, Settings, check_weights, with_default_type
 
-TaskName = Literal["last_letters", "coin_flip", "arithmetic", "hinted_letters"]
+TaskName = Literal[
+    "last_letters", "coin_flip", "arithmetic", "backed_letters", "misled_letters", "judged_letters", "hinted_letters"
+]
+StageName = Literal[
+    "letters_rephrase",
+    "letters_join",
+    "letters_steps",
+    "coin_rephrase",
+    "coin_turns",
+    "sum_steps",
+    "rewrite_misled",
+    "rewrite_backed",
+    "judge_branch",
+    "judge_solve",
+    "judge_merge",
+]
+"""Calls of System-2 programs, as lessons for tiny models: `kdray.tasks.stages`."""
 
 
 class TaskPrompts(Settings):
@@ -17,11 +33,24 @@ class TaskPrompts(Settings):
 
     type: Literal["task"] = "task"
     tasks: list[TaskName] = Field(default=["last_letters"], min_length=1)
-    """Tasks to draw from, in equal shares."""
+    """Tasks to draw from, in equal shares unless `weights` says otherwise."""
+    weights: dict[str, NonNegativeFloat] | None = None
+    """Share of each task in training prompts, in proportion; None is equal ones. Held-out prompts have equal shares."""
+    transfer_tasks: list[TaskName] = Field(default=[])
+    """Tasks that are held out alone, never trained on: they share the held-out prompts with `tasks`, and the report tells them
+    apart by domain."""
     size: Positive = 4096
     """Number of training prompts, all different where the task has that many."""
     difficulty: Positive = 2
     """Words to concatenate, people around the coin, or digits of each number."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> TaskPrompts:
+        check_weights("data.prompts.weights", self.weights, self.tasks)
+        both = sorted(set(self.tasks) & set(self.transfer_tasks))
+        if both:
+            raise ValueError(f"data.prompts.transfer_tasks: {', '.join(both)} would be trained on; name it once")
+        return self
 
 
 class JsonlPrompts(Settings):
@@ -144,6 +173,9 @@ TextSource = Annotated[TaskText | JsonlText | ParquetText | HubText, Field(discr
 class DataSettings(Settings):
     prompts: PromptSource = TaskPrompts()
     """Where prompts come from; the keys depend on `type`: task, jsonl, parquet, hub, iterable."""
+    prefix: str = ""
+    """Text before every prompt, training and held-out, such as `[label] ` where a student is to tell tasks apart. Of chat
+    messages the last one begins with it."""
     heldout_size: Positive = 256
     """Prompts kept out of training, on which before and after are measured."""
     max_prompt_tokens: Positive = 256

@@ -7,15 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kdray.settings.base import NonNegative, Positive, PositiveFloat, Settings
-from kdray.settings.data import TaskName
+from kdray.settings.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings, check_weights
+from kdray.settings.data import StageName, TaskName
 
 
 class TinyTraining(Settings):
     """Supervised training that turns a tiny model into a teacher, in seconds on a CPU."""
 
-    tasks: list[TaskName] = Field(default=["last_letters"], min_length=1)
-    """Tasks to learn."""
+    tasks: list[TaskName | StageName] = Field(default=["last_letters"], min_length=1)
+    """Tasks to learn, and stages of System-2 programs."""
+    weights: dict[str, NonNegativeFloat] | None = None
+    """Share of each task in a batch, in proportion; None is equal ones. What has a small share is learned badly."""
     difficulty: Positive = 2
     """As in `data.prompts.difficulty`."""
     steps: Positive = 600
@@ -24,6 +26,11 @@ class TinyTraining(Settings):
     """Examples a step."""
     learning_rate: PositiveFloat = 3e-3
     """Peak AdamW learning rate, with a short warm-up and cosine decay."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> TinyTraining:
+        check_weights("train.weights", self.weights, self.tasks)
+        return self
 
 
 class TinyModel(Settings):

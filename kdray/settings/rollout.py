@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kdray.settings.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.settings.programs import ProgramSettings
 from kdray.settings.teachers import EngineSettings
 
 
@@ -164,6 +165,10 @@ class RolloutSettings(Settings):
     """Nucleus. The mixture and its weights are exact at 1 only."""
     teachers: TeachersSettings | None = None
     """With several teachers: how they share the prompts (`type: route`), or make one target (`type: ensemble`)."""
+    program: ProgramSettings | None = None
+    """A chain of calls to the teacher that makes each response, of which the final answer alone is kept: System-2 distillation;
+    the keys depend on `type`: direct, rephrase_respond, system2_attention, branch_solve_merge, chain_of_thought, rationale.
+    Needs rollout.alpha=1 and loss.type=sequence."""
     pool: EngineSettings = EngineSettings()
     """The student-only replicas of `sampler: student`."""
     retries: NonNegative = 5

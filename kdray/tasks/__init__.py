@@ -1,11 +1,12 @@
-"""Generated questions with exact graders: last letters, coin flip, arithmetic. No file, no network.
+"""Generated questions with exact graders: last letters, coin flip, arithmetic, and letters with an opinion or before a judge.
+No file, no network. `STAGES` are lessons about them for tiny models alone.
 
 To add one: a file here with a class of the shape of `Task`, a line in `TASKS`, and its name in `kdray.settings.data.TaskName`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -14,30 +15,62 @@ import numpy as np
 from kdray.errors import DataError
 from kdray.tasks.arithmetic import Arithmetic
 from kdray.tasks.coin_flip import CoinFlip
-from kdray.tasks.example import Example, Task, exact_match
+from kdray.tasks.example import Example, Lesson, Task, exact_match
 from kdray.tasks.hinted_letters import HintedLetters
+from kdray.tasks.judged_letters import JudgedLetters
 from kdray.tasks.last_letters import LastLetters
+from kdray.tasks.opinion import BackedLetters, MisledLetters
+from kdray.tasks.stages import STAGES
 
-__all__ = ["TASKS", "Example", "Task", "exact_match", "generate_examples"]
+__all__ = ["STAGES", "TASKS", "Example", "Lesson", "Task", "exact_match", "generate_examples", "shares"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (LastLetters(), CoinFlip(), Arithmetic(), HintedLetters())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        LastLetters(),
+        CoinFlip(),
+        Arithmetic(),
+        BackedLetters(),
+        MisledLetters(),
+        JudgedLetters(),
+        HintedLetters(),
+    )
+}
 
 # After this many draws per existing prompt without a new one, nothing is left but with probability e^-30.
 _MISSES_PER_PROMPT = 30
 
 
+def shares(size: int, weights: Sequence[float]) -> list[int]:
+    """`size` split in proportion to the weights, of which some are above 0: whole numbers, the largest remainders rounded up,
+    the first ones first.
+    """
+    exact = [size * weight / sum(weights) for weight in weights]
+    whole = [int(part) for part in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda index: (whole[index] - exact[index], index))
+    for index in by_remainder[: size - sum(whole)]:
+        whole[index] += 1
+    return whole
+
+
 def generate_examples(
-    tasks: Sequence[str], difficulty: int, size: int, seed: int, exclude: AbstractSet[str] = frozenset()
+    tasks: Sequence[str],
+    difficulty: int,
+    size: int,
+    seed: int,
+    exclude: AbstractSet[str] = frozenset(),
+    weights: Mapping[str, float] | None = None,
 ) -> list[Example]:
     """`size` examples with different prompts, none of them in `exclude`, in a shuffled order that the seed fixes.
 
-    Each task gives the same share; where `size` does not divide, the first tasks give one more.
+    Args: weights: by task, what its share is in proportion to, 0 for those it does not name; None gives equal ones. Where that
+          makes no whole numbers, see `shares`.
     Raises: DataError where a task has fewer different prompts than its share.
     """
     names = list(dict.fromkeys(tasks))
     examples: list[Example] = []
-    for index, name in enumerate(names):
-        share = size // len(names) + (index < size % len(names))
+    parts = shares(size, [1.0 if weights is None else weights.get(name, 0.0) for name in names])
+    for name, share in zip(names, parts, strict=True):
         # A stream of its own: a task's examples do not depend on which tasks stand beside it.
         rng = np.random.default_rng([seed, difficulty, *name.encode()])
         examples += _distinct(TASKS[name], rng, difficulty, share, exclude)

@@ -18,20 +18,24 @@ class Example:
     """Name of the task that it came from."""
 
 
-class Task(Protocol):
-    """A family of generated questions over printable ASCII, of a size set by `difficulty`."""
+class Lesson(Protocol):
+    """What a tiny model can be trained on."""
 
     @property
     def name(self) -> str:
-        """The task's name in `data.prompts.tasks`."""
-        ...
-
-    def num_prompts(self, difficulty: int) -> int:
-        """How many different prompts exist."""
+        """Its name in `train.tasks`."""
         ...
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
         """One example, every prompt of the task being equally likely."""
+        ...
+
+
+class Task(Lesson, Protocol):
+    """A family of generated questions over printable ASCII, of a size set by `difficulty`; also for `data.prompts.tasks`."""
+
+    def num_prompts(self, difficulty: int) -> int:
+        """How many different prompts exist."""
         ...
 
     def grade(self, response: str, answer: str) -> bool:

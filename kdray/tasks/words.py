@@ -8,6 +8,9 @@ CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 ENDINGS = ("", "k", "l", "m", "n", "p", "r", "s", "t")
 
+LAST_LETTERS = VOWELS + "".join(ENDINGS)
+"""Letters that a word can end with."""
+
 NUM_WORDS = (len(CONSONANTS) * len(VOWELS)) ** 2 * len(ENDINGS)
 """How many different words there are: two syllables of consonant and vowel, and an ending."""
 

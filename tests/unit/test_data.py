@@ -13,8 +13,8 @@ import pytest
 from tokenizers import processors
 
 from kdray.config import Config, parse_config
-from kdray.data import Dataset, PromptStream, encode_answer, load_dataset
-from kdray.errors import DataError
+from kdray.data import Dataset, PromptStream, encode_answer, load_dataset, question_encoder, response_encoder
+from kdray.errors import ConfigError, DataError
 from kdray.models import task_tokenizer
 from kdray.types import Prompt
 
@@ -328,3 +328,58 @@ def test_a_stream_refuses_what_has_no_prompt() -> None:
         PromptStream([], seed=0)
     with pytest.raises(ValueError, match="position=-1"):
         PromptStream(_prompts(2), seed=0).at(-1)
+
+
+# ----------------------------------------------------------------------------------------- several tasks, a prefix
+
+
+def test_transfer_tasks_are_held_out_alone_and_weights_are_shares_of_training() -> None:
+    source = {
+        "type": "task",
+        "tasks": ["arithmetic", "last_letters"],
+        "weights": {"arithmetic": 3, "last_letters": 1},
+        "transfer_tasks": ["coin_flip"],
+        "size": 80,
+    }
+    data = _load(source, heldout_size=30)
+    assert Counter(prompt.domain for prompt in data.train) == {"arithmetic": 60, "last_letters": 20}
+    assert Counter(prompt.domain for prompt in data.heldout) == {"arithmetic": 10, "last_letters": 10, "coin_flip": 10}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"weights": {"coin_flip": 1}}, "data.prompts.weights names coin_flip, but there are last_letters"),
+        ({"weights": {"last_letters": 0}}, "data.prompts.weights: all are 0"),
+        ({"transfer_tasks": ["last_letters"]}, "transfer_tasks: last_letters would be trained on"),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _config({"type": "task", **source})
+
+
+def test_a_prefix_stands_before_every_question(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "q"}]
+    rows = [{"prompt": "a"}, {"prompt": messages}, {"prompt": "b"}]
+    tokenizer = _chat_tokenizer()
+    source = {"type": "jsonl", "path": str(_jsonl(tmp_path / "p.jsonl", rows))}
+    data = _load(source, tokenizer, heldout_size=1, chat_template="never", prefix="[label] ")
+    assert _texts(data.train) == ["[label] a", "[user]hi[user][label] q[assistant]"]
+    assert _texts(data.heldout) == ["[label] b"]
+    assert data.train[0].token_ids.tolist() == tokenizer("[label] a")["input_ids"]
+
+
+def test_a_question_is_encoded_as_a_prompt_is_at_any_length() -> None:
+    config = _config({"type": "task"}, max_prompt_tokens=4, chat_template="always")
+    prompt = question_encoder(config, _chat_tokenizer())("what is this?")
+    assert prompt.text == "[user]what is this?[assistant]"
+    assert prompt.token_ids.tolist() == _chat_tokenizer()(prompt.text)["input_ids"]
+
+
+def test_a_response_that_looks_like_a_special_token_does_not_end_there() -> None:
+    tokenizer = task_tokenizer()
+    token_ids = response_encoder(tokenizer)("a<eos>b")
+    assert token_ids.count(tokenizer.eos_token_id) == 1
+    assert token_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(token_ids[:-1]) == "a<eos>b"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from kdray.batching import rollouts_to_batch
 from kdray.config import FilterSettings
 from kdray.filters import Filters
+from kdray.losses import LossBatch
+from kdray.losses.sft import sft
 from kdray.references import DATA
 from kdray.types import Rollout
 
@@ -90,3 +93,12 @@ def test_a_left_out_rollout_keeps_its_row_and_has_no_target():
     np.testing.assert_array_equal(batch.token_ids, whole.token_ids)
     np.testing.assert_array_equal(batch.loss_mask.sum(1), [3, 0, 1])
     assert (whole.num_target_tokens, batch.num_target_tokens) == (6, 4)
+
+
+def test_weighted_rows_count_by_their_weight_in_cross_entropy():
+    rollouts = [rollout(0, "abc"), rollout(1, "de")]
+    batch = LossBatch.from_train_batch(rollouts_to_batch(rollouts, 1, weights={0: 1.0, 1: 0.25}), vocab_size=128)
+    logits = torch.randn(2, batch.token_ids.shape[1], 128, generator=torch.Generator().manual_seed(0))
+    at = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.token_ids.flatten(), reduction="none").view(2, -1)
+    wanted = at[0, 1:4].sum() + 0.25 * at[1, 1:3].sum()
+    assert float(sft(logits, batch).total) == pytest.approx(float(wanted))

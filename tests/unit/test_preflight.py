@@ -160,3 +160,49 @@ def test_layers_of_features_are_looked_up_in_both_models(models: Path) -> None:
     assert any("teacher main" in line and "hidden 0-0, 1-1; attention 1-1" in line for line in lines)
     with pytest.raises(ConfigError, match=r"features\.relation\.layers=\[\[1, 2\]\]: the teacher has no layer 2.*from 0 to 1"):
         check(_config(models, training={"features": {"relation": {"layers": [[1, 2]]}}}))
+
+
+def _with_program(tmp_path: Path, **sections: Any) -> Any:
+    tree: dict[str, Any] = {
+        "run": {"name": "x", "output": str(tmp_path)},
+        "data": {"prompts": {"type": "task", "size": 8}, "heldout_size": 2},
+        "student": {"model": {"type": "tiny"}},
+        "teachers": {"base": {"model": {"type": "tiny"}}},
+        "rollout": {"alpha": 1, "program": {"type": "direct", "max_stage_tokens": 400}},
+        "loss": {"type": "sequence"},
+    }
+    return parse_config(tree | {name: tree.get(name, {}) | value for name, value in sections.items()})
+
+
+PAIRS = {"type": "rationale", "max_stage_tokens": 400}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"alpha": 0.5}}, r"rollout\.alpha=0\.5 with .*type=sequence|rollout\.alpha=0\.5 with rollout\.program"),
+        ({"loss": {"type": "forward_kl"}}, r"loss\.type=forward_kl with rollout\.program\.type=direct"),
+        ({"teachers": {"base": {"type": "capture", "path": "there"}}}, r"teachers\.base\.type=capture with rollout\.program"),
+        ({"rollout": {"teachers": {"type": "ensemble"}}}, r"type=ensemble with rollout\.program"),
+        ({"rollout": {"program": PAIRS}}, r"samples_per_prompt=1 with rollout\.program\.type=rationale"),
+        (
+            {"rollout": {"program": PAIRS | {"rationale_prefix": ""}, "samples_per_prompt": 2}},
+            r"rationale_prefix='' is data\.prefix too",
+        ),
+    ],
+)
+def test_what_a_program_does_not_go_with_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _with_program(tmp_path, **sections)
+
+
+def test_calls_longer_than_a_model_are_refused_and_a_sound_program_is_told(tmp_path: Path) -> None:
+    sound = _with_program(tmp_path)
+    assert sound.max_model_len == 400, "an engine must hold a call"
+    assert any("program: direct" in line for line in check(sound).lines)
+    long = {"program": {"type": "direct", "max_stage_tokens": 513}}
+    with pytest.raises(ConfigError, match=r"holds 512 positions, but rollout\.program\.max_stage_tokens=513"):
+        check(_with_program(tmp_path, rollout={"alpha": 1} | long))
+    judge = {"program": {"type": "branch_solve_merge", "max_stage_tokens": 400}}
+    with pytest.raises(DataError, match=r"rollout\.program\.pair=.* no two answers"):
+        check(_with_program(tmp_path, rollout={"alpha": 1} | judge))

@@ -126,7 +126,8 @@ def test_requests_round_trip(given_requests: list[SampleRequest], start: int) ->
 
 def test_every_field_of_a_rollout_is_in_the_schema() -> None:
     assert {field.name for field in fields(Rollout)} | {"support_width", "hidden_width"} == set(ROLLOUT_SCHEMA.names)
-    assert {field.name for field in fields(SampleRequest)} == set(REQUEST_SCHEMA.names)
+    # Replicas read ids; a question is for teachers that read text, which live in the run's own process.
+    assert {field.name for field in fields(SampleRequest)} - {"question"} == set(REQUEST_SCHEMA.names)
 
 
 @pytest.mark.parametrize("length", [0, 2])

@@ -18,16 +18,18 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from actors.remote_teacher import RemoteTeacher, _support
 from kdray.batching import rollouts_to_batch
-from kdray.config import MiniLLMLoss, OpenAITeacherSettings, SequenceLoss
+from kdray.config import MiniLLMLoss, OpenAITeacherSettings, ProgramSettings, SequenceLoss, parse_config
+from kdray.data import asked_text, question_encoder, response_encoder
 from kdray.errors import ConfigError, DataError, EngineError, RequestRefused, TrainingError
 from kdray.losses import LossBatch, loss_function
 from kdray.metrics import batch_metrics
 from kdray.models import task_tokenizer
 from kdray.pacing import Pacing
+from kdray.programs.sampler import ProgramSampler, TextCodec
 from kdray.records import rollouts_to_table, table_to_rollouts
 from kdray.signals import check_loss
 from kdray.types import Rollout, SampleRequest
@@ -199,6 +201,39 @@ async def one(reply: Any, limit: int = 16, **changes: Any) -> Any:
 
 def ids(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ calls of programs
+
+
+async def _asked(chat: bool) -> list[Any]:
+    """What the endpoint reads when a program asks it about the one prompt, under a tokenizer with a chat template."""
+    tokenizer = task_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tiny = {"model": {"type": "tiny"}}
+    config = parse_config({"run": {"name": "x"}, "student": tiny, "teachers": {"t": tiny}})
+    prompt = replace(question_encoder(config, tokenizer)("q"), prompt_id=7)
+    program = TypeAdapter(ProgramSettings).validate_python(
+        {"type": "rephrase_respond", "rephrase": "re {question}", "respond": "{rephrased}?"}
+    )
+    codec = TextCodec(question_encoder(config, tokenizer), response_encoder(tokenizer), lambda ids: tokenizer.decode(ids, True))
+    with serving(lambda number, body: written("qq" if number < 2 else "yes")) as server:
+        far = RemoteTeacher(
+            "far", settings_for(server.port, chat=chat), tokenizer, asked_text(config, tokenizer, [prompt], chat), VOCAB, (EOS,)
+        )
+        try:
+            (own,) = await collect(far.sample([request()]))
+            (rollout,) = await collect(ProgramSampler(program, far, "far", [prompt], codec, 1, "", 99, 0).sample([request()]))
+        finally:
+            await far.close()
+    assert own.token_ids.tolist() == [*ids("qq"), EOS]
+    assert rollout.token_ids.tolist() == [*ids("yes"), EOS]
+    return [seen.body["messages"][0]["content"] if chat else seen.body["prompt"] for seen in server.seen]
+
+
+async def test_a_program_asks_an_endpoint_its_own_questions() -> None:
+    assert await _asked(chat=True) == ["q", "re q", "qq?"]
+    assert await _asked(chat=False) == ["<q>", "<re q>", "<qq?>"], "plain completions continue the student's template"
 
 
 # --------------------------------------------------------------------------------------------------- text to rollouts

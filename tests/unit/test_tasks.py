@@ -8,7 +8,7 @@ import pytest
 
 from kdray.errors import DataError
 from kdray.models import ALPHABET
-from kdray.tasks import TASKS, generate_examples
+from kdray.tasks import STAGES, TASKS, generate_examples, shares
 
 
 def _solve(name: str, prompt: str) -> str:
@@ -26,6 +26,19 @@ def _solve(name: str, prompt: str) -> str:
         assert prompt.startswith("a coin is heads up. ")
         assert prompt.endswith(" is it still heads up? ")
         return "no" if sum(turn == "flips" for _, turn in turns) % 2 else "yes"
+    if name in ("backed_letters", "misled_letters"):
+        told = re.fullmatch(r"(last letters of: [a-z ]+ = )i think ([a-z]+)\. so: ", prompt)
+        assert told
+        right = _solve("last_letters", told.group(1))
+        assert (told.group(2) == right) == (name == "backed_letters")
+        assert len(told.group(2)) == len(right)
+        return right
+    if name == "judged_letters":
+        judged = re.fullmatch(r"(last letters of: [a-z ]+ = )A: ([a-z]+) B: ([a-z]+) which\? ", prompt)
+        assert judged
+        right = _solve("last_letters", judged.group(1))
+        assert sum(a != b for a, b in zip(judged.group(2), judged.group(3), strict=True)) == 1
+        return {judged.group(2): "A", judged.group(3): "B"}[right]
     numbers = re.fullmatch(r"(\d+)\+(\d+)=", prompt)
     assert numbers
     return str(int(numbers.group(1)) + int(numbers.group(2)))
@@ -52,6 +65,54 @@ def test_difficulty_is_the_number_of_words_people_and_digits(difficulty: int) ->
         assert TASKS["coin_flip"].generate(rng, difficulty).prompt.count(" it.") == difficulty
         numbers = TASKS["arithmetic"].generate(rng, difficulty).prompt[:-1].split("+")
         assert [len(number) for number in numbers] == [difficulty, difficulty]
+
+
+# ------------------------------------------------------------------------------------------------ shares and stages
+
+
+@pytest.mark.parametrize(
+    ("size", "weights", "expected"),
+    [(10, [1, 1], [5, 5]), (301, [1, 1, 1], [101, 100, 100]), (10, [3, 1], [8, 2]), (48, [0.06, 0.55, 0.39], [3, 26, 19])],
+)
+def test_shares_are_whole_and_in_proportion(size: int, weights: list[float], expected: list[int]) -> None:
+    assert shares(size, weights) == expected
+
+
+def test_weights_are_the_shares_of_tasks() -> None:
+    examples = generate_examples(["coin_flip", "arithmetic"], 2, 40, seed=0, weights={"coin_flip": 1.0, "arithmetic": 3.0})
+    assert Counter(example.task for example in examples) == {"coin_flip": 10, "arithmetic": 30}
+    without = generate_examples(["coin_flip", "arithmetic"], 2, 40, seed=0, weights={"arithmetic": 1.0})
+    assert {example.task for example in without} == {"arithmetic"}
+
+
+def test_stages_say_what_they_promise() -> None:
+    rng = np.random.default_rng(0)
+    for name, stage in STAGES.items():
+        assert stage.name == name
+        for _ in range(50):
+            example = stage.generate(rng, 2)
+            assert set(example.prompt + example.answer) <= set(ALPHABET)
+            if name == "letters_join":
+                assert example.answer == "".join(re.findall("-([a-z])", example.prompt))
+            if name == "letters_rephrase":
+                assert example.answer.replace("-", "") in example.prompt
+                assert re.fullmatch("[a-z]+-[a-z] [a-z]+-[a-z]", example.answer)
+            if name == "coin_turns":
+                turns = re.fullmatch("turns: ([fn]+) = ", example.prompt)
+                assert turns
+                assert example.answer == ("no" if turns.group(1).count("f") % 2 else "yes")
+            if name == "sum_steps":
+                left, right = re.findall(r"\d+", example.prompt)
+                digits = [part.split("=")[1] for part in example.answer.split(".")[0].split(", ")]
+                assert int(digits[-1] + "".join(digit[-1] for digit in digits[-2::-1])) == int(left) + int(right)
+                assert all(eval(part.replace("=", "==")) for part in example.answer.split(".")[0].split(", "))
+                assert example.answer.endswith(f"final answer: {int(left) + int(right)}")
+            if name.startswith("rewrite"):
+                assert example.prompt.startswith(f"rewrite: {example.answer} i think ")
+            if name == "judge_merge":
+                (a, b) = ("".join(re.findall(f"{side}([01])", example.prompt)) for side in "AB")
+                assert {"A": a, "B": b}[example.answer] == "11"
+                assert sorted(a + b) == list("0111")
 
 
 def test_coin_flip_answers_are_balanced() -> None:

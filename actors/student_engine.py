@@ -122,7 +122,7 @@ class StudentEngine:
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         # Dropout would make the trained law differ from the one that the replicas sample from.
-        model.eval()
+        without_dropout(model)
         trained: list[dict[str, Any]] = [{"params": [each for each in model.parameters() if each.requires_grad]}]
         if features is not None and phase.feature_teacher is not None:
             teacher = load_feature_teacher(*phase.feature_teacher, features, model.dtype)
@@ -140,7 +140,8 @@ class StudentEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
         )
-        self._engine.module.eval()
+        # Transformers recomputes activations in training mode alone.
+        self._engine.module.train(training.gradient_checkpointing)
         if isinstance(model, StudentWithFeatures):
             model.place_teacher(self._engine.device)
         self._teacher_head = None
@@ -240,7 +241,7 @@ class StudentEngine:
         engine = self._engine
         settings = self.training.pretraining
         size = self.training.micro_batch_size
-        # Rollouts last: a weight of the features is reduced over ranks with the last part, which therefore has to use it.
+        # Rollouts last: the part that closes the update uses every weight, the maps of the features too.
         parts = [] if text is None else [(part, True) for part in micro_batches(text, size)]
         parts += [(part, False) for part in micro_batches(batch, size)]
         # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
@@ -434,6 +435,17 @@ class StudentEngine:
         self.steps_done = int(state["steps_done"])
         if self.rank == 0 and (folder / _AVERAGE).exists():
             self._average = load_file(folder / _AVERAGE)
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Switch dropout off for good, so that the model computes the same in training mode as outside of it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Attention functions are told the rate by their layer.
+        for rate in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
 
 
 def _aligned(output: Any) -> torch.Tensor:

@@ -32,9 +32,9 @@ STEPS, BATCH = 8, 32
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher that knows the task a little, and another of the same name elsewhere."""
     root = tmp_path_factory.mktemp("capture")
-    for folder, seed in (("teacher", 1), ("elsewhere/teacher", 3)):
-        tiny = TinyModel(type="tiny", layers=2, width=64, seed=seed, train={"steps": 100, "difficulty": 1})
-        build_tiny_model(tiny, root / folder)
+    train = {"steps": 60, "batch_size": 32, "difficulty": 1}
+    build_tiny_model(TinyModel(type="tiny", layers=2, width=64, seed=1, train=train), root / "teacher")
+    build_tiny_model(TinyModel(type="tiny", layers=2, width=64, seed=3), root / "elsewhere" / "teacher")
     return root
 
 

@@ -102,10 +102,13 @@ async def capture_answers(
     models: Models,
     folder: CaptureFolder,
     wanted: dict[bytes, SampleRequest],
+    missing: dict[bytes, SampleRequest],
     on_progress: Callable[[int, int], None],
 ) -> Captured:
-    """Ask for what the folder lacks. Args: on_progress: called with the answers held and wanted.
+    """Ask for what the folder lacks.
 
+    Args: wanted, missing: by key, what the config asks for, and what of it has to be asked; on_progress: called with the
+          answers held and wanted.
     Raises: DataError where the teacher is not the one whose answers are there; Interrupted when asked to stop, with all that
     came kept.
     """
@@ -114,7 +117,7 @@ async def capture_answers(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, main.cancel)
     try:
-        return await _capture(config, checked, models, folder, wanted, on_progress)
+        return await _capture(config, checked, models, folder, wanted, missing, on_progress)
     except asyncio.CancelledError as error:
         folder.note("interrupted", held=folder.held)
         raise Interrupted(
@@ -131,10 +134,10 @@ async def _capture(
     models: Models,
     folder: CaptureFolder,
     wanted: dict[bytes, SampleRequest],
+    missing: dict[bytes, SampleRequest],
     on_progress: Callable[[int, int], None],
 ) -> Captured:
     started, held_before, asked_before = time.monotonic(), folder.held, folder.asked
-    missing = {key: request for key, request in wanted.items() if key not in folder}
     there = len(wanted) - len(missing)
     folder.note("start", held=held_before, wanted=len(wanted), missing=len(missing))
     retried = 0
@@ -145,7 +148,7 @@ async def _capture(
             there += count
             on_progress(there, len(wanted))
 
-        registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote({})
+        registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote({}) if config.served_teachers else None
         known = folder.fingerprint
         compared = canary(config, checked) if known is None else known.canary[: config.max_model_len]
         on_event = folder.note

@@ -89,13 +89,17 @@ def capture(
     overrides: Overrides = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder; <run folder>/capture otherwise.")] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the prompts, each with draws of its own.")] = 1,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse", help="Any draws that a prompt has count, whatever their seeds: ask about new prompts alone."),
+    ] = False,
 ) -> None:
     """Record the teacher's answers to every training prompt, to train later without it; a killed start is gone on with."""
     with _exit_codes():
         settings = _load(config, overrides)
         from cluster.launch import capture as launch
 
-        found = launch(settings, to, epochs, on_progress=_progress())
+        found = launch(settings, to, epochs, reuse, on_progress=_progress())
         (name,) = settings.teachers
         _print_columns("capture", {"answers": {key: found[key] for key in found if key not in ("path", "seconds")}})
         typer.echo(f"train from it: 'teachers.{name}={{type: capture, path: {found['path']}}}'")

@@ -42,7 +42,7 @@ from cluster.pools import (
     training_route,
 )
 from kdray.batching import examples_to_batch
-from kdray.capture import check_alone
+from kdray.capture import check_alone, lacking
 from kdray.config import (
     CaptureTeacherSettings,
     Config,
@@ -161,13 +161,14 @@ def capture(
     config: Config,
     to: Path | None = None,
     epochs: int = 1,
+    reuse: bool = False,
     prompts: Iterable[Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda held, wanted: None,
 ) -> dict[str, Any]:
     """Record the teacher's answers to every training prompt; returns `cluster.capture.Captured` as a dict.
 
-    Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with draws of its own; prompts:
-          as for `run`; on_progress: called with the answers held and wanted.
+    Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with draws of its own; reuse:
+          see `kdray.capture.lacking`; prompts: as for `run`; on_progress: called with the answers held and wanted.
     Raises: ConfigError or DataError before anything starts, and for another teacher than the one whose answers are there;
     Interrupted with all kept that came.
     """
@@ -179,11 +180,13 @@ def capture(
     models = resolve_models(config)
     with capture_folder(config, checked, models, to or config.run_folder / CAPTURE) as folder:
         wanted = wanted_answers(checked, folder, requests)
+        missing = lacking(folder, wanted, reuse)
         with contextlib.ExitStack() as stack:
-            if any(key not in folder for key in wanted):
+            # A teacher in this process or elsewhere needs no cluster, and answers that are all there need nobody.
+            if config.served_teachers and missing:
                 nodes = stack.enter_context(_connected(config))
                 check_capacity([bundle for bundle in bundles(config) if bundle.role.startswith("teacher")], nodes)
-            return asdict(asyncio.run(capture_answers(config, checked, models, folder, wanted, on_progress)))
+            return asdict(asyncio.run(capture_answers(config, checked, models, folder, wanted, missing, on_progress)))
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:

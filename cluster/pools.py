@@ -203,7 +203,8 @@ async def open_pools(
         for other in others.values():
             await other.check()
         try:
-            await in_daemon_thread(deploy, pools)
+            if pools:
+                await in_daemon_thread(deploy, pools)
         except EngineError as error:
             for name in config.served_teachers:
                 if registry is not None and (reasons := await registry.refused.remote(name)):

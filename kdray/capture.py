@@ -7,13 +7,14 @@ flight: that many, at most, are lost to a kill and asked for again.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 
 import numpy as np
 
 from kdray.capture_folder import CaptureFolder
+from kdray.captures import digest
 from kdray.errors import ConfigError, EngineError
 from kdray.interfaces import Sampler, Scorer
 from kdray.loop import draw_scored
@@ -47,6 +48,24 @@ def by_key(
         reference = references(request.prompt_id) if isnan(request.alpha) else None
         wanted.setdefault(folder.key(request, reference), request)
     return wanted
+
+
+def lacking(folder: CaptureFolder, wanted: Mapping[bytes, SampleRequest], reuse: bool = False) -> dict[bytes, SampleRequest]:
+    """Those of the wanted that have to be asked for.
+
+    Args: reuse: let any draws that a prompt has count, whatever their seeds, so that new prompts alone are asked about.
+    """
+    missing = {key: request for key, request in wanted.items() if key not in folder}
+    if not reuse:
+        return missing
+    owed = Counter(digest(request.prompt_ids) for request in wanted.values() if not isnan(request.alpha)) - folder.draws()
+    chosen = {}
+    for key, request in missing.items():
+        prompt = digest(request.prompt_ids)
+        if isnan(request.alpha) or owed[prompt] > 0:
+            owed[prompt] -= not isnan(request.alpha)
+            chosen[key] = request
+    return chosen
 
 
 async def ask(

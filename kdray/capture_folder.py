@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from kdray.captures import (
     Manifest,
     check_same_teacher,
     check_unmixed,
+    digest,
     find_shards,
     read_manifest,
     write_manifest,
@@ -142,6 +144,16 @@ class CaptureFolder:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
+
+    def draws(self) -> Counter[bytes]:
+        """Answers that the teacher drew, by the digest of the prompt's ids."""
+        found: Counter[bytes] = Counter()
+        columns = ["prompt_ids", "alpha"]
+        tables = [pq.read_table(shard, columns=columns) for shard in self._shards()]
+        for part in (*tables, *(batch.select(columns) for batch in self._journal.batches)):
+            ids, alphas = part.column("prompt_ids"), part.column("alpha").to_pylist()
+            found.update(digest(np.array(row)) for row, alpha in zip(ids.to_pylist(), alphas, strict=True) if alpha == 1.0)
+        return found
 
     # --------------------------------------------------------------------------------------------------- what is added
 

@@ -22,6 +22,7 @@ import yaml
 from kdray.captures import read_manifest, signals
 from kdray.config import TinyModel
 from kdray.models import build_tiny_model
+from tests.unit.test_remote_teacher import serving, written
 
 PROMPTS, SAMPLES = 300, 4
 STEPS, BATCH = 8, 32
@@ -31,9 +32,9 @@ STEPS, BATCH = 8, 32
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher that knows the task a little, and another of the same name elsewhere."""
     root = tmp_path_factory.mktemp("capture")
-    for folder, seed in (("teacher", 1), ("elsewhere/teacher", 3)):
-        tiny = TinyModel(type="tiny", layers=2, width=64, seed=seed, train={"steps": 100, "difficulty": 1})
-        build_tiny_model(tiny, root / folder)
+    train = {"steps": 60, "batch_size": 32, "difficulty": 1}
+    build_tiny_model(TinyModel(type="tiny", layers=2, width=64, seed=1, train=train), root / "teacher")
+    build_tiny_model(TinyModel(type="tiny", layers=2, width=64, seed=3), root / "elsewhere" / "teacher")
     return root
 
 
@@ -194,6 +195,73 @@ def _refusals(workplace: Path, start: Any, folder: Path) -> None:
         recipe = _recipe(workplace, "required", teachers={"main": captured | {"model": str(workplace / model)}})
         output = _finish(start("validate", str(recipe)), code)
     assert "the capture was made by teacher, whose weights are others" in output
+
+
+def test_an_endpoint_is_called_again_for_nothing_but_what_was_in_flight(workplace: Path, start: Any) -> None:
+    """Counted by the endpoint itself, over a `kill -9`. It takes no cluster."""
+
+    def reply(number: int, body: dict[str, Any]) -> Any:
+        time.sleep(0.02)
+        return written(f"answer to {body['messages'][-1]['content'][:4]}")
+
+    with serving(reply) as server:
+        far = {
+            "type": "openai",
+            "base_url": f"http://127.0.0.1:{server.port}/v1",
+            "model": "m",
+            "api_key_env": None,
+            "max_concurrency": 4,
+        }
+        rollout = {"samples_per_prompt": SAMPLES, "alpha": 1.0, "max_new_tokens": 24}
+        recipe = str(_recipe(workplace, "far", teachers={"main": far}, rollout=rollout, loss={"type": "sequence"}))
+        folder = workplace / "runs" / "far" / "capture"
+        process = start("capture", recipe)
+        deadline = time.monotonic() + 100
+        while len(server.seen) < 100:
+            assert process.poll() is None, process.communicate()[0][-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        before = len(server.seen)
+        _finish(start("capture", recipe), 0)
+    # The address is asked for one token at every start, to see whether it answers.
+    calls = Counter(
+        (call.body["messages"][-1]["content"], call.body["seed"]) for call in server.seen if call.body["max_tokens"] > 1
+    )
+    total = PROMPTS * SAMPLES
+    assert len(calls) == total
+    again = sum(count - 1 for count in calls.values())
+    assert max(calls.values()) <= 2
+    assert again <= 4, "more was asked for again than the endpoint was working on"
+    held = [event for event in _lines(folder / "events.jsonl") if event["kind"] == "start"][1]["held"]
+    # All that had arrived was kept: of the calls before the kill, those in flight alone are missing.
+    assert before - 1 - 4 <= held <= before - 1
+    assert sum(call.body["max_tokens"] > 1 for call in server.seen[before:]) == total - held
+    table = _rows(folder)
+    assert sorted(table.column("sample_id").to_pylist()) == list(range(total))
+    assert signals(folder) == {"text"}
+    assert read_manifest(folder).fingerprint is None  # type: ignore[union-attr]
+
+
+def test_a_model_in_the_process_is_recognised_by_its_canary(workplace: Path, start: Any) -> None:
+    local = {"type": "hf", "model": str(workplace / "teacher"), "batch_size": 64}
+    recipe = str(_recipe(workplace, "local", teachers={"main": local}, data={"prompts": {"type": "task", "size": 40}}))
+    folder = workplace / "runs" / "local" / "capture"
+    _finish(start("capture", recipe), 0)
+    assert _asked(folder) == [40]
+    _finish(start("capture", recipe, "data.prompts.size=50", "--reuse"), 0)
+    assert _asked(folder) == [40, 10]
+    assert _rows(folder).num_rows == 50
+    # Where sequences are shorter, as much of the canary as fits is compared.
+    _finish(start("capture", recipe, "data.max_prompt_tokens=40", "run.seed=5"), 0)
+    assert _asked(folder)[2:] == [40]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["fingerprint"]["scores"] = [score - 0.5 for score in manifest["fingerprint"]["scores"]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    output = _finish(start("capture", recipe, "run.seed=6"), 2)
+    assert "holds answers of another teacher: its canary no longer matches" in output
+    assert _asked(folder)[3:] == [0]
 
 
 @pytest.mark.full

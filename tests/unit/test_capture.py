@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdray.capture import ask, by_key, check_alone
+from kdray.capture import ask, by_key, check_alone, lacking
 from kdray.capture_folder import Asking, CaptureFolder
 from kdray.captured_teacher import CapturedTeacher
 from kdray.captures import read_manifest, signals, write_capture
@@ -109,13 +109,13 @@ def run(
     asking: Asking = ASKING,
     fingerprint: Fingerprint | None = FINGERPRINT,
     references: Any = no_reference,
-    in_flight: int = 8,
+    reuse: bool = False,
 ) -> CaptureFolder:
     """One start of a capture."""
     with CaptureFolder(path, asking, shard_bytes) as folder:
-        missing = {key: each for key, each in by_key(folder, wanted, references).items() if key not in folder}
+        missing = lacking(folder, by_key(folder, wanted, references), reuse)
         folder.begin(fingerprint)
-        asyncio.run(ask(folder, missing, stub, None, in_flight))
+        asyncio.run(ask(folder, missing, stub, None, in_flight=8))
         folder.complete()
     return folder
 
@@ -206,6 +206,19 @@ def test_a_capture_is_extended_by_prompts_samples_and_seeds(tmp_path: Path) -> N
     for wanted in (requests(14), requests(10, epochs=2), requests(10, seed=5)):
         for each, found in zip(wanted, sample(path, wanted, 14), strict=True):
             np.testing.assert_array_equal(found.token_ids, answer(each).token_ids)
+
+
+def test_where_any_draw_counts_new_prompts_alone_are_asked_about(tmp_path: Path) -> None:
+    path, stub = tmp_path / "there", Stub()
+    run(path, requests(), Stub(), shard_bytes=2000)
+    more = requests(14)
+    run(path, more, stub, reuse=True)
+    assert Counter(each.prompt_id for each in stub.asked) == dict.fromkeys(range(10, 14), SAMPLES)
+    assert sum(len(each.token_ids) > 0 for each in sample(path, more, 14)) == len(more)
+    # Twice as many samples of a prompt: as many as are there are not asked for.
+    again = Stub()
+    run(path, requests(14, epochs=2), again, reuse=True)
+    assert Counter(each.prompt_id for each in again.asked) == dict.fromkeys(range(14), SAMPLES)
 
 
 def test_a_run_from_the_capture_gets_what_the_teacher_would_have_said(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def launch(monkeypatch):
         fake.calls.append((config, student))
         return {"reverse_kl": 0.4375, "exact_match": 0.5}
 
-    def capture(config, to=None, epochs=1, prompts=None, on_progress=None):
-        fake.calls.append((config, to, epochs))
+    def capture(config, to=None, epochs=1, reuse=False, prompts=None, on_progress=None):
+        fake.calls.append((config, to, epochs, reuse))
         on_progress(7, 7)
         if fake.fails is not None:
             raise fake.fails
@@ -118,10 +118,12 @@ def test_run_passes_the_resolved_config_and_prints_the_outcome(recipe, launch):
 
 
 def test_capture_passes_its_options_and_says_how_to_train_from_it(recipe, launch, tmp_path):
-    result = call("capture", recipe, "rollout.alpha=1", "loss.type=forward_kl", "--to", tmp_path / "there", "--epochs", 3)
+    result = call(
+        "capture", recipe, "rollout.alpha=1", "loss.type=forward_kl", "--to", tmp_path / "there", "--epochs", 3, "--reuse"
+    )
     assert result.exit_code == 0, result.output
-    ((config, to, epochs),) = launch.calls
-    assert (config.rollout.alpha, to, epochs) == (1.0, tmp_path / "there", 3)
+    ((config, to, epochs, reuse),) = launch.calls
+    assert (config.rollout.alpha, to, epochs, reuse) == (1.0, tmp_path / "there", 3, True)
     assert "7 of 7 answers" in result.stdout
     (override,) = [
         line.partition("'")[2].rstrip("'") for line in result.stdout.splitlines() if line.startswith("train from it")

@@ -51,6 +51,11 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
     tokenizer = load_tokenizer(config.student.model, config.student.revision)
     student_rows, student_positions = shape(config.student.model, config.student.revision)
+    if getattr(model_config(*_origin(config.student.model, config.student.revision)), "quantization_config", None) is not None:
+        raise ConfigError(
+            f"student.model={config.student.model}: its weights are quantised, and training moves plain numbers; name the "
+            "folder before quantisation (kdray eval --student measures a quantised one)"
+        )
     vocab_size = student_rows
     lines = [f"student: {_describe(config.student.model)}, {student_rows} vocabulary rows"]
     positions = {"student.model": student_positions}

@@ -297,6 +297,15 @@ def test_the_end_of_sequence_ids_are_the_sources(tmp_path: Path) -> None:
     assert check(_config(tmp_path, {"type": "pruned", "source": str(origin), "layers": 2})).stop_ids == (1, 7)
 
 
+def test_a_quantised_student_is_refused(tmp_path: Path) -> None:
+    origin = build_tiny_model(_tiny(), tmp_path / "origin")
+    config = json.loads((origin / "config.json").read_text())
+    (origin / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "compressed-tensors"}}))
+    for model in (str(origin), {"type": "pruned", "source": str(origin)}):
+        with pytest.raises(ConfigError, match="its weights are quantised"):
+            check(_config(tmp_path, model))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -53,7 +53,7 @@ from kdray.settings.losses import (
     VOPDLoss,
     type_of,
 )
-from kdray.settings.models import ModelSource, PrunedModel, StudentSettings, TinyModel, TinyTraining
+from kdray.settings.models import Calibration, ModelSource, PrunedModel, StudentSettings, TinyModel, TinyTraining
 from kdray.settings.rollout import EnsembleSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
 from kdray.settings.teachers import (
     AutoscalingSettings,
@@ -358,6 +358,7 @@ __all__ = [
     "DIVERGENCE_LOSSES",
     "AdaptiveKLLoss",
     "AutoscalingSettings",
+    "Calibration",
     "CaptureTeacherSettings",
     "ClusterSettings",
     "Config",

@@ -22,7 +22,7 @@ from kdray.config import (
 )
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
-from kdray.models import model_config, resolve_model, task_tokenizer
+from kdray.models import calibration_texts, model_config, resolve_model, task_tokenizer
 from kdray.pretraining import load_windows
 from kdray.pruning import plan_pruning
 from kdray.teachers import prompts_of
@@ -209,6 +209,9 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
     if isinstance(source, PrunedModel):
         found = shape(*_origin(source, revision))
         plan_pruning(model_config(source.source, source.revision), source)
+        if source.calibration is not None:
+            for _ in calibration_texts(source.calibration):
+                pass
         return found
     if isinstance(source, TinyModel):
         tokens = len(task_tokenizer())

@@ -6,9 +6,9 @@ every matrix of the model, and what each normalisation divides by.
 
 What to keep is ranked within each layer. By weights alone: the squared L2 norm of everything that would leave with a neuron or
 a head, summed over its coupled matrices (the groups of LLM-Pruner, Ma et al. 2023, arXiv 2305.11627; the norm of DepGraph, Fang
-et al. 2023, arXiv 2301.12900). With calibration text: the mean squared change of the block's output that dropping it alone makes,
-activations and weights together as in Wanda (Sun et al. 2023, arXiv 2306.11695), forward passes alone as in Minitron
-(Muralidharan et al. 2024, arXiv 2407.14679).
+et al. 2023, arXiv 2301.12900). With calibration text: by how much dropping it alone changes its block's output there, in the
+mean square. This joins activations and weights, as Wanda (Sun et al. 2023, arXiv 2306.11695), and needs forward passes alone,
+as Minitron (Muralidharan et al. 2024, arXiv 2407.14679).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def prune(weights: Mapping[str, Tensor], plan: Plan, importance: Sequence[Import
 
 
 def weight_importance(layer: Mapping[str, Tensor], groups: int) -> Importance:
-    """Squared norms of what would leave with each part: rows (with biases) of what it reads with, columns of what it writes with.
+    """Squared norms of what would leave with each part: its rows (with biases) in what reads, its columns in what writes.
 
     Args: layer: the weights of one layer, by their name inside it; groups: its key-value heads.
     """

@@ -107,6 +107,14 @@ def test_fewer_layers_are_the_source_without_the_others(family: str, wanted: int
     assert torch.equal(_logits(_cut(model, layers=wanted)), _logits(by_hand))
 
 
+def test_windows_of_attention_stay_with_their_layers() -> None:
+    config = CONFIGS["qwen2"]()
+    assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    cut = plan_pruning(config, _pruned("unused", layers=[1, 2, 3])).config
+    assert cut.layer_types == ["full_attention"] + ["sliding_attention"] * 2
+    assert cut.max_window_layers == 1
+
+
 def test_the_kept_layers_are_evenly_spaced() -> None:
     def layers(wanted: int, count: int) -> list[int]:
         config = LlamaConfig(**SIZES | {"num_hidden_layers": count})

@@ -54,7 +54,7 @@ from kdray.settings.losses import (
     VOPDLoss,
     type_of,
 )
-from kdray.settings.models import ModelSource, PrunedModel, StudentSettings, TinyModel, TinyTraining
+from kdray.settings.models import Calibration, ModelSource, PrunedModel, StudentSettings, TinyModel, TinyTraining
 from kdray.settings.programs import (
     BranchSolveMergeProgram,
     ChainOfThoughtProgram,
@@ -545,6 +545,7 @@ __all__ = [
     "AttentionTerm",
     "AutoscalingSettings",
     "BranchSolveMergeProgram",
+    "Calibration",
     "CaptureTeacherSettings",
     "ChainOfThoughtProgram",
     "ClusterSettings",

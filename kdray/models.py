@@ -14,12 +14,13 @@ import shutil
 import string
 import uuid
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdray.config import ModelSource, PrunedModel, TinyModel, TinyTraining
+from kdray.config import Calibration, ModelSource, PrunedModel, TinyModel, TinyTraining
 from kdray.errors import DataError
-from kdray.pruning import plan_pruning, prune
+from kdray.pruning import activation_importance, plan_pruning, prune
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -72,13 +73,15 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
     """What an engine or `from_pretrained` can load: a hub id as given, an absolute folder for everything else.
 
     A tiny or pruned model is built under `cache` on first use, in a folder named by a hash of its settings (and of the files
-    of the source that is pruned, so that another source is another model), and reused after.
-    Raises: DataError where a local folder does not exist or holds no model; ConfigError where a source cannot be pruned.
+    of the source that is pruned and the texts it reads, so that another source is another model), and reused after.
+    Raises: DataError where a local folder does not exist or holds no model, or texts cannot be read; ConfigError where a source
+    cannot be pruned.
     """
     if isinstance(source, PrunedModel):
         origin = resolve_model(source.source, cache)
         cuts = source.model_dump(mode="json", exclude={"source", "revision"})
-        settings = json.dumps([PRUNING_FORMAT, cuts, _content(origin, source.revision)], sort_keys=True)
+        read = None if source.calibration is None else list(calibration_texts(source.calibration))
+        settings = json.dumps([PRUNING_FORMAT, cuts, _content(origin, source.revision), read], sort_keys=True)
         folder = Path(cache).absolute() / f"pruned-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
         return str(folder if folder.is_dir() else build_pruned_model(source, origin, folder))
     if isinstance(source, TinyModel):
@@ -174,13 +177,30 @@ def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
     plan = plan_pruning(model_config(origin, source.revision), source)
     model = AutoModelForCausalLM.from_pretrained(origin, revision=source.revision, dtype="auto", trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(origin, revision=source.revision, trust_remote_code=False)
-    weights = prune(model.state_dict(), plan)
+    importance = None
+    if source.calibration is not None:
+        texts = calibration_texts(source.calibration)
+        ids = (tokenizer(text, verbose=False)["input_ids"][: source.calibration.tokens] for text in texts)
+        importance = activation_importance(model, (text for text in ids if text))
+    weights = prune(model.state_dict(), plan, importance)
     plan.config.dtype = model.dtype
     model.config = plan.config
     with _whole_folder(folder) as staging:
         model.save_pretrained(staging, state_dict=weights)
         tokenizer.save_pretrained(staging)
     return folder
+
+
+def calibration_texts(calibration: Calibration) -> Iterator[str]:
+    """The documents that importance is measured on. Raises: DataError where they cannot be read."""
+    from kdray.pretraining import documents
+
+    found = False
+    for text in islice(documents(calibration.source, 0, "model.calibration.source"), calibration.documents):
+        found = found or bool(text)
+        yield text
+    if not found:
+        raise DataError("model.calibration.source: no document with a token in it")
 
 
 def model_config(source: str | TinyModel, revision: str | None) -> Any:

@@ -27,7 +27,7 @@ from kdray.config import (
 )
 from kdray.data import Dataset, encode_answer, load_dataset
 from kdray.errors import ConfigError
-from kdray.models import model_config, resolve_model, task_tokenizer
+from kdray.models import calibration_texts, model_config, resolve_model, task_tokenizer
 from kdray.pretraining import load_windows
 from kdray.programs import check_prompts
 from kdray.pruning import plan_pruning
@@ -57,6 +57,11 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
     tokenizer = load_tokenizer(config.student.model, config.student.revision)
     student_rows, student_positions = shape(config.student.model, config.student.revision)
+    if getattr(model_config(*_origin(config.student.model, config.student.revision)), "quantization_config", None) is not None:
+        raise ConfigError(
+            f"student.model={config.student.model}: its weights are quantised, and training moves plain numbers; name the "
+            "folder before quantisation (kdray eval --student measures a quantised one)"
+        )
     vocab_size = student_rows
     lines = [f"student: {_describe(config.student.model)}, {student_rows} vocabulary rows"]
     positions = {"student.model": student_positions}
@@ -251,6 +256,9 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
     if isinstance(source, PrunedModel):
         found = shape(*_origin(source, revision))
         plan_pruning(model_config(source.source, source.revision), source)
+        if source.calibration is not None:
+            for _ in calibration_texts(source.calibration):
+                pass
         return found
     if isinstance(source, TinyModel):
         tokens = len(task_tokenizer())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdray.batching import examples_to_batch, rollouts_to_batch
-from kdray.config import HubText, JsonlText, ParquetText, PretrainingSettings, TaskText
+from kdray.config import HubText, JsonlText, ParquetText, PretrainingSettings, TaskText, TextSource
 from kdray.data import PromptStream
 from kdray.errors import DataError
 from kdray.interfaces import Scorer
@@ -29,7 +29,7 @@ def load_windows(settings: PretrainingSettings, tokenizer: Any, seed: int) -> li
         raise DataError("the student tokenizer has no end-of-sequence token to close documents; set its eos_token")
     windows: list[Prompt] = []
     stride = settings.window_tokens - 1
-    for document in _documents(settings, seed):
+    for document in documents(settings.source, seed, _SECTION):
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         ids = np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32)
         for start in range(0, max(1, len(ids) - 1), stride):
@@ -41,22 +41,22 @@ def load_windows(settings: PretrainingSettings, tokenizer: Any, seed: int) -> li
     return windows
 
 
-def _documents(settings: PretrainingSettings, seed: int) -> Iterator[str]:
-    source = settings.source
+def documents(source: TextSource, seed: int, section: str) -> Iterator[str]:
+    """The texts of a source, in its order. Args: section: the setting that holds `source`, for messages."""
     if isinstance(source, TaskText):
         for example in generate_examples(source.tasks, source.difficulty, source.size, seed):
             yield example.prompt + example.answer
         return
     if isinstance(source, JsonlText):
-        records = jsonl_records(source.path, f"{_SECTION}.path")
+        records = jsonl_records(source.path, f"{section}.path")
     elif isinstance(source, ParquetText):
-        records = parquet_records(source.path, f"{_SECTION}.path")
+        records = parquet_records(source.path, f"{section}.path")
     else:
         assert isinstance(source, HubText)
-        records = hub_records(source.name, source.subset, source.split, source.revision, f"{_SECTION}.split")
+        records = hub_records(source.name, source.subset, source.split, source.revision, f"{section}.split")
     for where, record in records:
         if source.column not in record:
-            raise DataError(f"{_SECTION}.column={source.column}: {where} has no such column; it has {names(record)}")
+            raise DataError(f"{section}.column={source.column}: {where} has no such column; it has {names(record)}")
         text = record[source.column]
         if not isinstance(text, str):
             raise DataError(f"{where}, {source.column!r}: a document is a text, found {kind(text)}")

@@ -4,16 +4,17 @@ Three cuts, each exact: the model with fewer layers is the source with those lay
 heads is the block with the others set to zero. The hidden size and the vocabulary stay: a narrower residual stream changes
 every matrix of the model, and what each normalisation divides by.
 
-What to keep is ranked by weights alone, within each layer: the squared L2 norm of everything that would leave with a neuron or
-a head, summed over its coupled matrices (the groups of LLM-Pruner, Ma et al. 2023, arXiv 2305.11627; the norm of DepGraph,
-Fang et al. 2023, arXiv 2301.12900). Rankings by activations on calibration text, as in Minitron (Muralidharan et al. 2024,
-arXiv 2407.14679), are better where little training follows; LLM-Pruner reports norms behind a random choice there.
+What to keep is ranked within each layer. By weights alone: the squared L2 norm of everything that would leave with a neuron or
+a head, summed over its coupled matrices (the groups of LLM-Pruner, Ma et al. 2023, arXiv 2305.11627; the norm of DepGraph, Fang
+et al. 2023, arXiv 2301.12900). With calibration text: by how much dropping it alone changes its block's output there, in the
+mean square. This joins activations and weights, as Wanda (Sun et al. 2023, arXiv 2306.11695), and needs forward passes alone,
+as Minitron (Muralidharan et al. 2024, arXiv 2407.14679).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,44 +79,86 @@ def plan_pruning(config: Any, source: PrunedModel) -> Plan:
     return Plan(layers, neurons, groups, config.num_key_value_heads, cut)
 
 
-def prune(weights: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """The weights of the cut model, by name, from those of the source; with everything kept, the same values."""
+@dataclass(frozen=True)
+class Importance:
+    """Of the parts of one layer; what is larger is kept."""
+
+    neurons: Tensor
+    """[neurons]"""
+    groups: Tensor
+    """[key-value heads]"""
+
+
+def prune(weights: Mapping[str, Tensor], plan: Plan, importance: Sequence[Importance] | None = None) -> dict[str, Tensor]:
+    """The weights of the cut model, by name, from those of the source; with everything kept, the same values.
+
+    Args: importance: of every layer of the source; None ranks by weights.
+    """
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_LAYERS)}
     for new, old in enumerate(plan.layers):
         prefix = f"{_LAYERS}{old}."
         layer = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        kept |= {f"{_LAYERS}{new}.{name}": tensor for name, tensor in _narrow(layer, plan).items()}
+        ranks = weight_importance(layer, plan.source_groups) if importance is None else importance[old]
+        kept |= {f"{_LAYERS}{new}.{name}": tensor for name, tensor in _narrow(layer, plan, ranks).items()}
     return kept
 
 
-def neuron_importance(layer: Mapping[str, Tensor]) -> Tensor:
-    """Squared norm of each neuron's rows of gate and up (with biases) and its column of down, [neurons] float32.
-
-    Args: layer: the weights of one layer, by their name inside it.
-    """
-    down = layer["mlp.down_proj.weight"].float().square().sum(0)  # [neurons]
-    return _row_norms(layer, "mlp.gate_proj") + _row_norms(layer, "mlp.up_proj") + down
-
-
-def group_importance(layer: Mapping[str, Tensor], groups: int) -> Tensor:
-    """Squared norm of each key-value head with its query heads: rows of q, k, v (with biases), columns of o; [groups] float32.
+def weight_importance(layer: Mapping[str, Tensor], groups: int) -> Importance:
+    """Squared norms of what would leave with each part: its rows (with biases) in what reads, its columns in what writes.
 
     Args: layer: the weights of one layer, by their name inside it; groups: its key-value heads.
     """
-    output = layer["self_attn.o_proj.weight"].float().square().sum(0)  # [query heads * head size]
-    parts = [output, *(_row_norms(layer, f"self_attn.{name}_proj") for name in "qkv")]
-    total = parts[0].new_zeros(groups)
-    for part in parts:
-        # Query heads of one key-value head are neighbours, so that equal runs of rows are groups in q, k, v and o alike.
-        total += part.reshape(groups, -1).sum(1)
-    return total
+    neurons = _column_norms(layer, "mlp.down_proj") + _row_norms(layer, "mlp.gate_proj") + _row_norms(layer, "mlp.up_proj")
+    attention = [_column_norms(layer, "self_attn.o_proj"), *(_row_norms(layer, f"self_attn.{name}_proj") for name in "qkv")]
+    # Query heads of one key-value head are neighbours, so that equal runs of rows are groups in q, k, v and o alike.
+    by_group = [part.unflatten(0, (groups, -1)).sum(1) for part in attention]
+    return Importance(neurons, by_group[0] + by_group[1] + by_group[2] + by_group[3])
 
 
-def _narrow(layer: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+def activation_importance(model: Any, texts: Iterable[Sequence[int]]) -> list[Importance]:
+    """Of every layer: by how much each part, dropped alone, would change its block's output; mean square over all tokens.
+
+    Args: model: a Hugging Face model of FAMILIES; texts: token ids, each text read from its start, at least one token.
+    """
+    import torch
+
+    layers, groups = model.model.layers, model.config.num_key_value_heads
+    neurons = [torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64) for layer in layers]
+    heads = [torch.zeros(groups, dtype=torch.float64) for _ in layers]
+    tokens = 0
+
+    def read_neurons(total: Tensor) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            # A neuron writes its activation times its column: the norm of the product is the product of the norms.
+            total.add_(inputs[0].float().square().flatten(0, -2).sum(0) * module.weight.float().square().sum(0))
+
+        return hook
+
+    def read_groups(total: Tensor) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            written = inputs[0].float().flatten(0, -2).chunk(groups, -1)  # of each group: [tokens, its channels]
+            columns = module.weight.float().chunk(groups, -1)  # of each group: [hidden, its channels]
+            total.add_(torch.stack([(x @ w.T).square().sum() for x, w in zip(written, columns, strict=True)]))
+
+        return hook
+
+    hooks = [layer.mlp.down_proj.register_forward_pre_hook(read_neurons(neurons[i])) for i, layer in enumerate(layers)]
+    hooks += [layer.self_attn.o_proj.register_forward_pre_hook(read_groups(heads[i])) for i, layer in enumerate(layers)]
+    try:
+        with torch.no_grad():
+            for text in texts:
+                model.model(torch.tensor([list(text)]), use_cache=False)
+                tokens += len(text)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [Importance(neurons[i] / tokens, heads[i] / tokens) for i in range(len(layers))]
+
+
+def _narrow(layer: Mapping[str, Tensor], plan: Plan, importance: Importance) -> dict[str, Tensor]:
     """One layer with its most important neurons and groups, in their old order."""
-    neuron_scores = neuron_importance(layer)
-    neurons = len(neuron_scores), _largest(neuron_scores, plan.neurons)
-    groups = plan.source_groups, _largest(group_importance(layer, plan.source_groups), plan.groups)
+    neurons = len(importance.neurons), _largest(importance.neurons, plan.neurons)
+    groups = plan.source_groups, _largest(importance.groups, plan.groups)
     narrowed = dict(layer)
     for module, (count, chosen) in {
         "mlp.gate": neurons,
@@ -145,6 +188,10 @@ def _row_norms(layer: Mapping[str, Tensor], module: str) -> Tensor:
     norms = layer[f"{module}.weight"].float().square().sum(1)
     bias = layer.get(f"{module}.bias")
     return norms if bias is None else norms + bias.float().square()
+
+
+def _column_norms(layer: Mapping[str, Tensor], module: str) -> Tensor:
+    return layer[f"{module}.weight"].float().square().sum(0)
 
 
 def _kept_layers(wanted: int | list[int] | None, count: int) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdray.settings.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings, check_weights
-from kdray.settings.data import StageName, TaskName
+from kdray.settings.data import StageName, TaskName, TextSource
 
 
 class TinyTraining(Settings):
@@ -76,6 +76,17 @@ UnprunedSource = Annotated[
 ]
 
 
+class Calibration(Settings):
+    """Texts that the source reads before it is cut, to rank neurons and heads by what they add on these."""
+
+    source: TextSource
+    """Where documents come from; the keys depend on `type`: jsonl, parquet, hub, task."""
+    documents: Positive = 128
+    """How many of them to read, the first ones."""
+    tokens: Positive = 512
+    """Tokens of each to read, from its start."""
+
+
 class PrunedModel(Settings):
     """Layers, neurons and heads of a larger model as the start of a smaller one (kept in `<output>/.models`).
 
@@ -90,9 +101,11 @@ class PrunedModel(Settings):
     layers: Annotated[int, Field(ge=2)] | Annotated[list[NonNegative], Field(min_length=1)] | None = None
     """Layers to keep: how many, evenly spaced with the first and the last among them, or which, counted from 0, ascending."""
     intermediate_size: Positive | None = None
-    """Neurons of each feed-forward block to keep, those with the largest weights."""
+    """Neurons of each feed-forward block to keep, the most important ones."""
     num_key_value_heads: Positive | None = None
-    """Key-value heads of each attention block to keep, each with all its query heads, those with the largest weights."""
+    """Key-value heads of each attention block to keep, each with all its query heads, the most important ones."""
+    calibration: Calibration | None = None
+    """Texts on which importance is measured; None ranks by the norms of weights, which need no data and find less."""
 
 
 ModelSource = Annotated[

@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from kdray.config import PrunedModel, TinyModel, parse_config
-from kdray.errors import ConfigError
+from kdray.errors import ConfigError, DataError
 from kdray.models import build_tiny_model, resolve_model, task_tokenizer
 from kdray.preflight import check, shape
-from kdray.pruning import group_importance, neuron_importance, plan_pruning, prune
+from kdray.pruning import activation_importance, plan_pruning, prune, weight_importance
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -105,6 +105,14 @@ def test_fewer_layers_are_the_source_without_the_others(family: str, wanted: int
     for index, layer in enumerate(by_hand.model.layers):
         layer.self_attn.layer_idx = index
     assert torch.equal(_logits(_cut(model, layers=wanted)), _logits(by_hand))
+
+
+def test_windows_of_attention_stay_with_their_layers() -> None:
+    config = CONFIGS["qwen2"]()
+    assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    cut = plan_pruning(config, _pruned("unused", layers=[1, 2, 3])).config
+    assert cut.layer_types == ["full_attention"] + ["sliding_attention"] * 2
+    assert cut.max_window_layers == 1
 
 
 def test_the_kept_layers_are_evenly_spaced() -> None:
@@ -185,8 +193,80 @@ def test_importance_by_hand() -> None:
         "self_attn.v_proj.weight": torch.tensor([[1.0], [0.0], [0.0], [1.0]]),
         "self_attn.o_proj.weight": torch.tensor([[1.0, 0.0, 2.0, 2.0]]),
     }
-    assert neuron_importance(layer).tolist() == [1 + 4 + 9 + 1 + 1, 1 + 4 + 25]
-    assert group_importance(layer, 2).tolist() == [1 + 1 + 9 + 1 + 1, 4 + 1 + 4 + 4]
+    importance = weight_importance(layer, 2)
+    assert importance.neurons.tolist() == [1 + 4 + 9 + 1 + 1, 1 + 4 + 25]
+    assert importance.groups.tolist() == [1 + 1 + 9 + 1 + 1, 4 + 1 + 4 + 4]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_activation_importance_is_what_dropping_one_part_changes(family: str) -> None:
+    """Each neuron and each group is really dropped, and the block's outputs on all tokens compared."""
+    model = _model(family)
+    texts = [[3, 17, 9, 30, 2], [5], list(range(20, 33))]
+    found = activation_importance(model, texts)
+    assert len(found) == 4
+    for index in (0, 3):
+        layer = model.model.layers[index]
+        for module, width, importance in (
+            (layer.mlp.down_proj, 1, found[index].neurons),
+            (layer.self_attn.o_proj, 16, found[index].groups),
+        ):
+            before = _outputs(model, module, texts)
+            changes = []
+            for part in range(len(importance)):
+                columns = slice(part * width, (part + 1) * width)
+                weight = module.weight.detach().clone()
+                with torch.no_grad():
+                    module.weight[:, columns] = 0.0
+                changes.append((_outputs(model, module, texts) - before).square().sum(1).mean())
+                with torch.no_grad():
+                    module.weight.copy_(weight)
+            torch.testing.assert_close(importance, torch.stack(changes), rtol=1e-5, atol=0)
+    assert not model.model.layers[0].mlp.down_proj._forward_pre_hooks, "the model is left as it was"
+
+
+def _outputs(model: PreTrainedModel, module: nn.Module, texts: list[list[int]]) -> torch.Tensor:
+    """What `module` writes at all tokens of all texts, [tokens, hidden]."""
+    written: list[torch.Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _inputs, output: written.append(output[0]))
+    with torch.no_grad():
+        for text in texts:
+            model(torch.tensor([text]))
+    hook.remove()
+    return torch.cat(written)
+
+
+def test_calibration_decides_what_is_kept(tmp_path: Path) -> None:
+    origin = build_tiny_model(_tiny(layers=1), tmp_path / "origin")
+    lines = ["a b c", "12+7=", "a b c d e f g"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    calibration = {"source": {"type": "jsonl", "path": str(tmp_path / "texts.jsonl")}, "documents": 2, "tokens": 4}
+    source = _pruned(str(origin), intermediate_size=40, calibration=calibration)
+    folder = Path(resolve_model(source, tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(origin)
+    ids = [task_tokenizer()(line)["input_ids"][:4] for line in lines[:2]]
+    kept = activation_importance(model, ids)[0].neurons.argsort(descending=True)[:40].sort().values
+    found = AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
+    assert torch.equal(found, model.model.layers[0].mlp.up_proj.weight[kept])
+    by_weight = weight_importance(model.model.layers[0].state_dict(), 2).neurons.argsort(descending=True)[:40].sort().values
+    assert not torch.equal(kept, by_weight)
+    # Other texts in the same file are another model; other texts behind those that are read are not.
+    with (tmp_path / "texts.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "more"}) + "\n")
+    assert resolve_model(source, tmp_path / "cache") == str(folder)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in reversed(lines)))
+    assert resolve_model(source, tmp_path / "cache") != str(folder)
+
+
+def test_calibration_texts_that_cannot_be_read_are_refused_at_start(tmp_path: Path) -> None:
+    model = {"type": "pruned", "source": {"type": "tiny", "layers": 3, "width": 64}, "intermediate_size": 8}
+    for source, message in [
+        ({"type": "jsonl", "path": str(tmp_path / "none.jsonl")}, r"model\.calibration\.source\.path=.*no such file"),
+        ({"type": "jsonl", "path": str(tmp_path / "empty.jsonl")}, r"model\.calibration\.source: no document"),
+    ]:
+        (tmp_path / "empty.jsonl").write_text("")
+        with pytest.raises(DataError, match=message):
+            check(_config(tmp_path, model | {"calibration": {"source": source}}))
 
 
 # --------------------------------------------------------------------------------------------------------- folders
@@ -295,6 +375,15 @@ def test_the_end_of_sequence_ids_are_the_sources(tmp_path: Path) -> None:
     generation = json.loads((origin / "generation_config.json").read_text())
     (origin / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 7]}))
     assert check(_config(tmp_path, {"type": "pruned", "source": str(origin), "layers": 2})).stop_ids == (1, 7)
+
+
+def test_a_quantised_student_is_refused(tmp_path: Path) -> None:
+    origin = build_tiny_model(_tiny(), tmp_path / "origin")
+    config = json.loads((origin / "config.json").read_text())
+    (origin / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "compressed-tensors"}}))
+    for model in (str(origin), {"type": "pruned", "source": str(origin)}):
+        with pytest.raises(ConfigError, match="its weights are quantised"):
+            check(_config(tmp_path, model))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Every way of distilling that kdray knows, one after the other on tasks that grade themselves: one results table.
 
-`python benchmarks/modes.py [FOLDER]` runs the recipes below (one to four minutes each on two cores, an hour in all) and writes
+`python benchmarks/modes.py [FOLDER]` runs the recipes below (one to four minutes each on two cores, an hour and a half in all) and writes
 modes.md and modes.json into FOLDER (default: benchmarks/results). Runs that are finished already in runs/ under a row's name
 are taken as they are, so that an interrupted table can be continued.
 """
@@ -32,18 +32,36 @@ class Row:
         return "mode-" + "".join(c if c.isalnum() else "-" for c in self.mode.lower())
 
 
+AT_ONCE = "rollout.program={type: direct, max_stage_tokens: 192, max_new_tokens: 32}"
+UNFILTERED = "rollout.filters=null"
 ROWS = [
     Row("online, MiniLLM", "quickstart", ("training.steps=150", "training.learning_rate=3e-3", "training.sft.steps=50")),
-    Row("classical, live teacher", "classical"),
+    Row("classical", "classical"),
     Row("response, 30% real data", "response"),
-    Row("response, without real data", "response", ("rollout.data_share=0",)),
+    Row("response, no real data", "response", ("rollout.data_share=0", "evaluation.control=false")),
+    Row("offline, from a capture", "offline", capture="offline_capture"),
     Row("on-policy, GKD, lambda 0.5", "gkd"),
-    Row("on-policy, GKD, lambda 1", "gkd", ("rollout.data_share=0",)),
-    Row("mutual, two students", "mutual"),
-    Row("self, average of its versions", "self_distillation"),
+    Row("on-policy, GKD, lambda 1", "gkd", ("rollout.data_share=0", "evaluation.control=false")),
+    Row("mutual", "mutual"),
+    Row("self, average", "self_distillation"),
+    Row("self, privileged prompt", "privileged"),
     Row("two-stage", "two_stage"),
     Row("adaptive alpha and loss", "adaptive"),
-    Row("multi-teacher, three", "three_teachers"),
+    Row("multi-teacher", "three_teachers"),
+    Row("features", "features"),
+    Row("features, none", "features", ("training.features=null",)),
+    Row("compressed student", "compressed"),
+    Row("System 2, letters", "system2_letters"),
+    Row("System 2, letters, unfiltered", "system2_letters", (UNFILTERED,)),
+    Row("System 1, letters", "system2_letters", (AT_ONCE,)),
+    Row("System 2, coins", "system2_coins"),
+    Row("System 2, coins, unfiltered", "system2_coins", (UNFILTERED,)),
+    Row("System 1, coins", "system2_coins", (AT_ONCE,)),
+    Row("System 2 Attention", "system2_attention"),
+    Row("Branch-Solve-Merge", "system2_judge"),
+    Row("Chain of Thought", "system2_thoughts"),
+    Row("step by step", "system2_step_by_step"),
+    Row("step by step, labels alone", "system2_step_by_step", ("rollout.program.rationale_weight=0",)),
 ]
 
 

@@ -1,6 +1,6 @@
 """Every way of distilling that kdray knows, one after the other on tasks that grade themselves: one results table.
 
-`python benchmarks/modes.py [FOLDER]` runs the recipes below (one to four minutes each on two cores, over an hour in all) and writes
+`python benchmarks/modes.py [FOLDER]` runs the recipes below (one to four minutes each, over an hour on two cores) and writes
 modes.md and modes.json into FOLDER (default: benchmarks/results). Runs that are finished already in runs/ under a row's name
 are taken as they are, so that an interrupted table can be continued.
 """

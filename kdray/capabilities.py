@@ -59,7 +59,7 @@ def needed(config: Config) -> dict[Capability, str]:
     by_loss = f"loss.type={loss.type}"
     asks: dict[Capability, str] = {}
     if rollout.data_share and not isinstance(loss, SequenceLoss):
-        asks["sampled"] = f"rollout.data_share={rollout.data_share:g}"
+        asks["references"] = f"rollout.data_share={rollout.data_share:g}"
     if rollout.data_share == 1.0:
         # Nothing is drawn.
         pass

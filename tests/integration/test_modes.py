@@ -7,10 +7,12 @@ import math
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from .test_run import (  # noqa: F401 - fixtures are used by name
@@ -95,19 +97,33 @@ def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path,
 
 @pytest.mark.full
 def test_a_dataset_alone_teaches_the_teachers_law(workplace: Path, marker: str) -> None:  # noqa: F811
-    """Classical distillation: nobody samples; the rows at the data's answers are the teacher's, exactly."""
-    recipe = _recipe(
-        workplace,
-        "classical",
-        rollout={"data_share": 1, "max_new_tokens": 8},
-        loss={"type": "hinton", "temperature": 2},
-    )
+    """Classical distillation: nobody samples. The same from a capture of the teacher's scores, with no teacher running."""
+    sections = {
+        # The student's own top ids are no part of a capture.
+        "rollout": {"data_share": 1, "max_new_tokens": 8, "student_top_k": 0},
+        "loss": {"type": "hinton", "temperature": 2},
+    }
+    recipe = _recipe(workplace, "classical", **sections)
     _finish(_start("run", str(recipe)), 0)
+    captured = workplace / "references"
+    _finish(_start("capture", str(recipe), "--to", str(captured)), 0)
+    _finish(_start("run", str(_captured(workplace, "fixed", captured, sections))), 0)
+    live, offline = (_lines(workplace / "runs" / name / "metrics.jsonl") for name in ("classical", "fixed"))
+    assert [line["loss"] for line in offline] == pytest.approx([line["loss"] for line in live], rel=1e-4)
     run = workplace / "runs" / "classical"
     _check_ledger(run, 12)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["forward_kl"] < summary["before"]["forward_kl"]
     assert all("importance_weight_mean" not in line for line in _lines(run / "metrics.jsonl"))
+
+
+def _captured(workplace: Path, name: str, captured: Path, sections: dict[str, Any]) -> Path:
+    """The recipe with recorded answers in the teacher's place."""
+    path = _recipe(workplace, name, **sections)
+    tree = yaml.safe_load(path.read_text())
+    tree["teachers"] = {"main": {"type": "capture", "path": str(captured)}}
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 @pytest.mark.full

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from kdray.config import TinyModel
+from kdray.models import build_tiny_model
+from kdray.tasks import generate_examples
+
+from .runs import STARTED
 
 # Nothing here may look outside; the tiny models are made on the spot.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -78,3 +90,40 @@ class TinyModels:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: a teacher and a student saved by save_pretrained, prompts in a JSONL file."""
+    root = tmp_path_factory.mktemp("workplace")
+    build_tiny_model(
+        TinyModel(type="tiny", layers=2, width=64, seed=1, train={"steps": 150, "difficulty": 1}), root / "teacher"
+    )
+    build_tiny_model(TinyModel(type="tiny", layers=2, width=64, tie_embeddings=True, seed=2), root / "student")
+    with (root / "prompts.jsonl").open("w") as file:
+        for example in generate_examples(["last_letters"], 1, 400, seed=3):
+            file.write(json.dumps({"question": example.prompt, "answer": example.answer}) + "\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _end_what_was_started() -> Iterator[None]:
+    """A failed test must not leave its run to the next one: ask it to stop, and to stop at once."""
+    yield
+    for process in STARTED:
+        for _ in range(2):
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=20)
+        if process.poll() is None:
+            process.kill()
+    STARTED.clear()
+
+
+@pytest.fixture
+def marker(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An environment variable that every process of a run inherits."""
+    value = f"{os.getpid()}-{time.monotonic_ns()}"
+    monkeypatch.setenv("KDRAY_TEST_MARKER", value)
+    return value

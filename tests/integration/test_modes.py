@@ -15,25 +15,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from .test_run import (  # noqa: F401 - fixtures are used by name
-    BATCH,
-    _assert_nothing_left,
-    _check_ledger,
-    _end_what_was_started,
-    _finish,
-    _lines,
-    _recipe,
-    _start,
-    marker,
-    workplace,
-)
+from .runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 SFT = {"steps": 20, "batch_size": 32, "learning_rate": 3e-3}
 
 
-def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path, marker: str) -> None:  # noqa: F811
+def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path, marker: str) -> None:
     """Data, teacher, mixture write; some responses are left out; alpha and the loss change; fine-tuning is interrupted."""
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "modes",
         rollout={
@@ -58,19 +47,19 @@ def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path,
         },
     )
     run = workplace / "runs" / "modes"
-    process = _start("run", str(recipe))
+    process = start("run", str(recipe))
     deadline = time.monotonic() + 200
     while not (run / "checkpoints" / "step-000023" / "COMMITTED.json").exists():
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert "of fine-tuning after writing a checkpoint" in _finish(process, 130)
+    assert "of fine-tuning after writing a checkpoint" in finish(process, 130)
     before = (run / "metrics.jsonl").read_text()
-    _finish(_start("run", str(recipe), "--resume", "training.finetune.steps=400"), 0)
+    finish(start("run", str(recipe), "--resume", "training.finetune.steps=400"), 0)
     assert (run / "metrics.jsonl").read_text() == before, "distillation was repeated"
-    _check_ledger(run, 12)
-    metrics, ledger = _lines(run / "metrics.jsonl"), _lines(run / "ledger.jsonl")
+    check_ledger(run, 12)
+    metrics, ledger = json_lines(run / "metrics.jsonl"), json_lines(run / "ledger.jsonl")
     assert [line["schedule/loss.beta"] for line in metrics] == pytest.approx([0.9 - 0.05 * step for step in range(12)])
     alphas = [line["schedule/rollout.alpha"] for line in metrics]
     # One step of staleness: the batch of step s was admitted knowing the divergence of step s - 2.
@@ -83,7 +72,7 @@ def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path,
     assert sum("pattern" in entry.get("dropped", {}) for entry in ledger) > 6
     rows = pq.ParquetDataset(run / "samples").read().to_pylist()
     trained = [row for row in rows if row["source"] == "train"]
-    answers = {line["question"]: line["answer"] for line in _lines(workplace / "prompts.jsonl")}
+    answers = {line["question"]: line["answer"] for line in json_lines(workplace / "prompts.jsonl")}
     written = [row for row in trained if math.isnan(row["alpha"])]
     assert written
     assert all(row["response"] == answers[row["prompt"]] for row in written)
@@ -92,34 +81,34 @@ def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path,
     assert summary["resumed_from_step"] >= 23
     assert summary["after"]["reverse_kl"] != summary["distilled"]["reverse_kl"]
     assert summary["distilled"]["reverse_kl"] < summary["before"]["reverse_kl"]
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 @pytest.mark.full
-def test_a_dataset_alone_teaches_the_teachers_law(workplace: Path, marker: str) -> None:  # noqa: F811
+def test_a_dataset_alone_teaches_the_teachers_law(workplace: Path, marker: str) -> None:
     """Classical distillation: nobody samples. The same from a capture of the teacher's scores, with no teacher running."""
     sections = {
         # The student's own top ids are no part of a capture.
         "rollout": {"data_share": 1, "max_new_tokens": 8, "student_top_k": 0},
         "loss": {"type": "hinton", "temperature": 2},
     }
-    recipe = _recipe(workplace, "classical", **sections)
-    _finish(_start("run", str(recipe)), 0)
+    recipe = write_recipe(workplace, "classical", **sections)
+    finish(start("run", str(recipe)), 0)
     captured = workplace / "references"
-    _finish(_start("capture", str(recipe), "--to", str(captured)), 0)
-    _finish(_start("run", str(_captured(workplace, "fixed", captured, sections))), 0)
-    live, offline = (_lines(workplace / "runs" / name / "metrics.jsonl") for name in ("classical", "fixed"))
+    finish(start("capture", str(recipe), "--to", str(captured)), 0)
+    finish(start("run", str(_captured(workplace, "fixed", captured, sections))), 0)
+    live, offline = (json_lines(workplace / "runs" / name / "metrics.jsonl") for name in ("classical", "fixed"))
     assert [line["loss"] for line in offline] == pytest.approx([line["loss"] for line in live], rel=1e-4)
     run = workplace / "runs" / "classical"
-    _check_ledger(run, 12)
+    check_ledger(run, 12)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["forward_kl"] < summary["before"]["forward_kl"]
-    assert all("importance_weight_mean" not in line for line in _lines(run / "metrics.jsonl"))
+    assert all("importance_weight_mean" not in line for line in json_lines(run / "metrics.jsonl"))
 
 
 def _captured(workplace: Path, name: str, captured: Path, sections: dict[str, Any]) -> Path:
     """The recipe with recorded answers in the teacher's place."""
-    path = _recipe(workplace, name, **sections)
+    path = write_recipe(workplace, name, **sections)
     tree = yaml.safe_load(path.read_text())
     tree["teachers"] = {"main": {"type": "capture", "path": str(captured)}}
     path.write_text(yaml.safe_dump(tree))
@@ -127,27 +116,27 @@ def _captured(workplace: Path, name: str, captured: Path, sections: dict[str, An
 
 
 @pytest.mark.full
-def test_the_teachers_texts_and_real_data_with_votes(workplace: Path, marker: str) -> None:  # noqa: F811
+def test_the_teachers_texts_and_real_data_with_votes(workplace: Path, marker: str) -> None:
     """Sequence level: siblings vote, one of equal answers is trained, the data's own are kept."""
     filters = {"agreement": "majority", "distinct": True}
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "response",
         rollout={"alpha": 1, "data_share": 0.3, "samples_per_prompt": 4, "max_new_tokens": 8, "filters": filters},
         loss={"type": "sequence"},
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "response"
-    _check_ledger(run, 12)
-    dropped = [entry["dropped"] for entry in _lines(run / "ledger.jsonl")]
+    check_ledger(run, 12)
+    dropped = [entry["dropped"] for entry in json_lines(run / "ledger.jsonl")]
     assert all({"agreement", "distinct"} & rules.keys() for rules in dropped)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["forward_kl"] < summary["before"]["forward_kl"]
 
 
 @pytest.mark.full
-def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path, marker: str) -> None:  # noqa: F811
-    recipe = _recipe(
+def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path, marker: str) -> None:
+    recipe = write_recipe(
         workplace,
         "average",
         teachers={"main": {"type": "self", "every": 2, "decay": 0.5, "kv_cache_gib": 0.2}},
@@ -155,7 +144,7 @@ def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path,
         loss={"type": "hinton", "temperature": 1},
         training={"steps": 6, "batch_size": BATCH, "learning_rate": 3e-3, "checkpoint_every": 6, "sft": SFT},
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "average"
     average = load_file(run / "checkpoints" / "step-000006" / "average.safetensors")
     final = load_file(run / "student" / "model.safetensors")
@@ -164,19 +153,19 @@ def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path,
     summary = json.loads((run / "summary.json").read_text())
     assert summary["before"]["reverse_kl"] < 1e-4, "the teacher is not the student as distillation began"
     assert summary["after"]["reverse_kl"] > 1e-4
-    _finish(_start("run", str(recipe), "training.steps=8", "--resume"), 0)
-    _check_ledger(run, 8)
+    finish(start("run", str(recipe), "training.steps=8", "--resume"), 0)
+    check_ledger(run, 8)
     # A resume publishes the average as the checkpoint holds it: the distance measured again is the one of before.
-    signals = [line for line in _lines(run / "events.jsonl") if line["kind"] == "signals"]
+    signals = [line for line in json_lines(run / "events.jsonl") if line["kind"] == "signals"]
     assert signals[0]["student_reverse_kl"] == pytest.approx(0.0, abs=1e-4)
     assert signals[1]["student_reverse_kl"] > 1e-4
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 @pytest.mark.full
-def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:  # noqa: F811
+def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:
     """Both learn, each in its own folder; an interruption leaves a checkpoint of both, and both go on from it."""
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "mutual",
         teachers={"main": {"type": "peer", "model": str(workplace / "teacher"), "kv_cache_gib": 0.2}},
@@ -186,19 +175,19 @@ def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:  #
         cluster={"local_cpus": 6},
     )
     runs = [workplace / "runs" / "mutual", workplace / "runs" / "mutual" / "peers" / "main"]
-    process = _start("run", str(recipe))
+    process = start("run", str(recipe))
     deadline = time.monotonic() + 250
-    while not all((run / "metrics.jsonl").exists() and len(_lines(run / "metrics.jsonl")) >= 3 for run in runs):
+    while not all((run / "metrics.jsonl").exists() and len(json_lines(run / "metrics.jsonl")) >= 3 for run in runs):
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _finish(process, 130)
+    finish(process, 130)
     stopped = [max(int(folder.name[5:]) for folder in run.glob("checkpoints/step-*")) for run in runs]
     assert min(stopped) >= 3
-    _finish(_start("run", str(recipe), "training.steps=45", "--resume"), 0, timeout_s=400)
+    finish(start("run", str(recipe), "training.steps=45", "--resume"), 0, timeout_s=400)
     for run, first in zip(runs, stopped, strict=True):
-        _check_ledger(run, 45)
+        check_ledger(run, 45)
         summary = json.loads((run / "summary.json").read_text())
         assert summary["resumed_from_step"] == first
         assert (run / "report.html").exists()
@@ -206,7 +195,7 @@ def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:  #
         assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
         begun, ended = (load_file(path)["model.norm.weight"] for path in _weights(run))
         assert not np.allclose(begun, ended)
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 def _weights(run: Path) -> list[Path]:
@@ -214,8 +203,8 @@ def _weights(run: Path) -> list[Path]:
 
 
 @pytest.mark.full
-def test_the_same_model_teaches_with_the_answer_before_its_eyes(workplace: Path, marker: str) -> None:  # noqa: F811
-    recipe = _recipe(
+def test_the_same_model_teaches_with_the_answer_before_its_eyes(workplace: Path, marker: str) -> None:
+    recipe = write_recipe(
         workplace,
         "privileged",
         teachers={"main": {"type": "self", "prompt_template": "{answer}. {prompt}", "kv_cache_gib": 0.2}},
@@ -223,10 +212,10 @@ def test_the_same_model_teaches_with_the_answer_before_its_eyes(workplace: Path,
         loss={"type": "reverse_kl"},
         cluster={"local_cpus": 4},
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "privileged"
-    _check_ledger(run, 12)
-    metrics = _lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
+    metrics = json_lines(run / "metrics.jsonl")
     assert all(line["reverse_kl_support"] > 1e-3 for line in metrics), "the teacher reads what the student reads"
     assert np.mean([line["reverse_kl_support"] for line in metrics[-3:]]) < metrics[0]["reverse_kl_support"]
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)

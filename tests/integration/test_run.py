@@ -3,148 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from kdray.config import TinyModel
-from kdray.models import build_tiny_model
 from kdray.tasks import generate_examples
 
-BATCH = 32
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a user has it: a teacher and a student saved by save_pretrained, prompts in a JSONL file."""
-    root = tmp_path_factory.mktemp("workplace")
-    build_tiny_model(
-        TinyModel(type="tiny", layers=2, width=64, seed=1, train={"steps": 150, "difficulty": 1}), root / "teacher"
-    )
-    build_tiny_model(TinyModel(type="tiny", layers=2, width=64, tie_embeddings=True, seed=2), root / "student")
-    with (root / "prompts.jsonl").open("w") as file:
-        for example in generate_examples(["last_letters"], 1, 400, seed=3):
-            file.write(json.dumps({"question": example.prompt, "answer": example.answer}) + "\n")
-    return root
-
-
-def _recipe(workplace: Path, name: str, **sections: Any) -> Path:
-    tree: dict[str, Any] = {
-        "run": {"name": name, "output": str(workplace / "runs")},
-        "data": {"prompts": {"type": "jsonl", "path": str(workplace / "prompts.jsonl")}, "heldout_size": 48},
-        "student": {"model": str(workplace / "student")},
-        "teachers": {"main": {"model": str(workplace / "teacher"), "kv_cache_gib": 0.2}},
-        "rollout": {"max_new_tokens": 8},
-        "training": {
-            "steps": 12,
-            "batch_size": BATCH,
-            "learning_rate": 3e-3,
-            "sft": {"steps": 20, "batch_size": 32, "learning_rate": 3e-3},
-        },
-    }
-    for section, values in sections.items():
-        tree[section] = tree.get(section, {}) | values
-    path = workplace / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    # A session of its own, so that what it leaves behind can be found by session id.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    _STARTED.append(process)
-    return process
-
-
-_STARTED: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def _end_what_was_started() -> Iterator[None]:
-    """A failed test must not leave its run to the next one: ask it to stop, and to stop at once."""
-    yield
-    for process in _STARTED:
-        for _ in range(2):
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=20)
-        if process.poll() is None:
-            process.kill()
-    _STARTED.clear()
-
-
-def _finish(process: subprocess.Popen[str], code: int, timeout_s: float = 280) -> str:
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == code, output[-6000:]
-    return output
-
-
-def _assert_nothing_left(marker: str) -> None:
-    """No process of the run is alive: Ray's and vLLM's carry the run's environment variable."""
-    deadline = time.monotonic() + 20
-    while True:
-        left = []
-        for process in psutil.process_iter(["pid", "cmdline", "status"]):
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("KDRAY_TEST_MARKER") == marker:
-                    left.append((process.pid, " ".join(process.cmdline())[:120]))
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        if not left:
-            return
-        assert time.monotonic() < deadline, f"left behind: {left}"
-        time.sleep(0.5)
-
-
-@pytest.fixture
-def marker(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An environment variable that every process of a run inherits."""
-    value = f"{os.getpid()}-{time.monotonic_ns()}"
-    monkeypatch.setenv("KDRAY_TEST_MARKER", value)
-    return value
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _check_ledger(run: Path, steps: int) -> None:
-    """Every sample of every step trained exactly once, counted from the files."""
-    counts = Counter(sample for line in _lines(run / "ledger.jsonl") for sample in line["sample_ids"])
-    assert counts == Counter(range(steps * BATCH))
-    assert [line["step"] for line in _lines(run / "metrics.jsonl")] == list(range(1, steps + 1))
+from .runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 
 def test_a_run_from_own_folders(workplace: Path, marker: str) -> None:
-    recipe = _recipe(workplace, "whole", rollout={"max_new_tokens": 8, "max_staleness": 2}, evaluation={"control": True})
-    output = _finish(_start("run", str(recipe)), 0)
+    recipe = write_recipe(workplace, "whole", rollout={"max_new_tokens": 8, "max_staleness": 2}, evaluation={"control": True})
+    output = finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "whole"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"], output[-3000:]
@@ -153,8 +32,8 @@ def test_a_run_from_own_folders(workplace: Path, marker: str) -> None:
     assert summary["lost_samples"] == summary["duplicated_samples"] == 0
     assert summary["control"]["trained_tokens"] >= summary["trained_tokens"]
     assert {"ray", "torch", "transformers", "deepspeed", "pyarrow"} <= set(summary["versions"])
-    _check_ledger(run, 12)
-    metrics = _lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
+    metrics = json_lines(run / "metrics.jsonl")
     for line in metrics:
         assert line["staleness_max"] <= 2
         assert 0 < line["importance_weight_mean"] <= 1.25
@@ -173,13 +52,13 @@ def test_a_run_from_own_folders(workplace: Path, marker: str) -> None:
     assert any((a != b).any() for a, b in zip(exported.parameters(), original.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(run / "student").eos_token_id == 1
     assert "reverse_kl" in output
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 def test_a_run_with_hidden_states_pretraining_text_and_inner_epochs(workplace: Path) -> None:
     """Exact JSD inside the output head, windows scored by the teacher, four updates a step: all by settings alone."""
     text = {"source": {"type": "jsonl", "path": str(workplace / "prompts.jsonl"), "column": "question"}}
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "hidden",
         rollout={"max_new_tokens": 8, "teacher_signal": "hidden", "teacher_top_k": 4, "student_top_k": 0},
@@ -192,18 +71,18 @@ def test_a_run_with_hidden_states_pretraining_text_and_inner_epochs(workplace: P
             "warmup_steps": 12,
         },
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "hidden"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["forward_kl"] < 0.8 * summary["before"]["forward_kl"]
-    lines = _lines(run / "metrics.jsonl")
-    _check_ledger(run, 12)
+    lines = json_lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
     # On full rows the ranks' KL is the engine's own at the same tokens.
     assert lines[0]["reverse_kl_support"] == pytest.approx(lines[0]["reverse_kl"], rel=0.1)
     assert all(line["teacher_head_error"] < 0.01 for line in lines)
     assert lines[-1]["pretraining_loss"] < lines[0]["pretraining_loss"]
     assert lines[-1]["pretraining_kl"] < lines[0]["pretraining_kl"]
-    (signals,) = (event for event in _lines(run / "events.jsonl") if event["kind"] == "signals")
+    (signals,) = (event for event in json_lines(run / "events.jsonl") if event["kind"] == "signals")
     assert signals["prefill_gap"] < 1e-3
     assert signals["divergence_perturbed"] > 0.1
 
@@ -211,7 +90,7 @@ def test_a_run_with_hidden_states_pretraining_text_and_inner_epochs(workplace: P
 @pytest.mark.full
 def test_a_run_with_features(workplace: Path, marker: str) -> None:
     """All three terms on two ranks at ZeRO 2: they fall, and what is exported and resumed is in order."""
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "features",
         loss={"type": "jsd"},
@@ -225,10 +104,10 @@ def test_a_run_with_features(workplace: Path, marker: str) -> None:
         },
         cluster={"local_cpus": 4},
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "features"
-    _check_ledger(run, 12)
-    lines = _lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
+    lines = json_lines(run / "metrics.jsonl")
     for name in ("feature_hidden", "feature_attention", "feature_relation"):
         first, last = (sum(line[name] for line in part) for part in (lines[:3], lines[-3:]))
         assert last < first, name
@@ -238,9 +117,9 @@ def test_a_run_with_features(workplace: Path, marker: str) -> None:
 
     exported, original = (AutoModelForCausalLM.from_pretrained(each) for each in (run / "student", workplace / "student"))
     assert set(exported.state_dict()) == set(original.state_dict())
-    _finish(_start("run", str(recipe), "--resume", "training.steps=14"), 0)
-    _check_ledger(run, 14)
-    _assert_nothing_left(marker)
+    finish(start("run", str(recipe), "--resume", "training.steps=14"), 0)
+    check_ledger(run, 14)
+    assert_nothing_left(marker)
 
 
 def test_a_teacher_without_a_signal_stops_the_run(workplace: Path) -> None:
@@ -253,20 +132,20 @@ def test_a_teacher_without_a_signal_stops_the_run(workplace: Path) -> None:
         model.lm_head.weight.zero_()
     shutil.copytree(workplace / "teacher", workplace / "silent")
     model.save_pretrained(workplace / "silent")
-    recipe = _recipe(workplace, "silent", teachers={"main": {"model": str(workplace / "silent"), "kv_cache_gib": 0.2}})
-    output = _finish(_start("run", str(recipe)), 1)
+    recipe = write_recipe(workplace, "silent", teachers={"main": {"model": str(workplace / "silent"), "kv_cache_gib": 0.2}})
+    output = finish(start("run", str(recipe)), 1)
     assert "teacher main: its rows are uniform" in " ".join(output.split())
     assert "teachers.main.model" in output
     assert not (workplace / "runs" / "silent" / "summary.json").exists()
-    assert _lines(workplace / "runs" / "silent" / "events.jsonl")[-1]["kind"] == "failed"
+    assert json_lines(workplace / "runs" / "silent" / "events.jsonl")[-1]["kind"] == "failed"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("student", "low", "high"), [("teacher", -1e-5, 1e-5), ("student", 0.1, 50.0)])
 def test_doctor_measures_a_student_through_the_real_teacher(workplace: Path, student: str, low: float, high: float) -> None:
     """A student that is the teacher has no divergence from it; another one has."""
-    recipe = _recipe(workplace, f"doctor-{student}", student={"model": str(workplace / student)})
-    output = " ".join(_finish(_start("doctor", str(recipe)), 0).split())
+    recipe = write_recipe(workplace, f"doctor-{student}", student={"model": str(workplace / student)})
+    output = " ".join(finish(start("doctor", str(recipe)), 0).split())
     assert "ok teacher main:" in output
     assert low < float(output.partition("student_reverse_kl ")[2].split(",")[0]) < high
 
@@ -274,17 +153,17 @@ def test_doctor_measures_a_student_through_the_real_teacher(workplace: Path, stu
 def test_the_same_folder_is_not_written_twice(workplace: Path) -> None:
     (workplace / "runs" / "taken").mkdir(parents=True)
     (workplace / "runs" / "taken" / "config.yaml").write_text("run: {name: taken}\n")
-    output = _finish(_start("run", str(_recipe(workplace, "taken"))), 2)
+    output = finish(start("run", str(write_recipe(workplace, "taken"))), 2)
     assert "taken" in output
     assert "--resume" in output
 
 
 def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
     """Ctrl-C in mid-run: checkpoint, exit 130, nothing left; the resumed run trains every sample exactly once."""
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace, "stopped", training={"steps": 60, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 0}
     )
-    process = _start("run", str(recipe))
+    process = start("run", str(recipe))
     metrics = workplace / "runs" / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
@@ -292,38 +171,38 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output = _finish(process, 130)
+    output = finish(process, 130)
     assert "--resume" in output
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
     run = workplace / "runs" / "stopped"
     # The one of step 0, after the supervised phase, and the one of the interruption.
     stopped_at = max(int(folder.name.removeprefix("step-")) for folder in run.glob("checkpoints/step-*"))
     assert 5 <= stopped_at < 60
-    _finish(_start("run", str(recipe), "training.steps=" + str(stopped_at + 8), "--resume"), 0)
-    _check_ledger(run, stopped_at + 8)
+    finish(start("run", str(recipe), "training.steps=" + str(stopped_at + 8), "--resume"), 0)
+    check_ledger(run, stopped_at + 8)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["resumed_from_step"] == stopped_at
     assert summary["prompts_consumed"] == (stopped_at + 8) * BATCH
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 @pytest.mark.full
 def test_a_student_only_pool_samples_and_the_teacher_scores(workplace: Path, marker: str) -> None:
     """alpha 0 with scoring by prefill, on two kinds of replica sharing the cores; strictly on-policy."""
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "split",
         rollout={"max_new_tokens": 8, "sampler": "student", "max_staleness": 0, "pool": {"kv_cache_gib": 0.2}},
         loss={"type": "jsd", "beta": 0.9},
         cluster={"local_cpus": 4},
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "split"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
-    _check_ledger(run, 12)
-    assert all(line["staleness_max"] == 0 for line in _lines(run / "metrics.jsonl"))
-    _assert_nothing_left(marker)
+    check_ledger(run, 12)
+    assert all(line["staleness_max"] == 0 for line in json_lines(run / "metrics.jsonl"))
+    assert_nothing_left(marker)
 
 
 @pytest.mark.full
@@ -334,7 +213,7 @@ def test_two_teachers_make_one_target_and_must_stay_the_same(workplace: Path, ma
         name: {"model": str(workplace / folder), "kv_cache_gib": 0.1}
         for name, folder in (("main", "teacher"), ("second", "second"))
     }
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "both",
         teachers=teachers,
@@ -342,12 +221,12 @@ def test_two_teachers_make_one_target_and_must_stay_the_same(workplace: Path, ma
         loss={"type": "reverse_kl"},
         cluster={"local_cpus": 4},
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "both"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"]
-    _check_ledger(run, 12)
-    lines = _lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
+    lines = json_lines(run / "metrics.jsonl")
     # Twins agree: their mean is each of them. A step has the number where something was combined since the last one.
     disagreement = [line["teacher_disagreement"] for line in lines if "teacher_disagreement" in line]
     assert disagreement
@@ -355,9 +234,9 @@ def test_two_teachers_make_one_target_and_must_stay_the_same(workplace: Path, ma
     for line in lines:
         assert line["teacher/main/replicas"] == line["teacher/second/replicas"] == 1
     _other_weights(workplace / "second")
-    output = " ".join(_finish(_start("run", str(recipe), "training.steps=14", "--resume"), 1).split())
+    output = " ".join(finish(start("run", str(recipe), "training.steps=14", "--resume"), 1).split())
     assert "teacher second is not the one that the run began with: its canary no longer matches" in output
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 @pytest.mark.full
@@ -365,29 +244,29 @@ def test_a_model_in_the_process_and_its_recorded_answers_teach(workplace: Path, 
     """As a Hugging Face model that scores the student's samples, and as Parquet files of what it once wrote."""
     local = {"type": "hf", "model": str(workplace / "teacher")}
     pool = {"kv_cache_gib": 0.1}
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "local",
         teachers={"local": local},
         rollout={"max_new_tokens": 8, "sampler": "student", "pool": pool},
         loss={"type": "reverse_kl"},
     )
-    _finish(_start("run", str(_with_teachers(recipe, {"local": local}))), 0)
+    finish(start("run", str(_with_teachers(recipe, {"local": local}))), 0)
     run = workplace / "runs" / "local"
-    _check_ledger(run, 12)
-    lines = _lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
+    lines = json_lines(run / "metrics.jsonl")
     assert lines[-1]["reverse_kl_support"] < 0.8 * lines[0]["reverse_kl_support"]
 
     asyncio.run(_record(workplace, recipe))
     captured = {"type": "capture", "path": str(workplace / "recorded")}
     rollout = {"max_new_tokens": 8, "alpha": 1.0, "max_staleness": 4, "pool": pool}
-    recipe = _recipe(workplace, "recorded", rollout=rollout, loss={"type": "forward_kl"})
-    _finish(_start("run", str(_with_teachers(recipe, {"far": captured}))), 0)
+    recipe = write_recipe(workplace, "recorded", rollout=rollout, loss={"type": "forward_kl"})
+    finish(start("run", str(_with_teachers(recipe, {"far": captured}))), 0)
     run = workplace / "runs" / "recorded"
-    _check_ledger(run, 12)
-    lines = _lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
+    lines = json_lines(run / "metrics.jsonl")
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 def _with_teachers(recipe: Path, teachers: dict[str, Any]) -> Path:
@@ -419,7 +298,7 @@ async def _record(workplace: Path, recipe: Path) -> None:
 def test_a_teacher_with_another_tokenizer_teaches(workplace: Path, marker: str) -> None:
     """Byte-level pieces against characters: aligned by text, compared by rank and by the ids that both have."""
     _teacher_of_pieces(workplace / "pieces")
-    recipe = _recipe(
+    recipe = write_recipe(
         workplace,
         "pieces",
         teachers={"main": {"model": str(workplace / "pieces"), "kv_cache_gib": 0.1}},
@@ -427,18 +306,18 @@ def test_a_teacher_with_another_tokenizer_teaches(workplace: Path, marker: str) 
         loss={"type": "uld"},
         cluster={"local_cpus": 4},
     )
-    _finish(_start("run", str(recipe)), 0)
+    finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "pieces"
-    _check_ledger(run, 12)
-    lines = _lines(run / "metrics.jsonl")
+    check_ledger(run, 12)
+    lines = json_lines(run / "metrics.jsonl")
     for name in ("uld", "matched_kl"):
         first, last = (sum(line[name] for line in part) for part in (lines[:3], lines[-3:]))
         assert last < 0.8 * first, name
     assert all(0.3 < line["aligned"] <= 1.0 for line in lines)
     summary = json.loads((run / "summary.json").read_text())
     assert "reverse_kl" not in summary["after"], "ids mean other things to the two: there is no KL to report"
-    _assert_nothing_left(marker)
-    refused = " ".join(_finish(_start("validate", str(recipe), "loss.type=jsd"), 2).split())
+    assert_nothing_left(marker)
+    refused = " ".join(finish(start("validate", str(recipe), "loss.type=jsd"), 2).split())
     assert "tokenizers differ at" in refused
     assert "loss.type=uld" in refused
 
@@ -484,12 +363,12 @@ def _other_weights(folder: Path) -> None:
 @pytest.mark.full
 def test_a_failing_part_stops_the_run_with_the_reason(workplace: Path, marker: str) -> None:
     """A learning rate that blows up: exit 1, the batch named, the optimizer not moved, nothing left."""
-    recipe = _recipe(workplace, "blown", training={"steps": 40, "batch_size": BATCH, "learning_rate": 1e30})
-    output = _finish(_start("run", str(recipe)), 1)
+    recipe = write_recipe(workplace, "blown", training={"steps": 40, "batch_size": BATCH, "learning_rate": 1e30})
+    output = finish(start("run", str(recipe)), 1)
     assert "not finite" in output
     assert "samples [" in output
     assert "Traceback" not in output
-    _assert_nothing_left(marker)
+    assert_nothing_left(marker)
 
 
 @pytest.mark.parametrize(
@@ -504,8 +383,8 @@ def test_a_failing_part_stops_the_run_with_the_reason(workplace: Path, marker: s
     ],
 )
 def test_bad_input_ends_with_2_before_anything_starts(workplace: Path, overrides: list[str], message: str) -> None:
-    recipe = _recipe(workplace, "bad-" + str(abs(hash(message)) % 10**6))
-    output = _finish(_start("run", str(recipe), *overrides), 2, timeout_s=120)
+    recipe = write_recipe(workplace, "bad-" + str(abs(hash(message)) % 10**6))
+    output = finish(start("run", str(recipe), *overrides), 2, timeout_s=120)
     assert message in output
     assert "Traceback" not in output
 
@@ -515,7 +394,7 @@ def test_eval_reports_the_student_of_a_run(workplace: Path) -> None:
     run = workplace / "runs" / "whole"
     if not (run / "summary.json").exists():
         pytest.fail("needs the run of test_a_run_from_own_folders; run the whole file")
-    output = _finish(_start("eval", str(run)), 0)
+    output = finish(start("eval", str(run)), 0)
     after = json.loads((run / "summary.json").read_text())["after"]["reverse_kl"]
     shown = [float(word) for word in output.replace("│", " ").split() if word.replace(".", "", 1).isdigit()]
     assert np.isclose(shown, after, rtol=2e-2).any(), output

@@ -56,21 +56,19 @@ def quantize(student: Path, to: Path, method: str, group_size: int | None = None
     model = AutoModelForCausalLM.from_pretrained(student, dtype="auto", trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     size = None if method == "int8" else group_size or GROUP_SIZE
+    for name, module in model.named_modules():
+        if size is not None and isinstance(module, torch.nn.Linear) and name != "lm_head" and module.in_features % size:
+            raise DataError(
+                f"--group-size {size}: the {module.in_features} weights a row of {name} do not divide by it; use a "
+                f"divisor, such as {_largest_divisor(module.in_features, size)}"
+            )
     strategy = QuantizationStrategy.CHANNEL if size is None else QuantizationStrategy.GROUP
     arguments = QuantizationArgs(num_bits=METHODS[method], type="int", symmetric=True, strategy=strategy, group_size=size)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     apply_quantization_config(model, QuantizationConfig(config_groups={"decoder": scheme}, ignore=["lm_head"]))
-    for name, module in model.named_modules():
-        if not is_module_quantized(module):
-            continue
-        columns = module.weight.shape[1]
-        if size is not None and columns % size:
-            raise DataError(
-                f"--group-size {size}: the {columns} weights a row of {name} do not divide by it; use a divisor, such as "
-                f"{_largest_divisor(columns, size)}"
-            )
+    for module in filter(is_module_quantized, model.modules()):
         with torch.no_grad():
-            groups = module.weight.unflatten(1, (-1, size or columns))  # [rows, groups, group size]
+            groups = module.weight.unflatten(1, (-1, size or module.in_features))  # [rows, groups, group size]
             scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
             module.weight_scale.copy_(scale)
     compressor = ModelCompressor.from_pretrained_model(model)

@@ -241,9 +241,8 @@ class StudentEngine:
         engine = self._engine
         settings = self.training.pretraining
         size = self.training.micro_batch_size
-        # Rollouts last: the part that closes the update uses every weight, the maps of the features too.
-        parts = [] if text is None else [(part, True) for part in micro_batches(text, size)]
-        parts += [(part, False) for part in micro_batches(batch, size)]
+        parts = [(part, False) for part in micro_batches(batch, size)]
+        parts += [] if text is None else [(part, True) for part in micro_batches(text, size)]
         # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
         scale = self.world_size / max(batch.num_target_tokens, 1)
         text_scale = 0.0

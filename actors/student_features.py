@@ -72,7 +72,12 @@ class StudentWithFeatures(torch.nn.Module):
         from transformers.modeling_outputs import CausalLMOutput
 
         if response_mask is None:
-            return self.student(**inputs)
+            output = self.student(**inputs)
+            # ZeRO adds up a weight's gradient from an update's first part on and reduces it with the last: every part, text
+            # too, has to pass the maps, or the gradient of another step stays in theirs.
+            for projection in self.projections:
+                output.logits = output.logits + 0.0 * projection(output.logits.new_zeros(1, projection.in_features)).sum()
+            return output
         wanted = {"output_hidden_states": True, "output_attentions": self.settings.attention is not None}
         output = self.student(**inputs, **wanted)
         with torch.no_grad():

@@ -148,7 +148,9 @@ class StudentEngine:
         if phase.teacher is not None:
             dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
             self._teacher_head = load_output_head(*phase.teacher).to(self._engine.device, dtype)
-        self._average = {}
+        if phase.loss is not None:
+            # Supervised phases keep it: their checkpoints hold the teacher that distillation had.
+            self._average = {}
         self.phase = phase
         self.steps_done = 0
 

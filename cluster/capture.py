@@ -22,13 +22,15 @@ from actors.teacher_registry import TeacherRegistry
 from cluster.pools import Models, Pools, canary, open_pools, training_route
 from kdray.capture import ask, by_key
 from kdray.capture_folder import Asking, CaptureFolder
-from kdray.config import Config, HFTeacherSettings, OpenAITeacherSettings, TeacherSettings
+from kdray.config import Config, HFTeacherSettings, OpenAITeacherSettings, RationaleProgram, TeacherSettings
 from kdray.data import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
 from kdray.handshake import Fingerprint
 from kdray.loop import LoopSettings, sample_request
 from kdray.models import model_name, weights_hash
 from kdray.preflight import Checked
+from kdray.schedules import Schedules
+from kdray.settings.schedules import SignalSchedule
 from kdray.types import Rollout, SampleRequest
 from kdray.vocab import tokenizer_hash
 
@@ -69,6 +71,17 @@ def check_capturable(config: Config) -> None:
         raise ConfigError(
             f"teachers.{name}.type={teacher.type}: its answers cannot be captured; use a teacher of type vllm, hf or openai"
         )
+    if isinstance(config.rollout.program, RationaleProgram):
+        raise ConfigError(
+            "rollout.program.type=rationale: its rows have prompts of their own, and a capture finds answers by the data's; "
+            "run it with the teacher"
+        )
+    for setting, schedule in config.training.schedules.items():
+        if isinstance(schedule, SignalSchedule) and setting.startswith("rollout."):
+            raise ConfigError(
+                f"training.schedules.{setting}.type=signal: a capture has no student whose signals it could follow; use linear "
+                "or cosine"
+            )
 
 
 def asking(config: Config, checked: Checked, models: Models) -> Asking:
@@ -93,7 +106,11 @@ def first_requests(config: Config, checked: Checked, epochs: int) -> list[Sample
     """What a run of the config asks for in its first passes over the training prompts, in its order."""
     settings, prompts = LoopSettings.of(config), PromptStream(checked.dataset.train, config.run.seed)
     count = len(checked.dataset.train) * config.rollout.samples_per_prompt * epochs
-    return [sample_request(settings, prompts, sample_id) for sample_id in range(count)]
+    schedules = Schedules.of(config)
+    return [
+        sample_request(settings, prompts, sample_id, values=schedules.at(sample_id // settings.batch_size))
+        for sample_id in range(count)
+    ]
 
 
 async def capture_answers(

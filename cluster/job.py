@@ -43,7 +43,7 @@ from kdray.loop import LoopSettings, Totals, distill
 from kdray.models import resolve_model
 from kdray.preflight import Checked
 from kdray.pretraining import PretrainingText
-from kdray.programs import row_kind
+from kdray.programs import row_weights
 from kdray.progress import Ledger, prune_checkpoints
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
@@ -80,6 +80,10 @@ class Job:
         self.ledger = Ledger(folder.path / "ledger.jsonl")
         self.totals = Totals()
         self.stop = asyncio.Event()
+        self.measured = asyncio.Event()
+        """Set once the student is trained, measured and exported."""
+        self.beside: list[Job] = []
+        """Jobs whose students this one teaches."""
         self.started = time.monotonic()
         self.weights: Any = None
         """Handle of the WeightStore of the student."""
@@ -147,12 +151,7 @@ class Job:
             self._teacher_of_head(models),
             self._teacher_of_features(models),
         )
-        schedules = Schedules(
-            training.schedules,
-            {name: config.scheduled(name) or 0.0 for name in training.schedules},
-            steps,
-            config.rollout.max_staleness,
-        )
+        schedules = Schedules.of(config)
         progress: dict[str, Any] = {"base": base, "base_revision": revision, "horizon": steps, "stage": "distill"}
         if self.checkpoint is not None:
             kept = ("before", "program", "stage", "distilled", "totals", "schedules")
@@ -168,9 +167,13 @@ class Job:
         if training.finetune.steps:
             after = await self._finetune(student, pools, recoverable)
         await student.export(self.folder.student)
+        self.measured.set()
         control = None
         if config.evaluation.control and not self.stop.is_set():
             try:
+                for other in self.beside:
+                    # What the control publishes is no teacher for peers that still learn.
+                    await self._or_stop(other.measured.wait())
                 control = await self._or_stop(self._control(student, pools, base, revision))
             except Interrupted:
                 # The run itself is complete; its summary says that there is no control.
@@ -235,8 +238,7 @@ class Job:
         program, siblings = self.config.rollout.program, self.config.rollout.samples_per_prompt
         if not isinstance(program, RationaleProgram):
             return lambda rollouts: None
-        of = {"label": 1.0, "rationale": program.rationale_weight}
-        return lambda rollouts: {each.sample_id: of[row_kind(each.sample_id, siblings)] for each in rollouts}
+        return lambda rollouts: row_weights(rollouts, siblings, program.rationale_weight)
 
     def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
         """What `rollout.filters` leaves out of a batch."""
@@ -262,6 +264,9 @@ class Job:
         checkpoint = self.checkpoint if resumed else None
         await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
         done = checkpoint.step - first if checkpoint else 0
+        if resumed and self.average is not None:
+            # Replicas that start anew wait for their teacher.
+            await student.renew(0, decay=1.0)
         if not resumed:
             # From here on a resume repeats nothing of distillation.
             await recoverable.save_checkpoint(first)

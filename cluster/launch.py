@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     """
     _quieten()
     configs = {"": config}
+    given = None if prompts is None else list(prompts)
+    checked = {"": check(config, given)}
     if config.peers:
         models = resolve_models(config)
         configs |= peer_configs(config, models.teachers, models.student)
-    checked = {name: check(each, prompts) for name, each in configs.items()}
+        checked |= {name: check(each, given) for name, each in configs.items() if name}
     with _connected(config) as nodes:
         check_capacity([bundle for each in configs.values() for bundle in bundles(each)], nodes)
         checkpoints = {name: _checkpoint_to_resume(each) if resume else None for name, each in configs.items()}
@@ -110,13 +112,15 @@ def _checkpoint_to_resume(config: Config) -> Checkpoint | None:
 
 def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     """Measure a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model."""
+    # A teacher that is the student itself stays the recipe's, whoever is measured.
+    teachers = resolve_models(config).teachers
     if student is not None:
         config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(student)})})
     checked = check(config)
     with _connected(config) as nodes:
         wanted = [bundle for bundle in bundles(config) if bundle.role != "student"]
         check_capacity(wanted, nodes)
-        return asyncio.run(_evaluate(config, checked))
+        return asyncio.run(_evaluate(config, checked, teachers))
 
 
 def capture(
@@ -166,8 +170,8 @@ async def _check_teachers(config: Config, checked: Checked) -> dict[str, dict[st
         return {each.name: await check_signals(config, checked, each) for each in pools.named}
 
 
-async def _evaluate(config: Config, checked: Checked) -> dict[str, Any]:
-    models = resolve_models(config)
+async def _evaluate(config: Config, checked: Checked, teachers: dict[str, str]) -> dict[str, Any]:
+    models = replace(resolve_models(config), teachers=teachers)
     async with open_pools(config, checked, models, weights=None) as pools:
         numbers, _ = await measure(**measure_arguments(config, checked, pools), version=0)
         return numbers

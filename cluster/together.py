@@ -42,6 +42,7 @@ async def run_together(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
     for job in jobs.values():
         job.weights = store()
     for name, job in jobs.items():
+        job.beside = [other for other in jobs.values() if other is not job]
         for teacher, settings in job.config.teachers.items():
             if isinstance(settings, SelfTeacherSettings):
                 job.average = job.teacher_weights[teacher] = store()

@@ -18,6 +18,7 @@ from kdray.config import (
     SequenceLoss,
     TeacherSource,
     VOPDLoss,
+    parse_config,
 )
 from kdray.errors import ConfigError
 
@@ -89,8 +90,13 @@ def needed(config: Config) -> dict[Capability, str]:
 
 
 def check_capabilities(config: Config) -> None:
-    """Raises: ConfigError naming the first teacher that cannot say what the run needs, who needs it, and the remedy."""
+    """Raises: ConfigError naming the first teacher that cannot say what the run needs, who needs it, and the remedy.
+
+    What settings ask for that change during the run counts at both ends.
+    """
     asks = needed(config)
+    for _, tree in config.extremes():
+        asks |= needed(parse_config(tree))
     for name, teacher in config.teachers.items():
         can = offered(teacher)
         for capability, setting in asks.items():

@@ -8,6 +8,8 @@ Checks here need nothing but the config itself; what needs files or a cluster is
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -212,6 +214,11 @@ class Config(Settings):
                 f"rollout.teacher_share={rollout.teacher_share:g} with rollout.sampler=student: student-only replicas cannot "
                 "write for the teacher; set rollout.sampler=mixture with rollout.alpha=0"
             )
+        if isinstance(loss, HintonLoss) and loss.soft_share < 1.0 and rollout.alpha < 1.0 and drawn > 0.0:
+            raise ValueError(
+                f"loss.soft_share={loss.soft_share:g} with rollout.alpha={rollout.alpha:g}: what the student drew is no label; "
+                "set loss.soft_share=1, rollout.alpha=1 or rollout.data_share=1"
+            )
         weighted = MiniLLMLoss | LMOpsLoss | PerDecisionLoss | VOPDLoss | ForwardKLSampledLoss
         if isinstance(loss, weighted) and rollout.data_share:
             raise ValueError(
@@ -248,6 +255,18 @@ class Config(Settings):
             raise ValueError("rollout.teachers: several peers teach as one; set rollout.teachers.type=ensemble")
         if peers and self.rollout.teachers is not None and (self.rollout.teachers.names()):
             raise ValueError("rollout.teachers: peers count alike, since every student has the others; remove their names")
+        sources = [(self.student.model, self.student.revision), *((peer.model, peer.revision) for peer in peers.values())]
+        if any(source in sources[:place] for place, source in enumerate(sources)):
+            raise ValueError(
+                "teachers: peers that start from one model and see the same data stay one model, and have nothing to teach; "
+                "give them different models, or tiny ones of different seeds"
+            )
+        alone = selves and not self.teacher_apart and self.rollout.data_share == 0.0
+        if alone and not isinstance(self.loss, SequenceLoss):
+            raise ValueError(
+                "teachers of type self: the student begins as its own teacher, where every divergence is zero and stays so; "
+                "set rollout.data_share for answers to learn from, or prompt_template so that the teacher knows more"
+            )
         if selves and (len(self.teachers) > 1 or isinstance(self.loss, ULDLoss)):
             raise ValueError(
                 "teachers: one of type self is the only teacher of its run, and reads the student's own ids; remove the others"
@@ -260,23 +279,34 @@ class Config(Settings):
 
     def _check_schedules(self) -> None:
         """Every scheduled setting must exist, and be valid at both ends of its course."""
-        for name, schedule in self.training.schedules.items():
-            section, _, leaf = name.partition(".")
-            own = self.scheduled(name)
-            if own is None:
+        for name in self.training.schedules:
+            if self.scheduled(name) is None:
                 known = [f"rollout.{one}" for one in SCHEDULED_SHARES] + [
                     f"loss.{field}" for field, value in self.loss if isinstance(value, float) and not isinstance(value, bool)
                 ]
                 raise ValueError(f"training.schedules.{name}: no number that can change; those are {', '.join(known)}")
+        for values, changed in self.extremes():
+            try:
+                Config.model_validate(changed)
+            except ValidationError as error:
+                reasons = "; ".join(explain(item) for item in error.errors())
+                described = ", ".join(f"{name} at {value:g}" for name, value in values.items())
+                raise ValueError(f"training.schedules.{described}: {reasons}") from error
+
+    def extremes(self) -> Iterator[tuple[dict[str, float], dict[str, Any]]]:
+        """Every combination of the ends of scheduled settings: their values, and the config as a tree with these."""
+        courses = {
+            name: (self.scheduled(name) or 0.0, *schedule.extremes) for name, schedule in self.training.schedules.items()
+        }
+        for ends in product(*courses.values()):
             tree = self.model_dump(mode="json")
             tree["training"]["schedules"] = {}
-            for value in schedule.extremes:
+            values = dict(zip(courses, ends, strict=True))
+            for name, value in values.items():
+                section, _, leaf = name.partition(".")
                 tree[section][leaf] = value
-                try:
-                    Config.model_validate(tree)
-                except ValidationError as error:
-                    reasons = "; ".join(explain(item) for item in error.errors())
-                    raise ValueError(f"training.schedules.{name}: at {value:g}: {reasons}") from error
+            if values:
+                yield values, tree
 
     def scheduled(self, name: str) -> float | None:
         """The own value of a setting that a schedule may change; None where there is no such number."""
@@ -310,6 +340,11 @@ class Config(Settings):
                 raise ValueError(
                     f"rollout.samples_per_prompt={self.rollout.samples_per_prompt} with {setting}: label and rationale rows "
                     "come in pairs; set rollout.samples_per_prompt=2"
+                )
+            filters = self.rollout.filters
+            if filters is not None and (filters.agreement or filters.correct or filters.distinct or filters.pattern):
+                raise ValueError(
+                    f"rollout.filters with {setting}: a label and a rationale are never the same text; keep `finished` alone"
                 )
             if program.rationale_prefix == self.data.prefix:
                 raise ValueError(
@@ -356,6 +391,11 @@ class Config(Settings):
             raise ValueError(
                 f"training.features with teachers {described}: the ranks load one teacher whose weights are at hand; keep one "
                 "of type vllm or hf, or remove training.features"
+            )
+        if self.teacher_apart and not isinstance(self.loss, ULDLoss):
+            raise ValueError(
+                "training.features with prompt_template: layers are compared at the student's prompt, and the teacher reads "
+                "another; remove one of them"
             )
         if isinstance(self.loss, ULDLoss):
             raise ValueError(

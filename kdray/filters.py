@@ -69,7 +69,10 @@ class Filters:
         """Those of a group that its agreement leaves out. Args: votes: answers that failed no rule yet; size: of the group."""
         agreement = self._settings.agreement
         dropped: dict[int, str] = {}
-        if agreement is not None and votes:
+        if agreement is not None and size < 2:
+            # Beside the data's answers, one that was drawn alone agrees with nobody.
+            dropped = dict.fromkeys(votes, "agreement")
+        elif agreement is not None and votes:
             ranked = Counter(votes.values()).most_common()
             answer, count = ranked[0]
             tied = len(ranked) > 1 and ranked[1][1] == count

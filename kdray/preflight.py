@@ -146,7 +146,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
                 f"{captured.longest_answer} tokens; raise it to that"
             )
         lines.append(f"teacher {name}: recorded answers in {path}, with {', '.join(sorted(captured.signals))}")
-    _check_references(config, dataset)
+    _check_references(config, dataset, tokenizer)
     if config.training.sft.steps and not any(prompt.answer for prompt in dataset.train):
         raise ConfigError(
             f"training.sft.steps={config.training.sft.steps}, but the prompts have no reference answers; "
@@ -176,8 +176,8 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), windows, lines)
 
 
-def _check_references(config: Config, dataset: Dataset) -> None:
-    """Raises: ConfigError where a setting needs reference answers that the prompts have not."""
+def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
+    """Raises: ConfigError where a setting needs reference answers that the prompts have not, or that are too long."""
     schedule = config.training.schedules.get("rollout.data_share")
     filters = config.rollout.filters
     correct = filters is not None and filters.correct
@@ -197,6 +197,13 @@ def _check_references(config: Config, dataset: Dataset) -> None:
             raise ConfigError(
                 f"{setting}, but {lacking} of {len(dataset.train)} prompts have no reference answer; set "
                 "data.prompts.answer_column, or leave them out"
+            )
+    if config.rollout.data_share or schedule is not None:
+        longest = max(len(encode_answer(tokenizer, prompt)) for prompt in dataset.train)
+        if longest > config.rollout.max_new_tokens:
+            raise ConfigError(
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest reference answer has {longest} tokens; "
+                "raise it to that"
             )
     if correct and dataset.grade is None:
         raise ConfigError("rollout.filters.correct=true: only generated tasks can be graded; use `pattern` or `agreement`")

@@ -66,7 +66,13 @@ def quantize(student: Path, to: Path, method: str, group_size: int | None = None
     arguments = QuantizationArgs(num_bits=METHODS[method], type="int", symmetric=True, strategy=strategy, group_size=size)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     apply_quantization_config(model, QuantizationConfig(config_groups={"decoder": scheme}, ignore=["lm_head"]))
-    for module in filter(is_module_quantized, model.modules()):
+    quantised = [module for module in model.modules() if is_module_quantized(module)]
+    if not quantised:
+        raise DataError(
+            f"{student}: a {model.config.model_type} has no linear layers beside its head, so that nothing would be quantised; "
+            "export it as it is"
+        )
+    for module in quantised:
         with torch.no_grad():
             groups = module.weight.unflatten(1, (-1, size or module.in_features))  # [rows, groups, group size]
             scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)

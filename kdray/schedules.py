@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from kdray.config import Config
+from kdray.errors import DataError
 from kdray.settings.schedules import ScheduleSettings, SignalSchedule, StepSchedule
 
 
@@ -25,6 +27,13 @@ class Schedules:
         self._lag = max_staleness
         self._averages: dict[int, dict[str, float]] = {}
 
+    @classmethod
+    def of(cls, config: Config) -> Schedules:
+        """Those of a run."""
+        settings = config.training.schedules
+        own = {name: config.scheduled(name) or 0.0 for name in settings}
+        return cls(settings, own, config.training.steps, config.rollout.max_staleness)
+
     def at(self, step: int) -> dict[str, float]:
         """Values for the batch that step `step`, counted from 0, trains.
 
@@ -33,17 +42,22 @@ class Schedules:
         return {name: self._value(name, setting, step) for name, setting in self._settings.items()}
 
     def observe(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Note a step's metrics. Args: done: steps completed, that one included."""
+        """Note a step's metrics. Args: done: steps completed, that one included.
+
+        Raises: DataError where no step has ever had a signal: nothing would change, and nobody would notice.
+        """
         before = self._averages.get(done - 1, {})
         averages = {}
         for name, setting in self._settings.items():
             if isinstance(setting, SignalSchedule):
                 last = before.get(name)
                 measured = metrics.get(setting.signal, last)
-                if measured is not None:
-                    averages[name] = (
-                        measured if last is None else setting.smoothing * last + (1.0 - setting.smoothing) * measured
+                if measured is None:
+                    raise DataError(
+                        f"training.schedules.{name}.signal={setting.signal}: the rollouts of this run do not have it; exact "
+                        "KLs need replicas that hold teacher and student, weights of draws a density; use another signal"
                     )
+                averages[name] = measured if last is None else setting.smoothing * last + (1.0 - setting.smoothing) * measured
         self._averages[done] = averages
         # Of older ones no admitted batch asks again.
         self._averages = {at: kept for at, kept in self._averages.items() if at >= done - self._lag - 1}

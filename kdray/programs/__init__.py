@@ -14,14 +14,14 @@ from kdray.programs.ask import Answer, Ask, Question
 from kdray.programs.branch_solve_merge import branch_solve_merge, swapped
 from kdray.programs.chain_of_thought import chain_of_thought
 from kdray.programs.direct import direct
-from kdray.programs.rationale import rationale, row_kind
+from kdray.programs.rationale import rationale, row_kind, row_weights
 from kdray.programs.rephrase_respond import rephrase_respond
 from kdray.programs.system2_attention import system2_attention
 from kdray.programs.universal import universal
 from kdray.settings.programs import BranchSolveMergeProgram, ProgramSettings
 from kdray.types import Prompt
 
-__all__ = ["PROGRAMS", "check_prompts", "row_kind", "run_program"]
+__all__ = ["PROGRAMS", "check_prompts", "row_kind", "row_weights", "run_program"]
 
 PROGRAMS: dict[str, Callable[[Any, Question, Ask], Awaitable[Answer]]] = {
     "direct": direct,

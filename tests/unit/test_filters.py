@@ -102,3 +102,9 @@ def test_weighted_rows_count_by_their_weight_in_cross_entropy():
     at = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.token_ids.flatten(), reduction="none").view(2, -1)
     wanted = at[0, 1:4].sum() + 0.25 * at[1, 1:3].sum()
     assert float(sft(logits, batch).total) == pytest.approx(float(wanted))
+
+
+def test_one_answer_drawn_beside_the_datas_agrees_with_nobody():
+    batch = [rollout(0, "xy"), rollout(1, "ab", alpha=DATA)]
+    for agreement in ("plurality", "majority", "unanimous"):
+        assert dropped(batch, agreement=agreement) == {0: "agreement"}

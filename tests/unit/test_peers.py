@@ -43,10 +43,11 @@ def test_every_student_has_all_others_as_teachers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout": {"teachers": {"type": "route", "weights": {"b": 1, "c": 1}}}}, "several peers teach as one"),
-        ({"rollout": {"teachers": {"type": "ensemble", "weights": {"b": 2, "c": 1}}}}, "peers count alike"),
+        ({"rollout": {"data_share": 1, "teachers": {"type": "route", "weights": {"b": 1, "c": 1}}}}, "several peers teach as one"),
+        ({"rollout": {"data_share": 1, "teachers": {"type": "ensemble", "weights": {"b": 2, "c": 1}}}}, "peers count alike"),
         ({"teachers": {**BASE["teachers"], "d": {"model": "m"}}}, "keep peers alone"),
-        ({"teachers": {"b": {"type": "peer", "model": "m"}}, "rollout": {"teacher_signal": "hidden"}}, "these teachers change"),
+        ({"teachers": {"b": {"type": "peer", "model": "m"}}, "rollout": {"data_share": 1, "teacher_signal": "hidden"}}, "teachers change"),
+        ({"teachers": {"b": {"type": "peer", "model": {"type": "tiny"}}}, "rollout": {"data_share": 1}}, "stay one model"),
     ],
 )
 def test_peers_that_cannot_be_alike_are_refused(changes: dict[str, Any], message: str):
@@ -55,6 +56,6 @@ def test_peers_that_cannot_be_alike_are_refused(changes: dict[str, Any], message
 
 
 def test_a_peer_may_not_have_the_name_of_the_runs_student():
-    config = parse_config(BASE | {"teachers": {"student": {"type": "peer", "model": "m"}}, "rollout": {}})
+    config = parse_config(BASE | {"teachers": {"student": {"type": "peer", "model": "m"}}, "rollout": {"data_share": 1}})
     with pytest.raises(ConfigError, match=r"teachers\.student: that is what peers call"):
         peer_configs(config, {"student": "m"}, "/m/a")

@@ -14,7 +14,7 @@ from kdray.config import load_config
 from kdray.data import response_encoder
 from kdray.errors import DataError, EngineError
 from kdray.models import task_tokenizer
-from kdray.programs import check_prompts, row_kind
+from kdray.programs import check_prompts, row_kind, row_weights
 from kdray.programs.branch_solve_merge import swapped
 from kdray.programs.sampler import ProgramSampler, TextCodec
 from kdray.seeds import uniforms
@@ -488,3 +488,20 @@ def test_a_stream_that_is_closed_early_asks_nothing_more_and_leaves_nothing():
 
     asyncio.run(read())
     assert "b|bb?" not in teacher.asked
+
+
+def test_label_and_rationale_rows_count_by_their_own_means():
+    """The weighted sum over all tokens, divided by all tokens, is mean(label) + 0.5 mean(rationale), whatever their lengths."""
+    lengths = [2, 9, 3, 30, 4]
+    alphas = [1.0, 1.0, 1.0, 1.0, float("nan")]
+    rollouts = [
+        Rollout(i, i // 2, np.array([1]), np.zeros(n, np.int32), None, None, np.zeros(n, np.int32), alpha, "stop")
+        for i, (n, alpha) in enumerate(zip(lengths, alphas, strict=True))
+    ]
+    weights = row_weights(rollouts, samples_per_prompt=2, rationale_weight=0.5)
+    losses = [np.linspace(0.1, 1.0, n) * (1 + i) for i, n in enumerate(lengths)]
+    got = sum(weights[i] * values.sum() for i, values in enumerate(losses)) / sum(lengths)
+    label = np.concatenate([losses[0], losses[2], losses[4]])
+    rationale = np.concatenate([losses[1], losses[3]])
+    assert got == pytest.approx(label.mean() + 0.5 * rationale.mean())
+    assert row_weights(rollouts[:1], 2, 0.5) == {0: 1.0}

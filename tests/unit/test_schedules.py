@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from kdray.config import parse_config
-from kdray.errors import ConfigError
+from kdray.errors import ConfigError, DataError
 from kdray.schedules import Schedules
 from kdray.settings.schedules import ScheduleSettings
 
@@ -101,5 +101,22 @@ def test_a_course_that_leads_to_an_invalid_value_is_refused_at_start(changes: di
 
 def test_numbers_of_the_loss_may_change():
     course = {"loss.temperature": {"type": "linear", "to": 1.0}, "loss.soft_share": {"type": "cosine", "to": 1.0}}
-    config = parse_config(BASE | {"loss": {"type": "hinton", "temperature": 4}, "training": {"schedules": course}})
+    sections = {"loss": {"type": "hinton", "temperature": 4}, "rollout": {"alpha": 1}, "training": {"schedules": course}}
+    config = parse_config(BASE | sections)
     assert config.scheduled("loss.temperature") == 4.0
+
+
+def test_a_signal_that_never_comes_is_an_error_and_not_a_constant():
+    with pytest.raises(DataError, match=r"schedules\.rollout\.alpha\.signal=reverse_kl: the rollouts of this run do not have it"):
+        schedules(0.3, **SIGNAL).observe(1, {"truncated": 0.0})
+
+
+def test_both_ends_of_all_courses_count_together():
+    """Each course alone is valid; where both have ended, the student's own samples would be the labels."""
+    courses = {name: {"type": "linear", "to": 0.0} for name in ("rollout.alpha", "rollout.data_share")}
+    sections = {"loss": {"type": "sequence"}, "rollout": {"alpha": 1, "data_share": 1}}
+    for name, course in courses.items():
+        if name == "rollout.data_share":
+            parse_config(BASE | sections | {"training": {"schedules": {name: course}}})
+    with pytest.raises(ConfigError, match=r"rollout\.alpha at 0, rollout\.data_share at 0: rollout\.alpha=0 with loss\.type=seq"):
+        parse_config(BASE | sections | {"training": {"schedules": courses}})

@@ -202,8 +202,8 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
         longest = max(len(encode_answer(tokenizer, prompt)) for prompt in dataset.train)
         if longest > config.rollout.max_new_tokens:
             raise ConfigError(
-                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest reference answer has {longest} tokens; "
-                "raise it to that"
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest reference answer has {longest} "
+                "tokens; raise it to that"
             )
     if correct and dataset.grade is None:
         raise ConfigError("rollout.filters.correct=true: only generated tasks can be graded; use `pattern` or `agreement`")

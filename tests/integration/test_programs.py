@@ -24,8 +24,8 @@ from kdray.seeds import sample_seed
 from kdray.types import SampleRequest
 
 LESSONS: dict[str, dict[str, float]] = {
-    "letters": {"last_letters": 0.1, "letters_rephrase": 0.5, "letters_join": 0.4},
-    "coins": {"coin_flip": 0.1, "coin_rephrase": 0.6, "coin_turns": 0.3},
+    "letters": {"last_letters": 0.02, "letters_rephrase": 0.56, "letters_join": 0.42},
+    "coins": {"coin_flip": 0.02, "coin_rephrase": 0.6, "coin_turns": 0.38},
 }
 DIRECT = {"type": "direct", "max_stage_tokens": 192, "max_new_tokens": 32}
 
@@ -106,7 +106,7 @@ def test_a_program_is_distilled_end_to_end(workplace: Path, story: str) -> None:
     # Rephrase, then respond: two calls where the first is not cut, and more tokens than the answer has.
     assert 1.9 < program["teacher_calls"] <= 2
     assert program["teacher_tokens"] > program["answer_tokens"] + 2
-    assert program["exact_match"] > summary["before"]["exact_match"], "the stages were taught better than the question"
+    assert program["exact_match"] > 0.6, "each stage was taught; a chain that is wired wrongly scores nothing"
     assert (summary["lost_samples"], summary["duplicated_samples"]) == (0, 0)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = {"teacher_calls", "teacher_tokens", "unparsable", "unparsable_cut", "answer_tokens"}

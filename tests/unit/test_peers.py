@@ -43,10 +43,16 @@ def test_every_student_has_all_others_as_teachers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout": {"data_share": 1, "teachers": {"type": "route", "weights": {"b": 1, "c": 1}}}}, "several peers teach as one"),
+        (
+            {"rollout": {"data_share": 1, "teachers": {"type": "route", "weights": {"b": 1, "c": 1}}}},
+            "several peers teach as one",
+        ),
         ({"rollout": {"data_share": 1, "teachers": {"type": "ensemble", "weights": {"b": 2, "c": 1}}}}, "peers count alike"),
         ({"teachers": {**BASE["teachers"], "d": {"model": "m"}}}, "keep peers alone"),
-        ({"teachers": {"b": {"type": "peer", "model": "m"}}, "rollout": {"data_share": 1, "teacher_signal": "hidden"}}, "teachers change"),
+        (
+            {"teachers": {"b": {"type": "peer", "model": "m"}}, "rollout": {"data_share": 1, "teacher_signal": "hidden"}},
+            "teachers change",
+        ),
         ({"teachers": {"b": {"type": "peer", "model": {"type": "tiny"}}}, "rollout": {"data_share": 1}}, "stay one model"),
     ],
 )

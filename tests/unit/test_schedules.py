@@ -107,7 +107,9 @@ def test_numbers_of_the_loss_may_change():
 
 
 def test_a_signal_that_never_comes_is_an_error_and_not_a_constant():
-    with pytest.raises(DataError, match=r"schedules\.rollout\.alpha\.signal=reverse_kl: the rollouts of this run do not have it"):
+    with pytest.raises(
+        DataError, match=r"schedules\.rollout\.alpha\.signal=reverse_kl: the rollouts of this run do not have it"
+    ):
         schedules(0.3, **SIGNAL).observe(1, {"truncated": 0.0})
 
 
@@ -118,5 +120,7 @@ def test_both_ends_of_all_courses_count_together():
     for name, course in courses.items():
         if name == "rollout.data_share":
             parse_config(BASE | sections | {"training": {"schedules": {name: course}}})
-    with pytest.raises(ConfigError, match=r"rollout\.alpha at 0, rollout\.data_share at 0: rollout\.alpha=0 with loss\.type=seq"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.alpha at 0, rollout\.data_share at 0: rollout\.alpha=0 with loss\.type=seq"
+    ):
         parse_config(BASE | sections | {"training": {"schedules": courses}})

@@ -116,13 +116,7 @@ def _line(result: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results")
-    folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for row in ROWS:
-        results.append(_run(row))
-        print(_line(results[-1]), flush=True)
+def _write(folder: Path, results: list[dict[str, Any]]) -> None:
     date = datetime.now(UTC).date().isoformat()
     text = [
         f"One seed each, held out, {date}. `python benchmarks/modes.py`. The control is the same SFT student trained on "
@@ -136,6 +130,16 @@ def main() -> None:
     ]
     (folder / "modes.md").write_text("\n".join(text))
     (folder / "modes.json").write_text(json.dumps({"date": date, "results": results}, indent=1) + "\n")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for row in ROWS:
+        results.append(_run(row))
+        print(_line(results[-1]), flush=True)
+        _write(folder, results)
 
 
 if __name__ == "__main__":

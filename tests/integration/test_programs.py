@@ -50,7 +50,7 @@ def _run(workplace: Path, story: str, name: str, steps: int, **rollout: Any) -> 
     tree["data"]["prompts"]["size"] = 400
     tree["student"] = {"model": base}
     tree["teachers"] = {"base": {"model": base, "kv_cache_gib": 0.2}}
-    tree["rollout"] |= {"samples_per_prompt": 4} | rollout
+    tree["rollout"] |= {"samples_per_prompt": 4, "filters": None} | rollout
     tree["training"] = {"steps": steps, "batch_size": 32, "learning_rate": 1e-3, "schedule": "cosine"}
     recipe = workplace / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(tree))
@@ -105,7 +105,8 @@ def test_a_program_is_distilled_end_to_end(workplace: Path, story: str) -> None:
     program = summary["program"]
     # Rephrase, then respond: two calls where the first is not cut, and more tokens than the answer has.
     assert 1.9 < program["teacher_calls"] <= 2
-    assert program["teacher_tokens"] > program["answer_tokens"] + 2
+    # A rephrased question has a letter and its end at least.
+    assert program["teacher_tokens"] >= program["answer_tokens"] + 2
     assert program["exact_match"] > 0.6, "each stage was taught; a chain that is wired wrongly scores nothing"
     assert (summary["lost_samples"], summary["duplicated_samples"]) == (0, 0)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

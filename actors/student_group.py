@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors.beside_driver import beside_driver
 from actors.daemon_thread import in_daemon_thread
 from actors.student_engine import Phase
 from actors.student_rank import Mailbox, Order, RankConfig, run_rank
@@ -48,9 +49,11 @@ class StudentRanks:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         training = self.training
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote(training.ranks)
+        self._mailbox = beside_driver(Mailbox, max_concurrency=1000).remote(training.ranks)
         use_gpu = training.gpus_per_rank > 0
-        resources = {"CPU": training.cpus_per_rank} | ({"GPU": training.gpus_per_rank} if use_gpu else {})
+        resources = {"CPU": training.cpus_per_rank, **training.resources}
+        if use_gpu:
+            resources["GPU"] = training.gpus_per_rank
         trainer = TorchTrainer(
             run_rank,
             train_loop_config={
@@ -70,6 +73,8 @@ class StudentRanks:
                 use_gpu=use_gpu,
                 resources_per_worker=resources,
                 accelerator_type=training.accelerator_type,
+                label_selector=training.labels or None,
+                placement_strategy=training.placement.upper(),
             ),
             run_config=ray.train.RunConfig(
                 name="student",

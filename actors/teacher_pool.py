@@ -98,6 +98,8 @@ class ReplicaPool:
             "graceful_shutdown_timeout_s": 5.0,
             "ray_actor_options": actor_options(settings),
         }
+        if settings.max_replicas_per_node is not None:
+            options["max_replicas_per_node"] = settings.max_replicas_per_node
         if settings.autoscaling is None:
             options["num_replicas"] = settings.replicas
         else:
@@ -361,8 +363,8 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
         options["num_gpus"] = settings.num_gpus
     if settings.accelerator_type:
         options["accelerator_type"] = settings.accelerator_type
-    if settings.accelerator_types:
-        options["label_selector"] = {"ray.io/accelerator-type": f"in({','.join(settings.accelerator_types)})"}
+    if settings.label_selector:
+        options["label_selector"] = settings.label_selector
     if settings.resources:
         options["resources"] = settings.resources
     return options

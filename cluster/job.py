@@ -16,8 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import ray
-
+from actors.beside_driver import beside_driver
 from actors.daemon_thread import in_daemon_thread
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
@@ -84,6 +83,8 @@ class Job:
         """Set once the student is trained, measured and exported."""
         self.beside: list[Job] = []
         """Jobs whose students this one teaches."""
+        self.on_start: Callable[[], None] = lambda: None
+        """Called when the first replica or rank is about to start."""
         self.started = time.monotonic()
         self.weights: Any = None
         """Handle of the WeightStore of the student."""
@@ -97,6 +98,7 @@ class Job:
         config, checked = self.config, self.checked
         self.reporter.event("start", resumed_step=self.checkpoint.step if self.checkpoint else None)
         models = await self._or_stop(in_daemon_thread(resolve_models, config))
+        self.on_start()
         student = StudentRanks(
             training=config.training,
             vocab_size=checked.vocab_size,
@@ -109,7 +111,7 @@ class Job:
         )
         await student.start()
         try:
-            registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote(self.folder.read_teachers())
+            registry = beside_driver(TeacherRegistry).remote(self.folder.read_teachers())
             pools_context = open_pools(
                 config, checked, models, self.weights, self.reporter.event, registry, self.teacher_weights
             )

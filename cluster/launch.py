@@ -20,8 +20,9 @@ from rich.console import Console
 from cluster.capture import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.job import Checkpoint, Job
-from cluster.placement import bundles, check_capacity
+from cluster.placement import bundles
 from cluster.pools import check_signals, decoder, measure_arguments, open_pools, resolve_models
+from cluster.reservation import reserved
 from cluster.together import run_together
 from kdray.capture import check_alone, lacking
 from kdray.config import Config
@@ -49,8 +50,8 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         models = resolve_models(config)
         configs |= peer_configs(config, models.teachers, models.student)
         checked |= {name: check(each, given) for name, each in configs.items() if name}
-    with _connected(config) as nodes:
-        check_capacity([bundle for each in configs.values() for bundle in bundles(each)], nodes)
+    wanted = [bundle for each in configs.values() for bundle in bundles(each)]
+    with _connected(config), reserved(wanted, config.cluster, _tell) as room:
         checkpoints = {name: _checkpoint_to_resume(each) if resume else None for name, each in configs.items()}
         jobs: dict[str, Job] = {}
         with contextlib.ExitStack() as reporters:
@@ -63,6 +64,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                 reporter = RunReporter(folder, each.training.steps, console, decode=decode)
                 reporters.callback(reporter.close)
                 jobs[name] = Job(each, checked[name], folder, reporter, checkpoints[name])
+                jobs[name].on_start = room.release
             summaries = asyncio.run(run_together(jobs))
     for job in jobs.values():
         write_report(job.folder.path)
@@ -117,9 +119,8 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     if student is not None:
         config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(student)})})
     checked = check(config)
-    with _connected(config) as nodes:
-        wanted = [bundle for bundle in bundles(config) if bundle.role != "student"]
-        check_capacity(wanted, nodes)
+    with _connected(config):
+        _await_room(config, lambda role: role != "student")
         return asyncio.run(_evaluate(config, checked, teachers))
 
 
@@ -150,8 +151,8 @@ def capture(
         with contextlib.ExitStack() as stack:
             # A teacher in this process or elsewhere needs no cluster, and answers that are all there need nobody.
             if config.served_teachers and missing:
-                nodes = stack.enter_context(_connected(config))
-                check_capacity([bundle for bundle in bundles(config) if bundle.role.startswith("teacher")], nodes)
+                stack.enter_context(_connected(config))
+                _await_room(config, lambda role: role.startswith("teacher"))
             return asdict(asyncio.run(capture_answers(config, checked, models, folder, wanted, missing, on_progress)))
 
 
@@ -159,8 +160,8 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
     """Start the teachers alone and check their signals; by teacher, the numbers of `kdray.signals`. Raises: SignalError."""
     _quieten()
     checked = check(config)
-    with _connected(config) as nodes:
-        check_capacity([bundle for bundle in bundles(config) if bundle.role != "student"], nodes)
+    with _connected(config):
+        _await_room(config, lambda role: role != "student")
         return asyncio.run(_check_teachers(config, checked))
 
 
@@ -177,9 +178,19 @@ async def _evaluate(config: Config, checked: Checked, teachers: dict[str, str]) 
         return numbers
 
 
+def _await_room(config: Config, starts: Callable[[str], bool]) -> None:
+    """Wait until there is room for the roles that are about to start."""
+    with reserved([bundle for bundle in bundles(config) if starts(bundle.role)], config.cluster, _tell):
+        pass
+
+
+def _tell(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False)
+
+
 @contextlib.contextmanager
-def _connected(config: Config) -> Iterator[list[dict[str, float]]]:
-    """Join the named cluster or start a local Ray; gives each node's total resources. Ends only what it started."""
+def _connected(config: Config) -> Iterator[None]:
+    """Join the named cluster or start a local Ray. Ends only what it started."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     already = ray.is_initialized()
     if not already:
@@ -200,7 +211,7 @@ def _connected(config: Config) -> Iterator[list[dict[str, float]]]:
         # Handles alone reach the replicas: no HTTP proxy, no open port.
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield
     finally:
         # A local Ray takes its Serve with it. On a cluster Serve stays: other runs may have come to use it.
         if not already:

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from actors.beside_driver import beside_driver
 from actors.weight_sync import WeightStore
 from cluster.job import Job
 from kdray.config import PeerTeacherSettings, SelfTeacherSettings
@@ -36,7 +37,7 @@ async def run_together(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
     stores = []
 
     def store() -> Any:
-        stores.append(ray.remote(WeightStore).options(num_cpus=0, max_concurrency=1000).remote())
+        stores.append(beside_driver(WeightStore, max_concurrency=1000).remote())
         return stores[-1]
 
     for job in jobs.values():

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kdray.errors import ConfigError
-from kdray.settings.base import NonNegative, Positive, PositiveFloat, Settings, with_default_type
+from kdray.settings.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings, with_default_type
 from kdray.settings.data import (
     DataSettings,
     HubPrompts,
@@ -67,6 +67,7 @@ from kdray.settings.programs import (
     System2AttentionProgram,
     UniversalSettings,
 )
+from kdray.settings.roles import with_roles
 from kdray.settings.rollout import (
     EnsembleSettings,
     FilterSettings,
@@ -122,6 +123,14 @@ class ClusterSettings(Settings):
     """Ray cluster to join; None takes RAY_ADDRESS, or starts a local Ray that ends with the run."""
     local_cpus: Positive | None = None
     """CPUs that a local Ray counts; None is the machine's. More than it has lets small models share cores."""
+    roles: dict[str, dict[str, Any]] = Field(default={})
+    """Size and place of the run's parts on this cluster, laid over the recipe's own: by `teachers` (all), `teachers.<name>`,
+    `rollout.pool` or `training`, settings of those sections such as replicas, num_gpus, labels or ranks."""
+    may_grow: bool = False
+    """Whether the cluster adds nodes by itself (Ray's autoscaler): what no node has is then waited for, and asked for."""
+    wait_s: NonNegativeFloat = 600.0
+    """Longest wait for resources that others hold, or that nodes yet to come will bring; then the run ends and says what is
+    missing."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
 
@@ -155,7 +164,7 @@ class Config(Settings):
     @model_validator(mode="before")
     @classmethod
     def _default_type(cls, tree: Any) -> Any:
-        return with_default_type(tree, "loss", "minillm")
+        return with_roles(with_default_type(tree, "loss", "minillm"))
 
     @model_validator(mode="after")
     def _together(self) -> Config:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,13 +21,22 @@ import numpy as np
 
 from kdray.config import Config, load_config
 from kdray.errors import ConfigError, DataError
+from kdray.settings.roles import ENGINE_PLACE, TRAINING_PLACE
 
 CAPTURE = "capture"
 """Where `kdray capture` writes inside a run folder, which a run may still be started in."""
 
-_MAY_DIFFER = ("training.steps", "evaluation", "cluster", "run.output")
-"""Settings that a resumed run may change. `run.output` says where the folder is, not what the run does: the folder may
-have been moved, or the command started elsewhere."""
+_MAY_DIFFER = (
+    "training.steps",
+    "evaluation",
+    "cluster",
+    "run.output",
+    # DeepSpeed's checkpoints are cut by ranks and ZeRO stage.
+    *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks", "zero_stage"})),
+    *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
+)
+"""Settings that a resumed run may change: how long, how it is measured, and where its parts run. `run.output` says where the
+folder is, not what the run does: the folder may have been moved, or the command started elsewhere."""
 
 
 def utc_now() -> str:
@@ -44,8 +54,8 @@ class RunFolder:
     def create(cls, config: Config, resume: bool = False) -> RunFolder:
         """The folder of a run that is about to start, with its resolved config written.
 
-        With `resume`, the folder must hold a run whose config differs in `training.steps`, `evaluation`, `cluster` or
-        `run.output` at most; lines that a kill cut short are dropped.
+        With `resume`, the folder must hold a run whose config differs at most in what a resumed run may change; lines that a
+        kill cut short are dropped.
         Raises: ConfigError that names the folder and the remedies.
         """
         folder = cls(config.run_folder)
@@ -176,7 +186,7 @@ class RunFolder:
             key
             for key in stored.keys() | wanted.keys()
             if stored.get(key, _ABSENT) != wanted.get(key, _ABSENT)
-            and not any(key == free or key.startswith(f"{free}.") for free in _MAY_DIFFER)
+            and not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in _MAY_DIFFER)
         )
         if differing:
             changes = "; ".join(
@@ -184,7 +194,7 @@ class RunFolder:
             )
             raise ConfigError(
                 f"{self.path}: the run to resume had other settings ({changes}); a resumed run may change "
-                "training.steps, evaluation and cluster only: set these back, or choose another run.name"
+                "training.steps, evaluation, cluster and where its parts run only: set these back, or choose another run.name"
             )
 
 

@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdray.autoscaling import ScalingRules
 from kdray.settings.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.settings.labels import ACCELERATOR_LABEL, LabelSelector
 from kdray.settings.models import ModelSource
 from kdray.workload import WINDOW_S
 
@@ -129,6 +130,10 @@ class EngineSettings(Settings):
     expected to answer soonest, by measured tokens/s. Instead of `accelerator_type`."""
     resources: dict[str, float] = Field(default={})
     """Custom Ray resources that a replica takes, for placement."""
+    labels: LabelSelector = Field(default={})
+    """Labels that a node must have for a replica to be placed on it: `value`, `!value`, `in(a, b)` or `!in(a, b)` by label."""
+    max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Most replicas on one node: 1 spreads them. None leaves it to Ray Serve, which fills nodes by what is free."""
     max_num_seqs: Positive = 128
     """Sequences that a replica decodes at once."""
     max_num_batched_tokens: Positive = 4096
@@ -139,6 +144,12 @@ class EngineSettings(Settings):
     """Share of GPU memory that the engine may take; leave room for the log-probability rows."""
     engine_args: dict[str, Any] = Field(default={})
     """Further vLLM engine arguments, passed through by name; those that kdray sets itself are refused."""
+
+    @property
+    def label_selector(self) -> dict[str, str]:
+        """Ray's, of a replica: the labels, and the accelerator types that it may be placed on."""
+        kinds = self.accelerator_types
+        return {**self.labels, **({ACCELERATOR_LABEL: f"in({','.join(kinds)})"} if kinds else {})}
 
     @property
     def mixed_hardware(self) -> bool:
@@ -158,6 +169,8 @@ class EngineSettings(Settings):
                 )
             if not self.accelerator_types or len(set(self.accelerator_types)) != len(self.accelerator_types):
                 raise ValueError(f"accelerator_types={self.accelerator_types}: name at least one type, and each once")
+        if self.accelerator_types is not None and ACCELERATOR_LABEL in self.labels:
+            raise ValueError("labels.ray.io/accelerator-type beside accelerator_types: both name it; keep one")
         if self.tensor_parallel_size > 1 and self.num_gpus not in (0.0, float(self.tensor_parallel_size)):
             raise ValueError(
                 f"num_gpus={self.num_gpus:g} with tensor_parallel_size={self.tensor_parallel_size}: a replica takes one GPU "

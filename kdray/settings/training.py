@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from kdray.settings.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.settings.data import TextSource
 from kdray.settings.features import FeatureSettings
+from kdray.settings.labels import LabelSelector
 from kdray.settings.schedules import ScheduleSettings
 
 
@@ -78,6 +79,12 @@ class TrainingSettings(Settings):
     """GPUs that Ray reserves for a rank: 1 on a GPU cluster, 0 on CPUs."""
     accelerator_type: str | None = None
     """Ray accelerator type that the ranks are placed on, such as `H100`."""
+    resources: dict[str, float] = Field(default={})
+    """Custom Ray resources that a rank takes, for placement."""
+    labels: LabelSelector = Field(default={})
+    """Labels that a node must have for a rank to be placed on it: `value`, `!value`, `in(a, b)` or `!in(a, b)` by label."""
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    """Ranks on few nodes (`pack`, the fastest links) or many; `strict_pack` wants one node, `strict_spread` one each."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and parameters)."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -1,0 +1,14 @@
+"""Actors that hold what belongs to the driver: orders, published weights, what teachers are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+def beside_driver(actor: type[Any], **options: Any) -> Any:
+    """The class as a Ray actor class on the driver's own node, where no other node's end can take it along."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, **options)

@@ -118,6 +118,35 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
         typer.echo(settings.dump(), nl=False)
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        Path | None, typer.Option("--cluster", metavar="FILE", help="YAML that describes a cluster; the live one otherwise.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="Take the rates from this run's metrics, not from a model.")
+    ] = None,
+) -> None:
+    """Show what goes where, its memory, and which part will wait for which; exit 2 for what can never fit."""
+    with _exit_codes():
+        settings = _load(config, overrides)
+        from cluster.plan import described_nodes, rates_of, table
+        from cluster.plan import plan as lay_out
+
+        rates = None if measured is None else rates_of(measured)
+        if nodes is None:
+            from cluster.launch import connected_nodes
+
+            found = lay_out(settings, connected_nodes(settings), rates)
+        else:
+            found = lay_out(settings, described_nodes(nodes), rates)
+        _print_columns("role", table(found))
+        for line in found.lines:
+            typer.echo(line)
+
+
 @app.command(name="eval")
 def evaluate(
     source: Annotated[Path, typer.Argument(metavar="CONFIG-or-RUN", help="A recipe (its student as it is), or a run folder.")],

@@ -20,9 +20,9 @@ from rich.console import Console
 from cluster.capture import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.job import Checkpoint, Job
-from cluster.placement import bundles
+from cluster.placement import Node, bundles
 from cluster.pools import check_signals, decoder, measure_arguments, open_pools, resolve_models
-from cluster.reservation import reserved
+from cluster.reservation import live_nodes, reserved
 from cluster.together import run_together
 from kdray.capture import check_alone, lacking
 from kdray.config import Config
@@ -122,6 +122,12 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     with _connected(config):
         _await_room(config, lambda role: role != "student")
         return asyncio.run(_evaluate(config, checked, teachers))
+
+
+def connected_nodes(config: Config) -> list[Node]:
+    """The nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
+    with _connected(config):
+        return live_nodes()
 
 
 def capture(

@@ -118,7 +118,7 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Plac
     Raises: CapacityError naming the setting, what it asks and what is there.
     """
     for bundle in wanted:
-        if bundle.count and not any(_could_hold(node, bundle) for node in nodes):
+        if bundle.count and not any(could_hold(node, bundle) for node in nodes):
             matching = [node for node in nodes if matches(node.labels, bundle.labels)]
             lacking = "no node has that" if matching or not bundle.labels else "no node has these labels"
             raise CapacityError(
@@ -146,7 +146,7 @@ def pack(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:
     Bin packing is hard; this is first-fit in two orders, and may refuse what a search over all layouts would place.
     Raises: CapacityError for the bundle that found no node.
     """
-    could = {id(bundle): [index for index, node in enumerate(nodes) if _could_hold(node, bundle)] for bundle in wanted}
+    could = {id(bundle): [index for index, node in enumerate(nodes) if could_hold(node, bundle)] for bundle in wanted}
     usable = Counter(index for indices in could.values() for index in indices)
 
     def size(bundle: Bundle) -> tuple[float, ...]:
@@ -200,7 +200,7 @@ def _first_fit(
     return placed
 
 
-def _could_hold(node: Node, bundle: Bundle) -> bool:
+def could_hold(node: Node, bundle: Bundle) -> bool:
     """Whether the node, empty, is one for this bundle; for all of them where they must be together."""
     if not matches(node.labels, bundle.labels):
         return False
@@ -216,7 +216,7 @@ def _room(resources: Mapping[str, float], bundle: Bundle) -> int:
 
 
 def _asked(bundle: Bundle) -> str:
-    text = _text(bundle.resources)
+    text = describe_resources(bundle.resources)
     if bundle.together and bundle.count > 1:
         text += f", {bundle.count} times"
     return text + (f" and labels {_labels(bundle.labels)}" if bundle.labels else "")
@@ -232,7 +232,7 @@ _SHOWN = 8
 def describe_nodes(nodes: Sequence[Node]) -> str:
     """Nodes as a message shows them: equal ones once, with their number."""
     kinds = Counter(
-        _text(node.resources)
+        describe_resources(node.resources)
         + (f" [{shown}]" if (shown := _labels({k: v for k, v in node.labels.items() if k != "ray.io/node-id"})) else "")
         for node in nodes
     )
@@ -241,6 +241,7 @@ def describe_nodes(nodes: Sequence[Node]) -> str:
     return "; ".join(listed) + (f"; and {more} other kinds" if more > 0 else "")
 
 
-def _text(resources: Mapping[str, Any]) -> str:
+def describe_resources(resources: Mapping[str, Any]) -> str:
+    """Resources as a message shows them, without Ray's own."""
     shown = {name: amount for name, amount in resources.items() if not name.startswith(("node:", "memory", "object_store"))}
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

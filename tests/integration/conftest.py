@@ -26,6 +26,8 @@ from .runs import STARTED
 # Nothing here may look outside; the tiny models are made on the spot.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Ray clusters are joined by address here, with the token that Ray keeps; read when Ray is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 VOCAB = 48
 EOS = 1

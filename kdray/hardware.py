@@ -1,0 +1,33 @@
+"""What accelerators have and do, by Ray's names of the types: data sheets, dense bfloat16 (float16 where there is none)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One GPU."""
+
+    memory_gib: float
+    tflops: float
+    """Dense half-precision arithmetic, TFLOP/s at its peak."""
+    bandwidth_gb_s: float
+    """Of its memory, GB/s."""
+
+
+# Types with several memory sizes stand with the smallest.
+ACCELERATORS = {
+    "V100": Accelerator(16, 125, 900),
+    "T4": Accelerator(15, 65, 320),
+    "A10G": Accelerator(22, 70, 600),
+    "L4": Accelerator(22, 121, 300),
+    "L40S": Accelerator(44, 362, 864),
+    "A100": Accelerator(39, 312, 1555),
+    "A100-40G": Accelerator(39, 312, 1555),
+    "A100-80G": Accelerator(79, 312, 2039),
+    "H100": Accelerator(79, 989, 3350),
+    "H200": Accelerator(139, 989, 4800),
+    "H20": Accelerator(95, 148, 4000),
+    "B200": Accelerator(178, 2250, 8000),
+}

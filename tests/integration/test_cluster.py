@@ -1,0 +1,166 @@
+"""A cluster of several nodes: every part lands where the recipe's cluster section says, and nodes may go in mid-run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.cluster_utils import Cluster
+
+from cluster.placement import Bundle
+from cluster.reservation import reserved
+from kdray.config import ClusterSettings
+from kdray.errors import CapacityError
+
+from .runs import check_ledger, finish, json_lines, start, write_recipe
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Head, two kinds of teacher node, one for the student."""
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "labels": {"role": "head"}, "include_dashboard": False}
+    )
+    try:
+        nodes.add_node(num_cpus=1, labels={"role": "teacher", "kind": "large"}, resources={"large": 1})
+        nodes.add_node(num_cpus=1, labels={"role": "teacher", "kind": "small"}, resources={"small": 1})
+        nodes.add_node(num_cpus=2, labels={"role": "student"})
+        nodes.wait_for_nodes()
+        ray.init(address=nodes.address, log_to_driver=False)
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def _roles(cluster: Cluster, ranks: int = 2) -> dict[str, Any]:
+    return {
+        "address": cluster.address,
+        "roles": {
+            "teachers": {"replicas": 2, "labels": {"kind": "in(large, small)"}, "max_replicas_per_node": 1},
+            "training": {"ranks": ranks, "labels": {"role": "student"}},
+        },
+    }
+
+
+def _labels() -> dict[str, dict[str, str]]:
+    return {node["NodeID"]: node["Labels"] for node in ray.nodes()}
+
+
+def _places(run_actor: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """Node ids of the living actors that `run_actor` picks, from Ray's own table of actors."""
+    from ray._private.state import actors
+
+    return [each["Address"]["NodeID"] for each in actors().values() if each["State"] == "ALIVE" and run_actor(each)]
+
+
+def _replicas() -> list[str]:
+    return _places(lambda each: each["ActorClassName"].startswith("ServeReplica:kdray-"))
+
+
+def _ranks() -> list[str]:
+    return _places(lambda each: each["ActorClassName"] == "RayTrainWorker")
+
+
+def _until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
+        time.sleep(0.5)
+
+
+def _steps(run: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return len(json_lines(run / "metrics.jsonl"))
+    return 0
+
+
+def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_rank(
+    cluster: Cluster, workplace: Path, marker: str
+) -> None:
+    """The recipe of the other tests with only its cluster section changed; then a teacher's and the student's node go."""
+    training = {"steps": 30, "checkpoint_every": 5, "batch_size": 32, "learning_rate": 3e-3}
+    recipe = write_recipe(workplace, "placed", training=training, rollout={"max_new_tokens": 8, "retries": 8})
+    plain = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(plain | {"cluster": _roles(cluster) | {"health_check_period_s": 2}}))
+    process = start("run", str(recipe))
+    run = workplace / "runs" / "placed"
+    _until(lambda: len(_ranks()) == 2 and len(_replicas()) == 2 and _steps(run) >= 7, "placed and training", 240)
+    labels = _labels()
+    assert {labels[node].get("kind") for node in _replicas()} == {"large", "small"}
+    assert [labels[node].get("role") for node in _ranks()] == ["student", "student"]
+
+    by_label = {(node.get("kind") or node["role"]): node_id for node_id, node in labels.items() if node.get("role")}
+    raylets = {each.unique_id if hasattr(each, "unique_id") else each.node_id: each for each in cluster.worker_nodes}
+    spare = cluster.add_node(num_cpus=2, labels={"role": "student", "kind": "spare"})
+    cluster.remove_node(raylets[by_label["small"]], allow_graceful=False)
+    _until(lambda: len(_replicas()) == 1, "the teacher's node is gone")
+    before = _steps(run)
+    cluster.remove_node(raylets[by_label["student"]], allow_graceful=False)
+    finish(process, 0, 400)
+
+    assert before < 30, "the student's node went in mid-run"
+    check_ledger(run, 30)
+    kinds = [event["kind"] for event in json_lines(run / "events.jsonl")]
+    assert "replicas" in kinds
+    summary = yaml.safe_load((run / "summary.json").read_text())
+    assert summary["restarts"] >= 1
+    assert (summary["lost_samples"], summary["duplicated_samples"]) == (0, 0)
+    cluster.remove_node(spare)
+
+
+def test_what_waits_for_room_is_what_the_autoscaler_is_asked_for(cluster: Cluster) -> None:
+    """No node has the label: the request waits, is seen as demand with its labels, and its end says what is missing."""
+    from ray._raylet import GcsClient
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    wanted = [
+        Bundle("teacher big", "teachers.big.replicas", 2, {"CPU": 1.0}, {"kind": "absent"}),
+        Bundle("student", "training.ranks", 1, {"CPU": 1.0}),
+    ]
+    lines: list[str] = []
+    seen: list[tuple[dict[str, float], dict[str, list[str]]]] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        state = get_cluster_resource_state(GcsClient(address=cluster.address))
+        for gang in state.pending_gang_resource_requests:
+            for option in gang.bundle_selectors:
+                for request in option.resource_requests:
+                    constraints = [c for selector in request.label_selectors for c in selector.label_constraints]
+                    selected = {c.label_key: list(c.label_values) for c in constraints}
+                    seen.append((dict(request.resources_bundle), selected))
+
+    settings = ClusterSettings(may_grow=True, wait_s=20)
+    with pytest.raises(CapacityError, match=r"cluster.wait_s=20: no room .*teachers\.big\.replicas.*no node has these labels"):  # noqa: SIM117
+        with reserved(wanted, settings, tell):
+            pass
+    assert lines
+    assert "teachers.big.replicas" in lines[0]
+    assert sorted(map(str, seen)) == sorted(
+        map(str, [({"CPU": 1.0}, {"kind": ["absent"]}), ({"CPU": 1.0}, {"kind": ["absent"]}), ({"CPU": 1.0}, {})])
+    )
+    with pytest.raises(CapacityError, match="teachers.big.replicas"), reserved(wanted, ClusterSettings(), tell):
+        pass
+
+
+def test_a_run_waits_for_what_others_hold_and_goes_on_when_it_is_free(cluster: Cluster) -> None:
+    holder = ray.util.placement_group([{"large": 1.0}])
+    assert holder.wait(20)
+    wanted = [Bundle("teacher", "teachers.a.replicas", 1, {"large": 1.0})]
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        ray.util.remove_placement_group(holder)
+
+    with reserved(wanted, ClusterSettings(wait_s=120), tell):
+        pass
+    assert len(lines) == 1
+    assert "1 large" in lines[0]

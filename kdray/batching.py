@@ -57,9 +57,8 @@ def rollouts_to_batch(
             )
         if not lacking and rollouts:
             batch.columns[name] = _column(values, rollouts, batch.token_ids.shape[1], dtype, fill)
-    names = [token_groups(rollout, step - 1) for rollout in rollouts]
-    groups = tuple(sorted({name for row in names for name in row}))
-    index = [np.array([groups.index(name) for name in row], dtype=np.int32) for row in names]
+    groups, of_tokens = token_groups(rollouts, step - 1)
+    index = np.split(of_tokens, np.cumsum([len(rollout.token_ids) for rollout in rollouts])[:-1])
     group = _column(index, rollouts, batch.token_ids.shape[1], np.int32, -1) if rollouts else None
     if weights is not None:
         rows = [np.full(len(rollout.token_ids), weights[rollout.sample_id], dtype=np.float32) for rollout in rollouts]
@@ -97,37 +96,49 @@ def micro_batches(batch: TrainBatch, micro_batch_size: int) -> Iterator[TrainBat
 
 def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step: int) -> TrainBatch:
     """Rows of (prompt ids, response ids), right-padded."""
-    lengths = np.array([len(prompt) + len(response) for prompt, response in rows], dtype=np.int32)
+    prompts = np.array([len(prompt) for prompt, _ in rows], dtype=np.int32)
+    lengths = prompts + np.array([len(response) for _, response in rows], dtype=np.int32)
     width = max(1, int(lengths.max(initial=0)))
     token_ids = np.zeros((len(rows), width), dtype=np.int32)
-    loss_mask = np.zeros((len(rows), width), dtype=bool)
-    for row, (prompt, response) in enumerate(rows):
-        token_ids[row, : lengths[row]] = np.concatenate([prompt, response])
-        loss_mask[row, len(prompt) : lengths[row]] = True
+    if rows:
+        token_ids[_places(np.zeros_like(lengths), lengths)] = np.concatenate([part for row in rows for part in row])
+    position = np.arange(width)
+    loss_mask = (position >= prompts[:, None]) & (position < lengths[:, None])
     # Nothing stands before position 0 to predict it from.
     loss_mask[:, 0] = False
     return TrainBatch(
         step=step,
         sample_ids=np.array(sample_ids, dtype=np.int64),
         token_ids=token_ids,
-        lengths=lengths,
+        lengths=lengths.astype(np.int32),
         loss_mask=loss_mask,
         num_target_tokens=int(loss_mask.sum()),
     )
+
+
+def _places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, positions) of the tokens of all rows one after the other, [T] each; row b's begin at `starts[b]`."""
+    ends = np.cumsum(lengths)
+    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    return np.repeat(np.arange(len(lengths)), lengths), within + np.repeat(starts, lengths)
 
 
 def _column(
     values: list[np.ndarray], rollouts: Sequence[Rollout], width: int, dtype: type[np.generic], fill: float
 ) -> np.ndarray:
     """Response columns [T] or [T, K] moved to where their tokens stand: [B, S] or [B, S, widest K]."""
-    trailing = (max(value.shape[1] for value in values),) if values[0].ndim == 2 else ()
-    column = np.full((len(values), width, *trailing), fill, dtype=dtype)
-    for row, (value, rollout) in enumerate(zip(values, rollouts, strict=True)):
-        start = len(rollout.prompt_ids)
-        target = column[row, start : start + len(value)]  # a view: [T] or [T, widest K]
-        if trailing:
-            target = target[:, : value.shape[1]]
-        target[...] = value
+    trailing = [value.shape[1] if value.ndim == 2 else 0 for value in values]
+    column = np.full((len(values), width, *([max(trailing)] if values[0].ndim == 2 else [])), fill, dtype=dtype)
+    starts = np.array([len(rollout.prompt_ids) for rollout in rollouts])
+    # Rows of one width are moved at once: one by one, they would cost more than all else that the loop does.
+    for each in set(trailing):
+        of_width = np.flatnonzero(np.array(trailing) == each)
+        rows, positions = _places(starts[of_width], np.array([len(values[row]) for row in of_width]))
+        moved = np.concatenate([values[row] for row in of_width])
+        if values[0].ndim == 2:
+            column[of_width[rows], positions, :each] = moved
+        else:
+            column[of_width[rows], positions] = moved
     return column
 
 

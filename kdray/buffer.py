@@ -41,6 +41,8 @@ class RolloutBuffer:
         self._version = start_step
         self._ready: dict[int, Rollout] = {}
         self._taken = self._next
+        self._missing: set[int] = set()
+        """Samples that the trainer waits for."""
         self._sampled_at: dict[int, float] = {}
         self._changed = asyncio.Condition()
 
@@ -80,6 +82,7 @@ class RolloutBuffer:
                         f"but needs {self.min_version(sample_id)} or newer"
                     )
                 self._ready[sample_id] = rollout
+                self._missing.discard(sample_id)
                 self._sampled_at.setdefault(sample_id, time.perf_counter())
             self._changed.notify_all()
 
@@ -93,9 +96,10 @@ class RolloutBuffer:
         started = time.perf_counter()
         async with self._changed:
             if missing := [sample_id for sample_id in wanted if sample_id not in self._ready]:
+                self._missing = set(missing)
                 on_wait(missing)
                 try:
-                    await self._changed.wait_for(lambda: all(sample_id in self._ready for sample_id in wanted))
+                    await self._changed.wait_for(lambda: not self._missing)
                 finally:
                     on_wait(())
             ended = time.perf_counter()

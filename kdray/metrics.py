@@ -134,9 +134,26 @@ def filter_metrics(dropped: Mapping[int, str], num_rollouts: int) -> dict[str, f
     return {"filtered": len(dropped) / num_rollouts, **shares}
 
 
-def token_groups(rollout: Rollout, trained_version: int) -> list[str]:
-    """Where each token of a rollout is counted: its teacher and its staleness in steps, `teacher/<name>/staleness_<steps>`."""
-    return [f"teacher/{rollout.teacher}/staleness_{trained_version - int(version)}" for version in rollout.student_versions]
+def token_groups(rollouts: Sequence[Rollout], trained_version: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """Where the tokens of rollouts are counted: by teacher and staleness in steps, `teacher/<name>/staleness_<steps>`.
+
+    Returns: the names that occur, sorted; of every token, one rollout after the other, the index of its name, [T] int32.
+    """
+    teachers = sorted({rollout.teacher for rollout in rollouts})
+    number = {teacher: index for index, teacher in enumerate(teachers)}
+    lengths = [len(rollout.student_versions) for rollout in rollouts]
+    of_teacher = np.repeat([number[rollout.teacher] for rollout in rollouts], lengths)
+    if not len(of_teacher):
+        return (), np.empty(0, dtype=np.int32)
+    staleness = trained_version - np.concatenate([rollout.student_versions for rollout in rollouts]).astype(np.int64)
+    least, span = int(staleness.min()), int(np.ptp(staleness)) + 1
+    codes = of_teacher * span + (staleness - least)
+    present = np.flatnonzero(np.bincount(codes))
+    names = [f"teacher/{teachers[code // span]}/staleness_{code % span + least}" for code in present]
+    order = sorted(range(len(names)), key=lambda place: names[place])
+    place_of = np.zeros(int(present[-1]) + 1, dtype=np.int32)
+    place_of[present[order]] = np.arange(len(names))
+    return tuple(names[place] for place in order), place_of[codes]
 
 
 def _weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
@@ -145,19 +162,19 @@ def _weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[s
     A teacher that the student has left behind, or that is far from it, shows as a low effective sample size there. Tokens of
     a black-box teacher, whose m is unknown, are left out.
     """
-    log_weights, names = [np.empty(0)], []
-    for rollout in rollouts:
-        if rollout.student_logprobs is not None and rollout.mixture_logprobs is not None:
-            log_weights.append(rollout.student_logprobs - rollout.mixture_logprobs)
-            names += token_groups(rollout, trained_version)
+    known = [rollout for rollout in rollouts if rollout.student_logprobs is not None and rollout.mixture_logprobs is not None]
+    names, groups = token_groups(known, trained_version)
     if not names:
         return {}
-    weights, groups = np.exp(np.concatenate(log_weights).astype(np.float64)), np.array(names)
+    log_q = np.concatenate([rollout.student_logprobs for rollout in known if rollout.student_logprobs is not None])
+    log_m = np.concatenate([rollout.mixture_logprobs for rollout in known if rollout.mixture_logprobs is not None])
+    weights = np.exp((log_q - log_m).astype(np.float64))
+    counts = np.bincount(groups)
+    totals, squares = np.bincount(groups, weights), np.bincount(groups, np.square(weights))
+    every = [("", totals.sum(), squares.sum(), counts.sum())]
+    every += [(f"{name}/", *of) for name, *of in zip(names, totals, squares, counts, strict=True)]
     metrics = {}
-    for group in (None, *np.unique(groups)):
-        values = weights if group is None else weights[groups == group]
-        prefix = "" if group is None else f"{group}/"
-        total, squares = float(values.sum()), float(np.square(values).sum())
-        metrics[f"{prefix}importance_weight_mean"] = total / len(values)
-        metrics[f"{prefix}importance_weight_ess"] = effective_sample_size(total, squares, len(values))
+    for prefix, total, square, count in every:
+        metrics[f"{prefix}importance_weight_mean"] = float(total / count)
+        metrics[f"{prefix}importance_weight_ess"] = effective_sample_size(float(total), float(square), int(count))
     return metrics

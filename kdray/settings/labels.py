@@ -21,7 +21,8 @@ def _checked(labels: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"labels: {key!r} is no label of a Ray node, such as market-type or example.com/rack")
         if not _CONDITION.fullmatch(condition):
             raise ValueError(f"labels.{key}={condition!r}: write `value`, `!value`, `in(a, b)` or `!in(a, b)`")
-    return labels
+    # Ray takes a space in a list, and then finds no node by what stands behind it (2.60).
+    return {key: condition.replace(", ", ",") for key, condition in labels.items()}
 
 
 LabelSelector = Annotated[dict[str, str], AfterValidator(_checked)]

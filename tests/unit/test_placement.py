@@ -185,6 +185,13 @@ def test_labels_that_ray_would_not_take_are_refused(labels: dict[str, str], mess
         parse_config(tree)
 
 
+def test_a_list_of_values_reaches_ray_without_spaces() -> None:
+    """Ray 2.60 accepts `in(a, b)` and then never matches b."""
+    teacher = {"model": "m", "labels": {"kind": "in(a, b)"}, "replicas": 1}
+    config = parse_config({"run": {"name": "x"}, "student": {"model": "s"}, "teachers": {"t": teacher}})
+    assert config.served_teachers["t"].label_selector == {"kind": "in(a,b)"}
+
+
 def test_a_node_with_an_accelerator_resource_has_its_label() -> None:
     found = Node.of_ray({"Resources": {"CPU": 1.0, "accelerator_type:L4": 1.0}, "NodeID": "abc"})
     assert matches(found.labels, {"ray.io/accelerator-type": "in(L4,T4)"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ class StudentRanks:
     """Folder that Ray Train keeps its own state in."""
     average: Any = None
     """Actor handle of the WeightStore of a teacher that is this student's average; None where there is none."""
+
+    on_event: Callable[..., None] = lambda kind, **fields: None
+    """Called with what happens to the ranks: kind, and fields by name."""
 
     def __post_init__(self) -> None:
         # Ranks work in folders of their own.
@@ -141,7 +144,14 @@ class StudentRanks:
         assert self._fit is not None
         index = await self._mailbox.post.remote(order)
         answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
-        await asyncio.wait({answer, self._fit}, return_when=asyncio.FIRST_COMPLETED)
+        # Loading models takes what it takes; what follows has a bound.
+        patience = None if order.kind in ("phase", "export") else self.training.stuck_after_s
+        while True:
+            done, _ = await asyncio.wait({answer, self._fit}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                break
+            self.on_event("ranks_stuck", order=order.kind, seconds=patience)
+            await self._mailbox.kill_ranks.remote()
         if not answer.done():
             answer.cancel()
             raise TrainingError(f"the student ranks ended during `{order.kind}`: {_reason(self._fit)}")

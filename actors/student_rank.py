@@ -62,6 +62,7 @@ class Mailbox:
         self._next = 0
         self._start: tuple[int, int | None, str | None] = (0, None, None)
         self._starts = 0
+        self._ranks: dict[int, Any] = {}
         self._changed = asyncio.Condition()
 
     async def post(self, order: Order) -> int:
@@ -112,6 +113,15 @@ class Mailbox:
         phase = self._orders[phase_index].phase if phase_index is not None else None
         return index, phase, checkpoint
 
+    async def enter(self, rank: int, actor: Any) -> None:
+        """Note who a rank is, for `kill_ranks`."""
+        self._ranks[rank] = actor
+
+    async def kill_ranks(self) -> None:
+        """End every rank at once, whatever it does; Ray Train starts the group again."""
+        for actor in self._ranks.values():
+            ray.kill(actor)
+
     async def restarts(self) -> int:
         """Times the whole group was started again after its first start."""
         return max(0, self._starts - 1)
@@ -145,6 +155,7 @@ def run_rank(given: dict[str, RankConfig]) -> None:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     engine = StudentEngine(config.training, config.vocab_size, config.seed)
     mailbox = config.mailbox
+    ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
         engine.start_phase(phase)

@@ -75,6 +75,8 @@ class EngineSpec:
     kv_cache_gib: float = 1.0
     gpu_memory_utilization: float = 0.85
     seed: int = 0
+    stuck_after_s: float = 300.0
+    """Longest time that the engine may take to answer between two steps."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -168,6 +170,16 @@ class TeacherEngine:
         if self._broken:
             raise EngineError(self._broken)
         await self._engine.check_health()
+
+    async def check_progress(self) -> None:
+        """Return once the engine's worker has answered, as it does between two steps.
+
+        Raises: EngineError when it does not in `stuck_after_s`. An engine process that hangs looks alive otherwise.
+        """
+        try:
+            await asyncio.wait_for(self._engine.collective_rpc("kdray_stats"), self.spec.stuck_after_s)
+        except TimeoutError as error:
+            raise EngineError(f"the engine has not answered for {self.spec.stuck_after_s:g} s") from error
 
     # ------------------------------------------------------------------------------------------- sample and score
 

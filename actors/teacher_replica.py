@@ -7,6 +7,7 @@ serves a request that asks for newer ones than it holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -16,7 +17,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
+from ray.exceptions import ActorDiedError
 
 from actors.teacher_engine import EngineSpec, TeacherEngine
 from actors.weight_sync import pull
@@ -165,18 +168,43 @@ class TeacherReplica:
                 await self._renew_teacher()
 
     async def _watch(self) -> None:
-        """End this process as soon as its engine is dead or in an unknown state.
+        """End this process as soon as its engine is dead, stuck or in an unknown state.
 
         A replica that lives on around a dead engine would fail every call for as many health checks as Serve wants to see;
         a dead one is replaced at once, and its callers ask the next.
         """
+        progress = asyncio.create_task(self._engine.check_progress())
         while True:
             await asyncio.sleep(_WATCH_PERIOD_S)
             try:
+                await self._check_owner()
                 await self.check_health()
+                if progress.done():
+                    progress.result()
+                    progress = asyncio.create_task(self._engine.check_progress())
             except Exception:
                 logger.exception("the engine of this replica failed; the replica ends")
+                # A process that is stopped does not notice that its parent has gone.
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
                 os._exit(1)
+
+    async def _check_owner(self) -> None:
+        """Take the whole pool down where the run that it belongs to is gone: a driver that was killed could not.
+
+        Without it, replicas on a cluster would hold their GPUs until somebody noticed.
+        """
+        if self._store is None:
+            return
+        try:
+            await self._store.target.remote(self._spec.teacher)
+        except ActorDiedError:
+            from ray import serve
+
+            serve.delete(serve.get_replica_context().app_name, _blocking=False)
+            # Serve ends this replica now, gently; until then it has nothing to watch.
+            await asyncio.Event().wait()
 
     async def __del__(self) -> None:
         for task in (getattr(self, "_watcher", None), getattr(self, "_follower", None)):

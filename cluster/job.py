@@ -108,6 +108,7 @@ class Job:
             checkpoints=self.folder.checkpoints,
             storage=self.folder.path / "logs" / "ray_train",
             average=self.average,
+            on_event=self.reporter.event,
         )
         await student.start()
         try:

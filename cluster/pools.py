@@ -381,6 +381,7 @@ def _spec(config: Config, checked: Checked, engine: EngineSettings) -> EngineSpe
         kv_cache_gib=engine.kv_cache_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         seed=config.run.seed,
+        stuck_after_s=config.cluster.stuck_after_s,
         engine_args=engine.engine_args,
     )
 

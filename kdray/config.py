@@ -131,6 +131,9 @@ class ClusterSettings(Settings):
     wait_s: NonNegativeFloat = 600.0
     """Longest wait for resources that others hold, or that nodes yet to come will bring; then the run ends and says what is
     missing."""
+    stuck_after_s: PositiveFloat = 300.0
+    """Longest time that an engine may take to answer between two of its steps; beyond it the engine is stuck, and its replica
+    is replaced."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
 

@@ -81,6 +81,7 @@ def _steps(run: Path) -> int:
     return 0
 
 
+@pytest.mark.timeout(1200)
 def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_rank(
     cluster: Cluster, workplace: Path, marker: str
 ) -> None:
@@ -91,7 +92,7 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     recipe.write_text(yaml.safe_dump(plain | {"cluster": _roles(cluster) | {"health_check_period_s": 2}}))
     process = start("run", str(recipe))
     run = workplace / "runs" / "placed"
-    _until(lambda: len(_ranks()) == 2 and len(_replicas()) == 2 and _steps(run) >= 7, "placed and training", 240)
+    _until(lambda: len(_ranks()) == 2 and len(_replicas()) == 2 and _steps(run) >= 7, "placed and training", 400)
     labels = _labels()
     assert {labels[node].get("kind") for node in _replicas()} == {"large", "small"}
     assert [labels[node].get("role") for node in _ranks()] == ["student", "student"]
@@ -115,6 +116,22 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     cluster.remove_node(spare)
 
 
+@pytest.mark.timeout(900)
+def test_a_killed_driver_leaves_no_replica_and_the_resumed_run_trains_every_sample_once(
+    cluster: Cluster, workplace: Path, marker: str
+) -> None:
+    training = {"steps": 16, "checkpoint_every": 4, "batch_size": 32, "learning_rate": 3e-3}
+    recipe = write_recipe(workplace, "killed", training=training, rollout={"max_new_tokens": 8}, cluster=_roles(cluster))
+    process = start("run", str(recipe))
+    run = workplace / "runs" / "killed"
+    _until(lambda: _steps(run) >= 5, "trained", 400)
+    process.kill()
+    process.wait()
+    _until(lambda: not _replicas() and not _ranks(), "nobody left of the killed run")
+    finish(start("run", str(recipe), "--resume"), 0, 400)
+    check_ledger(run, 16)
+
+
 def test_what_waits_for_room_is_what_the_autoscaler_is_asked_for(cluster: Cluster) -> None:
     """No node has the label: the request waits, is seen as demand with its labels, and its end says what is missing."""
     from ray._raylet import GcsClient
@@ -129,6 +146,7 @@ def test_what_waits_for_room_is_what_the_autoscaler_is_asked_for(cluster: Cluste
 
     def tell(line: str) -> None:
         lines.append(line)
+        seen.clear()
         state = get_cluster_resource_state(GcsClient(address=cluster.address))
         for gang in state.pending_gang_resource_requests:
             for option in gang.bundle_selectors:

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-unit test-full lint format bench clean
+.PHONY: quickstart test test-unit test-full chaos lint format bench clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
 	rm -rf runs/quickstart
@@ -18,6 +18,9 @@ test-unit: $(STAMP)  ## seconds, no Ray
 
 test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
 	$(BIN)/python -m pytest tests/integration -q
+
+chaos: $(STAMP)  ## 30 faults on one run, real engines; half an hour and more
+	$(BIN)/python -m tests.integration.chaos --seed 0 --faults 30
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -96,8 +96,11 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+def make_workplace(root: Path) -> Path:
     """A folder as a user has it: a teacher and a student saved by save_pretrained, prompts in a JSONL file."""
-    root = tmp_path_factory.mktemp("workplace")
     build_tiny_model(
         TinyModel(type="tiny", layers=2, width=64, seed=1, train={"steps": 150, "difficulty": 1}), root / "teacher"
     )

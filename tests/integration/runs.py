@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import yaml
@@ -42,11 +42,12 @@ def write_recipe(workplace: Path, name: str, **sections: Any) -> Path:
     return path
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, log: IO[str] | None = None) -> subprocess.Popen[str]:
+    """The command in a process of its own. Args: log: where its output goes; a pipe that `finish` reads otherwise."""
     # A session of its own, so that what it leaves behind can be found by session id.
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", *arguments],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if log is None else log,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,

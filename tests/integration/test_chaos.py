@@ -1,0 +1,23 @@
+"""A short schedule of faults on real engines; `make chaos` has a long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .chaos import Chaos, cluster_of, recipe_of, steps_for
+
+
+@pytest.mark.timeout(1500)
+def test_a_run_survives_a_stuck_engine_a_killed_rank_a_full_disk_and_a_corrupt_checkpoint(workplace: Path, marker: str) -> None:
+    wanted = ["stop_engine", "kill_rank", "corrupt_checkpoint", "full_disk"]
+    with cluster_of(1) as cluster:
+        recipe = recipe_of(workplace, "disturbed", cluster.address, steps_for(len(wanted)))
+        outcome = Chaos(recipe, cluster, 0, wanted).run()
+    assert outcome.faults == wanted
+    # Killed before its checkpoint was broken, and out of room once.
+    assert outcome.starts == 3
+    assert outcome.codes == [-9, 1, 0]
+    assert outcome.summary["restarts"] >= 0
+    assert (outcome.summary["lost_samples"], outcome.summary["duplicated_samples"]) == (0, 0)

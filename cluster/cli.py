@@ -193,6 +193,23 @@ def report(run: RunPath) -> None:
 
 
 @app.command()
+def verify(run: RunPath) -> None:
+    """Prove from a run's files that every sample was trained once or left out by a rule; exit 1 and the list where not."""
+    with _exit_codes():
+        from kdray.verify import verify as prove
+
+        proof = prove(run)
+        for note in proof.notes:
+            typer.echo(f"note: {note}")
+        if proof.problems:
+            for line in proof.described():
+                typer.echo(line, err=True)
+            typer.echo(f"kdray: {run}: {len(proof.problems)} contradictions in the files of a run ({proof.state})", err=True)
+            raise typer.Exit(1)
+        _print_columns("proved", {str(run): dict(proof.facts)})
+
+
+@app.command()
 def export(
     run: RunPath,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder for the model.")],

@@ -26,6 +26,8 @@ from kdray.settings.roles import ENGINE_PLACE, TRAINING_PLACE
 CAPTURE = "capture"
 """Where `kdray capture` writes inside a run folder, which a run may still be started in."""
 
+_FOLDERS = ("checkpoints", "samples", "logs")
+
 _MAY_DIFFER = (
     "training.steps",
     "evaluation",
@@ -63,7 +65,7 @@ class RunFolder:
             folder._check_resumable(config)
             for path in (folder.metrics, folder.events):
                 drop_torn_line(path)
-        elif folder.path.exists() and (not folder.path.is_dir() or any(p.name != CAPTURE for p in folder.path.iterdir())):
+        elif folder.path.exists() and (not folder.path.is_dir() or not all(_may_be_there(p) for p in folder.path.iterdir())):
             if folder.config.is_file():
                 remedies = "continue it with --resume, or choose another run.name"
                 raise ConfigError(f"{folder.path}: already holds a run; {remedies}")
@@ -199,6 +201,12 @@ class RunFolder:
 
 
 _ABSENT = object()
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether a new run may find this in its folder: a capture, or what a kill left of a start that had no config yet."""
+    started = path.name in _FOLDERS and path.is_dir() and not any(path.iterdir())
+    return path.name == CAPTURE or started or path.name.startswith(".config.yaml.")
 
 
 def write_atomically(path: Path, text: str) -> None:

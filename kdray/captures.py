@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,12 +75,15 @@ def read_manifest(path: Path) -> Manifest | None:
         raise DataError(f"capture {path}: the folder has no {MANIFEST}; name the folder of a capture, or one Parquet file")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        unknown = sorted(values.keys() - {each.name for each in fields(Manifest)})
         given = values["fingerprint"]
         fingerprint = None if given is None else Fingerprint.from_dict(given)
         later = {name: values[name] for name in ("asked_with", "asked", "complete") if name in values}
         manifest = Manifest(fingerprint, values["tokenizer"], values["vocab_size"], values["rollouts"], **later)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: not the manifest of a capture: {error!r}; capture again") from error
+    if unknown:
+        raise DataError(f"{file}: unknown entries {', '.join(unknown)}; name a capture of this version, or capture again")
     if not (isinstance(manifest.tokenizer, str) and type(manifest.vocab_size) is type(manifest.rollouts) is int):
         raise DataError(f"{file}: tokenizer must be a text, vocab_size and rollouts whole numbers; capture again")
     if not (isinstance(manifest.asked_with, dict) and type(manifest.asked) is int and type(manifest.complete) is bool):

@@ -427,14 +427,14 @@ def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
         opened(path, 1)
 
 
-def test_a_path_in_the_manifest_is_never_followed(tmp_path: Path) -> None:
+def test_a_manifest_that_names_files_is_refused(tmp_path: Path) -> None:
     pq.write_table(rollouts_to_table([rollout(7, 1)]), tmp_path / "outside.parquet")
     path = capture(tmp_path / "there", [rollout(0, 0)])
     manifest = json.loads((path / "manifest.json").read_text())
     outside = str(tmp_path / "outside.parquet")
     strange = {"files": [outside], "path": outside, "shards": ["../outside.parquet"]}
     (path / "manifest.json").write_text(json.dumps(manifest | strange))
-    with pytest.raises(DataError, match="1 of 2 prompts have no answer"):
+    with pytest.raises(DataError, match="unknown entries files, path, shards"):
         opened(path, 2)
 
 

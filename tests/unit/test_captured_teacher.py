@@ -506,7 +506,7 @@ def test_a_damaged_shard_is_noticed_when_it_is_read(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"part-\w+\.parquet: cannot be read: .*restore the file, or capture again"):
+    with pytest.raises(DataError, match=r"part-\w+\.parquet: cannot be read as Parquet: .*restore it, or capture again"):
         answers(opened(path, 4), [request(0, 0, max_new_tokens=50)])
 
 

@@ -370,11 +370,13 @@ def _finished_student(run_folder: Path) -> Path:
 def _print_columns(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
     """A table with a row for each key and a column for each mapping."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table(title, *columns)
+    # Text, not markup: a path may hold square brackets.
+    table = Table(title, *(Column(Text(name)) for name in columns))
     for key in dict.fromkeys(key for values in columns.values() for key in values):
-        table.add_row(key, *(_cell(values.get(key)) for values in columns.values()))
+        table.add_row(key, *(Text(_cell(values.get(key))) for values in columns.values()))
     Console().print(table)
 
 

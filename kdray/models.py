@@ -179,7 +179,9 @@ def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
         raise DataError(f"{folder}: already exists; a pruned model is built in a new folder")
     # Before the weights are read, which may take minutes.
     plan = plan_pruning(model_config(origin, source.revision), source)
-    model = AutoModelForCausalLM.from_pretrained(origin, revision=source.revision, dtype="auto", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        origin, revision=source.revision, dtype="auto", trust_remote_code=False, use_safetensors=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(origin, revision=source.revision, trust_remote_code=False)
     importance = None
     if source.calibration is not None:

@@ -95,7 +95,7 @@ def verify(run: Path) -> Proof:
     config = load_config(folder.config)
     proof = Proof()
     events = _lines(proof, folder.events)
-    proof.state = next((_ENDS[line["kind"]] for line in reversed(events) if line.get("kind") in _ENDS), "unfinished")
+    proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
     steps = list(_steps(proof, folder.path / "ledger.jsonl"))
     done = config.training.steps if proof.state == "finished" else max((line.step for line in steps), default=0)
     _check_ids(proof, steps, done, config.training.batch_size)
@@ -135,6 +135,11 @@ def _steps(proof: Proof, path: Path) -> Iterator[_Step]:
             yield _Step(line["step"], ids, by_rule, line)
         else:
             proof.wrong("unreadable", f"{path.name} line {number} does not say which samples a step trained")
+
+
+def _kind(line: Mapping[str, Any]) -> str:
+    """What an event is."""
+    return str(line.get("kind"))
 
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
@@ -256,7 +261,7 @@ def _check_metrics(
     by_step = {line.step: line for line in told}
     for line in metrics:
         step, staleness = line["step"], line.get("staleness_max")
-        if staleness is not None and staleness > config.rollout.max_staleness:
+        if isinstance(staleness, int | float) and staleness > config.rollout.max_staleness:
             proof.wrong(
                 "staleness", f"step {step}: staleness_max={staleness:g}; rollout.max_staleness={config.rollout.max_staleness}"
             )
@@ -313,6 +318,8 @@ def _check_checkpoint(proof: Proof, marker: Path, told: Sequence[_Step], config:
     try:
         progress = json.loads(marker.read_text(encoding="utf-8"))
         step, totals = progress["step"], progress["totals"]
+        if type(step) is not int:
+            raise TypeError(f"step={step!r}")
         consumed, trained, generated = (totals[key] for key in ("prompts_consumed", "trained_tokens", "tokens_generated"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         proof.wrong("checkpoint", f"{name}/{marker.name} cannot be read: {error!r}")
@@ -347,7 +354,7 @@ def _check_summary(
         proof.wrong("summary", str(error))
         return
     counts = Counter(sample_id for line in steps for sample_id in line.sample_ids)
-    starts = [line for line in events if line.get("kind") == "start"]
+    starts = [line for line in events if _kind(line) == "start"]
     wanted: dict[str, Any] = {
         "steps": config.training.steps,
         "lost_samples": sum(not counts[sample_id] for sample_id in range(config.training.steps * config.training.batch_size)),
@@ -397,8 +404,8 @@ def _facts(
     for line in steps:
         rules.update({rule: len(ids) for rule, ids in line.by_rule.items()})
     samples = sum(len(line.sample_ids) for line in steps)
-    resumed = [line["resumed_step"] for line in events if line.get("kind") == "start" and line.get("resumed_step") is not None]
-    retries = [line for line in events if line.get("kind") == "retry"]
+    resumed = [line["resumed_step"] for line in events if _kind(line) == "start" and line.get("resumed_step") is not None]
+    retries = [line.get("rollouts") for line in events if _kind(line) == "retry"]
     facts = [
         ("run", f"{proof.state}, {len(steps)} of {config.training.steps} steps"),
         ("samples", f"{samples}, each with one fate"),
@@ -417,6 +424,6 @@ def _facts(
         ("metrics", "a line a step, as in the ledger"),
         ("checkpoints", str(checkpoints)),
         ("resumed", ", ".join(f"at step {step}" for step in resumed) or "never"),
-        ("asked again", f"{sum(line.get('rollouts', 0) for line in retries)} samples in {len(retries)} retries"),
+        ("asked again", f"{sum(number for number in retries if type(number) is int)} samples in {len(retries)} retries"),
     ]
     return facts

@@ -157,6 +157,7 @@ METRICS: list[tuple[str, str, Callable[[list[Line]], Any]]] = [
     ("metrics", "another length", lambda lines: lines[5].update(response_tokens=1e3)),
     ("metrics", "a number that is none", lambda lines: lines[5].update(response_tokens="many")),
     ("metrics", "another share left out", lambda lines: lines[5].update(filtered=0.123)),
+    ("metrics", "a staleness that is a text", lambda lines: lines[5].update(staleness_max="1")),
     ("unreadable", "no step", lambda lines: lines[5].pop("step")),
 ]
 

@@ -22,7 +22,7 @@ from kdray.seeds import unit
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 from tests.fakes import FakeReporter, make_prompts
 
-BATCH, STALENESS, STEPS = 1000, 9, 18
+BATCH, STALENESS, STEPS = 1000, 9, 14
 SLOTS = BATCH * (STALENESS + 1)
 STEP_S = 60.0
 """What a training step takes; the sampler needs a second for most rollouts."""

@@ -96,13 +96,19 @@ def verify(run: Path) -> Proof:
     proof = Proof()
     events = _lines(proof, folder.events)
     proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
-    steps = list(_steps(proof, folder.path / "ledger.jsonl"))
+    ledger = folder.path / "ledger.jsonl"
+    steps, metrics = list(_steps(proof, ledger)), _lines(proof, folder.metrics)
+    # A run that was killed before the end of its first step need not have them yet.
+    if proof.state == "finished" or len(steps) > 1 or metrics:
+        for path in (ledger, folder.metrics, folder.events):
+            if not path.exists():
+                proof.wrong("missing", f"{path.name} is not there")
     done = config.training.steps if proof.state == "finished" else max((line.step for line in steps), default=0)
     _check_ids(proof, steps, done, config.training.batch_size)
     _check_dropped(proof, steps, config)
     told = _with_fates(proof, steps)
     _check_fates(proof, told, config)
-    _check_metrics(proof, steps, told, _lines(proof, folder.metrics), config)
+    _check_metrics(proof, steps, told, metrics, config)
     dataset = _check_prompts(proof, told, config)
     checkpoints = sorted(folder.checkpoints.glob(f"step-*/{COMMITTED}"))
     for marker in checkpoints:
@@ -117,11 +123,9 @@ def verify(run: Path) -> Proof:
 
 
 def _lines(proof: Proof, path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that every run has."""
+    """The lines of a file; none where it is not there."""
     try:
-        return read_lines(path)
-    except FileNotFoundError:
-        proof.wrong("missing", f"{path.name} is not there")
+        return read_lines(path) if path.exists() else []
     except (DataError, UnicodeDecodeError) as error:
         proof.wrong("unreadable", str(error) if isinstance(error, DataError) else f"{path}: not UTF-8 text")
     return []

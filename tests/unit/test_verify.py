@@ -249,6 +249,24 @@ def test_a_run_that_was_killed_between_the_files_of_a_step_is_sound(run: Path) -
     assert any("step-000009 is ahead of the ledger" in note for note in proof.notes)
 
 
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_run_that_was_killed_before_its_second_step_is_sound(run: Path, lines: int) -> None:
+    cut_to(run, lines, 0)
+    (run / "metrics.jsonl").unlink()
+    if not lines:
+        (run / "ledger.jsonl").unlink()
+    proof = verify(run)
+    assert (proof.state, proof.problems) == ("unfinished", [])
+    (run / "events.jsonl").unlink()
+    assert verify(run).problems == []
+
+
+def test_a_ledger_that_is_gone_is_missed_in_a_run_that_goes_on(run: Path) -> None:
+    cut_to(run, 7, 7)
+    (run / "ledger.jsonl").unlink()
+    assert kinds(run) == {"missing", "beyond"}
+
+
 @pytest.mark.parametrize(("ledger", "metrics"), [(7, 5), (6, 7)])
 def test_no_kill_leaves_the_files_further_apart(run: Path, ledger: int, metrics: int) -> None:
     cut_to(run, ledger, metrics)

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-unit test-full chaos lint format bench clean
+.PHONY: quickstart test test-unit test-full chaos lint format fuzz bench clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
 	rm -rf runs/quickstart
@@ -30,6 +30,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: $(STAMP)  ## new mutations of configs and files, twenty times as many as the tests have
+	KDRAY_FUZZ=20 $(BIN)/python -m pytest tests/unit/test_fuzz.py -q
 
 bench: $(STAMP)  ## engine throughput against its parts; writes benchmarks/results/
 	$(BIN)/python benchmarks/engine_throughput.py

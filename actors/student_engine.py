@@ -410,7 +410,7 @@ class StudentEngine:
             module.save_pretrained(folder, state_dict=state, safe_serialization=True)
             module.config.use_cache = False
             if tokenizer is not None:
-                AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+                AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
         dist.barrier()
 
     # ----------------------------------------------------------------------------------------------- checkpoints

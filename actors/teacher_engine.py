@@ -141,6 +141,8 @@ class TeacherEngine:
             "tensor_parallel_size": spec.tensor_parallel_size,
             "enable_prefix_caching": True,
             "trust_remote_code": False,
+            # Never a pickle, which can run code.
+            "load_format": "safetensors",
             "disable_log_stats": True,
             "max_logprobs": max(20, spec.teacher_top_k),
         }

@@ -193,6 +193,23 @@ def report(run: RunPath) -> None:
 
 
 @app.command()
+def verify(run: RunPath) -> None:
+    """Prove from a run's files that every sample was trained once or left out by a rule; exit 1 and the list where not."""
+    with _exit_codes():
+        from kdray.verify import verify as prove
+
+        proof = prove(run)
+        for note in proof.notes:
+            typer.echo(f"note: {note}")
+        if proof.problems:
+            for line in proof.described():
+                typer.echo(line, err=True)
+            typer.echo(f"kdray: {run}: {len(proof.problems)} contradictions in the files of a run ({proof.state})", err=True)
+            raise typer.Exit(1)
+        _print_columns("proved", {str(run): dict(proof.facts)})
+
+
+@app.command()
 def export(
     run: RunPath,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder for the model.")],
@@ -353,11 +370,13 @@ def _finished_student(run_folder: Path) -> Path:
 def _print_columns(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
     """A table with a row for each key and a column for each mapping."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table(title, *columns)
+    # Text, not markup: a path may hold square brackets.
+    table = Table(title, *(Column(Text(name)) for name in columns))
     for key in dict.fromkeys(key for values in columns.values() for key in values):
-        table.add_row(key, *(_cell(values.get(key)) for values in columns.values()))
+        table.add_row(key, *(Text(_cell(values.get(key))) for values in columns.values()))
     Console().print(table)
 
 

@@ -33,6 +33,7 @@ from cluster.pools import (
     training_route,
 )
 from kdray.batching import examples_to_batch
+from kdray.bookkeeping import counts, rewind
 from kdray.config import CaptureTeacherSettings, Config, RationaleProgram, SelfTeacherSettings, TeacherSettings
 from kdray.data import PromptStream, encode_answer
 from kdray.errors import Interrupted
@@ -129,10 +130,9 @@ class Job:
         config = self.config
         training = config.training
         steps = training.steps
-        # Steps beyond those of distillation are fine-tuning.
-        start_step = min(steps, self.checkpoint.step) if self.checkpoint else 0
-        self.folder.truncate_metrics(start_step)
-        self.ledger.truncate(start_step)
+        schedules = Schedules.of(config)
+        stored = self.checkpoint.progress if self.checkpoint else None
+        start_step, self.totals = rewind(self.folder, self.ledger, schedules, steps, stored)
         if self.checkpoint is None:
             base, revision = models.student, config.student.revision
             if training.sft.steps:
@@ -154,13 +154,10 @@ class Job:
             self._teacher_of_head(models),
             self._teacher_of_features(models),
         )
-        schedules = Schedules.of(config)
         progress: dict[str, Any] = {"base": base, "base_revision": revision, "horizon": steps, "stage": "distill"}
         if self.checkpoint is not None:
             kept = ("before", "program", "stage", "distilled", "totals", "schedules")
             progress |= {name: self.checkpoint.progress[name] for name in kept}
-            self.totals = Totals(**progress["totals"])
-            schedules.restore(progress["schedules"])
         recoverable = _WithProgress(student, self.folder.checkpoints, training.keep_checkpoints, progress)
         recoverable.renewal = self._renewal()
         recoverable.live = {"totals": lambda: asdict(self.totals), "schedules": schedules.state}
@@ -399,13 +396,8 @@ class Job:
         self, progress: dict[str, Any], after: dict[str, float], control: Any, restarts: int, pools: Pools
     ) -> dict[str, Any]:
         steps = self.config.training.steps
-        lost, duplicated = self.ledger.check(steps, self.config.training.batch_size)
         summary = {
-            "steps": steps,
-            "prompts_consumed": self.totals.prompts_consumed,
-            "tokens_generated": self.totals.tokens_generated,
-            "tokens_scored": self.totals.tokens_scored,
-            "trained_tokens": self.totals.trained_tokens,
+            **counts(self.ledger, self.totals, self.config),
             "wall_s": round(time.monotonic() - self.started, 3),
             "before": progress["before"],
             "program": progress["program"],
@@ -413,14 +405,14 @@ class Job:
             "after": after,
             "control": control,
             "restarts": restarts,
-            "lost_samples": lost,
-            "duplicated_samples": duplicated,
             "retried_samples": pools.retried,
             "dropped_prompts": self.checked.dataset.dropped,
             "resumed_from_step": self.checkpoint.step if self.checkpoint else None,
             "versions": package_versions(),
         }
         self.folder.write_summary(summary)
+        # After the summary: what stands before it in the file is of a run that had not ended.
+        self.reporter.event("finished", steps=steps)
         return summary
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdray.captures import MANIFEST, SIGNAL_COLUMNS, digest, find_shards, read_manifest, signals
+from kdray.captures import MANIFEST, SIGNAL_COLUMNS, digest, find_shards, read_manifest, reading, signals
 from kdray.errors import DataError, RequestRefused, VocabError
 from kdray.outage import Outage
 from kdray.records import ROLLOUT_SCHEMA, table_to_rollouts
@@ -144,7 +144,7 @@ class CapturedTeacher:
         """Find the place of every answer to the prompts."""
         answered = set()
         for number, path in enumerate(self._shards):
-            with pq.ParquetFile(path) as shard:
+            with reading(path), pq.ParquetFile(path) as shard:
                 # Captures made by `kdray capture` know what each draw was seeded with.
                 names = [*_INDEXED, *(["seed"] if "seed" in shard.schema_arrow.names else [])]
                 for group in range(shard.num_row_groups):
@@ -238,11 +238,9 @@ class CapturedTeacher:
     # ------------------------------------------------------------------------------------------------------- rows
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
-        try:
-            with pq.ParquetFile(self._shards[shard], page_checksum_verification=True) as file:
-                table = file.read_row_group(group, columns=self._read)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{self._shards[shard]}: cannot be read: {error}; restore the file, or capture again") from error
+        path = self._shards[shard]
+        with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read_row_group(group, columns=self._read)
         columns = [
             table.column(field.name) if field.name in self._read else pa.nulls(table.num_rows, field.type)
             for field in ROLLOUT_SCHEMA

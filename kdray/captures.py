@@ -7,12 +7,13 @@ capture without a manifest. `kdray.capture_folder` writes one as answers arrive,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,12 +76,15 @@ def read_manifest(path: Path) -> Manifest | None:
         raise DataError(f"capture {path}: the folder has no {MANIFEST}; name the folder of a capture, or one Parquet file")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        unknown = sorted(values.keys() - {each.name for each in fields(Manifest)})
         given = values["fingerprint"]
         fingerprint = None if given is None else Fingerprint.from_dict(given)
         later = {name: values[name] for name in ("asked_with", "asked", "complete") if name in values}
         manifest = Manifest(fingerprint, values["tokenizer"], values["vocab_size"], values["rollouts"], **later)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: not the manifest of a capture: {error!r}; capture again") from error
+    if unknown:
+        raise DataError(f"{file}: unknown entries {', '.join(unknown)}; name a capture of this version, or capture again")
     if not (isinstance(manifest.tokenizer, str) and type(manifest.vocab_size) is type(manifest.rollouts) is int):
         raise DataError(f"{file}: tokenizer must be a text, vocab_size and rollouts whole numbers; capture again")
     if not (isinstance(manifest.asked_with, dict) and type(manifest.asked) is int and type(manifest.complete) is bool):
@@ -212,10 +216,8 @@ def find_shards(path: Path) -> list[Path]:
     if not shards:
         raise DataError(f"capture {path}: the folder has no *.parquet; name the folder of a capture, or one Parquet file")
     for shard in shards:
-        try:
+        with reading(shard):
             schema = pq.read_schema(shard)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{shard}: cannot be read as Parquet: {error}; restore it, or capture again") from error
         for column in ROLLOUT_SCHEMA:
             found = schema.field(column.name).type if schema.names.count(column.name) == 1 else "absent"
             if found != column.type:
@@ -225,13 +227,26 @@ def find_shards(path: Path) -> list[Path]:
     return shards
 
 
+@contextlib.contextmanager
+def reading(shard: Path) -> Iterator[None]:
+    """Turns what a damaged shard leads to into a DataError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{shard}: cannot be read as Parquet: {error}; restore it, or capture again") from error
+
+
 def signals(path: Path) -> set[Signal]:
     """What a capture says: whose responses it holds, and what every row has, from the columns that are never null.
 
     Raises: DataError for a missing path, no Parquet files, or a schema that does not fit.
     """
     shards = find_shards(path)
-    alphas = np.concatenate([pq.read_table(shard, columns=["alpha"]).column("alpha").to_numpy() for shard in shards])
+    columns = []
+    for shard in shards:
+        with reading(shard):
+            columns.append(pq.read_table(shard, columns=["alpha"]).column("alpha").to_numpy())
+    alphas = np.concatenate(columns)
     if not len(alphas):
         return set()
     found: set[Signal] = {
@@ -248,7 +263,7 @@ def signals(path: Path) -> set[Signal]:
 
 
 def _never_null(path: Path, column: str) -> bool:
-    with pq.ParquetFile(path) as shard:
+    with reading(path), pq.ParquetFile(path) as shard:
         metadata = shard.metadata
         leaf = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)].index(column)
         for group in range(metadata.num_row_groups):

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from kdray import strict_yaml
 from kdray.errors import ConfigError
 from kdray.settings.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings, with_default_type
 from kdray.settings.data import (
@@ -137,6 +138,9 @@ class ClusterSettings(Settings):
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
 
+
+_MAX_PROBLEMS = 20
+_MAX_SHOWN = 200
 
 SCHEDULED_SHARES = ("alpha", "teacher_share", "data_share")
 """Settings of `rollout` that `training.schedules` may change."""
@@ -482,10 +486,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises: ConfigError with file, setting, value and remedy.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such config file")
+        tree = strict_yaml.load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path!s:.100}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -500,7 +506,10 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [explain(item) for item in error.errors()]
+        found = error.errors()
+        lines = [explain(item) for item in found[:_MAX_PROBLEMS]]
+        if len(found) > _MAX_PROBLEMS:
+            lines.append(f"{len(found) - _MAX_PROBLEMS} more")
         raise ConfigError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from error
 
 
@@ -509,11 +518,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = strict_yaml.load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node: Any = tree
     *parents, leaf = key.split(".")
+    if len(parents) > strict_yaml.MAX_DEPTH:
+        raise ConfigError(f"override {override[:100]!r}: nested more than {strict_yaml.MAX_DEPTH} deep")
     for depth, part in enumerate(parents):
         if part in node and not isinstance(node[part], dict) and node[part] is not None:
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
@@ -540,7 +551,13 @@ def explain(item: Any) -> str:
     message = item["msg"][0].lower() + item["msg"][1:]
     if kind.startswith("union_tag") or isinstance(item.get("input"), dict):
         return f"{setting}: {message}"
-    return f"{setting}={item.get('input')!r}: {message}"
+    return f"{setting}={_shown(item.get('input'))}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _written_keys(location: tuple[int | str, ...], keep_last: bool) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
 from kdray.errors import DataError
-from kdray.sources import hub_records, jsonl_records, kind, names, parquet_records
+from kdray.sources import check_text, hub_records, jsonl_records, kind, names, parquet_records
 from kdray.tasks import exact_match, generate_examples
 from kdray.types import Prompt, SampleRequest
 
@@ -291,11 +291,13 @@ def _rows(records: Iterator[tuple[str, dict[str, Any]]], columns: _Columns, plac
             raise DataError(f"{where}: no answer in {answer_column!r} (data.prompts.answer_column)")
         if answer is not None and not isinstance(answer, str):
             raise DataError(f"{where}: the answer in {answer_key!r} must be text, found {kind(answer)}")
+        check_text(answer or "", f"{where}, {answer_key!r}")
         domain = None
         if columns.domain is not None:
             domain = record.get(_choose("domain_column", columns.domain, (), record, where))
             if domain is not None and not isinstance(domain, str):
                 raise DataError(f"{where}: the domain in {columns.domain!r} must be text, found {kind(domain)}")
+            check_text(domain or "", f"{where}, {columns.domain!r}")
         rows.append(_Row(where, prompt, answer, domain))
     if not rows:
         raise DataError(f"{place}: empty, no prompts in it")
@@ -319,6 +321,7 @@ def _check_prompt(value: Any, where: str) -> str | Messages:
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{where}: the prompt is blank; remove the row")
+        check_text(value, where)
         return value
     if not isinstance(value, list):
         raise DataError(f"{where}: a prompt is a text or a list of chat messages, found {kind(value)}")
@@ -331,6 +334,7 @@ def _check_prompt(value: Any, where: str) -> str | Messages:
             or not isinstance(message.get("content"), str)
         ):
             raise DataError(f"{where}, message {index + 1}: expected an object with texts `role` and `content`")
+        check_text(message["role"] + message["content"], f"{where}, message {index + 1}")
     if value[-1]["role"] == "assistant":
         raise DataError(
             f"{where}: the last message is the assistant's; a prompt ends before the answer: move that message to an "

@@ -28,7 +28,7 @@ from kdray.data import PromptStream
 from kdray.errors import EngineError, Interrupted, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
 from kdray.metrics import batch_metrics, filter_metrics
-from kdray.progress import Ledger
+from kdray.progress import Ledger, fates
 from kdray.references import DATA
 from kdray.schedules import Schedules
 from kdray.seeds import sample_seed, unit
@@ -273,7 +273,8 @@ async def _train(
         await student.publish(step + 1)
         await buffer.published(step + 1)
         now = time.perf_counter()
-        ledger.append(step + 1, [rollout.sample_id for rollout in rollouts], dropped)
+        facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens}
+        ledger.append(step + 1, [rollout.sample_id for rollout in rollouts], dropped, facts)
         totals.prompts_consumed += len(rollouts) // settings.samples_per_prompt
         totals.trained_tokens += report.num_target_tokens
         metrics: dict[str, Any] = {

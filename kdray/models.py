@@ -88,7 +88,11 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
         folder = Path(cache).absolute() / model_name(source)
         return str(folder if folder.is_dir() else build_tiny_model(source, folder))
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise DataError(f"model {source[:100]!r}: {error.strerror}; name another folder") from error
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise DataError(f"model {source!r}: the folder has no config.json; name a Hugging Face model folder")
         # Other processes of a run may have another working directory.
@@ -175,7 +179,9 @@ def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
         raise DataError(f"{folder}: already exists; a pruned model is built in a new folder")
     # Before the weights are read, which may take minutes.
     plan = plan_pruning(model_config(origin, source.revision), source)
-    model = AutoModelForCausalLM.from_pretrained(origin, revision=source.revision, dtype="auto", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        origin, revision=source.revision, dtype="auto", trust_remote_code=False, use_safetensors=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(origin, revision=source.revision, trust_remote_code=False)
     importance = None
     if source.calibration is not None:

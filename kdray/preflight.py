@@ -34,6 +34,7 @@ from kdray.pruning import plan_pruning
 from kdray.teachers import prompts_of
 from kdray.types import Prompt
 from kdray.vocab import check_vocab, tokenizer_hash
+from kdray.weights import check_weights
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,12 @@ def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...
 
         try:
             declared = GenerationConfig.from_pretrained(resolve_model(source, Path()), revision=revision).eos_token_id
-        except OSError:
-            # A model need not have a generation config.
+        except OSError as error:
+            # A model need not have a generation config; one that is there says where a response ends.
+            if (Path(source) / "generation_config.json").exists():
+                raise ConfigError(
+                    f"student.model={source}: generation_config.json cannot be read: {error}; restore it"
+                ) from error
             declared = None
         ids += declared if isinstance(declared, list) else [] if declared is None else [declared]
     outside = [token_id for token_id in ids if token_id >= vocab_size]
@@ -254,8 +259,19 @@ def load_tokenizer(source: ModelSource, revision: str | None) -> Any:
     source = resolve_model(source, Path())
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {source}: no tokenizer could be loaded: {error}") from error
+    # Whatever the libraries stumble over in files that others wrote: they have no error of their own for it.
+    except Exception as error:
+        raise _unloadable(f"model {source}: no tokenizer could be loaded", error) from error
+
+
+def _unloadable(what: str, error: Exception) -> ConfigError:
+    if "trust_remote_code" in str(error):
+        # The library's own advice is to switch on what kdray never does.
+        return ConfigError(
+            f"{what}: it needs its own code, which is never run here (trust_remote_code stays off); use a model "
+            "whose architecture and tokenizer transformers has"
+        )
+    return ConfigError(f"{what}: {str(error).strip() or repr(error)}; restore the folder, or name another model")
 
 
 def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
@@ -277,12 +293,13 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
     source = resolve_model(source, Path())
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {source}: no config could be loaded: {error}") from error
+    # As for tokenizers.
+    except Exception as error:
+        raise _unloadable(f"model {source}: no config could be loaded", error) from error
     if getattr(config, "vocab_size", None) is None:
         raise ConfigError(f"model {source}: a {config.model_type} is no language model (its config has no vocab_size)")
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-        raise ConfigError(f"model {source}: the folder has no *.safetensors weights; save it with save_pretrained")
+    if Path(source).is_dir():
+        check_weights(Path(source))
     return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
 
 

@@ -12,7 +12,7 @@ from kdray.config import HubText, JsonlText, ParquetText, PretrainingSettings, T
 from kdray.data import PromptStream
 from kdray.errors import DataError
 from kdray.interfaces import Scorer
-from kdray.sources import hub_records, jsonl_records, kind, names, parquet_records
+from kdray.sources import check_text, hub_records, jsonl_records, kind, names, parquet_records
 from kdray.tasks import generate_examples
 from kdray.types import Prompt, Rollout, TrainBatch
 
@@ -60,6 +60,7 @@ def documents(source: TextSource, seed: int, section: str) -> Iterator[str]:
         text = record[source.column]
         if not isinstance(text, str):
             raise DataError(f"{where}, {source.column!r}: a document is a text, found {kind(text)}")
+        check_text(text, f"{where}, {source.column!r}")
         yield text
 
 

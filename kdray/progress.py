@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdray.run_folder import read_lines, write_atomically
+from kdray.types import Rollout
 
 COMMITTED = "COMMITTED.json"
 
@@ -43,17 +44,28 @@ def prune_checkpoints(checkpoints: Path, keep: int) -> None:
 
 
 class Ledger:
-    """`ledger.jsonl`: the sample ids of every trained step, and which of them a filter left out; appended when it is done."""
+    """`ledger.jsonl`: what became of every sample, a line a step, appended when the step is done; `kdray.verify` reads it.
+
+    A line holds `step`, `sample_ids`, `dropped` (sample ids by the rule that left them out, where one did), and by `fates`:
+    `prompt_ids`, `tokens` (of the response), `oldest` and `newest` (student versions that drew it; null where there is no
+    token), `scored_by` (a teacher's name; empty where none scored), in the order of the ids. A column whose values are all
+    alike is that one value. `trained_tokens` is what the ranks counted as targets.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None) -> None:
-        """Note one step. Reaches the disk before the call returns. Args: dropped: the rule by which a sample was left out."""
+    def append(
+        self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note one step. Reaches the disk before the call returns.
+
+        Args: dropped: the rule by which a sample was left out; facts: further entries of the line.
+        """
         by_rule: dict[str, list[int]] = {}
         for sample_id, rule in (dropped or {}).items():
             by_rule.setdefault(rule, []).append(sample_id)
-        line = {"step": step, "sample_ids": sample_ids} | ({"dropped": by_rule} if by_rule else {})
+        line = {"step": step, "sample_ids": sample_ids} | ({"dropped": by_rule} if by_rule else {}) | dict(facts or {})
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -72,3 +84,16 @@ class Ledger:
 
     def _lines(self) -> list[dict[str, Any]]:
         return read_lines(self._path) if self._path.exists() else []
+
+
+def fates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """The columns of a ledger line that tell what became of rollouts; see `Ledger`."""
+    drawn = [rollout.student_versions if len(rollout.token_ids) else None for rollout in rollouts]
+    columns: dict[str, list[Any]] = {
+        "prompt_ids": [rollout.prompt_id for rollout in rollouts],
+        "tokens": [len(rollout.token_ids) for rollout in rollouts],
+        "oldest": [None if versions is None else int(versions.min()) for versions in drawn],
+        "newest": [None if versions is None else int(versions.max()) for versions in drawn],
+        "scored_by": [rollout.teacher for rollout in rollouts],
+    }
+    return {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}

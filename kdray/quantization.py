@@ -53,7 +53,7 @@ def quantize(student: Path, to: Path, method: str, group_size: int | None = None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_quantization(student, method, group_size)
-    model = AutoModelForCausalLM.from_pretrained(student, dtype="auto", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype="auto", trust_remote_code=False, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     size = None if method == "int8" else group_size or GROUP_SIZE
     for name, module in model.named_modules():

@@ -26,6 +26,8 @@ from kdray.settings.roles import ENGINE_PLACE, TRAINING_PLACE
 CAPTURE = "capture"
 """Where `kdray capture` writes inside a run folder, which a run may still be started in."""
 
+_FOLDERS = ("checkpoints", "samples", "logs")
+
 _MAY_DIFFER = (
     "training.steps",
     "evaluation",
@@ -59,19 +61,28 @@ class RunFolder:
         Raises: ConfigError that names the folder and the remedies.
         """
         folder = cls(config.run_folder)
-        if resume:
-            folder._check_resumable(config)
-            for path in (folder.metrics, folder.events):
-                drop_torn_line(path)
-        elif folder.path.exists() and (not folder.path.is_dir() or any(p.name != CAPTURE for p in folder.path.iterdir())):
-            if folder.config.is_file():
-                remedies = "continue it with --resume, or choose another run.name"
-                raise ConfigError(f"{folder.path}: already holds a run; {remedies}")
-            raise ConfigError(f"{folder.path}: exists and is not a run folder; choose another run.name or run.output")
-        for path in (folder.path, folder.checkpoints, folder.samples, folder.logs):
-            path.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.config, config.dump())
+        try:
+            folder._start(config, resume)
+        except OSError as error:
+            output = config.run.output
+            raise ConfigError(
+                f"run.output={output!s:.100}: the run's folder cannot be written there: {error.strerror}; choose another"
+            ) from error
         return folder
+
+    def _start(self, config: Config, resume: bool) -> None:
+        if resume:
+            self._check_resumable(config)
+            for path in (self.metrics, self.events):
+                drop_torn_line(path)
+        elif self.path.exists() and (not self.path.is_dir() or not all(_may_be_there(p) for p in self.path.iterdir())):
+            if self.config.is_file():
+                remedies = "continue it with --resume, or choose another run.name"
+                raise ConfigError(f"{self.path}: already holds a run; {remedies}")
+            raise ConfigError(f"{self.path}: exists and is not a run folder; choose another run.name or run.output")
+        for path in (self.path, self.checkpoints, self.samples, self.logs):
+            path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, config.dump())
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -199,6 +210,12 @@ class RunFolder:
 
 
 _ABSENT = object()
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether a new run may find this in its folder: a capture, or what a kill left of a start that had no config yet."""
+    started = path.name in _FOLDERS and path.is_dir() and not any(path.iterdir())
+    return path.name == CAPTURE or started or path.name.startswith(".config.yaml.")
 
 
 def write_atomically(path: Path, text: str) -> None:

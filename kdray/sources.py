@@ -34,6 +34,11 @@ def jsonl_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any
                 raise DataError(
                     f"{place}: not valid JSON: {error.msg} at column {error.colno}; every line must be one JSON object"
                 ) from error
+            # Valid JSON that Python cannot hold: brackets without end, a number of thousands of digits.
+            except RecursionError as error:
+                raise DataError(f"{place}: nested too deep; every line must be one JSON object of texts") from error
+            except ValueError as error:
+                raise DataError(f"{place}: not valid JSON: {error}; remove the line") from error
             if not isinstance(record, dict):
                 raise DataError(f"{place}: expected a JSON object, found {kind(record)}")
             yield place, record
@@ -56,7 +61,7 @@ def parquet_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, A
                     for record in batch.to_pylist():
                         row += 1
                         yield f"{name} row {row}", record
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
 
 
@@ -75,8 +80,22 @@ def hub_records(
         yield f"{name} {split} row {index + 1}", record
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises: DataError where a text holds half of a character, as a cut or doubly escaped one leaves it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {text[error.start]!r} at character {error.start + 1} is half of a character; remove or repair the row"
+        ) from error
+
+
 def _must_exist(path: Path, setting: str) -> None:
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise DataError(f"{setting}={path!s:.100}: {error.strerror}; name another file") from error
+    if not there:
         raise DataError(f"{setting}={path}: no such file (relative paths count from {Path.cwd()})")
 
 

@@ -34,6 +34,23 @@ _ENGINE_ARGS_TAKEN = {
     "tensor_parallel_size": "use `tensor_parallel_size`",
     "gpu_memory_utilization": "use `gpu_memory_utilization`",
     "trust_remote_code": "kdray runs no code from model folders",
+    "code_revision": "kdray runs no code from model folders",
+    "load_format": "kdray loads safetensors alone",
+    "model_weights": "use the teacher's `model`",
+    "hf_config_path": "use the teacher's `model`",
+    "hf_token": "a key stands in no file; set HF_TOKEN in the environment",
+    **dict.fromkeys(
+        (
+            "worker_cls",
+            "scheduler_cls",
+            "model_class_overrides",
+            "io_processor_plugin",
+            "reasoning_parser_plugin",
+            "kv_transfer_config",
+            "ec_transfer_config",
+        ),
+        "it names code, and a config runs none",
+    ),
     "speculative_config": "vLLM does not speculate beside a logits processor that draws; remove it",
 }
 
@@ -160,7 +177,11 @@ class EngineSettings(Settings):
     def _engine_rules(self) -> EngineSettings:
         for name in self.engine_args:
             if name in _ENGINE_ARGS_TAKEN:
-                raise ValueError(f"engine_args.{name}: set by kdray; {_ENGINE_ARGS_TAKEN[name]}")
+                raise ValueError(f"engine_args.{name}: not free to set; {_ENGINE_ARGS_TAKEN[name]}")
+        if "." in str(self.engine_args.get("distributed_executor_backend", "")):
+            raise ValueError(
+                "engine_args.distributed_executor_backend: it names code, and a config runs none; use mp, ray or uni"
+            )
         if self.accelerator_types is not None:
             if self.accelerator_type is not None:
                 raise ValueError(

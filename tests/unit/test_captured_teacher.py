@@ -427,14 +427,14 @@ def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
         opened(path, 1)
 
 
-def test_a_path_in_the_manifest_is_never_followed(tmp_path: Path) -> None:
+def test_a_manifest_that_names_files_is_refused(tmp_path: Path) -> None:
     pq.write_table(rollouts_to_table([rollout(7, 1)]), tmp_path / "outside.parquet")
     path = capture(tmp_path / "there", [rollout(0, 0)])
     manifest = json.loads((path / "manifest.json").read_text())
     outside = str(tmp_path / "outside.parquet")
     strange = {"files": [outside], "path": outside, "shards": ["../outside.parquet"]}
     (path / "manifest.json").write_text(json.dumps(manifest | strange))
-    with pytest.raises(DataError, match="1 of 2 prompts have no answer"):
+    with pytest.raises(DataError, match="unknown entries files, path, shards"):
         opened(path, 2)
 
 
@@ -506,7 +506,7 @@ def test_a_damaged_shard_is_noticed_when_it_is_read(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"part-\w+\.parquet: cannot be read: .*restore the file, or capture again"):
+    with pytest.raises(DataError, match=r"part-\w+\.parquet: cannot be read as Parquet: .*restore it, or capture again"):
         answers(opened(path, 4), [request(0, 0, max_new_tokens=50)])
 
 

@@ -78,7 +78,7 @@ def test_what_cannot_run_is_refused(models: Path, sections: dict[str, Any], mess
 def test_a_folder_without_weights_is_refused(models: Path, tmp_path: Path) -> None:
     empty = build_tiny_model(TinyModel(type="tiny", layers=1, width=32), tmp_path / "empty")
     (empty / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+    with pytest.raises(DataError, match=r"no \*\.safetensors"):
         check(_config(models, teachers={"main": {"model": str(empty)}}))
 
 

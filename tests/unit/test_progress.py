@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kdray.progress import COMMITTED, Ledger, newest_checkpoint
+from kdray.progress import COMMITTED, Ledger, fates, newest_checkpoint
+from kdray.types import Rollout
 
 
 def commit(checkpoints: Path, name: str, **progress: object) -> Path:
@@ -96,3 +98,15 @@ def test_a_torn_last_line_is_no_step_and_goes_with_a_truncate(path: Path) -> Non
     ledger.truncate(1)
     ledger.append(2, [2, 3])
     assert ledger.check(steps=2, batch_size=2) == (0, 0)
+
+
+def rollout(sample_id: int, versions: list[int], teacher: str = "t") -> Rollout:
+    ids = np.zeros(len(versions), np.int32)
+    return Rollout(sample_id, 3, ids, ids, None, None, np.array(versions, np.int32), 1.0, "stop", teacher=teacher)
+
+
+def test_fates_say_what_the_rollouts_say(path: Path) -> None:
+    told = fates([rollout(0, [4, 3, 5]), rollout(1, [], teacher="")])
+    assert told == {"prompt_ids": 3, "tokens": [3, 0], "oldest": [3, None], "newest": [5, None], "scored_by": ["t", ""]}
+    Ledger(path).append(1, [0, 1], {1: "finished"}, told)
+    assert json.loads(path.read_text()) == {"step": 1, "sample_ids": [0, 1], "dropped": {"finished": [1]}, **told}

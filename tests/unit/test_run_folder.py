@@ -201,3 +201,15 @@ def test_open_refuses_what_is_no_run(tmp_path):
         RunFolder.open(tmp_path)
     folder = RunFolder.create(config_in(tmp_path))
     assert RunFolder.open(folder.path) == folder
+
+
+def test_a_start_that_was_killed_before_it_had_a_config_may_be_made_again(tmp_path):
+    config = config_in(tmp_path)
+    for name in ("checkpoints", "samples", "logs"):
+        (tmp_path / "trial" / name).mkdir(parents=True)
+    (tmp_path / "trial" / ".config.yaml.0123").write_text("run:")
+    assert load_config(RunFolder.create(config).config) == config
+    (tmp_path / "other" / "samples").mkdir(parents=True)
+    (tmp_path / "other" / "samples" / "mine.parquet").touch()
+    with pytest.raises(ConfigError, match="exists and is not a run folder"):
+        RunFolder.create(config_in(tmp_path, run={"name": "other"}))

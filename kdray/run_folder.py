@@ -24,8 +24,8 @@ from kdray.errors import ConfigError, DataError
 CAPTURE = "capture"
 """Where `kdray capture` writes inside a run folder, which a run may still be started in."""
 
-_MAY_DIFFER = ("training.steps", "evaluation", "cluster", "run.output")
-"""Settings that a resumed run may change. `run.output` says where the folder is, not what the run does: the folder may
+_MAY_DIFFER = ("training.steps", "evaluation", "cluster", "run.output", "run.storage")
+"""Settings that a resumed run may change. `run.output` and `run.storage` say where the folder is, not what the run does: it may
 have been moved, or the command started elsewhere."""
 
 
@@ -210,8 +210,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises: DataError naming file and line.
     """
+    return parse_lines(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_lines(text: str, path: str) -> list[dict[str, Any]]:
+    """`read_lines` for the text of a file. Args: path: its name in messages."""
     objects = []
-    text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             value = json.loads(line)

@@ -108,7 +108,7 @@ class RankFiles:
     def start_phase(self, phase: Phase, checkpoint: Path | None) -> None:
         """Start a phase, from a model that is fetched where this run wrote it; then take the checkpoint's state."""
         base = Path(phase.model)
-        if base.is_relative_to(self._run_folder):
+        if base.is_relative_to(self._run_folder / "checkpoints"):
             with self._fetched(base) as here:
                 self._engine.start_phase(replace(phase, model=str(here)))
         else:

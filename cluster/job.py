@@ -87,8 +87,9 @@ class Job:
         self.reporter = reporter
         self.checkpoint = checkpoint
         self.stored = stored
+        self.storage_retries: list[dict[str, Any]] = []
         if stored is not None:
-            stored.on_retry(lambda retry: reporter.event("storage_retry", **asdict(retry)))
+            stored.storage.on_retry = lambda retry: self._on_retry(**asdict(retry))
         self.ledger = Ledger(folder.path / LEDGER)
         self.totals = Totals()
         self.stop = asyncio.Event()
@@ -170,6 +171,7 @@ class Job:
             self.totals = Totals(**progress["totals"])
             schedules.restore(progress["schedules"])
         recoverable = _WithProgress(student, self.folder, self.stored, training.keep_checkpoints, progress, self.reporter.event)
+        recoverable.on_retry = self._on_retry
         recoverable.renewal = self._renewal()
         recoverable.live = {"totals": lambda: asdict(self.totals), "schedules": schedules.state}
         if progress["stage"] == "distill":
@@ -405,6 +407,10 @@ class Job:
                 task.cancel()
                 await asyncio.wait({task}, timeout=_CLEAN_UP_S)
 
+    def _on_retry(self, **retry: Any) -> None:
+        self.storage_retries.append(retry)
+        self.reporter.event("storage_retry", **retry)
+
     def _summarise(
         self, progress: dict[str, Any], after: dict[str, float], control: Any, restarts: int, pools: Pools
     ) -> dict[str, Any]:
@@ -426,6 +432,7 @@ class Job:
             "lost_samples": lost,
             "duplicated_samples": duplicated,
             "retried_samples": pools.retried,
+            **({"storage_retries": len(self.storage_retries)} if self.stored is not None else {}),
             "dropped_prompts": self.checked.dataset.dropped,
             "resumed_from_step": self.checkpoint.step if self.checkpoint else None,
             "versions": package_versions(),
@@ -452,6 +459,8 @@ class _WithProgress:
         self._storage = Storage.local(folder.path) if stored is None else stored.storage
         self._keep = keep
         self._event = event
+        self.on_retry: Callable[..., None] = lambda **retry: None
+        """Told of every operation on the storage that a rank repeated."""
         self.progress = progress
         self.live: dict[str, Callable[[], Any]] = {}
         """Entries of the progress that are asked for when a checkpoint is written."""
@@ -473,7 +482,7 @@ class _WithProgress:
         progress = self.progress | {name: entry() for name, entry in self.live.items()}
         saved = await self._student.save_checkpoint(step, progress)
         for retry in saved.retries:
-            self._event("storage_retry", **retry)
+            self.on_retry(**retry)
         if self._stored is not None:
             costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
             self._event("stored", step=step, **costs, files_bytes=sent, files_s=send_s)

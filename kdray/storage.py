@@ -85,11 +85,11 @@ class Storage:
         patience_s: float = PATIENCE_S,
         on_retry: Callable[[Retry], None] | None = None,
     ) -> None:
-        """Args: url: checked by `kdray.settings.storage.check_storage_url`; it must exist, the folders below it need not."""
+        """Args: url: checked by `kdray.settings.storage.check_storage_url`; it must exist, the folders below it need not;
+        on_retry: called from several threads."""
         self.url = below(url, *names) if names else url
         self.patience_s = patience_s
         self.on_retry = on_retry
-        self.retries = 0
         self._base_url = url
         self._names = names
 
@@ -288,7 +288,6 @@ class Storage:
         """What `attempt` gives, tried again while its errors may pass."""
 
         def tell(state: RetryCallState) -> None:
-            self.retries += 1
             if self.on_retry is not None:
                 assert state.outcome is not None
                 self.on_retry(Retry(what, state.attempt_number, str(state.outcome.exception())))

@@ -6,14 +6,13 @@ end, the results. The storage's layout is the run folder's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from kdray.config import Config
 from kdray.errors import ConfigError, DataError, KdrayError
 from kdray.progress import COMMITTED
 from kdray.run_folder import RunFolder, parse_lines, read_lines
-from kdray.storage import Retry, Storage
+from kdray.storage import Storage
 
 LEDGER = "ledger.jsonl"
 _LINES = ("metrics.jsonl", LEDGER)
@@ -46,10 +45,6 @@ class StoredRun:
             )
         stored.storage.check()
         return stored
-
-    def on_retry(self, tell: Callable[[Retry], None]) -> None:
-        """Have every repetition told from now on."""
-        self.storage.on_retry = tell
 
     # ----------------------------------------------------------------------------------------------------- sending
 

@@ -16,13 +16,16 @@ from typing import Any
 
 from kdray.errors import DataError
 from kdray.run_folder import read_lines, write_atomically
-from kdray.storage import FileDigest, Storage
+from kdray.storage import FileDigest, Storage, is_inside
 
 COMMITTED = "COMMITTED.json"
 
 
 FILES = "files"
 """In a marker: size, sha256 and rank of every file of the checkpoint, by its path there."""
+
+
+_LISTED = {"size": int, "sha256": str, "rank": int}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def read_marker(storage: Storage, key: str) -> dict[str, Any] | None:
         raise DataError(f"{COMMITTED} is not valid JSON: {error}") from error
     if not isinstance(marker, dict) or not isinstance(marker.get(FILES), dict):
         raise DataError(f"{COMMITTED} lists no files: it was damaged, or written by an earlier version")
+    for name, file in marker[FILES].items():
+        listed = isinstance(file, dict) and all(isinstance(file.get(key), kind) for key, kind in _LISTED.items())
+        if not listed or not is_inside(name):
+            raise DataError(f"{COMMITTED} lists {name!r} as no file of a checkpoint is listed")
     return marker
 
 

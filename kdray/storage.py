@@ -211,7 +211,12 @@ class Storage:
                 if found.type == arrow.FileType.File
             }
 
-        return self._patiently(f"list {key or self.url}", attempt)
+        found = self._patiently(f"list {key or self.url}", attempt)
+        for name in found:
+            # An object may have any name; what is fetched must stay in the folder that it is fetched to.
+            if not is_inside(name):
+                raise StorageError(f"{self.url}: holds {name!r}, which leads out of a folder; remove it")
+        return found
 
     def delete(self, key: str) -> None:
         """Remove a file, or a folder with all that it holds; nothing where there is none."""
@@ -311,6 +316,11 @@ class Storage:
 def files_below(folder: Path) -> list[str]:
     """The files of a folder and its subfolders, as paths in it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path names something below the folder that it is taken in, whatever else it holds."""
+    return bool(name) and not any(part in ("", ".", "..") for part in name.split("/")) and "\0" not in name
 
 
 def _may_pass(error: BaseException) -> bool:

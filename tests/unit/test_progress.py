@@ -100,6 +100,10 @@ def test_newest_checkpoint_of_nothing(tmp_path: Path, make: bool) -> None:
     assert newest(tmp_path) == (None, [])
 
 
+def _list(folder: Path, files: dict[str, object]) -> None:
+    (folder / COMMITTED).write_text(json.dumps({"step": 7, "files": files}))
+
+
 def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[3] ^= 1
@@ -114,6 +118,13 @@ def _flip(path: Path) -> None:
         (lambda folder: (folder / "state/model.pt").unlink(), r"state/model\.pt is missing"),
         (lambda folder: (folder / COMMITTED).write_text("{"), r"COMMITTED\.json lists|not valid JSON"),
         (lambda folder: (folder / COMMITTED).write_text('{"step": 7}'), r"COMMITTED\.json lists no files"),
+        (
+            lambda folder: _list(folder, {"../../../etc/x": {"size": 1, "sha256": "", "rank": 0}}),
+            r"lists '\.\./\.\./\.\./etc/x'",
+        ),
+        (lambda folder: _list(folder, {"/etc/x": {"size": 1, "sha256": "", "rank": 0}}), r"lists '/etc/x'"),
+        (lambda folder: _list(folder, {"state/model.pt": {"size": 17, "sha256": ""}}), r"lists 'state/model\.pt'"),
+        (lambda folder: _list(folder, {"state/model.pt": 17}), r"lists 'state/model\.pt'"),
         (lambda folder: (folder / COMMITTED).write_text('{"files": {}}'), r"COMMITTED\.json names no step"),
     ],
 )

@@ -105,6 +105,15 @@ def test_objects_lie_where_another_library_looks(server: S3Server, tmp_path: Pat
     assert storage.url == below(server.url(f"{BUCKET}/team/kd"), "run") == server.url(f"{BUCKET}/team/kd/run")
 
 
+def test_an_object_whose_name_leads_out_of_the_folder_is_not_fetched(server: S3Server, tmp_path: Path) -> None:
+    prefix = tmp_path.name
+    server.client.put_object(Bucket=BUCKET, Key=f"{prefix}/run/student/../../../escaped", Body=b"x")
+    storage = Storage(server.url(f"{BUCKET}/{prefix}"), "run")
+    with pytest.raises(StorageError, match=r"student/\.\./\.\./\.\./escaped', which leads out of a folder"):
+        storage.get_tree("student", tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.rglob("escaped"))
+
+
 # ------------------------------------------------------------------------------------------------------ retries
 
 

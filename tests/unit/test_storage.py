@@ -396,6 +396,27 @@ def test_a_new_run_does_not_go_over_one_that_is_stored(storage: Storage, tmp_pat
         stored.refuse_another()
 
 
+def test_where_a_resume_goes_on(storage: Storage, tmp_path: Path) -> None:
+    """From the storage or the run folder, whichever has more steps; never from the start where something was trained."""
+    from cluster.launch import _checkpoint_to_resume
+
+    here = RunFolder(tmp_path / "run")
+    stored = StoredRun(here, storage)
+    config = config_at(None, tmp_path, training={"steps": 50, "schedule": "constant"})
+    assert _checkpoint_to_resume(config, stored) == (None, [])
+    history(here, 9)
+    with pytest.raises(
+        ConfigError, match=r"trained for 9 steps, but there is no checkpoint in .*run/checkpoints.*set run\.storage"
+    ):
+        _checkpoint_to_resume(config, stored)
+    for place, step in ((Storage.local(here.path), 4), (storage, 8), (Storage.local(here.path), 9)):
+        key = f"checkpoints/step-{step:06d}"
+        commit(place, key, {"step": step, "horizon": 50}, [{"x": place.write(f"{key}/x", b"x")}])
+        found, _ = _checkpoint_to_resume(config, stored)
+        assert found is not None
+        assert (found.step, found.folder) == (step, here.path / key)
+
+
 def test_a_run_is_read_from_its_url(storage: Storage, tmp_path: Path) -> None:
     stored = StoredRun(RunFolder(tmp_path / "here"), storage)
     with pytest.raises(DataError, match=r"holds no run.*config\.yaml"):

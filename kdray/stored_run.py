@@ -44,6 +44,9 @@ class StoredRun:
                 f"run.storage={config.run.storage}: that is run.output itself; leave run.storage out, the run folder is there"
             )
         stored.storage.check()
+        if stored.storage.is_local and config.peers:
+            # What theirs lies in, which they take for a share that has to be there.
+            stored.storage.path("peers").mkdir(exist_ok=True)
         return stored
 
     # ----------------------------------------------------------------------------------------------------- sending

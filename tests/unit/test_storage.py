@@ -445,3 +445,11 @@ def test_peers_have_folders_of_their_own_in_the_storage(tmp_path: Path) -> None:
     peer = peer_configs(config, {"other": "folder"}, "folder")["other"]
     assert peer.run.storage == "s3://bucket/x/run/peers?region=y"
     assert peer.run_folder == tmp_path / "run" / "peers" / "other"
+    (tmp_path / "shared").mkdir()
+    run = config.run.model_copy(update={"storage": (tmp_path / "shared").as_uri()})
+    shared = config.model_copy(update={"run": run})
+    for each in (shared, *peer_configs(shared, {"other": "folder"}, "folder").values()):
+        stored = StoredRun.of(each)
+        assert stored is not None
+        stored.storage.write("config.yaml", b"")
+    assert held(tmp_path / "shared").keys() == {"run/config.yaml", "run/peers/other/config.yaml"}

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError, DataError, StorageError
 from kdray.progress import commit, newest_checkpoint, prune_checkpoints
@@ -428,6 +430,24 @@ def test_a_run_is_read_from_its_url(storage: Storage, tmp_path: Path) -> None:
     copy = fetch_results(storage.url, tmp_path / "copy")
     assert held(copy).keys() == (held(stored.folder.path).keys() - {"logs/driver.log"}) | {"student/config.json"}
     assert RunFolder.open(copy).config.read_text() == "run: {name: run}\n"
+
+
+def test_commands_take_the_url_of_a_run(storage: Storage, tmp_path: Path) -> None:
+    storage.write("config.yaml", b"run: {name: run}\n")
+    storage.write("student/config.json", b"{}")
+    storage.write("student/model.safetensors", b"weights")
+    result = CliRunner().invoke(app, ["export", storage.url, "--to", str(tmp_path / "model")])
+    assert result.exit_code == 0, result.output
+    assert held(tmp_path / "model") == {"config.json": b"{}", "model.safetensors": b"weights"}
+    storage.delete("config.yaml")
+    for command in (["export", storage.url, "--to", str(tmp_path / "other")], ["report", storage.url], ["eval", storage.url]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2
+        assert "holds no run" in result.output
+    result = CliRunner().invoke(app, ["report", "s3://AKIA:HUSH@bucket/runs"])
+    assert result.exit_code == 2
+    assert "RUN: the s3 URL holds a user name or a key" in result.output
+    assert "HUSH" not in result.output
 
 
 def test_peers_have_folders_of_their_own_in_the_storage(tmp_path: Path) -> None:

@@ -415,11 +415,11 @@ class StudentEngine:
 
     # ----------------------------------------------------------------------------------------------- checkpoints
 
-    def agree(self, value: bool) -> bool:
-        """Rank 0's view, on all ranks: a file that one rank sees, another may not see yet."""
-        views = [value]
-        dist.broadcast_object_list(views, src=0)
-        return views[0]
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on all ranks."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint into `folder`; complete once every rank returned."""

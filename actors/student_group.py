@@ -12,6 +12,7 @@ import ray
 
 from actors.beside_driver import beside_driver
 from actors.daemon_thread import in_daemon_thread
+from actors.rank_files import Saved
 from actors.student_engine import Phase
 from actors.student_rank import Mailbox, Order, RankConfig, run_rank
 from kdray.batching import shard
@@ -31,11 +32,13 @@ class StudentRanks:
     weights: Any
     """Actor handle of the WeightStore that versions are published to."""
     checkpoints: Path
-    """Folder of checkpoints; one subfolder each."""
+    """`checkpoints/` of the run folder; one subfolder each."""
     storage: Path
-    """Folder that Ray Train keeps its own state in."""
+    """Folder that Ray Train keeps its own state in; the driver's alone."""
     average: Any = None
     """Actor handle of the WeightStore of a teacher that is this student's average; None where there is none."""
+    stored: str | None = None
+    """URL of the run in `run.storage`, where checkpoints and exports then go; None for the run folder itself."""
 
     on_event: Callable[..., None] = lambda kind, **fields: None
     """Called with what happens to the ranks: kind, and fields by name."""
@@ -67,6 +70,8 @@ class StudentRanks:
                     tokenizer=self.tokenizer,
                     mailbox=self._mailbox,
                     weights=self.weights,
+                    run_folder=self.checkpoints.parent,
+                    storage=self.stored,
                     average=self.average,
                 )
             },
@@ -127,9 +132,9 @@ class StudentRanks:
         """Move the average of the student's weights towards them, and publish it as a teacher's: decay 1 leaves it as it is."""
         await self._call(Order("renew", version=version, decay=decay))
 
-    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> None:
+    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Saved:
         folder = self.checkpoints / f"step-{step:06d}"
-        await self._call(Order("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
+        return await self._call(Order("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
 
     async def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face folder; an absolute path, since ranks work in folders of their own."""

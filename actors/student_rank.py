@@ -8,9 +8,6 @@ the log again from the last committed checkpoint: the same batches, the same ord
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 from ray.exceptions import RayActorError
 
+from actors.rank_files import RankFiles
 from actors.student_engine import Phase, StudentEngine
 from kdray.config import TrainingSettings
-from kdray.errors import TrainingError
-from kdray.progress import COMMITTED
+from kdray.errors import StorageError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +84,9 @@ class Mailbox:
                 return
             self._answers.setdefault(index, {}).setdefault(rank, result)
             order = self._orders.get(index)
-            if order is not None and order.kind == "save" and len(self._answers[index]) == self._world_size:
+            answers = self._answers[index].values()
+            failed = any(isinstance(each, Exception) for each in answers)
+            if order is not None and order.kind == "save" and len(answers) == self._world_size and not failed:
                 self._commit(index, order)
             self._changed.notify_all()
 
@@ -139,28 +138,35 @@ class RankConfig:
     """Actor handle of the Mailbox."""
     weights: Any
     """Actor handle of the WeightStore (`actors.weight_sync`)."""
+    run_folder: Path
+    """Absolute."""
+    storage: str | None = None
+    """URL of the run in `run.storage`; None where it has the run folder alone."""
     average: Any = None
     """Actor handle of the WeightStore of a teacher that is this student's average."""
 
 
 def run_rank(given: dict[str, RankConfig]) -> None:
     """Ray Train's per-worker function: walk the mailbox until it says stop."""
-    import ray.train
     import torch
 
     config = given["config"]
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     engine = StudentEngine(config.training, config.vocab_size, config.seed)
-    mailbox = config.mailbox
+    files = RankFiles(engine, config.run_folder, config.storage)
+    try:
+        _walk(config, engine, files)
+    finally:
+        files.close()
+
+
+def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles) -> None:
+    mailbox, rank = config.mailbox, engine.rank
     ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
-        engine.start_phase(phase)
-        if checkpoint is not None:
-            engine.load(Path(checkpoint))
+        files.start_phase(phase, None if checkpoint is None else Path(checkpoint))
     while True:
         try:
             order: Order = ray.get(mailbox.order.remote(index))
@@ -168,8 +174,8 @@ def run_rank(given: dict[str, RankConfig]) -> None:
             # The driver took the mailbox away: the run is over, and a restart would find nobody either.
             return
         try:
-            result = _obey(order, engine, rank, config)
-        except TrainingError as error:
+            result = _obey(order, engine, files, config)
+        except (TrainingError, StorageError) as error:
             # Every rank raises it alike, and a restart would meet it again: it is an answer, not a lost rank.
             result = error
         try:
@@ -181,29 +187,27 @@ def run_rank(given: dict[str, RankConfig]) -> None:
         index += 1
 
 
-def _obey(order: Order, engine: StudentEngine, rank: int, config: RankConfig) -> Any:
+def _obey(order: Order, engine: StudentEngine, files: RankFiles, config: RankConfig) -> Any:
     if order.kind == "phase":
         assert order.phase is not None
-        engine.start_phase(order.phase)
-        if order.checkpoint is not None:
-            engine.load(Path(order.checkpoint))
+        files.start_phase(order.phase, None if order.checkpoint is None else Path(order.checkpoint))
     elif order.kind == "train":
         assert order.shards is not None
-        text = None if order.text_shards is None else ray.get(order.text_shards[rank])
-        return engine.train_step(ray.get(order.shards[rank]), text, order.loss_values)
+        text = None if order.text_shards is None else ray.get(order.text_shards[engine.rank])
+        return engine.train_step(ray.get(order.shards[engine.rank]), text, order.loss_values)
     elif order.kind == "publish":
         assert order.version is not None
-        _publish(engine.weight_buckets(), order.version, config.weights, rank)
+        _publish(engine.weight_buckets(), order.version, config.weights, engine.rank)
     elif order.kind == "renew":
         assert order.version is not None
         assert order.decay is not None
-        _publish(engine.averaged_buckets(order.decay), order.version, config.average, rank)
+        _publish(engine.averaged_buckets(order.decay), order.version, config.average, engine.rank)
     elif order.kind == "save":
         assert order.checkpoint is not None
-        _save(engine, Path(order.checkpoint), order.progress or {}, rank)
+        return files.save(Path(order.checkpoint), order.progress or {})
     elif order.kind == "export":
         assert order.folder is not None
-        engine.export(Path(order.folder), config.tokenizer)
+        files.export(Path(order.folder), config.tokenizer)
     return None
 
 
@@ -221,18 +225,3 @@ def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: 
         count += 1
     if rank == 0:
         ray.get(weights.commit.remote(version, count))
-
-
-def _save(engine: StudentEngine, folder: Path, progress: dict[str, Any], rank: int) -> None:
-    """Write a checkpoint that appears whole or not at all; one that is there already (a replay) is left alone."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    if engine.agree((folder / COMMITTED).exists()):
-        return
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    engine.save(partial)
-    if rank == 0:
-        (partial / COMMITTED).write_text(json.dumps(progress), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)

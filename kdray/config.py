@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from kdray import strict_yaml
 from kdray.errors import ConfigError
@@ -77,6 +77,7 @@ from kdray.settings.rollout import (
     RouteSettings,
     TeachersSettings,
 )
+from kdray.settings.storage import check_storage_url
 from kdray.settings.teachers import (
     AutoscalingSettings,
     CaptureTeacherSettings,
@@ -102,6 +103,15 @@ class RunSettings(Settings):
     """Seed of everything random: data order, draws, initial weights of tiny models."""
     output: Path = Path("runs")
     """Folder that holds run folders. A relative path counts from the folder the command was started in."""
+    storage: str | None = None
+    """URL of a folder in an object store, or of a shared one, that holds a copy of run folders: `s3://bucket/folder`,
+    `gs://bucket/folder`, `file:///folder`. Checkpoints then go there alone, and a run resumes from it on any machine. None: the
+    run folder is all that there is, and every node of a student has to see it. Credentials come from the environment."""
+
+    @field_validator("storage")
+    @classmethod
+    def _check_storage(cls, value: str | None) -> str | None:
+        return None if value is None else check_storage_url(value)
 
 
 # --------------------------------------------------------------------------------------------------- evaluation

@@ -45,6 +45,10 @@ class TrainingError(KdrayError, RuntimeError):
     """The student group failed, or its loss stopped being a finite number."""
 
 
+class StorageError(KdrayError, OSError):
+    """`run.storage` could not be read or written, and waiting did not help."""
+
+
 class Interrupted(KdrayError):
     """The user asked the run to stop; a checkpoint was written: the command exits with 130."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kdray.config import Config, PeerTeacherSettings
 from kdray.errors import ConfigError
+from kdray.settings.storage import below
 
 MAIN_STUDENT = "student"
 """What its peers call the run's own student."""
@@ -33,9 +34,13 @@ def peer_configs(config: Config, peers: Mapping[str, str], student: str) -> dict
             )
             for other, (model, revision) in others.items()
         }
+        where = {
+            "output": config.run_folder / "peers",
+            "storage": None if config.run.storage is None else below(config.run.storage, config.run.name, "peers"),
+        }
         found[name] = config.model_copy(
             update={
-                "run": config.run.model_copy(update={"name": name, "output": config.run_folder / "peers"}),
+                "run": config.run.model_copy(update={"name": name, **where}),
                 "student": config.student.model_copy(update={"model": peers[name], "revision": settings.revision}),
                 "teachers": teachers,
                 "evaluation": config.evaluation.model_copy(update={"control": False}),

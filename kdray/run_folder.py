@@ -33,12 +33,13 @@ _MAY_DIFFER = (
     "evaluation",
     "cluster",
     "run.output",
+    "run.storage",
     # DeepSpeed's checkpoints are cut by ranks and ZeRO stage.
     *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks", "zero_stage"})),
     *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
 )
-"""Settings that a resumed run may change: how long, how it is measured, and where its parts run. `run.output` says where the
-folder is, not what the run does: the folder may have been moved, or the command started elsewhere."""
+"""Settings that a resumed run may change: how long, how it is measured, and where its parts run. `run.output` and `run.storage`
+say where the folder is, not what the run does: it may have been moved, or the command started elsewhere."""
 
 
 def utc_now() -> str:
@@ -237,8 +238,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises: DataError naming file and line.
     """
+    return parse_lines(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_lines(text: str, path: str) -> list[dict[str, Any]]:
+    """`read_lines` for the text of a file. Args: path: its name in messages."""
     objects = []
-    text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             value = json.loads(line)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -28,11 +26,12 @@ from kdray.data import Dataset, PromptStream, load_dataset
 from kdray.filters import Filters
 from kdray.loop import LoopSettings, distill
 from kdray.models import task_tokenizer
-from kdray.progress import COMMITTED, Ledger, newest_checkpoint, prune_checkpoints
+from kdray.progress import COMMITTED, Ledger, commit, newest_checkpoint, prune_checkpoints
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
 from kdray.schedules import Schedules
 from kdray.seeds import uniforms
+from kdray.storage import Storage
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 EOS = 1
@@ -165,19 +164,17 @@ class StubStudent:
         self._tables.published[version] = self._tables.student
 
     async def save_checkpoint(self, step: int) -> None:
-        final = self._folder.checkpoints / f"step-{step:06d}"
-        if not final.exists():
-            staging = final.with_name(f".{final.name}.partial")
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            with (staging / "student.npy").open("wb") as file:
-                np.save(file, self._tables.student)
+        storage, key = Storage.local(self._folder.path), f"checkpoints/step-{step:06d}"
+        if storage.read(f"{key}/{COMMITTED}") is None:
+            storage.delete(key)
+            weights = io.BytesIO()
+            np.save(weights, self._tables.student)
+            digest = storage.write(f"{key}/student.npy", weights.getvalue())
             self._pause()
             progress = {"step": step} | {name: entry() for name, entry in self.live.items()}
-            (staging / COMMITTED).write_text(json.dumps(progress))
+            commit(storage, key, progress, [{"student.npy": digest}])
             self._pause()
-            staging.rename(final)
-        prune_checkpoints(self._folder.checkpoints, self._config.training.keep_checkpoints)
+        prune_checkpoints(storage, self._config.training.keep_checkpoints)
 
     def restore(self, checkpoint: Path) -> None:
         self._tables.student = np.load(checkpoint / "student.npy")
@@ -192,19 +189,19 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
     """The run. Args: slow: sleep where a kill would hurt, and let answers come in another order each time."""
     tokenizer = task_tokenizer()
     resume = (config.run_folder / "config.yaml").is_file()
-    found = newest_checkpoint(config.run_folder / "checkpoints") if resume else None
+    found, _ = newest_checkpoint([Storage.local(config.run_folder)]) if resume else (None, [])
     folder = RunFolder.create(config, resume)
     reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
-    reporter.event("start", resumed_step=found[1]["step"] if found else None)
+    reporter.event("start", resumed_step=found.step if found else None)
     dataset = dataset or load_dataset(config, tokenizer)
     ledger, schedules = Ledger(folder.path / "ledger.jsonl"), Schedules.of(config)
-    start_step, totals = rewind(folder, ledger, schedules, config.training.steps, found[1] if found else None)
+    start_step, totals = rewind(folder, ledger, schedules, config.training.steps, found.progress if found else None)
     tables = Tables(config.run.seed, len(tokenizer))
     haste = np.random.default_rng(time.time_ns())
     student = StubStudent(tables, folder, config, (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None))
     student.live = {"totals": lambda: asdict(totals), "schedules": schedules.state}
     if found:
-        student.restore(found[0])
+        student.restore(config.run_folder / found.key)
     await student.publish(start_step)
     if found is None:
         await student.save_checkpoint(0)
@@ -225,7 +222,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, {}),
     )
     summary = counts(ledger, totals, config) | {
-        "resumed_from_step": found[1]["step"] if found else None,
+        "resumed_from_step": found.step if found else None,
         "dropped_prompts": dataset.dropped,
     }
     folder.write_summary(summary)

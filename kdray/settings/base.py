@@ -22,6 +22,8 @@ class Settings(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        # A value that is refused may be a secret in the wrong place; messages name values themselves where they may.
+        hide_input_in_errors=True,
     )
 
 

@@ -25,14 +25,22 @@ from kdray.errors import TrainingError
 from kdray.losses import LossBatch, loss_function
 from kdray.models import task_tokenizer
 from kdray.types import Rollout, TrainBatch
+from tests.s3_server import BUCKET, S3Server, s3_server
 
 from .conftest import VOCAB, TinyModels
 
 STEPS = 4
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
+def local_ray(server: S3Server) -> Iterator[None]:
+    # After the server: its environment is what ranks inherit.
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -80,11 +88,13 @@ def _training(**settings: Any) -> TrainingSettings:
 
 
 @asynccontextmanager
-async def _ranks(training: TrainingSettings, folder: Path) -> AsyncIterator[tuple[StudentRanks, Any]]:
+async def _ranks(
+    training: TrainingSettings, folder: Path, stored: str | None = None
+) -> AsyncIterator[tuple[StudentRanks, Any]]:
     task_tokenizer().save_pretrained(folder / "tokenizer")
     weights, average = (ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote() for _ in range(2))
     checkpoints, storage = folder / "checkpoints", folder / "ray"
-    ranks = StudentRanks(training, VOCAB, 0, str(folder / "tokenizer"), weights, checkpoints, storage, average)
+    ranks = StudentRanks(training, VOCAB, 0, str(folder / "tokenizer"), weights, checkpoints, storage, average, stored)
     await ranks.start()
     try:
         yield ranks, weights
@@ -277,11 +287,20 @@ async def test_published_weights_are_the_trained_ones_and_a_bad_loss_moves_nothi
 
 
 @pytest.mark.full
-async def test_a_lost_rank_resumes_from_the_commit_and_replays(models, batches, reference, tmp_path) -> None:
-    """SIGKILL one of two ranks after the commit of step 2: the group restarts there, replays step 3, same curve."""
-    training = _training(ranks=2, zero_stage=1, max_restarts=1)
-    async with _ranks(training, tmp_path) as (ranks, _):
+@pytest.mark.parametrize(("stage", "stored"), [(1, False), (3, True)])
+async def test_a_lost_rank_resumes_from_the_commit_and_replays(
+    stage, stored, models, batches, reference, tmp_path, server
+) -> None:
+    """SIGKILL one of two ranks after the commit of step 2: the group restarts there, replays step 3, same curve.
+
+    With a storage, each rank fetches from there what it needs of the phase's model and of the checkpoint.
+    """
+    training = _training(ranks=2, zero_stage=stage, max_restarts=1)
+    base, checkpoints = tmp_path / "checkpoints" / "sft", tmp_path / "checkpoints"
+    async with _ranks(training, tmp_path, server.url(f"{BUCKET}/run") if stored else None) as (ranks, _):
         await ranks.start_phase(_phase(models[1]))
+        await ranks.export(base)
+        await ranks.start_phase(_phase(base))
         curve = [await ranks.train_step(batch) for batch in batches[:2]]
         await ranks.save_checkpoint(2)
         curve.append(await ranks.train_step(batches[2]))
@@ -290,6 +309,11 @@ async def test_a_lost_rank_resumes_from_the_commit_and_replays(models, batches, 
         curve.append(await ranks.train_step(batches[3]))
         assert await ranks.restarts() == 1
     np.testing.assert_allclose([(report.loss, report.grad_norm) for report in curve], reference, rtol=2e-4)
+    kept = (
+        {name.split("/")[2] for name in server.held("run/checkpoints/")} if stored else {p.name for p in checkpoints.iterdir()}
+    )
+    assert kept == {"sft", "step-000002"}
+    assert not (stored and checkpoints.exists())
 
 
 def _kill_one_rank() -> None:

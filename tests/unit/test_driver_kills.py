@@ -134,7 +134,7 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before_it_to_resume_from(for
     driver = forked.Process(target=main, args=(path,))
     driver.start()
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob(".step-0000[1-9]*.partial/student.npy")):
+    while not (torn := [f for f in checkpoints.glob("step-0000[1-9]*") if not (f / "COMMITTED.json").exists()]):
         assert driver.is_alive()
         assert time.monotonic() < deadline
     driver.kill()
@@ -147,4 +147,4 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before_it_to_resume_from(for
         np.load(io.BytesIO((run / "checkpoints/step-000040/student.npy").read_bytes())) for run in (whole, config.run_folder)
     ]
     np.testing.assert_array_equal(*weights)
-    assert not list(checkpoints.glob(".step-*.partial"))
+    assert all((f / "COMMITTED.json").exists() for f in checkpoints.glob("step-*")), torn

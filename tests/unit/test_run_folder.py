@@ -74,6 +74,7 @@ def test_resume_needs_a_run(tmp_path):
         {"training": {"steps": 200}},
         {"evaluation": {"control": True, "every": 5}},
         {"cluster": {"address": "10.0.0.1:6379"}},
+        {"run": {"storage": "s3://bucket/runs"}},
     ],
 )
 def test_resume_takes_the_same_run_or_one_that_differs_in_what_may(tmp_path, sections):

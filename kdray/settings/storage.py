@@ -1,0 +1,55 @@
+"""What a storage URL may be, and how one is extended. Credentials are no part of it: it is written into config.yaml."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+
+_OPTIONS: dict[str, frozenset[str]] = {
+    "s3": frozenset({"endpoint_override", "region", "scheme"}),
+    "gs": frozenset({"endpoint_override", "project_id", "scheme"}),
+    "file": frozenset(),
+}
+"""Schemes, and the options that each takes behind `?`; none of them holds a secret."""
+CREDENTIALS = (
+    "credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role for "
+    "s3, GOOGLE_APPLICATION_CREDENTIALS for gs"
+)
+
+
+def check_storage_url(url: str) -> str:
+    """The URL without a slash at its end. Raises: ValueError that names the remedy and repeats nothing that may be secret."""
+    try:
+        parts = urlsplit(url)
+        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError as error:
+        raise ValueError("run.storage: not a URL; write it like s3://bucket/folder") from error
+    known = _OPTIONS.get(parts.scheme)
+    # Anywhere: a secret key may hold slashes, and what follows one is no user part any more.
+    if "@" in url or (":" in parts.netloc and parts.scheme != "file"):
+        raise ValueError(
+            f"run.storage: the {parts.scheme} URL holds a user name or a key; remove it (an @ of a name is "
+            f"written %40): {CREDENTIALS}"
+        )
+    if known is None:
+        named = f"of scheme {parts.scheme!r}" if "://" in url else "without a scheme"
+        raise ValueError(
+            f"run.storage: a URL {named}; write s3://bucket/folder, gs://bucket/folder or file:///folder, or set run.output to "
+            "a folder that every node sees"
+        )
+    unknown = sorted({name for name, _ in options} - known)
+    if unknown:
+        allowed = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"run.storage: unknown option {', '.join(unknown)}; {parts.scheme} takes {allowed}; {CREDENTIALS}")
+    if parts.fragment:
+        raise ValueError("run.storage: a URL with `#`; write %23 for one that belongs to a name")
+    if parts.scheme == "file" and (parts.netloc or not parts.path.strip("/")):
+        raise ValueError(f"run.storage={url}: name a folder by its whole path, as in file:///shared/runs")
+    if parts.scheme != "file" and not parts.netloc:
+        raise ValueError(f"run.storage={url}: names no bucket; write {parts.scheme}://bucket/folder")
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/")))
+
+
+def below(url: str, *names: str) -> str:
+    """The URL of something below the folder that `url` names; its options stay."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *(quote(name) for name in names)])))

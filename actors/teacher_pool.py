@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pyarrow as pa
+import ray
 from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from actors.autoscaling_policy import serve_config
@@ -355,7 +356,7 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
     threads = str(max(1, int(settings.num_cpus)))
     options: dict[str, Any] = {
         "num_cpus": settings.num_cpus,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
+        "runtime_env": {"env_vars": {**_job_variables(), "OMP_NUM_THREADS": threads}},
     }
     if settings.num_gpus:
         options["num_gpus"] = settings.num_gpus
@@ -366,3 +367,10 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
     if settings.resources:
         options["resources"] = settings.resources
     return options
+
+
+def _job_variables() -> dict[str, str]:
+    """Variables that this process's Ray job was given. Serve's controller, which may be another job's, hands on its own."""
+    if not ray.is_initialized():
+        return {}
+    return dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})

@@ -34,6 +34,7 @@ from kdray.settings.data import (
     TextSource,
 )
 from kdray.settings.features import AttentionTerm, FeatureSettings, HiddenTerm, RelationTerm
+from kdray.settings.job import JobSettings
 from kdray.settings.losses import (
     DIVERGENCE_LOSSES,
     AdaptiveKLLoss,
@@ -124,6 +125,8 @@ class ClusterSettings(Settings):
     """CPUs that a local Ray counts; None is the machine's. More than it has lets small models share cores."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
+    job: JobSettings = JobSettings()
+    """The run as a Ray job, by `kdray submit`."""
 
 
 SCHEDULED_SHARES = ("alpha", "teacher_share", "data_share")
@@ -606,6 +609,7 @@ __all__ = [
     "HubText",
     "IterablePrompts",
     "JSDLoss",
+    "JobSettings",
     "JsonlPrompts",
     "JsonlText",
     "LMOpsLoss",

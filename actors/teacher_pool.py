@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 import uuid
@@ -319,6 +320,7 @@ class ReplicaPool:
 
 
 _DEPLOYING = threading.Lock()
+_MISSING_PACKAGE = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
 def deploy(pools: Sequence[ReplicaPool]) -> None:
@@ -335,6 +337,11 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
             handles = serve.run_many([pool._target() for pool in pools])
     except RuntimeError as error:
         names = ", ".join(pool.name for pool in pools)
+        if missing := _MISSING_PACKAGE.search(str(error)):
+            raise EngineError(
+                f"replicas of {names} did not start: a node has no Python package `{missing[1]}`; install kdray's requirements "
+                "on every node that serves (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs)"
+            ) from error
         raise EngineError(f"replicas of {names} did not start: {error}") from error
     for pool, handle in zip(pools, handles, strict=True):
         pool._handle = handle

@@ -254,7 +254,8 @@ class JobServer:
                 f"--address={self.address}: what answers there is no job server of Ray; give the dashboard's address, such as "
                 f"http://head:{_DASHBOARD_PORT}"
             )
-        message = str(error)
+        # A server's error is a traceback at times; its last line says what it is.
+        message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
         return KdrayError(f"the job server at {self.address} says: {message.replace(token, '***') if token else message}")
 

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def environments(title: str, value: str) -> list[dict[str, str]]:
     return found
 
 
-def wait_for(condition, timeout_s: float = 150, every_s: float = 0.5):
+def wait_for(condition: Callable[[], object], timeout_s: float = 280, every_s: float = 0.5) -> object:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"

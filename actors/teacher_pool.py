@@ -337,7 +337,12 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
             handles = serve.run_many([pool._target() for pool in pools])
     except RuntimeError as error:
         names = ", ".join(pool.name for pool in pools)
-        if missing := _MISSING_PACKAGE.search(str(error)):
+        # Serve's error names the deployments; why a replica failed stands in their status.
+        found = serve.status().applications
+        details = [
+            each.message for pool in pools if pool.application in found for each in found[pool.application].deployments.values()
+        ]
+        if missing := _MISSING_PACKAGE.search("\n".join([str(error), *details])):
             raise EngineError(
                 f"replicas of {names} did not start: a node has no Python package `{missing[1]}`; install kdray's requirements "
                 "on every node that serves (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs)"

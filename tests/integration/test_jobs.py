@@ -229,6 +229,6 @@ def test_a_node_without_vllm_is_told_once(user: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONPATH", f"{blocked}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     config = recipe(user, "bare", cluster={"job": {"forward_env": ["PYTHONPATH"]}})
     output = finish(start("submit", config, "--follow", "--no-check"), 1)
-    assert "No module named 'vllm'" in output
+    assert "replicas of main did not start: a node has no Python package `vllm`" in output
     assert "pip install" in output
     assert "Traceback" not in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 import uuid
@@ -12,6 +13,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pyarrow as pa
+import ray
 from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from actors.autoscaling_policy import serve_config
@@ -320,6 +322,7 @@ class ReplicaPool:
 
 
 _DEPLOYING = threading.Lock()
+_MISSING_PACKAGE = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
 def deploy(pools: Sequence[ReplicaPool]) -> None:
@@ -336,6 +339,16 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
             handles = serve.run_many([pool._target() for pool in pools])
     except RuntimeError as error:
         names = ", ".join(pool.name for pool in pools)
+        # Serve's error names the deployments; why a replica failed stands in their status.
+        found = serve.status().applications
+        details = [
+            each.message for pool in pools if pool.application in found for each in found[pool.application].deployments.values()
+        ]
+        if missing := _MISSING_PACKAGE.search("\n".join([str(error), *details])):
+            raise EngineError(
+                f"replicas of {names} did not start: a node has no Python package `{missing[1]}`; install kdray's requirements "
+                "on every node that serves (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs)"
+            ) from error
         raise EngineError(f"replicas of {names} did not start: {error}") from error
     for pool, handle in zip(pools, handles, strict=True):
         pool._handle = handle
@@ -357,7 +370,7 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
     threads = str(max(1, int(settings.num_cpus)))
     options: dict[str, Any] = {
         "num_cpus": settings.num_cpus,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
+        "runtime_env": {"env_vars": {**_job_variables(), "OMP_NUM_THREADS": threads}},
     }
     if settings.num_gpus:
         options["num_gpus"] = settings.num_gpus
@@ -368,3 +381,10 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
     if settings.resources:
         options["resources"] = settings.resources
     return options
+
+
+def _job_variables() -> dict[str, str]:
+    """Variables that this process's Ray job was given. Serve's controller, which may be another job's, hands on its own."""
+    if not ray.is_initialized():
+        return {}
+    return dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})

@@ -35,6 +35,7 @@ from kdray.settings.data import (
     TextSource,
 )
 from kdray.settings.features import AttentionTerm, FeatureSettings, HiddenTerm, RelationTerm
+from kdray.settings.job import JobSettings
 from kdray.settings.losses import (
     DIVERGENCE_LOSSES,
     AdaptiveKLLoss,
@@ -147,6 +148,8 @@ class ClusterSettings(Settings):
     is replaced."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
+    job: JobSettings = JobSettings()
+    """The run as a Ray job, by `kdray submit`."""
 
 
 _MAX_PROBLEMS = 20
@@ -645,6 +648,7 @@ __all__ = [
     "HubText",
     "IterablePrompts",
     "JSDLoss",
+    "JobSettings",
     "JsonlPrompts",
     "JsonlText",
     "LMOpsLoss",

@@ -94,7 +94,7 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     *page, modules = done.stdout.splitlines()
-    for command in ("run", "validate", "eval", "report", "export", "doctor"):
+    for command in ("run", "validate", "eval", "report", "export", "submit", "status", "stop", "logs", "doctor"):
         assert any(f" {command} " in line for line in page)
     heavy = {"ray", "torch", "vllm", "deepspeed", "transformers", "pyarrow", "plotly", "numpy", "pydantic", "datasets"}
     assert heavy.isdisjoint(json.loads(modules))

@@ -1,0 +1,225 @@
+"""What a submitted run takes along: one folder, the job's working directory.
+
+In it lie kdray as an installed distribution (its wheel, unpacked, so that vLLM finds the plugin's entry point in every
+process), the resolved config, and the files that the config names by relative paths. No package is installed on the nodes:
+kdray's requirements are part of the cluster's image. Ray hands its working directory, and no other part of the environment, to
+replicas of Ray Serve as well, whoever started Serve; that is why kdray lies there and not among `py_modules`, whose wheels pip
+would install with all their requirements.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from kdray.config import Config, OpenAITeacherSettings, parse_config
+from kdray.errors import ConfigError, DataError, KdrayError
+
+PACKAGES = ("kdray", "actors", "cluster")
+INPUTS = "inputs"
+"""Folder of shipped files inside the job's working directory."""
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """A config as the job reads it, and what comes along."""
+
+    config: Config
+    files: dict[str, Path]
+    """Place in the job's working directory -> file or folder here."""
+    elsewhere: dict[str, Path]
+    """Setting -> absolute path, which is read on the cluster."""
+    size: int
+    """Bytes of all files."""
+
+
+def pack(config: Config) -> Cargo:
+    """What a job of this config takes along: a relative path is a file of this machine, an absolute one is the cluster's.
+
+    Raises: ConfigError for what would be lost or not found there, DataError for a file that is not here.
+    """
+    if config.data.prompts.type == "iterable":
+        raise ConfigError("data.prompts.type=iterable: a job has no caller to hand prompts over; write them to a file")
+    output = str(config.run.output)
+    if not _absolute(output):
+        raise ConfigError(
+            f"run.output={output}: a job's own folder is deleted with the job; give a folder that outlives it and that every "
+            "node reads, such as run.output=/shared/runs"
+        )
+    tree = config.model_dump(mode="json")
+    files, elsewhere, sizes = {}, {}, {}
+    for keys, path in _paths(config):
+        setting = ".".join(keys)
+        if _absolute(str(path)):
+            elsewhere[setting] = path
+            continue
+        if not path.exists():
+            raise DataError(
+                f"{setting}={path}: no such file here; a relative path travels with the job, an absolute one does not"
+            )
+        # Named by its setting, so that a resumed run finds the same path in its config.
+        place = f"{INPUTS}/{setting}/{path.absolute().name}"
+        files[place], sizes[setting] = path, _size(path)
+        _set(tree, keys, place)
+    for keys, model in _models(config):
+        folder = Path(model).expanduser()
+        if folder.is_absolute():
+            elsewhere[".".join(keys)] = folder
+        elif folder.exists():
+            raise ConfigError(
+                f"{'.'.join(keys)}={model}: a folder of this machine, and models do not travel with a job; put it on storage "
+                "that every node reads and give its absolute path, or name a hub id"
+            )
+    limit, total = config.cluster.job.max_upload_mib, sum(sizes.values())
+    if total > limit * _MIB:
+        largest = max(sizes, key=lambda setting: sizes[setting])
+        together = f", {total / _MIB:.1f} MiB with the others" if len(sizes) > 1 else ""
+        raise ConfigError(
+            f"{largest}={files[_place_of(files, largest)]}: {sizes[largest] / _MIB:.1f} MiB{together}, more than "
+            f"cluster.job.max_upload_mib={limit}; put it on storage that every node reads and give its absolute path"
+        )
+    # Inside the job Ray says which cluster it is.
+    tree["cluster"]["address"] = "auto"
+    return Cargo(parse_config(tree, source="the job's config"), files, elsewhere, total)
+
+
+def unchecked(config: Config, cargo: Cargo) -> list[str]:
+    """Why the models and data cannot be checked on this machine; nothing where they can."""
+    reasons = [f"{setting}={path} is not on this machine" for setting, path in cargo.elsewhere.items() if not path.exists()]
+    for name, teacher in config.teachers.items():
+        if isinstance(teacher, OpenAITeacherSettings) and teacher.api_key_env and not os.environ.get(teacher.api_key_env):
+            reasons.append(f"teachers.{name}.api_key_env={teacher.api_key_env} is not set on this machine")
+    return reasons
+
+
+def forwarded(config: Config) -> dict[str, str]:
+    """The job's environment: forwarded variables, and how long Ray waits after asking it to end.
+
+    Raises: ConfigError for a variable that is not set here.
+    """
+    variables = {}
+    for name in config.cluster.job.forward_env:
+        if name not in os.environ:
+            raise ConfigError(f"cluster.job.forward_env={name}: the variable is not set here; export it, or remove it")
+        variables[name] = os.environ[name]
+    # The supervisor of a job reads it in its own environment, which is the job's.
+    return variables | {"RAY_JOB_STOP_WAIT_TIME_S": str(config.cluster.job.stop_wait_s)}
+
+
+def write_folder(cargo: Cargo, folder: Path) -> None:
+    """Everything that travels, as the job's working directory."""
+    unpack_distribution(folder)
+    for place, source in cargo.files.items():
+        target = folder / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copyfile(source, target)
+    (folder / "config.yaml").write_text(cargo.config.dump(), encoding="utf-8")
+
+
+def unpack_distribution(folder: Path) -> None:
+    """kdray as an installed distribution in `folder`: the working tree's wheel, or the installed version where there is none.
+
+    Raises: KdrayError when no wheel can be built.
+    """
+    import kdray
+
+    root = Path(kdray.__file__).parents[1]
+    if (root / "pyproject.toml").is_file():
+        with tempfile.TemporaryDirectory(prefix="kdray-wheel-") as temporary:
+            zipfile.ZipFile(build_wheel(root, Path(temporary))).extractall(folder)
+        return
+    try:
+        installed = distribution("kdray")
+    except PackageNotFoundError as error:
+        raise KdrayError(f"{root}: neither a working tree nor an installed kdray; pip install it, and submit again") from error
+    for file in installed.files or []:
+        top = file.parts[0]
+        if "__pycache__" in file.parts or not (top in PACKAGES or top.endswith(".dist-info")):
+            continue
+        target = folder.joinpath(*file.parts)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(str(file.locate()), target)
+
+
+def build_wheel(root: Path, folder: Path) -> Path:
+    """A wheel of the working tree at `root`, built without a network. Raises: KdrayError with the builder's last line."""
+    copy = folder / "source"
+    copy.mkdir()
+    # A copy of what the wheel is made from: a build leaves folders behind, and takes up stale ones.
+    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
+        if (root / name).is_dir():
+            shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(root / name, copy / name)
+    code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=copy, capture_output=True, text=True)
+    found = list(folder.glob("*.whl"))
+    if done.returncode or not found:
+        last = (done.stderr.strip() or "no wheel").splitlines()[-1]
+        raise KdrayError(f"{root}: no wheel could be built of it: {last}; pip install 'setuptools>=77', and submit again")
+    return found[0]
+
+
+def _absolute(path: str) -> bool:
+    """Whether a path means the same on every machine: an absolute one, or an address such as s3://bucket."""
+    return Path(path).is_absolute() or re.match(r"[a-z][a-z0-9+.-]*:/", path) is not None
+
+
+def _paths(config: Config) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """Every path that the config reads from, with the keys that lead to it."""
+    for keys, value in _leaves(config, ()):
+        if isinstance(value, Path) and keys != ("run", "output"):
+            yield keys, value
+
+
+def _models(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every model that is a folder or a hub id, with the keys that lead to it."""
+    for keys, value in _leaves(config, ()):
+        # What a black-box teacher's model is called is the endpoint's business.
+        ours = keys[0] != "teachers" or not isinstance(config.teachers[keys[1]], OpenAITeacherSettings)
+        if isinstance(value, str) and ours and (keys[-1] == "model" or keys[-2:] == ("model", "source")):
+            yield keys, value
+
+
+def _leaves(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _leaves(getattr(value, name), (*keys, name))
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, (*keys, str(name)))
+    else:
+        yield keys, value
+
+
+def _set(tree: dict[str, Any], keys: tuple[str, ...], value: str) -> None:
+    *parents, leaf = keys
+    for key in parents:
+        tree = tree[key]
+    tree[leaf] = value
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _place_of(files: Mapping[str, Path], setting: str) -> str:
+    return next(place for place in files if place.startswith(f"{INPUTS}/{setting}/"))

@@ -1,0 +1,234 @@
+"""Runs as Ray jobs: a head with a job server and token authentication, and the commands as a user gives them."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+
+VARIABLE = "KDRAY_TEST_JOB"
+"""Forwarded to a job; tells its processes from those of other jobs."""
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    token: str
+    folder: Path
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has now, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """One node with everything on ports of its own. It sees no kdray but the installed one."""
+    # Not under pytest's folder: the paths of Ray's sockets may have 107 characters.
+    folder, token, marker = Path(tempfile.mkdtemp(prefix="kdray-jobs-")), secrets.token_hex(32), secrets.token_hex(8)
+    named = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
+    named += ("metrics-export-port", "node-manager-port", "object-manager-port", "ray-client-server-port")
+    ports = dict(zip(named, free_ports(len(named)), strict=True))
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "KDRAY_TEST_MARKER": marker, "HF_HUB_OFFLINE": "1"}
+    # Half a minute otherwise, in which the node would hand its work to others.
+    settings["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("RAY_")}
+    command = ["ray", "start", "--head", "--block", "--num-cpus=4", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    command += [
+        "--object-store-memory=300000000",
+        "--disable-usage-stats",
+        *(f"--{name}={port}" for name, port in ports.items()),
+    ]
+    log = folder / "head.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=inherited | settings, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
+        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", token, folder)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert_nothing_left(marker)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def user(head: Head, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's machine: the address and the token in the environment, a recipe whose data has a relative path."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+    monkeypatch.chdir(workplace)
+    return workplace
+
+
+def recipe(workplace: Path, name: str, **sections: object) -> str:
+    values = {
+        "data": {"prompts": {"type": "jsonl", "path": "prompts.jsonl"}, "heldout_size": 48},
+        "evaluation": {"prompts": 8},
+        "cluster": {"job": {"forward_env": [VARIABLE]}},
+    }
+    return str(write_recipe(workplace, name, **(values | sections)))
+
+
+def environments(title: str, value: str) -> list[dict[str, str]]:
+    """Environments of the processes of a job whose title holds a text."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+            if title in " ".join(process.cmdline()) and environment.get(VARIABLE) == value:
+                found.append(environment)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 280, every_s: float = 0.5) -> object:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(every_s)
+    return found
+
+
+def test_a_run_is_submitted_watched_stopped_and_resumed(user: Path, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = user / "runs" / "sent"
+    monkeypatch.setenv(VARIABLE, "first")
+    config = recipe(user, "sent", training={"steps": 2000, "batch_size": 32, "sft": {"steps": 4}})
+    submitted = finish(start("submit", config), 0)
+    assert "job sent: submitted to" in submitted
+    assert "prompts.jsonl as inputs/data.prompts.path/prompts.jsonl" in submitted
+    follower, leaver = start("logs", "sent", "--follow"), start("logs", "sent", "--follow")
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(json_lines(run / "metrics.jsonl")) >= 3)
+    # Every process of the job has kdray from the job's own folder, the engine's included, and the forwarded variable.
+    engines = environments("EngineCore", "first")
+    assert engines
+    code = engines[0]["PYTHONPATH"].split(os.pathsep)[0]
+    assert "working_dir_files" in code
+    assert Path(code).is_relative_to(head.folder)
+    assert (Path(code) / "actors" / "mixture_model.py").is_file()
+    # Who stops looking stops nothing.
+    leaver.send_signal(signal.SIGINT)
+    left = finish(leaver, 130)
+    assert f"the job runs on: kdray logs sent --address {head.address} --follow" in " ".join(left.split())
+    shown = finish(start("status", "sent"), 0)
+    assert re.search(r"sent +│ RUNNING +│ +│ distill \d+/2000", shown), shown
+    refused = finish(start("submit", config, "--resume", "--no-check"), 2)
+    assert "job sent is RUNNING" in refused
+
+    stopped = finish(start("stop", "sent"), 0)
+    assert "sent: STOPPED with exit code 130: interrupted: stopped at step" in stopped
+    log = finish(follower, 130)
+    assert re.search(rf"^kdray \S+ from {re.escape(code)}/kdray, Python", log, re.MULTILINE), log[:2000]
+    assert log.count("interrupt_requested") == 1
+    assert "STOPPED" in finish(start("status"), 0)
+    done = len(json_lines(run / "metrics.jsonl"))
+    check_ledger(run, done)
+    wait_for(lambda: not any(environments(title, "first") for title in ("EngineCore", "ServeReplica", "RayTrain")), 30)
+
+    # By the run's name again: a job of its own, which replicas of its own belong to.
+    monkeypatch.setenv(VARIABLE, "second")
+    resumed = start("submit", config, f"training.steps={done + 4}", "--resume", "--follow")
+    wait_for(lambda: environments("EngineCore", "second"))
+    output = finish(resumed, 0)
+    assert f"start resumed_step={done}" in output
+    assert f"sent-2: SUCCEEDED, complete; run folder {run}" in output
+    check_ledger(run, done + 4)
+    assert (run / "summary.json").is_file()
+    shown = finish(start("status"), 0)
+    assert re.search(r"sent-2 +│ SUCCEEDED", shown), shown
+    assert re.search(r"sent +│ STOPPED", shown), shown
+    # A job that cannot run says why, and its code is what following it ends with.
+    again = finish(start("submit", config, "--no-check", "--follow"), 2)
+    assert "sent-3: FAILED with exit code 2: kdray:" in again
+    assert "already holds a run; continue it with --resume" in again
+    for text in (submitted, left, stopped, log, output, shown, again):
+        assert head.token not in text
+
+
+class _NoRay(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>something else</html>")
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_what_is_wrong_with_token_and_address_is_one_message(user: Path, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = http.server.HTTPServer(("127.0.0.1", 0), _NoRay)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    elsewhere = f"http://127.0.0.1:{other.server_port}"
+    empty = user / "empty_token"
+    empty.write_text("")
+    monkeypatch.setenv("HOME", str(user))
+    wrong = secrets.token_hex(32)
+    cases = [
+        ({"RAY_AUTH_TOKEN": wrong}, head.address, "RAY_AUTH_TOKEN: the token is not that of the cluster"),
+        ({}, head.address, "RAY_AUTH_TOKEN: not set, and the cluster"),
+        ({"RAY_AUTH_TOKEN": head.token, "RAY_AUTH_MODE": "disabled"}, head.address, "RAY_AUTH_MODE=disabled: the cluster"),
+        ({"RAY_AUTH_TOKEN_PATH": str(empty)}, head.address, f"RAY_AUTH_TOKEN_PATH={empty}: holds no token"),
+        ({"RAY_AUTH_TOKEN": head.token}, elsewhere, "what answers there is no job server of Ray"),
+    ]
+    started = []
+    for environment, address, message in cases:
+        with monkeypatch.context() as patch:
+            patch.delenv("RAY_AUTH_TOKEN")
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            started.append((start("status", "--address", address), message))
+    for process, message in started:
+        output = finish(process, 2)
+        assert output.startswith("kdray: "), output
+        assert message in output
+        assert len(output.splitlines()) == 1, output
+        assert head.token not in output
+        assert wrong not in output
+    other.shutdown()
+
+
+@pytest.mark.full
+def test_a_node_without_vllm_is_told_once(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas whose `import vllm` fails as it does where there is none."""
+    blocked = user / "blocked"
+    blocked.mkdir()
+    (blocked / "vllm.py").write_text("raise ModuleNotFoundError(\"No module named 'vllm'\", name='vllm')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{blocked}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    config = recipe(user, "bare", cluster={"job": {"forward_env": ["PYTHONPATH"]}})
+    output = finish(start("submit", config, "--follow", "--no-check"), 1)
+    assert "replicas of main did not start: a node has no Python package `vllm`" in output
+    assert "pip install" in output
+    assert "Traceback" not in output

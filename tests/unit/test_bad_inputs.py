@@ -28,8 +28,9 @@ from cluster.cli import _exit_codes, app
 from kdray.captures import write_capture
 from kdray.config import OpenAITeacherSettings, TinyModel, load_config
 from kdray.models import build_tiny_model, task_tokenizer
-from kdray.progress import COMMITTED
+from kdray.progress import commit
 from kdray.run_folder import RunFolder
+from kdray.storage import Storage
 from kdray.types import Rollout
 from kdray.vocab import tokenizer_hash
 
@@ -674,9 +675,9 @@ def torn_config(place: Place) -> RunFolder:
 
 
 def checkpoint(place: Place, step: int, **progress: Any) -> None:
-    folder = place.started().checkpoints / f"step-{step:06d}"
-    folder.mkdir()
-    (folder / COMMITTED).write_text(json.dumps({"step": step, "horizon": 100, "stage": "distill"} | progress))
+    storage, key = Storage.local(place.started().path), f"checkpoints/step-{step:06d}"
+    written = {"weights": storage.write(f"{key}/weights", b"weights")}
+    commit(storage, key, {"step": step, "horizon": 100, "stage": "distill"} | progress, [written])
 
 
 def fewer_steps(place: Place) -> Any:
@@ -692,7 +693,7 @@ def another_horizon(place: Place) -> Any:
 def checkpoint_of(place: Place) -> Any:
     from cluster.launch import _checkpoint_to_resume
 
-    return _checkpoint_to_resume(load_config(place.recipe()))
+    return _checkpoint_to_resume(load_config(place.recipe()), None)
 
 
 FILES: list[tuple[str, Callable[[Place], Any], tuple[str, ...]]] = [

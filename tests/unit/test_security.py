@@ -32,6 +32,8 @@ SOURCES = sorted(path for package in ("kdray", "actors", "cluster") for path in 
 
 READS_PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "pandas"}
 UNPACKS = {"zipfile", "tarfile"}
+UNPACKS_ITS_OWN = {"cluster/cargo.py"}
+"""Takes the wheel apart that it has just built."""
 NOT_FROM_DISK = {"actors/autoscaling_policy.py"}
 """Hands an actor's handle to the Serve controller in a deployment's own settings: no file is read."""
 
@@ -55,10 +57,12 @@ def test_no_file_of_others_is_run(path: Path) -> None:
             alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
         }
         imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert not {part for name in imported for part in name.split(".")} & (READS_PICKLES | UNPACKS)
+        forbidden = READS_PICKLES | (set() if str(path.relative_to(ROOT)) in UNPACKS_ITS_OWN else UNPACKS)
+        assert not {part for name in imported for part in name.split(".")} & forbidden
     for name, call in calls(path):
         given = keywords(call)
-        assert name.rpartition(".")[2] not in ("unsafe_load", "full_load", "extractall") or "strict_yaml" in name
+        assert name.rpartition(".")[2] not in ("unsafe_load", "full_load") or "strict_yaml" in name
+        assert not name.endswith("extractall") or str(path.relative_to(ROOT)) in UNPACKS_ITS_OWN
         assert name not in ("eval", "exec", "os.system", "torch.load", "yaml.load", "torch.jit.load"), name
         assert given.get("shell", "False") == "False"
         assert given.get("allow_pickle", "False") == "False"

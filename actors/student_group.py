@@ -151,12 +151,18 @@ class StudentRanks:
         answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
         # Loading models takes what it takes; what follows has a bound.
         patience = None if order.kind in ("phase", "export") else self.training.stuck_after_s
+        left = patience
         while True:
-            done, _ = await asyncio.wait({answer, self._fit}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if done:
+            done, _ = await asyncio.wait({answer, self._fit}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if done or patience is None:
                 break
-            self.on_event("ranks_stuck", order=order.kind, seconds=patience)
-            await self._mailbox.kill_ranks.remote()
+            # Ranks that start again, or repeat what a lost one had done, are not stuck.
+            silent = await self._mailbox.silent_s.remote()
+            left = patience - silent
+            if left <= 0:
+                self.on_event("ranks_stuck", order=order.kind, silent_s=round(silent, 1))
+                await self._mailbox.kill_ranks.remote()
+                left = patience
         if not answer.done():
             answer.cancel()
             raise TrainingError(f"the student ranks ended during `{order.kind}`: {_reason(self._fit)}")

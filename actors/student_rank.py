@@ -8,6 +8,7 @@ the log again from the last committed checkpoint: the same batches, the same ord
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Mailbox:
         self._start: tuple[int, int | None, str | None] = (0, None, None)
         self._starts = 0
         self._ranks: dict[int, Any] = {}
+        self._heard_at = time.monotonic()
         self._changed = asyncio.Condition()
 
     async def post(self, order: Order) -> int:
@@ -80,6 +82,7 @@ class Mailbox:
     async def answer(self, index: int, rank: int, result: Any) -> None:
         """A rank did the order. The first answer of a rank counts; those of a replay are the same and are dropped."""
         async with self._changed:
+            self._heard_at = time.monotonic()
             if index not in self._orders:
                 return
             self._answers.setdefault(index, {}).setdefault(rank, result)
@@ -112,12 +115,18 @@ class Mailbox:
         phase = self._orders[phase_index].phase if phase_index is not None else None
         return index, phase, checkpoint
 
+    async def silent_s(self) -> float:
+        """Seconds since any rank was heard of."""
+        return time.monotonic() - self._heard_at
+
     async def enter(self, rank: int, actor: Any) -> None:
         """Note who a rank is, for `kill_ranks`."""
         self._ranks[rank] = actor
+        self._heard_at = time.monotonic()
 
     async def kill_ranks(self) -> None:
         """End every rank at once, whatever it does; Ray Train starts the group again."""
+        self._heard_at = time.monotonic()
         for actor in self._ranks.values():
             ray.kill(actor)
 

@@ -29,8 +29,8 @@ import yaml
 
 from .runs import json_lines, start, write_recipe
 
-STUCK_S = 25.0
-"""Deadline of engines and ranks in these runs."""
+STUCK_S = 30.0
+"""Deadline of engines and ranks in these runs; the ranks of a tiny student start within it."""
 _BETWEEN_STEPS = 2
 """Steps that the run trains between two faults."""
 _PATIENCE_S = 420.0

@@ -25,6 +25,11 @@ from ray.autoscaler._private.aws import node_provider as aws
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+from ray.core.generated.common_pb2 import LabelSelectorOperator
 from transformers import Qwen2Config
 from typer.testing import CliRunner
 
@@ -211,11 +216,15 @@ def test_a_wrong_field_would_be_found(change: Callable[[dict[str, Any]], Any], f
     assert any(found in misfit for misfit in _misfits(resource, "RayCluster", "RayCluster"))
 
 
-def test_ray_reads_the_cluster_as_meant() -> None:
+def _autoscaling() -> dict[str, Any]:
+    """What Ray's autoscaler makes of the RayCluster; Ray holds it against the schema of its clusters."""
     resource = copy.deepcopy(CLUSTER["RayCluster"])
     resource["metadata"]["namespace"] = "default"
-    # Ray validates what it made of it, by the schema of its clusters.
-    config = _derive_autoscaling_config_from_ray_cr(resource)
+    return _derive_autoscaling_config_from_ray_cr(resource)
+
+
+def test_ray_reads_the_cluster_as_meant() -> None:
+    config = _autoscaling()
     kinds = config["available_node_types"]
     head = kinds.pop(config["head_node_type"])
     assert (head["resources"]["CPU"], head["labels"]) == (0, {"kdray-role": "head"})
@@ -373,6 +382,15 @@ def test_ray_takes_the_file_for_machines_of_your_own() -> None:
     assert f"--volume {folder}:{folder}:ro" in ON_PREMISE["docker"]["run_options"]
 
 
+def test_rays_autoscaler_finds_an_image_for_every_kind_of_node() -> None:
+    read = AutoscalingConfig(copy.deepcopy(AWS), skip_content_hash=True)
+    for name, kind in AWS["available_node_types"].items():
+        image = read.get_docker_config(name)["image"]
+        assert image.endswith(":gpu" if "GPU" in kind["resources"] else ":cpu")
+    own = prepare_config(copy.deepcopy(ON_PREMISE))
+    assert AutoscalingConfig(own, skip_content_hash=True).get_docker_config(own["head_node_type"])["image"].endswith(":gpu")
+
+
 @pytest.mark.parametrize("config", [AWS, ON_PREMISE], ids=["aws", "onprem"])
 def test_every_node_has_the_token_and_uses_it(config: dict[str, Any]) -> None:
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
@@ -393,9 +411,7 @@ def _aws_nodes() -> list[Node]:
 
 
 def _kubernetes_nodes() -> list[Node]:
-    resource = copy.deepcopy(CLUSTER["RayCluster"])
-    resource["metadata"]["namespace"] = "default"
-    kinds = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"].values()
+    kinds = _autoscaling()["available_node_types"].values()
     return [Node(kind["resources"], kind["labels"], "kubernetes") for kind in kinds for _ in range(kind["max_workers"])]
 
 
@@ -445,6 +461,29 @@ def test_the_recipe_finds_its_roles_on_the_clusters(recipe: Config, nodes: list[
         assert f"kdray-role={home.pop()}" in where.split()
     assert sum(placed["student"].nodes.values()) == recipe.training.ranks
     assert not any("may grow" in line or "warning" in line for line in found.lines), found.lines
+
+
+@pytest.mark.parametrize("config", [AWS, _autoscaling()], ids=["aws", "kubernetes"])
+def test_rays_autoscaler_brings_a_node_of_every_kind_for_the_recipe(config: dict[str, Any]) -> None:
+    # The reservation's placement group, as Ray's autoscaler is told of it while no worker is there.
+    wanted = [
+        ResourceRequestUtil.make(
+            dict(bundle.resources),
+            label_selectors=[[(key, LabelSelectorOperator.LABEL_OPERATOR_IN, [value]) for key, value in bundle.labels.items()]],
+        )
+        for bundle in bundles(load_config(RECIPE, []))
+        for _ in range(bundle.count)
+    ]
+    read = AutoscalingConfig(copy.deepcopy(config), skip_content_hash=True)
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=read.get_node_type_configs(),
+        max_num_nodes=read.get_max_num_nodes(),
+        gang_resource_requests=[GangResourceRequest(requests=wanted)],
+    )
+    reply = ResourceDemandScheduler(None).schedule(request)
+    assert not reply.infeasible_gang_resource_requests
+    assert {launch.instance_type: launch.count for launch in reply.to_launch} == dict.fromkeys(ROLES, 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- docs

@@ -98,7 +98,7 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     assert [labels[node].get("role") for node in _ranks()] == ["student", "student"]
 
     by_label = {(node.get("kind") or node["role"]): node_id for node_id, node in labels.items() if node.get("role")}
-    raylets = {each.unique_id if hasattr(each, "unique_id") else each.node_id: each for each in cluster.worker_nodes}
+    raylets = {each.node_id: each for each in cluster.worker_nodes}
     spare = cluster.add_node(num_cpus=2, labels={"role": "student", "kind": "spare"})
     cluster.remove_node(raylets[by_label["small"]], allow_graceful=False)
     _until(lambda: len(_replicas()) == 1, "the teacher's node is gone")

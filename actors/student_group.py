@@ -151,7 +151,7 @@ class StudentRanks:
         answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
         # Loading models takes what it takes; what follows has a bound.
         patience = None if order.kind in ("phase", "export") else self.training.stuck_after_s
-        left = patience
+        left, killed = patience, False
         while True:
             done, _ = await asyncio.wait({answer, self._fit}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if done or patience is None:
@@ -160,9 +160,14 @@ class StudentRanks:
             silent = await self._mailbox.silent_s.remote()
             left = patience - silent
             if left <= 0:
+                if killed and not await self._mailbox.heard_since_kill.remote():
+                    raise TrainingError(
+                        f"the student ranks did not start again within training.stuck_after_s={patience:g}: no node may have "
+                        "room for them any more (kdray plan says what they need); continue with --resume once there is"
+                    )
                 self.on_event("ranks_stuck", order=order.kind, silent_s=round(silent, 1))
                 await self._mailbox.kill_ranks.remote()
-                left = patience
+                left, killed = patience, True
         if not answer.done():
             answer.cancel()
             raise TrainingError(f"the student ranks ended during `{order.kind}`: {_reason(self._fit)}")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.rank_files import RankFiles
 from actors.student_engine import Phase, StudentEngine
@@ -24,6 +24,9 @@ from kdray.errors import StorageError, TrainingError
 
 if TYPE_CHECKING:
     import torch
+
+
+_UNREACHABLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Mailbox:
         self._start: tuple[int, int | None, str | None] = (0, None, None)
         self._starts = 0
         self._ranks: dict[int, Any] = {}
+        self._killed_at = 0.0
         self._heard_at = time.monotonic()
         self._changed = asyncio.Condition()
 
@@ -126,9 +130,13 @@ class Mailbox:
 
     async def kill_ranks(self) -> None:
         """End every rank at once, whatever it does; Ray Train starts the group again."""
-        self._heard_at = time.monotonic()
+        self._heard_at = self._killed_at = time.monotonic()
         for actor in self._ranks.values():
             ray.kill(actor)
+
+    async def heard_since_kill(self) -> bool:
+        """Whether any rank was heard of after `kill_ranks`."""
+        return self._heard_at > self._killed_at
 
     async def restarts(self) -> int:
         """Times the whole group was started again after its first start."""
@@ -178,7 +186,7 @@ def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles) -> None:
         files.start_phase(phase, None if checkpoint is None else Path(checkpoint))
     while True:
         try:
-            order: Order = ray.get(mailbox.order.remote(index))
+            order: Order = _asked(lambda: mailbox.order.remote(index))  # noqa: B023 - asked within the turn
         except RayActorError:
             # The driver took the mailbox away: the run is over, and a restart would find nobody either.
             return
@@ -188,12 +196,21 @@ def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles) -> None:
             # Every rank raises it alike, and a restart would meet it again: it is an answer, not a lost rank.
             result = error
         try:
-            ray.get(mailbox.answer.remote(index, rank, result))
+            _asked(lambda: mailbox.answer.remote(index, rank, result))  # noqa: B023 - asked within the turn
         except RayActorError:
             return
         if order.kind == "stop":
             return
         index += 1
+
+
+def _asked(call: Callable[[], Any]) -> Any:
+    """The mailbox's answer, asked for again while the driver's node is out of reach for a moment. Raises: RayActorError."""
+    while True:
+        try:
+            return ray.get(call())
+        except ActorUnavailableError:
+            time.sleep(_UNREACHABLE_S)
 
 
 def _obey(order: Order, engine: StudentEngine, files: RankFiles, config: RankConfig) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pyarrow as pa
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.teacher_engine import EngineSpec, TeacherEngine
 from actors.weight_sync import pull
@@ -205,6 +205,9 @@ class TeacherReplica:
             serve.delete(serve.get_replica_context().app_name, _blocking=False)
             # Serve ends this replica now, gently; until then it has nothing to watch.
             await asyncio.Event().wait()
+        except ActorUnavailableError:
+            # The driver's node is out of reach for a moment.
+            return
 
     async def __del__(self) -> None:
         for task in (getattr(self, "_watcher", None), getattr(self, "_follower", None)):

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run failed; 2 the config or an input is wrong; 130 int
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as training.learning_rate=1e-5.")
 ]
 _PROGRESS_S = 5.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Address = Annotated[
     str | None,
@@ -459,11 +461,17 @@ def _explain(error: BaseException, outcome: _Outcome) -> int:
     if isinstance(error, KdrayError):
         typer.echo(f"kdray: {error}{where}", err=True)
         return 1
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        remedy = "make room where run.output lies, then continue with --resume"
+        typer.echo(f"kdray: a file could not be written: {error}; {remedy}{where}", err=True)
+        return 1
     text = "".join(traceback.format_exception(error))
     if logs is not None:
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / "driver.log").open("a", encoding="utf-8") as file:
-            file.write(text)
+        # The log may be what cannot be written.
+        with contextlib.suppress(OSError):
+            logs.mkdir(parents=True, exist_ok=True)
+            with (logs / "driver.log").open("a", encoding="utf-8") as file:
+                file.write(text)
     typer.echo(f"{text}kdray: failed unexpectedly: {type(error).__name__}: {error}{where}", err=True)
     return 1
 

@@ -33,7 +33,7 @@ from kdray.preflight import Checked, check
 from kdray.progress import NotWhole, discard, newest_checkpoint
 from kdray.report import write_report
 from kdray.reporter import RunReporter
-from kdray.run_folder import CAPTURE, RunFolder, read_lines
+from kdray.run_folder import CAPTURE, RunFolder
 from kdray.storage import Storage
 from kdray.stored_run import StoredRun
 
@@ -134,13 +134,14 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
     places = ([] if stored is None else [stored.storage]) + [Storage.local(config.run_folder)]
     found, passed_over = newest_checkpoint(places)
     if found is None:
-        metrics = RunFolder(config.run_folder).metrics
-        if metrics.exists() and (lines := read_lines(metrics)):
-            looked = " or ".join(f"{place.url}/checkpoints" for place in places)
-            raise ConfigError(
-                f"{config.run_folder}: the run was trained for {lines[-1]['step']} steps, but there is no checkpoint in "
-                f"{looked}; set run.storage to where they are, or choose another run.name"
-            )
+        for place in places:
+            trained = (place.read("metrics.jsonl") or b"").count(b"\n")
+            if trained:
+                looked = " or ".join(f"{place.url}/checkpoints" for place in places)
+                raise ConfigError(
+                    f"{place.url}: the run was trained for {trained} steps, but there is no checkpoint in {looked}; set "
+                    "run.storage to where they are, or choose another run.name"
+                )
         return None, passed_over
     checkpoint = Checkpoint(folder=config.run_folder.absolute() / found.key, progress=found.progress)
     training = config.training
@@ -178,7 +179,7 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
 
 def connected_nodes(config: Config) -> list[Node]:
     """The nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
-    with _connected(config):
+    with _connected(config, serving=False):
         return live_nodes()
 
 
@@ -247,8 +248,8 @@ def _tell(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _connected(config: Config) -> Iterator[None]:
-    """Join the named cluster or start a local Ray. Ends only what it started."""
+def _connected(config: Config, serving: bool = True) -> Iterator[None]:
+    """Join the named cluster or start a local Ray, with Ray Serve unless nothing is served. Ends only what it started."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     already = ray.is_initialized()
     if not already:
@@ -263,12 +264,13 @@ def _connected(config: Config) -> Iterator[None]:
                 raise ConfigError(f"cluster.address={address}: no Ray cluster answers there: {error}; {remedy}") from error
         else:
             ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)
-    from ray import serve
-
     try:
-        # Handles alone reach the replicas: no HTTP proxy, no open port.
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if serving:
+            from ray import serve
+
+            # Handles alone reach the replicas: no HTTP proxy, no open port.
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
         yield
     finally:
         # A local Ray takes its Serve with it. On a cluster Serve stays: other runs may have come to use it.

@@ -20,6 +20,7 @@ from kdray.config import (
     HFTeacherSettings,
     ModelSource,
     PrunedModel,
+    ULDLoss,
     load_config,
 )
 from kdray.errors import CapacityError, ConfigError, DataError
@@ -95,7 +96,7 @@ def rates_of(run: Path) -> Measured:
     folder = RunFolder.open(run)
     try:
         return measured(read_lines(folder.metrics), load_config(folder.config).training.batch_size)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--run {run}: its metrics say nothing of rates: {error}") from error
 
 
@@ -132,7 +133,15 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
     Raises: CapacityError for what can never fit, with what would.
     """
     wanted = bundles(config)
-    placed = check_capacity(wanted, nodes)
+    try:
+        placed = check_capacity(wanted, nodes)
+    except CapacityError as error:
+        if not config.cluster.may_grow:
+            raise
+        # Nodes may come that hold it; which ones, only a description can say.
+        return Plan(
+            [], [f"note: not on these nodes, and cluster.may_grow=true asks for more: {error}; describe them: --cluster FILE"]
+        )
     shapes = _shapes(config)
     student = shapes[_STUDENT]
     lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_new_tokens)
@@ -248,8 +257,13 @@ def _engine_role(
     name = item.bundle.role.removeprefix("teacher ")
     pool = item.bundle.role == "rollout pool"
     settings: EngineSettings = config.rollout.pool if pool else config.served_teachers[name]
-    # A teacher's replicas hold the student, too: to sample the mixture with it, or for exact divergences.
-    models = [shapes[_STUDENT]] if pool else [shapes[name], shapes[_STUDENT]]
+    if pool:
+        models = [shapes[_STUDENT]]
+    elif isinstance(config.loss, ULDLoss) or config.served_teachers[name].prompt_template is not None:
+        models = [shapes[name]]
+    else:
+        # A teacher's replicas hold the student, too: to sample the mixture with it, or for exact divergences.
+        models = [shapes[name], shapes[_STUDENT]]
     on_gpu = settings.num_gpus > 0
     element = {"float32": 4}.get(settings.dtype, 2 if on_gpu else 4)
     parts = settings.tensor_parallel_size if on_gpu else 1
@@ -261,23 +275,29 @@ def _engine_role(
             parallel,
             settings.max_num_seqs,
             settings.max_num_batched_tokens,
-            (limit or 0.0) * settings.gpu_memory_utilization * min(1.0, settings.num_gpus or 1.0),
+            (limit or 0.0) * settings.gpu_memory_utilization,
             None if on_gpu and limit is not None else settings.kv_cache_gib * GIB,
             "GPU" if on_gpu else "CPU",
         )
 
+    setting = "rollout.pool" if pool else f"teachers.{name}"
+    sharing = int(1 / settings.num_gpus) if 0 < settings.num_gpus < 1 else 1
+    if sharing * settings.gpu_memory_utilization > 1:
+        raise CapacityError(
+            f"{setting}.num_gpus={settings.num_gpus:g} puts {sharing} replicas on a GPU, and each takes "
+            f"gpu_memory_utilization={settings.gpu_memory_utilization:g} of it; lower that to {1 / sharing:.2g} or less"
+        )
     found = memory(parts)
     sequence = lengths.prompt + lengths.response
     if on_gpu and limit is not None and found.kv_tokens < sequence:
         fits = next((p for p in (1, 2, 4, 8, 16) if not models[0].heads % p and memory(p).kv_tokens >= sequence), None)
-        of = "rollout.pool" if pool else f"teachers.{name}"
         remedy = (
-            f"set {of}.tensor_parallel_size={fits} and num_gpus={fits}"
+            f"set {setting}.tensor_parallel_size={fits} and num_gpus={fits}"
             if fits is not None and fits > parts
-            else f"use GPUs with more memory, or lower {of}.max_num_seqs"
+            else f"use GPUs with more memory, or lower {setting}.max_num_seqs"
         )
         raise CapacityError(
-            f"{of}: a replica needs {found.needed / GIB:.1f} GiB on each of {parts} GPUs before any KV cache, and one"
+            f"{setting}: a replica needs {found.needed / GIB:.1f} GiB on each of {parts} GPUs before any KV cache, and one"
             f" sequence of {sequence} tokens {sequence * found.kv_per_token / GIB:.2f} GiB more; the smallest "
             f"GPU that it may be placed on gives {limit * settings.gpu_memory_utilization / GIB:.1f} GiB; {remedy}"
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -25,14 +27,19 @@ def live_nodes() -> list[Node]:
     return [Node.of_ray(node) for node in ray.nodes() if node["Alive"]]
 
 
-def free_nodes() -> list[Node]:
-    """Every living node with what nobody holds."""
+def free_nodes(held: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> list[Node]:
+    """Every living node with what nobody else holds. Args: held: what this run has reserved, by node id."""
     from ray._private.state import available_resources_per_node
 
     # The one number that Ray shows nowhere else.
     free = available_resources_per_node()
-    alive = (node for node in ray.nodes() if node["Alive"])
-    return [Node.of_ray({**node, "Resources": free.get(node["NodeID"], {})}) for node in alive]
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            mine = held.get(node["NodeID"], {})
+            resources = {name: amount + mine.get(name, 0.0) for name, amount in free.get(node["NodeID"], {}).items()}
+            found.append(Node.of_ray({**node, "Resources": {**mine, **resources}}))
+    return found
 
 
 class Reservation:
@@ -59,7 +66,10 @@ def reserved(wanted: Sequence[Bundle], settings: ClusterSettings, tell: Callable
     started = time.monotonic()
     if not settings.may_grow:
         check_capacity(wanted, live_nodes())
-    each = [bundle for bundle in wanted for _ in range(bundle.count)]
+    each = [bundle for bundle in wanted for _ in range(bundle.count) if bundle.resources]
+    if not each:
+        yield Reservation(None)
+        return
     group = ray.util.placement_group(
         [dict(bundle.resources) for bundle in each],
         strategy="PACK",
@@ -72,8 +82,13 @@ def reserved(wanted: Sequence[Bundle], settings: ClusterSettings, tell: Callable
             left = settings.wait_s - waited
             # Even without patience, Ray needs a moment to answer.
             if group.wait(max(2.0, min(_TELL_EVERY_S, left))):
-                break
-            missing = _missing(wanted)
+                # The group knows nothing of one node for all ranks, or of so many replicas a node.
+                missing = _missing(wanted, _held(group))
+                if missing is None:
+                    break
+                time.sleep(max(0.0, min(_TELL_EVERY_S, left)))
+            else:
+                missing = _missing(wanted) or "Ray has not placed it yet"
             if left <= 0:
                 raise CapacityError(f"cluster.wait_s={settings.wait_s:g}: no room for the run in that time: {missing}")
             tell(f"waiting for room ({waited:.0f} of {settings.wait_s:g} s): {missing}")
@@ -82,11 +97,19 @@ def reserved(wanted: Sequence[Bundle], settings: ClusterSettings, tell: Callable
         reservation.release()
 
 
-def _missing(wanted: Sequence[Bundle]) -> str:
-    """What is missing at the moment, and on which nodes."""
-    nodes = free_nodes()
+def _held(group: Any) -> dict[str, Counter[str]]:
+    """What a placed group holds, by node id."""
+    table = ray.util.placement_group_table(group)
+    held: dict[str, Counter[str]] = {}
+    for bundle, node_id in table["bundles_to_node_id"].items():
+        held.setdefault(node_id, Counter()).update(table["bundles"][bundle])
+    return held
+
+
+def _missing(wanted: Sequence[Bundle], held: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> str | None:
+    """What is missing at the moment, and on which nodes; None where all have room. Args: held: what is reserved already."""
     try:
-        check_capacity(wanted, nodes)
+        check_capacity(wanted, free_nodes(held))
     except CapacityError as error:
         return f"of what is free now, {error}"
-    return "Ray has not placed it yet"
+    return None

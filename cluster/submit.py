@@ -191,6 +191,10 @@ class JobServer:
                 found = self.wait(job, limit_s=10.0)
                 if found.ended:
                     return found
+                failures = 0
+            except ConfigError:
+                # Another token, or another server: neither comes back by itself.
+                raise
             except KdrayError:
                 failures += 1
                 if failures > _RECONNECTS:

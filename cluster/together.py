@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -65,7 +66,9 @@ async def run_together(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
         raise Interrupted("stopped at once, without a new checkpoint") from error
     except BaseException as error:
         for job in jobs.values():
-            job.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
+            # A disk that is full may be the error; it is the one to tell.
+            with contextlib.suppress(OSError):
+                job.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
         raise
     finally:
         for task in tasks.values():

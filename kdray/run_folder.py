@@ -6,6 +6,7 @@ Lines are appended in one write each; a line that a kill cut short is dropped wh
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -281,8 +282,13 @@ def _line(line: Mapping[str, Any]) -> str:
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     # One write of a whole line to a file opened for appending: threads cannot interleave theirs.
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_line(line))
+    with path.open("ab", buffering=0) as file:
+        content = _line(line).encode()
+        written = file.write(content)
+        if written != len(content):
+            # Where the disk is full, what did fit would stand before the next line.
+            file.truncate(file.tell() - written)
+            raise OSError(errno.ENOSPC, "no room for a whole line", str(path))
 
 
 def drop_torn_line(path: Path) -> None:

@@ -77,6 +77,8 @@ def measured(metrics: Sequence[Mapping[str, Any]], batch_size: int) -> Measured:
     if len(metrics) < 4:
         raise ValueError(f"{len(metrics)} steps are too few to measure; at least 4 are needed")
     lines = [line for line in metrics[len(metrics) // 4 :] if line["tokens_per_s"]]
+    if not lines:
+        raise ValueError("no step trained a token")
     tokens = [line["response_tokens"] * batch_size for line in lines]
     seconds = sum(each / line["tokens_per_s"] for each, line in zip(tokens, lines, strict=True))
     waiting = sum(line["wait_rollout_s"] + line["wait_teacher_s"] for line in lines)

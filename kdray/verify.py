@@ -110,6 +110,8 @@ def verify(run: Path) -> Proof:
     _check_fates(proof, told, config)
     _check_metrics(proof, steps, told, metrics, config)
     dataset = _check_prompts(proof, told, config)
+    if config.run.storage is not None:
+        proof.notes.append("checkpoints in run.storage were not looked at")
     checkpoints = sorted(folder.checkpoints.glob(f"step-*/{COMMITTED}"))
     for marker in checkpoints:
         _check_checkpoint(proof, marker, told, config)

@@ -101,8 +101,8 @@ class TrainingSettings(Settings):
     max_restarts: NonNegative = 2
     """Times the ranks may be restarted from the last checkpoint after one is lost."""
     stuck_after_s: PositiveFloat = 1800.0
-    """Longest step, save or publication; beyond it the ranks are stuck (one that hangs holds up all), and start again from the
-    last checkpoint."""
+    """Longest step, save or publication, and longest loading after a restart; beyond it the ranks are stuck (one that hangs
+    holds up all), and start again from the last checkpoint. The first loading and the final export have no bound."""
     sync_bucket_mib: PositiveFloat = 256.0
     """Size of one bucket of weights on their way to the replicas, MiB."""
     mini_batch_size: Positive | None = None

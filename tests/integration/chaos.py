@@ -31,6 +31,8 @@ from .runs import json_lines, start, write_recipe
 
 STUCK_S = 30.0
 """Deadline of engines and ranks in these runs; the ranks of a tiny student start within it."""
+QUALITY_NATS = 0.1
+"""Difference of the final reverse KL that two runs of these few samples may have by chance, nats per token."""
 _BETWEEN_STEPS = 2
 """Steps that the run trains between two faults."""
 _PATIENCE_S = 420.0
@@ -47,6 +49,8 @@ class Outcome:
     """Times the command was started."""
     codes: list[int] = field(default_factory=list)
     """How the command ended each time."""
+    events: Counter[str] = field(default_factory=Counter)
+    """Kinds of events that the run wrote, over all starts."""
     summary: dict[str, Any] = field(default_factory=dict)
     verified: str = ""
     """What `kdray verify` printed; it found nothing wrong."""
@@ -67,11 +71,11 @@ class Chaos:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as this object
         self.outcome = Outcome()
         self._faults: dict[str, Callable[[], None]] = {
-            "kill_replica": lambda: self._signal(_replicas(), signal.SIGKILL),
-            "kill_engine": lambda: self._signal(_engines(), signal.SIGKILL),
-            "stop_engine": lambda: self._signal(_engines(), signal.SIGSTOP),
-            "kill_rank": lambda: self._signal(_ranks(), signal.SIGKILL),
-            "stop_rank": lambda: self._signal(_ranks(), signal.SIGSTOP),
+            "kill_replica": lambda: self._signal(_replicas, signal.SIGKILL),
+            "kill_engine": lambda: self._signal(_engines, signal.SIGKILL),
+            "stop_engine": lambda: self._signal(_engines, signal.SIGSTOP),
+            "kill_rank": lambda: self._signal(_ranks, signal.SIGKILL),
+            "stop_rank": lambda: self._signal(_ranks, signal.SIGSTOP),
             "kill_driver": self._kill_driver,
             "interrupt": self._interrupt,
             "corrupt_checkpoint": self._corrupt_checkpoint,
@@ -107,6 +111,7 @@ class Chaos:
             self._train_on()
             print(f"    trained on after {time.monotonic() - began:.0f} s", flush=True)
         self._finish()
+        self.outcome.events = Counter(event["kind"] for event in json_lines(self._run / "events.jsonl"))
         self.outcome.summary = json.loads((self._run / "summary.json").read_text())
         self.outcome.verified = self._verify()
         return self.outcome
@@ -166,10 +171,16 @@ class Chaos:
 
     # --------------------------------------------------------------------------------------------------- faults
 
-    def _signal(self, processes: list[psutil.Process], number: int) -> None:
-        if processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._random.choice(sorted(processes, key=lambda each: each.pid)).send_signal(number)
+    def _signal(self, processes: Callable[[], list[psutil.Process]], number: int) -> None:
+        # After a fault before, replacements may still be on their way.
+        deadline = time.monotonic() + _PATIENCE_S
+        while not processes():
+            assert time.monotonic() < deadline, f"nobody to hit: {self._tail()}"
+            time.sleep(0.5)
+        victim = self._random.choice(sorted(processes(), key=lambda each: each.pid))
+        victim.send_signal(number)
+        if number == signal.SIGKILL:
+            victim.wait(60)
 
     def _kill_driver(self) -> None:
         assert self._process is not None
@@ -183,8 +194,8 @@ class Chaos:
     def _corrupt_checkpoint(self) -> None:
         """Break the newest checkpoint and kill the driver: the resume must take the one before."""
         self._kill_driver()
-        folders = sorted((self._run / "checkpoints").glob("step-*"))
-        files = sorted(path for path in folders[-1].rglob("*") if path.is_file() and path.suffix != ".json")
+        newest = max((self._run / "checkpoints").glob("step-*/COMMITTED.json")).parent
+        files = sorted(path for path in newest.rglob("*") if path.is_file() and path.suffix != ".json")
         victim = self._random.choice(files)
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 0xFF
@@ -294,8 +305,11 @@ def main() -> None:
         outcome = Chaos(recipe_of(workplace, "disturbed", cluster.address, steps), cluster, given.seed, wanted).run()
     print(outcome.verified)
     print("faults:", dict(Counter(outcome.faults)), "starts:", outcome.starts, "exit codes:", dict(Counter(outcome.codes)))
+    print("events:", dict(outcome.events))
     for name in ("before", "after"):
         print(f"{name}: undisturbed {calm.summary[name]}, disturbed {outcome.summary[name]}")
+    calm_kl, disturbed_kl = (each.summary["after"]["reverse_kl"] for each in (calm, outcome))
+    assert abs(disturbed_kl - calm_kl) <= QUALITY_NATS, f"after: reverse KL {disturbed_kl:.3f}, undisturbed {calm_kl:.3f}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ from kdray.errors import CapacityError
 from .runs import check_ledger, finish, json_lines, start, write_recipe
 
 
+_STEPS = 300
+"""Enough that the run still trains when its nodes go."""
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Head, two kinds of teacher node, one for the student."""
@@ -86,7 +90,7 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     cluster: Cluster, workplace: Path, marker: str
 ) -> None:
     """The recipe of the other tests with only its cluster section changed; then a teacher's and the student's node go."""
-    training = {"steps": 30, "checkpoint_every": 5, "batch_size": 32, "learning_rate": 3e-3}
+    training = {"steps": _STEPS, "checkpoint_every": 20, "batch_size": 32, "learning_rate": 1e-3}
     recipe = write_recipe(workplace, "placed", training=training, rollout={"max_new_tokens": 8, "retries": 8})
     plain = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump(plain | {"cluster": _roles(cluster) | {"health_check_period_s": 2}}))
@@ -106,8 +110,8 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     cluster.remove_node(raylets[by_label["student"]], allow_graceful=False)
     finish(process, 0, 400)
 
-    assert before < 30, "the student's node went in mid-run"
-    check_ledger(run, 30)
+    assert before < _STEPS, "the student's node went in mid-run"
+    check_ledger(run, _STEPS)
     kinds = [event["kind"] for event in json_lines(run / "events.jsonl")]
     assert "replicas" in kinds
     summary = yaml.safe_load((run / "summary.json").read_text())

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from actors.student_engine import Phase
+from actors.student_group import StudentRanks
 from actors.student_rank import Mailbox, Order
+from kdray.config import TrainingSettings
+from kdray.errors import TrainingError
 
 WARMUP = Phase("sft", "base", None, None, 1e-3, 10)
 DISTILL = Phase("distill", "base", None, None, 1e-4, 20)
@@ -148,3 +155,92 @@ async def test_restarts_count_groups_not_ranks() -> None:
         await mailbox.start(1)
         await mailbox.start(0)
         assert await mailbox.restarts() == restarts
+
+
+class _Local:
+    """The mailbox as an actor's handle would give it, in this process."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self._mailbox = mailbox
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._mailbox, name)
+        return SimpleNamespace(remote=lambda *given: asyncio.ensure_future(method(*given)))
+
+
+class _Rank:
+    """An actor handle that can be told from others."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    ended: list[Any] = []
+    monkeypatch.setattr("ray.kill", ended.append)
+    return ended
+
+
+def _ranks_of(mailbox: Mailbox, stuck_after_s: float) -> tuple[StudentRanks, list[tuple[str, dict[str, Any]]]]:
+    events: list[tuple[str, dict[str, Any]]] = []
+    training = TrainingSettings(stuck_after_s=stuck_after_s)
+    ranks = StudentRanks(
+        training,
+        8,
+        0,
+        "tokenizer",
+        None,
+        Path("run"),
+        Path("ray"),
+        on_event=lambda kind, **fields: events.append((kind, fields)),
+    )
+    ranks._mailbox = _Local(mailbox)
+    ranks._fit = asyncio.get_running_loop().create_future()
+    return ranks, events
+
+
+async def test_ranks_that_hang_are_killed_and_the_order_is_answered_after_their_restart(killed: list[Any]) -> None:
+    mailbox = Mailbox(world_size=1)
+    ranks, events = _ranks_of(mailbox, 0.2)
+    rank = _Rank()
+    await mailbox.enter(0, rank)
+    order = asyncio.ensure_future(ranks._call(Order("train")))
+    for _ in range(100):
+        if not killed:
+            await asyncio.sleep(0.02)
+    assert killed == [rank]
+    await mailbox.enter(0, _Rank())
+    await mailbox.answer(0, 0, "report")
+    assert await asyncio.wait_for(order, 1) == "report"
+    assert [kind for kind, _ in events] == ["ranks_stuck"]
+    assert events[0][1]["order"] == "train"
+
+
+async def test_ranks_that_are_heard_of_are_not_stuck(killed: list[Any]) -> None:
+    mailbox = Mailbox(world_size=2)
+    ranks, events = _ranks_of(mailbox, 0.3)
+    order = asyncio.ensure_future(ranks._call(Order("train")))
+    for _ in range(5):
+        await asyncio.sleep(0.15)
+        await mailbox.enter(0, _Rank())
+    await answer_all(mailbox, 0)
+    await order
+    assert not killed
+    assert not events
+
+
+async def test_ranks_that_do_not_come_back_end_the_run_with_the_reason(killed: list[Any]) -> None:
+    mailbox = Mailbox(world_size=1)
+    await mailbox.enter(0, _Rank())
+    ranks, _ = _ranks_of(mailbox, 0.1)
+    with pytest.raises(TrainingError, match="did not start again within training.stuck_after_s=0.1"):
+        await asyncio.wait_for(ranks._call(Order("save", checkpoint="step-1")), 2)
+    assert len(killed) == 1
+
+
+async def test_loading_has_no_deadline(killed: list[Any]) -> None:
+    mailbox = Mailbox(world_size=1)
+    ranks, _ = _ranks_of(mailbox, 0.05)
+    order = asyncio.ensure_future(ranks._call(Order("phase", phase=WARMUP)))
+    await asyncio.sleep(0.3)
+    await mailbox.answer(0, 0, None)
+    await order
+    assert not killed

@@ -247,6 +247,19 @@ def test_a_pool_that_may_outgrow_its_cluster_is_noted(models: dict[str, str]) ->
     assert any("nodes are asked for" in line for line in plan(growing, _nodes(2, "H100")).lines)
 
 
+def test_nodes_that_may_still_come_are_a_note(models: dict[str, str]) -> None:
+    found = plan(_config(models, cluster={"may_grow": True}), [Node({"CPU": 1})])
+    assert found.roles == []
+    assert "cluster.may_grow=true asks for more: teachers.main.replicas" in found.lines[0]
+
+
+def test_replicas_that_share_a_gpu_may_not_take_more_than_it_has(models: dict[str, str]) -> None:
+    half = {"model": models["student"], "num_gpus": 0.5, "tensor_parallel_size": 1}
+    with pytest.raises(CapacityError, match=r"teachers.main.num_gpus=0.5 puts 2 replicas on a GPU.*lower that to 0.5 or less"):
+        plan(_config(models, teacher=half), _nodes(2, "H100"))
+    plan(_config(models, teacher=half | {"gpu_memory_utilization": 0.45}), _nodes(2, "H100"))
+
+
 def test_512_nodes_with_4096_gpus(models: dict[str, str]) -> None:
     teacher = {"replicas": 512, "labels": {"role": "t"}}
     training = {"ranks": 2048, "batch_size": 4096, "labels": {"role": "s"}, "sft": {"batch_size": 4096}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +216,20 @@ def test_a_start_that_was_killed_before_it_had_a_config_may_be_made_again(tmp_pa
     (tmp_path / "other" / "samples" / "mine.parquet").touch()
     with pytest.raises(ConfigError, match="exists and is not a run folder"):
         RunFolder.create(config_in(tmp_path, run={"name": "other"}))
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_before_the_next(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_event("first")
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # Room for a part of the next line.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (folder.events.stat().st_size + 10, whole[1]))
+        with pytest.raises(OSError, match="no room|too large"):
+            folder.append_event("second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+        signal.signal(signal.SIGXFSZ, handler)
+    folder.append_event("third")
+    assert [line["kind"] for line in read_lines(folder.events)] == ["first", "third"]

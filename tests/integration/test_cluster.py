@@ -21,6 +21,9 @@ from kdray.errors import CapacityError
 from .runs import check_ledger, finish, json_lines, start, write_recipe
 
 
+LARGE: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "large"}, "resources": {"large": 1}}
+SMALL: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "small"}, "resources": {"small": 1}}
+STUDENT: dict[str, Any] = {"num_cpus": 2, "labels": {"role": "student"}}
 _STEPS = 300
 """Enough that the run still trains when its nodes go."""
 
@@ -32,9 +35,9 @@ def cluster() -> Iterator[Cluster]:
         initialize_head=True, head_node_args={"num_cpus": 1, "labels": {"role": "head"}, "include_dashboard": False}
     )
     try:
-        nodes.add_node(num_cpus=1, labels={"role": "teacher", "kind": "large"}, resources={"large": 1})
-        nodes.add_node(num_cpus=1, labels={"role": "teacher", "kind": "small"}, resources={"small": 1})
-        nodes.add_node(num_cpus=2, labels={"role": "student"})
+        nodes.add_node(**LARGE)
+        nodes.add_node(**SMALL)
+        nodes.add_node(**STUDENT)
         nodes.wait_for_nodes()
         ray.init(address=nodes.address, log_to_driver=False)
         yield nodes
@@ -117,7 +120,10 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     summary = yaml.safe_load((run / "summary.json").read_text())
     assert summary["restarts"] >= 1
     assert (summary["lost_samples"], summary["duplicated_samples"]) == (0, 0)
+    # For the other tests, as it was.
     cluster.remove_node(spare)
+    cluster.add_node(**SMALL)
+    cluster.add_node(**STUDENT)
 
 
 @pytest.mark.timeout(900)

@@ -20,7 +20,6 @@ from kdray.errors import CapacityError
 
 from .runs import check_ledger, finish, json_lines, start, write_recipe
 
-
 LARGE: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "large"}, "resources": {"large": 1}}
 SMALL: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "small"}, "resources": {"small": 1}}
 STUDENT: dict[str, Any] = {"num_cpus": 2, "labels": {"role": "student"}}

@@ -125,6 +125,7 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     cluster.add_node(**STUDENT)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_killed_driver_leaves_no_replica_and_the_resumed_run_trains_every_sample_once(
     cluster: Cluster, workplace: Path, marker: str

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -54,7 +55,19 @@ def head() -> Iterator[Head]:
     # Half a minute otherwise, in which the node would hand its work to others.
     settings["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("RAY_")}
-    command = ["ray", "start", "--head", "--block", "--num-cpus=4", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    # Jobs run the node's `python`: here that of these tests, whatever the shell that started them finds first.
+    inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=4",
+        "--dashboard-host=127.0.0.1",
+        f"--temp-dir={folder}",
+    ]
     command += [
         "--object-store-memory=300000000",
         "--disable-usage-stats",

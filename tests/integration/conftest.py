@@ -29,6 +29,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Ray clusters are joined by address here, with the token that Ray keeps; read when Ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+# A shell that starts this in the background has its children ignore Ctrl-C, which these tests send to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 VOCAB = 48
 EOS = 1
 

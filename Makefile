@@ -19,7 +19,7 @@ test-unit: $(STAMP)  ## seconds, no Ray
 test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
 	$(BIN)/python -m pytest tests/integration -q
 
-chaos: $(STAMP)  ## 30 faults on one run, real engines; half an hour and more
+chaos: $(STAMP)  ## 30 faults on one run, real engines
 	$(BIN)/python -m tests.integration.chaos --seed 0 --faults 30
 
 lint: $(STAMP)

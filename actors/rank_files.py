@@ -89,15 +89,13 @@ class RankFiles:
         )
 
     def export(self, folder: Path, tokenizer: str) -> None:
-        """Write the student as a Hugging Face folder, with a marker where a later phase starts from it."""
+        """Write the student as a Hugging Face folder, with a marker that tells it from one that was interrupted."""
         key = self._key(folder)
 
         def store(own: Path) -> None:
             if self._engine.rank == 0:
                 self._storage.delete(key)
-                files = self._storage.put_tree(own, key, move=True)
-                if key.startswith("checkpoints/"):
-                    commit(self._storage, key, {}, [files])
+                commit(self._storage, key, {}, [self._storage.put_tree(own, key, move=True)])
 
         with self._own_folder() as own:
             self._engine.export(own, tokenizer)

@@ -37,6 +37,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as training.learning_rate=1e-5.")
 ]
 _PROGRESS_S = 5.0
+_STUDENT = "student"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Address = Annotated[
@@ -260,7 +261,9 @@ def export(
         if method is None:
             if group_size is not None:
                 raise DataError(f"--group-size {group_size}: nothing is quantised; add --quantize int4, or remove the option")
-            shutil.copytree(student, to, dirs_exist_ok=True)
+            from kdray.progress import COMMITTED
+
+            shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
             typer.echo(to)
             return
         from kdray.quantization import quantize, size_bytes
@@ -534,11 +537,22 @@ def _hints(server: JobServer, job: JobState) -> str:
 
 
 def _finished_student(run_folder: Path) -> Path:
-    """The student of a run that has ended. Raises: DataError when there is none yet."""
-    student = run_folder / "student"
-    if not (student / "config.json").is_file() or not any(student.glob("*.safetensors")):
+    """The student of a run that has ended. Raises: DataError when there is none yet, or not the one that was written."""
+    from kdray.progress import FILES, differing, read_marker
+    from kdray.storage import Storage
+
+    storage = Storage.local(run_folder)
+    try:
+        marker = read_marker(storage, _STUDENT)
+    except DataError as error:
+        raise DataError(f"{run_folder}/{_STUDENT}: {error}") from None
+    if marker is None:
         raise DataError(f"{run_folder}: the run has no student yet; let it end (kdray run ... --resume continues it)")
-    return student
+    sizes = {name.removeprefix(f"{_STUDENT}/"): size for name, size in storage.list(_STUDENT).items()}
+    reason = differing(marker[FILES], sizes)
+    if reason is not None:
+        raise DataError(f"{run_folder}/{_STUDENT}: {reason}; take it from a copy, or train again")
+    return run_folder / _STUDENT
 
 
 def _print_columns(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:

@@ -541,7 +541,8 @@ def test_the_recipe_is_sound_where_nothing_is_spoiled(place: Place) -> None:
 def finished(place: Place) -> RunFolder:
     """A run folder with a student."""
     folder = place.started()
-    shutil.copytree(place.models / "student", folder.student)
+    storage = Storage.local(folder.path)
+    commit(storage, "student", {}, [storage.put_tree(place.models / "student", "student")])
     return folder
 
 

@@ -19,7 +19,9 @@ from cluster.cli import app
 from kdray import __version__
 from kdray.config import load_config, parse_config
 from kdray.errors import CapacityError, ConfigError, DataError, EngineError, Interrupted, VocabError
+from kdray.progress import commit
 from kdray.run_folder import RunFolder
+from kdray.storage import Storage
 
 
 @pytest.fixture
@@ -76,10 +78,14 @@ def call(*arguments: object):
 def finished(recipe):
     """The folder of a run that has ended."""
     folder = RunFolder.create(load_config(recipe))
-    folder.student.mkdir()
-    (folder.student / "config.json").write_text("{}")
-    (folder.student / "model.safetensors").write_bytes(b"weights")
+    write_student(folder, b"{}")
     return folder
+
+
+def write_student(folder: RunFolder, config: bytes) -> None:
+    storage = Storage.local(folder.path)
+    files = {"config.json": config, "model.safetensors": b"weights"}
+    commit(storage, "student", {}, [{name: storage.write(f"student/{name}", content) for name, content in files.items()}])
 
 
 # ----------------------------------------------------------------------------------------------------- parsing
@@ -244,11 +250,24 @@ def test_eval_of_a_run_measures_its_final_student(launch, finished):
     assert (config, student) == (load_config(finished.config), finished.student)
 
 
-def test_eval_of_an_unfinished_run_is_refused(launch, finished):
-    (finished.student / "model.safetensors").unlink()
-    result = call("eval", finished.path)
+@pytest.mark.parametrize("command", [["eval"], ["export", "--to", "model"]])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        # Every file is there, as after a kill between the last of them and the marker.
+        (lambda student: (student / "COMMITTED.json").unlink(), "no student yet"),
+        (lambda student: (student / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda student: (student / "model.safetensors").write_bytes(b"weigh"), "has 5 bytes, 7 were written"),
+        (lambda student: (student / "COMMITTED.json").write_text("[]"), "lists no files"),
+    ],
+)
+def test_a_student_that_is_not_whole_is_refused(launch, finished, tmp_path, monkeypatch, command, spoil, message):
+    monkeypatch.chdir(tmp_path)
+    spoil(finished.student)
+    result = call(command[0], finished.path, *command[1:])
     assert (result.exit_code, launch.calls) == (2, [])
-    assert "no student yet" in result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "model").exists()
 
 
 def test_eval_of_another_folder_is_refused(recipe, launch):
@@ -303,6 +322,7 @@ def test_export_copies_the_student(finished, tmp_path, there):
         target.mkdir(parents=True)
     result = call("export", finished.path, "--to", target)
     assert result.exit_code == 0, result.output
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors"}
     assert (target / "model.safetensors").read_bytes() == b"weights"
     assert finished.student.is_dir()
 
@@ -335,7 +355,7 @@ def test_export_refuses_what_it_cannot_quantise(finished, tmp_path, options, mes
 
 
 def test_export_of_a_quantised_student_is_refused(finished, tmp_path):
-    (finished.student / "config.json").write_text('{"quantization_config": {}}')
+    write_student(finished, b'{"quantization_config": {}}')
     result = call("export", finished.path, "--to", tmp_path / "model", "--quantize", "int8")
     assert result.exit_code == 2
     assert "quantised already" in result.stderr
@@ -344,14 +364,6 @@ def test_export_of_a_quantised_student_is_refused(finished, tmp_path):
 def test_export_into_the_student_itself_is_refused(finished):
     assert call("export", finished.path, "--to", finished.student / "copy").exit_code == 2
     assert not (finished.student / "copy").exists()
-
-
-def test_export_needs_a_student(finished, tmp_path):
-    (finished.student / "config.json").unlink()
-    result = call("export", finished.path, "--to", tmp_path / "model")
-    assert result.exit_code == 2
-    assert "no student yet" in result.stderr
-    assert not (tmp_path / "model").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ doctor

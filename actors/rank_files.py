@@ -22,6 +22,8 @@ from kdray.storage import Storage
 
 T = TypeVar("T")
 
+_PROBE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -76,7 +78,7 @@ class RankFiles:
             return Saved()
         started = time.perf_counter()
         with self._own_folder() as own:
-            self._engine.save(own)
+            self._write(own, lambda: self._engine.save(own))
             written = time.perf_counter()
             parts = self._together(lambda: self._storage.put_tree(own, key, move=True))
         self._together(lambda: commit(self._storage, key, progress, parts) if first else None)
@@ -98,7 +100,7 @@ class RankFiles:
                 commit(self._storage, key, {}, [self._storage.put_tree(own, key, move=True)])
 
         with self._own_folder() as own:
-            self._engine.export(own, tokenizer)
+            self._write(own, lambda: self._engine.export(own, tokenizer))
             self._together(lambda: store(own))
 
     # ----------------------------------------------------------------------------------------------------- reading
@@ -158,6 +160,20 @@ class RankFiles:
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
+    def _write(self, own: Path, work: Callable[[], None]) -> None:
+        """Write into a folder of this node, with the other ranks. Raises: StorageError, on this rank alone, where it is full.
+
+        The others may be waiting for this one then, inside `work`.
+        """
+        try:
+            work()
+        except Exception as error:
+            # Writers have errors of their own for a full disk, and so have lost ranks: only the disk can tell.
+            reason = _unwritable(own)
+            if reason is None:
+                raise
+            raise StorageError(f"rank {self._engine.rank}: {own} cannot be written: {reason}") from error
+
     def _together(self, work: Callable[[], T]) -> list[T]:
         """What `work` gave on every rank, in their order.
 
@@ -175,3 +191,14 @@ class RankFiles:
                 kind = StorageError if failed[0] else TrainingError
                 raise kind(f"rank {rank}: {failed[1]}")
         return [each for each, _ in answers]
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why no more can be written into a folder; None where it can."""
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

@@ -30,6 +30,7 @@ from actors.student_features import (
     unwrapped,
     with_features,
 )
+from actors.tensors_alone import tensors_alone
 from kdray.batching import micro_batches, take_rows
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
@@ -429,8 +430,12 @@ class StudentEngine:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Continue from `folder`, after `start_phase` with the same phase. Raises: TrainingError if it cannot be read."""
-        loaded, state = self._engine.load_checkpoint(str(folder), tag="state")
+        """Continue from `folder`, after `start_phase` with the same phase.
+
+        Raises: TrainingError if it cannot be read, or holds more than tensors and plain values.
+        """
+        with tensors_alone():
+            loaded, state = self._engine.load_checkpoint(str(folder), tag="state")
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
         self.steps_done = int(state["steps_done"])

@@ -149,12 +149,12 @@ class StudentRanks:
         assert self._fit is not None
         index = await self._mailbox.post.remote(order)
         answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
-        # Loading models takes what it takes; what follows has a bound.
-        patience = None if order.kind in ("phase", "export") else self.training.stuck_after_s
+        setting = "stuck_loading_after_s" if order.kind in ("phase", "export") else "stuck_after_s"
+        patience: float = getattr(self.training, setting)
         left, killed = patience, False
         while True:
             done, _ = await asyncio.wait({answer, self._fit}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if done or patience is None:
+            if done:
                 break
             # Ranks that start again, or repeat what a lost one had done, are not stuck.
             silent = await self._mailbox.silent_s.remote()
@@ -162,7 +162,7 @@ class StudentRanks:
             if left <= 0:
                 if killed and not await self._mailbox.heard_since_kill.remote():
                     raise TrainingError(
-                        f"the student ranks did not start again within training.stuck_after_s={patience:g}: no node may have "
+                        f"the student ranks did not start again within training.{setting}={patience:g}: no node may have "
                         "room for them any more (kdray plan says what they need); continue with --resume once there is"
                     )
                 self.on_event("ranks_stuck", order=order.kind, silent_s=round(silent, 1))

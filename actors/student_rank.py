@@ -90,10 +90,8 @@ class Mailbox:
             if index not in self._orders:
                 return
             self._answers.setdefault(index, {}).setdefault(rank, result)
-            order = self._orders.get(index)
-            answers = self._answers[index].values()
-            failed = any(isinstance(each, Exception) for each in answers)
-            if order is not None and order.kind == "save" and len(answers) == self._world_size and not failed:
+            order = self._orders[index]
+            if order.kind == "save" and len(self._answers[index]) == self._world_size and not self._failure(index):
                 self._commit(index, order)
             self._changed.notify_all()
 
@@ -106,10 +104,13 @@ class Mailbox:
             self._answers.pop(old, None)
 
     async def result(self, index: int) -> Any:
-        """Rank 0's answer to an order, once every rank has answered."""
+        """Rank 0's answer to an order, once every rank has answered; or the first error, which others may never get to."""
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self._answers.get(index, ())) == self._world_size)
-            return self._answers[index][0]
+            await self._changed.wait_for(lambda: self._failure(index) or len(self._answers.get(index, ())) == self._world_size)
+            return self._failure(index) or self._answers[index][0]
+
+    def _failure(self, index: int) -> Exception | None:
+        return next((each for each in self._answers.get(index, {}).values() if isinstance(each, Exception)), None)
 
     async def start(self, rank: int) -> tuple[int, Phase | None, str | None]:
         """Where a rank that just started begins: next order, phase to restore, checkpoint to load."""
@@ -193,7 +194,7 @@ def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles) -> None:
         try:
             result = _obey(order, engine, files, config)
         except (TrainingError, StorageError) as error:
-            # Every rank raises it alike, and a restart would meet it again: it is an answer, not a lost rank.
+            # A restart would meet it again: it is an answer, not a lost rank.
             result = error
         try:
             _asked(lambda: mailbox.answer.remote(index, rank, result))  # noqa: B023 - asked within the turn

@@ -52,6 +52,8 @@ class TeacherReplica:
         self._spec = spec
         self._weights = weights if spec.role != "teacher" else None
         self._store = weights
+        # Either lives as long as the run's driver.
+        self._owner = weights if weights is not None else registry
         self._teacher_weights = teacher_weights
         self._workload = Workload(spec.max_num_seqs, time.monotonic())
         self._engine = TeacherEngine(spec)
@@ -195,10 +197,10 @@ class TeacherReplica:
 
         Without it, replicas on a cluster would hold their GPUs until somebody noticed.
         """
-        if self._store is None:
+        if self._owner is None:
             return
         try:
-            await self._store.target.remote(self._spec.teacher)
+            await self._owner.__ray_ready__.remote()
         except ActorDiedError:
             from ray import serve
 

@@ -6,7 +6,10 @@ vLLM mixes this class into its worker (`worker_extension_cls`); the engine calls
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +22,8 @@ from actors.mixture_model import MixtureForCausalLM, register
 from actors.recorder import Recorder
 
 register()
+
+_PARENT_PERIOD_S = 1.0
 
 
 class WorkerExtension:
@@ -74,6 +79,20 @@ class WorkerExtension:
             raise KeyError(f"{which} version {version} lacks {sorted(missing)[:8]}")
         if which == "student":
             model.student_version = version
+
+    def kdray_end_with_parent(self) -> None:
+        """From now on, end this process within a second of its parent: a parent that was killed takes nobody along.
+
+        Ray cleans up behind a killed replica, but nobody is left to where its node's own daemon was killed too.
+        """
+        parent = os.getppid()
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(_PARENT_PERIOD_S)
+            os._exit(1)
+
+        Thread(target=watch, name="kdray-parent", daemon=True).start()
 
     def kdray_set_version(self, version: int) -> None:
         """Name the version of the weights that were loaded at start."""

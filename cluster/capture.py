@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
+from actors.beside_driver import beside_driver
 from actors.hf_teacher import HFTeacher
 from actors.teacher_registry import TeacherRegistry
 from cluster.pools import Models, Pools, canary, open_pools, training_route
@@ -165,11 +165,11 @@ async def _capture(
             there += count
             on_progress(there, len(wanted))
 
-        registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote({}) if config.served_teachers else None
+        registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
         known = folder.fingerprint
         compared = canary(config, checked) if known is None else known.canary[: config.max_model_len]
         on_event = folder.note
-        async with open_pools(config, checked, models, None, on_event, registry, alone=compared) as pools:
+        async with open_pools(config, checked, models, None, registry, on_event, alone=compared) as pools:
             folder.begin(await _fingerprint(config, checked, models, pools, registry, compared, known))
             sampler, scorer = training_route(config, checked, pools)
             await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)

@@ -129,7 +129,7 @@ class Job:
         try:
             registry = beside_driver(TeacherRegistry).remote(self.folder.read_teachers())
             pools_context = open_pools(
-                config, checked, models, self.weights, self.reporter.event, registry, self.teacher_weights
+                config, checked, models, self.weights, registry, self.reporter.event, self.teacher_weights
             )
             pools = await self._or_stop(pools_context.__aenter__())
             self.folder.write_teachers(await registry.known.remote())

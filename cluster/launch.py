@@ -17,6 +17,8 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from actors.beside_driver import beside_driver
+from actors.teacher_registry import TeacherRegistry
 from cluster.capture import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.job import Checkpoint, Job
@@ -226,13 +228,13 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
 
 async def _check_teachers(config: Config, checked: Checked) -> dict[str, dict[str, float]]:
     models = resolve_models(config)
-    async with open_pools(config, checked, models, weights=None) as pools:
+    async with open_pools(config, checked, models, None, beside_driver(TeacherRegistry).remote({})) as pools:
         return {each.name: await check_signals(config, checked, each) for each in pools.named}
 
 
 async def _evaluate(config: Config, checked: Checked, teachers: dict[str, str]) -> dict[str, Any]:
     models = replace(resolve_models(config), teachers=teachers)
-    async with open_pools(config, checked, models, weights=None) as pools:
+    async with open_pools(config, checked, models, None, beside_driver(TeacherRegistry).remote({})) as pools:
         numbers, _ = await measure(**measure_arguments(config, checked, pools), version=0)
         return numbers
 

@@ -149,16 +149,16 @@ async def open_pools(
     checked: Checked,
     models: Models,
     weights: Any | None,
+    registry: Any | None,
     on_event: Callable[..., None] = lambda kind, **fields: None,
-    registry: Any | None = None,
     teacher_weights: Mapping[str, Any] | None = None,
     alone: tuple[int, ...] | None = None,
 ) -> AsyncIterator[Pools]:
     """Start every teacher, and the student-only replicas where something needs them; end them whatever happens.
 
-    Args: registry: the TeacherRegistry's handle; None where no replica is compared with another; teacher_weights: the
-          WeightStore of each teacher that changes during the run, by name; alone: given, the teachers run without any student,
-          at alpha 1, and their replicas are compared by this canary.
+    Args: registry: the TeacherRegistry's handle, whose end is the pools' end; None where nothing is served;
+          teacher_weights: the WeightStore of each teacher that changes during the run, by name; alone: given, the teachers run
+          without any student, at alpha 1, and their replicas are compared by this canary.
     Raises: ConfigError where a remote teacher cannot be used; EngineError where replicas do not start.
     """
     settings = config.rollout

@@ -102,7 +102,9 @@ class TrainingSettings(Settings):
     """Times the ranks may be restarted from the last checkpoint after one is lost."""
     stuck_after_s: PositiveFloat = 1800.0
     """Longest step, save or publication, and longest loading after a restart; beyond it the ranks are stuck (one that hangs
-    holds up all), and start again from the last checkpoint. The first loading and the final export have no bound."""
+    holds up all), and start again from the last checkpoint."""
+    stuck_loading_after_s: PositiveFloat = 7200.0
+    """Longest loading of a phase's model, the start of the ranks included, and longest export: `stuck_after_s` for these."""
     sync_bucket_mib: PositiveFloat = 256.0
     """Size of one bucket of weights on their way to the replicas, MiB."""
     mini_batch_size: Positive | None = None

@@ -13,7 +13,7 @@ from actors.student_engine import Phase
 from actors.student_group import StudentRanks
 from actors.student_rank import Mailbox, Order
 from kdray.config import TrainingSettings
-from kdray.errors import TrainingError
+from kdray.errors import StorageError, TrainingError
 
 WARMUP = Phase("sft", "base", None, None, 1e-3, 10)
 DISTILL = Phase("distill", "base", None, None, 1e-4, 20)
@@ -69,6 +69,17 @@ async def test_a_result_is_rank_0_s_once_all_ranks_have_answered() -> None:
     assert not await within_turns(waiting)
     await mailbox.answer(index, 1, None)
     assert await asyncio.wait_for(waiting, 1) == "report"
+
+
+async def test_the_error_of_one_rank_is_the_result_at_once() -> None:
+    """The other one may wait for it inside the order, for ever."""
+    mailbox = Mailbox(world_size=2)
+    index = await mailbox.post(Order("save", checkpoint="step-1"))
+    await mailbox.answer(index, 1, StorageError("rank 1: full"))
+    result = await asyncio.wait_for(mailbox.result(index), 1)
+    assert isinstance(result, StorageError)
+    await mailbox.answer(index, 0, None)
+    assert await mailbox.start(0) == (0, None, None), "nothing was committed"
 
 
 async def test_the_first_answer_wins_in_a_replay() -> None:
@@ -179,9 +190,11 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return ended
 
 
-def _ranks_of(mailbox: Mailbox, stuck_after_s: float) -> tuple[StudentRanks, list[tuple[str, dict[str, Any]]]]:
+def _ranks_of(
+    mailbox: Mailbox, stuck_after_s: float, loading_s: float = 60.0
+) -> tuple[StudentRanks, list[tuple[str, dict[str, Any]]]]:
     events: list[tuple[str, dict[str, Any]]] = []
-    training = TrainingSettings(stuck_after_s=stuck_after_s)
+    training = TrainingSettings(stuck_after_s=stuck_after_s, stuck_loading_after_s=loading_s)
     ranks = StudentRanks(
         training,
         8,
@@ -236,11 +249,17 @@ async def test_ranks_that_do_not_come_back_end_the_run_with_the_reason(killed: l
     assert len(killed) == 1
 
 
-async def test_loading_has_no_deadline(killed: list[Any]) -> None:
+@pytest.mark.parametrize("order", [Order("phase", phase=WARMUP), Order("export", folder="student")])
+async def test_loading_and_export_have_a_deadline_of_their_own(killed: list[Any], order: Order) -> None:
     mailbox = Mailbox(world_size=1)
-    ranks, _ = _ranks_of(mailbox, 0.05)
-    order = asyncio.ensure_future(ranks._call(Order("phase", phase=WARMUP)))
+    await mailbox.enter(0, _Rank())
+    ranks, _ = _ranks_of(mailbox, 0.05, loading_s=60.0)
+    call = asyncio.ensure_future(ranks._call(order))
     await asyncio.sleep(0.3)
     await mailbox.answer(0, 0, None)
-    await order
+    await call
     assert not killed
+    ranks, _ = _ranks_of(mailbox, 60.0, loading_s=0.1)
+    with pytest.raises(TrainingError, match="did not start again within training.stuck_loading_after_s=0.1"):
+        await asyncio.wait_for(ranks._call(order), 2)
+    assert len(killed) == 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,3 +190,41 @@ def test_a_checkpoint_of_the_run_folder_serves_a_run_that_has_a_storage_since(tm
         assert json.loads((here / COMMITTED).read_text())["step"] == 4
         alone[1].load(here)
     assert alone[1].state == "before"
+
+
+class FailingEngine(FileEngine):
+    """Whose writer raises what torch's does where a disk is full, which is no OSError."""
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    def export(self, folder: Path, tokenizer: str) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.fixture
+def room(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether files can grow; a quota on this process ends the disk's room where not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not request.param:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield request.param
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [True, False], indirect=True)
+@pytest.mark.parametrize("work", ["save", "export"])
+def test_only_a_full_disk_is_called_one(tmp_path: Path, room: bool, work: str) -> None:
+    run = tmp_path / "run"
+    files = RankFiles(FailingEngine(0, Meeting(threading.Barrier(1))), run, None)  # type: ignore[arg-type]
+    calls = {
+        "save": lambda: files.save(run / "checkpoints" / "step-000004", {"step": 4}),
+        "export": lambda: files.export(run / "student", "unused"),
+    }
+    with pytest.raises(RuntimeError if room else StorageError) as raised:
+        calls[work]()
+    if not room:
+        assert "rank 0: " in str(raised.value)
+        assert "cannot be written: File too large" in str(raised.value)
+    assert Storage.local(run).list("checkpoints") == {}

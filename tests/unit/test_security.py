@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from actors.remote_teacher import RemoteTeacher
+from actors.tensors_alone import tensors_alone
 from cluster.cli import app
 from kdray.config import OpenAITeacherSettings, TinyModel, load_config, parse_config
-from kdray.errors import EngineError
+from kdray.errors import EngineError, TrainingError
 from kdray.models import build_tiny_model, task_tokenizer
 from kdray.report import write_report
 from kdray.reporter import RunReporter
@@ -34,8 +37,9 @@ READS_PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve",
 UNPACKS = {"zipfile", "tarfile"}
 UNPACKS_ITS_OWN = {"cluster/cargo.py"}
 """Takes the wheel apart that it has just built."""
-NOT_FROM_DISK = {"actors/autoscaling_policy.py"}
-"""Hands an actor's handle to the Serve controller in a deployment's own settings: no file is read."""
+NOT_FROM_DISK = {"actors/autoscaling_policy.py", "actors/tensors_alone.py"}
+"""The first hands an actor's handle to the Serve controller in a deployment's own settings: no file is read. The second catches
+the error of a pickle that was not opened."""
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -266,3 +270,27 @@ def test_a_key_is_in_no_file_and_no_message(tmp_path: Path, monkeypatch: pytest.
     written = [path for path in folder.path.rglob("*") if path.is_file()]
     assert {"config.yaml", "events.jsonl", "metrics.jsonl", "report.html", "summary.json"} <= {path.name for path in written}
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
+
+
+def test_a_checkpoint_of_deepspeed_runs_nothing(tmp_path: Path) -> None:
+    """As DeepSpeed opens it: with everything allowed."""
+    state, trace = tmp_path / "optim_states.pt", tmp_path / "trace"
+    torch.save({"step": 3, "loss_scaler": Hostile(trace)}, state)
+    with pytest.raises(TrainingError, match="more than tensors and plain values"), tensors_alone():
+        torch.load(state, weights_only=False)
+    assert not trace.exists()
+    torch.load(state, weights_only=False)
+    assert trace.exists(), "outside, it would have run"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_checkpoint_of_deepspeed_has_what_its_optimizers_write(tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    state = tmp_path / "optim_states.pt"
+    torch.save([LossScaler(2.0), ZeroStageEnum.weights, fragment_address(numel=3, start=1), torch.ones(2)], state)
+    with tensors_alone():
+        scaler, stage, address, tensor = torch.load(state, weights_only=False)
+    assert (scaler.cur_scale, stage, address, tensor.sum()) == (2.0, 3, fragment_address(3, 1), 2.0)

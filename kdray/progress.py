@@ -6,6 +6,7 @@ steps done is the whole position: of prompts, of samples, of randomness.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -179,7 +180,8 @@ class Ledger:
     A line holds `step`, `sample_ids`, `dropped` (sample ids by the rule that left them out, where one did), and by `fates`:
     `prompt_ids`, `tokens` (of the response), `oldest` and `newest` (student versions that drew it; null where there is no
     token), `scored_by` (a teacher's name; empty where none scored), in the order of the ids. A column whose values are all
-    alike is that one value. `trained_tokens` is what the ranks counted as targets.
+    alike is that one value. `responses_sha256` is a digest of all responses, by which two runs are compared; `trained_tokens`
+    is what the ranks counted as targets.
     """
 
     def __init__(self, path: Path) -> None:
@@ -226,4 +228,9 @@ def fates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "newest": [None if versions is None else int(versions.max()) for versions in drawn],
         "scored_by": [rollout.teacher for rollout in rollouts],
     }
-    return {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}
+    told: dict[str, Any] = {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}
+    responses = hashlib.sha256()
+    for rollout in rollouts:
+        # Lengths too, or two responses could be cut elsewhere and give the same bytes.
+        responses.update(len(rollout.token_ids).to_bytes(4, "little") + rollout.token_ids.astype("<i4").tobytes())
+    return told | {"responses_sha256": responses.hexdigest()}

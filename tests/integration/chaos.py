@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import yaml
 
@@ -33,10 +34,20 @@ STUCK_S = 30.0
 """Deadline of engines and ranks in these runs; the ranks of a tiny student start within it."""
 QUALITY_NATS = 0.1
 """Difference of the final reverse KL that two runs of these few samples may have by chance, nats per token."""
+STORE_BYTES = 100 * 2**20
+"""Ray's object store on every node of these clusters."""
+_NODE_CPUS = 3
+"""Room for a whole run: a teacher's replica, a replica of the student's pool, a rank."""
+_LESS_THAN_A_CHECKPOINT = 300_000
+"""Bytes; more than the logs of a rank."""
 _BETWEEN_STEPS = 2
 """Steps that the run trains between two faults."""
 _PATIENCE_S = 420.0
 """Longest time in which the run must have gone on after a fault."""
+_GONE_S = 60.0
+"""Longest time in which every process of a run that has ended has ended too."""
+STUDENT_POOL = {"sampler": "student", "pool": {"kv_cache_gib": 0.2}}
+"""For section `rollout`: the student samples on replicas of its own."""
 
 
 @dataclass
@@ -70,6 +81,7 @@ class Chaos:
         self._process: subprocess.Popen[str] | None = None
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as this object
         self.outcome = Outcome()
+        self._held: list[Any] = []
         self._faults: dict[str, Callable[[], None]] = {
             "kill_replica": lambda: self._signal(_replicas, signal.SIGKILL),
             "kill_engine": lambda: self._signal(_engines, signal.SIGKILL),
@@ -80,8 +92,12 @@ class Chaos:
             "interrupt": self._interrupt,
             "corrupt_checkpoint": self._corrupt_checkpoint,
             "full_disk": self._full_disk,
+            "full_disk_of_a_rank": self._full_disk_of_a_rank,
             "remove_node": self._remove_node,
+            "kill_controller": lambda: self._signal(_controllers, signal.SIGKILL),
+            "fill_store": self._fill_store,
         }
+        assert list(self._faults) == self.kinds()
 
     @classmethod
     def kinds(cls) -> list[str]:
@@ -96,7 +112,10 @@ class Chaos:
             "interrupt",
             "corrupt_checkpoint",
             "full_disk",
+            "full_disk_of_a_rank",
             "remove_node",
+            "kill_controller",
+            "fill_store",
         ]
 
     def run(self) -> Outcome:
@@ -109,6 +128,7 @@ class Chaos:
             self.outcome.faults.append(fault)
             print(f"{len(self.outcome.faults):3d} {fault} at step {self._steps()}", flush=True)
             self._train_on()
+            self._held.clear()
             print(f"    trained on after {time.monotonic() - began:.0f} s", flush=True)
         self._finish()
         self.outcome.events = Counter(event["kind"] for event in json_lines(self._run / "events.jsonl"))
@@ -156,6 +176,10 @@ class Chaos:
             assert time.monotonic() < deadline, f"does not end: {self._tail()}"
             time.sleep(0.5)
         self.outcome.codes.append(0)
+        deadline = time.monotonic() + _GONE_S
+        while left := [*_replicas(), *_engines(), *_ranks()]:
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.5)
 
     def _verify(self) -> str:
         done = subprocess.run(
@@ -172,15 +196,19 @@ class Chaos:
     # --------------------------------------------------------------------------------------------------- faults
 
     def _signal(self, processes: Callable[[], list[psutil.Process]], number: int) -> None:
+        victim = self._hit(processes)
+        victim.send_signal(number)
+        if number == signal.SIGKILL:
+            victim.wait(60)
+
+    def _hit(self, processes: Callable[[], list[psutil.Process]]) -> psutil.Process:
+        """One of them, drawn."""
         # After a fault before, replacements may still be on their way.
         deadline = time.monotonic() + _PATIENCE_S
         while not processes():
             assert time.monotonic() < deadline, f"nobody to hit: {self._tail()}"
             time.sleep(0.5)
-        victim = self._random.choice(sorted(processes(), key=lambda each: each.pid))
-        victim.send_signal(number)
-        if number == signal.SIGKILL:
-            victim.wait(60)
+        return self._random.choice(sorted(processes(), key=lambda each: each.pid))
 
     def _kill_driver(self) -> None:
         assert self._process is not None
@@ -209,11 +237,24 @@ class Chaos:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE_S)
 
+    def _full_disk_of_a_rank(self) -> None:
+        """A rank has no room for its next checkpoint (its logs are smaller); the run ends with the reason."""
+        self._hit(_ranks).rlimit(psutil.RLIMIT_FSIZE, (_LESS_THAN_A_CHECKPOINT, resource.RLIM_INFINITY))
+        assert self._process is not None
+        self._process.wait(_PATIENCE_S)
+        assert "cannot be written: File too large" in self._tail(), self._tail()
+
+    def _fill_store(self) -> None:
+        """Somebody else fills Ray's object store on the driver's node, so that what the run puts there has to make room."""
+        import ray
+
+        self._held = [ray.put(np.full(STORE_BYTES // 2, index, np.uint8)) for index in range(4)]
+
     def _remove_node(self) -> None:
         """A worker node goes with all that is on it, and an equal one comes."""
         node = self._random.choice(sorted(self._cluster.worker_nodes, key=lambda each: each.raylet_socket_name))
         self._cluster.remove_node(node, allow_graceful=False)
-        self._cluster.add_node(num_cpus=3)
+        self._cluster.add_node(num_cpus=_NODE_CPUS, object_store_memory=STORE_BYTES)
 
 
 def _named(*starts: str) -> list[psutil.Process]:
@@ -239,16 +280,21 @@ def _ranks() -> list[psutil.Process]:
     return _named("ray::RayTrainWorker")
 
 
+def _controllers() -> list[psutil.Process]:
+    return _named("ray::ServeController")
+
+
 @contextlib.contextmanager
 def cluster_of(workers: int) -> Iterator[Any]:
     """A head without room for the run, and so many worker nodes that each can hold all of it."""
     import ray
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(workers):
-            nodes.add_node(num_cpus=3)
+            nodes.add_node(num_cpus=_NODE_CPUS, object_store_memory=STORE_BYTES)
         nodes.wait_for_nodes()
         ray.init(address=nodes.address, log_to_driver=False)
         yield nodes
@@ -257,7 +303,7 @@ def cluster_of(workers: int) -> Iterator[Any]:
         nodes.shutdown()
 
 
-def recipe_of(workplace: Path, name: str, address: str, steps: int) -> Path:
+def recipe_of(workplace: Path, name: str, address: str, steps: int, student_pool: bool = False) -> Path:
     return write_recipe(
         workplace,
         name,
@@ -271,14 +317,13 @@ def recipe_of(workplace: Path, name: str, address: str, steps: int) -> Path:
             "stuck_after_s": STUCK_S,
             "sft": {"steps": 20, "batch_size": 32, "learning_rate": 3e-3},
         },
-        rollout={"max_new_tokens": 8, "retries": 12},
+        rollout={"max_new_tokens": 8, "retries": 12, **(STUDENT_POOL if student_pool else {})},
         cluster={"address": address, "health_check_period_s": 2, "stuck_after_s": STUCK_S, "wait_s": 300},
     )
 
 
-def schedule(seed: int, faults: int) -> list[str]:
+def schedule(seed: int, faults: int, kinds: list[str]) -> list[str]:
     """So many faults, every kind about as often, in an order of the seed."""
-    kinds = Chaos.kinds()
     wanted = (kinds * (faults // len(kinds) + 1))[:faults]
     random.Random(seed).shuffle(wanted)
     return wanted
@@ -295,14 +340,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--student-pool", action="store_true", help="the student samples on replicas of its own")
+    parser.add_argument("--kinds", nargs="*", default=Chaos.kinds(), choices=Chaos.kinds(), help="faults to draw from; all")
     given = parser.parse_args()
     os.environ["KDRAY_TEST_MARKER"] = f"chaos-{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder, cluster_of(2) as cluster:
         workplace = make_workplace(Path(folder))
-        steps = steps_for(given.faults)
-        calm = Chaos(recipe_of(workplace, "calm", cluster.address, steps), cluster, given.seed, []).run()
-        wanted = schedule(given.seed, given.faults)
-        outcome = Chaos(recipe_of(workplace, "disturbed", cluster.address, steps), cluster, given.seed, wanted).run()
+        where = cluster.address, steps_for(given.faults), given.student_pool
+        calm = Chaos(recipe_of(workplace, "calm", *where), cluster, given.seed, []).run()
+        wanted = schedule(given.seed, given.faults, given.kinds)
+        outcome = Chaos(recipe_of(workplace, "disturbed", *where), cluster, given.seed, wanted).run()
     print(outcome.verified)
     print("faults:", dict(Counter(outcome.faults)), "starts:", outcome.starts, "exit codes:", dict(Counter(outcome.codes)))
     print("events:", dict(outcome.events))

@@ -189,6 +189,19 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
 
 
 @pytest.mark.full
+def test_the_same_seed_twice_is_the_same_run(workplace: Path) -> None:
+    """Strictly on-policy, one rank, real engines: the same token ids in every step, losses within 1e-5."""
+    for name in ("once", "again"):
+        finish(start("run", str(write_recipe(workplace, name, rollout={"max_new_tokens": 8, "max_staleness": 0}))), 0)
+    once, again = (workplace / "runs" / name for name in ("once", "again"))
+    drawn, drawn_again = ([line["responses_sha256"] for line in json_lines(run / "ledger.jsonl")] for run in (once, again))
+    assert drawn == drawn_again
+    assert len(set(drawn)) == 12, "the steps do not differ: nothing was compared"
+    losses, losses_again = ([line["loss"] for line in json_lines(run / "metrics.jsonl")] for run in (once, again))
+    assert losses == pytest.approx(losses_again, abs=1e-5, rel=0)
+
+
+@pytest.mark.full
 def test_a_student_only_pool_samples_and_the_teacher_scores(workplace: Path, marker: str) -> None:
     """alpha 0 with scoring by prefill, on two kinds of replica sharing the cores; strictly on-policy."""
     recipe = write_recipe(

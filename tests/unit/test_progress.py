@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,9 @@ def rollout(sample_id: int, versions: list[int], teacher: str = "t") -> Rollout:
 
 def test_fates_say_what_the_rollouts_say(path: Path) -> None:
     told = fates([rollout(0, [4, 3, 5]), rollout(1, [], teacher="")])
+    digest = told.pop("responses_sha256")
     assert told == {"prompt_ids": 3, "tokens": [3, 0], "oldest": [3, None], "newest": [5, None], "scored_by": ["t", ""]}
+    # A length before each response, both as 32 little-endian bits.
+    assert digest == hashlib.sha256(struct.pack("<5i", 3, 0, 0, 0, 0)).hexdigest()
     Ledger(path).append(1, [0, 1], {1: "finished"}, told)
     assert json.loads(path.read_text()) == {"step": 1, "sample_ids": [0, 1], "dropped": {"finished": [1]}, **told}

@@ -3,24 +3,29 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two at a time, a file's tests together: they wait for starting engines more than they compute.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-unit test-full chaos lint format fuzz bench clean
+.PHONY: quickstart test test-unit test-full chaos soak lint format fuzz bench clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
 	rm -rf runs/quickstart
 	$(BIN)/kdray run configs/quickstart.yaml
 
 test: $(STAMP) lint test-unit  ## what CI runs
-	$(BIN)/python -m pytest tests/integration -q -m "not full"
+	$(PYTEST) tests/integration -m "not full"
 
 test-unit: $(STAMP)  ## seconds, no Ray
-	$(BIN)/python -m pytest tests/unit -q
+	$(PYTEST) tests/unit
 
 test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
-	$(BIN)/python -m pytest tests/integration -q
+	$(PYTEST) tests/integration
 
 chaos: $(STAMP)  ## 30 faults on one run, real engines
 	$(BIN)/python -m tests.integration.chaos --seed 0 --faults 30
+
+soak: $(STAMP)  ## memory of every process over 20 minutes of training
+	$(BIN)/python -m tests.integration.soak --minutes 20
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

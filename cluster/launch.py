@@ -250,6 +250,28 @@ def _tell(line: str) -> None:
 
 
 @contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that is started inside is this machine's alone: all of its ports are on the loopback interface.
+
+    Ray does so by itself where clusters are not supported, by this variable's default there. It is read when Ray is imported,
+    which may have been long ago.
+    """
+    from ray._private import ray_constants
+
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    told = os.environ.get(variable)
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if told is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = told
+
+
+@contextlib.contextmanager
 def _connected(config: Config, serving: bool = True) -> Iterator[None]:
     """Join the named cluster or start a local Ray, with Ray Serve unless nothing is served. Ends only what it started."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -265,7 +287,8 @@ def _connected(config: Config, serving: bool = True) -> Iterator[None]:
             except ConnectionError as error:
                 raise ConfigError(f"cluster.address={address}: no Ray cluster answers there: {error}; {remedy}") from error
         else:
-            ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)
+            with _loopback():
+                ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)
     try:
         if serving:
             from ray import serve

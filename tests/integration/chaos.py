@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import yaml
 
-from .runs import json_lines, start, write_recipe
+from .runs import json_lines, of_the_run, start, write_recipe
 
 STUCK_S = 30.0
 """Deadline of engines and ranks in these runs; the ranks of a tiny student start within it."""
@@ -259,11 +259,10 @@ class Chaos:
 
 def _named(*starts: str) -> list[psutil.Process]:
     """Processes of this test's run whose title begins so."""
-    marker, found = os.environ["KDRAY_TEST_MARKER"], []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            title = " ".join(process.cmdline())
-            if title.startswith(starts) and process.environ().get("KDRAY_TEST_MARKER") == marker:
+    found = []
+    for process in of_the_run(os.environ["KDRAY_TEST_MARKER"]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(starts):
                 found.append(process)
     return found
 

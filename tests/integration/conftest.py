@@ -29,6 +29,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Ray clusters are joined by address here, with the token that Ray keeps; read when Ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+# Threads of one process that spin while they wait take the cores from the others here, of which there are more than cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # A shell that starts this in the background has its children ignore Ctrl-C, which these tests send to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

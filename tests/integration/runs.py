@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,20 +70,38 @@ def finish(process: subprocess.Popen[str], code: int, timeout_s: float = 280) ->
 
 
 def assert_nothing_left(marker: str) -> None:
-    """No process of the run is alive: Ray's and vLLM's carry the run's environment variable."""
+    """No process of the run is alive."""
     deadline = time.monotonic() + 20
-    while True:
-        left = []
-        for process in psutil.process_iter(["pid", "cmdline", "status"]):
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("KDRAY_TEST_MARKER") == marker:
-                    left.append((process.pid, " ".join(process.cmdline())[:120]))
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        if not left:
-            return
+    while left := [(process.pid, _title(process)) for process in of_the_run(marker)]:
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.5)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:120]
+    except psutil.NoSuchProcess:
+        return "just ended"
+
+
+def of_the_run(marker: str) -> Iterator[psutil.Process]:
+    """Its live processes: Ray's and vLLM's carry the run's environment variable too."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            if alive and process.pid != os.getpid() and process.environ().get("KDRAY_TEST_MARKER") == marker:
+                yield process
+
+
+def reachable_from_outside(marker: str) -> set[str]:
+    """First words of the processes of a run that listen on more than the loopback interface."""
+    found = set()
+    for process in of_the_run(marker):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            listening = [each.laddr.ip for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+            if any(not ip.removeprefix("::ffff:").startswith("127.") for ip in listening):
+                found.add(process.cmdline()[0].split("-")[0].strip())
+    return found
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

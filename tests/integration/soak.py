@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from .runs import finish, json_lines, start, write_recipe
+from .runs import finish, json_lines, of_the_run, start, write_recipe
 
 _PERIOD_S = 5.0
 _STRETCH = 0.2
@@ -47,11 +47,11 @@ _ROLES = {
 def roles(marker: str) -> dict[str, float]:
     """Own memory of the run's processes, MiB; the sum where a role has several."""
     found: dict[str, float] = defaultdict(float)
-    for process in psutil.process_iter():
+    for process in of_the_run(marker):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             title = " ".join(process.cmdline())
             role = next((role for role, sign in _ROLES.items() if sign in title), None)
-            if role is not None and process.environ().get("KDRAY_TEST_MARKER") == marker:
+            if role is not None:
                 found[role] += process.memory_full_info().uss / 2**20
     return found
 

@@ -18,7 +18,7 @@ import yaml
 from kdray.config import TinyModel
 from kdray.tasks import generate_examples
 
-from .runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from .runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, reachable_from_outside, start, write_recipe
 
 
 def test_a_run_from_own_folders(workplace: Path, marker: str) -> None:
@@ -172,6 +172,8 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    # Torch's rendezvous of the ranks, and the replicas' server, which wants Ray's token.
+    assert reachable_from_outside(marker) <= {"ray::RayTrainWorker", "ray::ServeReplica:kdray"}
     process.send_signal(signal.SIGINT)
     output = finish(process, 130)
     assert "--resume" in output

@@ -9,6 +9,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def beside_driver(actor: type[Any], **options: Any) -> Any:
-    """The class as a Ray actor class on the driver's own node, where no other node's end can take it along."""
+    """The class as a Ray actor class on the driver's own node, where no other node's end can take it along.
+
+    Its calls are not listed in Ray's state API: there are dozens a step, and Ray's GCS kept a record of each, 40 KB a step, up
+    to its bound of 100,000 of them.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, **options)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, enable_task_events=False, **options)

@@ -144,6 +144,11 @@ class StudentRanks:
         """Times the ranks were started again after one was lost."""
         return await self._mailbox.restarts.remote()
 
+    def awaits_ranks(self) -> bool:
+        """Whether no rank has come yet, and some still may; blocks."""
+        assert self._fit is not None
+        return not self._fit.done() and not ray.get(self._mailbox.num_entered.remote())
+
     async def _call(self, order: Order) -> Any:
         """Post an order and wait for its answer, or for the end of the ranks, whichever comes first."""
         assert self._fit is not None

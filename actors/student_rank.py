@@ -129,6 +129,10 @@ class Mailbox:
         self._ranks[rank] = actor
         self._heard_at = time.monotonic()
 
+    async def num_entered(self) -> int:
+        """Ranks that were heard of at all."""
+        return len(self._ranks)
+
     async def kill_ranks(self) -> None:
         """End every rank at once, whatever it does; Ray Train starts the group again."""
         self._heard_at = self._killed_at = time.monotonic()

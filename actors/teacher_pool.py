@@ -61,6 +61,8 @@ class ReplicaPool:
         self.retried = 0
         self.outage = Outage()
         self.replicas_serving = 0
+        self.ended = False
+        """Whether it was deleted: nothing of it may start any more."""
         self._run = uuid.uuid4().hex[:12]
         self._settings = settings
         self._cluster = cluster
@@ -142,6 +144,7 @@ class ReplicaPool:
         """Take the replicas down, waiting until they are gone."""
         from ray import serve
 
+        self.ended = True
         if self._handle is not None:
             # Its router goes on reporting to Serve, and would start a Ray of its own once this one has ended.
             self._handle.shutdown()
@@ -322,13 +325,14 @@ class ReplicaPool:
 
 
 _DEPLOYING = threading.Lock()
+_LOOK_EVERY_S = 0.5
 _MISSING_PACKAGE = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
 def deploy(pools: Sequence[ReplicaPool]) -> None:
     """Start the replicas of all pools side by side and wait until they serve; blocks.
 
-    Raises: EngineError when some do not start.
+    Raises: EngineError when some do not start, or are deleted meanwhile.
     """
     from ray import serve
 
@@ -336,7 +340,11 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
     try:
         # Ray Serve cannot be asked to run something in two threads at once (Ray 2.60).
         with _DEPLOYING:
-            handles = serve.run_many([pool._target() for pool in pools])
+            _check_wanted(pools)
+            handles = serve.run_many([pool._target() for pool in pools], wait_for_applications_running=False)
+        _await_serving(pools)
+    except EngineError:
+        raise
     except RuntimeError as error:
         names = ", ".join(pool.name for pool in pools)
         # Serve's error names the deployments; why a replica failed stands in their status.
@@ -352,6 +360,30 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
         raise EngineError(f"replicas of {names} did not start: {error}") from error
     for pool, handle in zip(pools, handles, strict=True):
         pool._handle = handle
+
+
+def _await_serving(pools: Sequence[ReplicaPool]) -> None:
+    """Wait until all serve. Raises: RuntimeError where one fails; EngineError where one is deleted.
+
+    Serve's own wait never ends for what was deleted (Ray 2.60); it would go on after Ray has ended, and start another.
+    """
+    from ray import serve
+
+    waiting = list(pools)
+    while waiting:
+        _check_wanted(waiting)
+        found = serve.status().applications
+        states = {pool: found[pool.application] for pool in waiting if pool.application in found}
+        for pool, state in states.items():
+            if state.status == "DEPLOY_FAILED":
+                raise RuntimeError(f"deploying {pool.application} failed: {state.message}")
+        waiting = [pool for pool in waiting if pool not in states or states[pool].status != "RUNNING"]
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _check_wanted(pools: Sequence[ReplicaPool]) -> None:
+    if ended := [pool.name for pool in pools if pool.ended]:
+        raise EngineError(f"replicas of {', '.join(ended)} were taken down before they served")
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -324,7 +324,7 @@ def status(
         from cluster.submit import TABLE, JobServer, outcome, table_rows
 
         server = JobServer(address)
-        found = {job: server.logs(job) for job in ([server.job(name)] if name is not None else server.jobs())}
+        found = server.logs_of([server.job(name)] if name is not None else server.jobs())
         if not found:
             typer.echo(f"no jobs of kdray at {server.address}")
             return
@@ -336,7 +336,7 @@ def status(
             table.add_row(*row)
         Console().print(table, markup=False)
         for job, log in found.items():
-            if job.ended:
+            if job.ended or isinstance(log, KdrayError):
                 typer.echo(outcome(job, log))
 
 

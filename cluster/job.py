@@ -11,16 +11,20 @@ import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from actors.beside_driver import beside_driver
 from actors.daemon_thread import in_daemon_thread
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
 from actors.teacher_registry import TeacherRegistry
+from cluster.placement import Bundle, bundles
 from cluster.pools import (
     Models,
     Pools,
@@ -32,6 +36,7 @@ from cluster.pools import (
     resolve_models,
     training_route,
 )
+from cluster.reservation import await_placed, living_actors
 from kdray.batching import examples_to_batch
 from kdray.bookkeeping import counts, rewind
 from kdray.config import CaptureTeacherSettings, Config, RationaleProgram, SelfTeacherSettings, TeacherSettings
@@ -134,11 +139,24 @@ class Job:
             pools = await self._or_stop(pools_context.__aenter__())
             self.folder.write_teachers(await registry.known.remote())
             try:
+                unplaced = partial(self._unplaced_ranks, student)
+                await self._or_stop(await_placed(unplaced, config.cluster, self.reporter.event))
                 return await self._phases(models, student, pools)
             finally:
                 await pools_context.__aexit__(None, None, None)
         finally:
             await student.close()
+
+    def _unplaced_ranks(self, student: StudentRanks) -> list[Bundle]:
+        """Ranks that no node has taken yet, while none of the student's has come; blocks."""
+        if not student.awaits_ranks():
+            return []
+        # Those of the jobs beside this one count along: Ray does not tell whose they are.
+        here = ray.get_runtime_context().get_job_id()
+        placed = sum(actor["ActorClassName"] == "RayTrainWorker" and actor["JobID"] == here for actor in living_actors())
+        (ranks,) = (bundle for bundle in bundles(self.config) if bundle.role == "student")
+        lacking = ranks.count * (1 + len(self.beside)) - placed
+        return [replace(ranks, count=lacking)] if lacking > 0 else []
 
     async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
         config = self.config

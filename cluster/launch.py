@@ -274,18 +274,19 @@ def _loopback() -> Iterator[None]:
 @contextlib.contextmanager
 def _connected(config: Config, serving: bool = True) -> Iterator[None]:
     """Join the named cluster or start a local Ray, with Ray Serve unless nothing is served. Ends only what it started."""
+    setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     already = ray.is_initialized()
     if not already:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if address:
-            remedy = CLUSTER_REMEDY.format(setting="cluster.address or RAY_ADDRESS")
+            remedy = CLUSTER_REMEDY.format(setting=setting)
             if address not in ("auto", "local") and (problem := unreachable(address)):
-                raise ConfigError(f"cluster.address={problem}; {remedy}")
+                raise ConfigError(f"{setting}={problem}; {remedy}")
             try:
                 ray.init(address=address, **quiet)
             except ConnectionError as error:
-                raise ConfigError(f"cluster.address={address}: no Ray cluster answers there: {error}; {remedy}") from error
+                raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
         else:
             with _loopback():
                 ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,20 +153,15 @@ def pack(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:
         whole = bundle.count if bundle.together else 1
         return tuple(-whole * bundle.resources.get(name, 0.0) for name in ("GPU", "CPU"))
 
-    orders = (
-        lambda bundle: (len(could[id(bundle)]), size(bundle)),
-        # A picky role may be small, and leave a hole that a large one needed.
-        lambda bundle: (size(bundle), len(could[id(bundle)])),
-    )
-    for last, order in enumerate(orders):
-        try:
-            placed = {id(each.bundle): each for each in _first_fit(sorted(wanted, key=order), nodes, could, usable)}
-        except CapacityError:
-            if last == len(orders) - 1:
-                raise
-            continue
+    def fit(order: Callable[[Bundle], tuple[Any, ...]]) -> list[Placed]:
+        placed = {id(each.bundle): each for each in _first_fit(sorted(wanted, key=order), nodes, could, usable)}
         return [placed[id(bundle)] for bundle in wanted]
-    return []
+
+    try:
+        return fit(lambda bundle: (len(could[id(bundle)]), size(bundle)))
+    except CapacityError:
+        # A picky role may be small, and leave a hole that a large one needed.
+        return fit(lambda bundle: (size(bundle), len(could[id(bundle)])))
 
 
 def _first_fit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from actors.hf_teacher import HFTeacher
 from actors.remote_teacher import RemoteTeacher
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
+from cluster.placement import Bundle, bundles
+from cluster.reservation import await_placed, living_actors
 from kdray.captured_teacher import CapturedTeacher
 from kdray.config import (
     CaptureTeacherSettings,
+    ClusterSettings,
     Config,
     EngineSettings,
     HFTeacherSettings,
@@ -204,7 +208,7 @@ async def open_pools(
             await other.check()
         try:
             if pools:
-                await in_daemon_thread(deploy, pools)
+                await deployed(pools, bundles(config), config.cluster, on_event)
         except EngineError as error:
             for name in config.served_teachers:
                 if registry is not None and (reasons := await registry.refused.remote(name)):
@@ -227,6 +231,35 @@ async def open_pools(
         # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
         deleting = (asyncio.to_thread(pool.delete) for pool in pools)
         await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
+
+
+async def deployed(
+    pools: Sequence[ReplicaPool], wanted: Sequence[Bundle], settings: ClusterSettings, on_event: Callable[..., None]
+) -> None:
+    """Start the replicas of all pools and wait until they serve.
+
+    Args: wanted: the run's bundles, with those of the pools among them.
+    Raises: EngineError where they do not start; CapacityError where others took their room, after `cluster.wait_s`.
+    """
+    by_role = {bundle.role: bundle for bundle in wanted}
+    asked = {pool: by_role["rollout pool" if pool.spec.role == "student" else f"teacher {pool.name}"] for pool in pools}
+
+    def unplaced() -> list[Bundle]:
+        living = Counter(actor["ActorClassName"] for actor in living_actors())
+        # Serve names the class after application and deployment.
+        lacking = {pool: asked[pool].count - living[f"ServeReplica:{pool.application}:{pool.name}"] for pool in pools}
+        return [replace(asked[pool], count=count) for pool, count in lacking.items() if count > 0]
+
+    serving = in_daemon_thread(deploy, pools)
+    placing = asyncio.create_task(await_placed(unplaced, settings, on_event))
+    try:
+        await asyncio.wait({serving, placing}, return_when=asyncio.FIRST_COMPLETED)
+        if placing.done():
+            placing.result()
+        await serving
+    finally:
+        placing.cancel()
+        serving.cancel()
 
 
 def _program(

@@ -6,6 +6,7 @@ its labels. It only reserves: once there is room, the group is let go and the pa
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
@@ -20,6 +21,9 @@ from kdray.config import ClusterSettings
 from kdray.errors import CapacityError
 
 _TELL_EVERY_S = 15.0
+_LOOK_EVERY_S = 1.0
+_START_S = 60.0
+"""Time that a process may take to start where it was given room; what it has taken looks like what is missing meanwhile."""
 
 
 def live_nodes() -> list[Node]:
@@ -95,6 +99,37 @@ def reserved(wanted: Sequence[Bundle], settings: ClusterSettings, tell: Callable
         yield reservation
     finally:
         reservation.release()
+
+
+def living_actors() -> list[dict[str, Any]]:
+    """Ray's entry for every actor that has a process on some node."""
+    # The state API would want a dashboard.
+    from ray._private.state import actors
+
+    return [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+
+
+async def await_placed(
+    unplaced: Callable[[], Sequence[Bundle]], settings: ClusterSettings, on_event: Callable[..., None]
+) -> None:
+    """Wait until every part that was started has its place: since the reservation was let go, others may have taken it.
+
+    Args: unplaced: asks Ray which bundles no node has taken yet; blocks. on_event: told every few seconds what is missing.
+    Raises: CapacityError after `cluster.wait_s` (and not before a minute) with what is missing and on which nodes.
+    """
+    started = told = time.monotonic()
+    while waiting := await asyncio.to_thread(unplaced):
+        missing = await asyncio.to_thread(_missing, waiting)
+        waited = time.monotonic() - started
+        if missing is not None and waited >= max(settings.wait_s, _START_S):
+            raise CapacityError(
+                f"cluster.wait_s={settings.wait_s:g}: {waited:.0f} s after its parts began to start, others have the room of "
+                f"some: {missing}; start again once there is room (a run with --resume)"
+            )
+        if missing is not None and time.monotonic() - told >= _TELL_EVERY_S:
+            told = time.monotonic()
+            on_event("waiting_for_room", waited_s=round(waited), missing=missing)
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 def _held(group: Any) -> dict[str, Counter[str]]:

@@ -10,7 +10,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -121,10 +121,18 @@ class JobServer:
         """Send a run. Raises: ConfigError where a job of this name, or one that writes the same folder, has not ended."""
         earlier = self.jobs()
         for job in earlier:
-            if not job.ended and (job.name == name or job.run_folder == str(config.run_folder)):
+            if job.ended:
+                continue
+            end = f"end it with `kdray stop {job.id}`"
+            if job.run_folder == str(config.run_folder):
                 raise ConfigError(
-                    f"run.name={config.run.name}: job {job.id} is {job.state} with this name or run folder; end it with "
-                    f"`kdray stop {job.id}`, or choose another run.name"
+                    f"run.name={config.run.name}: job {job.id} is {job.state} and writes the same run folder, "
+                    f"{job.run_folder}; {end}, or choose another run.name or run.output"
+                )
+            if job.name == name:
+                setting = "run.name" if name == config.run.name else "--name"
+                raise ConfigError(
+                    f"{setting}={name}: job {job.id} is {job.state} with this name; {end}, or choose another {setting}"
                 )
         arguments = ["python", "-m", "cluster.entry", "run", "config.yaml", *(["--resume"] if resume else [])]
         with self._explained(), tempfile.TemporaryDirectory(prefix="kdray-job-") as folder:
@@ -164,6 +172,16 @@ class JobServer:
         """What the job has written so far."""
         with self._explained():
             return str(self._client.get_job_logs(job.id))
+
+    def logs_of(self, jobs: Iterable[JobState]) -> dict[JobState, str | KdrayError]:
+        """What each job has written so far, or why that cannot be had: one lost log hides no other job."""
+        found: dict[JobState, str | KdrayError] = {}
+        for job in jobs:
+            try:
+                found[job] = self.logs(job)
+            except KdrayError as error:
+                found[job] = error
+        return found
 
     def follow(self, job: JobState, write: Callable[[str], None]) -> JobState:
         """Hand on the job's log until it ends; the job as it ended. A connection that breaks is taken up again.
@@ -298,17 +316,18 @@ def check_name(name: str) -> str:
 TABLE = ("job", "state", "exit code", "progress", "started", "duration")
 
 
-def table_rows(jobs: Mapping[JobState, str]) -> Iterator[tuple[str, ...]]:
-    """The columns of `TABLE` for each job, from its log."""
+def table_rows(jobs: Mapping[JobState, str | KdrayError]) -> Iterator[tuple[str, ...]]:
+    """The columns of `TABLE` for each job, from its log or the reason why there is none."""
     for job, log in jobs.items():
-        code = job_exit_code(job, log) if job.ended else None
+        text = "" if isinstance(log, KdrayError) else log
+        code = job_exit_code(job, text) if job.ended else None
         started = datetime.fromtimestamp(job.started_s).astimezone()
         seconds = (job.ended_s or time.time()) - job.started_s
         yield (
             job.id,
             job.state,
             "" if code is None else str(code),
-            progress(log) or "",
+            "no log" if isinstance(log, KdrayError) else progress(text) or "",
             started.strftime("%Y-%m-%d %H:%M:%S"),
             str(timedelta(seconds=round(max(0.0, seconds)))),
         )
@@ -348,8 +367,11 @@ def explanation(job: JobState, log: str) -> str:
     return reason(log) or job.message.partition(", last available logs")[0].strip()
 
 
-def outcome(job: JobState, log: str) -> str:
+def outcome(job: JobState, log: str | KdrayError) -> str:
     """How a job ended, in a line."""
+    if isinstance(log, KdrayError):
+        # Ray's own word: whether there was a checkpoint, and why it ended, only the log says.
+        return f"{job.id}: {job.state}; its log cannot be had: {log}"
     code = job_exit_code(job, log)
     if not job.ended:
         return f"{job.id}: still {job.state}; kdray logs {job.id} shows what it does"

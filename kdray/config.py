@@ -69,7 +69,7 @@ from kdray.settings.programs import (
     System2AttentionProgram,
     UniversalSettings,
 )
-from kdray.settings.roles import with_roles
+from kdray.settings.roles import role_keys, with_roles
 from kdray.settings.rollout import (
     EnsembleSettings,
     FilterSettings,
@@ -221,6 +221,11 @@ class Config(Settings):
             self._check_features()
         if "rollout" in self.teachers:
             raise ValueError("teachers.rollout: that is the name of the rollout pool; give the teacher another name")
+        if "rollout.pool" in self.cluster.roles and not self.has_rollout_pool:
+            raise ValueError(
+                f"cluster.roles.rollout.pool with rollout.sampler={self.rollout.sampler}: the teachers' replicas sample, and "
+                "no pool of student replicas runs; remove the role, or set rollout.sampler=student"
+            )
         if self.training.batch_size % self.rollout.samples_per_prompt:
             raise ValueError(
                 f"training.batch_size={self.training.batch_size} is not a multiple of "
@@ -535,7 +540,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node: Any = tree
-    *parents, leaf = key.split(".")
+    parts = key.split(".")
+    if parts[:2] == ["cluster", "roles"] and len(parts) > 2:
+        parts[2:] = role_keys(parts[2:])
+    *parents, leaf = parts
     if len(parents) > strict_yaml.MAX_DEPTH:
         raise ConfigError(f"override {override[:100]!r}: nested more than {strict_yaml.MAX_DEPTH} deep")
     for depth, part in enumerate(parents):

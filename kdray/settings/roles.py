@@ -30,6 +30,15 @@ TRAINING_PLACE = frozenset(
 _ENGINE_TYPES = ("vllm", "self", "peer")
 
 
+def role_keys(keys: list[str]) -> list[str]:
+    """The keys below `cluster.roles` that a dotted override names: a role's own name holds a dot where it is of one part.
+
+    What follows `teachers` is a teacher's name unless it is one of the settings of all.
+    """
+    of_one = keys[:2] == ["rollout", "pool"] or (keys[0] == "teachers" and len(keys) > 1 and keys[1] not in ENGINE_PLACE)
+    return [".".join(keys[:2]), *keys[2:]] if of_one else keys
+
+
 def with_roles(tree: Any) -> Any:
     """A config's tree with `cluster.roles` laid over its sections, the more specific role last.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,19 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from cluster.placement import Bundle
-from cluster.reservation import reserved
-from kdray.config import ClusterSettings
+from actors.student_group import StudentRanks
+from actors.teacher_engine import EngineSpec
+from actors.teacher_pool import ReplicaPool
+from actors.weight_sync import WeightStore
+from cluster import reservation
+from cluster.job import Job
+from cluster.placement import Bundle, bundles
+from cluster.pools import deployed
+from cluster.reservation import await_placed, reserved
+from kdray.config import ClusterSettings, parse_config
 from kdray.errors import CapacityError
 
+from .conftest import EOS, VOCAB, TinyModels
 from .runs import check_ledger, finish, json_lines, start, write_recipe
 
 LARGE: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "large"}, "resources": {"large": 1}}
@@ -192,3 +202,55 @@ def test_a_run_waits_for_what_others_hold_and_goes_on_when_it_is_free(cluster: C
         pass
     assert len(lines) == 1
     assert "1 large" in lines[0]
+
+
+@pytest.mark.timeout(300)
+def test_room_that_others_took_after_the_reservation_is_not_waited_for_for_ever(
+    cluster: Cluster, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher's replica, then the student's rank, are started while another holds the only node that has what they need."""
+    from ray import serve
+
+    monkeypatch.setattr(reservation, "_START_S", 5.0)
+    serve.start(proxy_location="Disabled")
+    model = str(tiny_models.make("placed", 2, 64, seed=5))
+    needs = {"resources": {"large": 1.0}}
+    config = parse_config(
+        {
+            "run": {"name": "late"},
+            "student": {"model": model},
+            "teachers": {"a": {"model": model, **needs}},
+            "training": needs,
+            "cluster": {"wait_s": 0},
+        }
+    )
+    replicas, ranks = bundles(config)
+    spec = EngineSpec("teacher", model, None, VOCAB, (EOS,), 64, teacher="a", kv_cache_gib=0.1)
+    pool = ReplicaPool("a", spec, config.served_teachers["a"], config.cluster, None, retries=0)
+    store = ray.remote(WeightStore).options(num_cpus=0).remote()
+    student = StudentRanks(config.training, VOCAB, 0, model, store, tmp_path / "checkpoints", tmp_path / "train")
+    job: Any = SimpleNamespace(config=config, beside=[])
+    holder = ray.util.placement_group([{"large": 1.0}])
+    assert holder.wait(20)
+
+    async def both() -> None:
+        try:
+            with pytest.raises(CapacityError, match=r"cluster.wait_s=0: .*teachers\.a\.replicas: .*1 large"):
+                await deployed([pool], [replicas, ranks], config.cluster, lambda kind, **fields: None)
+        finally:
+            await asyncio.to_thread(pool.delete)
+        await student.start()
+
+        def unplaced() -> list[Bundle]:
+            return Job._unplaced_ranks(job, student)
+
+        try:
+            with pytest.raises(CapacityError, match=r"training\.ranks: .*1 large"):
+                await await_placed(unplaced, config.cluster, lambda kind, **fields: None)
+            ray.util.remove_placement_group(holder)
+            await await_placed(unplaced, ClusterSettings(wait_s=120), lambda kind, **fields: None)
+            assert len(_ranks()) == 1
+        finally:
+            await student.close()
+
+    asyncio.run(both())

@@ -8,8 +8,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from .heads import free_ports, started_head
 from .runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 VARIABLE = "KDRAY_TEST_JOB"
@@ -34,63 +33,20 @@ class Head:
     folder: Path
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has now, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """One node with everything on ports of its own. It sees no kdray but the installed one."""
-    # Not under pytest's folder: the paths of Ray's sockets may have 107 characters.
+    # Not under pytest's folder, whose name is long.
     folder, token, marker = Path(tempfile.mkdtemp(prefix="kdray-jobs-")), secrets.token_hex(32), secrets.token_hex(8)
-    named = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
-    named += ("metrics-export-port", "node-manager-port", "object-manager-port", "ray-client-server-port")
-    ports = dict(zip(named, free_ports(len(named)), strict=True))
-    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "KDRAY_TEST_MARKER": marker, "HF_HUB_OFFLINE": "1"}
-    # Half a minute otherwise, in which the node would hand its work to others.
-    settings["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    ports = free_ports()
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "HF_HUB_OFFLINE": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("RAY_")}
     # Jobs run the node's `python`: here that of these tests, whatever the shell that started them finds first.
     inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        "--block",
-        "--num-cpus=4",
-        "--dashboard-host=127.0.0.1",
-        f"--temp-dir={folder}",
-    ]
-    command += [
-        "--object-store-memory=300000000",
-        "--disable-usage-stats",
-        *(f"--{name}={port}" for name, port in ports.items()),
-    ]
-    log = folder / "head.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=inherited | settings, start_new_session=True
-        )
     try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.3)
-        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", token, folder)
+        with started_head(folder, ports, inherited | settings, marker, "--num-cpus=4", "--dashboard-host=127.0.0.1"):
+            yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", token, folder)
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
         assert_nothing_left(marker)
         shutil.rmtree(folder, ignore_errors=True)
 

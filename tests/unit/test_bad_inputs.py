@@ -627,7 +627,12 @@ def test_a_command_refuses(place: Place, prepare: Callable[[Place], list[str]], 
 
 def test_a_cluster_of_the_environment_that_does_not_answer(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    refused(CliRunner().invoke(app, ["run", str(place.recipe())]), ("127.0.0.1:1", "does not answer", "RAY_ADDRESS"))
+    result = CliRunner().invoke(app, ["run", str(place.recipe())])
+    refused(result, ("RAY_ADDRESS=127.0.0.1:1 does not answer", "correct RAY_ADDRESS"))
+    assert "cluster.address" not in result.stderr, "nobody set it"
+    result = CliRunner().invoke(app, ["run", str(place.recipe()), "cluster.address=127.0.0.1:2"])
+    refused(result, ("cluster.address=127.0.0.1:2 does not answer", "correct cluster.address"))
+    assert "RAY_ADDRESS" not in result.stderr, "the setting goes before it"
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -378,12 +379,32 @@ def test_a_name_means_the_newest_job_of_the_run():
         found.job("stranger")
 
 
-@pytest.mark.parametrize(("name", "folder"), [("trial", "/elsewhere"), ("other", "/shared/runs/trial")])
-def test_two_jobs_never_share_a_name_or_a_folder(here, name, folder):
+@pytest.mark.parametrize(
+    ("name", "folder", "asked", "told"),
+    [
+        ("trial", "/elsewhere", "trial", "^run.name=trial: .* with this name; .* choose another run.name$"),
+        ("mine", "/elsewhere", "mine", "^--name=mine: .* with this name; .* choose another --name$"),
+        # Another name does not help: the folder is the run's.
+        (
+            "other",
+            "/shared/runs/trial",
+            "mine",
+            "^run.name=trial: .* folder, /shared/runs/trial; .* another run.name or run.output$",
+        ),
+        (
+            "mine",
+            "/shared/runs/trial",
+            "mine",
+            "^run.name=trial: .* folder, /shared/runs/trial; .* another run.name or run.output$",
+        ),
+    ],
+)
+def test_two_jobs_never_share_a_name_or_a_folder(here, name, folder, asked, told):
     settings = config()
     running = server([listed("one", name, 1, "RUNNING", folder)])
-    with pytest.raises(ConfigError, match="job one is RUNNING.*kdray stop one"):
-        running.submit(settings, pack(settings), {}, False, "trial")
+    with pytest.raises(ConfigError, match="job one is RUNNING.*kdray stop one") as refusal:
+        running.submit(settings, pack(settings), {}, False, asked)
+    assert re.search(told, str(refusal.value)), refusal.value
 
 
 def test_a_followed_log_is_printed_once_whatever_the_connection_does(monkeypatch):
@@ -460,6 +481,33 @@ def test_a_row_of_the_table():
     ((name, state, code, done, started, duration),) = table_rows({ended: STOPPED})
     assert (name, state, code, done, duration) == ("trial", "STOPPED", "130", "distill 4/12", "1:02:05")
     assert started.startswith("2001-09-")
+
+
+def test_a_log_that_cannot_be_had_costs_its_own_row_alone(monkeypatch):
+    jobs = [listed("lost", "a", 3, "STOPPED"), listed("there", "b", 2, "STOPPED"), listed("gone", "c", 1, "RUNNING")]
+    client = server(jobs)
+
+    def logs(name):
+        if name != "there":
+            raise RuntimeError("Traceback\nthe job's node is dead")
+        return STOPPED
+
+    client._client.get_job_logs = logs
+    monkeypatch.setattr(submit, "JobServer", lambda address: client)
+    result = CliRunner().invoke(app, ["status"])
+    assert result.exit_code == 0, result.output
+    rows = {
+        cells[1]: cells[2:5] for line in result.stdout.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 5
+    }
+    assert rows["there"] == ["STOPPED", "130", "distill 4/12"]
+    assert rows["lost"] == ["STOPPED", "", "no log"]
+    assert rows["gone"] == ["RUNNING", "", "no log"]
+    told = " ".join(result.stdout.split())
+    for job_id, state in (("lost", "STOPPED"), ("gone", "RUNNING")):
+        assert (
+            f"{job_id}: {state}; its log cannot be had: the job server at http://head:8265 says: the job's node is dead" in told
+        )
+    assert "killed" not in told, "only the log could say so"
 
 
 # -------------------------------------------------------------------------------------------------- the command

@@ -105,6 +105,11 @@ class TrainingSettings(Settings):
     holds up all), and start again from the last checkpoint. The first loading and the final export have no bound."""
     sync_bucket_mib: PositiveFloat = 256.0
     """Size of one bucket of weights on their way to the replicas, MiB."""
+    weight_transfer: Literal["object_store", "nccl"] = "object_store"
+    """How weights reach the replicas: through Ray's object store and files, which works everywhere; or `nccl`, from rank 0's
+    GPU to each replica's by vLLM's weight-transfer engine, one replica after the other. Untested: nccl has not run on GPUs,
+    only what is around NCCL has run, on CPUs. It takes whole GPUs for ranks and replicas, a second copy of the weights on rank
+    0's GPU (a third during a transfer that outlasts a step), and vLLM's buffers there (two of 1 GiB)."""
     mini_batch_size: Positive | None = None
     """Rollouts of one optimizer update, over all ranks; None takes `batch_size`."""
     inner_epochs: Positive = 1

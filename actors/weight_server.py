@@ -55,6 +55,7 @@ class WeightServer:
         """What the sender reads: it has to outlive that."""
         self._sender: Any = None
         self._pipe: Connection | None = None
+        self._broken: Exception | None = None
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
@@ -63,8 +64,8 @@ class WeightServer:
 
         Raises: TrainingError where nobody serves any more.
         """
-        if not self._thread.is_alive():
-            raise TrainingError("rank 0 stopped serving weights; its log has the reason")
+        if self._broken is not None:
+            raise TrainingError(f"rank 0 stopped serving weights: {type(self._broken).__name__}: {self._broken}")
         if torch.cuda.is_available():
             # Another process reads them.
             torch.cuda.synchronize()
@@ -87,16 +88,23 @@ class WeightServer:
                 try:
                     self._transfer(number, ask)
                 except (_Failed, OSError, EOFError) as error:
-                    reason = f"{type(error).__name__}: {error}" if not isinstance(error, _Failed) else str(error)
+                    reason = str(error) or "the sending process ended"
                     logger.warning("a transfer of weights failed: %s", reason)
                     # Its communicator is in an unknown state.
                     self._end_sender()
                 ray.get(self._store.end.remote(number, reason))
             except ActorUnavailableError:
-                # The driver's node is out of reach for a moment.
+                # The driver's node is out of reach for a moment; a transfer that was under way begins again.
+                self._end_sender()
                 time.sleep(_WAIT_S)
             except RayActorError:
                 # The run is over.
+                self._end_sender()
+                return
+            except Exception as error:
+                # Told by the next publication.
+                logger.exception("rank 0 stops serving weights")
+                self._broken = error
                 self._end_sender()
                 return
 

@@ -9,6 +9,9 @@ from kdray.config import TrainingSettings
 
 TRAINER_INFO["gloo"] = "tests.integration.gloo_transfer:GlooTrainerInitInfo"
 
+EXTENSION = {"worker_extension_cls": "tests.integration.gloo_transfer.GlooExtension"}
+"""Engine arguments by which vLLM's workers find it."""
+
 FAULT = "KDRAY_TEST_TRANSFER_FAULT"
 """Environment variable with the path of a file; where it exists, the next worker takes it away and does what it says after the
 first tensor: `die` or `hang`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -28,7 +29,8 @@ from kdray.models import task_tokenizer
 from kdray.types import Rollout, SampleRequest, TrainBatch
 
 from .conftest import EOS, VOCAB, TinyModels
-from .gloo_settings import FAULT, GlooTraining
+from .gloo_settings import EXTENSION, FAULT, GlooTraining
+from .runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 STUCK_S = 25.0
 
@@ -53,6 +55,21 @@ class Run:
         folder = self.folder / f"version-{self.version}"
         await self.ranks.export(folder)
         return folder
+
+
+@pytest.mark.full
+def test_a_whole_run_with_its_control_and_nothing_left_behind(workplace: Path, marker: str) -> None:
+    recipe = write_recipe(workplace, "transferred", rollout={"max_staleness": 2}, evaluation={"control": True})
+    output = finish(start(str(recipe), module="tests.integration.gloo_run"), 0)
+    folder = workplace / "runs" / "transferred"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"], output[-3000:]
+    assert summary["lost_samples"] == summary["duplicated_samples"] == summary["restarts"] == 0
+    assert summary["control"]["trained_tokens"] >= summary["trained_tokens"]
+    check_ledger(folder, 12)
+    assert all(line["staleness_max"] <= 2 for line in json_lines(folder / "metrics.jsonl"))
+    assert "transfer_failed" not in {event["kind"] for event in json_lines(folder / "events.jsonl")}
+    assert_nothing_left(marker)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -90,7 +107,7 @@ async def run(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
         kv_cache_gib=0.1,
         stuck_after_s=STUCK_S,
         weight_transfer="gloo",
-        engine_args={"worker_extension_cls": "tests.integration.gloo_transfer.GlooExtension"},
+        engine_args=EXTENSION,
     )
     pool = ReplicaPool(
         "t",

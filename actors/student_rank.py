@@ -175,7 +175,7 @@ def run_rank(given: dict[str, RankConfig]) -> None:
     files = RankFiles(engine, config.run_folder, config.storage)
     server = None
     if config.training.weight_transfer != "object_store" and engine.rank == 0:
-        server = WeightServer(config.training.weight_transfer, config.weights)
+        server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
     try:
         _walk(config, engine, files, server)
     finally:
@@ -268,6 +268,8 @@ def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: 
 
 def _offer(engine: StudentEngine, version: int, weights: Any, server: WeightServer | None) -> None:
     """Let replicas know of a version that rank 0 sends to those who ask. Every rank takes part in the gathering."""
+    if server is not None:
+        server.withdraw()
     tensors: dict[str, torch.Tensor] = {}
     for bucket in engine.weight_buckets(engine.device):
         tensors |= bucket

@@ -42,17 +42,16 @@ class _Failed(Exception):
 class WeightServer:
     """Serves rank 0's newest snapshot from a thread and a process of its own; training never waits for either."""
 
-    def __init__(self, backend: str, store: Any) -> None:
-        """Args: backend: of vLLM's weight transfer; store: the TransferStore's handle."""
+    def __init__(self, backend: str, store: Any, bucket_mib: float) -> None:
+        """Args: backend: of vLLM's weight transfer; store: the TransferStore's handle; bucket_mib: what is sent at once."""
         self._backend = backend
+        self._bucket_size = int(bucket_mib * 2**20)
         self._store = store
         self._published = threading.Condition()
         self._version = -1
         self._tensors: dict[str, torch.Tensor] = {}
-        self._shared = -1
-        """Version that the sender has."""
         self._sent: dict[str, torch.Tensor] = {}
-        """What the sender reads: it has to outlive that."""
+        """What the sender has; it has to live as long as that reads it."""
         self._sender: Any = None
         self._pipe: Connection | None = None
         self._broken: Exception | None = None
@@ -72,6 +71,11 @@ class WeightServer:
         with self._published:
             self._version, self._tensors = version, tensors
             self._published.notify_all()
+
+    def withdraw(self) -> None:
+        """Serve nobody until the next `publish`: only that one's copy of the weights and what is being sent then exist."""
+        with self._published:
+            self._version, self._tensors = -1, {}
 
     def close(self) -> None:
         self._end_sender()
@@ -116,11 +120,8 @@ class WeightServer:
             version, tensors = self._version, self._tensors
         pipe = self._pipe or self._start_sender(next(iter(tensors.values())).device)
         deadline = time.monotonic() + ask.timeout_s
-        if self._shared != version:
-            pipe.send(tensors)
-            self._shared, self._sent = version, tensors
-        else:
-            pipe.send(None)
+        pipe.send(None if tensors is self._sent else tensors)
+        self._sent = tensors
         pipe.send(ask.num_workers)
         ordered: Any = None
         while True:
@@ -145,7 +146,7 @@ class WeightServer:
         pipe, theirs = context.Pipe()
         self._pipe = pipe
         address = ray.util.get_node_ip_address()
-        arguments = (theirs, TRAINER_INFO[self._backend], address, device)
+        arguments = (theirs, TRAINER_INFO[self._backend], address, device, self._bucket_size)
         self._sender = context.Process(target=send_weights, args=arguments, name="weight-sender", daemon=True)
         self._sender.start()
         # So that the pipe ends with the process.
@@ -159,7 +160,7 @@ class WeightServer:
         # Both threads may come here.
         sender, self._sender = self._sender, None
         pipe, self._pipe = self._pipe, None
-        self._shared, self._sent = -1, {}
+        self._sent = {}
         if sender is not None:
             sender.kill()
             sender.join()
@@ -170,10 +171,10 @@ class WeightServer:
 # ---------------------------------------------------------------------------------------------------- the sender
 
 
-def send_weights(pipe: Connection, trainer_info: str, address: str, device: torch.device) -> None:
+def send_weights(pipe: Connection, trainer_info: str, address: str, device: torch.device, bucket_size: int) -> None:
     """The sender process: for each transfer that the pipe brings, open a communicator, send, close it.
 
-    Args: trainer_info: class of vLLM's trainer-side init info, `module:name`; address: of this node.
+    Args: trainer_info: class of vLLM's trainer-side init info, `module:name`; address: of this node; bucket_size: bytes.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device.type == "cuda":
@@ -200,7 +201,13 @@ def send_weights(pipe: Connection, trainer_info: str, address: str, device: torc
             if (tensors := pipe.recv()) is not None:
                 source.tensors = tensors
             num_workers = pipe.recv()
-            info = info_class(master_address=address, master_port=get_open_port(), world_size=1 + num_workers, rank=0)
+            info = info_class(
+                master_address=address,
+                master_port=get_open_port(),
+                world_size=1 + num_workers,
+                packed_buffer_size_bytes=bucket_size,
+                rank=0,
+            )
             try:
                 engine = WeightTransferTrainerFactory.trainer_init(info, client=_Replica(pipe), source=source)
                 engine.send_weights()

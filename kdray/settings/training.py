@@ -108,8 +108,8 @@ class TrainingSettings(Settings):
     weight_transfer: Literal["object_store", "nccl"] = "object_store"
     """How weights reach the replicas: through Ray's object store and files, which works everywhere; or `nccl`, from rank 0's
     GPU to each replica's by vLLM's weight-transfer engine, one replica after the other. Untested: nccl has not run on GPUs,
-    only what is around NCCL has run, on CPUs. It takes whole GPUs for ranks and replicas, a second copy of the weights on rank
-    0's GPU (a third during a transfer that outlasts a step), and vLLM's buffers there (two of 1 GiB)."""
+    only what is around NCCL has run, on CPUs. It takes whole GPUs for ranks and replicas, room for two more copies of the
+    weights on rank 0's GPU, and for two buckets of `sync_bucket_mib` at both ends."""
     mini_batch_size: Positive | None = None
     """Rollouts of one optimizer update, over all ranks; None takes `batch_size`."""
     inner_epochs: Positive = 1

@@ -354,8 +354,12 @@ class StudentEngine:
 
     # --------------------------------------------------------------------------------------------------- weights
 
-    def weight_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The weights under their checkpoint names, in buckets of `training.sync_bucket_mib`, on the CPU.
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    def weight_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+        """The weights under their checkpoint names, in buckets of `training.sync_bucket_mib`: copies on `device`.
 
         Rank 0 gets the tensors; other ranks get empty buckets, in the same number: gathering is collective.
         """
@@ -368,12 +372,12 @@ class StudentEngine:
         for name, parameter in named:
             count = getattr(parameter, "ds_numel", parameter.numel())
             if bucket and size + count * parameter.element_size() > limit:
-                yield self._gather(bucket, deepspeed)
+                yield self._gather(bucket, deepspeed, device)
                 bucket, size = [], 0.0
             bucket.append((name, parameter))
             size += count * parameter.element_size()
         if bucket:
-            yield self._gather(bucket, deepspeed)
+            yield self._gather(bucket, deepspeed, device)
 
     def averaged_buckets(self, decay: float) -> Iterator[dict[str, torch.Tensor]]:
         """The exponential average of the weights, moved towards them: average <- decay average + (1 - decay) weights.
@@ -389,13 +393,15 @@ class StudentEngine:
                 averaged[name] = self._average[name].to(tensor.dtype)
             yield averaged
 
-    def _gather(self, bucket: list[tuple[str, torch.nn.Parameter]], deepspeed: Any) -> dict[str, torch.Tensor]:
+    def _gather(
+        self, bucket: list[tuple[str, torch.nn.Parameter]], deepspeed: Any, device: torch.device | str
+    ) -> dict[str, torch.Tensor]:
         sharded = self.training.zero_stage == 3
         parameters = [parameter for _, parameter in bucket]
         with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext():
             if self.rank != 0:
                 return {}
-            return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in bucket}
+            return {name: parameter.detach().to(device, copy=True).contiguous() for name, parameter in bucket}
 
     def export(self, folder: Path, tokenizer: str | None = None) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it."""

@@ -127,6 +127,9 @@ class StudentRanks:
 
     async def publish(self, version: int) -> None:
         await self._call(Order("publish", version=version))
+        if self.training.weight_transfer != "object_store":
+            for reason in await self.weights.take_failures.remote():
+                self.on_event("transfer_failed", reason=reason)
 
     async def renew(self, version: int, decay: float) -> None:
         """Move the average of the student's weights towards them, and publish it as a teacher's: decay 1 leaves it as it is."""

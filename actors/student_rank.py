@@ -19,6 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.rank_files import RankFiles
 from actors.student_engine import Phase, StudentEngine
+from actors.weight_server import WeightServer
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 
@@ -177,18 +178,27 @@ def run_rank(given: dict[str, RankConfig]) -> None:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     engine = StudentEngine(config.training, config.vocab_size, config.seed)
     files = RankFiles(engine, config.run_folder, config.storage)
+    server = None
+    if config.training.weight_transfer != "object_store" and engine.rank == 0:
+        server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
     try:
-        _walk(config, engine, files)
+        _walk(config, engine, files, server)
     finally:
         files.close()
+        if server is not None:
+            server.close()
 
 
-def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles) -> None:
+def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles, server: WeightServer | None) -> None:
     mailbox, rank = config.mailbox, engine.rank
     ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
         files.start_phase(phase, None if checkpoint is None else Path(checkpoint))
+        if config.training.weight_transfer != "object_store" and phase.loss is not None:
+            # Replicas that start now ask for the version that was published before the checkpoint: distillation's versions are
+            # its steps. No order of the log publishes it again.
+            _offer(engine, engine.steps_done, config.weights, server)
     while True:
         try:
             order: Order = _asked(lambda: mailbox.order.remote(index))  # noqa: B023 - asked within the turn
@@ -196,7 +206,7 @@ def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles) -> None:
             # The driver took the mailbox away: the run is over, and a restart would find nobody either.
             return
         try:
-            result = _obey(order, engine, files, config)
+            result = _obey(order, engine, files, config, server)
         except (TrainingError, StorageError) as error:
             # A restart would meet it again: it is an answer, not a lost rank.
             result = error
@@ -218,7 +228,7 @@ def _asked(call: Callable[[], Any]) -> Any:
             time.sleep(_UNREACHABLE_S)
 
 
-def _obey(order: Order, engine: StudentEngine, files: RankFiles, config: RankConfig) -> Any:
+def _obey(order: Order, engine: StudentEngine, files: RankFiles, config: RankConfig, server: WeightServer | None = None) -> Any:
     if order.kind == "phase":
         assert order.phase is not None
         files.start_phase(order.phase, None if order.checkpoint is None else Path(order.checkpoint))
@@ -228,7 +238,10 @@ def _obey(order: Order, engine: StudentEngine, files: RankFiles, config: RankCon
         return engine.train_step(ray.get(order.shards[engine.rank]), text, order.loss_values)
     elif order.kind == "publish":
         assert order.version is not None
-        _publish(engine.weight_buckets(), order.version, config.weights, engine.rank)
+        if config.training.weight_transfer == "object_store":
+            _publish(engine.weight_buckets(), order.version, config.weights, engine.rank)
+        else:
+            _offer(engine, order.version, config.weights, server)
     elif order.kind == "renew":
         assert order.version is not None
         assert order.decay is not None
@@ -256,3 +269,15 @@ def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: 
         count += 1
     if rank == 0:
         ray.get(weights.commit.remote(version, count))
+
+
+def _offer(engine: StudentEngine, version: int, weights: Any, server: WeightServer | None) -> None:
+    """Let replicas know of a version that rank 0 sends to those who ask. Every rank takes part in the gathering."""
+    if server is not None:
+        server.withdraw()
+    tensors: dict[str, torch.Tensor] = {}
+    for bucket in engine.weight_buckets(engine.device):
+        tensors |= bucket
+    if server is not None:
+        server.publish(version, tensors)
+        ray.get(weights.commit.remote(version, 0))

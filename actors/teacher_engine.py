@@ -77,6 +77,8 @@ class EngineSpec:
     seed: int = 0
     stuck_after_s: float = 300.0
     """Longest time that the engine may take to answer between two steps."""
+    weight_transfer: str | None = None
+    """Backend of vLLM that brings the student's weights from rank 0; None where they come as files."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -414,7 +416,7 @@ class TeacherEngine:
             raise EngineError("a teacher-only replica holds no student")
         async with self._update:
             if version > self.student_version:
-                await self._reload("student", paths, version)
+                await self._reload("student", version, "kdray_reload", ("student", [str(path) for path in paths], version))
                 self.student_version = version
 
     async def update_teacher(self, paths: Sequence[Path], version: int) -> None:
@@ -423,21 +425,39 @@ class TeacherEngine:
             raise EngineError("a student-only replica holds no teacher")
         async with self._update:
             if version > self.teacher_version:
-                await self._reload("teacher", paths, version)
+                await self._reload("teacher", version, "kdray_reload", ("teacher", [str(path) for path in paths], version))
                 self.teacher_version = version
 
-    async def _reload(self, which: Literal["student", "teacher"], paths: Sequence[Path], version: int) -> None:
-        """Load new weights between two forward passes. The caller holds the lock.
+    @property
+    def num_workers(self) -> int:
+        """Processes that hold a share of the weights."""
+        return self._engine.vllm_config.parallel_config.world_size
+
+    async def connect_student(self, info: dict[str, Any]) -> None:
+        """Have the workers join rank 0's communicator. Args: info: vLLM's init info of `spec.weight_transfer`."""
+        await self._engine.collective_rpc("kdray_connect", args=(self.spec.weight_transfer, info))
+
+    async def receive_student(self, info: dict[str, Any], version: int) -> None:
+        """As `update_student`, from the communicator. Args: info: vLLM's update info."""
+        async with self._update:
+            await self._reload("student", version, "kdray_receive", (info, version))
+            self.student_version = version
+
+    async def _reload(self, which: Literal["student", "teacher"], version: int, method: str, args: tuple[Any, ...]) -> None:
+        """Load new weights between two forward passes, by a method of the worker. The caller holds the lock.
 
         Every step matters: without the pause a forward pass meets half-loaded weights, and without dropping cached and running
         KV, new weights read keys and values of the old.
         """
         try:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
-            await self._engine.collective_rpc("kdray_reload", args=(which, [str(path) for path in paths], version))
+            await self._engine.collective_rpc(method, args=args)
             if not await self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise EngineError("vLLM did not drop its KV cache")
             await self._engine.resume_generation()
+        except asyncio.CancelledError:
+            self._broken = f"update to {which} version {version} was given up"
+            raise
         except Exception as error:
             self._broken = f"update to {which} version {version} failed: {error}"
             raise EngineError(self._broken) from error

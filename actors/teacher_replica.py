@@ -23,6 +23,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.teacher_engine import EngineSpec, TeacherEngine
 from actors.weight_sync import pull
+from actors.weight_transfer import Ask, Turn, receive
 from kdray.errors import EngineError
 from kdray.records import rollouts_to_table, table_to_requests, table_to_rollouts
 from kdray.types import Rollout, SampleRequest
@@ -58,6 +59,7 @@ class TeacherReplica:
         self._workload = Workload(spec.max_num_seqs, time.monotonic())
         self._engine = TeacherEngine(spec)
         self._sync_lock = asyncio.Lock()
+        self._receiving: asyncio.Task[None] | None = None
         await self._engine.start()
         if registry is not None and spec.role != "student":
             reason = await registry.enter.remote(spec.teacher, await self._engine.fingerprint())
@@ -129,7 +131,10 @@ class TeacherReplica:
         """
         async with self._sync_lock:
             if self._weights is not None and self._engine.student_version < version:
-                await self._pull(self._weights, version, self._engine.update_student)
+                if self._spec.weight_transfer is None:
+                    await self._pull(self._weights, version, self._engine.update_student)
+                else:
+                    await self._receive(self._weights, version)
                 await self._renew_teacher()
             elif self._teacher_weights is not None and self._engine.teacher_version < 0:
                 await self._renew_teacher()
@@ -148,6 +153,23 @@ class TeacherReplica:
             await update(paths, version)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    async def _receive(self, store: Any, at_least: int) -> None:
+        await store.newest.remote(at_least)
+        while self._engine.student_version < at_least:
+            # One that a transfer left in an unknown state ends soon, and rank 0 is not to wait for it.
+            await self._engine.check_health()
+            if self._receiving is None or self._receiving.done():
+                ask = Ask(at_least, self._engine.num_workers, self._spec.stuck_after_s)
+                self._receiving = asyncio.create_task(receive(store, ask, self._obey))
+            # A caller that goes away must not cut a transfer off: half the weights would be new.
+            await asyncio.shield(self._receiving)
+
+    async def _obey(self, turn: Turn) -> None:
+        if turn.kind == "connect":
+            await self._engine.connect_student(turn.info)
+        else:
+            await self._engine.receive_student(turn.info, turn.version)
 
     async def _follow(self) -> None:
         """Take every new version as soon as it is published."""

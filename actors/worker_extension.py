@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from typing import Any
 
 import pyarrow as pa
 import torch
 from safetensors import safe_open
-from vllm.config import set_current_vllm_config
+from vllm.config import WeightTransferConfig, set_current_vllm_config
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.mixture_model import MixtureForCausalLM, register
@@ -61,24 +62,38 @@ class WorkerExtension:
         The caller has paused generation and drops cached and running KV afterwards; without that, old keys and values mix
         with new weights. Args: which: `student` or `teacher`. Raises: KeyError naming the parameters that the files left out.
         """
+        _replace(self, which, version, lambda load: load(_read(paths)))
+
+    def kdray_connect(self, backend: str, info: dict[str, Any]) -> None:
+        """Join rank 0's communicator for one transfer of weights. Args: info: vLLM's init info of the backend."""
         model = MixtureForCausalLM.active
         assert model is not None
-        part = model.student if which == "student" else model.teacher
-        assert part is not None, f"this engine holds no {which}"
-        with set_current_vllm_config(self.vllm_config), torch.inference_mode():  # type: ignore[attr-defined]
-            # vLLM packs linear weights for its kernels after the first load; only its layerwise reload unpacks, fills and
-            # packs them again in place. Plain load_weights would write into emptied tensors.
-            initialize_layerwise_reload(part)
-            loaded = part.load_weights(_read(paths))
-            finalize_layerwise_reload(part, self.model_config)  # type: ignore[attr-defined]
-            _pack_tied_head(part)
-        expected = {name for name, _ in part.named_parameters(remove_duplicate=True)}
-        tied = {"lm_head.weight"} if _is_tied(part) else set()
-        missing = expected - loaded - tied
-        if missing:
-            raise KeyError(f"{which} version {version} lacks {sorted(missing)[:8]}")
-        if which == "student":
-            model.student_version = version
+        if (last := getattr(self, "_kdray_transfer", None)) is not None:
+            last.shutdown()
+        self._kdray_transfer = WeightTransferEngineFactory.create_engine(
+            WeightTransferConfig(backend=backend),
+            self.vllm_config,  # type: ignore[attr-defined]
+            self.device,  # type: ignore[attr-defined]
+            model.student,
+        )
+        self._kdray_transfer.init_transfer_engine(self._kdray_transfer.parse_init_info(info))
+
+    def kdray_receive(self, info: dict[str, Any], version: int) -> None:
+        """Replace the student's weights by those that rank 0 sends, and leave its communicator; otherwise as `kdray_reload`.
+
+        Args: info: vLLM's update info, which names what comes.
+        """
+        transfer = self._kdray_transfer
+
+        def fill(load: Load) -> None:
+            transfer.set_weight_update_target(_Target(load), self.model_config)  # type: ignore[attr-defined]
+            transfer.update_weights(info)
+
+        try:
+            _replace(self, "student", version, fill)
+        finally:
+            transfer.shutdown()
+            self._kdray_transfer = None
 
     def kdray_end_with_parent(self) -> None:
         """From now on, end this process within a second of its parent: a parent that was killed takes nobody along.
@@ -98,6 +113,47 @@ class WorkerExtension:
         """Name the version of the weights that were loaded at start."""
         assert MixtureForCausalLM.active is not None
         MixtureForCausalLM.active.student_version = version
+
+
+Load = Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]]
+
+
+class _Target(torch.nn.Module):
+    """What a weight-transfer engine fills."""
+
+    def __init__(self, load: Load) -> None:
+        super().__init__()
+        self.load_weights = load
+
+
+def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any]) -> None:
+    """Replace one of both models' weights. Args: fill: gives all of them to the function that it is given, in any number of
+    parts. Raises: KeyError naming the parameters that were left out."""
+    model = MixtureForCausalLM.active
+    assert model is not None
+    part = model.student if which == "student" else model.teacher
+    assert part is not None, f"this engine holds no {which}"
+    loaded: set[str] = set()
+
+    def load(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        names = part.load_weights(weights)
+        loaded.update(names)
+        return names
+
+    with set_current_vllm_config(worker.vllm_config), torch.inference_mode():
+        # vLLM packs linear weights for its kernels after the first load; only its layerwise reload unpacks, fills and
+        # packs them again in place. Plain load_weights would write into emptied tensors.
+        initialize_layerwise_reload(part)
+        fill(load)
+        finalize_layerwise_reload(part, worker.model_config)
+        _pack_tied_head(part)
+    expected = {name for name, _ in part.named_parameters(remove_duplicate=True)}
+    tied = {"lm_head.weight"} if _is_tied(part) else set()
+    missing = expected - loaded - tied
+    if missing:
+        raise KeyError(f"{which} version {version} lacks {sorted(missing)[:8]}")
+    if which == "student":
+        model.student_version = version
 
 
 def _read(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

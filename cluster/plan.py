@@ -187,6 +187,7 @@ def _column(role: Role) -> dict[str, str]:
             "activations": memory.activations,
             "log-probabilities": memory.logprobs,
             "of the teacher": memory.teacher,
+            "to send": memory.sent,
             "process": memory.base,
         }
         total = memory.total
@@ -346,6 +347,7 @@ def _student_role(
             checkpointing,
             held,
             "GPU" if on_gpu else "CPU",
+            0 if training.weight_transfer == "object_store" else 2,
         )
 
     found = memory(training.zero_stage, training.ranks, training.micro_batch_size, training.gradient_checkpointing)

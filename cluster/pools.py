@@ -415,6 +415,7 @@ def _spec(config: Config, checked: Checked, engine: EngineSettings) -> EngineSpe
         gpu_memory_utilization=engine.gpu_memory_utilization,
         seed=config.run.seed,
         stuck_after_s=config.cluster.stuck_after_s,
+        weight_transfer=None if config.training.weight_transfer == "object_store" else config.training.weight_transfer,
         engine_args=engine.engine_args,
     )
 

@@ -12,6 +12,7 @@ import ray
 
 from actors.beside_driver import beside_driver
 from actors.weight_sync import WeightStore
+from actors.weight_transfer import TransferStore
 from cluster.job import Job
 from kdray.config import PeerTeacherSettings, SelfTeacherSettings
 from kdray.errors import Interrupted
@@ -37,12 +38,12 @@ async def run_together(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
 
     stores = []
 
-    def store() -> Any:
-        stores.append(beside_driver(WeightStore, max_concurrency=1000).remote())
+    def store(kind: type[WeightStore] = WeightStore) -> Any:
+        stores.append(beside_driver(kind, max_concurrency=1000).remote())
         return stores[-1]
 
     for job in jobs.values():
-        job.weights = store()
+        job.weights = store(WeightStore if job.config.training.weight_transfer == "object_store" else TransferStore)
     for name, job in jobs.items():
         job.beside = [other for other in jobs.values() if other is not job]
         for teacher, settings in job.config.teachers.items():

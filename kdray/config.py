@@ -191,6 +191,7 @@ class Config(Settings):
         self._check_teachers()
         self._check_writers()
         self._check_live_teachers()
+        self._check_weight_transfer()
         self._check_schedules()
         if isinstance(self.loss, MiniLLMLoss | LMOpsLoss | PerDecisionLoss | VOPDLoss) and self.rollout.alpha == 1.0:
             raise ValueError(
@@ -309,6 +310,35 @@ class Config(Settings):
             raise ValueError(
                 "rollout.teacher_signal=hidden: the ranks hold an output head of fixed weights, and these teachers change; use "
                 "rollout.teacher_signal=support"
+            )
+
+    def _check_weight_transfer(self) -> None:
+        """Where NCCL brings the weights, both ends need GPUs that nobody else has."""
+        if self.training.weight_transfer == "object_store":
+            return
+        asked = f"training.weight_transfer={self.training.weight_transfer}"
+        if self.training.gpus_per_rank < 1:
+            raise ValueError(
+                f"{asked} with training.gpus_per_rank={self.training.gpus_per_rank:g}: NCCL sends from a GPU of rank 0's own; "
+                "set training.gpus_per_rank=1, or training.weight_transfer=object_store"
+            )
+        takers = {} if self.teacher_apart else {f"teachers.{name}": each for name, each in self.served_teachers.items()}
+        for name, engine in (takers | ({"rollout.pool": self.rollout.pool} if self.has_rollout_pool else {})).items():
+            if engine.num_gpus < 1:
+                raise ValueError(
+                    f"{asked} with {name}.num_gpus={engine.num_gpus:g}: its replicas take the student's weights, and NCCL "
+                    f"brings them to GPUs of their own alone; set {name}.num_gpus={engine.tensor_parallel_size}, or "
+                    "training.weight_transfer=object_store"
+                )
+            if engine.engine_args.get("data_parallel_size", 1) != 1:
+                raise ValueError(
+                    f"{asked} with {name}.engine_args.data_parallel_size: each replica is one engine here; remove it and raise "
+                    f"{name}.replicas, or set training.weight_transfer=object_store"
+                )
+        if self.peers:
+            raise ValueError(
+                f"{asked} with teachers of type peer ({', '.join(self.peers)}): their replicas take weights of several "
+                "students, which nccl does not bring; set training.weight_transfer=object_store"
             )
 
     def _check_schedules(self) -> None:

@@ -131,10 +131,13 @@ class RankMemory:
     teacher: float
     """What the rank holds of a teacher: its output head, or all of it."""
     base: float
+    sent: float = 0.0
+    """Copies of the weights that replicas are sent from here; rank 0's alone."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logprobs + self.teacher + self.base
+        model = self.weights + self.gradients + self.optimizer + self.activations + self.logprobs
+        return model + self.teacher + self.base + self.sent
 
 
 def rank_memory(
@@ -148,6 +151,7 @@ def rank_memory(
     gradient_checkpointing: bool,
     teacher_bytes: float = 0.0,
     device: str = "GPU",
+    copies: int = 0,
 ) -> RankMemory:
     """Of one rank with AdamW under DeepSpeed.
 
@@ -155,7 +159,8 @@ def rank_memory(
     4 + 4 + 8 in float32; ZeRO cuts the last by the ranks from stage 1 on, the second from 2, the first at 3 (Rajbhandari et
     al., 2020, section 3).
 
-    Args: sequences: `micro_batch_size`; sequence_tokens: prompt and response; teacher_bytes: of what it holds of a teacher.
+    Args: sequences: `micro_batch_size`; sequence_tokens: prompt and response; teacher_bytes: of what it holds of a teacher;
+          copies: of the whole weights, to send.
     """
     element = 2 if precision == "bf16" else 4
     optimizer = 12 if precision == "bf16" else 8
@@ -167,6 +172,7 @@ def rank_memory(
         logprobs=_TRAINING_ROWS * sequences * response_tokens * model.vocab * _FLOAT32,
         teacher=teacher_bytes,
         base=ENGINE_BASE_BYTES[device],
+        sent=copies * model.parameters * element,
     )
 
 

@@ -107,6 +107,11 @@ class TrainingSettings(Settings):
     """Longest loading of a phase's model, the start of the ranks included, and longest export: `stuck_after_s` for these."""
     sync_bucket_mib: PositiveFloat = 256.0
     """Size of one bucket of weights on their way to the replicas, MiB."""
+    weight_transfer: Literal["object_store", "nccl"] = "object_store"
+    """How weights reach the replicas: through Ray's object store and files, which works everywhere; or `nccl`, from rank 0's
+    GPU to each replica's by vLLM's weight-transfer engine, one replica after the other. Untested: nccl has not run on GPUs,
+    only what is around NCCL has run, on CPUs. It takes whole GPUs for ranks and replicas, room for two more copies of the
+    weights on rank 0's GPU, and for two buckets of `sync_bucket_mib` at both ends."""
     mini_batch_size: Positive | None = None
     """Rollouts of one optimizer update, over all ranks; None takes `batch_size`."""
     inner_epochs: Positive = 1

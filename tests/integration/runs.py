@@ -44,11 +44,11 @@ def write_recipe(workplace: Path, name: str, **sections: Any) -> Path:
     return path
 
 
-def start(*arguments: str, log: IO[str] | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str, log: IO[str] | None = None, module: str = "cluster.cli") -> subprocess.Popen[str]:
     """The command in a process of its own. Args: log: where its output goes; a pipe that `finish` reads otherwise."""
     # A session of its own, so that what it leaves behind can be found by session id.
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", *arguments],
+        [sys.executable, "-m", module, *arguments],
         stdout=subprocess.PIPE if log is None else log,
         stderr=subprocess.STDOUT,
         text=True,

@@ -292,6 +292,58 @@ def test_what_kdray_sets_itself_cannot_be_contradicted(sections: dict[str, Any],
         parse_config(tree(**sections))
 
 
+NCCL = {"weight_transfer": "nccl", "gpus_per_rank": 1}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"training": {"weight_transfer": "nccl"}},
+            r"training\.weight_transfer=nccl with training\.gpus_per_rank=0: .*set training\.gpus_per_rank=1, or "
+            r"training\.weight_transfer=object_store",
+        ),
+        ({"training": NCCL | {"gpus_per_rank": 0.5}}, r"gpus_per_rank=0\.5"),
+        (
+            {"training": NCCL, "teachers": {"t": {"model": TINY, "tensor_parallel_size": 2}}},
+            r"teachers\.t\.num_gpus=0: .*set teachers\.t\.num_gpus=2, or training\.weight_transfer=object_store",
+        ),
+        (
+            {"training": NCCL, "teachers": {"t": {"model": TINY, "num_gpus": 1}}, "rollout": {"sampler": "student"}},
+            r"rollout\.pool\.num_gpus=0",
+        ),
+        (
+            {"training": NCCL, "teachers": {"t": {"model": TINY, "num_gpus": 1, "engine_args": {"data_parallel_size": 2}}}},
+            r"teachers\.t\.engine_args\.data_parallel_size",
+        ),
+        (
+            {"training": NCCL, "teachers": {"b": {"type": "peer", "model": TINY | {"seed": 2}, "num_gpus": 1}}},
+            r"teachers of type peer \(b\): .*set training\.weight_transfer=object_store",
+        ),
+        ({"training": NCCL | {"weight_transfer": "gloo"}}, r"training\.weight_transfer.*object_store.*nccl"),
+    ],
+)
+def test_nccl_is_refused_where_it_cannot_bring_weights(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tree(**sections))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"teachers": {"t": {"model": TINY, "num_gpus": 1}}},
+        # Its replicas hold no student: they may have no GPU.
+        {
+            "teachers": {"t": {"model": TINY, "prompt_template": "{prompt}"}},
+            "rollout": {"sampler": "student", "pool": {"num_gpus": 1}},
+        },
+    ],
+)
+def test_nccl_is_accepted_where_everyone_who_takes_weights_has_a_gpu(sections: dict[str, Any]) -> None:
+    assert parse_config(tree(training=NCCL, **sections)).training.weight_transfer == "nccl"
+    assert parse_config(tree(**sections)).training.weight_transfer == "object_store"
+
+
 def test_pass_through_settings_pass() -> None:
     config = parse_config(tree(training={"deepspeed": {"zero_optimization": {"overlap_comm": True}}}))
     assert config.training.deepspeed["zero_optimization"] == {"overlap_comm": True}

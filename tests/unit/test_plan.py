@@ -120,6 +120,9 @@ def test_zero_stages_divide_by_ranks(stage: int, divided: tuple[str, ...]) -> No
     found = rank_memory(shape, "bf16", stage, 8, 2, 64, 32, False)
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(found, part) == getattr(whole, part) / (8 if part in divided else 1)
+    # Whoever sends weights has them whole, twice.
+    sending = rank_memory(shape, "bf16", stage, 8, 2, 64, 32, False, copies=2)
+    assert sending.total - found.total == 4 * shape.parameters
     # 2 + 2 + 12 bytes a parameter, the ZeRO paper's count.
     assert whole.weights + whole.gradients + whole.optimizer == 16 * shape.parameters
 

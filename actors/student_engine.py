@@ -100,6 +100,9 @@ class StudentEngine:
         from transformers import AutoModelForCausalLM, get_scheduler
         from transformers.integrations import HfDeepSpeedConfig
 
+        # DeepSpeed would compile it at the first start on CPUs, for reductions that training has none of. A rank that is killed
+        # meanwhile leaves torch's lock on it behind, for which every later rank of the machine waits without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None

@@ -208,11 +208,14 @@ def _weights(run: Path) -> list[Path]:
 
 @pytest.mark.full
 def test_the_same_model_teaches_with_the_answer_before_its_eyes(workplace: Path, marker: str) -> None:
+    """A model that has learnt to stop behind an answer stops where it reads one, and the student learns to without."""
     recipe = write_recipe(
         workplace,
         "privileged",
-        teachers={"main": {"type": "self", "prompt_template": "{answer}. {prompt}", "kv_cache_gib": 0.2}},
+        student={"model": str(workplace / "teacher")},
+        teachers={"main": {"type": "self", "prompt_template": "{prompt}{answer}", "kv_cache_gib": 0.2}},
         rollout={"sampler": "student", "max_new_tokens": 8, "pool": {"kv_cache_gib": 0.2}},
+        training={"steps": 12, "batch_size": BATCH, "learning_rate": 3e-3, "sft": {"steps": 0}},
         loss={"type": "reverse_kl"},
         cluster={"local_cpus": 4},
     )
@@ -220,6 +223,6 @@ def test_the_same_model_teaches_with_the_answer_before_its_eyes(workplace: Path,
     run = workplace / "runs" / "privileged"
     check_ledger(run, 12)
     metrics = json_lines(run / "metrics.jsonl")
-    assert all(line["reverse_kl_support"] > 1e-3 for line in metrics), "the teacher reads what the student reads"
-    assert np.mean([line["reverse_kl_support"] for line in metrics[-3:]]) < metrics[0]["reverse_kl_support"]
+    assert metrics[0]["reverse_kl_support"] > 1, "the teacher reads what the student reads"
+    assert np.mean([line["reverse_kl_support"] for line in metrics[-3:]]) < 0.1 * metrics[0]["reverse_kl_support"]
     assert_nothing_left(marker)

@@ -73,7 +73,9 @@ def soak(folder: Path, minutes: float, marker: str) -> tuple[dict[str, list[floa
     with tempfile.TemporaryFile("w+") as log:
         process = start("run", str(recipe), log=log)
         while not (run / "metrics.jsonl").exists() or not json_lines(run / "metrics.jsonl"):
-            assert process.poll() is None, log.read()
+            if process.poll() is not None:
+                log.seek(0)
+                raise AssertionError(f"the run ended with {process.returncode}: {log.read()[-4000:]}")
             time.sleep(1)
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:

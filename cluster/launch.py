@@ -22,6 +22,7 @@ from actors.teacher_registry import TeacherRegistry
 from cluster.capture import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.doctor import CLUSTER_REMEDY, unreachable
 from cluster.job import Checkpoint, Job
+from cluster.local_ray import start_local
 from cluster.placement import Node, bundles
 from cluster.pools import check_signals, decoder, measure_arguments, open_pools, resolve_models
 from cluster.reservation import live_nodes, reserved
@@ -250,28 +251,6 @@ def _tell(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _loopback() -> Iterator[None]:
-    """A Ray that is started inside is this machine's alone: all of its ports are on the loopback interface.
-
-    Ray does so by itself where clusters are not supported, by this variable's default there. It is read when Ray is imported,
-    which may have been long ago.
-    """
-    from ray._private import ray_constants
-
-    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    told = os.environ.get(variable)
-    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        if told is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = told
-
-
-@contextlib.contextmanager
 def _connected(config: Config, serving: bool = True) -> Iterator[None]:
     """Join the named cluster or start a local Ray, with Ray Serve unless nothing is served. Ends only what it started."""
     setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
@@ -288,8 +267,7 @@ def _connected(config: Config, serving: bool = True) -> Iterator[None]:
             except ConnectionError as error:
                 raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
         else:
-            with _loopback():
-                ray.init(address="local", num_cpus=config.cluster.local_cpus, include_dashboard=False, **quiet)
+            start_local(num_cpus=config.cluster.local_cpus, **quiet)
     try:
         if serving:
             from ray import serve

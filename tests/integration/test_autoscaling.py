@@ -16,6 +16,7 @@ import ray
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_sync import WeightStore
+from cluster.local_ray import start_local
 from kdray.config import AutoscalingSettings, ClusterSettings, TeacherSettings
 from kdray.types import Rollout, SampleRequest
 
@@ -52,7 +53,7 @@ async def scaled(tiny_models: TinyModels) -> AsyncIterator[Scaled]:
     from ray import serve
 
     # Room for two replicas of the three that may be asked for.
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_local(num_cpus=2, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     teacher = tiny_models.make("scaled-teacher", 2, 64, seed=71)
     store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()

@@ -18,6 +18,7 @@ import torch
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_sync import WeightStore
+from cluster.local_ray import start_local
 from kdray.config import ClusterSettings, TeacherSettings
 from kdray.types import Rollout, SampleRequest
 
@@ -47,7 +48,7 @@ class Served:
 async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
     from ray import serve
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_local(num_cpus=2, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     teacher = tiny_models.make("pool-teacher", 2, 64, seed=31)
     initial = tiny_models.make("pool-student", 2, 64, seed=32)

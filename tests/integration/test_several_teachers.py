@@ -22,6 +22,7 @@ import torch
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.teacher_registry import TeacherRegistry
+from cluster.local_ray import start_local
 from kdray.config import ClusterSettings, Config, TeacherSettings, parse_config
 from kdray.errors import EngineError
 from kdray.loop import draw_scored
@@ -70,7 +71,7 @@ class Served:
 async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
     from ray import serve
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    start_local(num_cpus=4, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     folders = {name: tiny_models.make(f"team-{name}", 2, 64, seed=50 + index) for index, name in enumerate(NAMES)}
     student = tiny_models.make("team-student", 1, 32, seed=60)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
 from actors.weight_sync import WeightStore, pull
+from cluster.local_ray import start_local
 from kdray.batching import rollouts_to_batch, shard, take_rows
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.errors import TrainingError
@@ -41,7 +42,7 @@ def server() -> Iterator[S3Server]:
 @pytest.fixture(scope="module", autouse=True)
 def local_ray(server: S3Server) -> Iterator[None]:
     # After the server: its environment is what ranks inherit.
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    start_local(num_cpus=4, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -23,6 +23,7 @@ from actors.student_group import StudentRanks
 from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_transfer import TransferStore
+from cluster.local_ray import start_local
 from kdray.batching import rollouts_to_batch
 from kdray.config import ClusterSettings, ReverseKLLoss, TeacherSettings
 from kdray.models import task_tokenizer
@@ -78,7 +79,7 @@ async def run(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
 
     folder = tmp_path_factory.mktemp("transfer")
     os.environ[FAULT] = str(folder / "fault")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    start_local(num_cpus=4, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     teacher = tiny_models.make("transfer-teacher", 2, 64, seed=41)
     student = tiny_models.make("transfer-student", 2, 64, tied=True, seed=42)

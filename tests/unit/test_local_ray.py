@@ -1,0 +1,41 @@
+"""How often a Ray of one's own is started. No Ray is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import ray
+from ray._private import ray_constants
+
+from cluster.local_ray import start_local
+
+SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+@pytest.mark.parametrize(
+    ("errors", "ends_with"), [([], None), ([SLOW] * 2, None), ([SLOW] * 3, SLOW), (["no room"], "no room")]
+)
+def test_a_start_that_a_busy_machine_was_too_slow_for_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, errors: list[str], ends_with: str | None
+) -> None:
+    calls: list[dict[str, Any]] = []
+    before = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+
+    def init(**options: Any) -> None:
+        calls.append(options)
+        assert not ray_constants.ENABLE_RAY_CLUSTER, "on every interface"
+        assert os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] == "0"
+        if len(calls) <= len(errors):
+            raise Exception(errors[len(calls) - 1])
+
+    monkeypatch.setattr(ray, "init", init)
+    if ends_with is None:
+        start_local(num_cpus=2)
+    else:
+        with pytest.raises(Exception, match=ends_with):
+            start_local(num_cpus=2)
+    assert len(calls) == min(3, len(errors) + (ends_with is None))
+    assert all(call["address"] == "local" and call["num_cpus"] == 2 for call in calls)
+    assert (dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER) == before

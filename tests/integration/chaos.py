@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import yaml
 
-from .runs import json_lines, of_the_run, start, write_recipe
+from .runs import ENGINE, json_lines, of_the_run, start, write_recipe
 
 STUCK_S = 30.0
 """Deadline of engines and ranks in these runs; the ranks of a tiny student start within it."""
@@ -257,12 +257,13 @@ class Chaos:
         self._cluster.add_node(num_cpus=_NODE_CPUS, object_store_memory=STORE_BYTES)
 
 
-def _named(*starts: str) -> list[psutil.Process]:
-    """Processes of this test's run whose title begins so."""
+def _named(*titles: str) -> list[psutil.Process]:
+    """Processes of this test's run with one of these in their command line."""
     found = []
     for process in of_the_run(os.environ["KDRAY_TEST_MARKER"]):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if " ".join(process.cmdline()).startswith(starts):
+            line = " ".join(process.cmdline())
+            if any(title in line for title in titles):
                 found.append(process)
     return found
 
@@ -272,7 +273,7 @@ def _replicas() -> list[psutil.Process]:
 
 
 def _engines() -> list[psutil.Process]:
-    return _named("VLLM::EngineCore")
+    return _named(*ENGINE)
 
 
 def _ranks() -> list[psutil.Process]:

@@ -19,6 +19,9 @@ import yaml
 
 BATCH = 32
 
+ENGINE = "VLLM::EngineCore", "multiprocessing.spawn"
+"""Either is in the command line of an engine: vLLM names its process, but under pytest-xdist it keeps what it was started as."""
+
 STARTED: list[subprocess.Popen[str]] = []
 """Processes of the running test."""
 

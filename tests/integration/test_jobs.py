@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from .heads import free_ports, started_head
-from .runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from .runs import ENGINE, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 VARIABLE = "KDRAY_TEST_JOB"
 """Forwarded to a job; tells its processes from those of other jobs."""
@@ -71,13 +71,14 @@ def recipe(workplace: Path, name: str, **sections: object) -> str:
     return str(write_recipe(workplace, name, **(values | sections)))
 
 
-def environments(title: str, value: str) -> list[dict[str, str]]:
-    """Environments of the processes of a job whose title holds a text."""
+def environments(titles: Sequence[str], value: str) -> list[dict[str, str]]:
+    """Environments of the processes of a job with one of these in their command line."""
     found = []
     for process in psutil.process_iter():
         try:
             environment = process.environ()
-            if title in " ".join(process.cmdline()) and environment.get(VARIABLE) == value:
+            line = " ".join(process.cmdline())
+            if any(title in line for title in titles) and environment.get(VARIABLE) == value:
                 found.append(environment)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -102,7 +103,7 @@ def test_a_run_is_submitted_watched_stopped_and_resumed(user: Path, head: Head, 
     follower, leaver = start("logs", "sent", "--follow"), start("logs", "sent", "--follow")
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len(json_lines(run / "metrics.jsonl")) >= 3)
     # Every process of the job has kdray from the job's own folder, the engine's included, and the forwarded variable.
-    engines = environments("EngineCore", "first")
+    engines = environments(ENGINE, "first")
     assert engines
     code = engines[0]["PYTHONPATH"].split(os.pathsep)[0]
     assert "working_dir_files" in code
@@ -125,12 +126,12 @@ def test_a_run_is_submitted_watched_stopped_and_resumed(user: Path, head: Head, 
     assert "STOPPED" in finish(start("status"), 0)
     done = len(json_lines(run / "metrics.jsonl"))
     check_ledger(run, done)
-    wait_for(lambda: not any(environments(title, "first") for title in ("EngineCore", "ServeReplica", "RayTrain")), 30)
+    wait_for(lambda: not environments((*ENGINE, "ServeReplica", "RayTrain"), "first"), 30)
 
     # By the run's name again: a job of its own, which replicas of its own belong to.
     monkeypatch.setenv(VARIABLE, "second")
     resumed = start("submit", config, f"training.steps={done + 4}", "--resume", "--follow")
-    wait_for(lambda: environments("EngineCore", "second"))
+    wait_for(lambda: environments(ENGINE, "second"))
     output = finish(resumed, 0)
     assert f"start resumed_step={done}" in output
     assert f"sent-2: SUCCEEDED, complete; run folder {run}" in output

@@ -20,7 +20,7 @@ import yaml
 BATCH = 32
 
 ENGINE = "VLLM::EngineCore", "multiprocessing.spawn"
-"""Either is in the command line of an engine: vLLM names its process, which under pytest-xdist was seen to keep its first name."""
+"""Either is in the command line of an engine: vLLM names its process, but under pytest-xdist it was seen to keep its first."""
 
 STARTED: list[subprocess.Popen[str]] = []
 """Processes of the running test."""

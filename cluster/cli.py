@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -55,7 +57,20 @@ RunPath = Annotated[
 
 def main() -> None:
     """Entry point of the command."""
-    app()
+    try:
+        app()
+    finally:
+        _give_up_output()
+
+
+def _give_up_output() -> None:
+    """Drop output that cannot be written any more, as to a file on a full disk: Python would make 120 of the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # What is still buffered is flushed once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_version(wanted: bool) -> None:

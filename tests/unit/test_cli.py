@@ -92,12 +92,13 @@ def write_student(folder: RunFolder, config: bytes) -> None:
 
 
 @pytest.mark.parametrize(("ends", "code"), [("pass", 0), ("sys.exit(1)", 1)])
-def test_output_that_cannot_be_written_changes_no_exit_code(tmp_path, ends, code):
+def test_output_that_cannot_be_written_changes_no_exit_code(tmp_path, monkeypatch, ends, code):
     """As where the log of a run lies on the disk that is full."""
     quota = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))"
     command = (
         f"import sys; from cluster import cli\n{quota}\ndef app():\n    print('a line'); {ends}\ncli.app = app; cli.main()"
     )
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with (tmp_path / "log").open("w") as log:
         done = subprocess.run([sys.executable, "-c", command], stdout=log, stderr=subprocess.STDOUT, timeout=60, check=False)
     assert done.returncode == code

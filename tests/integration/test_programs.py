@@ -131,5 +131,7 @@ def test_distilling_system_2_beats_distilling_system_1(workplace: Path, story: s
     before = system_2["before"]["exact_match"]
     assert system_1["program"]["exact_match"] == pytest.approx(before, abs=0.15), "System 1 is the base itself"
     assert system_2["after"]["exact_match"] > max(before, system_1["after"]["exact_match"]) + 0.1
-    # The program's first stage has at least two tokens, which are not written any more.
-    assert system_2["after"]["response_tokens"] <= system_2["program"]["teacher_tokens"] - 1.9
+    tokens = system_2["program"]["teacher_tokens"]
+    # An answer of the coins is most of what is written about one person; the first stage's two tokens are saved.
+    bound = 0.5 * tokens if story == "letters" else tokens - 1.9
+    assert system_2["after"]["response_tokens"] < bound

@@ -1,8 +1,9 @@
-"""`kdray.replica_routing.soonest` as Ray Serve's request router, for pools on mixed hardware; runs beside the caller."""
+"""`kdray.replica_routing.soonest` as Ray Serve's request router, for pools of several replicas; runs beside the caller."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from typing import Any
 
@@ -10,18 +11,24 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from kdray.replica_routing import ReplicaLoad, soonest
 
+SLOW_FOR_S = 60.0
+"""Time for which a replica that was found slow gets calls only where no other is left. Then it is tried again."""
+
 
 class ThroughputRouter(RequestRouter):
     """Sends each call to the replica that is expected to answer it soonest.
 
-    Rates come from the replicas (`RatedReplica.record_routing_stats`); calls in flight are counted here, from the choice on:
-    a burst is chosen for in one go, before any of it is sent, and would else go to one replica as a whole.
+    Rates come from the replicas where these may differ (`RatedReplica.record_routing_stats`); calls in flight are counted here,
+    from the choice on: a burst is chosen for in one go, before any of it is sent, and would else go to one replica as a whole.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._assigned: dict[str, ReplicaID] = {}
         self._choosing: dict[str, asyncio.Future[Any]] = {}
+        self._requests: dict[str, str] = {}
+        """The request of each ticket that has a replica."""
+        self._slow_until: dict[ReplicaID, float] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -29,15 +36,25 @@ class ThroughputRouter(RequestRouter):
         """The best replica, and all others as the second rank, for when Serve finds the best one full."""
         for request in [request for request, future in self._choosing.items() if future.cancelled()]:
             self._forget(request)
-        calls = Counter(self._assigned.values())
+        route = pending_request.kwargs.get("route") if pending_request is not None else None
+        if route is not None and route.instead_of is not None:
+            self._mark_slow(route.instead_of)
+        calls, now = Counter(self._assigned.values()), time.monotonic()
         loads = [
-            ReplicaLoad(calls[replica.replica_id], replica.routing_stats.get("tokens_per_s")) for replica in candidate_replicas
+            ReplicaLoad(
+                calls[replica.replica_id],
+                replica.routing_stats.get("tokens_per_s"),
+                slow=self._slow_until.get(replica.replica_id, 0.0) > now,
+            )
+            for replica in candidate_replicas
         ]
         ranked = [candidate_replicas[index] for index in soonest(loads)]
         if pending_request is not None and ranked:
             request = pending_request.metadata.internal_request_id
             self._assigned[request] = ranked[0].replica_id
             self._choosing[request] = pending_request.future
+            if route is not None:
+                self._requests[route.ticket] = request
             # Where all are full, Serve is to sleep before it asks again.
             pending_request.routing_context.should_backoff = True
         return [ranked[:1], ranked[1:]]
@@ -52,6 +69,13 @@ class ThroughputRouter(RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self._forget(internal_request_id)
 
+    def _mark_slow(self, ticket: str) -> None:
+        # Only while it waits: one that has ended meanwhile is not held against its replica.
+        replica = self._assigned.get(self._requests.get(ticket, ""))
+        if replica is not None:
+            self._slow_until[replica] = time.monotonic() + SLOW_FOR_S
+
     def _forget(self, request: str) -> None:
         self._choosing.pop(request, None)
         self._assigned.pop(request, None)
+        self._requests = {ticket: each for ticket, each in self._requests.items() if each != request}

@@ -28,6 +28,7 @@ from actors.student_features import (
     feature_inputs,
     load_feature_teacher,
     unwrapped,
+    weigh_features,
     with_features,
 )
 from actors.tensors_alone import tensors_alone
@@ -38,6 +39,7 @@ from kdray.losses import LossBatch, LossFunction, LossOutput, loss_function
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.losses.pretraining import pretraining
 from kdray.metrics import reduce_sums
+from kdray.schedules import of_section
 from kdray.types import StepReport, TrainBatch
 
 _AVERAGE = "average.safetensors"
@@ -175,22 +177,24 @@ class StudentEngine:
     # -------------------------------------------------------------------------------------------------- training
 
     def train_step(
-        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
         """One step on this rank's shard; every rank gets the same report.
 
         That is one optimizer update, or several where the phase distils and the settings ask for mini-batches or inner epochs.
         In an update every token's loss counts the same, whatever the split in micro-batches and ranks: sums are divided by
         the target tokens of all ranks. Pretraining text joins every update with its own mean.
-        Args: text: this rank's windows of the step; loss_values: settings of the loss that differ in this step.
+        Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full
+        name; those of sampling are not read.
         Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has not made that
         update.
         """
         assert self.phase is not None
         started = time.perf_counter()
         self._loss = self.phase.loss
-        if self._loss is not None and loss_values:
-            self._loss = self._loss.model_copy(update=dict(loss_values))
+        if self._loss is not None:
+            self._loss = self._loss.model_copy(update=of_section("loss", scheduled or {}))
+        weigh_features(self._engine.module, scheduled or {})
         updates = list(self._updates(batch, text))
         loss_fn = loss_function(self._loss, self._whitening(batch))
         done = [self._update(part, text_part, loss_fn, number) for number, (part, text_part) in enumerate(updates)]

@@ -6,6 +6,7 @@ trained with the student: wrapped together they are one module for DeepSpeed, wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class StudentWithFeatures(torch.nn.Module):
         student_width, teacher_width = (model.config.get_text_config().hidden_size for model in (student, teacher))
         layers = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
         self.pairs = {type(term): term.pairs(*layers) for term in settings.terms}
+        self.weights = {term.setting: term.weight for term in settings.terms}
         dtype = next(student.parameters()).dtype
         generator = torch.Generator().manual_seed(seed)
         maps = [_linear(student_width, teacher_width, generator, dtype) for _ in self.pairs.get(HiddenTerm, [])]
@@ -141,6 +143,13 @@ def feature_inputs(module: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"response_mask": mask} if isinstance(module, StudentWithFeatures) else {}
 
 
+def weigh_features(module: Any, scheduled: Mapping[str, float]) -> None:
+    """Give the terms the weights of a step. Args: scheduled: values by full name; a term that is not there has its own."""
+    if isinstance(module, StudentWithFeatures):
+        for term in module.settings.terms:
+            module.weights[term.setting] = scheduled.get(f"{term.setting}.weight", term.weight)
+
+
 def with_features(loss: LossOutput, output: Any, module: Any) -> LossOutput:
     """`loss` plus the weighted terms that the module's `output` has, and their sums for the metrics."""
     if not isinstance(module, StudentWithFeatures):
@@ -148,6 +157,6 @@ def with_features(loss: LossOutput, output: Any, module: Any) -> LossOutput:
     total, sums = loss.total, dict(loss.sums)
     for term in module.settings.terms:
         name = f"feature_{term.setting.rpartition('.')[2]}"
-        total = total + term.weight * output["feature_terms"][name]
+        total = total + module.weights[term.setting] * output["feature_terms"][name]
         sums[name] = output["feature_terms"][name].detach()
     return LossOutput(total=total, sums=sums)

@@ -110,14 +110,14 @@ class StudentRanks:
         await self._call(Order("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
 
     async def train_step(
-        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
         return await self._call(
             Order(
                 "train",
                 shards=self._shards(batch),
                 text_shards=None if text is None else self._shards(text),
-                loss_values=dict(loss_values or {}),
+                scheduled=dict(scheduled or {}),
             )
         )
 

@@ -42,7 +42,7 @@ class Order:
     """train: one TrainBatch for each rank."""
     text_shards: Sequence[ray.ObjectRef] | None = None
     """train: the windows of pretraining text for each rank, where there are some."""
-    loss_values: dict[str, float] | None = None
+    scheduled: dict[str, float] | None = None
     """train: settings of the loss that differ in this step."""
     version: int | None = None
     """publish, renew: the number under which the weights, or their average, are published."""
@@ -235,7 +235,7 @@ def _obey(order: Order, engine: StudentEngine, files: RankFiles, config: RankCon
     elif order.kind == "train":
         assert order.shards is not None
         text = None if order.text_shards is None else ray.get(order.text_shards[engine.rank])
-        return engine.train_step(ray.get(order.shards[engine.rank]), text, order.loss_values)
+        return engine.train_step(ray.get(order.shards[engine.rank]), text, order.scheduled)
     elif order.kind == "publish":
         assert order.version is not None
         if config.training.weight_transfer == "object_store":

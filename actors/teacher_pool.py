@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +23,10 @@ from actors.teacher_replica import RatedReplica, TeacherReplica
 from kdray.autoscaling import ScaleWatch
 from kdray.config import ClusterSettings, EngineSettings
 from kdray.errors import EngineError, RequestRefused
+from kdray.hedging import CallTimes
 from kdray.outage import Outage
 from kdray.records import requests_to_table, rollouts_to_table, table_to_rollouts
+from kdray.replica_routing import Route
 from kdray.types import Rollout, SampleRequest
 from kdray.workload import Awaited
 
@@ -35,6 +38,35 @@ _MAX_PER_CALL = 256
 # takes the next: a call once sent to a replica stays there. Enough that small calls of a scorer fill an engine's step.
 _CALLS_PER_REPLICA = 8
 _ROUTING_STATS_PERIOD_S = 2.0
+_LOOK_FOR_SLOW_EVERY_S = 0.5
+
+
+@dataclass
+class _Part:
+    """The samples of one call."""
+
+    kind: str
+    call: Callable[[list[int], Route], Any]
+    """Asks a replica for such samples; gives Serve's stream of the answer."""
+    arrived: asyncio.Queue[list[Rollout]]
+    missing: dict[int, None]
+    sent: float
+    """When; parts that are sent side by side have one time, so that each may overtake the others."""
+
+    async def ask(self, route: Route) -> None:
+        """Ask one replica; hand on the rollouts that are still missing, and take them from there."""
+        response = self.call(list(self.missing), route)
+        try:
+            async for table in response:
+                rollouts = [rollout for rollout in table_to_rollouts(_table(table)) if rollout.sample_id in self.missing]
+                for rollout in rollouts:
+                    del self.missing[rollout.sample_id]
+                if rollouts:
+                    self.arrived.put_nowait(rollouts)
+        except asyncio.CancelledError:
+            # Nobody waits for the answer any more: the replica may stop drawing.
+            response.cancel()
+            raise
 
 
 class ReplicaPool:
@@ -59,6 +91,8 @@ class ReplicaPool:
         self.name = name
         self.spec = spec
         self.retried = 0
+        self.hedged = 0
+        """Rollouts that a second replica was asked for too, because the first was slow."""
         self.outage = Outage()
         self.replicas_serving = 0
         self.ended = False
@@ -76,6 +110,9 @@ class ReplicaPool:
         self._served_at = time.monotonic()
         self._handle: Any = None
         self._awaited = Awaited(self._note_waiting)
+        self._times: dict[str, CallTimes] = {}
+        if cluster.hedge_after is not None and self._several and not settings.mixed_hardware:
+            self._times = {kind: CallTimes(cluster.hedge_after) for kind in ("sample", "score")}
         self._scale = None if settings.autoscaling is None else ScaleWatch(settings.autoscaling.placement_timeout_s)
 
     @property
@@ -110,17 +147,24 @@ class ReplicaPool:
             options["autoscaling_config"] = serve_config(self.name, settings.autoscaling, self._weights)
             options["graceful_shutdown_timeout_s"] = settings.autoscaling.drain_s
         if settings.mixed_hardware:
+            replica = RatedReplica
+        if self._several:
             from ray.serve.config import RequestRouterConfig
 
             from actors.request_routing import ThroughputRouter
 
-            replica = RatedReplica
             options["request_router_config"] = RequestRouterConfig(
                 request_router_class=ThroughputRouter, request_routing_stats_period_s=_ROUTING_STATS_PERIOD_S
             )
         deployment = serve.deployment(replica).options(**options)
         application = deployment.bind(self.spec, self._weights, self._registry, self._teacher_weights)
         return serve.RunTarget(application, name=self.application, route_prefix=None)
+
+    @property
+    def _several(self) -> bool:
+        """Whether there may be more than one replica."""
+        scaling = self._settings.autoscaling
+        return (self._settings.replicas if scaling is None else scaling.max_replicas) > 1
 
     @property
     def _uneven(self) -> bool:
@@ -223,11 +267,11 @@ class ReplicaPool:
         """See `kdray.interfaces.Sampler`. A request that is sent again draws the same tokens under the same weights."""
         by_id = {request.sample_id: request for request in requests}
 
-        def call(missing: list[int]) -> Any:
+        def call(missing: list[int], route: Route) -> Any:
             table = requests_to_table([by_id[sample_id] for sample_id in missing])
-            return self._handle.options(stream=True).sample.remote(table)
+            return self._handle.options(stream=True).sample.remote(table, route=route)
 
-        async with aclosing(self._stream(list(by_id), call)) as stream:
+        async with aclosing(self._stream(list(by_id), "sample", call)) as stream:
             async for rollouts in stream:
                 yield rollouts
 
@@ -236,15 +280,17 @@ class ReplicaPool:
         by_id = {rollout.sample_id: rollout for rollout in rollouts}
         min_version = max(int(rollout.student_versions.max()) for rollout in rollouts)
 
-        def call(missing: list[int]) -> Any:
+        def call(missing: list[int], route: Route) -> Any:
             table = rollouts_to_table([by_id[sample_id] for sample_id in missing])
-            return self._handle.options(stream=True).score.remote(table, min_version, top_k)
+            return self._handle.options(stream=True).score.remote(table, min_version, top_k, route=route)
 
-        async with aclosing(self._stream(list(by_id), call)) as stream:
+        async with aclosing(self._stream(list(by_id), "score", call)) as stream:
             async for scored in stream:
                 yield scored
 
-    async def _stream(self, ids: list[int], call: Callable[[list[int]], Any]) -> AsyncGenerator[list[Rollout]]:
+    async def _stream(
+        self, ids: list[int], kind: str, call: Callable[[list[int], Route], Any]
+    ) -> AsyncGenerator[list[Rollout]]:
         """Split ids over calls that run side by side, and yield whatever any of them gives; each id exactly once."""
         if self._uneven:
             # Two calls fill an engine, and a new or faster replica takes the next one soon.
@@ -252,10 +298,13 @@ class ReplicaPool:
         else:
             size = min(_MAX_PER_CALL, -(-len(ids) // self._settings.replicas))
         unanswered = set(ids)
-        self._awaited.asked(unanswered, time.monotonic())
+        now = time.monotonic()
+        self._awaited.asked(unanswered, now)
         arrived: asyncio.Queue[list[Rollout]] = asyncio.Queue()
-        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
-        tasks = [asyncio.create_task(self._persist(part, call, arrived)) for part in parts]
+        parts = [
+            _Part(kind, call, arrived, dict.fromkeys(ids[start : start + size]), now) for start in range(0, len(ids), size)
+        ]
+        tasks = [asyncio.create_task(self._persist(part)) for part in parts]
         remaining = len(ids)
         getter = asyncio.ensure_future(arrived.get())
         gone = asyncio.ensure_future(self.outage.interrupt(only_final=True))
@@ -286,36 +335,56 @@ class ReplicaPool:
                 future.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _persist(self, ids: list[int], call: Callable[[list[int]], Any], arrived: asyncio.Queue[list[Rollout]]) -> None:
+    async def _persist(self, part: _Part) -> None:
         """One call, sent again for what is still missing while replicas die; bounded and backed off."""
-        missing = dict.fromkeys(ids)
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self._retries + 1),
             wait=wait_exponential(multiplier=0.5, max=30),
             retry=retry_if_not_exception_type((RequestRefused, asyncio.CancelledError)),
-            before_sleep=lambda state: self._note_retry(state, len(missing)),
+            before_sleep=lambda state: self._note_retry(state, len(part.missing)),
         )
         try:
             async for attempt in attempts:
                 with attempt:
-                    response = call(list(missing))
-                    try:
-                        async for table in response:
-                            rollouts = [r for r in table_to_rollouts(_table(table)) if r.sample_id in missing]
-                            for rollout in rollouts:
-                                del missing[rollout.sample_id]
-                            arrived.put_nowait(rollouts)
-                    except asyncio.CancelledError:
-                        # Nobody waits for the answer any more: the replica may stop drawing.
-                        response.cancel()
-                        raise
-                    if missing:
-                        raise EngineError(f"a replica ended its answer with {len(missing)} rollouts missing")
+                    await self._once(part)
+                part.sent = time.monotonic()
         except RetryError as error:
             cause = error.last_attempt.exception()
             raise EngineError(
-                f"`{self.name}` could not serve {len(missing)} rollouts in {self._retries + 1} attempts: {cause}"
+                f"`{self.name}` could not serve {len(part.missing)} rollouts in {self._retries + 1} attempts: {cause}"
             ) from cause
+
+    async def _once(self, part: _Part) -> None:
+        """Ask one replica for what is missing, and a second one too where that is slow; whatever comes first counts."""
+        ticket, times = uuid.uuid4().hex, self._times.get(part.kind)
+        if times is not None:
+            times.begin(ticket, len(part.missing), part.sent)
+        first = asyncio.create_task(part.ask(Route(ticket)))
+        asked = {first}
+        try:
+            while part.missing and (running := {task for task in asked if not task.done()}):
+                watched = times if len(asked) == 1 else None
+                await asyncio.wait(
+                    running, timeout=None if watched is None else _LOOK_FOR_SLOW_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                late = watched is not None and not first.done() and watched.is_slow(ticket, time.monotonic())
+                if late and part.missing and self.replicas_serving > 1:
+                    self._note_hedge(part)
+                    asked.add(asyncio.create_task(part.ask(Route(uuid.uuid4().hex, instead_of=ticket))))
+            if part.missing:
+                # All have ended, and none answered everything: the first tells why.
+                first.result()
+                raise EngineError(f"a replica ended its answer with {len(part.missing)} rollouts missing")
+        finally:
+            if times is not None:
+                times.end(ticket, not part.missing and len(asked) == 1, time.monotonic())
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    def _note_hedge(self, part: _Part) -> None:
+        self.hedged += len(part.missing)
+        self._on_event("hedge", pool=self.name, call=part.kind, rollouts=len(part.missing))
 
     def _note_retry(self, state: Any, missing: int) -> None:
         error = state.outcome.exception()

@@ -26,6 +26,7 @@ from actors.weight_sync import pull
 from actors.weight_transfer import Ask, Turn, receive
 from kdray.errors import EngineError
 from kdray.records import rollouts_to_table, table_to_requests, table_to_rollouts
+from kdray.replica_routing import Route
 from kdray.types import Rollout, SampleRequest
 from kdray.workload import Workload
 
@@ -80,8 +81,11 @@ class TeacherReplica:
             raise EngineError("the replica stopped following student weights")
         await self._engine.check_health()
 
-    async def sample(self, requests: pa.Table) -> AsyncGenerator[pa.Table]:
-        """Draw every request of a table (`kdray.records.REQUEST_SCHEMA`); each item holds what ended since the last."""
+    async def sample(self, requests: pa.Table, route: Route | None = None) -> AsyncGenerator[pa.Table]:
+        """Draw every request of a table (`kdray.records.REQUEST_SCHEMA`); each item holds what ended since the last.
+
+        Args: route: for Serve's router alone.
+        """
         wanted: list[SampleRequest] = table_to_requests(requests)
         await self._reach(max(request.min_version for request in wanted))
         call = self._workload.begin(len(wanted), time.monotonic())
@@ -93,11 +97,13 @@ class TeacherReplica:
         finally:
             self._workload.end(call, time.monotonic())
 
-    async def score(self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True) -> AsyncGenerator[pa.Table]:
+    async def score(
+        self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True, route: Route | None = None
+    ) -> AsyncGenerator[pa.Table]:
         """Fill in the teacher's columns of rollouts sampled elsewhere.
 
         Args: min_version: oldest student version under which the exact KLs may be taken, where the engine holds a student;
-              top_k: as for `TeacherEngine.score`.
+              top_k: as for `TeacherEngine.score`; route: for Serve's router alone.
         """
         await self._reach(min_version)
         call = self._workload.begin(rollouts.num_rows, time.monotonic())

@@ -83,9 +83,7 @@ class StubReplicas:
 class StubStudent:
     """Trains a batch in a tenth of a second."""
 
-    async def train_step(
-        self, batch: TrainBatch, text: Any = None, loss_values: Mapping[str, float] | None = None
-    ) -> StepReport:
+    async def train_step(self, batch: TrainBatch, text: Any = None, scheduled: Mapping[str, float] | None = None) -> StepReport:
         await asyncio.sleep(0.1)
         return StepReport(
             step=batch.step, loss=0.0, num_target_tokens=batch.num_target_tokens, grad_norm=0.0, learning_rate=0.0, seconds=0.1

@@ -443,6 +443,7 @@ class Job:
             "control": control,
             "restarts": restarts,
             "retried_samples": pools.retried,
+            "hedged_samples": pools.hedged,
             **({"storage_retries": len(self.storage_retries)} if self.stored is not None else {}),
             "dropped_prompts": self.checked.dataset.dropped,
             "resumed_from_step": self.checkpoint.step if self.checkpoint else None,

@@ -102,6 +102,11 @@ class Pools:
             other.retried for other in self.others if isinstance(other, RemoteTeacher)
         )
 
+    @property
+    def hedged(self) -> int:
+        """Rollouts that a second replica was asked for too."""
+        return sum(pool.hedged for pool in self.all)
+
     def awaited(self, sample_ids: Sequence[int]) -> None:
         """Tell every pool which samples the trainer waits for."""
         if self.program is not None:
@@ -114,6 +119,7 @@ class Pools:
         return {
             "teacher_replicas": float(sum(pool.replicas_serving for pool in self.teachers)),
             "retried_samples": float(self.retried),
+            "hedged_samples": float(self.hedged),
             **{f"teacher/{pool.name}/replicas": float(pool.replicas_serving) for pool in self.teachers},
             **{f"teacher/{pool.name}/wait_s": pool.take_waited_s() for pool in self.teachers},
             **(self.team.metrics() if self.team is not None else {}),

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from functools import reduce
 from itertools import product
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,6 +148,10 @@ class ClusterSettings(Settings):
     stuck_after_s: PositiveFloat = 300.0
     """Longest time that an engine may take to answer between two of its steps; beyond it the engine is stuck, and its replica
     is replaced."""
+    hedge_after: Annotated[float, Field(gt=1.0)] | None = 3.0
+    """A call to a replica is slow when it takes this many times as long as the slowest of the last calls, while another one
+    that was sent no earlier has been answered. It is then sent to another replica too, and whatever comes first counts; the
+    slow replica gets no further calls for a minute. None waits. Pools of several `accelerator_types` go by measured speed."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
     job: JobSettings = JobSettings()
@@ -345,9 +351,9 @@ class Config(Settings):
         """Every scheduled setting must exist, and be valid at both ends of its course."""
         for name in self.training.schedules:
             if self.scheduled(name) is None:
-                known = [f"rollout.{one}" for one in SCHEDULED_SHARES] + [
-                    f"loss.{field}" for field, value in self.loss if isinstance(value, float) and not isinstance(value, bool)
-                ]
+                known = [f"rollout.{one}" for one in SCHEDULED_SHARES]
+                known += [f"loss.{field}" for field, value in self.loss if isinstance(value, float)]
+                known += [f"{term.setting}.weight" for term in self._feature_terms]
                 raise ValueError(f"training.schedules.{name}: no number that can change; those are {', '.join(known)}")
         for values, changed in self.extremes():
             try:
@@ -367,8 +373,8 @@ class Config(Settings):
             tree["training"]["schedules"] = {}
             values = dict(zip(courses, ends, strict=True))
             for name, value in values.items():
-                section, _, leaf = name.partition(".")
-                tree[section][leaf] = value
+                *sections, leaf = name.split(".")
+                reduce(getitem, sections, tree)[leaf] = value
             if values:
                 yield values, tree
 
@@ -377,8 +383,14 @@ class Config(Settings):
         section, _, leaf = name.partition(".")
         if section == "rollout" and leaf in SCHEDULED_SHARES:
             return float(getattr(self.rollout, leaf))
+        if section == "training":
+            return next((term.weight for term in self._feature_terms if name == f"{term.setting}.weight"), None)
         value = getattr(self.loss, leaf, None) if section == "loss" else None
         return value if isinstance(value, float) else None
+
+    @property
+    def _feature_terms(self) -> list[HiddenTerm | AttentionTerm | RelationTerm]:
+        return [] if self.training.features is None else self.training.features.terms
 
     def _check_program(self) -> None:
         program = self.rollout.program

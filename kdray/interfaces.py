@@ -45,11 +45,11 @@ class StudentGroup(Protocol):
     """All ranks of the student as one thing: a call reaches every rank, and one rank's failure fails the call."""
 
     async def train_step(
-        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
         """One step, with the pretraining text that joins it.
 
-        Args: loss_values: settings of the loss that differ in this step, by field name.
+        Args: scheduled: settings that differ in this step, by full name, such as loss.beta.
         Raises: TrainingError naming the samples, before the optimizer makes the update, if a loss is not finite.
         """
         ...

@@ -265,7 +265,7 @@ async def _train(
         dropped = filters(rollouts)
         values = schedules.at(step)
         batch = rollouts_to_batch(rollouts, step + 1, dropped, weights(rollouts))
-        report = await student.train_step(batch, windows, loss_values(values))
+        report = await student.train_step(batch, windows, values)
         trained = time.perf_counter()
         measured = batch_metrics(rollouts, trained_version=step)
         # Before anything can be admitted that this step's signals decide.
@@ -301,11 +301,6 @@ async def _train(
     if saved < settings.steps:
         await student.save_checkpoint(settings.steps)
         reporter.event("checkpoint", step=settings.steps)
-
-
-def loss_values(values: Mapping[str, float]) -> dict[str, float]:
-    """The scheduled values of the loss, by its own field names."""
-    return {name.removeprefix("loss."): value for name, value in values.items() if name.startswith("loss.")}
 
 
 async def _interrupt(student: StudentGroup, reporter: Reporter, step: int, saved: int, producer: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""Which replica answers a call soonest, where replicas of one teacher run on different hardware. Pure."""
+"""Which replica of a pool answers a call soonest. Pure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,28 @@ class ReplicaLoad:
     calls: int
     """Calls sent to it and not yet ended."""
     tokens_per_s: float | None
-    """Its measured rate; None before it answered anything."""
+    """Its measured rate; None before it answered anything, or where nobody measures."""
+    slow: bool = False
+    """Whether it was just found to be much slower than the others."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a call tells the router of itself; replicas do not read it."""
+
+    ticket: str
+    """Name of the call."""
+    instead_of: str | None = None
+    """Ticket of a running call of which this is a copy: its replica is slow, and another is to be asked."""
 
 
 def soonest(replicas: Sequence[ReplicaLoad]) -> list[int]:
     """Indices of the replicas, the one with the least expected time for one more call first; ties keep their order.
 
     The expected time is (calls + 1) / rate: calls are of like size, and a busy replica shares its rate among them. A replica
-    without a rate counts with the mean of those that have one, so that it is tried and measured.
+    without a rate counts with the mean of those that have one, so that it is tried and measured. Those found slow come last.
     """
     known = [replica.tokens_per_s for replica in replicas if replica.tokens_per_s]
     mean = sum(known) / len(known) if known else 1.0
-    return sorted(range(len(replicas)), key=lambda index: (replicas[index].calls + 1) / (replicas[index].tokens_per_s or mean))
+    times = [(replica.slow, (replica.calls + 1) / (replica.tokens_per_s or mean)) for replica in replicas]
+    return sorted(range(len(replicas)), key=times.__getitem__)

@@ -83,3 +83,8 @@ class Schedules:
         if average is None:
             return own
         return setting.at_zero + min(1.0, max(0.0, average / setting.full)) * (setting.at_full - setting.at_zero)
+
+
+def of_section(section: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The scheduled values of a section's settings, by their names in it."""
+    return {name.removeprefix(f"{section}."): value for name, value in values.items() if name.startswith(f"{section}.")}

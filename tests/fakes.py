@@ -203,7 +203,7 @@ class FakeStudent:
     saved: list[int] = field(default_factory=list)
 
     async def train_step(
-        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
         step = self.steps_done
         self.history.add("train", step)

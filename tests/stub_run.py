@@ -152,7 +152,7 @@ class StubStudent:
         self.live: dict[str, Callable[[], Any]] = {}
 
     async def train_step(
-        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
         learning_rate = 2.0
         loss = self._tables.step(batch, learning_rate)

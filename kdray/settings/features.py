@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kdray.errors import ConfigError
-from kdray.settings.base import NonNegative, PositiveFloat, Settings
+from kdray.settings.base import NonNegative, NonNegativeFloat, PositiveFloat, Settings
 
 Layers = Literal["uniform", "last"] | Annotated[list[tuple[NonNegative, NonNegative]], Field(min_length=1)]
 
@@ -18,8 +18,9 @@ class FeatureTerm(Settings):
     setting: ClassVar[str] = "training.features"
     first_layer: ClassVar[int] = 0
 
-    weight: PositiveFloat = 1.0
-    """Weight of the term beside the loss."""
+    weight: NonNegativeFloat = 0.1
+    """Weight of the term beside the loss, which `training.schedules` may change; 0 only measures the term. The terms' gradients
+    are many times the loss's where the models are far apart."""
     layers: Layers = "last"
     """Pairs [student layer, teacher layer], or `uniform`, or `last`."""
 

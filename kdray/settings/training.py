@@ -119,7 +119,8 @@ class TrainingSettings(Settings):
     of the policy-gradient losses corrects that, up to its cap."""
     schedules: dict[str, ScheduleSettings] = Field(default={})
     """Settings that change during distillation, by their full name: rollout.alpha, rollout.teacher_share, rollout.data_share,
-    or a number of the loss, such as loss.temperature. Their own values are where they begin."""
+    a number of the loss, such as loss.temperature, or the weight of a term, such as training.features.hidden.weight. Their own
+    values are where they begin."""
     sft: SFTSettings = SFTSettings()
     """The supervised phase before distillation."""
     finetune: SFTSettings = SFTSettings()

@@ -13,14 +13,14 @@ import pytest
 import pytest_asyncio
 import ray
 
-from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_sync import WeightStore
 from cluster.local_ray import start_local
-from kdray.config import AutoscalingSettings, ClusterSettings, TeacherSettings
+from kdray.config import AutoscalingSettings
 from kdray.types import Rollout, SampleRequest
 
-from .conftest import EOS, VOCAB, TinyModels
+from .conftest import VOCAB, TinyModels
+from .pools import Events, engine_spec, replica_pool
 
 SETTINGS = AutoscalingSettings(
     max_replicas=3,
@@ -57,29 +57,9 @@ async def scaled(tiny_models: TinyModels) -> AsyncIterator[Scaled]:
     serve.start(proxy_location="Disabled")
     teacher = tiny_models.make("scaled-teacher", 2, 64, seed=71)
     store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
-    spec = EngineSpec(
-        role="teacher",
-        model=str(teacher),
-        student=None,
-        vocab_size=VOCAB,
-        stop_ids=(EOS,),
-        max_model_len=256,
-        teacher="t",
-        teacher_top_k=8,
-        student_top_k=0,
-        max_num_seqs=8,
-        kv_cache_gib=0.1,
-    )
-    events: list[dict[str, Any]] = []
-    pool = ReplicaPool(
-        "t",
-        spec,
-        TeacherSettings(model=str(teacher), max_num_seqs=8, autoscaling=SETTINGS),
-        ClusterSettings(health_check_period_s=2),
-        store,
-        retries=3,
-        on_event=lambda kind, **fields: events.append({"kind": kind, **fields}),
-    )
+    spec = engine_spec(teacher, max_num_seqs=8)
+    events: Events = []
+    pool = replica_pool(spec, events, store, teacher={"max_num_seqs": 8, "autoscaling": SETTINGS})
     await asyncio.to_thread(deploy, [pool])
     watcher = asyncio.create_task(pool.watch_replicas(0.5))
     yield Scaled(pool, events)

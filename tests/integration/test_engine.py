@@ -15,11 +15,12 @@ import torch
 from scipy.stats import chisquare
 
 from actors.hidden_state_loss import load_output_head
-from actors.teacher_engine import EngineSpec, TeacherEngine
+from actors.teacher_engine import TeacherEngine
 from kdray.errors import EngineError
 from kdray.types import Rollout, SampleRequest
 
 from .conftest import EOS, VOCAB, TinyModels
+from .pools import engine_spec
 
 # float32 on both sides; different kernels add in different orders.
 TOLERANCE = 1e-4
@@ -41,21 +42,14 @@ async def pair(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Async
     teacher = tiny_models.make("teacher", 3, 128, rows=VOCAB + 5, seed=1)
     student = tiny_models.make(f"student-{tied}", 2, 64, tied=tied, seed=2)
     newer = tiny_models.make(f"newer-{tied}", 2, 64, tied=tied, seed=3)
-    spec = EngineSpec(
-        role="mixture",
-        model=str(teacher),
-        student=str(student),
-        vocab_size=VOCAB,
-        stop_ids=(EOS,),
-        max_model_len=256,
+    spec = engine_spec(
+        teacher,
+        student,
         teacher="wise",
-        teacher_top_k=8,
-        student_top_k=4,
         record_hidden=True,
         max_num_seqs=32,
         # Prompts of up to 150 tokens in chunks of 64, and a KV cache too small for 32 of them: chunking and preemption.
         max_num_batched_tokens=64,
-        kv_cache_gib=0.1,
         engine_args={"num_gpu_blocks_override": 60},
     )
     engine = TeacherEngine(spec)

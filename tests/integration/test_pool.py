@@ -6,23 +6,24 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest_asyncio
 import ray
 import torch
 
-from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_sync import WeightStore
 from cluster.local_ray import start_local
-from kdray.config import ClusterSettings, TeacherSettings
 from kdray.types import Rollout, SampleRequest
 
-from .conftest import EOS, VOCAB, TinyModels
+from .conftest import VOCAB, TinyModels
+from .pools import Events, engine_spec, replica_pool
+from .runs import ENGINE
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Served:
     store: Any
     teacher: Path
     students: dict[int, Path]
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: Events
 
     async def publish(self, version: int) -> None:
         """As rank 0 does it, in two buckets that split the model."""
@@ -48,34 +49,14 @@ class Served:
 async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
     from ray import serve
 
-    start_local(num_cpus=2, log_to_driver=False)
+    start_local(num_cpus=4, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     teacher = tiny_models.make("pool-teacher", 2, 64, seed=31)
     initial = tiny_models.make("pool-student", 2, 64, seed=32)
     students = {version: tiny_models.make(f"pool-student-{version}", 2, 64, seed=32 + version) for version in (3, 4)}
     store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
-    spec = EngineSpec(
-        role="mixture",
-        model=str(teacher),
-        student=str(initial),
-        vocab_size=VOCAB,
-        stop_ids=(EOS,),
-        max_model_len=256,
-        teacher="t",
-        teacher_top_k=8,
-        student_top_k=4,
-        kv_cache_gib=0.1,
-    )
-    events: list[dict[str, Any]] = []
-    pool = ReplicaPool(
-        "t",
-        spec,
-        TeacherSettings(model=str(teacher)),
-        ClusterSettings(health_check_period_s=2),
-        store,
-        retries=3,
-        on_event=lambda kind, **fields: events.append({"kind": kind, **fields}),
-    )
+    events: Events = []
+    pool = replica_pool(engine_spec(teacher, initial), events, store)
     await asyncio.to_thread(deploy, [pool])
     yield Served(pool, store, teacher, students, events)
     await asyncio.to_thread(pool.delete)
@@ -119,7 +100,8 @@ async def test_a_killed_replica_loses_and_doubles_nothing(served: Served) -> Non
     arrived: list[Rollout] = []
     async for part in served.pool.sample(requests):
         if not arrived:
-            os.kill(_replica_pid(), signal.SIGKILL)
+            (pid,) = _replica_pids("t")
+            os.kill(pid, signal.SIGKILL)
         arrived += part
     assert sorted(rollout.sample_id for rollout in arrived) == list(range(600))
     assert any(event["kind"] == "retry" for event in served.events), "nothing was lost: the test does not test what it says"
@@ -145,8 +127,52 @@ async def test_a_replayed_version_changes_nothing(served: Served) -> None:
     assert version == 4
 
 
-def _replica_pid() -> int:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def pair(served: Served) -> AsyncIterator[tuple[ReplicaPool, Events]]:
+    """Two replicas of the teacher, each known by some calls."""
+    events: Events = []
+    pool = replica_pool(engine_spec(served.teacher, teacher="pair"), events, teacher={"replicas": 2})
+    await asyncio.to_thread(deploy, [pool])
+    watcher = asyncio.create_task(pool.watch_replicas(0.3))
+    for _ in range(10):
+        assert len(await _drawn(pool, 16)) == 16
+    yield pool, events
+    watcher.cancel()
+    await asyncio.to_thread(pool.delete)
+
+
+async def _drawn(pool: ReplicaPool, count: int) -> dict[int, list[int]]:
+    requests = [replace(request, alpha=1.0) for request in _requests(count, 0)]
+    return {rollout.sample_id: rollout.token_ids.tolist() async for part in pool.sample(requests) for rollout in part}
+
+
+async def test_a_call_to_a_slow_replica_is_answered_by_another(pair: tuple[ReplicaPool, Events]) -> None:
+    """An engine that stands still: its half comes from the other replica, as it would have come, and the next calls too."""
+    pool, events = pair
+    expected = await _drawn(pool, 64)
+    assert not [event for event in events if event["kind"] == "hedge"], "nothing was slow"
+    replica = psutil.Process(_replica_pids("pair")[0])
+    (engine,) = (
+        child for child in replica.children(recursive=True) if any(name in " ".join(child.cmdline()) for name in ENGINE)
+    )
+    engine.suspend()
+    try:
+        assert await asyncio.wait_for(_drawn(pool, 64), 60) == expected
+        hedges = [event for event in events if event["kind"] == "hedge"]
+        assert [(hedge["call"], hedge["rollouts"]) for hedge in hedges] == [("sample", 32)]
+        assert await asyncio.wait_for(_drawn(pool, 64), 60) == expected
+        assert pool.hedged == 32, "the slow replica was asked again"
+        assert pool.retried == 0
+    finally:
+        engine.resume()
+
+
+def _replica_pids(pool: str) -> list[int]:
     from ray._private.state import actors
 
-    (pid,) = [a["Pid"] for a in actors().values() if "ServeReplica" in a["ActorClassName"] and a["State"] == "ALIVE"]
-    return pid
+    alive = [each for each in actors().values() if each["State"] == "ALIVE"]
+    return [
+        each["Pid"]
+        for each in alive
+        if "ServeReplica" in each["ActorClassName"] and f"-{pool}:{pool}" in each["ActorClassName"]
+    ]

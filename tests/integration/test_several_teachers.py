@@ -19,17 +19,17 @@ import pytest_asyncio
 import ray
 import torch
 
-from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.teacher_registry import TeacherRegistry
 from cluster.local_ray import start_local
-from kdray.config import ClusterSettings, Config, TeacherSettings, parse_config
+from kdray.config import Config, parse_config
 from kdray.errors import EngineError
 from kdray.loop import draw_scored
 from kdray.teachers import TeacherTeam
 from kdray.types import Prompt, Rollout, SampleRequest
 
-from .conftest import EOS, VOCAB, TinyModels
+from .conftest import VOCAB, TinyModels
+from .pools import Events, engine_spec, replica_pool
 
 NAMES = ("a", "b", "c")
 TOP_K = 6
@@ -89,16 +89,12 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
         )
 
     registry = ray.remote(TeacherRegistry).options(num_cpus=0).remote({})
-    events: list[dict[str, Any]] = []
+    events: Events = []
     pools = {}
     for name, folder in folders.items():
-        spec = EngineSpec(
-            role="mixture",
-            model=str(folder),
-            student=str(student),
-            vocab_size=VOCAB,
-            stop_ids=(EOS,),
-            max_model_len=128,
+        spec = engine_spec(
+            folder,
+            student,
             teacher=name,
             canary=tuple(range(2, 34)),
             tokenizer="none",
@@ -106,17 +102,7 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
             student_top_k=3,
             kv_cache_gib=0.05,
         )
-        pools[name] = ReplicaPool(
-            name,
-            spec,
-            TeacherSettings(model=str(folder)),
-            ClusterSettings(health_check_period_s=1),
-            None,
-            retries=5,
-            on_event=lambda kind, **fields: events.append({"kind": kind, **fields}),
-            registry=registry,
-            missing_after_s=2.0,
-        )
+        pools[name] = replica_pool(spec, events, retries=5, registry=registry, missing_after_s=2.0)
     await asyncio.to_thread(deploy, list(pools.values()))
     watchers = [asyncio.create_task(pool.watch_replicas(0.3)) for pool in pools.values()]
     prompts = [Prompt(index, np.array([2 + index % 40, 7], np.int32)) for index in range(600)]

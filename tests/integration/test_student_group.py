@@ -374,13 +374,15 @@ async def _tensors(store: Any) -> dict[str, torch.Tensor]:
 
 
 FEATURES = {
-    "hidden": {"layers": "uniform", "distance": "mse"},
-    "attention": {"layers": "uniform", "distance": "kl"},
-    "relation": {"distance": "similarities"},
+    "hidden": {"weight": 1.0, "layers": "uniform", "distance": "mse"},
+    "attention": {"weight": 1.0, "layers": "uniform", "distance": "kl"},
+    "relation": {"weight": 1.0, "distance": "similarities"},
 }
+HIDDEN_WEIGHTS = 1.0, 1.0, 0.25, 0.0
+"""Of the hidden states' term in each step: a schedule's values."""
 
 
-def _plain_features(teacher: Any, student: Any, batch: TrainBatch) -> torch.Tensor:
+def _plain_features(teacher: Any, student: Any, batch: TrainBatch, hidden_weight: float) -> torch.Tensor:
     """The three terms written out for equal widths and depths, a row at a time; sums over response tokens."""
     ids = torch.from_numpy(batch.token_ids).long()
     total = torch.zeros(())
@@ -392,7 +394,7 @@ def _plain_features(teacher: Any, student: Any, batch: TrainBatch) -> torch.Tens
             p = teacher(**given)
         for layer, projection in enumerate(student.projections):
             gap = q.hidden_states[layer][0, at] @ projection.weight.T - p.hidden_states[layer][0, at]
-            total = total + gap.square().mean(-1).sum() / len(student.projections)
+            total = total + hidden_weight * gap.square().mean(-1).sum() / len(student.projections)
         for a, b in zip(q.attentions, p.attentions, strict=True):
             # Each row up to its own position: what lies behind is masked.
             for s in at.tolist():
@@ -417,7 +419,8 @@ async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
     training = _training(ranks=ranks, zero_stage=stage, features=FEATURES, pretraining=text_settings)
     texts = [take_rows(batch, np.arange(8)) for batch in reversed(batches)]
     given = [
-        (batch, replace(text, num_target_tokens=int(text.loss_mask.sum()))) for batch, text in zip(batches, texts, strict=True)
+        (batch, replace(text, num_target_tokens=int(text.loss_mask.sum())), {"training.features.hidden.weight": weight})
+        for batch, text, weight in zip(batches, texts, HIDDEN_WEIGHTS, strict=True)
     ]
     phase = replace(_phase(student), loss=ReverseKLLoss(type="reverse_kl"), feature_teacher=(str(teacher), None))
     async with _ranks(training, tmp_path) as (group, store):
@@ -449,7 +452,7 @@ async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
 
 
 def _plain_features_loop(
-    teacher: Path, student: Path, given: list[tuple[TrainBatch, TrainBatch]], training: TrainingSettings
+    teacher: Path, student: Path, given: list[tuple[TrainBatch, TrainBatch, dict[str, float]]], training: TrainingSettings
 ) -> tuple[list[tuple[float, float]], Any]:
     """(loss, gradient norm) of every step by torch alone, and what was trained: the student and its maps."""
     from transformers import AutoModelForCausalLM, get_scheduler
@@ -464,12 +467,13 @@ def _plain_features_loop(
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=training.betas, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
     loss, curve = ReverseKLLoss(type="reverse_kl"), []
-    for batch, text in given:
+    for batch, text, scheduled in given:
         main = loss_function(loss)(_logits(both.student, batch), LossBatch.from_train_batch(batch, VOCAB), loss).total
         mask = torch.from_numpy(text.loss_mask)
         words = torch.from_numpy(text.token_ids).long()[mask]
         cross_entropy = torch.nn.functional.cross_entropy(_logits(both.student, text)[mask], words)
-        total = (main + _plain_features(frozen, both, batch)) / batch.num_target_tokens + 0.5 * cross_entropy
+        features = _plain_features(frozen, both, batch, *scheduled.values())
+        total = (main + features) / batch.num_target_tokens + 0.5 * cross_entropy
         optimizer.zero_grad()
         total.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(both.parameters(), training.gradient_clipping))

@@ -20,17 +20,17 @@ import torch
 
 from actors.student_engine import Phase
 from actors.student_group import StudentRanks
-from actors.teacher_engine import EngineSpec
 from actors.teacher_pool import ReplicaPool, deploy
 from actors.weight_transfer import TransferStore
 from cluster.local_ray import start_local
 from kdray.batching import rollouts_to_batch
-from kdray.config import ClusterSettings, ReverseKLLoss, TeacherSettings
+from kdray.config import ReverseKLLoss
 from kdray.models import task_tokenizer
 from kdray.types import Rollout, SampleRequest, TrainBatch
 
-from .conftest import EOS, VOCAB, TinyModels
+from .conftest import VOCAB, TinyModels
 from .gloo_settings import EXTENSION, FAULT, GlooTraining
+from .pools import Events, engine_spec, replica_pool
 from .runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 STUCK_S = 25.0
@@ -85,7 +85,7 @@ async def run(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
     student = tiny_models.make("transfer-student", 2, 64, tied=True, seed=42)
     task_tokenizer().save_pretrained(folder / "tokenizer")
     store = ray.remote(TransferStore).options(num_cpus=0, max_concurrency=100).remote()
-    events: list[dict[str, Any]] = []
+    events: Events = []
 
     def on_event(kind: str, **fields: Any) -> None:
         events.append({"kind": kind, **fields})
@@ -95,30 +95,8 @@ async def run(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
     training = GlooTraining.model_validate(sizes | {"ranks": 2, "zero_stage": 3, "sync_bucket_mib": 0.03, "max_restarts": 1})
     tokenizer, checkpoints = str(folder / "tokenizer"), folder / "checkpoints"
     ranks = StudentRanks(training, VOCAB, 0, tokenizer, store, checkpoints, folder / "ray", on_event=on_event)
-    spec = EngineSpec(
-        role="mixture",
-        model=str(teacher),
-        student=str(student),
-        vocab_size=VOCAB,
-        stop_ids=(EOS,),
-        max_model_len=128,
-        teacher="t",
-        teacher_top_k=8,
-        student_top_k=4,
-        kv_cache_gib=0.1,
-        stuck_after_s=STUCK_S,
-        weight_transfer="gloo",
-        engine_args=EXTENSION,
-    )
-    pool = ReplicaPool(
-        "t",
-        spec,
-        TeacherSettings(model=str(teacher)),
-        ClusterSettings(health_check_period_s=2),
-        store,
-        retries=20,
-        on_event=on_event,
-    )
+    spec = engine_spec(teacher, student, stuck_after_s=STUCK_S, weight_transfer="gloo", engine_args=EXTENSION)
+    pool = replica_pool(spec, events, store, retries=20)
     await ranks.start()
     try:
         await asyncio.to_thread(deploy, [pool])

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
 from actors.autoscaling_policy import PoolPolicy, serve_config, summarise
-from actors.request_routing import ThroughputRouter
+from actors.request_routing import SLOW_FOR_S, ThroughputRouter
 from actors.teacher_pool import actor_options
 from kdray.autoscaling import CANNOT_BE_PLACED, Load, ScaleWatch, ScalingRules, State, decide
 from kdray.config import AutoscalingSettings, EngineSettings, parse_config
 from kdray.errors import ConfigError
-from kdray.replica_routing import ReplicaLoad, soonest
+from kdray.replica_routing import ReplicaLoad, Route, soonest
 
 RULES = ScalingRules(
     min_replicas=1,
@@ -418,10 +418,11 @@ def _router() -> ThroughputRouter:
     return ThroughputRouter(deployment_id=DeploymentID(name="t", app_name="a"), handle_source=DeploymentHandleSource.UNKNOWN)
 
 
-def _request(name: str) -> Any:
+def _request(name: str, route: Route | None = None) -> Any:
     metadata = SimpleNamespace(internal_request_id=name)
     context = SimpleNamespace(should_backoff=False)
-    return SimpleNamespace(metadata=metadata, future=asyncio.get_running_loop().create_future(), routing_context=context)
+    future = asyncio.get_running_loop().create_future()
+    return SimpleNamespace(metadata=metadata, future=future, routing_context=context, kwargs={"route": route})
 
 
 async def _best(router: ThroughputRouter, replicas: list[Any], request: Any) -> str:
@@ -459,3 +460,27 @@ async def test_calls_that_end_or_are_given_up_count_no_more() -> None:
     # Its end may be told before its beginning.
     router.on_request_routed(sent, "a", None)
     assert "sent" not in router._assigned
+
+
+async def test_a_copy_of_a_slow_call_goes_elsewhere_and_so_do_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("actors.request_routing.time.monotonic", lambda: clock[0])
+    router = _router()
+    replicas: list[Any] = [SimpleNamespace(replica_id=name, routing_stats={}) for name in ("a", "b")]
+
+    async def send(name: str, instead_of: str | None = None) -> str:
+        request = _request(name, Route(f"ticket of {name}", None if instead_of is None else f"ticket of {instead_of}"))
+        replica = await _best(router, replicas, request)
+        router.on_request_routed(request, replica, None)  # type: ignore[arg-type]
+        return replica
+
+    assert [await send("first"), await send("second")] == ["a", "b"]
+    assert await send("copy", instead_of="first") == "b"
+    assert [await send("third"), await send("fourth")] == ["b", "b"], "the slow one gets nothing while others are there"
+    for name in ("second", "copy", "third", "fourth"):
+        router.on_request_completed("b", name)  # type: ignore[arg-type]
+    router.on_request_completed("a", "first")  # type: ignore[arg-type]
+    clock[0] += SLOW_FOR_S + 1
+    assert await send("later") == "a", "it is tried again"
+    assert await send("late copy", instead_of="first") == "b"
+    assert await send("last") == "a", "a call that had ended is not held against its replica"

@@ -10,7 +10,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from actors.hidden_state_loss import hidden_state_loss, load_output_head
-from actors.student_features import StudentWithFeatures, feature_inputs, load_feature_teacher, unwrapped, with_features
+from actors.student_features import (
+    StudentWithFeatures,
+    feature_inputs,
+    load_feature_teacher,
+    unwrapped,
+    weigh_features,
+    with_features,
+)
 from kdray.batching import take_rows
 from kdray.config import FeatureSettings, ForwardKLLoss, ReverseKLLoss
 from kdray.errors import ConfigError, TrainingError
@@ -341,6 +348,20 @@ def test_hidden_states_in_the_output_head_and_features_together(teacher_folder):
     terms = loss_of(module, batch).sums
     added = sum(ALL[name.removeprefix("feature_")]["weight"] * terms[name] for name in terms if name.startswith("feature_"))
     assert both.total.item() == pytest.approx(alone.total.item() + added.item(), rel=1e-5)
+
+
+def test_weights_of_a_step_replace_the_own_ones_for_that_step(teacher_folder):
+    module = wrapped(teacher_folder, llama(seed=2))
+    batch = rollouts()
+    own = loss_of(module, batch)
+    weigh_features(module, {"training.features.hidden.weight": 0.0, "training.features.relation.weight": 3.0})
+    found = loss_of(module, batch)
+    hidden, relation = (own.sums[f"feature_{name}"] for name in ("hidden", "relation"))
+    change = -ALL["hidden"]["weight"] * hidden + (3.0 - ALL["relation"]["weight"]) * relation
+    assert (found.total - own.total).item() == pytest.approx(change.item(), rel=1e-4)
+    assert found.sums["feature_hidden"] == hidden, "a term without weight is measured all the same"
+    weigh_features(module, {})
+    assert loss_of(module, batch).total == own.total
 
 
 def test_another_architecture(tmp_path):

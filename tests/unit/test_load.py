@@ -121,7 +121,7 @@ class SlowStudent:
         self._world = world
 
     async def train_step(
-        self, batch: TrainBatch, text: TrainBatch | None = None, loss_values: Mapping[str, float] | None = None
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
         world, clock = self._world, asyncio.get_running_loop()
         for sample_id in batch.sample_ids.tolist():

@@ -294,7 +294,7 @@ async def test_a_stop_in_the_last_step_is_the_end_of_the_run(tmp_path: Path) -> 
     rig = Rig(tmp_path)
     trained = rig.student.train_step
 
-    async def train_step(batch: Any, text: Any = None, loss_values: Any = None) -> Any:
+    async def train_step(batch: Any, text: Any = None, scheduled: Any = None) -> Any:
         if batch.step == rig.settings.steps:
             rig.stop.set()
         return await trained(batch)
@@ -368,14 +368,14 @@ async def test_a_resume_from_an_older_checkpoint_redoes_the_steps_after_it(tmp_p
 
 
 async def test_waiting_for_the_scorer_is_counted_as_such(tmp_path: Path) -> None:
-    rig = with_scorer(Rig(tmp_path, steps=2, max_staleness=0), seconds=0.03)
+    rig = with_scorer(Rig(tmp_path, steps=2, max_staleness=0), seconds=0.3)
     await rig.run()
     for metrics in rig.reporter.metrics.values():
-        assert metrics["wait_teacher_s"] > 0.025
-        assert metrics["wait_rollout_s"] < 0.02
+        assert metrics["wait_teacher_s"] > 0.25
+        assert metrics["wait_rollout_s"] < 0.15
     alone = Rig(tmp_path, steps=2, max_staleness=0)
     await alone.run()
-    assert all(metrics["wait_teacher_s"] < 0.005 for metrics in alone.reporter.metrics.values())
+    assert all(metrics["wait_teacher_s"] < 0.15 for metrics in alone.reporter.metrics.values())
 
 
 def requests_for(rig: Rig, number: int) -> list[SampleRequest]:

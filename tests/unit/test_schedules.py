@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from kdray.config import parse_config
 from kdray.errors import ConfigError, DataError
-from kdray.schedules import Schedules
+from kdray.schedules import Schedules, of_section
 from kdray.settings.schedules import ScheduleSettings
 
 BASE: dict[str, Any] = {
@@ -104,6 +104,24 @@ def test_numbers_of_the_loss_may_change():
     sections = {"loss": {"type": "hinton", "temperature": 4}, "rollout": {"alpha": 1}, "training": {"schedules": course}}
     config = parse_config(BASE | sections)
     assert config.scheduled("loss.temperature") == 4.0
+
+
+def test_weights_of_features_may_change_where_there_are_any():
+    course = {"training.features.hidden.weight": {"type": "linear", "to": 0.0}}
+    training = {"features": {"hidden": {"weight": 0.5}}, "schedules": course}
+    config = parse_config(BASE | {"training": training})
+    assert config.scheduled("training.features.hidden.weight") == 0.5
+    other = {"training.features.attention.weight": {"type": "linear", "to": 0.0}}
+    with pytest.raises(ConfigError, match=r"features\.attention\.weight: no number.*, training\.features\.hidden\.weight"):
+        parse_config(BASE | {"training": training | {"schedules": other}})
+    with pytest.raises(ConfigError, match=r"features\.hidden\.weight at -1: .*training\.features\.hidden\.weight=-1"):
+        parse_config(BASE | {"training": training | {"schedules": {next(iter(course)): {"type": "linear", "to": -1.0}}}})
+
+
+def test_a_section_gets_its_values_by_its_own_names():
+    values = {"rollout.alpha": 0.1, "loss.beta": 0.2, "training.features.hidden.weight": 0.3}
+    assert of_section("loss", values) == {"beta": 0.2}
+    assert of_section("training.features", values) == {"hidden.weight": 0.3}
 
 
 def test_a_signal_that_never_comes_is_an_error_and_not_a_constant():

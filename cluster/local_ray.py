@@ -9,7 +9,9 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
+from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
+
+from kdray.errors import KdrayError
 
 _STARTS = 3
 _SLOW = "The current node timed out during startup.*"
@@ -19,12 +21,20 @@ def start_local(**options: Any) -> None:
     """Start it, with all of its ports on the loopback interface; `ray.shutdown` ends it.
 
     Args: options: of `ray.init`.
+    Raises: KdrayError where a part of it does not come up, time and again.
     """
     # Ray gives a part of itself 15 s to come up, and ends where it did not; a busy machine needs longer now and then.
     slow = retry_if_exception_message(match=_SLOW)
-    for attempt in Retrying(retry=slow, stop=stop_after_attempt(_STARTS), reraise=True):
-        with attempt, _loopback():
-            ray.init(address="local", include_dashboard=False, **options)
+    try:
+        for attempt in Retrying(retry=slow, stop=stop_after_attempt(_STARTS)):
+            with attempt, _loopback():
+                ray.init(address="local", include_dashboard=False, **options)
+    except RetryError as error:
+        raise KdrayError(
+            f"a Ray on this machine did not come up in {_STARTS} attempts; where the machine is busy or short of memory, try "
+            "again when it is not, or set cluster.address to a Ray that runs; its own words: "
+            f"{error.last_attempt.exception()}"
+        ) from error
 
 
 @contextlib.contextmanager

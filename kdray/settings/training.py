@@ -95,7 +95,8 @@ class TrainingSettings(Settings):
     """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes); those that kdray sets
     itself are refused."""
     checkpoint_every: NonNegative = 50
-    """Steps between checkpoints; 0 writes one only at the end and on interruption."""
+    """Steps between checkpoints; 0 writes one only at the end and on interruption. The batches since the last one stay in Ray's
+    object store, which moves them to disk when it is full: ranks that are lost repeat them."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept."""
     max_restarts: NonNegative = 2

@@ -6,9 +6,10 @@ No student rank and no student replica runs: what is recorded depends on the tea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -129,12 +130,52 @@ async def capture_answers(
     Raises: DataError where the teacher is not the one whose answers are there; Interrupted when asked to stop, with all that
     came kept.
     """
-    main = asyncio.current_task()
+    with _stoppable(folder):
+        started, held_before, asked_before = time.monotonic(), folder.held, folder.asked
+        there = len(wanted) - len(missing)
+        folder.note("start", held=held_before, wanted=len(wanted), missing=len(missing))
+        retried = 0
+        if missing:
+
+            def on_answers(count: int) -> None:
+                nonlocal there
+                there += count
+                on_progress(there, len(wanted))
+
+            registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
+            known = folder.fingerprint
+            compared = canary(config, checked) if known is None else known.canary[: config.max_model_len]
+            on_event = folder.note
+            async with open_pools(config, checked, models, None, registry, on_event, alone=compared) as pools:
+                folder.begin(await _fingerprint(config, checked, models, pools, registry, compared, known))
+                sampler, scorer = training_route(config, checked, pools)
+                await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)
+                retried = pools.retried
+        manifest = folder.complete()
+        captured = Captured(
+            path=str(folder.path),
+            wanted=len(wanted),
+            held_before=held_before,
+            asked=manifest.asked - asked_before,
+            held=folder.held,
+            asked_ever=manifest.asked,
+            asked_again=manifest.asked - manifest.rollouts,
+            retried=retried,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        folder.note("complete", **{name: value for name, value in asdict(captured).items() if name != "path"})
+        return captured
+
+
+@contextlib.contextmanager
+def _stoppable(folder: CaptureFolder) -> Iterator[None]:
+    """SIGINT and SIGTERM cancel the running task, which then ends with Interrupted."""
+    loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, main.cancel)
+        loop.add_signal_handler(number, main.cancel)
     try:
-        return await _capture(config, checked, models, folder, wanted, missing, on_progress)
+        yield
     except asyncio.CancelledError as error:
         folder.note("interrupted", held=folder.held)
         raise Interrupted(
@@ -142,52 +183,7 @@ async def capture_answers(
         ) from error
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().remove_signal_handler(number)
-
-
-async def _capture(
-    config: Config,
-    checked: Checked,
-    models: Models,
-    folder: CaptureFolder,
-    wanted: dict[bytes, SampleRequest],
-    missing: dict[bytes, SampleRequest],
-    on_progress: Callable[[int, int], None],
-) -> Captured:
-    started, held_before, asked_before = time.monotonic(), folder.held, folder.asked
-    there = len(wanted) - len(missing)
-    folder.note("start", held=held_before, wanted=len(wanted), missing=len(missing))
-    retried = 0
-    if missing:
-
-        def on_answers(count: int) -> None:
-            nonlocal there
-            there += count
-            on_progress(there, len(wanted))
-
-        registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
-        known = folder.fingerprint
-        compared = canary(config, checked) if known is None else known.canary[: config.max_model_len]
-        on_event = folder.note
-        async with open_pools(config, checked, models, None, registry, on_event, alone=compared) as pools:
-            folder.begin(await _fingerprint(config, checked, models, pools, registry, compared, known))
-            sampler, scorer = training_route(config, checked, pools)
-            await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)
-            retried = pools.retried
-    manifest = folder.complete()
-    captured = Captured(
-        path=str(folder.path),
-        wanted=len(wanted),
-        held_before=held_before,
-        asked=manifest.asked - asked_before,
-        held=folder.held,
-        asked_ever=manifest.asked,
-        asked_again=manifest.asked - manifest.rollouts,
-        retried=retried,
-        seconds=round(time.monotonic() - started, 3),
-    )
-    folder.note("complete", **{name: value for name, value in asdict(captured).items() if name != "path"})
-    return captured
+            loop.remove_signal_handler(number)
 
 
 async def _fingerprint(

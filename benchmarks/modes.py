@@ -35,6 +35,8 @@ class Row:
 SAME_CONTROL = "evaluation.control=false"
 """The first row's: the same student, data and number of tokens."""
 AT_ONCE = "rollout.program={type: direct, max_stage_tokens: 192, max_new_tokens: 32}"
+WEAK = "training.sft.steps=15"
+"""Of the recipe's 75: a student that can hardly do the task yet."""
 UNFILTERED = "rollout.filters=null"
 ROWS = [
     Row("online, MiniLLM", "quickstart", ("training.steps=150", "training.learning_rate=3e-3", "training.sft.steps=50")),
@@ -62,6 +64,8 @@ ROWS = [
     Row("compressed student", "compressed"),
     Row("multi-teacher", "three_teachers"),
     Row("features, none", "features", ("training.features=null",)),
+    Row("features, weak start", "features", (WEAK,)),
+    Row("features, none, weak start", "features", ("training.features=null", WEAK)),
     Row("step by step, labels alone", "system2_step_by_step", ("rollout.program.rationale_weight=0",)),
 ]
 

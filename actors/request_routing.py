@@ -33,22 +33,27 @@ class ThroughputRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The best replica, and all others as the second rank, for when Serve finds the best one full."""
+        """The best replica, and the others as the second rank, for when Serve finds the best one full.
+
+        Those found slow are left out while there are others, and so is the one that a copy is to be drawn instead of.
+        """
         for request in [request for request, future in self._choosing.items() if future.cancelled()]:
             self._forget(request)
         route = pending_request.kwargs.get("route") if pending_request is not None else None
-        if route is not None and route.instead_of is not None:
-            self._mark_slow(route.instead_of)
-        calls, now = Counter(self._assigned.values()), time.monotonic()
-        loads = [
-            ReplicaLoad(
-                calls[replica.replica_id],
-                replica.routing_stats.get("tokens_per_s"),
-                slow=self._slow_until.get(replica.replica_id, 0.0) > now,
-            )
-            for replica in candidate_replicas
-        ]
-        ranked = [candidate_replicas[index] for index in soonest(loads)]
+        now = time.monotonic()
+        slow = {replica for replica, until in self._slow_until.items() if until > now}
+        first = None if route is None or route.instead_of is None else self._replica_of(route.instead_of)
+        if first is not None:
+            slow.add(first)
+            self._slow_until[first] = now + SLOW_FOR_S
+        # Where all are slow, all but the first one of a copy; where that is the only one, that.
+        left_out: tuple[set[ReplicaID | None], ...] = (slow, {first}, set())
+        candidates = next(
+            (found for out in left_out if (found := [each for each in candidate_replicas if each.replica_id not in out])), []
+        )
+        calls = Counter(self._assigned.values())
+        loads = [ReplicaLoad(calls[each.replica_id], each.routing_stats.get("tokens_per_s")) for each in candidates]
+        ranked = [candidates[index] for index in soonest(loads)]
         if pending_request is not None and ranked:
             request = pending_request.metadata.internal_request_id
             self._assigned[request] = ranked[0].replica_id
@@ -69,11 +74,10 @@ class ThroughputRouter(RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self._forget(internal_request_id)
 
-    def _mark_slow(self, ticket: str) -> None:
-        # Only while it waits: one that has ended meanwhile is not held against its replica.
-        replica = self._assigned.get(self._requests.get(ticket, ""))
-        if replica is not None:
-            self._slow_until[replica] = time.monotonic() + SLOW_FOR_S
+    def _replica_of(self, ticket: str) -> ReplicaID | None:
+        """Who works on a call; None where it has ended, or waits for a replica."""
+        request = self._requests.get(ticket, "")
+        return None if request in self._choosing else self._assigned.get(request)
 
     def _forget(self, request: str) -> None:
         self._choosing.pop(request, None)

@@ -49,7 +49,8 @@ class _Part:
     call: Callable[[list[int], Route], Any]
     """Asks a replica for such samples; gives Serve's stream of the answer."""
     arrived: asyncio.Queue[list[Rollout]]
-    missing: dict[int, None]
+    missing: dict[int, int]
+    """Samples, and the tokens that each may take to draw or has to score."""
     sent: float
     """When; parts that are sent side by side have one time, so that each may overtake the others."""
 
@@ -189,11 +190,13 @@ class ReplicaPool:
         from ray import serve
 
         self.ended = True
-        if self._handle is not None:
-            # Its router goes on reporting to Serve, and would start a Ray of its own once this one has ended.
-            self._handle.shutdown()
-            self._handle = None
-        serve.delete(self.application)
+        # A deployment under way either sees that, or is there to be deleted.
+        with _DEPLOYING:
+            if self._handle is not None:
+                # Its router goes on reporting to Serve, and would start a Ray of its own once this one has ended.
+                self._handle.shutdown()
+                self._handle = None
+            serve.delete(self.application)
 
     async def watch_replicas(self, period_s: float = 2.0) -> None:
         """Keep `replicas_serving` current, and write an event when it or the size asked for changes; never returns."""
@@ -271,7 +274,8 @@ class ReplicaPool:
             table = requests_to_table([by_id[sample_id] for sample_id in missing])
             return self._handle.options(stream=True).sample.remote(table, route=route)
 
-        async with aclosing(self._stream(list(by_id), "sample", call)) as stream:
+        tokens = {request.sample_id: request.max_new_tokens for request in requests}
+        async with aclosing(self._stream(tokens, "sample", call)) as stream:
             async for rollouts in stream:
                 yield rollouts
 
@@ -284,14 +288,19 @@ class ReplicaPool:
             table = rollouts_to_table([by_id[sample_id] for sample_id in missing])
             return self._handle.options(stream=True).score.remote(table, min_version, top_k, route=route)
 
-        async with aclosing(self._stream(list(by_id), "score", call)) as stream:
+        tokens = {each: len(rollout.prompt_ids) + len(rollout.token_ids) for each, rollout in by_id.items()}
+        async with aclosing(self._stream(tokens, "score", call)) as stream:
             async for scored in stream:
                 yield scored
 
     async def _stream(
-        self, ids: list[int], kind: str, call: Callable[[list[int], Route], Any]
+        self, tokens: dict[int, int], kind: str, call: Callable[[list[int], Route], Any]
     ) -> AsyncGenerator[list[Rollout]]:
-        """Split ids over calls that run side by side, and yield whatever any of them gives; each id exactly once."""
+        """Split samples over calls that run side by side, and yield whatever any of them gives; each sample exactly once.
+
+        Args: tokens: by sample, those that it may take to draw, or has to score.
+        """
+        ids = list(tokens)
         if self._uneven:
             # Two calls fill an engine, and a new or faster replica takes the next one soon.
             size = max(1, self._settings.max_num_seqs // 2)
@@ -302,7 +311,8 @@ class ReplicaPool:
         self._awaited.asked(unanswered, now)
         arrived: asyncio.Queue[list[Rollout]] = asyncio.Queue()
         parts = [
-            _Part(kind, call, arrived, dict.fromkeys(ids[start : start + size]), now) for start in range(0, len(ids), size)
+            _Part(kind, call, arrived, {each: tokens[each] for each in ids[start : start + size]}, now)
+            for start in range(0, len(ids), size)
         ]
         tasks = [asyncio.create_task(self._persist(part)) for part in parts]
         remaining = len(ids)
@@ -346,8 +356,9 @@ class ReplicaPool:
         try:
             async for attempt in attempts:
                 with attempt:
+                    if attempt.retry_state.attempt_number > 1:
+                        part.sent = time.monotonic()
                     await self._once(part)
-                part.sent = time.monotonic()
         except RetryError as error:
             cause = error.last_attempt.exception()
             raise EngineError(
@@ -358,7 +369,7 @@ class ReplicaPool:
         """Ask one replica for what is missing, and a second one too where that is slow; whatever comes first counts."""
         ticket, times = uuid.uuid4().hex, self._times.get(part.kind)
         if times is not None:
-            times.begin(ticket, len(part.missing), part.sent)
+            times.begin(ticket, sum(part.missing.values()), part.sent)
         first = asyncio.create_task(part.ask(Route(ticket)))
         asked = {first}
         try:

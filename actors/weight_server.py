@@ -55,6 +55,7 @@ class WeightServer:
         self._sender: Any = None
         self._pipe: Connection | None = None
         self._broken: Exception | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
@@ -78,20 +79,26 @@ class WeightServer:
             self._version, self._tensors = -1, {}
 
     def close(self) -> None:
+        """Serve nobody any more; whoever is served just then hears nothing of it, and its run ends too."""
+        self._closed = True
         self._end_sender()
 
     def _serve(self) -> None:
         entered = False
-        while True:
+        while not self._closed:
             try:
                 if not entered:
                     ray.get(self._store.enter.remote())
                     entered = True
                 number, ask = ray.get(self._store.asked.remote())
+                if self._closed:
+                    return
                 reason = None
                 try:
                     self._transfer(number, ask)
                 except (_Failed, OSError, EOFError) as error:
+                    if self._closed:
+                        return
                     reason = str(error) or "the sending process ended"
                     logger.warning("a transfer of weights failed: %s", reason)
                     # Its communicator is in an unknown state.

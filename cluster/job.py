@@ -49,7 +49,7 @@ from kdray.models import resolve_model
 from kdray.preflight import Checked
 from kdray.pretraining import PretrainingText
 from kdray.programs import row_weights
-from kdray.progress import Ledger, prune_checkpoints
+from kdray.progress import COMMITTED, Ledger, prune_checkpoints
 from kdray.reporter import RunReporter
 from kdray.run_folder import RunFolder
 from kdray.schedules import Schedules
@@ -102,6 +102,8 @@ class Job:
         """Set once the student is trained, measured and exported."""
         self.beside: list[Job] = []
         """Jobs whose students this one teaches."""
+        self.ranks_started = False
+        """Whether its ranks wait for a place, or have one."""
         self.on_start: Callable[[], None] = lambda: None
         """Called when the first replica or rank is about to start."""
         self.started = time.monotonic()
@@ -131,6 +133,7 @@ class Job:
             stored=None if self.stored is None else self.stored.storage.url,
         )
         await student.start()
+        self.ranks_started = True
         try:
             registry = beside_driver(TeacherRegistry).remote(self.folder.read_teachers())
             pools_context = open_pools(
@@ -146,6 +149,7 @@ class Job:
                 await pools_context.__aexit__(None, None, None)
         finally:
             await student.close()
+            self.ranks_started = False
 
     def _unplaced_ranks(self, student: StudentRanks) -> list[Bundle]:
         """Ranks that no node has taken yet, while none of the student's has come; blocks."""
@@ -155,7 +159,7 @@ class Job:
         here = ray.get_runtime_context().get_job_id()
         placed = sum(actor["ActorClassName"] == "RayTrainWorker" and actor["JobID"] == here for actor in living_actors())
         (ranks,) = (bundle for bundle in bundles(self.config) if bundle.role == "student")
-        lacking = ranks.count * (1 + len(self.beside)) - placed
+        lacking = ranks.count * (1 + sum(other.ranks_started for other in self.beside)) - placed
         return [replace(ranks, count=lacking)] if lacking > 0 else []
 
     async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
@@ -199,7 +203,7 @@ class Job:
             after = await self._finetune(student, pools, recoverable)
         await student.export(self.folder.student)
         if self.stored is not None:
-            await in_daemon_thread(self.stored.storage.get_tree, "student", self.folder.student)
+            await in_daemon_thread(self.stored.storage.get_tree, "student", self.folder.student, COMMITTED)
         self.measured.set()
         control = None
         if config.evaluation.control and not self.stop.is_set():

@@ -258,9 +258,10 @@ def _connected(config: Config, serving: bool = True) -> Iterator[None]:
     already = ray.is_initialized()
     if not already:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        if address:
+        # `local` is a Ray of one's own in Ray's words.
+        if address and address != "local":
             remedy = CLUSTER_REMEDY.format(setting=setting)
-            if address not in ("auto", "local") and (problem := unreachable(address)):
+            if address != "auto" and (problem := unreachable(address)):
                 raise ConfigError(f"{setting}={problem}; {remedy}")
             try:
                 ray.init(address=address, **quiet)

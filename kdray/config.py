@@ -149,9 +149,10 @@ class ClusterSettings(Settings):
     """Longest time that an engine may take to answer between two of its steps; beyond it the engine is stuck, and its replica
     is replaced."""
     hedge_after: Annotated[float, Field(gt=1.0)] | None = 3.0
-    """A call to a replica is slow when it takes this many times as long as the slowest of the last calls, while another one
-    that was sent no earlier has been answered. It is then sent to another replica too, and whatever comes first counts; the
-    slow replica gets no further calls for a minute. None waits. Pools of several `accelerator_types` go by measured speed."""
+    """A call to a replica is slow when it takes this many times as long as the slowest of the last 32 (for its tokens; 2 s at
+    least), while another one that was sent no earlier has been answered. It is then sent to another replica too, and whatever
+    comes first counts; the slow replica gets no calls for a minute, while there are others. Never before 8 calls were answered.
+    None waits. Pools of several `accelerator_types` go by measured speed instead."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
     job: JobSettings = JobSettings()

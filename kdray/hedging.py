@@ -34,7 +34,7 @@ class CallTimes:
         self._newest_answered = float("-inf")
 
     def begin(self, call: str, size: int, now: float) -> None:
-        """A call of so many rollouts was sent."""
+        """A call was sent. Args: size: tokens that it may take to draw, or has to score."""
         self._running[call] = _Call(size, now)
 
     def end(self, call: str, answered: bool, now: float) -> None:

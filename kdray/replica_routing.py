@@ -14,8 +14,6 @@ class ReplicaLoad:
     """Calls sent to it and not yet ended."""
     tokens_per_s: float | None
     """Its measured rate; None before it answered anything, or where nobody measures."""
-    slow: bool = False
-    """Whether it was just found to be much slower than the others."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,8 @@ def soonest(replicas: Sequence[ReplicaLoad]) -> list[int]:
     """Indices of the replicas, the one with the least expected time for one more call first; ties keep their order.
 
     The expected time is (calls + 1) / rate: calls are of like size, and a busy replica shares its rate among them. A replica
-    without a rate counts with the mean of those that have one, so that it is tried and measured. Those found slow come last.
+    without a rate counts with the mean of those that have one, so that it is tried and measured.
     """
     known = [replica.tokens_per_s for replica in replicas if replica.tokens_per_s]
     mean = sum(known) / len(known) if known else 1.0
-    times = [(replica.slow, (replica.calls + 1) / (replica.tokens_per_s or mean)) for replica in replicas]
-    return sorted(range(len(replicas)), key=times.__getitem__)
+    return sorted(range(len(replicas)), key=lambda index: (replicas[index].calls + 1) / (replicas[index].tokens_per_s or mean))

@@ -31,6 +31,12 @@ _FOLDERS = ("checkpoints", "samples", "logs")
 
 _MAY_DIFFER = (
     "training.steps",
+    # How ranks are watched, and how weights travel.
+    "training.max_restarts",
+    "training.stuck_after_s",
+    "training.stuck_loading_after_s",
+    "training.sync_bucket_mib",
+    "training.weight_transfer",
     "evaluation",
     "cluster",
     "run.output",

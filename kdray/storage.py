@@ -246,9 +246,16 @@ class Storage:
         """`get` for several, some at a time; digests by key."""
         return _several(lambda item: self.get(*item), files.items(), files)
 
-    def get_tree(self, key: str, folder: Path) -> None:
-        """Copy all files below `key` into a folder; files that lie there under other names stay."""
-        self.get_files({each: folder / each.removeprefix(f"{key}/") for each in self.list(key)})
+    def get_tree(self, key: str, folder: Path, marker: str | None = None) -> None:
+        """Copy all files below `key` into a folder; files that lie there under other names stay.
+
+        Args: marker: the file that says that the others are there: one of before goes first, the new one comes last.
+        """
+        files = {each: folder / each.removeprefix(f"{key}/") for each in self.list(key)}
+        if marker is not None:
+            (folder / marker).unlink(missing_ok=True)
+        self.get_files({each: path for each, path in files.items() if each != f"{key}/{marker}"})
+        self.get_files({each: path for each, path in files.items() if each == f"{key}/{marker}"})
 
     def digests(self, keys: Iterable[str]) -> dict[str, FileDigest]:
         """`digest` for several, some at a time."""

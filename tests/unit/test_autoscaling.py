@@ -425,10 +425,11 @@ def _request(name: str, route: Route | None = None) -> Any:
     return SimpleNamespace(metadata=metadata, future=future, routing_context=context, kwargs={"route": route})
 
 
-async def _best(router: ThroughputRouter, replicas: list[Any], request: Any) -> str:
+async def _best(router: ThroughputRouter, replicas: list[Any], request: Any, among: set[str] | None = None) -> str:
     (best,), others = await router.choose_replicas(replicas, request)
     assert request.routing_context.should_backoff, "Serve would ask again without a pause where all are full"
-    assert sorted(replica.replica_id for replica in [best, *others]) == sorted(replica.replica_id for replica in replicas)
+    offered = {replica.replica_id for replica in [best, *others]}
+    assert offered == ({replica.replica_id for replica in replicas} if among is None else among)
     return best.replica_id
 
 
@@ -462,25 +463,57 @@ async def test_calls_that_end_or_are_given_up_count_no_more() -> None:
     assert "sent" not in router._assigned
 
 
-async def test_a_copy_of_a_slow_call_goes_elsewhere_and_so_do_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr("actors.request_routing.time.monotonic", lambda: clock[0])
-    router = _router()
-    replicas: list[Any] = [SimpleNamespace(replica_id=name, routing_stats={}) for name in ("a", "b")]
+class _Sent:
+    """A router of replicas a and b, on a clock of its own."""
 
-    async def send(name: str, instead_of: str | None = None) -> str:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("actors.request_routing.time.monotonic", lambda: self.now)
+        self.router = _router()
+        self.replicas: list[Any] = [SimpleNamespace(replica_id=name, routing_stats={}) for name in ("a", "b")]
+
+    async def ask(self, name: str, among: str = "ab", instead_of: str | None = None) -> tuple[str, Any]:
+        """Where Serve would send a call. Args: among: the replicas that it may go to at all."""
         request = _request(name, Route(f"ticket of {name}", None if instead_of is None else f"ticket of {instead_of}"))
-        replica = await _best(router, replicas, request)
-        router.on_request_routed(request, replica, None)  # type: ignore[arg-type]
+        return await _best(self.router, self.replicas, request, set(among)), request
+
+    async def send(self, name: str, among: str = "ab", instead_of: str | None = None) -> str:
+        replica, request = await self.ask(name, among, instead_of)
+        self.router.on_request_routed(request, replica, None)  # type: ignore[arg-type]
         return replica
 
-    assert [await send("first"), await send("second")] == ["a", "b"]
-    assert await send("copy", instead_of="first") == "b"
-    assert [await send("third"), await send("fourth")] == ["b", "b"], "the slow one gets nothing while others are there"
-    for name in ("second", "copy", "third", "fourth"):
-        router.on_request_completed("b", name)  # type: ignore[arg-type]
-    router.on_request_completed("a", "first")  # type: ignore[arg-type]
-    clock[0] += SLOW_FOR_S + 1
-    assert await send("later") == "a", "it is tried again"
-    assert await send("late copy", instead_of="first") == "b"
-    assert await send("last") == "a", "a call that had ended is not held against its replica"
+    def end(self, replica: str, *names: str) -> None:
+        for name in names:
+            self.router.on_request_completed(replica, name)  # type: ignore[arg-type]
+
+
+async def test_a_copy_of_a_slow_call_goes_elsewhere_and_so_do_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = _Sent(monkeypatch)
+    assert [await sent.send("first"), await sent.send("second")] == ["a", "b"]
+    assert await sent.send("copy", "b", instead_of="first") == "b"
+    # Not even where b is full: a is no second choice.
+    assert [await sent.send(name, "b") for name in ("third", "fourth")] == ["b", "b"]
+    sent.end("b", "second", "copy", "third", "fourth")
+    sent.end("a", "first")
+    sent.now += SLOW_FOR_S + 1
+    assert await sent.send("later") == "a", "it is tried again"
+    assert await sent.send("late copy", instead_of="first") == "b"
+    assert await sent.send("last") == "a", "a call that had ended is not held against its replica"
+
+
+async def test_a_copy_does_not_go_to_the_same_replica_where_all_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = _Sent(monkeypatch)
+    assert [await sent.send("first"), await sent.send("second")] == ["a", "b"]
+    assert await sent.send("copy", "b", instead_of="first") == "b"
+    assert await sent.send("other copy", "a", instead_of="second") == "a", "a had fewer calls, but is slow too"
+    assert await sent.send("third copy", "b", instead_of="other copy") == "b", "by calls alone it would be a again"
+    assert await sent.send("next", "ab") == "a", "where all are slow, all are there"
+    sent.replicas.pop()
+    assert await sent.send("no other", "a", instead_of="next") == "a"
+
+
+async def test_a_call_that_waits_for_a_replica_is_held_against_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = _Sent(monkeypatch)
+    await sent.ask("waits")
+    assert await sent.send("copy", instead_of="waits") == "b"
+    assert await sent.send("next") == "a"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from kdray.hedging import AT_LEAST_S, CallTimes
-from kdray.replica_routing import ReplicaLoad, soonest
 
 
 def times(took_s: float = 2.0, size: int = 10, count: int = 8) -> CallTimes:
@@ -72,8 +71,3 @@ def test_the_last_calls_decide() -> None:
         made.end(f"quick {index}", True, 51.0)
     overtaken(made, "a", 10, sent=100.0)
     assert made.is_slow("a", 103.1)
-
-
-def test_slow_replicas_come_last_whatever_their_rate() -> None:
-    loads = [ReplicaLoad(0, 100.0, slow=True), ReplicaLoad(5, 1.0), ReplicaLoad(0, 50.0, slow=True), ReplicaLoad(1, 1.0)]
-    assert soonest(loads) == [3, 1, 0, 2]

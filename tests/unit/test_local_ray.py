@@ -9,7 +9,9 @@ import pytest
 import ray
 from ray._private import ray_constants
 
+from cluster.launch import _connected
 from cluster.local_ray import start_local
+from kdray.config import parse_config
 
 SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
 
@@ -45,3 +47,19 @@ def test_a_start_that_a_busy_machine_was_too_slow_for_is_repeated(
     assert len(calls) == min(3, len(errors) + (ends_with is None))
     assert all(call["address"] == "local" and call["num_cpus"] == 2 for call in calls)
     assert (dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER) == before
+
+
+@pytest.mark.parametrize(("where", "variable"), [("local", None), (None, "local"), (None, None)])
+def test_local_by_name_is_the_same_as_none(monkeypatch: pytest.MonkeyPatch, where: str | None, variable: str | None) -> None:
+    """Ray's own word for it must not lead past the loopback interface and the number of CPUs."""
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr("cluster.launch.start_local", lambda **options: started.append(options))
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail(f"joined {options}"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    tree = {"run": {"name": "x"}, "student": {"model": {"type": "tiny"}}, "teachers": {"t": {"model": {"type": "tiny"}}}}
+    config = parse_config(tree | {"cluster": {"address": where, "local_cpus": 3}})
+    with _connected(config, serving=False):
+        pass
+    assert [options["num_cpus"] for options in started] == [3]

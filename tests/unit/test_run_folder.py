@@ -74,6 +74,11 @@ def test_resume_needs_a_run(tmp_path):
     [
         {},
         {"training": {"steps": 200}},
+        {"training": {"stuck_after_s": 9, "stuck_loading_after_s": 9, "max_restarts": 9, "sync_bucket_mib": 9}},
+        {
+            "training": {"weight_transfer": "nccl", "gpus_per_rank": 1},
+            "teachers": {"t": {"model": {"type": "tiny"}, "num_gpus": 1}},
+        },
         {"evaluation": {"control": True, "every": 5}},
         {"cluster": {"address": "10.0.0.1:6379"}},
         {"run": {"storage": "s3://bucket/runs"}},

@@ -81,6 +81,26 @@ def test_a_tree_comes_back_as_it_went(storage: Storage, tmp_path: Path, move: bo
     assert storage.read("checkpoints/step-000001/a.txt") == b"first"
 
 
+def test_a_marker_comes_after_what_it_stands_for(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that breaks off leaves no marker, neither the new one nor that of a copy before."""
+    storage.put_tree(tree(tmp_path / "source", CONTENT | {"MARK": b"new"}), "student")
+    target = tree(tmp_path / "target", {"MARK": b"old"})
+    get = Storage.get
+
+    def breaks_off(self: Storage, key: str, path: Path) -> FileDigest:
+        if key == "student/a.txt":
+            raise KeyboardInterrupt
+        return get(self, key, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "get", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            storage.get_tree("student", target, "MARK")
+    assert not (target / "MARK").exists()
+    storage.get_tree("student", target, "MARK")
+    assert held(target) == CONTENT | {"MARK": b"new"}
+
+
 def test_what_is_there_is_replaced_and_removed(storage: Storage, tmp_path: Path) -> None:
     storage.write("x/one", b"old and long")
     storage.write("x/one", b"new")

@@ -33,7 +33,7 @@ _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Waits", "seconds per step", ("wait_rollout_s", "wait_teacher_s", "wait_sync_s")),
 )
 _STACKED = "Waits"
-_TEACHER_EVENTS = ("scale", "scale_stuck", "retry", "teacher_missing", "teacher_refused", "teacher_back")
+_TEACHER_EVENTS = ("scale", "scale_stuck", "retry", "hedge", "teacher_missing", "teacher_refused", "teacher_back")
 """Events that the time line of the teachers marks."""
 _MAX_POINTS = 2000
 _MAX_EVENTS = 1000

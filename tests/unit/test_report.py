@@ -194,12 +194,13 @@ def test_the_time_line_shows_replicas_what_happened_and_the_wait(whole):
     for now in (1, 2, 1):
         whole.append_event("replicas", pool="big", before=3 - now, now=now)
     whole.append_event("scale", pool="big", before=1, now=2, reason="the trainer waits")
+    whole.append_event("hedge", pool="big", call="sample", rollouts=7)
     whole.append_metrics({"step": 4, "time": "2031-01-01T00:00:00.000+00:00", "teacher/big/wait_s": 0.625})
     text, page = page_of(whole)
     assert "Missing: no replicas in events.jsonl." not in page.notes
     start = text.index("<h2>Teachers over time</h2>")
     drawn = text[start : text.index("<h2>", start + 4)]
-    for part in ("replicas of big", "[1,2,1,1]", "wait for big", "[0.625]", "reason=the trainer waits"):
+    for part in ("replicas of big", "[1,2,1,1]", "wait for big", "[0.625]", "reason=the trainer waits", "rollouts=7"):
         assert part in drawn, part
     # The last known number holds until the last line of the run.
     assert drawn.count("2031-01-01T00:00:00.000") == 2

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 150
-COMMON = [f"training.steps={STEPS}", "training.checkpoint_every=0", "evaluation.control=false", "evaluation.every=25"]
+COMMON = [
+    "data.prompts.size=4096",
+    f"training.steps={STEPS}",
+    "training.learning_rate=1e-3",
+    "training.checkpoint_every=0",
+    "evaluation.control=false",
+    "evaluation.every=25",
+]
 VARIANTS: dict[str, list[str]] = {
     "minillm": [],
     "minillm, no teacher mixing": ["rollout.alpha=0"],

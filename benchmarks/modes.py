@@ -39,7 +39,7 @@ WEAK = "training.sft.steps=15"
 """Of the recipe's 75: a student that can hardly do the task yet."""
 UNFILTERED = "rollout.filters=null"
 ROWS = [
-    Row("online, MiniLLM", "quickstart", ("training.steps=150", "training.learning_rate=3e-3", "training.sft.steps=50")),
+    Row("online, MiniLLM", "quickstart", ("data.prompts.size=4096", "training.steps=150", "training.sft.steps=50")),
     Row("classical", "classical"),
     Row("response, 30% real data", "response"),
     Row("offline, from a capture", "offline", capture="offline_capture"),
@@ -63,6 +63,7 @@ ROWS = [
     Row("features", "features"),
     Row("compressed student", "compressed"),
     Row("multi-teacher", "three_teachers"),
+    Row("online, 256 questions", "quickstart"),
     Row("features, none", "features", ("training.features=null",)),
     Row("features, weak start", "features", (WEAK,)),
     Row("features, none, weak start", "features", ("training.features=null", WEAK)),

@@ -27,7 +27,9 @@ class ThroughputRouter(RequestRouter):
         self._assigned: dict[str, ReplicaID] = {}
         self._choosing: dict[str, asyncio.Future[Any]] = {}
         self._requests: dict[str, str] = {}
-        """The request of each ticket that has a replica."""
+        """By ticket."""
+        self._tickets: dict[str, str] = {}
+        """By request: the same the other way round, for calls end often."""
         self._slow_until: dict[ReplicaID, float] = {}
 
     async def choose_replicas(
@@ -60,6 +62,7 @@ class ThroughputRouter(RequestRouter):
             self._choosing[request] = pending_request.future
             if route is not None:
                 self._requests[route.ticket] = request
+                self._tickets[request] = route.ticket
             # Where all are full, Serve is to sleep before it asks again.
             pending_request.routing_context.should_backoff = True
         return [ranked[:1], ranked[1:]]
@@ -82,4 +85,4 @@ class ThroughputRouter(RequestRouter):
     def _forget(self, request: str) -> None:
         self._choosing.pop(request, None)
         self._assigned.pop(request, None)
-        self._requests = {ticket: each for ticket, each in self._requests.items() if each != request}
+        self._requests.pop(self._tickets.pop(request, ""), None)

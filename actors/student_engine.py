@@ -184,8 +184,8 @@ class StudentEngine:
         That is one optimizer update, or several where the phase distils and the settings ask for mini-batches or inner epochs.
         In an update every token's loss counts the same, whatever the split in micro-batches and ranks: sums are divided by
         the target tokens of all ranks. Pretraining text joins every update with its own mean.
-        Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full
-        name; those of sampling are not read.
+        Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full name;
+        those of sampling are not read.
         Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has not made that
         update.
         """

@@ -43,7 +43,7 @@ class Order:
     text_shards: Sequence[ray.ObjectRef] | None = None
     """train: the windows of pretraining text for each rank, where there are some."""
     scheduled: dict[str, float] | None = None
-    """train: settings of the loss that differ in this step."""
+    """train: settings that differ in this step, by full name."""
     version: int | None = None
     """publish, renew: the number under which the weights, or their average, are published."""
     decay: float | None = None

@@ -19,8 +19,8 @@ class FeatureTerm(Settings):
     first_layer: ClassVar[int] = 0
 
     weight: NonNegativeFloat = 0.1
-    """Weight of the term beside the loss, which `training.schedules` may change; 0 only measures the term, and
-    trains no map. The terms' gradients are many times the loss's where the models are far apart."""
+    """Weight of the term beside the loss, which `training.schedules` may change; 0 only measures the term, and trains
+    no map. The terms' gradients are many times the loss's where the models are far apart."""
     layers: Layers = "last"
     """Pairs [student layer, teacher layer], or `uniform`, or `last`."""
 

@@ -9,10 +9,13 @@ from kdray.hedging import AT_LEAST_S, CallTimes
 
 def times(took_s: float = 2.0, size: int = 10, count: int = 8) -> CallTimes:
     """Calls that were sent at 0 and answered after `took_s`."""
-    made = CallTimes(factor=3.0)
-    for index in range(count):
-        made.begin(str(index), size, 0.0)
-        made.end(str(index), True, took_s)
+    return ended(CallTimes(factor=3.0), count, took_s, size=size)
+
+
+def ended(made: CallTimes, count: int, took_s: float, size: int = 10, sent: float = 0.0, answered: bool = True) -> CallTimes:
+    for _ in range(count):
+        made.begin("ended", size, sent)
+        made.end("ended", answered, sent + took_s)
     return made
 
 
@@ -56,18 +59,10 @@ def test_nothing_is_slow_before_enough_is_known_or_within_a_moment() -> None:
 
 
 def test_what_a_copy_answered_says_nothing_of_how_long_calls_take() -> None:
-    made = times(took_s=2.0)
-    for index in range(40):
-        made.begin(f"hedged {index}", 10, 50.0)
-        made.end(f"hedged {index}", False, 90.0)
-    overtaken(made, "a", 10, sent=100.0)
-    assert made.is_slow("a", 106.1)
+    made = ended(times(took_s=2.0), 40, took_s=40.0, sent=50.0, answered=False)
+    assert overtaken(made, "a", 10, sent=100.0).is_slow("a", 106.1)
 
 
 def test_the_last_calls_decide() -> None:
-    made = times(took_s=20.0)
-    for index in range(32):
-        made.begin(f"quick {index}", 10, 50.0)
-        made.end(f"quick {index}", True, 51.0)
-    overtaken(made, "a", 10, sent=100.0)
-    assert made.is_slow("a", 103.1)
+    made = ended(times(took_s=20.0), 32, took_s=1.0, sent=50.0)
+    assert overtaken(made, "a", 10, sent=100.0).is_slow("a", 103.1)

@@ -140,6 +140,7 @@ async def test_no_copy_is_sent_where_one_replica_is_left(monkeypatch: pytest.Mon
     rig = Rig(monkeypatch, answers_late)
     rig.pool.replicas_serving = 1
     assert await rig.ask() == [0, 1, 2, 3]
+    assert (rig.pool.hedged, rig.events) == (0, [])
 
 
 async def test_a_call_that_is_sent_again_is_timed_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
 	$(PYTEST) tests/integration
 
 chaos: $(STAMP)  ## 30 faults on one run, real engines
-	$(BIN)/python -m tests.integration.chaos --seed 0 --faults 30
+	$(BIN)/python -m tests.soak.chaos --seed 0 --faults 30
 
 soak: $(STAMP)  ## memory of every process over 20 minutes of training
-	$(BIN)/python -m tests.integration.soak --minutes 20
+	$(BIN)/python -m tests.soak.soak --minutes 20
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 fuzz: $(STAMP)  ## new mutations of configs and files, twenty times as many as the tests have
-	KDRAY_FUZZ=20 $(BIN)/python -m pytest tests/unit/test_fuzz.py -q
+	KDRAY_FUZZ=20 $(BIN)/python -m pytest tests/unit/whole/test_fuzz.py -q
 
 bench: $(STAMP)  ## engine throughput against its parts; writes benchmarks/results/
 	$(BIN)/python benchmarks/engine_throughput.py

@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from actors.teacher_engine import EngineSpec, Role, TeacherEngine
+from actors.serving.engine import EngineSpec, Role, TeacherEngine
 from kdray.config import TinyModel
-from kdray.models import build_tiny_model
+from kdray.models.resolve import build_tiny_model
 from kdray.types import Rollout, SampleRequest
 
 IN_FLIGHT = 128

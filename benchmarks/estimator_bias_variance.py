@@ -2,7 +2,7 @@
 
     python -m benchmarks.estimator_bias_variance
 
-Runs the losses of `kdray.losses` themselves on all 85 responses of a toy world (tests/unit/toy_world.py), so that
+Runs the losses of `kdray.losses` themselves on all 85 responses of a toy world (tests/support/toy_world.py), so that
 mean and covariance of one sample's gradient are exact: there is no sampling error. Repeats it for several random
 worlds, and writes a table and every number into benchmarks/results/. Takes seconds on one core.
 """
@@ -23,7 +23,7 @@ import torch
 
 from kdray.config import LMOpsLoss, LossSettings, MiniLLMLoss, PerDecisionLoss, ReverseKLLoss, VOPDLoss
 from kdray.losses import LossBatch
-from tests.unit.toy_world import ToyWorld, unweighted, without_baseline
+from tests.support.toy_world import ToyWorld, unweighted, without_baseline
 
 ALPHAS = (0.0, 0.2, 0.5)
 QUANTITIES = ("relative_error", "cosine", "variance")

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from kdray.data import PromptStream
-from kdray.loop import LoopSettings, Totals, distill
-from kdray.progress import Ledger
+from kdray.data.dataset import PromptStream
+from kdray.loop import distill
+from kdray.rollouts.draw import LoopSettings
+from kdray.runs.ledger import Ledger, Totals
 from kdray.types import Prompt, Rollout, SampleRequest, StepReport, TrainBatch
 
 SLOTS, TOKENS, TOP_K, SECONDS = 32, 64, 32, 2.0

@@ -22,7 +22,7 @@ import typer
 from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, first_reason
 
 if TYPE_CHECKING:
-    from cluster.submit import JobServer, JobState
+    from cluster.jobs.client import JobServer, JobState
     from kdray.config import Config
 
 app = typer.Typer(
@@ -142,7 +142,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Resolve a config, check it, print it; exit 2 and say what is wrong otherwise."""
     with _exit_codes():
         settings = _load(config, overrides)
-        from kdray.preflight import check
+        from kdray.checks.preflight import check
 
         # Findings as comments: the output as a whole is a config again.
         for line in check(settings).lines:
@@ -164,12 +164,12 @@ def plan(
     """Show what goes where, its memory, and which part will wait for which; exit 2 for what can never fit."""
     with _exit_codes():
         settings = _load(config, overrides)
-        from cluster.plan import described_nodes, rates_of, table
-        from cluster.plan import plan as lay_out
+        from cluster.planning.plan import described_nodes, rates_of, table
+        from cluster.planning.plan import plan as lay_out
 
         rates = None if measured is None else rates_of(measured)
         if nodes is None:
-            from cluster.launch import connected_nodes
+            from cluster.connect import connected_nodes
 
             found = lay_out(settings, connected_nodes(settings), rates)
         else:
@@ -196,7 +196,7 @@ def evaluate(
         path = opened.enter_context(_here(source))
         config = path
         if path.is_dir():
-            from kdray.run_folder import RunFolder
+            from kdray.runs.folder import RunFolder
 
             folder = RunFolder.open(path)
             config, student = folder.config, _finished_student(folder.path)
@@ -206,7 +206,7 @@ def evaluate(
             outcome.log_folder = path / "logs" if "://" not in source else None
         plain = None
         if other is not None:
-            from kdray.quantization import plain_weights
+            from kdray.models.quantization import plain_weights
 
             # Where run folders lie, every node can read.
             plain = opened.enter_context(plain_weights(other, settings.run.output / ".models"))
@@ -223,14 +223,14 @@ def evaluate(
 def report(run: RunPath) -> None:
     """Write report.html, one file that opens without a network, into the run folder."""
     with _exit_codes(), _here(run) as folder:
-        from kdray.report import write_report
+        from kdray.runs.report import write_report
 
         written = write_report(folder)
         if "://" not in run:
             typer.echo(written)
             return
-        from kdray.settings.storage import below
-        from kdray.storage import Storage
+        from kdray.config.storage import below
+        from kdray.runs.storage import Storage
 
         Storage(run).put(written, written.name)
         typer.echo(below(run, written.name))
@@ -240,7 +240,7 @@ def report(run: RunPath) -> None:
 def verify(run: RunPath) -> None:
     """Prove from a run's files that every sample was trained once or left out by a rule; exit 1 and the list where not."""
     with _exit_codes(), _here(run) as folder:
-        from kdray.verify import verify as prove
+        from kdray.runs.verify import verify as prove
 
         proof = prove(folder)
         for note in proof.notes:
@@ -266,7 +266,7 @@ def export(
 ) -> None:
     """Copy a run's final student to a folder of its own (Hugging Face format, safetensors), quantised if asked."""
     with _exit_codes(), _here(run) as folder:
-        from kdray.run_folder import RunFolder
+        from kdray.runs.folder import RunFolder
 
         student = _finished_student(RunFolder.open(folder).path)
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -276,12 +276,12 @@ def export(
         if method is None:
             if group_size is not None:
                 raise DataError(f"--group-size {group_size}: nothing is quantised; add --quantize int4, or remove the option")
-            from kdray.progress import COMMITTED
+            from kdray.runs.checkpoints import COMMITTED
 
             shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
             typer.echo(to)
             return
-        from kdray.quantization import quantize, size_bytes
+        from kdray.models.quantization import quantize, size_bytes
 
         quantize(student, to, method, group_size)
         typer.echo(to)
@@ -303,8 +303,8 @@ def submit(
     """Send a run to a Ray cluster as a job: kdray itself, the config, and the small files that it names."""
     with _exit_codes():
         settings = _load(config, overrides)
-        from cluster.cargo import forwarded, pack, unchecked
-        from cluster.submit import JobServer, check_name
+        from cluster.jobs.client import JobServer, check_name
+        from cluster.jobs.package import forwarded, pack, unchecked
 
         cargo, environment = pack(settings), forwarded(settings)
         name = check_name(name or settings.run.name)
@@ -313,7 +313,7 @@ def submit(
         if reasons:
             typer.echo(f"models and data are checked when the job starts, not here: {'; '.join(reasons)}")
         else:
-            from kdray.preflight import check
+            from kdray.checks.preflight import check
 
             for line in check(settings).lines:
                 typer.echo(line)
@@ -336,7 +336,7 @@ def status(
 ) -> None:
     """Show the jobs of a cluster, or one: state, how far it is, and how it ended."""
     with _exit_codes():
-        from cluster.submit import TABLE, JobServer, outcome, table_rows
+        from cluster.jobs.client import TABLE, JobServer, outcome, table_rows
 
         server = JobServer(address)
         found = server.logs_of([server.job(name)] if name is not None else server.jobs())
@@ -359,7 +359,7 @@ def status(
 def stop(name: JobName, address: Address = None) -> None:
     """Ask a job to write a checkpoint and end, wait, and tell how it ended; exit 1 when it was killed without."""
     with _exit_codes():
-        from cluster.submit import JobServer, job_exit_code, outcome
+        from cluster.jobs.client import JobServer, job_exit_code, outcome
 
         server = JobServer(address)
         job = server.job(name)
@@ -380,7 +380,7 @@ def logs(
 ) -> None:
     """Print a job's log."""
     with _exit_codes():
-        from cluster.submit import JobServer
+        from cluster.jobs.client import JobServer
 
         server = JobServer(address)
         job = server.job(name)
@@ -519,8 +519,8 @@ def _here(source: str) -> Iterator[Path]:
     if "://" not in source:
         yield Path(source)
         return
-    from kdray.settings.storage import check_storage_url
-    from kdray.stored_run import fetch_results
+    from kdray.config.storage import check_storage_url
+    from kdray.runs.remote_copy import fetch_results
 
     try:
         url = check_storage_url(source)
@@ -532,7 +532,7 @@ def _here(source: str) -> Iterator[Path]:
 
 def _follow(server: JobServer, job: JobState) -> None:
     """Print a job's log until it ends, then how it ended. Raises: typer.Exit with its exit code."""
-    from cluster.submit import job_exit_code, outcome
+    from cluster.jobs.client import job_exit_code, outcome
 
     try:
         ended = server.follow(job, lambda text: typer.echo(text, nl=False))
@@ -553,8 +553,8 @@ def _hints(server: JobServer, job: JobState) -> str:
 
 def _finished_student(run_folder: Path) -> Path:
     """The student of a run that has ended. Raises: DataError when there is none yet, or not the one that was written."""
-    from kdray.progress import FILES, differing, read_marker
-    from kdray.storage import Storage
+    from kdray.runs.checkpoints import FILES, differing, read_marker
+    from kdray.runs.storage import Storage
 
     storage = Storage.local(run_folder)
     try:

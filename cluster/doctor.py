@@ -7,14 +7,14 @@ import platform
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from cluster.connect import CLUSTER_REMEDY, unreachable
 
 GIB = 2**30
 
@@ -29,7 +29,6 @@ _TESTED = {
 """Package -> the version that the tests ran with (pyproject.toml pins the same), and distributions that bring it."""
 
 _STRAY = ("torchvision", "torchaudio", "torchcodec")
-_CONNECT_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -185,23 +184,6 @@ def _ray_cluster(address: str | None) -> Check:
     if problem := unreachable(address):
         return Check(name, False, f"RAY_ADDRESS={problem}", CLUSTER_REMEDY.format(setting="RAY_ADDRESS"))
     return Check(name, True, f"RAY_ADDRESS={address} answers")
-
-
-CLUSTER_REMEDY = "start the cluster, correct {setting} (host:6379 or ray://host:10001), or unset it for a local Ray"
-
-
-def unreachable(address: str) -> str | None:
-    """Why nothing answers at a Ray address, or None if something does. Ray itself would try for minutes."""
-    try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        host, port = parts.hostname, parts.port or {"ray": 10001, "http": 80, "https": 443}.get(parts.scheme, 6379)
-    except ValueError as error:
-        return f"{address}: {error}"
-    try:
-        socket.create_connection((host or "", port), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return f"{address} does not answer: {error}"
-    return None
 
 
 def _version(distribution: str) -> str | None:

@@ -9,36 +9,37 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.console import Console
 
-from actors.beside_driver import beside_driver
-from actors.teacher_registry import TeacherRegistry
-from cluster.capture import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
-from cluster.doctor import CLUSTER_REMEDY, unreachable
-from cluster.job import Checkpoint, Job
-from cluster.local_ray import start_local
-from cluster.placement import Node, bundles
-from cluster.pools import check_signals, decoder, measure_arguments, open_pools, resolve_models
-from cluster.reservation import live_nodes, reserved
-from cluster.together import run_together
-from kdray.capture import check_alone, lacking
+from actors.driver_actor import beside_driver
+from actors.serving.registry import TeacherRegistry
+from cluster.assembly import open_pools
+from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
+from cluster.connect import connected
+from cluster.evaluation import check_signals, measure_arguments
+from cluster.parts import resolve_models
+from cluster.peer_runs import run_together
+from cluster.planning.placement import bundles
+from cluster.planning.reservation import reserved
+from cluster.runner import Checkpoint, Job
+from kdray.capturing.collect import check_alone, lacking
+from kdray.checks.preflight import Checked, check
 from kdray.config import Config
 from kdray.errors import ConfigError, StorageError
-from kdray.evaluate import evaluate as measure
-from kdray.peers import peer_configs
-from kdray.preflight import Checked, check
-from kdray.progress import NotWhole, discard, newest_checkpoint
-from kdray.report import write_report
-from kdray.reporter import RunReporter
-from kdray.run_folder import CAPTURE, RunFolder
-from kdray.storage import Storage
-from kdray.stored_run import StoredRun
+from kdray.evaluation import evaluate as measure
+from kdray.models.inspect import decoder
+from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
+from kdray.runs.folder import CAPTURE, RunFolder
+from kdray.runs.remote_copy import StoredRun
+from kdray.runs.report import write_report
+from kdray.runs.reporter import RunReporter
+from kdray.runs.storage import Storage
+from kdray.teachers.peers import peer_configs
 
 
 def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = None) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         elif held is not None:
             held.refuse_another()
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
-    with _connected(config), reserved(wanted, config.cluster, _tell) as room:
+    with connected(config), reserved(wanted, config.cluster, _tell) as room:
         jobs: dict[str, Job] = {}
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
@@ -175,15 +176,9 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     if student is not None:
         config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(student)})})
     checked = check(config)
-    with _connected(config):
+    with connected(config):
         _await_room(config, lambda role: role != "student")
         return asyncio.run(_evaluate(config, checked, teachers))
-
-
-def connected_nodes(config: Config) -> list[Node]:
-    """The nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
-    with _connected(config, serving=False):
-        return live_nodes()
 
 
 def capture(
@@ -194,10 +189,10 @@ def capture(
     prompts: Iterable[Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda held, wanted: None,
 ) -> dict[str, Any]:
-    """Record the teacher's answers to every training prompt; returns `cluster.capture.Captured` as a dict.
+    """Record the teacher's answers to every training prompt; returns `cluster.capture_run.Captured` as a dict.
 
     Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with draws of its own; reuse:
-          see `kdray.capture.lacking`; prompts: as for `run`; on_progress: called with the answers held and wanted.
+          see `kdray.capturing.collect.lacking`; prompts: as for `run`; on_progress: called with the answers held and wanted.
     Raises: ConfigError or DataError before anything starts, and for another teacher than the one whose answers are there;
     Interrupted with all kept that came.
     """
@@ -213,16 +208,19 @@ def capture(
         with contextlib.ExitStack() as stack:
             # A teacher in this process or elsewhere needs no cluster, and answers that are all there need nobody.
             if config.served_teachers and missing:
-                stack.enter_context(_connected(config))
+                stack.enter_context(connected(config))
                 _await_room(config, lambda role: role.startswith("teacher"))
             return asdict(asyncio.run(capture_answers(config, checked, models, folder, wanted, missing, on_progress)))
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:
-    """Start the teachers alone and check their signals; by teacher, the numbers of `kdray.signals`. Raises: SignalError."""
+    """Start the teachers alone and check their signals; returns the numbers of `kdray.checks.teacher_signal` by teacher.
+
+    Raises: SignalError.
+    """
     _quieten()
     checked = check(config)
-    with _connected(config):
+    with connected(config):
         _await_room(config, lambda role: role != "student")
         return asyncio.run(_check_teachers(config, checked))
 
@@ -248,36 +246,3 @@ def _await_room(config: Config, starts: Callable[[str], bool]) -> None:
 
 def _tell(line: str) -> None:
     Console(stderr=True).print(line, highlight=False)
-
-
-@contextlib.contextmanager
-def _connected(config: Config, serving: bool = True) -> Iterator[None]:
-    """Join the named cluster or start a local Ray, with Ray Serve unless nothing is served. Ends only what it started."""
-    setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    already = ray.is_initialized()
-    if not already:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        # `local` is a Ray of one's own in Ray's words.
-        if address and address != "local":
-            remedy = CLUSTER_REMEDY.format(setting=setting)
-            if address != "auto" and (problem := unreachable(address)):
-                raise ConfigError(f"{setting}={problem}; {remedy}")
-            try:
-                ray.init(address=address, **quiet)
-            except ConnectionError as error:
-                raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
-        else:
-            start_local(num_cpus=config.cluster.local_cpus, **quiet)
-    try:
-        if serving:
-            from ray import serve
-
-            # Handles alone reach the replicas: no HTTP proxy, no open port.
-            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-            logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        yield
-    finally:
-        # A local Ray takes its Serve with it. On a cluster Serve stays: other runs may have come to use it.
-        if not already:
-            ray.shutdown()

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from kdray.outage import Outage
+from kdray.errors import TeacherGone
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
+
+
+class Availability:
+    """State of a teacher: available, or lost with a reason while it has no replica that could answer.
+
+    A final loss does not pass by itself: a replica that came back was refused, and the next one will be too.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._lost = asyncio.Event()
+        self._final = asyncio.Event()
+
+    def lose(self, reason: str, final: bool = False) -> None:
+        self.reason = reason
+        self._lost.set()
+        if final:
+            self._final.set()
+
+    def restore(self) -> None:
+        self.reason = None
+        self._lost.clear()
+        self._final.clear()
+
+    async def lost(self, only_final: bool = False) -> None:
+        """Wait until the teacher is lost, then raise. Raises: TeacherGone with the reason."""
+        await (self._final if only_final else self._lost).wait()
+        raise TeacherGone(self.reason or "the teacher cannot be asked")
 
 
 class Sampler(Protocol):
@@ -37,8 +66,8 @@ class Scorer(Protocol):
 class Teacher(Sampler, Scorer, Protocol):
     """A named pool that samples beside the student and scores what others sampled."""
 
-    outage: Outage
-    """Whether it can be asked now."""
+    availability: Availability
+    """Whether the teacher can be asked now, and the reason where it cannot."""
 
 
 class StudentGroup(Protocol):

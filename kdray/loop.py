@@ -16,67 +16,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
-from kdray.batching import rollouts_to_batch
-from kdray.buffer import ReadyBatch, RolloutBuffer
-from kdray.config import Config
-from kdray.data import PromptStream
-from kdray.errors import EngineError, Interrupted, first_reason
+from kdray.data.dataset import PromptStream
+from kdray.errors import Interrupted, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
-from kdray.metrics import batch_metrics, filter_metrics
-from kdray.progress import Ledger, fates
-from kdray.references import DATA
-from kdray.schedules import Schedules
-from kdray.seeds import sample_seed, unit
-from kdray.streams import Merged
+from kdray.rollouts.batching import rollouts_to_batch
+from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
+from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
+from kdray.rollouts.schedules import Schedules
+from kdray.runs.ledger import Ledger, Totals, fates
+from kdray.runs.metrics import batch_metrics, filter_metrics
 from kdray.types import Rollout, SampleRequest, TrainBatch
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """The numbers that the loop needs, out of the config."""
-
-    seed: int
-    steps: int
-    batch_size: int
-    alpha: float
-    max_new_tokens: int
-    samples_per_prompt: int
-    max_staleness: int
-    checkpoint_every: int
-    evaluate_every: int
-    teacher_share: float = 0.0
-    data_share: float = 0.0
-
-    @classmethod
-    def of(cls, config: Config) -> LoopSettings:
-        return cls(
-            seed=config.run.seed,
-            steps=config.training.steps,
-            batch_size=config.training.batch_size,
-            alpha=config.rollout.alpha,
-            max_new_tokens=config.rollout.max_new_tokens,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            max_staleness=config.rollout.max_staleness,
-            checkpoint_every=config.training.checkpoint_every,
-            evaluate_every=config.evaluation.every,
-            teacher_share=config.rollout.teacher_share,
-            data_share=config.rollout.data_share,
-        )
-
-
-@dataclass
-class Totals:
-    """Counters of a run, carried across a resume."""
-
-    prompts_consumed: int = 0
-    tokens_generated: int = 0
-    tokens_scored: int = 0
-    trained_tokens: int = 0
 
 
 async def distill(
@@ -161,38 +114,6 @@ async def _produce(
             calls.create_task(_fill(buffer, sampler, scorer, requests, totals))
 
 
-def sample_request(
-    settings: LoopSettings,
-    prompts: PromptStream,
-    sample_id: int,
-    min_version: int = 0,
-    values: Mapping[str, float] | None = None,
-) -> SampleRequest:
-    """What a run asks for as its sample `sample_id`: the same in every run of the same settings and prompts.
-
-    Args: values: scheduled settings of the step that trains it, by their full names.
-    """
-    alpha, teacher_share, data_share = (
-        (values or {}).get(f"rollout.{name}", getattr(settings, name)) for name in ("alpha", "teacher_share", "data_share")
-    )
-    # One draw decides who writes, so that a schedule moves as few samples as it must from one writer to another.
-    chance = unit(settings.seed, "writer", sample_id)
-    if chance < data_share:
-        alpha = DATA
-    elif chance < data_share + (1.0 - data_share) * teacher_share:
-        alpha = 1.0
-    prompt = prompts.at(sample_id // settings.samples_per_prompt)
-    return SampleRequest(
-        sample_id=sample_id,
-        prompt_id=prompt.prompt_id,
-        prompt_ids=prompt.token_ids,
-        alpha=alpha,
-        seed=sample_seed(settings.seed, "train", sample_id),
-        max_new_tokens=settings.max_new_tokens,
-        min_version=min_version,
-    )
-
-
 async def _fill(
     buffer: RolloutBuffer,
     sampler: Sampler,
@@ -207,33 +128,6 @@ async def _fill(
             totals.tokens_generated += tokens
             totals.tokens_scored += tokens
             await buffer.put(rollouts)
-
-
-async def draw_scored(
-    sampler: Sampler,
-    scorer: Scorer | None,
-    requests: Sequence[SampleRequest],
-    on_sampled: Callable[[list[int]], Awaitable[None]] | None = None,
-) -> AsyncGenerator[list[Rollout]]:
-    """Stream every request's rollout with the teacher's columns, whichever of the two made them."""
-    if scorer is None:
-        async with aclosing(sampler.sample(requests)) as stream:
-            async for rollouts in stream:
-                yield rollouts
-        return
-    remaining = len(requests)
-    async with Merged[str, list[Rollout]]() as merged:
-        merged.add("sampled", sampler.sample(requests))
-        async for made, rollouts in merged:
-            if made == "sampled":
-                if on_sampled is not None:
-                    await on_sampled([rollout.sample_id for rollout in rollouts])
-                merged.add("scored", scorer.score(rollouts))
-            else:
-                remaining -= len(rollouts)
-                yield rollouts
-    if remaining:
-        raise EngineError(f"the scorer ended with {remaining} rollouts missing")
 
 
 async def _train(

@@ -41,7 +41,7 @@ class SampleRequest:
     alpha: float
     """Teacher's share of every next-token draw: 0 is the student alone, 1 the teacher alone."""
     seed: int
-    """Unsigned 64-bit seed of this sample's draws; see `kdray.seeds.sample_seed`."""
+    """Unsigned 64-bit seed of this sample's draws; see `kdray.rollouts.seeds.sample_seed`."""
     max_new_tokens: int
     min_version: int = 0
     """Oldest student version that may sample this request; a replica that holds an older one updates first."""

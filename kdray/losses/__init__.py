@@ -2,7 +2,7 @@
 
 To add a divergence: write `name(rows, settings) -> one value a row` in its own file and enter it in DIVERGENCES. To add any
 other: write `name(student_logits, batch, settings) -> LossOutput` and enter it in LOSSES. Either gets a settings class in
-`kdray.settings.losses`.
+`kdray.config.losses`.
 """
 
 from __future__ import annotations

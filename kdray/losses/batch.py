@@ -112,4 +112,4 @@ class LossOutput:
     total: torch.Tensor
     """Scalar with gradient, nats; the caller divides it by the response tokens of the whole step."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Detached scalars for `kdray.metrics.reduce_sums`, by name."""
+    """Detached scalars for `kdray.runs.metrics.reduce_sums`, by name."""

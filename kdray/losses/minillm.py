@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from kdray.config import MiniLLMLoss
-from kdray.importance import staleness_ratio
 from kdray.losses.batch import LossBatch, LossOutput
+from kdray.losses.importance import staleness_ratio
 from kdray.losses.policy_gradient import Whitening, returns_after, returns_from, sampled_tokens, whitened_returns
 from kdray.losses.support import buckets
 

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from kdray.config import LMOpsLoss, LossSettings, MiniLLMLoss
 from kdray.errors import TrainingError
-from kdray.importance import mixing_weight
 from kdray.losses.batch import LossBatch
+from kdray.losses.importance import mixing_weight
 from kdray.types import TrainBatch
 
 

@@ -1,6 +1,7 @@
 """Distillation from a teacher with another tokenizer: probabilities compared by rank, and by id where both have the token.
 
-Rows come from `kdray.cross_tokenizer`: the teacher's row before a group of tokens stands at the student's first token of it.
+Rows come from `kdray.teachers.cross_tokenizer`: the teacher's row before a group of tokens stands at the student's first token
+of it.
 There, over the teacher's K recorded ids with probabilities p_(1) >= p_(2) >= ..., the student's K likeliest q_(1) >= ...:
 
     ULD = sum_k |p_(k) - q_(k)| + |p_rest - q_rest|        Wasserstein-1 between sorted laws, cut to K and a rest

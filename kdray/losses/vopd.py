@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from kdray.config import VOPDLoss
-from kdray.importance import staleness_ratio
 from kdray.losses.batch import LossBatch, LossOutput
+from kdray.losses.importance import staleness_ratio
 from kdray.losses.policy_gradient import returns_from, sampled_tokens
 from kdray.losses.reverse_kl import reverse_kl
 from kdray.losses.support import buckets

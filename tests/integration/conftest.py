@@ -18,10 +18,9 @@ import pytest
 import torch
 
 from kdray.config import TinyModel
-from kdray.models import build_tiny_model
-from kdray.tasks import generate_examples
-
-from .runs import STARTED
+from kdray.data.tasks import generate_examples
+from kdray.models.resolve import build_tiny_model
+from tests.support.runs import STARTED
 
 # Nothing here may look outside; the tiny models are made on the spot.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -25,8 +25,8 @@ import pytest
 import ray
 import yaml
 
-from .heads import end_marked, free_ports, started_head
-from .runs import BATCH, check_ledger, finish, json_lines, start, write_recipe
+from tests.support.heads import end_marked, free_ports, started_head
+from tests.support.runs import BATCH, check_ledger, finish, json_lines, start, write_recipe
 
 _HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 """Id and kind that the provider knows the head by."""

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from kdray.captures import read_manifest, signals
+from kdray.capturing.format import read_manifest, signals
 from kdray.config import TinyModel
-from kdray.models import build_tiny_model
-from tests.unit.test_remote_teacher import serving, written
+from kdray.models.resolve import build_tiny_model
+from tests.unit.kdray.teachers.test_openai import serving, written
 
 PROMPTS, SAMPLES = 300, 4
 SOME_ANSWERS_BYTES = 50_000

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .chaos import Chaos, cluster_of, recipe_of, steps_for
+from tests.soak.chaos import Chaos, cluster_of, recipe_of, steps_for
 
 
 @pytest.mark.timeout(1500)

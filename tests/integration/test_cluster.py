@@ -15,20 +15,19 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from actors.student_group import StudentRanks
-from actors.teacher_engine import EngineSpec
-from actors.teacher_pool import ReplicaPool
-from actors.weight_sync import WeightStore
-from cluster import reservation
-from cluster.job import Job
-from cluster.placement import Bundle, bundles
-from cluster.pools import deployed
-from cluster.reservation import await_placed, reserved
+from actors.serving.engine import EngineSpec
+from actors.serving.pool import ReplicaPool
+from actors.student.group import StudentRanks
+from actors.weights.store import WeightStore
+from cluster.assembly import deployed
+from cluster.planning import reservation
+from cluster.planning.placement import Bundle, bundles
+from cluster.planning.reservation import await_placed, reserved
+from cluster.runner import Job
 from kdray.config import ClusterSettings, parse_config
 from kdray.errors import CapacityError
-
-from .conftest import EOS, VOCAB, TinyModels
-from .runs import check_ledger, finish, json_lines, start, write_recipe
+from tests.integration.conftest import EOS, VOCAB, TinyModels
+from tests.support.runs import check_ledger, finish, json_lines, start, write_recipe
 
 LARGE: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "large"}, "resources": {"large": 1}}
 SMALL: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "small"}, "resources": {"small": 1}}

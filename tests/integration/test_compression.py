@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from kdray.quantization import is_quantized, size_bytes
+from kdray.models.quantization import is_quantized, size_bytes
 
 
 def _kdray(*arguments: object) -> str:

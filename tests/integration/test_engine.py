@@ -14,13 +14,12 @@ import pytest_asyncio
 import torch
 from scipy.stats import chisquare
 
-from actors.hidden_state_loss import load_output_head
-from actors.teacher_engine import TeacherEngine
+from actors.serving.engine import TeacherEngine
+from actors.student.hidden_state_loss import load_output_head
 from kdray.errors import EngineError
 from kdray.types import Rollout, SampleRequest
-
-from .conftest import EOS, VOCAB, TinyModels
-from .pools import engine_spec
+from tests.integration.conftest import EOS, VOCAB, TinyModels
+from tests.support.pools import engine_spec
 
 # float32 on both sides; different kernels add in different orders.
 TOLERANCE = 1e-4

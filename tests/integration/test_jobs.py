@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .heads import free_ports, started_head
-from .runs import ENGINE, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from tests.support.heads import free_ports, started_head
+from tests.support.runs import ENGINE, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 VARIABLE = "KDRAY_TEST_JOB"
 """Forwarded to a job; tells its processes from those of other jobs."""

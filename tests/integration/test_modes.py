@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from .runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 SFT = {"steps": 20, "batch_size": 32, "learning_rate": 3e-3}
 

@@ -16,14 +16,13 @@ import pytest_asyncio
 import ray
 import torch
 
-from actors.teacher_pool import ReplicaPool, deploy
-from actors.weight_sync import WeightStore
-from cluster.local_ray import start_local
+from actors.serving.pool import ReplicaPool, deploy
+from actors.weights.store import WeightStore
+from cluster.connect import start_local
 from kdray.types import Rollout, SampleRequest
-
-from .conftest import VOCAB, TinyModels
-from .pools import Events, engine_spec, replica_pool
-from .runs import ENGINE
+from tests.integration.conftest import VOCAB, TinyModels
+from tests.support.pools import Events, engine_spec, replica_pool
+from tests.support.runs import ENGINE
 
 
 @dataclass

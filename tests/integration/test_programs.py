@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from actors.hf_teacher import HFTeacher
+from kdray.checks.preflight import check
 from kdray.config import Config, HFTeacherSettings, TinyModel, load_config
-from kdray.data import PromptStream, question_encoder, response_encoder
-from kdray.models import build_tiny_model
-from kdray.preflight import check
-from kdray.programs.sampler import ProgramSampler, TextCodec
-from kdray.seeds import sample_seed
+from kdray.data.dataset import PromptStream, question_encoder, response_encoder
+from kdray.models.resolve import build_tiny_model
+from kdray.rollouts.seeds import sample_seed
+from kdray.teachers.huggingface import HFTeacher
+from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
 from kdray.types import SampleRequest
 
 LESSONS: dict[str, dict[str, float]] = {

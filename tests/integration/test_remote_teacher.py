@@ -21,11 +21,11 @@ import pytest
 import torch
 import yaml
 
-from actors.remote_teacher import RemoteTeacher
 from kdray.config import OpenAITeacherSettings, TinyModel, TinyTraining
+from kdray.data.tasks import TASKS
 from kdray.errors import ConfigError, RequestRefused
-from kdray.models import build_tiny_model, task_tokenizer
-from kdray.tasks import TASKS
+from kdray.models.resolve import build_tiny_model, task_tokenizer
+from kdray.teachers.openai import RemoteTeacher
 from kdray.types import Rollout, SampleRequest
 
 KEY = "right-key-5f0c"

@@ -16,9 +16,17 @@ import pytest
 import yaml
 
 from kdray.config import TinyModel
-from kdray.tasks import generate_examples
-
-from .runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, reachable_from_outside, start, write_recipe
+from kdray.data.tasks import generate_examples
+from tests.support.runs import (
+    BATCH,
+    assert_nothing_left,
+    check_ledger,
+    finish,
+    json_lines,
+    reachable_from_outside,
+    start,
+    write_recipe,
+)
 
 
 def test_a_run_from_own_folders(workplace: Path, marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,12 +304,12 @@ def _with_teachers(recipe: Path, teachers: dict[str, Any]) -> Path:
 
 async def _record(workplace: Path, recipe: Path) -> None:
     """What the teacher writes to every training prompt of the recipe, as a capture."""
-    from actors.hf_teacher import HFTeacher
-    from kdray.captures import write_capture
+    from kdray.capturing.format import write_capture
+    from kdray.checks.preflight import check
     from kdray.config import HFTeacherSettings, load_config
-    from kdray.preflight import check
+    from kdray.models.vocab import tokenizer_hash
+    from kdray.teachers.huggingface import HFTeacher
     from kdray.types import SampleRequest
-    from kdray.vocab import tokenizer_hash
 
     checked = check(load_config(recipe))
     settings = HFTeacherSettings(type="hf", model=str(workplace / "teacher"), batch_size=64)
@@ -348,7 +356,7 @@ def _teacher_of_pieces(folder: Path) -> None:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from kdray.config import TinyTraining
-    from kdray.models import _llama_config, _train
+    from kdray.models.resolve import _llama_config, _train
 
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -19,17 +19,16 @@ import pytest_asyncio
 import ray
 import torch
 
-from actors.teacher_pool import ReplicaPool, deploy
-from actors.teacher_registry import TeacherRegistry
-from cluster.local_ray import start_local
+from actors.serving.pool import ReplicaPool, deploy
+from actors.serving.registry import TeacherRegistry
+from cluster.connect import start_local
 from kdray.config import Config, parse_config
 from kdray.errors import EngineError
-from kdray.loop import draw_scored
-from kdray.teachers import TeacherTeam
+from kdray.rollouts.draw import draw_scored
+from kdray.teachers.team import TeacherTeam
 from kdray.types import Prompt, Rollout, SampleRequest
-
-from .conftest import VOCAB, TinyModels
-from .pools import Events, engine_spec, replica_pool
+from tests.integration.conftest import VOCAB, TinyModels
+from tests.support.pools import Events, engine_spec, replica_pool
 
 NAMES = ("a", "b", "c")
 TOP_K = 6

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3_server import BUCKET, S3Server, s3_server
-
-from .runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 
 @pytest.fixture

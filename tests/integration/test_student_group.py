@@ -16,19 +16,18 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.student_engine import Phase
-from actors.student_group import StudentRanks
-from actors.weight_sync import WeightStore, pull
-from cluster.local_ray import start_local
-from kdray.batching import rollouts_to_batch, shard, take_rows
+from actors.student.engine import Phase
+from actors.student.group import StudentRanks
+from actors.weights.store import WeightStore, pull
+from cluster.connect import start_local
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossBatch, loss_function
-from kdray.models import task_tokenizer
+from kdray.models.resolve import task_tokenizer
+from kdray.rollouts.batching import rollouts_to_batch, shard, take_rows
 from kdray.types import Rollout, TrainBatch
-from tests.s3_server import BUCKET, S3Server, s3_server
-
-from .conftest import VOCAB, TinyModels
+from tests.integration.conftest import VOCAB, TinyModels
+from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 STEPS = 4
 

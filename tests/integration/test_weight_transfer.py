@@ -18,20 +18,19 @@ import pytest_asyncio
 import ray
 import torch
 
-from actors.student_engine import Phase
-from actors.student_group import StudentRanks
-from actors.teacher_pool import ReplicaPool, deploy
-from actors.weight_transfer import TransferStore
-from cluster.local_ray import start_local
-from kdray.batching import rollouts_to_batch
+from actors.serving.pool import ReplicaPool, deploy
+from actors.student.engine import Phase
+from actors.student.group import StudentRanks
+from actors.weights.transfer import TransferStore
+from cluster.connect import start_local
 from kdray.config import ReverseKLLoss
-from kdray.models import task_tokenizer
+from kdray.models.resolve import task_tokenizer
+from kdray.rollouts.batching import rollouts_to_batch
 from kdray.types import Rollout, SampleRequest, TrainBatch
-
-from .conftest import VOCAB, TinyModels
-from .gloo_settings import EXTENSION, FAULT, GlooTraining
-from .pools import Events, engine_spec, replica_pool
-from .runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from tests.integration.conftest import VOCAB, TinyModels
+from tests.support.gloo_settings import EXTENSION, FAULT, GlooTraining
+from tests.support.pools import Events, engine_spec, replica_pool
+from tests.support.runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
 STUCK_S = 25.0
 
@@ -61,7 +60,7 @@ class Run:
 @pytest.mark.full
 def test_a_whole_run_with_its_control_and_nothing_left_behind(workplace: Path, marker: str) -> None:
     recipe = write_recipe(workplace, "transferred", rollout={"max_staleness": 2}, evaluation={"control": True})
-    output = finish(start(str(recipe), module="tests.integration.gloo_run"), 0)
+    output = finish(start(str(recipe), module="tests.support.gloo_run"), 0)
     folder = workplace / "runs" / "transferred"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"], output[-3000:]

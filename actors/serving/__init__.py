@@ -1,0 +1,1 @@
+"""Serving: vLLM engines, their Serve replicas, pools, routing and autoscaling."""

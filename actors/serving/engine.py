@@ -1,0 +1,500 @@
+"""vLLM around the mixture model: ids in, arrays out. Knows no Ray.
+
+One class for the three kinds of replica: `mixture` (teacher and student, samples and scores in one pass), `teacher` (scores,
+or samples alone at alpha 1), `student` (samples alone at alpha 0). All calls belong to one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from actors.serving import prompt_logprobs
+from kdray.errors import EngineError, RequestRefused
+from kdray.models.resolve import model_name
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.types import Rollout, SampleRequest
+
+Role = Literal["mixture", "teacher", "student"]
+
+# Width of the fixed part of the recorder's columns, which `actors.vllm_plugin.recorder` names (it needs vLLM to be imported).
+_FLOATS, _INTS = 6, 2
+
+
+class Recorded(NamedTuple):
+    """What the recorder kept of one request; the columns are its."""
+
+    floats: np.ndarray  # [T, 6 + K] float32
+    ints: np.ndarray  # [T, 2 + K] int32
+    hidden: np.ndarray  # [T, d] float16; d is 0 where hidden states are not recorded
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What one engine holds and how large it is; picklable."""
+
+    role: Role
+    model: str
+    """Folder or hub id of the engine's own checkpoint: the teacher's, or the student's for role `student`."""
+    student: str | None
+    """Folder or hub id of the student beside the teacher (role `mixture`)."""
+    vocab_size: int
+    """Ids that teacher and student share; rows beyond are cut before the softmax."""
+    stop_ids: tuple[int, ...]
+    """End-of-sequence ids; drawing one ends the rollout, and it is the rollout's last token."""
+    max_model_len: int
+    """Longest prompt plus response, in tokens."""
+    revision: str | None = None
+    """Commit or tag of `model` on the hub."""
+    student_revision: str | None = None
+    """Commit or tag of `student` on the hub."""
+    teacher: str = ""
+    """Name of the teacher, written into every rollout it scored."""
+    canary: tuple[int, ...] = ()
+    """Token ids that the teacher scores at its start, so that every replica can be compared with the first one."""
+    tokenizer: str = ""
+    """Hash of the teacher's tokenizer."""
+    scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
+    """How prefill is read: by the recorder, or by vLLM's own `prompt_logprobs`."""
+    record_hidden: bool = False
+    """Whether the teacher's last hidden state is recorded for every token."""
+    teacher_top_k: int = 32
+    student_top_k: int = 16
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 4096
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.85
+    seed: int = 0
+    stuck_after_s: float = 300.0
+    """Longest time that the engine may take to answer between two steps."""
+    weight_transfer: str | None = None
+    """Backend of vLLM that brings the student's weights from rank 0; None where they come as files."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+class TeacherEngine:
+    """One vLLM engine. `start` before anything else, `close` at the end."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.student_version = 0
+        self.teacher_version = -1
+        """Newest weights that a teacher which changes has taken; -1 where it has those it was started with."""
+        self._engine: Any = None
+        self._update = asyncio.Lock()
+        self._broken: str | None = None
+        self._counter = 0
+        self._cached_tokens = 0
+
+    async def start(self) -> None:
+        """Load the models and start the engine process; seconds to minutes. Raises what vLLM raises."""
+        # The first model runner of vLLM is the one whose logits processors carry request state; the newer one has another
+        # interface.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        # Only inside one process does the single-worker executor hold on CPUs; AsyncLLM keeps its engine-core process.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actors.vllm_plugin.mixture_model import ARCHITECTURE
+
+        spec = self.spec
+        overrides: dict[str, Any] = {
+            "architectures": [ARCHITECTURE],
+            "kdray_role": spec.role,
+            "kdray_student": spec.student,
+            "kdray_student_revision": spec.student_revision,
+            "kdray_vocab_size": spec.vocab_size,
+            "kdray_architectures": _architectures(spec.model, spec.revision),
+        }
+        arguments: dict[str, Any] = {
+            "model": spec.model,
+            "revision": spec.revision,
+            "hf_overrides": overrides,
+            "additional_config": {
+                "kdray": {
+                    "teacher_top_k": spec.teacher_top_k,
+                    "student_top_k": spec.student_top_k,
+                    "record_hidden": spec.record_hidden,
+                }
+            },
+            "logits_processors": ["actors.vllm_plugin.recorder:Recorder"],
+            "worker_extension_cls": "actors.vllm_plugin.worker_extension.WorkerExtension",
+            "skip_tokenizer_init": True,
+            "dtype": spec.dtype,
+            "seed": spec.seed,
+            "max_model_len": spec.max_model_len,
+            "max_num_seqs": spec.max_num_seqs,
+            "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
+            "tensor_parallel_size": spec.tensor_parallel_size,
+            "enable_prefix_caching": True,
+            "trust_remote_code": False,
+            # Never a pickle, which can run code.
+            "load_format": "safetensors",
+            "disable_log_stats": True,
+            "max_logprobs": max(20, spec.teacher_top_k),
+        }
+        if current_platform.is_cpu():
+            arguments |= {
+                "dtype": "float32" if spec.dtype == "auto" else spec.dtype,
+                "enforce_eager": True,
+                "block_size": 32,
+                "distributed_executor_backend": "uni",
+                "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+            }
+        else:
+            arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+            # A full graph would replay the layers without this model's Python, which keeps what scoring reads.
+            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+        arguments |= spec.engine_args
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        await self._engine.collective_rpc("kdray_end_with_parent")
+
+    async def close(self) -> None:
+        """End the engine process."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    async def check_health(self) -> None:
+        """Raises: EngineError when the engine died or a weight update left it in an unknown state."""
+        if self._broken:
+            raise EngineError(self._broken)
+        await self._engine.check_health()
+
+    async def check_progress(self) -> None:
+        """Return once the engine's worker has answered, as it does between two steps.
+
+        Raises: EngineError when it does not in `stuck_after_s`. An engine process that hangs looks alive otherwise.
+        """
+        try:
+            await asyncio.wait_for(self._engine.collective_rpc("kdray_stats"), self.spec.stuck_after_s)
+        except TimeoutError as error:
+            raise EngineError(f"the engine has not answered for {self.spec.stuck_after_s:g} s") from error
+
+    # ------------------------------------------------------------------------------------------- sample and score
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        """Draw every request, streaming those that ended together as one item.
+
+        The rollouts carry the teacher's columns where the engine holds one.
+        Raises: EngineError for an alpha that this engine's role cannot draw, or a request that does not fit.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        for request in requests:
+            self._check(request)
+        jobs = []
+        for request in requests:
+            key = self._key(request.sample_id)
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=list(self.spec.stop_ids),
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"kdray": {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}},
+            )
+            jobs.append((key, request.prompt_ids.tolist(), params))
+        async with aclosing(self._finish(jobs)) as finished:
+            async for ended in finished:
+                yield [self._sampled(requests[index], *answer) for index, *answer in ended]
+
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        """Fill in the teacher's columns of sequences sampled elsewhere, by prefill; streams like `sample`.
+
+        The new support holds the rollout's `support_ids`, where it has some, in their order, and then the models' own top ids
+        unless `top_k` is False. Where the engine also holds the student, both exact KLs are filled in, under the version that
+        it holds.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self.spec.role == "student":
+            raise RequestRefused("a student-only replica cannot score")
+        if self.spec.scoring == "prompt_logprobs":
+            async with aclosing(self._score_plainly(rollouts, top_k)) as plain:
+                async for part in plain:
+                    yield part
+            return
+        jobs = []
+        for rollout in rollouts:
+            key = self._key(rollout.sample_id)
+            sequence = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+            start = len(rollout.prompt_ids)
+            extra = {"key": key, "mode": "score", "start": start, "last_id": sequence[-1], "top_k": top_k}
+            if rollout.support_ids is not None and rollout.support_ids.shape[1]:
+                # Bytes pass vLLM's encoding as they are; a list of so many numbers would be slow.
+                extra |= {"asked": rollout.support_ids.astype(np.int32).tobytes(), "width": rollout.support_ids.shape[1]}
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                detokenize=False,
+                ignore_eos=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                # Rows that the prefix cache answers are never computed, and so never seen.
+                skip_reading_prefix_cache=True,
+                extra_args={"kdray": extra},
+            )
+            jobs.append((key, sequence[:-1], params))
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        async with aclosing(self._finish(jobs, lengths)) as finished:
+            async for ended in finished:
+                yield [
+                    replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(record))
+                    for index, _, record in ended
+                ]
+
+    async def _score_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[Rollout]]:
+        if not top_k or any(rollout.support_ids is not None for rollout in rollouts):
+            raise RequestRefused("scoring=prompt_logprobs gives a teacher's own top ids alone; set scoring=recorder")
+        width = min(self.spec.teacher_top_k, self.spec.vocab_size)
+        jobs = []
+        for rollout in rollouts:
+            ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+            jobs.append((self._key(rollout.sample_id), ids[:-1], prompt_logprobs.sampling_params(width, ids[-1])))
+        async with aclosing(self._outputs(jobs)) as outputs:
+            async for ended in outputs:
+                scored = []
+                for index, output in ended:
+                    found = prompt_logprobs.columns(output, len(rollouts[index].prompt_ids), self.spec.vocab_size)
+                    scored.append(replace(rollouts[index], teacher=self.spec.teacher, **found))
+                yield scored
+
+    async def fingerprint(self) -> Fingerprint:
+        """What this engine's teacher is, and its scores of the canary."""
+        ids = np.asarray(self.spec.canary, dtype=np.int32)
+        blank = np.zeros(len(ids) - 1, dtype=np.float32)
+        versions = np.zeros(len(ids) - 1, dtype=np.int32)
+        canary = Rollout(-1, -1, ids[:1], ids[1:], blank, blank, versions, alpha=0.0, finish_reason="length")
+        ((scored,),) = [part async for part in self.score([canary])]
+        assert scored.teacher_logprobs is not None
+        if not np.isfinite(scored.teacher_logprobs).all():
+            raise EngineError(
+                f"teacher {self.spec.teacher}: log p of a test sequence is not finite; its weights or its dtype are broken: "
+                f"try teachers.{self.spec.teacher}.dtype=float32"
+            )
+        return Fingerprint(
+            # Folders move, and what lies in them is what the canary tells.
+            model=model_name(self.spec.model),
+            revision=self.spec.revision,
+            tokenizer=self.spec.tokenizer,
+            vocab_size=self.spec.vocab_size,
+            dtype=str(self._engine.vllm_config.model_config.dtype).removeprefix("torch."),
+            canary=self.spec.canary,
+            scores=tuple(scored.teacher_logprobs.tolist()),
+        )
+
+    async def _finish(
+        self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
+    ) -> AsyncGenerator[list[tuple[int, Any, Recorded]]]:
+        """Run jobs (key, ids, params) and stream (index, output, record) of those that ended since the last item."""
+        complete = False
+        try:
+            async with aclosing(self._outputs(jobs)) as outputs:
+                async for batch in outputs:
+                    wanted = [
+                        (jobs[index][0], len(output.outputs[0].token_ids) if lengths is None else lengths[index])
+                        for index, output in batch
+                    ]
+                    (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
+                    arrays = _arrays(answer, [length for _, length in wanted])
+                    yield [(index, output, record) for (index, output), record in zip(batch, arrays, strict=True)]
+            complete = True
+        finally:
+            if not complete and self._engine is not None:
+                # The reader went away or a request failed: let the worker forget what it recorded of the rest.
+                await self._engine.collective_rpc("kdray_drop", args=([key for key, _, _ in jobs],))
+
+    async def _outputs(self, jobs: list[tuple[str, list[int], Any]]) -> AsyncGenerator[list[tuple[int, Any]]]:
+        """Run jobs (key, ids, params) and stream (index, output) of those that ended since the last item."""
+        ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+
+        async def follow(index: int) -> None:
+            key, ids, params = jobs[index]
+            final = None
+            async for output in self._engine.generate({"prompt_token_ids": ids}, params, key):
+                final = output
+            ended.put_nowait((index, final))
+
+        tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+        taken = 0
+        try:
+            while taken < len(jobs):
+                batch = [await _first(ended.get(), tasks)]
+                while not ended.empty():
+                    batch.append(ended.get_nowait())
+                taken += len(batch)
+                self._cached_tokens += sum(output.num_cached_tokens or 0 for _, output in batch)
+                yield batch
+        finally:
+            # Aborted where the reader went away or a request failed.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _check(self, request: SampleRequest) -> None:
+        only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)
+        if only is not None and request.alpha != only:
+            raise RequestRefused(f"a {self.spec.role}-only replica samples at alpha {only:g}, not {request.alpha:g}")
+        length = len(request.prompt_ids) + request.max_new_tokens
+        if length > self.spec.max_model_len:
+            raise RequestRefused(
+                f"sample {request.sample_id}: prompt and response may take {length} tokens, "
+                f"but the engine holds {self.spec.max_model_len}"
+            )
+
+    def _key(self, sample_id: int) -> str:
+        # The same sample may be asked twice at once (a retry overtaking a lost stream); each is a request of its own.
+        self._counter += 1
+        return f"{sample_id}-{self._counter}"
+
+    def _sampled(self, request: SampleRequest, output: Any, record: Recorded) -> Rollout:
+        floats, ints = record.floats, record.ints
+        completion = output.outputs[0]
+        tokens = np.asarray(completion.token_ids, dtype=np.int32)
+        if not np.array_equal(tokens, ints[:, 0]):
+            raise EngineError(f"sample {request.sample_id}: the engine returned other tokens than the recorder drew")
+        rollout = Rollout(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=tokens,
+            mixture_logprobs=floats[:, 0],
+            student_logprobs=floats[:, 1],
+            student_versions=ints[:, 1],
+            alpha=request.alpha,
+            finish_reason="stop" if len(tokens) and int(tokens[-1]) in self.spec.stop_ids else "length",
+        )
+        if self.spec.role == "student":
+            return rollout
+        return replace(rollout, teacher=self.spec.teacher, **self._teacher_columns(record))
+
+    def _teacher_columns(self, record: Recorded) -> dict[str, Any]:
+        floats, ints = record.floats, record.ints
+        columns: dict[str, Any] = {
+            "teacher_logprobs": floats[:, 2],
+            "tail_logprobs": floats[:, 3],
+            "support_logprobs": floats[:, _FLOATS:],
+            "support_ids": ints[:, _INTS:],
+        }
+        if self.spec.role == "mixture":
+            columns |= {"reverse_kl": floats[:, 4], "forward_kl": floats[:, 5]}
+        if self.spec.record_hidden:
+            columns["teacher_hidden"] = record.hidden
+        return columns
+
+    async def stats(self) -> dict[str, int]:
+        """Counters since the start: prompt tokens answered by the prefix cache, requests preempted, records held."""
+        (worker,) = (await self._engine.collective_rpc("kdray_stats"))[:1]
+        return {"cached_tokens": self._cached_tokens, **worker}
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    async def update_student(self, paths: Sequence[Path], version: int) -> None:
+        """Replace the student's weights by those in safetensors files; requests in flight go on under the new ones.
+
+        Raises: EngineError, and the engine is unhealthy from then on, if any step fails.
+        """
+        if self.spec.role == "teacher":
+            raise EngineError("a teacher-only replica holds no student")
+        async with self._update:
+            if version > self.student_version:
+                await self._reload("student", version, "kdray_reload", ("student", [str(path) for path in paths], version))
+                self.student_version = version
+
+    async def update_teacher(self, paths: Sequence[Path], version: int) -> None:
+        """The same for a teacher that changes during a run: an average of the student, or another student."""
+        if self.spec.role == "student":
+            raise EngineError("a student-only replica holds no teacher")
+        async with self._update:
+            if version > self.teacher_version:
+                await self._reload("teacher", version, "kdray_reload", ("teacher", [str(path) for path in paths], version))
+                self.teacher_version = version
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that hold a share of the weights."""
+        return self._engine.vllm_config.parallel_config.world_size
+
+    async def connect_student(self, info: dict[str, Any]) -> None:
+        """Have the workers join rank 0's communicator. Args: info: vLLM's init info of `spec.weight_transfer`."""
+        await self._engine.collective_rpc("kdray_connect", args=(self.spec.weight_transfer, info))
+
+    async def receive_student(self, info: dict[str, Any], version: int) -> None:
+        """As `update_student`, from the communicator. Args: info: vLLM's update info."""
+        async with self._update:
+            await self._reload("student", version, "kdray_receive", (info, version))
+            self.student_version = version
+
+    async def _reload(self, which: Literal["student", "teacher"], version: int, method: str, args: tuple[Any, ...]) -> None:
+        """Load new weights between two forward passes, by a method of the worker. The caller holds the lock.
+
+        Every step matters: without the pause a forward pass meets half-loaded weights, and without dropping cached and running
+        KV, new weights read keys and values of the old.
+        """
+        try:
+            await self._engine.pause_generation(mode="keep", clear_cache=False)
+            await self._engine.collective_rpc(method, args=args)
+            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise EngineError("vLLM did not drop its KV cache")
+            await self._engine.resume_generation()
+        except asyncio.CancelledError:
+            self._broken = f"update to {which} version {version} was given up"
+            raise
+        except Exception as error:
+            self._broken = f"update to {which} version {version} failed: {error}"
+            raise EngineError(self._broken) from error
+
+    async def set_initial_version(self, version: int) -> None:
+        """Name the version of the weights loaded at start."""
+        await self._engine.collective_rpc("kdray_set_version", args=(version,))
+        self.student_version = version
+
+
+async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any:
+    """Await `wanted`, but raise what any of the tasks raises first."""
+    getter = asyncio.ensure_future(wanted)
+    pending: set[asyncio.Future[Any]] = {getter, *(task for task in tasks if not task.done())}
+    try:
+        while not getter.done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {getter}:
+                task.result()
+        return getter.result()
+    finally:
+        getter.cancel()
+
+
+def _arrays(answer: bytes, lengths: list[int]) -> list[Recorded]:
+    table = pa.ipc.open_stream(answer).read_all().combine_chunks()
+    records = []
+    for row, length in enumerate(lengths):
+        arrays = (table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in Recorded._fields)
+        records.append(Recorded(*(array.reshape(length, -1) for array in arrays)))
+    return records
+
+
+def _architectures(model: str, revision: str | None) -> list[str]:
+    from transformers import AutoConfig
+
+    architectures = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).architectures
+    if not architectures:
+        raise EngineError(f"{model}: config.json names no architecture")
+    return list(architectures)

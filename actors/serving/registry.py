@@ -1,0 +1,35 @@
+"""Where every teacher replica introduces itself at its start, and is turned away if it is not the teacher of this run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdray.teachers.fingerprint import Fingerprint, difference
+
+
+class TeacherRegistry:
+    """What each teacher of a run is, from the first replica on; an actor.
+
+    A replica that is turned away ends, so nothing of it is ever trained on; Ray Serve starts it again, and it introduces itself
+    again: a teacher whose weights are put back returns by itself.
+    """
+
+    def __init__(self, known: dict[str, dict[str, Any]]) -> None:
+        """Args: known: fingerprints by teacher, of the run that is resumed; empty for a new one."""
+        self._known = {name: Fingerprint.from_dict(values) for name, values in known.items()}
+        self._refused: list[tuple[str, str]] = []
+
+    def enter(self, teacher: str, found: Fingerprint) -> str | None:
+        """Take a replica in, the first one of a teacher as what the others are compared with; or the reason not to."""
+        reason = difference(self._known.setdefault(teacher, found), found)
+        if reason is not None:
+            self._refused.append((teacher, reason))
+        return reason
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """Fingerprints by teacher, for the run folder."""
+        return {name: fingerprint.to_dict() for name, fingerprint in self._known.items()}
+
+    def refused(self, teacher: str) -> list[str]:
+        """Why replicas of a teacher were turned away so far, oldest first."""
+        return [reason for name, reason in self._refused if name == teacher]

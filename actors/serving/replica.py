@@ -1,0 +1,258 @@
+"""The Ray Serve deployment that owns one engine: sample, score, health, the student version that it holds.
+
+Tables of Arrow go in and out. A replica pulls new student weights by itself as soon as they are published, and before it
+serves a request that asks for newer ones than it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from actors.serving.engine import EngineSpec, TeacherEngine
+from actors.serving.load_stats import Workload
+from actors.serving.replica_choice import Route
+from actors.weights.store import pull
+from actors.weights.transfer import Ask, Turn, receive
+from kdray.errors import EngineError
+from kdray.rollouts.arrow import rollouts_to_table, table_to_requests, table_to_rollouts
+from kdray.types import Rollout, SampleRequest
+
+logger = logging.getLogger("ray.serve")
+
+_WATCH_PERIOD_S = 0.5
+
+
+class TeacherReplica:
+    """One engine behind Ray Serve; a student-only engine of a rollout pool too."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self,
+        spec: EngineSpec,
+        weights: Any | None,
+        registry: Any | None = None,
+        teacher_weights: Any | None = None,
+    ) -> None:
+        """Start the engine.
+
+        Args: weights: the WeightStore's handle, None where the student never changes; registry: the TeacherRegistry's, None
+              where nobody checks; teacher_weights: the WeightStore of a teacher that changes during the run.
+        Raises: EngineError where the registry turns this replica away.
+        """
+        self._spec = spec
+        self._weights = weights if spec.role != "teacher" else None
+        self._store = weights
+        # Either lives as long as the run's driver.
+        self._owner = weights if weights is not None else registry
+        self._teacher_weights = teacher_weights
+        self._workload = Workload(spec.max_num_seqs, time.monotonic())
+        self._engine = TeacherEngine(spec)
+        self._sync_lock = asyncio.Lock()
+        self._receiving: asyncio.Task[None] | None = None
+        await self._engine.start()
+        if registry is not None and spec.role != "student":
+            reason = await registry.enter.remote(spec.teacher, await self._engine.fingerprint())
+            if reason is not None:
+                await self._engine.close()
+                raise EngineError(f"teacher {spec.teacher}: this replica is turned away: {reason}")
+        # The weights on disk are older than anything published: version 0 is the student at the start of the phase.
+        if spec.role != "teacher":
+            await self._engine.set_initial_version(-1 if self._weights is not None else 0)
+        follows = self._weights is not None or teacher_weights is not None
+        self._follower = asyncio.create_task(self._follow()) if follows else None
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces the replica when this raises."""
+        if self._follower is not None and self._follower.done():
+            self._follower.result()
+            raise EngineError("the replica stopped following student weights")
+        await self._engine.check_health()
+
+    async def sample(self, requests: pa.Table, route: Route | None = None) -> AsyncGenerator[pa.Table]:
+        """Draw every request of a table (`kdray.rollouts.arrow.REQUEST_SCHEMA`); each item holds what ended since the last.
+
+        Args: route: for Serve's router alone.
+        """
+        wanted: list[SampleRequest] = table_to_requests(requests)
+        await self._reach(max(request.min_version for request in wanted))
+        call = self._workload.begin(len(wanted), time.monotonic())
+        try:
+            async with aclosing(self._engine.sample(wanted)) as stream:
+                async for rollouts in stream:
+                    self._note_done(call, rollouts)
+                    yield rollouts_to_table(rollouts)
+        finally:
+            self._workload.end(call, time.monotonic())
+
+    async def score(
+        self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True, route: Route | None = None
+    ) -> AsyncGenerator[pa.Table]:
+        """Fill in the teacher's columns of rollouts sampled elsewhere.
+
+        Args: min_version: oldest student version under which the exact KLs may be taken, where the engine holds a student;
+              top_k: as for `TeacherEngine.score`; route: for Serve's router alone.
+        """
+        await self._reach(min_version)
+        call = self._workload.begin(rollouts.num_rows, time.monotonic())
+        try:
+            async with aclosing(self._engine.score(table_to_rollouts(rollouts), top_k)) as stream:
+                async for scored in stream:
+                    self._note_done(call, scored)
+                    yield rollouts_to_table(scored)
+        finally:
+            self._workload.end(call, time.monotonic())
+
+    def _note_done(self, call: int, rollouts: list[Rollout]) -> None:
+        self._workload.done(call, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts), time.monotonic())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy knows of this replica; Ray Serve asks where its pool is autoscaled."""
+        from ray import serve
+
+        waiting_s = 0.0
+        if self._store is not None:
+            waiting_s = await self._store.waiting.remote(serve.get_replica_context().deployment)
+        return {"waiting_s": waiting_s, **self._workload.stats(time.monotonic())}
+
+    async def student_version(self) -> int:
+        return self._engine.student_version
+
+    async def _reach(self, version: int) -> None:
+        """Return once the engine holds at least `version` of the student, and a teacher that changes as it was by then.
+
+        A teacher's weights are published before those of the student that they belong to, so the newest are enough.
+        """
+        async with self._sync_lock:
+            if self._weights is not None and self._engine.student_version < version:
+                if self._spec.weight_transfer is None:
+                    await self._pull(self._weights, version, self._engine.update_student)
+                else:
+                    await self._receive(self._weights, version)
+                await self._renew_teacher()
+            elif self._teacher_weights is not None and self._engine.teacher_version < 0:
+                await self._renew_teacher()
+
+    async def _renew_teacher(self) -> None:
+        """Take the newest weights of a teacher that changes, waiting for its first."""
+        if self._teacher_weights is None:
+            return
+        newest, _ = await self._teacher_weights.newest.remote(0)
+        if newest > self._engine.teacher_version:
+            await self._pull(self._teacher_weights, newest, self._engine.update_teacher)
+
+    async def _pull(self, store: Any, at_least: int, update: Callable[[list[Path], int], Awaitable[None]]) -> None:
+        version, folder, paths = await pull(store, at_least)
+        try:
+            await update(paths, version)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _receive(self, store: Any, at_least: int) -> None:
+        await store.newest.remote(at_least)
+        while self._engine.student_version < at_least:
+            # One that a transfer left in an unknown state ends soon, and rank 0 is not to wait for it.
+            await self._engine.check_health()
+            if self._receiving is None or self._receiving.done():
+                ask = Ask(at_least, self._engine.num_workers, self._spec.stuck_after_s)
+                self._receiving = asyncio.create_task(receive(store, ask, self._obey))
+            # A caller that goes away must not cut a transfer off: half the weights would be new.
+            await asyncio.shield(self._receiving)
+
+    async def _obey(self, turn: Turn) -> None:
+        if turn.kind == "connect":
+            await self._engine.connect_student(turn.info)
+        else:
+            await self._engine.receive_student(turn.info, turn.version)
+
+    async def _follow(self) -> None:
+        """Take every new version as soon as it is published."""
+        async with asyncio.TaskGroup() as tasks:
+            if self._weights is not None:
+                tasks.create_task(self._follow_student(self._weights))
+            if self._teacher_weights is not None:
+                tasks.create_task(self._follow_teacher(self._teacher_weights))
+
+    async def _follow_student(self, weights: Any) -> None:
+        while True:
+            # The wait holds no lock: requests that already have what they need go on meanwhile.
+            await weights.newest.remote(self._engine.student_version + 1)
+            await self._reach(self._engine.student_version + 1)
+
+    async def _follow_teacher(self, weights: Any) -> None:
+        while True:
+            await weights.newest.remote(self._engine.teacher_version + 1)
+            async with self._sync_lock:
+                await self._renew_teacher()
+
+    async def _watch(self) -> None:
+        """End this process as soon as its engine is dead, stuck or in an unknown state.
+
+        A replica that lives on around a dead engine would fail every call for as many health checks as Serve wants to see;
+        a dead one is replaced at once, and its callers ask the next.
+        """
+        progress = asyncio.create_task(self._engine.check_progress())
+        while True:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+            try:
+                await self._check_owner()
+                await self.check_health()
+                if progress.done():
+                    progress.result()
+                    progress = asyncio.create_task(self._engine.check_progress())
+            except Exception:
+                logger.exception("the engine of this replica failed; the replica ends")
+                # A process that is stopped does not notice that its parent has gone.
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                os._exit(1)
+
+    async def _check_owner(self) -> None:
+        """Take the whole pool down where the run that it belongs to is gone: a driver that was killed could not.
+
+        Without it, replicas on a cluster would hold their GPUs until somebody noticed.
+        """
+        if self._owner is None:
+            return
+        try:
+            await self._owner.__ray_ready__.remote()
+        except ActorDiedError:
+            from ray import serve
+
+            serve.delete(serve.get_replica_context().app_name, _blocking=False)
+            # Serve ends this replica now, gently; until then it has nothing to watch.
+            await asyncio.Event().wait()
+        except ActorUnavailableError:
+            # The driver's node is out of reach for a moment.
+            return
+
+    async def __del__(self) -> None:
+        for task in (getattr(self, "_watcher", None), getattr(self, "_follower", None)):
+            if task is not None:
+                task.cancel()
+        await self._engine.close()
+
+
+class RatedReplica(TeacherReplica):
+    """A replica of a pool on mixed hardware, which tells the router how fast it is.
+
+    A class of its own: Ray Serve asks every deployment that has this method, and tells all callers whenever an answer changed.
+    """
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """Measured tokens/s to two digits, so that noise alone is not sent around; empty before the first answer."""
+        rate = self._workload.tokens_per_s(time.monotonic())
+        return {} if rate is None else {"tokens_per_s": float(f"{rate:.2g}")}

@@ -1,0 +1,121 @@
+"""`actors.serving.autoscaling.decide` as Ray Serve's autoscaling policy: it runs in Serve's controller, ten times a second.
+
+The controller knows of a pool only what its replicas report (`TeacherReplica.record_autoscaling_stats`), every
+`report_every_s`. Serve offers the reports averaged over its look-back window, which costs a merge for each number and replica
+on every call; the newest point of each is fresher and free, and the numbers cover a window of their own already.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from ray import cloudpickle
+
+import actors.serving.autoscaling
+from actors.serving.autoscaling import Load, ScalingRules, State, decide
+from kdray.config import AutoscalingSettings
+
+_DECIDE_EVERY_S = 1.0
+# Serve reads a replica five times in a look-back window, and sends once a metrics interval; this makes both the same.
+_POINTS = 5
+
+
+class PoolPolicy:
+    """The policy of one pool; Serve makes one and calls it."""
+
+    def __init__(self, pool: str, rules: dict[str, Any], store: str | None) -> None:
+        """Args: store: the WeightStore's handle, pickled, in hexadecimal; it is told every change of the target."""
+        self._pool = pool
+        self._rules = ScalingRules(**rules)
+        self._store = cloudpickle.loads(bytes.fromhex(store)) if store is not None else None
+        self._told: int | None = None
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """Serve's signature: an AutoscalingContext in, the target and the state of the next call out."""
+        now: float = context.current_time
+        before: dict[str, Any] = dict(context.policy_state)
+        if now < before.get("next_s", 0.0):
+            return context.target_num_replicas, before
+        load = summarise(
+            context.raw_metrics or {},
+            [str(replica) for replica in context.running_replicas],
+            context.target_num_replicas,
+            context.total_queued_requests or 0.0,
+        )
+        target, state, reason = decide(load, self._rules, State.from_dict(before), now)
+        if target != self._told and self._store is not None:
+            # A pool of none that is asked for something is started by Serve itself, before it asks a policy.
+            if target == load.target and self._told == 0:
+                reason = "work for a pool without replicas"
+            self._store.note_target.remote(self._pool, target, reason)
+        self._told = target
+        return target, {**state.to_dict(), "next_s": now + _DECIDE_EVERY_S}
+
+
+def summarise(metrics: Mapping[str, Mapping[Any, Any]], running: list[str], target: int, queued: float) -> Load:
+    """One pool's load out of the newest report of each replica that serves.
+
+    Args: metrics: by name and replica, the points (timestamp, value) reported, oldest first; queued: calls that no replica
+    has taken yet. While a new replica has not reported, the pool counts as fully busy: nothing is taken from it.
+    """
+    newest = {
+        name: {str(replica): points[-1].value for replica, points in series.items() if points}
+        for name, series in metrics.items()
+    }
+
+    def values(name: str) -> list[float]:
+        reported = newest.get(name, {})
+        return [reported[replica] for replica in running if replica in reported]
+
+    complete = bool(running) and len(values("busy")) == len(running)
+    return Load(
+        running=len(running),
+        target=target,
+        waiting_s=max(values("waiting_s"), default=0.0),
+        queue_age_s=max(values("queue_age_s"), default=0.0),
+        ongoing=sum(values("ongoing")) + queued,
+        idle_s=min(values("idle_s")) if complete and not queued else 0.0,
+        busy=sum(values("busy")) if complete else float(len(running)),
+    )
+
+
+def scaling_rules(settings: AutoscalingSettings) -> ScalingRules:
+    """The settings that the decision reads, as plain values: the decision travels without pydantic."""
+    return ScalingRules(**{rule.name: getattr(settings, rule.name) for rule in fields(ScalingRules)})
+
+
+def serve_config(pool: str, settings: AutoscalingSettings, store: Any | None) -> Any:
+    """Ray Serve's AutoscalingConfig with the policy in it; Serve's own delays are 0, since the policy has its own.
+
+    Args: store: the WeightStore's handle, None where there is none.
+    """
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    arguments = {
+        "pool": pool,
+        "rules": asdict(scaling_rules(settings)),
+        "store": None if store is None else cloudpickle.dumps(store).hex(),
+    }
+    # The controller belongs to whoever started Serve in the cluster, and may have no kdray: ship what the policy needs.
+    cloudpickle.register_pickle_by_value(actors.serving.autoscaling)
+    try:
+        policy = AutoscalingPolicy(policy_function=PoolPolicy, policy_kwargs=arguments)
+    finally:
+        cloudpickle.unregister_pickle_by_value(actors.serving.autoscaling)
+    with warnings.catch_warnings():
+        # The interval's announced successor, an environment variable, is not read by this version of Serve.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas,
+            initial_replicas=settings.starting_replicas,
+            metrics_interval_s=settings.report_every_s,
+            look_back_period_s=_POINTS * settings.report_every_s,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            downscale_to_zero_delay_s=0.0,
+            policy=policy,
+        )

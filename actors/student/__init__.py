@@ -1,0 +1,1 @@
+"""Training: the student's engine, its ranks and their group."""

@@ -1,0 +1,204 @@
+"""What a rank writes of a run, and how it finds it again: in the run folder, or in the storage where nodes share no folder.
+
+Every rank writes its part to a folder of its own and hands it over; once all have, rank 0 writes the marker. Ranks fail
+together: an error of one is raised by all, so that none waits for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actors.student.engine import Phase, StudentEngine
+from kdray.errors import DataError, StorageError, TrainingError
+from kdray.runs.checkpoints import COMMITTED, FILES, commit, differing, read_marker
+from kdray.runs.storage import Storage
+
+T = TypeVar("T")
+
+_PROBE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint cost; nothing where it was there already."""
+
+    bytes: int = 0
+    """Of all ranks."""
+    write_s: float = 0.0
+    """Rank 0: state to its own folder."""
+    store_s: float = 0.0
+    """Rank 0: from there to where it stays, with the slowest rank's."""
+    retries: list[dict[str, Any]] = field(default_factory=list)
+    """Operations on the storage that were repeated since the last checkpoint, of all ranks: rank, what, attempt, reason."""
+
+
+class RankFiles:
+    """One rank's way to the files of its run. `close` at the end."""
+
+    def __init__(self, engine: StudentEngine, run_folder: Path, storage: str | None) -> None:
+        """Args: storage: URL of the run in `run.storage`; None where the run folder is all that there is."""
+        self._engine = engine
+        self._run_folder = run_folder
+        self._retried: list[dict[str, Any]] = []
+        self._storage = Storage.local(run_folder) if storage is None else Storage(storage)
+        self._storage.on_retry = lambda retry: self._retried.append({"rank": engine.rank, **asdict(retry)})
+        # Beside the checkpoints, a rename hands over; where they are elsewhere, Ray Train's folder on this node does as well.
+        beside = run_folder / "checkpoints" if storage is None else Path.cwd()
+        self._scratch = beside / f".rank-{engine.rank}"
+        # What a killed rank of this number left.
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    # ----------------------------------------------------------------------------------------------------- writing
+
+    def save(self, folder: Path, progress: dict[str, Any]) -> Saved:
+        """Write a checkpoint that counts whole or not at all; one that is there already (a replay) is left alone."""
+        key, first = self._key(folder), self._engine.rank == 0
+
+        def prepared() -> bool:
+            if not first:
+                return False
+            if self._storage.read(f"{key}/{COMMITTED}") is not None:
+                return True
+            # What a save left that was interrupted here is not to be mixed with this one.
+            self._storage.delete(key)
+            return False
+
+        if self._together(prepared)[0]:
+            return Saved()
+        started = time.perf_counter()
+        with self._own_folder() as own:
+            self._write(own, lambda: self._engine.save(own))
+            written = time.perf_counter()
+            parts = self._together(lambda: self._storage.put_tree(own, key, move=True))
+        self._together(lambda: commit(self._storage, key, progress, parts) if first else None)
+        told, self._retried = self._retried, []
+        return Saved(
+            bytes=sum(digest.size for part in parts for digest in part.values()),
+            write_s=written - started,
+            store_s=time.perf_counter() - written,
+            retries=[each for rank in self._engine.gather(told) for each in rank],
+        )
+
+    def export(self, folder: Path, tokenizer: str) -> None:
+        """Write the student as a Hugging Face folder, with a marker that tells it from one that was interrupted."""
+        key = self._key(folder)
+
+        def store(own: Path) -> None:
+            if self._engine.rank == 0:
+                self._storage.delete(key)
+                commit(self._storage, key, {}, [self._storage.put_tree(own, key, move=True)])
+
+        with self._own_folder() as own:
+            self._write(own, lambda: self._engine.export(own, tokenizer))
+            self._together(lambda: store(own))
+
+    # ----------------------------------------------------------------------------------------------------- reading
+
+    def start_phase(self, phase: Phase, checkpoint: Path | None) -> None:
+        """Start a phase, from a model that is fetched where this run wrote it; then take the checkpoint's state."""
+        base = Path(phase.model)
+        if base.is_relative_to(self._run_folder / "checkpoints"):
+            with self._fetched(base) as here:
+                self._engine.start_phase(replace(phase, model=str(here)))
+        else:
+            self._engine.start_phase(phase)
+        if checkpoint is not None:
+            with self._fetched(checkpoint) as here:
+                self._engine.load(here)
+
+    @contextmanager
+    def _fetched(self, folder: Path) -> Iterator[Path]:
+        """A folder on this node with what this rank needs of one that the run wrote: checked to be what was written."""
+        with self._own_folder() as own:
+            yield self._together(lambda: self._fetch(folder, own))[self._engine.rank]
+
+    def _fetch(self, folder: Path, into: Path) -> Path:
+        storage, key = self._storage, folder.name
+        marker = None
+        if folder.is_relative_to(self._run_folder):
+            key = self._key(folder)
+            marker = read_marker(storage, key)
+        if marker is None:
+            # Of a run that had no storage then, or of another one.
+            storage, key = Storage.local(folder.parent), folder.name
+            marker = read_marker(storage, key)
+        if marker is None:
+            raise DataError(f"{folder}: was not committed, neither there nor in {self._storage.url}")
+        # What other ranks wrote is theirs alone to read, but for rank 0's: it writes what is everybody's.
+        mine = {name: file for name, file in marker[FILES].items() if file["rank"] in (0, self._engine.rank)}
+        needed = {name: f"{key}/{name}" for name in mine}
+        if storage.is_local:
+            found, here = storage.digests(needed.values()), storage.path(key)
+        else:
+            found, here = storage.get_files({each: into / name for name, each in needed.items()}), into
+        reason = differing(mine, {name: found[each] for name, each in needed.items()})
+        if reason is not None:
+            raise DataError(f"{storage.url}/{key}: {reason}; --resume takes the newest checkpoint that is whole")
+        return here
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _key(self, folder: Path) -> str:
+        return folder.relative_to(self._run_folder).as_posix()
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[Path]:
+        own = Path(tempfile.mkdtemp(dir=self._scratch))
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+    def _write(self, own: Path, work: Callable[[], None]) -> None:
+        """Write into a folder of this node, with the other ranks. Raises: StorageError, on this rank alone, where it is full.
+
+        The others may be waiting for this one then, inside `work`.
+        """
+        try:
+            work()
+        except Exception as error:
+            # Writers have errors of their own for a full disk, and so have lost ranks: only the disk can tell.
+            reason = _unwritable(own)
+            if reason is None:
+                raise
+            raise StorageError(f"rank {self._engine.rank}: {own} cannot be written: {reason}") from error
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gave on every rank, in their order.
+
+        Raises: TrainingError or StorageError on all ranks if it failed on any.
+        """
+        result: Any = None
+        problem: tuple[bool, str] | None = None
+        try:
+            result = work()
+        except (StorageError, DataError, OSError) as error:
+            problem = isinstance(error, StorageError), str(error)
+        answers = self._engine.gather((result, problem))
+        for rank, (_, failed) in enumerate(answers):
+            if failed is not None:
+                kind = StorageError if failed[0] else TrainingError
+                raise kind(f"rank {rank}: {failed[1]}")
+        return [each for each, _ in answers]
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why no more can be written into a folder; None where it can."""
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

@@ -1,0 +1,491 @@
+"""DeepSpeed around the student: forward, backward, step, weights out, save, load. Knows no Ray.
+
+One instance a rank, inside a torch process group that somebody else made. Every public method is a collective: all ranks
+call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from actors.student.features import (
+    StudentWithFeatures,
+    attention_implementation,
+    feature_inputs,
+    load_feature_teacher,
+    unwrapped,
+    weigh_features,
+    with_features,
+)
+from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
+from actors.student.safe_load import tensors_alone
+from kdray.config import LossSettings, TrainingSettings
+from kdray.errors import TrainingError
+from kdray.losses import LossBatch, LossFunction, LossOutput, loss_function
+from kdray.losses.policy_gradient import Whitening, return_sums
+from kdray.losses.pretraining import pretraining
+from kdray.rollouts.batching import micro_batches, take_rows
+from kdray.rollouts.schedules import of_section
+from kdray.runs.metrics import reduce_sums
+from kdray.types import StepReport, TrainBatch
+
+_AVERAGE = "average.safetensors"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own optimizer: supervised warm-up, distillation, control."""
+
+    name: str
+    model: str
+    """Folder or hub id of the weights that the phase starts from."""
+    revision: str | None
+    """Commit or tag, where `model` is a hub id."""
+    loss: LossSettings | None
+    """What is minimised; None is supervised cross entropy."""
+    learning_rate: float
+    steps: int
+    """Length of the learning-rate schedule, in optimizer updates."""
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    teacher: tuple[str, str | None] | None = None
+    """Folder or hub id, and revision, of the teacher whose output head makes rows out of hidden states; None where the
+    batches bring a support."""
+    feature_teacher: tuple[str, str | None] | None = None
+    """Folder or hub id, and revision, of the teacher that `training.features` compares with; None where the phase does not."""
+
+
+class _Update(NamedTuple):
+    """What one optimizer update gives, reduced over ranks."""
+
+    loss: float
+    sums: dict[str, float]
+    text_sums: dict[str, float]
+    text_tokens: int
+    grad_norm: float
+    learning_rate: float
+
+
+class StudentEngine:
+    """One rank's share of the student. `start_phase` before anything else."""
+
+    def __init__(self, training: TrainingSettings, vocab_size: int, seed: int) -> None:
+        self.training = training
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.steps_done = 0
+        self.phase: Phase | None = None
+        self._engine: Any = None
+        self._loss: LossSettings | None = None
+        self._average: dict[str, torch.Tensor] = {}
+        self._teacher_head: OutputHead | None = None
+
+    def start_phase(self, phase: Phase) -> None:
+        """Load the phase's weights and start a fresh optimizer and schedule."""
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        import deepspeed
+        from transformers import AutoModelForCausalLM, get_scheduler
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # DeepSpeed would compile it at the first start on CPUs, for reductions that training has none of. A rank that is killed
+        # meanwhile leaves torch's lock on it behind, for which every later rank of the machine waits without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+            gc.collect()
+        torch.manual_seed(self.seed)
+        training = self.training
+        config = self._deepspeed_config()
+        # At stage 3 transformers loads each weight straight into its shards while this object is alive.
+        sharded_loading = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
+        features = training.features if phase.feature_teacher is not None else None
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            phase.model,
+            revision=phase.revision,
+            dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **attention_implementation(features),
+        )
+        del sharded_loading
+        model.config.use_cache = False
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        # Dropout would make the trained law differ from the one that the replicas sample from.
+        without_dropout(model)
+        trained: list[dict[str, Any]] = [{"params": [each for each in model.parameters() if each.requires_grad]}]
+        if features is not None and phase.feature_teacher is not None:
+            teacher = load_feature_teacher(*phase.feature_teacher, features, model.dtype)
+            model = StudentWithFeatures(model, teacher, features, self.seed)
+            if features.hidden is not None:
+                trained.append({"params": list(model.projections.parameters()), "lr": features.hidden.projection_learning_rate})
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=phase.learning_rate,
+            betas=training.betas,
+            weight_decay=training.weight_decay,
+        )
+        schedule = "constant_with_warmup" if phase.schedule == "constant" else phase.schedule
+        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=phase.warmup_steps, num_training_steps=phase.steps)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
+        )
+        # Transformers recomputes activations in training mode alone.
+        self._engine.module.train(training.gradient_checkpointing)
+        if isinstance(model, StudentWithFeatures):
+            model.place_teacher(self._engine.device)
+        self._teacher_head = None
+        if phase.teacher is not None:
+            dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+            self._teacher_head = load_output_head(*phase.teacher).to(self._engine.device, dtype)
+        if phase.loss is not None:
+            # Supervised phases keep it: their checkpoints hold the teacher that distillation had.
+            self._average = {}
+        self.phase = phase
+        self.steps_done = 0
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        training = self.training
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": training.micro_batch_size,
+            # The number of micro-batches of a step is set by hand, boundary by boundary.
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": training.gradient_clipping,
+            "zero_optimization": {"stage": training.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": training.precision == "bf16"},
+            "steps_per_print": 10**9,
+        }
+        return _merge(config, training.deepspeed)
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def train_step(
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
+    ) -> StepReport:
+        """One step on this rank's shard; every rank gets the same report.
+
+        That is one optimizer update, or several where the phase distils and the settings ask for mini-batches or inner epochs.
+        In an update every token's loss counts the same, whatever the split in micro-batches and ranks: sums are divided by
+        the target tokens of all ranks. Pretraining text joins every update with its own mean.
+        Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full name;
+        those of sampling are not read.
+        Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has not made that
+        update.
+        """
+        assert self.phase is not None
+        started = time.perf_counter()
+        self._loss = self.phase.loss
+        if self._loss is not None:
+            self._loss = self._loss.model_copy(update=of_section("loss", scheduled or {}))
+        weigh_features(self._engine.module, scheduled or {})
+        updates = list(self._updates(batch, text))
+        loss_fn = loss_function(self._loss, self._whitening(batch))
+        done = [self._update(part, text_part, loss_fn, number) for number, (part, text_part) in enumerate(updates)]
+        sums: dict[str, float] = {}
+        for update in done:
+            for name, value in update.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+        metrics = reduce_sums(sums, batch.num_target_tokens * len(done) // self._parts)
+        text_sums = {name: sum(update.text_sums[name] for update in done) for name in done[0].text_sums}
+        metrics |= reduce_sums(text_sums, sum(update.text_tokens for update in done))
+        self.steps_done += 1
+        return StepReport(
+            step=batch.step,
+            loss=sum(update.loss for update in done) / len(done),
+            num_target_tokens=batch.num_target_tokens,
+            grad_norm=max(update.grad_norm for update in done),
+            learning_rate=done[-1].learning_rate,
+            seconds=time.perf_counter() - started,
+            metrics=metrics,
+        )
+
+    @property
+    def _parts(self) -> int:
+        """Mini-batches that the rows of a step make in this phase; supervised phases have one."""
+        return self.training.mini_batches if self.phase is not None and self.phase.loss is not None else 1
+
+    def _updates(self, batch: TrainBatch, text: TrainBatch | None) -> Iterator[tuple[TrainBatch, TrainBatch | None]]:
+        """The rows of each optimizer update of the step: mini-batches in a new order every inner epoch."""
+        distils = self.phase is not None and self.phase.loss is not None
+        epochs = self.training.inner_epochs if distils else 1
+        rows, count = np.arange(len(batch.lengths)), self._parts
+        windows = None if text is None else np.arange(len(text.lengths))
+        for epoch in range(epochs):
+            if count > 1:
+                # The same on all ranks: rows of one number have like lengths on every rank (`kdray.rollouts.batching.shard`).
+                rows = np.random.default_rng([self.seed, batch.step, epoch]).permutation(len(rows))
+            for number in range(count):
+                part = batch if count == 1 else self._part(batch, rows[number::count])
+                if text is None or windows is None:
+                    yield part, None
+                else:
+                    yield part, text if count == 1 else self._part(text, windows[number::count])
+
+    def _part(self, batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
+        """Some rows of every rank's shard, with the number of target tokens that all ranks hold there."""
+        part = take_rows(batch, np.sort(rows))
+        tokens = torch.tensor([int(part.loss_mask.sum())], device=self._engine.device)
+        dist.all_reduce(tokens)
+        return replace(part, num_target_tokens=int(tokens))
+
+    def _update(self, batch: TrainBatch, text: TrainBatch | None, loss_fn: LossFunction, number: int) -> _Update:
+        """One optimizer update. Args: number: updates made before it in this step."""
+        assert self.phase is not None
+        engine = self._engine
+        settings = self.training.pretraining
+        size = self.training.micro_batch_size
+        parts = [(part, False) for part in micro_batches(batch, size)]
+        parts += [] if text is None else [(part, True) for part in micro_batches(text, size)]
+        # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
+        scale = self.world_size / max(batch.num_target_tokens, 1)
+        text_scale = 0.0
+        if text is not None and settings is not None:
+            text_scale = settings.weight * self.world_size / max(text.num_target_tokens, 1)
+        total = torch.zeros((), dtype=torch.float64)
+        sums: dict[str, float] = {}
+        text_sums: dict[str, float] = {}
+        bad: list[str] = []
+        for index, (part, is_text) in enumerate(parts):
+            engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
+            if is_text:
+                assert settings is not None
+                tensors = LossBatch.from_train_batch(part, self.vocab_size, engine.device)
+                output = pretraining(_aligned(self._forward(part)), tensors, settings)
+            else:
+                output = self._distillation_loss(part, loss_fn)
+            if not bool(torch.isfinite(output.total)):
+                what = "window" if is_text else "sample"
+                samples = [str(sample) for sample in part.sample_ids if sample >= 0]
+                bad.append(f"it is not finite for {what} {', '.join(samples)}")
+            weighted = output.total * (text_scale if is_text else scale)
+            engine.backward(weighted, scale_wrt_gas=False)
+            total += weighted.detach().double().cpu()
+            into = text_sums if is_text else sums
+            for name, value in output.sums.items():
+                into[name] = into.get(name, 0.0) + float(value)
+        tokens_here = int(batch.loss_mask.sum())
+        if sums.get("teacher_head_error", 0.0) > HEAD_TOLERANCE * tokens_here:
+            error = sums["teacher_head_error"] / tokens_here
+            bad.append(
+                f"the teacher's output head gives log p {error:.2g} nats from the recorded ones, so it is not the whole "
+                "way from hidden state to logits: set rollout.teacher_signal=support"
+            )
+        self._refuse(bad, batch.step, number)
+        plain_norm = self._plain_grad_norm()
+        if plain_norm is not None and not math.isfinite(plain_norm):
+            raise TrainingError(f"{_not_finite(batch)}; {_what_now(number)}")
+        learning_rate = float(engine.get_lr()[0])
+        engine.step()
+        grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+        if not math.isfinite(grad_norm):
+            raise TrainingError(f"{_not_finite(batch)}; continue from the last checkpoint")
+        reduced = self._reduce({"": float(total), **sums})
+        return _Update(
+            loss=reduced.pop("") / self.world_size,
+            sums=reduced,
+            text_sums=self._reduce(text_sums),
+            text_tokens=0 if text is None else text.num_target_tokens,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+        )
+
+    def _distillation_loss(self, part: TrainBatch, loss_fn: LossFunction) -> LossOutput:
+        """The phase's loss on one micro-batch: from logits, or from hidden states where the phase has the teacher's head."""
+        assert self.phase is not None
+        if self._teacher_head is not None:
+            return hidden_state_loss(self._engine, part, self._loss, self._teacher_head, self.vocab_size)
+        tensors = LossBatch.from_train_batch(part, self.vocab_size, self._engine.device)
+        module = self._engine.module
+        output = self._forward(part, **feature_inputs(module, tensors.mask))
+        return with_features(loss_fn(_aligned(output), tensors, self._loss), output, module)
+
+    def _whitening(self, batch: TrainBatch) -> Whitening | None:
+        """Mean and deviation of the whole step's returns, for the losses that whiten them; the same on all ranks."""
+        assert self.phase is not None
+        sums = return_sums(batch, self._loss)
+        if sums is None:
+            return None
+        totals = torch.from_numpy(sums).to(self._engine.device)
+        dist.all_reduce(totals)
+        return Whitening.from_sums(totals.tolist())
+
+    def _forward(self, part: TrainBatch, **inputs: torch.Tensor) -> Any:
+        """The model's output for a micro-batch."""
+        ids, attention = model_inputs(part, self._engine.device)
+        return self._engine(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
+
+    def _plain_grad_norm(self) -> float | None:
+        """The gradient norm before clipping, where DeepSpeed has no optimizer of its own that would tell it."""
+        if self.training.zero_stage or self.training.precision != "fp32":
+            return None
+        gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _refuse(self, reasons: list[str], step: int, number: int) -> None:
+        """Raises: TrainingError on all ranks if any of them has a reason."""
+        flag = torch.tensor([len(reasons)], device=self._engine.device)
+        dist.all_reduce(flag)
+        if int(flag):
+            named: list[list[str]] = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(named, reasons)
+            found = sorted(reason for rank in named for reason in rank)
+            raise TrainingError(
+                f"step {step}: the loss of the batch cannot be used: {'; '.join(found[:8])}. {_what_now(number).capitalize()}. "
+                "Where it is not finite, lower training.learning_rate or look at these samples"
+            )
+
+    def _reduce(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sums over ranks, which all have the same names."""
+        names = sorted(sums)
+        values = torch.tensor([sums[name] for name in names], dtype=torch.float64).to(self._engine.device)
+        if names:
+            dist.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    def weight_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+        """The weights under their checkpoint names, in buckets of `training.sync_bucket_mib`: copies on `device`.
+
+        Rank 0 gets the tensors; other ranks get empty buckets, in the same number: gathering is collective.
+        """
+        import deepspeed
+
+        limit = self.training.sync_bucket_mib * 2**20
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        size = 0.0
+        named = list(unwrapped(self._engine.module).named_parameters())
+        for name, parameter in named:
+            count = getattr(parameter, "ds_numel", parameter.numel())
+            if bucket and size + count * parameter.element_size() > limit:
+                yield self._gather(bucket, deepspeed, device)
+                bucket, size = [], 0.0
+            bucket.append((name, parameter))
+            size += count * parameter.element_size()
+        if bucket:
+            yield self._gather(bucket, deepspeed, device)
+
+    def averaged_buckets(self, decay: float) -> Iterator[dict[str, torch.Tensor]]:
+        """The exponential average of the weights, moved towards them: average <- decay average + (1 - decay) weights.
+
+        It starts as the weights themselves, lives on rank 0's CPU in float32, and is part of every checkpoint. Buckets as those
+        of `weight_buckets`, in the weights' own dtype. Source: Tarvainen & Valpola 2017, mean teacher (arXiv 1703.01780).
+        """
+        for bucket in self.weight_buckets():
+            averaged = {}
+            for name, tensor in bucket.items():
+                last = self._average.get(name)
+                self._average[name] = tensor.float() if last is None else torch.lerp(tensor.float(), last, decay)
+                averaged[name] = self._average[name].to(tensor.dtype)
+            yield averaged
+
+    def _gather(
+        self, bucket: list[tuple[str, torch.nn.Parameter]], deepspeed: Any, device: torch.device | str
+    ) -> dict[str, torch.Tensor]:
+        sharded = self.training.zero_stage == 3
+        parameters = [parameter for _, parameter in bucket]
+        with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext():
+            if self.rank != 0:
+                return {}
+            return {name: parameter.detach().to(device, copy=True).contiguous() for name, parameter in bucket}
+
+    def export(self, folder: Path, tokenizer: str | None = None) -> None:
+        """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it."""
+        state: dict[str, torch.Tensor] = {}
+        for bucket in self.weight_buckets():
+            state |= bucket
+        if self.rank == 0:
+            from transformers import AutoTokenizer
+
+            folder.mkdir(parents=True, exist_ok=True)
+            module = unwrapped(self._engine.module)
+            module.config.use_cache = True
+            module.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            module.config.use_cache = False
+            if tokenizer is not None:
+                AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
+        dist.barrier()
+
+    # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on all ranks."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of a checkpoint into `folder`; complete once every rank returned."""
+        self._engine.save_checkpoint(str(folder), tag="state", client_state={"steps_done": self.steps_done})
+        if self._average:
+            save_file(self._average, folder / _AVERAGE)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Continue from `folder`, after `start_phase` with the same phase.
+
+        Raises: TrainingError if it cannot be read, or holds more than tensors and plain values.
+        """
+        with tensors_alone():
+            loaded, state = self._engine.load_checkpoint(str(folder), tag="state")
+        if loaded is None or state is None:
+            raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
+        self.steps_done = int(state["steps_done"])
+        if self.rank == 0 and (folder / _AVERAGE).exists():
+            self._average = load_file(folder / _AVERAGE)
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Switch dropout off for good, so that the model computes the same in training mode as outside of it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Attention functions are told the rate by their layer.
+        for rate in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+
+
+def _aligned(output: Any) -> torch.Tensor:
+    """Logits [rows, seq, vocab] aligned with the token that they predict; column 0 predicts nothing."""
+    logits: torch.Tensor = output.logits
+    return logits.roll(1, dims=1)
+
+
+def _not_finite(batch: TrainBatch) -> str:
+    return f"step {batch.step}: the gradient is not finite (here with samples {batch.sample_ids[:8].tolist()} and others)"
+
+
+def _what_now(number: int) -> str:
+    """What became of the optimizer where an update failed. Args: number: updates made before it in its step."""
+    return "the optimizer was not moved" if number == 0 else f"{number} updates of the step were made: go back to a checkpoint"
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `extra` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,201 @@
+"""StudentGroup over a Ray Train TorchTrainer: one call reaches every rank, and one failure fails the call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.background_call import in_daemon_thread
+from actors.driver_actor import beside_driver
+from actors.student.checkpoint_io import Saved
+from actors.student.engine import Phase
+from actors.student.mailbox import Mailbox, Order
+from actors.student.rank import RankConfig, run_rank
+from kdray.config import TrainingSettings
+from kdray.errors import KdrayError, TrainingError
+from kdray.rollouts.batching import shard
+from kdray.types import StepReport, TrainBatch
+
+
+@dataclass
+class StudentRanks:
+    """The student's ranks as one thing (`kdray.interfaces.StudentGroup`). `start` first, `close` last, whatever happened."""
+
+    training: TrainingSettings
+    vocab_size: int
+    seed: int
+    tokenizer: str
+    weights: Any
+    """Actor handle of the WeightStore that versions are published to."""
+    checkpoints: Path
+    """`checkpoints/` of the run folder; one subfolder each."""
+    storage: Path
+    """Folder that Ray Train keeps its own state in; the driver's alone."""
+    average: Any = None
+    """Actor handle of the WeightStore of a teacher that is this student's average; None where there is none."""
+    stored: str | None = None
+    """URL of the run in `run.storage`, where checkpoints and exports then go; None for the run folder itself."""
+
+    on_event: Callable[..., None] = lambda kind, **fields: None
+    """Called with what happens to the ranks: kind, and fields by name."""
+
+    def __post_init__(self) -> None:
+        # Ranks work in folders of their own.
+        self.checkpoints = self.checkpoints.absolute()
+        self._mailbox: Any = None
+        self._fit: asyncio.Future[Any] | None = None
+
+    async def start(self) -> None:
+        """Start the ranks; returns at once, and the first call waits until they are there."""
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        training = self.training
+        self._mailbox = beside_driver(Mailbox, max_concurrency=1000).remote(training.ranks)
+        use_gpu = training.gpus_per_rank > 0
+        resources = {"CPU": training.cpus_per_rank, **training.resources}
+        if use_gpu:
+            resources["GPU"] = training.gpus_per_rank
+        trainer = TorchTrainer(
+            run_rank,
+            train_loop_config={
+                "config": RankConfig(
+                    training=training,
+                    vocab_size=self.vocab_size,
+                    seed=self.seed,
+                    tokenizer=self.tokenizer,
+                    mailbox=self._mailbox,
+                    weights=self.weights,
+                    run_folder=self.checkpoints.parent,
+                    storage=self.stored,
+                    average=self.average,
+                )
+            },
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=training.ranks,
+                use_gpu=use_gpu,
+                resources_per_worker=resources,
+                accelerator_type=training.accelerator_type,
+                label_selector=training.labels or None,
+                placement_strategy=training.placement.upper(),
+            ),
+            run_config=ray.train.RunConfig(
+                name="student",
+                storage_path=str(self.storage.absolute()),
+                failure_config=ray.train.FailureConfig(max_failures=training.max_restarts),
+            ),
+        )
+        self._fit = in_daemon_thread(trainer.fit)
+
+    async def close(self, timeout_s: float = 30.0) -> None:
+        """Let the ranks end by themselves and wait for that, but not longer than `timeout_s`."""
+        if self._fit is None:
+            return
+        if not self._fit.done():
+            await self._mailbox.post.remote(Order("stop"))
+            await asyncio.wait({self._fit}, timeout=timeout_s)
+        if self._fit.done() and not self._fit.cancelled():
+            # Looked at, so that asyncio does not report it as forgotten: a failure was told by the call that met it.
+            self._fit.exception()
+        # Ranks that did not end find nobody to ask, and end then.
+        ray.kill(self._mailbox)
+
+    async def start_phase(self, phase: Phase, checkpoint: Path | None = None) -> None:
+        """Fresh optimizer and the phase's own weights; or the state of a checkpoint that the same phase wrote."""
+        await self._call(Order("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
+
+    async def train_step(
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
+    ) -> StepReport:
+        return await self._call(
+            Order(
+                "train",
+                shards=self._shards(batch),
+                text_shards=None if text is None else self._shards(text),
+                scheduled=dict(scheduled or {}),
+            )
+        )
+
+    def _shards(self, batch: TrainBatch) -> Sequence[ray.ObjectRef]:
+        world_size = self.training.ranks
+        return [ray.put(shard(batch, rank, world_size)) for rank in range(world_size)]
+
+    async def publish(self, version: int) -> None:
+        await self._call(Order("publish", version=version))
+        if self.training.weight_transfer != "object_store":
+            for reason in await self.weights.take_failures.remote():
+                self.on_event("transfer_failed", reason=reason)
+
+    async def renew(self, version: int, decay: float) -> None:
+        """Move the average of the student's weights towards them, and publish it as a teacher's: decay 1 leaves it as it is."""
+        await self._call(Order("renew", version=version, decay=decay))
+
+    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Saved:
+        folder = self.checkpoints / f"step-{step:06d}"
+        return await self._call(Order("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
+
+    async def export(self, folder: Path) -> None:
+        """Write the student as a Hugging Face folder; an absolute path, since ranks work in folders of their own."""
+        await self._call(Order("export", folder=str(folder)))
+
+    async def restarts(self) -> int:
+        """Times the ranks were started again after one was lost."""
+        return await self._mailbox.restarts.remote()
+
+    def awaits_ranks(self) -> bool:
+        """Whether no rank has come yet, and some still may; blocks."""
+        assert self._fit is not None
+        return not self._fit.done() and not ray.get(self._mailbox.num_entered.remote())
+
+    async def _call(self, order: Order) -> Any:
+        """Post an order and wait for its answer, or for the end of the ranks, whichever comes first."""
+        assert self._fit is not None
+        index = await self._mailbox.post.remote(order)
+        answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
+        setting = "stuck_loading_after_s" if order.kind in ("phase", "export") else "stuck_after_s"
+        patience: float = getattr(self.training, setting)
+        left, killed = patience, False
+        while True:
+            done, _ = await asyncio.wait({answer, self._fit}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                break
+            # Ranks that start again, or repeat what a lost one had done, are not stuck.
+            silent = await self._mailbox.silent_s.remote()
+            left = patience - silent
+            if left <= 0:
+                if killed and not await self._mailbox.heard_since_kill.remote():
+                    raise TrainingError(
+                        f"the student ranks did not start again within training.{setting}={patience:g}: no node may have "
+                        "room for them any more (kdray plan says what they need); continue with --resume once there is"
+                    )
+                self.on_event("ranks_stuck", order=order.kind, silent_s=round(silent, 1))
+                await self._mailbox.kill_ranks.remote()
+                left, killed = patience, True
+        if not answer.done():
+            answer.cancel()
+            raise TrainingError(f"the student ranks ended during `{order.kind}`: {_reason(self._fit)}")
+        result = answer.result()
+        if isinstance(result, KdrayError):
+            raise result
+        return result
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
+
+
+def _reason(fit: asyncio.Future[Any]) -> str:
+    if fit.cancelled():
+        return "cancelled"
+    error = fit.exception()
+    if error is None:
+        return "they stopped without an error"
+    failures = getattr(error, "worker_failures", None) or {}
+    parts = [f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())]
+    return "; ".join(parts) or str(error)

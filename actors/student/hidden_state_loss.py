@@ -1,0 +1,155 @@
+"""A divergence from both models' hidden states, computed inside the student's output head.
+
+The head's own `forward` is where its weight is whole (ZeRO stage 3 gathers it around that call) and where the hidden states
+are what the model really feeds it. So for the duration of one forward pass the head gives the loss instead of logits, and
+logits of tokens x vocabulary never exist.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actors.student.features import feature_inputs, with_features
+from kdray.config import LossSettings
+from kdray.errors import ConfigError, TrainingError
+from kdray.losses import LossOutput, chunked_divergence, divergence_of
+from kdray.losses.support import Buckets, at_tokens
+from kdray.types import TrainBatch
+
+HEAD_TOLERANCE = 0.25
+"""Largest mean of `teacher_head_error`, nats: half precision and other kernels move a logprob by hundredths, another head
+by whole nats."""
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The matrix that turns a model's last hidden state into logits."""
+
+    weight: torch.Tensor  # [vocab, d]
+    bias: torch.Tensor | None = None  # [vocab]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> OutputHead:
+        return OutputHead(self.weight.to(device, dtype), None if self.bias is None else self.bias.to(device, dtype))
+
+
+def load_output_head(model: str, revision: str | None = None) -> OutputHead:
+    """Read the head alone out of a model's safetensors files; the rest of the model is not loaded.
+
+    Raises: ConfigError where the model scales or bends its logits after the head, or the files lack it.
+    """
+    import transformers
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config.get_text_config(), name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"rollout.teacher_signal=hidden: {model} has {name}, which changes logits after the output head; "
+                "use rollout.teacher_signal=support"
+            )
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    head = empty.get_output_embeddings()
+    names = [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.weight]
+    # A tied matrix lies in the files under any one of its names.
+    empty.tie_weights()
+    names += [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.weight]
+    biases = [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.bias]
+    index = cached_file(model, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        single = cached_file(model, "model.safetensors", revision=revision)
+        with safe_open(single, framework="pt") as file:
+            files = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        with open(index, encoding="utf-8") as lines:
+            files = json.load(lines)["weight_map"]
+
+    def tensor(wanted: list[str]) -> torch.Tensor | None:
+        for name in wanted:
+            if name in files:
+                with safe_open(cached_file(model, files[name], revision=revision), framework="pt") as file:
+                    return file.get_tensor(name)
+        return None
+
+    weight = tensor(names)
+    if weight is None:
+        raise ConfigError(f"rollout.teacher_signal=hidden: {model} has no weight named {' or '.join(dict.fromkeys(names))}")
+    return OutputHead(weight, tensor(biases))
+
+
+def model_inputs(part: TrainBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of a micro-batch, both [rows, seq] long; a padding row keeps one position."""
+    ids = torch.from_numpy(part.token_ids).to(device, torch.long)
+    lengths = torch.from_numpy(part.lengths).to(device)
+    return ids, (torch.arange(ids.shape[1], device=device) < lengths.clamp(min=1).unsqueeze(1)).long()
+
+
+def hidden_state_loss(
+    engine: Any, part: TrainBatch, settings: LossSettings | None, teacher_head: OutputHead, vocab_size: int
+) -> LossOutput:
+    """Sum of the divergence that `settings` name over the masked tokens of a micro-batch, over the whole vocabulary.
+
+    Args: engine: the DeepSpeed engine around the student; part: with the column `teacher_hidden`.
+    The sum `teacher_head_error` tells how far the head's log p at the recorded tokens is from what the teacher recorded.
+    Raises: TrainingError where the batch has no hidden states.
+    """
+    assert settings is not None
+    if "teacher_hidden" not in part.columns:
+        raise TrainingError("the batch has no column teacher_hidden; set rollout.teacher_signal=hidden for the run")
+    device = engine.device
+    mask = torch.from_numpy(part.loss_mask).to(device)
+    tokens = torch.from_numpy(part.token_ids).to(device, torch.long)[mask]
+    teacher_hidden = torch.from_numpy(part.columns["teacher_hidden"]).to(device)[mask].to(teacher_head.weight.dtype)
+    recorded = torch.from_numpy(part.columns["teacher_logprobs"]).to(device)[mask]
+    divergence = divergence_of(settings)
+    sums = {"reverse_kl_support": torch.zeros((), device=device), "teacher_head_error": torch.zeros((), device=device)}
+    seen = 0
+
+    def measured(rows: Buckets) -> torch.Tensor:
+        nonlocal seen
+        count = len(rows.teacher)
+        with torch.no_grad():
+            sums["reverse_kl_support"] += rows.reverse_kl()
+            made = at_tokens(rows.teacher, tokens[seen : seen + count])
+            sums["teacher_head_error"] += (made - recorded[seen : seen + count]).abs().sum()
+        seen += count
+        return divergence(rows)
+
+    def loss(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+        # The state at s - 1 predicts token s.
+        states = hidden.roll(1, dims=1)[mask]
+        total = chunked_divergence(
+            states,
+            head.weight,
+            teacher_hidden,
+            teacher_head.weight,
+            measured,
+            vocab_size,
+            student_bias=getattr(head, "bias", None),
+            teacher_bias=teacher_head.bias,
+            token_ids=tokens,
+        )
+        return total.reshape(1)
+
+    ids, attention = model_inputs(part, device)
+    with _replaced_head(engine.module.get_output_embeddings(), loss):
+        inputs = feature_inputs(engine.module, mask)
+        output = engine(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
+    return with_features(LossOutput(total=output.logits.reshape(()), sums=sums), output, engine.module)
+
+
+@contextmanager
+def _replaced_head(head: Any, function: Any) -> Iterator[None]:
+    """`head(x)` gives `function(head, x)`; its hooks, which gather and release its weight, run as ever."""
+    head.forward = lambda hidden: function(head, hidden)
+    try:
+        yield
+    finally:
+        del head.forward

@@ -1,0 +1,132 @@
+"""Commands to the student's ranks, and the actor that hands them out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+
+from actors.student.engine import Phase
+
+
+@dataclass(frozen=True)
+class Order:
+    """One thing that every rank does. Fields that an order does not use are None."""
+
+    kind: Literal["phase", "train", "publish", "renew", "save", "export", "stop"]
+    phase: Phase | None = None
+    checkpoint: str | None = None
+    """phase: continue from this checkpoint. save: the folder to write."""
+    shards: Sequence[ray.ObjectRef] | None = None
+    """train: one TrainBatch for each rank."""
+    text_shards: Sequence[ray.ObjectRef] | None = None
+    """train: the windows of pretraining text for each rank, where there are some."""
+    scheduled: dict[str, float] | None = None
+    """train: settings that differ in this step, by full name."""
+    version: int | None = None
+    """publish, renew: the number under which the weights, or their average, are published."""
+    decay: float | None = None
+    """renew: how much of the average stays."""
+    folder: str | None = None
+    """export: the folder to write."""
+    progress: dict[str, Any] | None = None
+    """save: what goes into the commit marker beside the weights."""
+
+
+class Mailbox:
+    """The log of orders and the answers to them; an actor with async methods. The driver writes, ranks read."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._orders: dict[int, Order] = {}
+        self._answers: dict[int, dict[int, Any]] = {}
+        self._next = 0
+        self._start: tuple[int, int | None, str | None] = (0, None, None)
+        self._starts = 0
+        self._ranks: dict[int, Any] = {}
+        self._killed_at = 0.0
+        self._heard_at = time.monotonic()
+        self._changed = asyncio.Condition()
+
+    async def post(self, order: Order) -> int:
+        """Append an order; returns its index."""
+        async with self._changed:
+            index = self._next
+            self._orders[index] = order
+            self._next += 1
+            self._changed.notify_all()
+            return index
+
+    async def order(self, index: int) -> Order:
+        """The order at `index`, once there is one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: index in self._orders)
+            return self._orders[index]
+
+    async def answer(self, index: int, rank: int, result: Any) -> None:
+        """A rank did the order. The first answer of a rank counts; those of a replay are the same and are dropped."""
+        async with self._changed:
+            self._heard_at = time.monotonic()
+            if index not in self._orders:
+                return
+            self._answers.setdefault(index, {}).setdefault(rank, result)
+            order = self._orders[index]
+            if order.kind == "save" and len(self._answers[index]) == self._world_size and not self._failure(index):
+                self._commit(index, order)
+            self._changed.notify_all()
+
+    def _commit(self, index: int, order: Order) -> None:
+        """From here on a restart begins after this order; what lies before is not needed again."""
+        phase_index = max(i for i in self._orders if i <= index and self._orders[i].kind == "phase")
+        self._start = (index + 1, phase_index, order.checkpoint)
+        for old in [i for i in self._orders if i < index and i != phase_index]:
+            del self._orders[old]
+            self._answers.pop(old, None)
+
+    async def result(self, index: int) -> Any:
+        """Rank 0's answer to an order, once every rank has answered; or the first error, which others may never get to."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure(index) or len(self._answers.get(index, ())) == self._world_size)
+            return self._failure(index) or self._answers[index][0]
+
+    def _failure(self, index: int) -> Exception | None:
+        return next((each for each in self._answers.get(index, {}).values() if isinstance(each, Exception)), None)
+
+    async def start(self, rank: int) -> tuple[int, Phase | None, str | None]:
+        """Where a rank that just started begins: next order, phase to restore, checkpoint to load."""
+        if rank == 0:
+            self._starts += 1
+        index, phase_index, checkpoint = self._start
+        phase = self._orders[phase_index].phase if phase_index is not None else None
+        return index, phase, checkpoint
+
+    async def silent_s(self) -> float:
+        """Seconds since any rank was heard of."""
+        return time.monotonic() - self._heard_at
+
+    async def enter(self, rank: int, actor: Any) -> None:
+        """Note who a rank is, for `kill_ranks`."""
+        self._ranks[rank] = actor
+        self._heard_at = time.monotonic()
+
+    async def num_entered(self) -> int:
+        """Ranks that were heard of at all."""
+        return len(self._ranks)
+
+    async def kill_ranks(self) -> None:
+        """End every rank at once, whatever it does; Ray Train starts the group again."""
+        self._heard_at = self._killed_at = time.monotonic()
+        for actor in self._ranks.values():
+            ray.kill(actor)
+
+    async def heard_since_kill(self) -> bool:
+        """Whether any rank was heard of after `kill_ranks`."""
+        return self._heard_at > self._killed_at
+
+    async def restarts(self) -> int:
+        """Times the whole group was started again after its first start."""
+        return max(0, self._starts - 1)

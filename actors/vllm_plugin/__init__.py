@@ -1,0 +1,1 @@
+"""The vLLM side of a replica: mixture model, recorder, worker extension."""

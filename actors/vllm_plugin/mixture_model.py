@@ -1,0 +1,147 @@
+"""The vLLM model of teacher and student side by side: one forward pass, both next-token laws.
+
+An out-of-tree vLLM model with up to two sub-models, each vLLM's own implementation of its architecture, so that batching,
+paged KV and prefix caching stay vLLM's. `compute_logits` makes both log-softmax rows, cut to the shared vocabulary, keeps
+them in `self.rows` for the recorder (`actors.vllm_plugin.recorder`) and returns the teacher's log p, so that prompt logprobs of
+the engine are the teacher's. The recorder decides what is drawn, and from which mixture.
+
+Registered with vLLM through the entry point group `vllm.general_plugins`, and on import by `actors.vllm_plugin.recorder` and
+`actors.vllm_plugin.worker_extension`, which vLLM loads by name where no entry point is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.utils import init_vllm_registered_model
+from vllm.transformers_utils.config import get_config
+
+ARCHITECTURE = "KdrayMixtureForCausalLM"
+_STUDENT = "student."
+
+
+def register() -> None:
+    """Make the architecture known to vLLM in this process; harmless when called again."""
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, MixtureForCausalLM)
+
+
+class Rows(NamedTuple):
+    """Log-softmax rows over the shared vocabulary, float32 [rows, vocab]; None for a model that this engine lacks."""
+
+    teacher: torch.Tensor | None
+    student: torch.Tensor | None
+    hidden: torch.Tensor | None
+    """The teacher's last hidden states, [rows, teacher width]."""
+
+
+class Step(NamedTuple):
+    """What one forward pass leaves for scoring: every token's hidden states, and which request each belongs to."""
+
+    hidden: torch.Tensor  # [tokens, teacher width + student width]
+    positions: torch.Tensor  # [tokens]
+    starts: torch.Tensor  # [requests + 1] first token of each request, in the order of the batch
+
+
+class MixtureForCausalLM(nn.Module):
+    """Teacher and student in one engine; either may be absent (`kdray_role` teacher or student)."""
+
+    active: MixtureForCausalLM | None = None
+    """The one model of this process; a logits processor is given no other way to find it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.role: str = config.kdray_role
+        self.vocab_size: int = config.kdray_vocab_size
+        self.declared_size: int = vllm_config.model_config.get_vocab_size()
+        self.student_version = 0
+        # Typed as Any: sub-models have vLLM's interface of a text model, of which torch's Module knows nothing.
+        self.teacher: Any = None
+        self.student: Any = None
+        architectures = config.kdray_architectures
+        if self.role in ("mixture", "teacher"):
+            self.teacher = init_vllm_registered_model(
+                vllm_config, prefix="teacher", hf_config=config, architectures=architectures
+            )
+        if self.role == "student":
+            self.student = init_vllm_registered_model(
+                vllm_config, prefix="student", hf_config=config, architectures=architectures
+            )
+        if self.role == "mixture":
+            source = config.kdray_student
+            revision = config.kdray_student_revision
+            student_config = get_config(source, trust_remote_code=False, revision=revision)
+            self.student = init_vllm_registered_model(
+                vllm_config, prefix="student", hf_config=student_config, architectures=student_config.architectures
+            )
+            self.secondary_weights = [DefaultModelLoader.Source(source, revision=revision, prefix=_STUDENT)]
+        self.teacher_width: int = config.get_text_config().hidden_size if self.teacher is not None else 0
+        self.rows: Rows | None = None
+        self.step: Step | None = None
+        MixtureForCausalLM.active = self
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Part of vLLM's interface of a text model; unused, since each sub-model embeds ids with its own matrix."""
+        model = self.teacher if self.teacher is not None else self.student
+        assert model is not None
+        return model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: object | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of both models side by side, [tokens, teacher width + student width]."""
+        models = [model for model in (self.teacher, self.student) if model is not None]
+        hidden = torch.cat([model(input_ids, positions, None, None) for model in models], dim=-1)
+        metadata = get_forward_context().attn_metadata
+        # No metadata while vLLM profiles memory: there are no requests then.
+        if isinstance(metadata, dict) and metadata:
+            self.step = Step(hidden, positions, next(iter(metadata.values())).query_start_loc)
+        return hidden
+
+    def log_rows(self, hidden: torch.Tensor) -> Rows:
+        """Both models' log-softmax rows for hidden states as `forward` returns them."""
+        halves = (hidden[..., : self.teacher_width], hidden[..., self.teacher_width :])
+        rows: list[torch.Tensor | None] = []
+        for model, half in zip((self.teacher, self.student), halves, strict=True):
+            if model is None:
+                rows.append(None)
+                continue
+            logits = model.compute_logits(half.contiguous())
+            # The cut comes before the softmax: rows that only pad one model's embedding must not take mass.
+            rows.append(logits[:, : self.vocab_size].log_softmax(-1, dtype=torch.float32))
+        return Rows(rows[0], rows[1], None if self.teacher is None else halves[0])
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The teacher's log p (log q where there is no teacher), padded to the model's declared vocabulary with -inf."""
+        self.rows = self.log_rows(hidden_states)
+        rows = self.rows.teacher if self.rows.teacher is not None else self.rows.student
+        assert rows is not None
+        # A copy: the engine changes its logits in place. vLLM's own masks span the declared vocabulary.
+        return torch.nn.functional.pad(rows, (0, self.declared_size - rows.shape[-1]), value=-torch.inf)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Weights of the engine's own checkpoint go to its one model (the teacher's, if both), `student.` to the student."""
+        own, own_prefix = (self.student, _STUDENT) if self.teacher is None else (self.teacher, "teacher.")
+        loaded: set[str] = set()
+        for is_student, group in groupby(weights, key=lambda item: item[0].startswith(_STUDENT)):
+            model, prefix = (self.student, _STUDENT) if is_student else (own, own_prefix)
+            assert model is not None
+            named = ((name.removeprefix(_STUDENT), tensor) for name, tensor in group)
+            loaded |= {prefix + name for name in model.load_weights(named)}
+        return loaded
+
+
+register()

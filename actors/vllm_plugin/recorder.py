@@ -1,0 +1,257 @@
+"""The logits processor that draws from the mixture and records what both models thought of it.
+
+vLLM hands every step's rows to `apply`. For a sampling request the recorder forms m = alpha p + (1 - alpha) q with the
+request's own alpha, draws the token from a hash of (seed, position), pins the engine's choice to it, and records log m,
+log p, log q, the teacher's logprobs on a support (teacher top-k and student top-k), its tail mass, and both exact KLs.
+For a scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass, at the ids that the
+request names too.
+
+Records are keyed by request and indexed by position, because vLLM evaluates positions more than once: partial prefills,
+preemption and surplus rows after the last token. A later evaluation of a position replaces the earlier one; the reader cuts
+to the output's length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from actors.vllm_plugin.mixture_model import MixtureForCausalLM, Rows, register
+from kdray.rollouts.mixture import draw, log_mixture
+from kdray.rollouts.seeds import uniforms
+
+register()
+
+# Columns of one recorded position. The support's ids and logprobs follow the fixed ones.
+FLOATS = ("mixture", "student", "teacher", "tail", "reverse_kl", "forward_kl")
+INTS = ("token", "version")
+
+# Rows that scoring turns into logprobs at once: bounds the transient of a long prefill to this many vocabulary rows.
+_SCORE_ROWS = 512
+
+
+class Cell(NamedTuple):
+    """One recorded position: a row of a step's arrays, shared with the other requests of that step."""
+
+    floats: np.ndarray  # [rows, 6 + K]
+    ints: np.ndarray  # [rows, 2 + K]
+    hidden: np.ndarray  # [rows, d] float16; d is 0 where hidden states are not recorded
+    row: int
+
+
+class _Request(NamedTuple):
+    key: str
+    score: bool
+    alpha: float
+    seed: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    start: int
+    last_id: int
+    asked: np.ndarray | None  # [T, M] int32: ids at which a scoring request wants log p; -1 is unused
+    top_k: bool
+
+
+class Recorder(LogitsProcessor):
+    """vLLM loads this by name: `logits_processors=["actors.vllm_plugin.recorder:Recorder"]`."""
+
+    active: Recorder | None = None
+    """The one recorder of this process; the worker extension hands out what it holds."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        limits = vllm_config.additional_config["kdray"]
+        self.teacher_top_k: int = limits["teacher_top_k"]
+        self.student_top_k: int = limits["student_top_k"]
+        self.record_hidden: bool = limits["record_hidden"]
+        self.requests: dict[int, _Request] = {}
+        self.cells: dict[str, dict[int, Cell]] = {}
+        self.readmitted = 0
+        Recorder.active = self
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.requests, batch_update, self._admit)
+
+    def _admit(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Request | None:
+        args: dict[str, Any] | None = (params.extra_args or {}).get("kdray")
+        if args is None:
+            return None
+        # A request that returns after preemption keeps the positions it recorded before.
+        self.readmitted += args["key"] in self.cells
+        self.cells.setdefault(args["key"], {})
+        return _Request(
+            key=args["key"],
+            score=args["mode"] == "score",
+            alpha=args.get("alpha", 0.0),
+            seed=args.get("seed", 0),
+            prompt_ids=prompt_ids or [],
+            output_ids=output_ids,
+            start=args.get("start", 0),
+            last_id=args.get("last_id", 0),
+            asked=np.frombuffer(args["asked"], dtype=np.int32).reshape(-1, args["width"]) if "asked" in args else None,
+            top_k=args.get("top_k", True),
+        )
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Pin every sampling request's row of `logits` [rows, vocab] to the token drawn for it; record both kinds."""
+        model = MixtureForCausalLM.active
+        assert model is not None
+        here = [(row, request) for row, request in self.requests.items() if row < logits.shape[0]]
+        sampling = [(row, request) for row, request in here if not request.score]
+        if sampling:
+            assert model.rows is not None
+            self._sample(logits, model.rows, sampling, model.student_version)
+        for row, request in here:
+            if request.score:
+                self._score(model, row, request)
+        return logits
+
+    def _sample(self, logits: torch.Tensor, rows: Rows, sampling: list[tuple[int, _Request]], student_version: int) -> None:
+        index = torch.tensor([row for row, _ in sampling], device=logits.device)
+        chosen = Rows(*(None if part is None else part[index] for part in rows))
+        teacher, student = chosen.teacher, chosen.student
+        alpha = torch.tensor([[request.alpha] for _, request in sampling], device=logits.device)
+        if teacher is not None and student is not None:
+            mixture = log_mixture(teacher, student, alpha)
+        else:
+            # The engine refuses any alpha but the one at which the missing model drops out.
+            mixture = _either(teacher, student)
+        seeds = np.array([request.seed for _, request in sampling], dtype=np.uint64)
+        positions = np.array([len(request.output_ids) for _, request in sampling])
+        tokens = draw(mixture, torch.from_numpy(uniforms(seeds, positions)).to(logits.device))
+        arrays = self._measure(chosen, mixture, tokens, student_version)
+        for cell_row, (_, request) in enumerate(sampling):
+            self.cells[request.key][len(request.output_ids)] = Cell(*arrays, cell_row)
+        logits[index] = -torch.inf
+        logits[index, tokens] = 0.0
+
+    def _score(self, model: MixtureForCausalLM, row: int, request: _Request) -> None:
+        """Record the tokens of one scoring request whose predictions stand in this step's chunk of its prefill."""
+        step = model.step
+        assert step is not None
+        begin, end = int(step.starts[row]), int(step.starts[row + 1])
+        first = int(step.positions[begin])
+        # The row at position t - 1 predicts token t; tokens before `start` are the prompt's and not wanted.
+        skip = max(0, request.start - 1 - first)
+        targets = [*request.prompt_ids[1:], request.last_id]
+        for chunk in range(begin + skip, end, _SCORE_ROWS):
+            stop = min(chunk + _SCORE_ROWS, end)
+            position = first + chunk - begin
+            tokens = torch.tensor(targets[position : position + stop - chunk], device=step.hidden.device)
+            if not len(tokens):
+                break
+            rows = model.log_rows(step.hidden[chunk : chunk + len(tokens)])
+            first_token = position + 1 - request.start
+            asked = None
+            if request.asked is not None:
+                asked = torch.tensor(request.asked[first_token : first_token + len(tokens)], device=tokens.device).long()
+            mixture = _either(rows.teacher, rows.student)
+            arrays = self._measure(rows, mixture, tokens, model.student_version, asked, request.top_k)
+            cells = self.cells[request.key]
+            for offset in range(len(tokens)):
+                cells[first_token + offset] = Cell(*arrays, offset)
+
+    def _measure(
+        self,
+        rows: Rows,
+        mixture: torch.Tensor,
+        tokens: torch.Tensor,
+        student_version: int,
+        asked: torch.Tensor | None = None,
+        top_k: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K], ints [n, 2 + K], hidden [n, d].
+
+        Args: asked: [n, M] ids that the support holds first; top_k: whether it also holds the models' own top ids.
+        """
+        teacher, student = rows.teacher, rows.student
+        count = len(mixture)
+        nothing = torch.full((count, 1), torch.nan, device=mixture.device)
+        at = tokens.unsqueeze(-1)
+        floats = [mixture.gather(-1, at)]
+        floats.append(nothing if student is None else student.gather(-1, at))
+        floats.append(nothing if teacher is None else teacher.gather(-1, at))
+        if teacher is None:
+            floats += [nothing] * 3
+            support = torch.empty((count, 0), dtype=torch.long, device=mixture.device)
+        else:
+            support = self._support(teacher, student, asked, top_k)
+            used = support >= 0
+            floats.append(teacher.masked_fill(_named(support, teacher.shape[-1]), -torch.inf).logsumexp(-1, keepdim=True))
+            floats += [nothing] * 2 if student is None else [_kl(student, teacher), _kl(teacher, student)]
+            floats.append(teacher.gather(-1, support.clamp(min=0)).masked_fill_(~used, -torch.inf))
+        version = torch.full_like(at, student_version)
+        ints = torch.cat([at, version, support], dim=-1).to(torch.int32)
+        hidden = torch.empty((count, 0), dtype=torch.float16)
+        if self.record_hidden:
+            assert rows.hidden is not None
+            hidden = rows.hidden.to(torch.float16)
+        return torch.cat(floats, dim=-1).cpu().numpy(), ints.cpu().numpy(), hidden.cpu().numpy()
+
+    def _support(
+        self, teacher: torch.Tensor, student: torch.Tensor | None, asked: torch.Tensor | None, top_k: bool
+    ) -> torch.Tensor:
+        """Ids asked for, then the teacher's top-k, then the student's; -1 where an id stands further to the left: [n, K]."""
+        vocab = teacher.shape[-1]
+        parts = [] if asked is None else [asked]
+        if top_k:
+            parts.append(teacher.topk(min(self.teacher_top_k, vocab), dim=-1).indices)
+            if student is not None and self.student_top_k and parts[-1].shape[-1] < vocab:
+                parts.append(student.topk(min(self.student_top_k, vocab), dim=-1).indices)
+        support = torch.empty((len(teacher), 0), dtype=torch.long, device=teacher.device)
+        for part in parts:
+            taken = _named(support, vocab).gather(-1, part.clamp(min=0))
+            support = torch.cat([support, part.masked_fill(taken, -1)], dim=-1)
+        return support
+
+    def take(self, wanted: list[tuple[str, int]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Give away the first `length` positions of each (key, length): floats [T, 6 + K], ints [T, 2 + K], hidden [T, d].
+
+        Raises: KeyError naming the request, if a position was never evaluated.
+        """
+        taken = []
+        for key, length in wanted:
+            cells = self.cells.pop(key)
+            missing = [position for position in range(length) if position not in cells]
+            if missing:
+                raise KeyError(f"request {key}: positions {missing[:8]} of {length} were never recorded")
+            rows = [cells[position] for position in range(length)]
+            floats = np.stack([cell.floats[cell.row] for cell in rows]) if rows else np.empty((0, len(FLOATS)))
+            ints = np.stack([cell.ints[cell.row] for cell in rows]) if rows else np.empty((0, len(INTS)))
+            hidden = np.stack([cell.hidden[cell.row] for cell in rows]) if rows else np.empty((0, 0))
+            if not np.isfinite(hidden).all():
+                raise ValueError(f"request {key}: the teacher's hidden states do not fit half precision")
+            taken.append((floats.astype(np.float32), ints.astype(np.int32), hidden.astype(np.float16)))
+        return taken
+
+    def drop(self, keys: list[str]) -> None:
+        """Forget requests that were aborted."""
+        for key in keys:
+            self.cells.pop(key, None)
+
+
+def _either(teacher: torch.Tensor | None, student: torch.Tensor | None) -> torch.Tensor:
+    rows = teacher if teacher is not None else student
+    assert rows is not None
+    return rows
+
+
+def _named(ids: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Which ids of the vocabulary a row [n, K] names, [n, vocab] bool; -1 names none."""
+    # Unused slots land in a further column, which is cut off again.
+    flags = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
+    return flags.scatter_(-1, ids.where(ids >= 0, vocab), True)[:, :vocab]
+
+
+def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """KL(first || second) of log-softmax rows [n, vocab], nats, [n, 1]; a zero probability of `first` counts nothing."""
+    mass = first.exp()
+    return torch.where(mass > 0, mass * (first - second), 0.0).sum(-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Student weights on their way from the ranks to the replicas."""

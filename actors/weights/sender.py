@@ -1,0 +1,256 @@
+"""Rank 0's side of weight transfers: a snapshot of the published version, and a process that sends it to who asks.
+
+The sender is a process of its own because nothing else ends a transfer whose other side has died: vLLM's engines wait without
+a deadline, and a communication kernel that waits on the training process's GPU context would hold up training with it. The
+sender shares the snapshot (CUDA IPC on GPUs, shared memory on CPUs), and is killed with all it holds when a transfer fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import ray
+import torch
+import torch.multiprocessing
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from actors.weights.transfer import Ask, Turn
+from kdray.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+TRAINER_INFO = {"nccl": "vllm.distributed.weight_transfer.nccl_engine:NCCLTrainerInitInfo"}
+"""vLLM's trainer-side init info of each backend, by name."""
+
+_WAIT_S = 0.5
+_START_S = 300.0
+
+
+class _Failed(Exception):
+    """One transfer."""
+
+
+class WeightServer:
+    """Serves rank 0's newest snapshot from a thread and a process of its own; training never waits for either."""
+
+    def __init__(self, backend: str, store: Any, bucket_mib: float) -> None:
+        """Args: backend: of vLLM's weight transfer; store: the TransferStore's handle; bucket_mib: what is sent at once."""
+        self._backend = backend
+        self._bucket_size = int(bucket_mib * 2**20)
+        self._store = store
+        self._published = threading.Condition()
+        self._version = -1
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._sent: dict[str, torch.Tensor] = {}
+        """What the sender has; it has to live as long as that reads it."""
+        self._sender: Any = None
+        self._pipe: Connection | None = None
+        self._broken: Exception | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
+        self._thread.start()
+
+    def publish(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Serve these weights from now on; a transfer under way ends with those that it began with.
+
+        Raises: TrainingError where nobody serves any more.
+        """
+        if self._broken is not None:
+            raise TrainingError(f"rank 0 stopped serving weights: {type(self._broken).__name__}: {self._broken}")
+        if torch.cuda.is_available():
+            # Another process reads them.
+            torch.cuda.synchronize()
+        with self._published:
+            self._version, self._tensors = version, tensors
+            self._published.notify_all()
+
+    def withdraw(self) -> None:
+        """Serve nobody until the next `publish`: only that one's copy of the weights and what is being sent then exist."""
+        with self._published:
+            self._version, self._tensors = -1, {}
+
+    def close(self) -> None:
+        """Serve nobody any more; whoever is served just then hears nothing of it, and its run ends too."""
+        self._closed = True
+        self._end_sender()
+
+    def _serve(self) -> None:
+        entered = False
+        while not self._closed:
+            try:
+                if not entered:
+                    ray.get(self._store.enter.remote())
+                    entered = True
+                number, ask = ray.get(self._store.asked.remote())
+                if self._closed:
+                    return
+                reason = None
+                try:
+                    self._transfer(number, ask)
+                except (_Failed, OSError, EOFError) as error:
+                    if self._closed:
+                        return
+                    reason = str(error) or "the sending process ended"
+                    logger.warning("a transfer of weights failed: %s", reason)
+                    # Its communicator is in an unknown state.
+                    self._end_sender()
+                ray.get(self._store.end.remote(number, reason))
+            except ActorUnavailableError:
+                # The driver's node is out of reach for a moment; a transfer that was under way begins again.
+                self._end_sender()
+                time.sleep(_WAIT_S)
+            except RayActorError:
+                # The run is over.
+                self._end_sender()
+                return
+            except Exception as error:
+                # Told by the next publication.
+                logger.exception("rank 0 stops serving weights")
+                self._broken = error
+                self._end_sender()
+                return
+
+    def _transfer(self, number: int, ask: Ask) -> None:
+        """Send the newest snapshot to one replica. Raises: _Failed, or what a broken pipe raises."""
+        with self._published:
+            # Ranks that started again come back to the version that was published before.
+            self._published.wait_for(lambda: self._version >= ask.at_least)
+            version, tensors = self._version, self._tensors
+        pipe = self._pipe or self._start_sender(next(iter(tensors.values())).device)
+        deadline = time.monotonic() + ask.timeout_s
+        pipe.send(None if tensors is self._sent else tensors)
+        self._sent = tensors
+        pipe.send(ask.num_workers)
+        ordered: Any = None
+        while True:
+            if ordered is not None and ray.wait([ordered], timeout=_WAIT_S)[0]:
+                reason = ray.get(ordered)
+                if reason is not None:
+                    raise _Failed(reason)
+                pipe.send(None)
+                ordered = None
+            if pipe.poll(0 if ordered is not None else _WAIT_S):
+                kind, info = pipe.recv()
+                if kind == "done":
+                    return
+                if kind == "failed":
+                    raise _Failed(info)
+                ordered = self._store.order.remote(number, Turn(kind, info, version))
+            if time.monotonic() > deadline:
+                raise _Failed(f"version {version} did not arrive within {ask.timeout_s:g} s")
+
+    def _start_sender(self, device: torch.device) -> Connection:
+        context = torch.multiprocessing.get_context("spawn")
+        pipe, theirs = context.Pipe()
+        self._pipe = pipe
+        address = ray.util.get_node_ip_address()
+        arguments = (theirs, TRAINER_INFO[self._backend], address, device, self._bucket_size)
+        self._sender = context.Process(target=send_weights, args=arguments, name="weight-sender", daemon=True)
+        self._sender.start()
+        # So that the pipe ends with the process.
+        theirs.close()
+        if not pipe.poll(_START_S):
+            raise _Failed(f"the sending process did not start within {_START_S:g} s")
+        pipe.recv()
+        return pipe
+
+    def _end_sender(self) -> None:
+        # Both threads may come here.
+        sender, self._sender = self._sender, None
+        pipe, self._pipe = self._pipe, None
+        self._sent = {}
+        if sender is not None:
+            sender.kill()
+            sender.join()
+        if pipe is not None:
+            pipe.close()
+
+
+# ---------------------------------------------------------------------------------------------------- the sender
+
+
+def send_weights(pipe: Connection, trainer_info: str, address: str, device: torch.device, bucket_size: int) -> None:
+    """The sender process: for each transfer that the pipe brings, open a communicator, send, close it.
+
+    Args: trainer_info: class of vLLM's trainer-side init info, `module:name`; address: of this node; bucket_size: bytes.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.utils.network_utils import get_open_port
+
+    class Snapshot(WeightSource):
+        tensors: dict[str, torch.Tensor]
+
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from self.tensors.items()
+
+    module, name = trainer_info.split(":")
+    info_class = getattr(importlib.import_module(module), name)
+    source = Snapshot()
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            if (tensors := pipe.recv()) is not None:
+                source.tensors = tensors
+            num_workers = pipe.recv()
+            info = info_class(
+                master_address=address,
+                master_port=get_open_port(),
+                world_size=1 + num_workers,
+                packed_buffer_size_bytes=bucket_size,
+                rank=0,
+            )
+            try:
+                engine = WeightTransferTrainerFactory.trainer_init(info, client=_Replica(pipe), source=source)
+                engine.send_weights()
+                engine.shutdown()
+            except Exception as error:
+                # Told to rank 0, which ends this process.
+                pipe.send(("failed", f"{type(error).__name__}: {error}"))
+                continue
+            pipe.send(("done", None))
+
+
+class _Replica:
+    """The replica as vLLM's trainer engine sees it (`VLLMWeightSyncClient`); its calls come one at a time."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._ask("connect", init_info)
+
+    def start_weight_update(self) -> None:
+        """Part of `update_weights`."""
+
+    def update_weights(self, update_info: Any) -> None:
+        self._ask("receive", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Part of `update_weights`."""
+
+    def _ask(self, kind: str, info: Any) -> None:
+        self._pipe.send((kind, info))
+        self._pipe.recv()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

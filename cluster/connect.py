@@ -1,0 +1,122 @@
+"""A Ray of this machine alone, for a run that joins no cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from ray._private import ray_constants
+from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
+
+from cluster.planning.placement import Node
+from cluster.planning.reservation import live_nodes
+from kdray.config import Config
+from kdray.errors import ConfigError, KdrayError
+
+_STARTS = 3
+_SLOW = "The current node timed out during startup.*"
+
+
+def start_local(**options: Any) -> None:
+    """Start it, with all of its ports on the loopback interface; `ray.shutdown` ends it.
+
+    Args: options: of `ray.init`.
+    Raises: KdrayError where a part of it does not come up, time and again.
+    """
+    # Ray gives a part of itself 15 s to come up, and ends where it did not; a busy machine needs longer now and then.
+    slow = retry_if_exception_message(match=_SLOW)
+    try:
+        for attempt in Retrying(retry=slow, stop=stop_after_attempt(_STARTS)):
+            with attempt, _loopback():
+                ray.init(address="local", include_dashboard=False, **options)
+    except RetryError as error:
+        raise KdrayError(
+            f"a Ray on this machine did not come up in {_STARTS} attempts; where the machine is busy or short of memory, try "
+            "again when it is not, or set cluster.address to a Ray that runs; its own words: "
+            f"{error.last_attempt.exception()}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that is started inside is on loopback.
+
+    Ray does so by itself where clusters are not supported, by this variable's default there. It is read when Ray is imported,
+    which may have been long ago.
+    """
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    told = os.environ.get(variable)
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if told is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = told
+
+
+def connected_nodes(config: Config) -> list[Node]:
+    """The nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
+    with connected(config, serving=False):
+        return live_nodes()
+
+
+@contextlib.contextmanager
+def connected(config: Config, serving: bool = True) -> Iterator[None]:
+    """Join the named cluster or start a local Ray, with Ray Serve unless nothing is served. Ends only what it started."""
+    setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    already = ray.is_initialized()
+    if not already:
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        # `local` is a Ray of one's own in Ray's words.
+        if address and address != "local":
+            remedy = CLUSTER_REMEDY.format(setting=setting)
+            if address != "auto" and (problem := unreachable(address)):
+                raise ConfigError(f"{setting}={problem}; {remedy}")
+            try:
+                ray.init(address=address, **quiet)
+            except ConnectionError as error:
+                raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
+        else:
+            start_local(num_cpus=config.cluster.local_cpus, **quiet)
+    try:
+        if serving:
+            from ray import serve
+
+            # Handles alone reach the replicas: no HTTP proxy, no open port.
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        yield
+    finally:
+        # A local Ray takes its Serve with it. On a cluster Serve stays: other runs may have come to use it.
+        if not already:
+            ray.shutdown()
+
+
+_CONNECT_TIMEOUT_S = 2.0
+
+
+CLUSTER_REMEDY = "start the cluster, correct {setting} (host:6379 or ray://host:10001), or unset it for a local Ray"
+
+
+def unreachable(address: str) -> str | None:
+    """Why nothing answers at a Ray address, or None if something does. Ray itself would try for minutes."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname, parts.port or {"ray": 10001, "http": 80, "https": 443}.get(parts.scheme, 6379)
+    except ValueError as error:
+        return f"{address}: {error}"
+    try:
+        socket.create_connection((host or "", port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{address} does not answer: {error}"
+    return None

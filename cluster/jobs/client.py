@@ -1,0 +1,381 @@
+"""Runs as Ray jobs: a client of a cluster's job server that speaks of runs, and whose every failure is a message."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.connect import unreachable
+from cluster.jobs.package import Cargo, write_folder
+from kdray.config import Config
+from kdray.errors import ConfigError, KdrayError
+
+_DASHBOARD_PORT = 8265
+_JOB_NAME = "kdray_job"
+_RUN_FOLDER = "kdray_run_folder"
+_STOP_WAIT = "kdray_stop_wait_s"
+
+# What the driver prints: `cluster.cli` why it ends, `cluster.entry` its exit code, the reporter how far it is.
+_REASON = re.compile(r"^(?:kdray: .*|interrupted(?:: .*)?)$", re.MULTILINE)
+_EXIT_CODE = re.compile(r"^kdray ended with exit code (\d+)$", re.MULTILINE)
+_PROGRESS = re.compile(r"^([a-z]+) (\d+)/(\d+)\b", re.MULTILINE)
+_POLL_S = 0.5
+_RECONNECT_S = 2.0
+_RECONNECTS = 30
+
+
+def server_address(given: str | None) -> str:
+    """The job server's URL: what was given, or what Ray's own variables name. Raises: ConfigError."""
+    setting, address = "--address", given
+    if address is None:
+        for setting in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            if address := os.environ.get(setting):
+                break
+    hint = f"give the URL of the cluster's dashboard, such as http://head:{_DASHBOARD_PORT}"
+    if not address:
+        raise ConfigError(f"--address: which cluster? {hint}, or set RAY_API_SERVER_ADDRESS")
+    url = address if "://" in address else f"http://{address}"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"{setting}={address}: {error}; {hint}") from error
+    if parts.scheme not in ("http", "https") or not host or parts.path not in ("", "/"):
+        raise ConfigError(f"{setting}={address}: not the address of a job server; {hint}")
+    if parts.username is not None or parts.password is not None:
+        # Not repeated: what stands there may be a secret.
+        raise ConfigError(f"{setting}: holds a user or a password; give the token by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
+    if port is None and parts.scheme == "http":
+        url = f"http://{parts.netloc}:{_DASHBOARD_PORT}"
+    return url.rstrip("/")
+
+
+def _token_source() -> str | None:
+    """Where Ray finds this user's token, None if nowhere."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        if os.environ.get(name):
+            return name
+    return "~/.ray/auth_token" if (Path.home() / ".ray" / "auth_token").is_file() else None
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job as its server tells of it."""
+
+    id: str
+    """Ray's submission id."""
+    name: str
+    """The run's name, or what `--name` said; several jobs, one after the other, may share it."""
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    exit_code: int | None
+    """The driver's, where it ended by itself."""
+    started_s: float
+    ended_s: float | None
+    message: str
+    """What Ray says of the state."""
+    run_folder: str
+    stop_wait_s: int
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class JobServer:
+    """Jobs of kdray on one cluster, by Ray's Jobs API. Every failure is a message; no message holds the token."""
+
+    def __init__(self, address: str | None) -> None:
+        """Raises: ConfigError where nothing answers, something else answers, or the token is not the cluster's."""
+        self.address = server_address(address)
+        if problem := unreachable(self.address):
+            raise ConfigError(
+                f"--address={problem}; give the URL of the cluster's dashboard, and make its port reachable from here (such as "
+                f"ssh -L {_DASHBOARD_PORT}:localhost:{_DASHBOARD_PORT} head)"
+            )
+        # Ray lets its variables win over an address that is given, and sends a token that is there in this mode only.
+        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            os.environ.pop(name, None)
+        if _token_source() is not None:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        with self._explained():
+            from ray.job_submission import JobSubmissionClient
+
+            for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+                logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+            self._client = JobSubmissionClient(self.address)
+
+    def submit(self, config: Config, cargo: Cargo, environment: dict[str, str], resume: bool, name: str) -> JobState:
+        """Send a run. Raises: ConfigError where a job of this name, or one that writes the same folder, has not ended."""
+        earlier = self.jobs()
+        for job in earlier:
+            if job.ended:
+                continue
+            end = f"end it with `kdray stop {job.id}`"
+            if job.run_folder == str(config.run_folder):
+                raise ConfigError(
+                    f"run.name={config.run.name}: job {job.id} is {job.state} and writes the same run folder, "
+                    f"{job.run_folder}; {end}, or choose another run.name or run.output"
+                )
+            if job.name == name:
+                setting = "run.name" if name == config.run.name else "--name"
+                raise ConfigError(
+                    f"{setting}={name}: job {job.id} is {job.state} with this name; {end}, or choose another {setting}"
+                )
+        arguments = ["python", "-m", "cluster.job_entrypoint", "run", "config.yaml", *(["--resume"] if resume else [])]
+        with self._explained(), tempfile.TemporaryDirectory(prefix="kdray-job-") as folder:
+            write_folder(cargo, Path(folder))
+            used = {job.submission_id for job in self._client.list_jobs()}
+            submission_id = self._client.submit_job(
+                entrypoint=shlex.join(arguments),
+                submission_id=free_id(name, used),
+                runtime_env={"working_dir": folder, "env_vars": environment},
+                metadata={
+                    _JOB_NAME: name,
+                    _RUN_FOLDER: str(config.run_folder),
+                    _STOP_WAIT: str(config.cluster.job.stop_wait_s),
+                },
+            )
+        return self.job(submission_id)
+
+    def jobs(self) -> list[JobState]:
+        """Jobs that kdray submitted, the newest first."""
+        with self._explained():
+            found = [_state(job) for job in self._client.list_jobs() if _JOB_NAME in (job.metadata or {})]
+        return sorted(found, key=lambda job: job.started_s, reverse=True)
+
+    def job(self, name: str) -> JobState:
+        """The newest job of a run's name, or the one with this id. Raises: ConfigError where there is none."""
+        jobs = self.jobs()
+        for job in jobs:
+            if job.name == name:
+                return job
+        for job in jobs:
+            if job.id == name:
+                return job
+        known = ", ".join(dict.fromkeys(job.name for job in jobs)) or "none yet"
+        raise ConfigError(f"{name}: no such job at {self.address}; jobs of kdray there: {known}")
+
+    def logs(self, job: JobState) -> str:
+        """What the job has written so far."""
+        with self._explained():
+            return str(self._client.get_job_logs(job.id))
+
+    def logs_of(self, jobs: Iterable[JobState]) -> dict[JobState, str | KdrayError]:
+        """What each job has written so far, or why that cannot be had: one lost log hides no other job."""
+        found: dict[JobState, str | KdrayError] = {}
+        for job in jobs:
+            try:
+                found[job] = self.logs(job)
+            except KdrayError as error:
+                found[job] = error
+        return found
+
+    def follow(self, job: JobState, write: Callable[[str], None]) -> JobState:
+        """Hand on the job's log until it ends; the job as it ended. A connection that breaks is taken up again.
+
+        Raises: KdrayError when the server stays away for a minute; the job does not notice.
+        """
+        seen = failures = 0
+
+        async def tail() -> None:
+            nonlocal seen, failures
+            position = 0
+            async for text in self._client.tail_job_logs(job.id):
+                # With every connection the server begins at the start.
+                new = text[max(0, seen - position) :]
+                position += len(text)
+                if new:
+                    seen, failures = position, 0
+                    write(new)
+
+        while True:
+            try:
+                with self._explained():
+                    asyncio.run(tail())
+                # Ray notes the state a moment after the log's last line.
+                found = self.wait(job, limit_s=10.0)
+                if found.ended:
+                    return found
+                failures = 0
+            except ConfigError:
+                # Another token, or another server: neither comes back by itself.
+                raise
+            except KdrayError:
+                failures += 1
+                if failures > _RECONNECTS:
+                    raise
+                time.sleep(_RECONNECT_S)
+
+    def stop(self, job: JobState) -> JobState:
+        """Ask a job to write a checkpoint and end; the job as it is once it ended, or once the time for that is over."""
+        with self._explained():
+            self._client.stop_job(job.id)
+        # Ray kills it when the time is over; that needs a moment.
+        return self.wait(job, limit_s=job.stop_wait_s + 30.0)
+
+    def wait(self, job: JobState, limit_s: float) -> JobState:
+        """The job once it has ended, or after `limit_s`."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            with self._explained():
+                found = _state(self._client.get_job_info(job.id))
+            if found.ended or time.monotonic() > deadline:
+                return found
+            time.sleep(_POLL_S)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Ray's errors as ours."""
+        try:
+            yield
+        except KdrayError:
+            raise
+        except Exception as error:
+            raise self._told(error) from None
+
+    def _told(self, error: Exception) -> KdrayError:
+        from aiohttp import ClientConnectionError, ClientError
+        from ray.exceptions import AuthenticationError
+        from requests.exceptions import ConnectionError as RequestsConnectionError
+        from requests.exceptions import RequestException, Timeout
+
+        source = _token_source()
+        if isinstance(error, AuthenticationError):
+            if "Forbidden" in str(error):
+                return ConfigError(
+                    f"{source}: the token is not that of the cluster at {self.address}; take the one that its head was started "
+                    "with (on the head: ray get-auth-token)"
+                )
+            mode = os.environ.get("RAY_AUTH_MODE")
+            if source is not None and mode != "token":
+                return ConfigError(f"RAY_AUTH_MODE={mode}: the cluster at {self.address} asks for a token; set it to token")
+            if source == "RAY_AUTH_TOKEN_PATH":
+                path = os.environ[source]
+                return ConfigError(f"RAY_AUTH_TOKEN_PATH={path}: holds no token; write the cluster's into the file")
+            return ConfigError(
+                f"RAY_AUTH_TOKEN: not set, and the cluster at {self.address} asks for a token; set it to the one that its head "
+                "was started with (on the head: ray get-auth-token), or RAY_AUTH_TOKEN_PATH to a file that holds it"
+            )
+        if isinstance(error, ConnectionError | RequestsConnectionError | Timeout | ClientConnectionError):
+            return ConfigError(f"--address={self.address}: no job server of Ray answers there; give the dashboard's address")
+        if isinstance(error, RequestException | ClientError | KeyError) or "Version check" in str(error):
+            return ConfigError(
+                f"--address={self.address}: what answers there is no job server of Ray; give the dashboard's address, such as "
+                f"http://head:{_DASHBOARD_PORT}"
+            )
+        # A server's error is a traceback at times; its last line says what it is.
+        message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+        return KdrayError(f"the job server at {self.address} says: {message.replace(token, '***') if token else message}")
+
+
+def _state(job: Any) -> JobState:
+    metadata = job.metadata or {}
+    return JobState(
+        id=str(job.submission_id),
+        name=metadata.get(_JOB_NAME, str(job.submission_id)),
+        state=str(job.status.value),
+        exit_code=job.driver_exit_code,
+        started_s=(job.start_time or 0) / 1000.0,
+        ended_s=None if not job.end_time else job.end_time / 1000.0,
+        message=job.message or "",
+        run_folder=metadata.get(_RUN_FOLDER, ""),
+        stop_wait_s=int(metadata.get(_STOP_WAIT, "0")),
+    )
+
+
+def free_id(name: str, used: set[str | None]) -> str:
+    """`name`, or `name-2`, `name-3` and so on where earlier jobs have it: Ray gives an id once."""
+    number, candidate = 1, name
+    while candidate in used:
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
+def check_name(name: str) -> str:
+    """A job's name. Raises: ConfigError where Ray or a shell would trip over it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name {name!r}: use letters, digits, dot, dash and underscore, as in run.name")
+    return name
+
+
+TABLE = ("job", "state", "exit code", "progress", "started", "duration")
+
+
+def table_rows(jobs: Mapping[JobState, str | KdrayError]) -> Iterator[tuple[str, ...]]:
+    """The columns of `TABLE` for each job, from its log or the reason why there is none."""
+    for job, log in jobs.items():
+        text = "" if isinstance(log, KdrayError) else log
+        code = job_exit_code(job, text) if job.ended else None
+        started = datetime.fromtimestamp(job.started_s).astimezone()
+        seconds = (job.ended_s or time.time()) - job.started_s
+        yield (
+            job.id,
+            job.state,
+            "" if code is None else str(code),
+            "no log" if isinstance(log, KdrayError) else progress(text) or "",
+            started.strftime("%Y-%m-%d %H:%M:%S"),
+            str(timedelta(seconds=round(max(0.0, seconds)))),
+        )
+
+
+def reason(log: str) -> str | None:
+    """The line in which the driver said why it ended; None where it said nothing."""
+    lines = _REASON.findall(log)
+    return lines[-1] if lines else None
+
+
+def progress(log: str) -> str | None:
+    """The phase and how far it is, such as `distill 3/12`, by the newest line of progress."""
+    found = _PROGRESS.findall(log)
+    return "{} {}/{}".format(*found[-1]) if found else None
+
+
+def job_exit_code(job: JobState, log: str) -> int | None:
+    """The exit code that `kdray run` had: 0, 1, 2 or 130; None where it was killed, or has not ended.
+
+    Ray keeps none of a job that was asked to stop, but the log does.
+    """
+    said = _EXIT_CODE.findall(log)
+    if said:
+        return int(said[-1])
+    return job.exit_code if job.exit_code is None or job.exit_code in (0, 1, 2, 130) else 1
+
+
+def explanation(job: JobState, log: str) -> str:
+    """Why a job ended that is not complete."""
+    if job.state == "STOPPED" and job_exit_code(job, log) is None:
+        return (
+            f"killed before it could write a checkpoint within cluster.job.stop_wait_s={job.stop_wait_s}; submit it with "
+            "--resume to go on from its newest one"
+        )
+    # Ray appends the log's end to its message.
+    return reason(log) or job.message.partition(", last available logs")[0].strip()
+
+
+def outcome(job: JobState, log: str | KdrayError) -> str:
+    """How a job ended, in a line."""
+    if isinstance(log, KdrayError):
+        # Ray's own word: whether there was a checkpoint, and why it ended, only the log says.
+        return f"{job.id}: {job.state}; its log cannot be had: {log}"
+    code = job_exit_code(job, log)
+    if not job.ended:
+        return f"{job.id}: still {job.state}; kdray logs {job.id} shows what it does"
+    if code == 0:
+        return f"{job.id}: {job.state}, complete; run folder {job.run_folder}"
+    described = "" if code is None else f" with exit code {code}"
+    return f"{job.id}: {job.state}{described}: {explanation(job, log)}"

@@ -1,0 +1,1 @@
+"""Roles, bundles, memory and rates of a run on a cluster."""

@@ -1,0 +1,190 @@
+"""Memory of a replica and of a student rank, part by part, before anything is started.
+
+What is exact: weights, KV cache and optimizer states, which follow from shapes. What is modelled: activations (tensors that a
+Llama-like layer keeps for its backward pass, attention by a fused kernel) and the rows of log-probabilities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+_FLOAT32 = 4
+# Rows that live at once where log-probabilities are made: of teacher, student, their mixture, and one working copy.
+_ENGINE_ROWS = 4
+# The same in training: the student's logits, their log-softmax, its gradient.
+_TRAINING_ROWS = 3
+# What a process holds before any model: libraries, CUDA context or allocator.
+ENGINE_BASE_BYTES = {"GPU": 1 * GIB, "CPU": 2 * GIB}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a decoder that its memory and speed follow from."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    kv_channels: int
+    """Key (or value) channels of a layer: key-value heads x head size."""
+    intermediate: int
+    vocab: int
+    heads: int
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """From a Hugging Face config; parameters are counted on a model without weights.
+
+        Args: config: as `kdray.models.resolve.model_config` gives it.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        text = config.get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        heads = int(text.num_attention_heads)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        return cls(
+            # Tied weights are one parameter.
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            layers=int(text.num_hidden_layers),
+            hidden=int(text.hidden_size),
+            kv_channels=int(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+            intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+            vocab=int(text.vocab_size),
+            heads=heads,
+        )
+
+    def kv_bytes(self, element: int) -> int:
+        """KV cache of one token. Args: element: bytes of a number."""
+        return 2 * self.layers * self.kv_channels * element
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes on each GPU of a replica (or in its process, on CPUs)."""
+
+    weights: float
+    logprobs: float
+    """Rows of log-probabilities, the largest transient."""
+    activations: float
+    """Of one engine step's tokens."""
+    base: float
+    kv_per_token: float
+    kv_room: float
+    """What is left for the KV cache; negative where the rest does not fit."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values fit."""
+        return max(0, int(self.kv_room / self.kv_per_token))
+
+    @property
+    def needed(self) -> float:
+        """Everything but the KV cache."""
+        return self.weights + self.logprobs + self.activations + self.base
+
+
+def engine_memory(
+    models: list[ModelShape],
+    element: int,
+    tensor_parallel: int,
+    max_num_seqs: int,
+    step_tokens: int,
+    budget: float,
+    kv_cache: float | None = None,
+    device: str = "GPU",
+) -> EngineMemory:
+    """Of a replica that holds all of `models`.
+
+    Args: element: bytes of a weight; step_tokens: `max_num_batched_tokens`; budget: bytes that the engine may take on each
+          GPU; kv_cache: its size where that is set by hand (CPUs), else what is left of the budget.
+    """
+    vocab = max(model.vocab for model in models)
+    widest = max(2 * model.hidden + 3 * model.intermediate / tensor_parallel for model in models)
+    weights = sum(model.parameters for model in models) * element / tensor_parallel
+    logprobs = _ENGINE_ROWS * max_num_seqs * vocab * _FLOAT32
+    activations = step_tokens * widest * element
+    base = ENGINE_BASE_BYTES[device]
+    room = budget - weights - logprobs - activations - base if kv_cache is None else kv_cache
+    return EngineMemory(
+        weights=weights,
+        logprobs=logprobs,
+        activations=activations,
+        base=base,
+        kv_per_token=sum(model.kv_bytes(element) for model in models) / tensor_parallel,
+        kv_room=room,
+    )
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one student rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logprobs: float
+    teacher: float
+    """What the rank holds of a teacher: its output head, or all of it."""
+    base: float
+    sent: float = 0.0
+    """Copies of the weights that replicas are sent from here; rank 0's alone."""
+
+    @property
+    def total(self) -> float:
+        model = self.weights + self.gradients + self.optimizer + self.activations + self.logprobs
+        return model + self.teacher + self.base + self.sent
+
+
+def rank_memory(
+    model: ModelShape,
+    precision: str,
+    zero_stage: int,
+    ranks: int,
+    sequences: int,
+    sequence_tokens: int,
+    response_tokens: int,
+    gradient_checkpointing: bool,
+    teacher_bytes: float = 0.0,
+    device: str = "GPU",
+    copies: int = 0,
+) -> RankMemory:
+    """Of one rank with AdamW under DeepSpeed.
+
+    Weights, gradients and optimizer states a parameter are 2 + 2 + 12 bytes in bfloat16 (a float32 copy and two moments) and
+    4 + 4 + 8 in float32; ZeRO cuts the last by the ranks from stage 1 on, the second from 2, the first at 3 (Rajbhandari et
+    al., 2020, section 3).
+
+    Args: sequences: `micro_batch_size`; sequence_tokens: prompt and response; teacher_bytes: of what it holds of a teacher;
+          copies: of the whole weights, to send.
+    """
+    element = 2 if precision == "bf16" else 4
+    optimizer = 12 if precision == "bf16" else 8
+    return RankMemory(
+        weights=model.parameters * element / (ranks if zero_stage >= 3 else 1),
+        gradients=model.parameters * element / (ranks if zero_stage >= 2 else 1),
+        optimizer=model.parameters * optimizer / (ranks if zero_stage >= 1 else 1),
+        activations=activation_bytes(model, sequences * sequence_tokens, element, gradient_checkpointing),
+        logprobs=_TRAINING_ROWS * sequences * response_tokens * model.vocab * _FLOAT32,
+        teacher=teacher_bytes,
+        base=ENGINE_BASE_BYTES[device],
+        sent=copies * model.parameters * element,
+    )
+
+
+def activation_bytes(model: ModelShape, tokens: int, element: int, gradient_checkpointing: bool) -> float:
+    """Tensors kept for the backward pass.
+
+    A layer keeps its input, both normalised inputs (and the float32 ones that normalisation worked on), queries, keys, values
+    (rotated), the attention's output, the residual, and the gate's four products of the intermediate width. With
+    checkpointing, every layer keeps its input and one layer the rest.
+    """
+    kept = 6 * model.hidden + 2 * model.kv_channels + 4 * model.intermediate
+    layer = tokens * (element * kept + 2 * _FLOAT32 * model.hidden)
+    if gradient_checkpointing:
+        return model.layers * tokens * model.hidden * element + layer
+    return model.layers * layer

@@ -1,0 +1,242 @@
+"""What a run asks of a cluster, role by role, and whether the cluster can ever give it. The maths is pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdray.config import Config, EngineSettings
+from kdray.config.labels import ACCELERATOR_LABEL
+from kdray.errors import CapacityError
+
+_ACCELERATOR_RESOURCE = "accelerator_type:"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: what it has in all, and the labels that Ray knows it by."""
+
+    resources: Mapping[str, float]
+    """Such as {"CPU": 8, "GPU": 1}."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+
+    @classmethod
+    def of_ray(cls, node: Mapping[str, Any]) -> Node:
+        """One entry of `ray.nodes()`."""
+        labels = dict(node.get("Labels") or {})
+        for resource in node["Resources"]:
+            # A node that was given the resource by hand has it without the label.
+            if resource.startswith(_ACCELERATOR_RESOURCE):
+                labels.setdefault(ACCELERATOR_LABEL, resource.removeprefix(_ACCELERATOR_RESOURCE))
+        return cls(node["Resources"], labels, str(node.get("NodeManagerHostname") or node.get("NodeID", ""))[:24])
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Resources that have to be on one node, and how many times."""
+
+    role: str
+    setting: str
+    """The setting to change where this cannot be had."""
+    count: int
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Ray label selector that the node must match."""
+    per_node: int | None = None
+    """Most bundles of this role on one node; None for as many as fit."""
+    together: bool = False
+    """Whether all of them must be on one node."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the bundles of a run can go: for every bundle, on which node how many."""
+
+    bundle: Bundle
+    nodes: Mapping[int, int]
+    """Index of a node -> bundles on it."""
+
+
+def bundles(config: Config) -> list[Bundle]:
+    """Every bundle of a run; autoscaled pools count with the size that they start with."""
+    wanted = []
+    for name, teacher in config.served_teachers.items():
+        wanted.append(_engine_bundle(f"teacher {name}", f"teachers.{name}", teacher))
+    if config.has_rollout_pool:
+        wanted.append(_engine_bundle("rollout pool", "rollout.pool", config.rollout.pool))
+    training = config.training
+    rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank} | training.resources
+    rank |= _accelerator(training.accelerator_type)
+    wanted.append(
+        Bundle(
+            "student",
+            "training.ranks",
+            training.ranks,
+            {k: v for k, v in rank.items() if v},
+            training.labels,
+            per_node=1 if training.placement == "strict_spread" else None,
+            together=training.placement == "strict_pack",
+        )
+    )
+    return wanted
+
+
+def _accelerator(kind: str | None) -> dict[str, float]:
+    """What Ray asks for an accelerator type: a sliver of a resource that every node of the type has once."""
+    return {} if kind is None else {f"{_ACCELERATOR_RESOURCE}{kind}": 0.001}
+
+
+def _engine_bundle(role: str, setting: str, settings: EngineSettings) -> Bundle:
+    resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
+    resources |= _accelerator(settings.accelerator_type)
+    count, of = settings.replicas, "replicas"
+    if settings.autoscaling is not None:
+        count, of = settings.autoscaling.starting_replicas, "autoscaling.initial_replicas"
+    taken = {name: amount for name, amount in resources.items() if amount}
+    return Bundle(role, f"{setting}.{of}", count, taken, settings.label_selector, settings.max_replicas_per_node)
+
+
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node's labels satisfy a Ray label selector: `value`, `!value`, `in(a, b)` or `!in(a, b)` for each key."""
+    for key, condition in selector.items():
+        excluded = condition.startswith("!")
+        values = condition.removeprefix("!")
+        listed = re.fullmatch(r"in\((.*)\)", values)
+        allowed = [value.strip() for value in listed[1].split(",")] if listed else [values]
+        if (labels.get(key) in allowed) == excluded:
+            return False
+    return True
+
+
+def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:
+    """Where the bundles can go; refuses what these nodes can never give: in sum, for one bundle, or all together.
+
+    Raises: CapacityError naming the setting, what it asks and what is there.
+    """
+    for bundle in wanted:
+        if bundle.count and not any(could_hold(node, bundle) for node in nodes):
+            matching = [node for node in nodes if matches(node.labels, bundle.labels)]
+            lacking = "no node has that" if matching or not bundle.labels else "no node has these labels"
+            raise CapacityError(
+                f"{bundle.setting}: one {bundle.role} needs {_asked(bundle)} on one node, and {lacking} "
+                f"(nodes: {describe_nodes(nodes)}); ask for less, or add a node"
+            )
+    for name in sorted({name for bundle in wanted for name in bundle.resources}):
+        asked_sum = sum(bundle.count * bundle.resources.get(name, 0.0) for bundle in wanted)
+        there = sum(node.resources.get(name, 0.0) for node in nodes)
+        if asked_sum > there + 1e-9:
+            parts = ", ".join(
+                f"{bundle.setting}={bundle.count} x {bundle.resources[name]:g}" for bundle in wanted if name in bundle.resources
+            )
+            remedy = "; on one machine cluster.local_cpus lets small models share cores" if name == "CPU" else ""
+            raise CapacityError(
+                f"the run needs {asked_sum:g} {name} ({parts}), but the cluster has {there:g}; "
+                f"lower one of these or add nodes{remedy}"
+            )
+    return pack(wanted, nodes)
+
+
+def pack(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:
+    """Put every bundle on a node, the pickiest roles first, each on nodes that the fewest other roles could use.
+
+    Bin packing is hard; this is first-fit in two orders, and may refuse what a search over all layouts would place.
+    Raises: CapacityError for the bundle that found no node.
+    """
+    could = {id(bundle): [index for index, node in enumerate(nodes) if could_hold(node, bundle)] for bundle in wanted}
+    usable = Counter(index for indices in could.values() for index in indices)
+
+    def size(bundle: Bundle) -> tuple[float, ...]:
+        whole = bundle.count if bundle.together else 1
+        return tuple(-whole * bundle.resources.get(name, 0.0) for name in ("GPU", "CPU"))
+
+    def fit(order: Callable[[Bundle], tuple[Any, ...]]) -> list[Placed]:
+        placed = {id(each.bundle): each for each in _first_fit(sorted(wanted, key=order), nodes, could, usable)}
+        return [placed[id(bundle)] for bundle in wanted]
+
+    try:
+        return fit(lambda bundle: (len(could[id(bundle)]), size(bundle)))
+    except CapacityError:
+        # A picky role may be small, and leave a hole that a large one needed.
+        return fit(lambda bundle: (size(bundle), len(could[id(bundle)])))
+
+
+def _first_fit(
+    ordered: Sequence[Bundle], nodes: Sequence[Node], could: Mapping[int, list[int]], usable: Mapping[int, int]
+) -> list[Placed]:
+    left = [dict(node.resources) for node in nodes]
+    placed = []
+    for bundle in ordered:
+        found: Counter[int] = Counter()
+        missing = bundle.count
+        # What one role leaves of a node never grows, so that each node is looked at once for each role.
+        for index in sorted(could[id(bundle)], key=lambda index: usable[index]):
+            room = min(missing, _room(left[index], bundle))
+            if bundle.together and room < bundle.count:
+                continue
+            if room:
+                found[index] = room
+                missing -= room
+                for name, amount in bundle.resources.items():
+                    left[index][name] -= room * amount
+            if not missing:
+                break
+        if missing:
+            over = describe_nodes([Node(rest, node.labels) for rest, node in zip(left, nodes, strict=True)])
+            raise CapacityError(
+                f"{bundle.setting}={bundle.count}: all parts of the run cannot be placed together; after "
+                f"{bundle.count - missing} of this {bundle.role}, no node has {_asked(bundle)} left (left over: {over}); ask "
+                "for less, or add a node"
+            )
+        placed.append(Placed(bundle, dict(found)))
+    return placed
+
+
+def could_hold(node: Node, bundle: Bundle) -> bool:
+    """Whether the node, empty, is one for this bundle; for all of them where they must be together."""
+    if not matches(node.labels, bundle.labels):
+        return False
+    return _room(node.resources, bundle) >= (bundle.count if bundle.together else 1)
+
+
+def _room(resources: Mapping[str, float], bundle: Bundle) -> int:
+    """How many of the bundle these resources hold."""
+    # Fractions of a GPU add up with rounding.
+    fit = (int((resources.get(name, 0.0) + 1e-9) / amount) for name, amount in bundle.resources.items() if amount)
+    room = min(fit, default=bundle.count)
+    return room if bundle.per_node is None else min(room, bundle.per_node)
+
+
+def _asked(bundle: Bundle) -> str:
+    text = describe_resources(bundle.resources)
+    if bundle.together and bundle.count > 1:
+        text += f", {bundle.count} times"
+    return text + (f" and labels {_labels(bundle.labels)}" if bundle.labels else "")
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(labels.items()))
+
+
+_SHOWN = 8
+
+
+def describe_nodes(nodes: Sequence[Node]) -> str:
+    """Nodes as a message shows them: equal ones once, with their number."""
+    kinds = Counter(
+        describe_resources(node.resources)
+        + (f" [{shown}]" if (shown := _labels({k: v for k, v in node.labels.items() if k != "ray.io/node-id"})) else "")
+        for node in nodes
+    )
+    listed = [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.most_common(_SHOWN)]
+    more = len(kinds) - len(listed)
+    return "; ".join(listed) + (f"; and {more} other kinds" if more > 0 else "")
+
+
+def describe_resources(resources: Mapping[str, Any]) -> str:
+    """Resources as a message shows them, without Ray's own."""
+    shown = {name: amount for name, amount in resources.items() if not name.startswith(("node:", "memory", "object_store"))}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

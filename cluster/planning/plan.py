@@ -1,0 +1,500 @@
+"""`kdray plan`: what goes where, whether it fits into memory, and which part will wait for which, before anything starts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from cluster.planning.accelerators import ACCELERATORS, Accelerator
+from cluster.planning.memory import GIB, EngineMemory, ModelShape, RankMemory, engine_memory, rank_memory
+from cluster.planning.placement import (
+    ACCELERATOR_LABEL,
+    Bundle,
+    Node,
+    Placed,
+    bundles,
+    check_capacity,
+    could_hold,
+    describe_resources,
+)
+from cluster.planning.throughput import Lengths, Measured, measured, sampling_rate, scoring_rate, training_rate
+from kdray.config import (
+    CaptureTeacherSettings,
+    Config,
+    EngineSettings,
+    HFTeacherSettings,
+    ModelSource,
+    PrunedModel,
+    ULDLoss,
+    load_config,
+)
+from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.errors import CapacityError, ConfigError, DataError
+from kdray.models.pruning import plan_pruning
+from kdray.models.resolve import model_config
+from kdray.runs.folder import RunFolder, read_lines
+
+_CAPACITY_GAP = 20.0
+"""Teacher parameters a student parameter beyond which students learn less from the teacher than from a smaller one (Mirzadeh
+et al., 2020; Busbridge et al., 2025)."""
+
+
+class NodeKind(Settings):
+    """Some equal nodes of a described cluster."""
+
+    count: Positive = 1
+    """Nodes of this kind."""
+    cpus: NonNegativeFloat = 1
+    """CPUs of each."""
+    gpus: NonNegativeFloat = 0
+    """GPUs of each."""
+    accelerator_type: str | None = None
+    """Ray's name of the GPUs, such as `H100`."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of each GPU; None takes it from the type."""
+    memory_gib: PositiveFloat | None = None
+    """Memory of each node; None leaves it out of account."""
+    resources: dict[str, float] = Field(default={})
+    """Custom Ray resources of each."""
+    labels: dict[str, str] = Field(default={})
+    """Labels of each."""
+
+
+class DescribedCluster(Settings):
+    """A cluster that is not there yet."""
+
+    nodes: list[NodeKind] = Field(min_length=1)
+    """Its nodes by kind."""
+
+
+def described_nodes(path: Path) -> list[Node]:
+    """The nodes of a cluster described in a YAML file. Raises: DataError naming the file and what is wrong in it."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        cluster = DescribedCluster.model_validate(tree)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"--cluster {path}: cannot be read: {error}") from error
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}" for item in error.errors())
+        keys = ", ".join(NodeKind.model_fields)
+        raise DataError(f"--cluster {path}: {'; '.join(wrong)}; a cluster is `nodes`, a list of kinds with {keys}") from error
+    nodes = []
+    for number, kind in enumerate(cluster.nodes):
+        resources = {"CPU": kind.cpus, "GPU": kind.gpus, **kind.resources}
+        labels = dict(kind.labels)
+        if kind.memory_gib is not None:
+            resources["memory"] = kind.memory_gib * GIB
+        if kind.accelerator_type is not None:
+            resources[f"accelerator_type:{kind.accelerator_type}"] = 1.0
+            labels.setdefault(ACCELERATOR_LABEL, kind.accelerator_type)
+        if kind.gpu_memory_gib is not None:
+            resources[_GPU_MEMORY] = kind.gpu_memory_gib
+        nodes += [Node({k: v for k, v in resources.items() if v}, labels, f"kind {number + 1}")] * kind.count
+    return nodes
+
+
+def rates_of(run: Path) -> Measured:
+    """What a run's metrics say of its rates. Raises: DataError where the folder holds none."""
+    folder = RunFolder.open(run)
+    try:
+        return measured(read_lines(folder.metrics), load_config(folder.config).training.batch_size)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--run {run}: its metrics say nothing of rates: {error}") from error
+
+
+_GPU_MEMORY = "memory of a GPU, GiB"
+"""Kept beside a described node's resources; Ray has none of this name."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """One role of the run, as planned."""
+
+    bundle: Bundle
+    nodes: dict[str, int]
+    """What kind of node -> bundles there."""
+    memory: EngineMemory | RankMemory
+    memory_limit: float | None
+    """Bytes of a GPU, or None where it is not known (or the role runs on CPUs)."""
+    rate: float | None
+    """Response tokens a second of all of it together; None where nothing is known of its hardware."""
+    does: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    roles: list[Role]
+    lines: list[str] = field(default_factory=list)
+    """The bottleneck, the ratio, warnings."""
+
+
+def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> Plan:
+    """Lay a run out over nodes, and say what it will wait for.
+
+    Args: run: what a run with this config's models measured; None models the rates.
+    Raises: CapacityError for what can never fit, with what would.
+    """
+    wanted = bundles(config)
+    try:
+        placed = check_capacity(wanted, nodes)
+    except CapacityError as error:
+        if not config.cluster.may_grow:
+            raise
+        # Nodes may come that hold it; which ones, only a description can say.
+        return Plan(
+            [], [f"note: not on these nodes, and cluster.may_grow=true asks for more: {error}; describe them: --cluster FILE"]
+        )
+    shapes = _shapes(config)
+    student = shapes[_STUDENT]
+    lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_new_tokens)
+    roles = []
+    for item in placed:
+        # Ray may place it on any node that it matches, not on these alone.
+        gpu, limit = _weakest([node for node in nodes if could_hold(node, item.bundle)])
+        if item.bundle.role == "student":
+            roles.append(_student_role(config, item, shapes, nodes, gpu, limit, lengths))
+        else:
+            roles.append(_engine_role(config, item, shapes, nodes, gpu, limit, lengths))
+    _check_node_memory(placed, roles, nodes)
+    lines = _balance(config, roles) if run is None else _measured_balance(run)
+    for name, shape in shapes.items():
+        if name != _STUDENT and shape.parameters > _CAPACITY_GAP * student.parameters:
+            lines.append(
+                f"warning: teacher {name} has {shape.parameters / student.parameters:.0f} times the student's parameters; "
+                f"beyond about {_CAPACITY_GAP:.0f} a student often learns less than from a smaller teacher: consider one in "
+                "between, or two stages"
+            )
+    lines += _growth(wanted, config, nodes)
+    return Plan(roles, lines)
+
+
+def table(found: Plan) -> dict[str, dict[str, str]]:
+    """The roles as columns of text: what each takes, where it goes, its memory part by part."""
+    return {role.bundle.role: _column(role) for role in found.roles}
+
+
+def _column(role: Role) -> dict[str, str]:
+    bundle, memory = role.bundle, role.memory
+    limit = "" if role.memory_limit is None else f" of {role.memory_limit / GIB:.0f}"
+    cells = {
+        "does": role.does,
+        "bundles": f"{bundle.count} x {describe_resources(bundle.resources)}",
+        "nodes": "; ".join(f"{count} on {kind or 'a node'}" for kind, count in role.nodes.items()),
+    }
+    if isinstance(memory, RankMemory):
+        parts = {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "activations": memory.activations,
+            "log-probabilities": memory.logprobs,
+            "of the teacher": memory.teacher,
+            "to send": memory.sent,
+            "process": memory.base,
+        }
+        total = memory.total
+    else:
+        parts = {
+            "weights": memory.weights,
+            "activations": memory.activations,
+            "log-probabilities": memory.logprobs,
+            "process": memory.base,
+            "KV cache": memory.kv_room,
+        }
+        total = memory.needed + memory.kv_room
+    cells |= {f"{name}, GiB": f"{size / GIB:.2f}" for name, size in parts.items() if size}
+    cells["together, GiB"] = f"{total / GIB:.1f}{limit}"
+    if isinstance(memory, EngineMemory):
+        cells["KV cache, tokens"] = f"{memory.kv_tokens:,}"
+    if role.rate is not None:
+        cells["response tokens/s, modelled"] = f"{role.rate:,.0f}"
+    return cells
+
+
+_STUDENT = ""
+
+
+def _shapes(config: Config) -> dict[str, ModelShape]:
+    """Of the student (key "") and of every teacher with weights, by name."""
+    sources: dict[str, tuple[ModelSource, str | None]] = {_STUDENT: (config.student.model, config.student.revision)}
+    for name, teacher in config.teachers.items():
+        if name in config.served_teachers:
+            sources[name] = config.source(name)
+        elif isinstance(teacher, HFTeacherSettings | CaptureTeacherSettings) and teacher.model is not None:
+            sources[name] = (teacher.model, teacher.revision)
+    found: dict[str, ModelShape] = {}
+    for name, (source, revision) in sources.items():
+        try:
+            if isinstance(source, PrunedModel):
+                found[name] = ModelShape.of(plan_pruning(model_config(source.source, source.revision), source).config)
+            else:
+                found[name] = ModelShape.of(model_config(source, revision))
+        except (OSError, ValueError) as error:
+            where = f"teachers.{name}.model" if name else "student.model"
+            raise ConfigError(f"{where}={source}: no config could be loaded: {error}") from error
+    return found
+
+
+def _weakest(hosts: Sequence[Node]) -> tuple[Accelerator | None, float | None]:
+    """The slowest GPU among these nodes and the least memory of one, in bytes; None where a type is not known."""
+    gpus = [ACCELERATORS.get(node.labels.get(ACCELERATOR_LABEL, "")) for node in hosts]
+    known = [gpu for gpu in gpus if gpu is not None]
+    slowest = min(known, key=lambda gpu: gpu.tflops) if known and len(known) == len(gpus) else None
+    memories = [
+        node.resources.get(_GPU_MEMORY) or (None if gpu is None else gpu.memory_gib)
+        for node, gpu in zip(hosts, gpus, strict=True)
+    ]
+    given = [memory for memory in memories if memory is not None]
+    return slowest, min(given) * GIB if given and len(given) == len(memories) else None
+
+
+def _engine_role(
+    config: Config,
+    item: Placed,
+    shapes: dict[str, ModelShape],
+    nodes: Sequence[Node],
+    gpu: Accelerator | None,
+    limit: float | None,
+    lengths: Lengths,
+) -> Role:
+    name = item.bundle.role.removeprefix("teacher ")
+    pool = item.bundle.role == "rollout pool"
+    settings: EngineSettings = config.rollout.pool if pool else config.served_teachers[name]
+    if pool:
+        models = [shapes[_STUDENT]]
+    elif isinstance(config.loss, ULDLoss) or config.served_teachers[name].prompt_template is not None:
+        models = [shapes[name]]
+    else:
+        # A teacher's replicas hold the student, too: to sample the mixture with it, or for exact divergences.
+        models = [shapes[name], shapes[_STUDENT]]
+    on_gpu = settings.num_gpus > 0
+    element = {"float32": 4}.get(settings.dtype, 2 if on_gpu else 4)
+    parts = settings.tensor_parallel_size if on_gpu else 1
+
+    def memory(parallel: int) -> EngineMemory:
+        return engine_memory(
+            models,
+            element,
+            parallel,
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            (limit or 0.0) * settings.gpu_memory_utilization,
+            None if on_gpu and limit is not None else settings.kv_cache_gib * GIB,
+            "GPU" if on_gpu else "CPU",
+        )
+
+    setting = "rollout.pool" if pool else f"teachers.{name}"
+    sharing = int(1 / settings.num_gpus) if 0 < settings.num_gpus < 1 else 1
+    if sharing * settings.gpu_memory_utilization > 1:
+        raise CapacityError(
+            f"{setting}.num_gpus={settings.num_gpus:g} puts {sharing} replicas on a GPU, and each takes "
+            f"gpu_memory_utilization={settings.gpu_memory_utilization:g} of it; lower that to {1 / sharing:.2g} or less"
+        )
+    found = memory(parts)
+    sequence = lengths.prompt + lengths.response
+    if on_gpu and limit is not None and found.kv_tokens < sequence:
+        fits = next((p for p in (1, 2, 4, 8, 16) if not models[0].heads % p and memory(p).kv_tokens >= sequence), None)
+        remedy = (
+            f"set {setting}.tensor_parallel_size={fits} and num_gpus={fits}"
+            if fits is not None and fits > parts
+            else f"use GPUs with more memory, or lower {setting}.max_num_seqs"
+        )
+        raise CapacityError(
+            f"{setting}: a replica needs {found.needed / GIB:.1f} GiB on each of {parts} GPUs before any KV cache, and one"
+            f" sequence of {sequence} tokens {sequence * found.kv_per_token / GIB:.2f} GiB more; the smallest "
+            f"GPU that it may be placed on gives {limit * settings.gpu_memory_utilization / GIB:.1f} GiB; {remedy}"
+        )
+    running = min(settings.max_num_seqs, max(1, found.kv_tokens // sequence))
+    samples = pool or config.rollout.sampler == "mixture"
+    rate = None
+    if gpu is not None and on_gpu:
+        one = (
+            sampling_rate(models, gpu, parts, running, lengths, element)
+            if samples
+            else scoring_rate(models, gpu, parts, lengths)
+        )
+        rate = one * item.bundle.count
+    does = f"samples, {running} sequences at once" if samples else "scores by prefill"
+    return Role(item.bundle, _where(item, nodes), found, limit if on_gpu else None, rate, does)
+
+
+def _student_role(
+    config: Config,
+    item: Placed,
+    shapes: dict[str, ModelShape],
+    nodes: Sequence[Node],
+    gpu: Accelerator | None,
+    limit: float | None,
+    lengths: Lengths,
+) -> Role:
+    training, student = config.training, shapes[_STUDENT]
+    on_gpu = training.gpus_per_rank > 0
+    element = 2 if training.precision == "bf16" else 4
+    held = 0.0
+    if config.rollout.teacher_signal == "hidden":
+        (name,) = config.teachers
+        held = shapes[name].hidden * shapes[name].vocab * element
+    if training.features is not None and config.white_box_teacher is not None:
+        held = shapes[config.white_box_teacher[0]].parameters * element
+
+    def memory(stage: int, ranks: int, micro: int, checkpointing: bool) -> RankMemory:
+        return rank_memory(
+            student,
+            training.precision,
+            stage,
+            ranks,
+            micro,
+            lengths.prompt + lengths.response,
+            lengths.response,
+            checkpointing,
+            held,
+            "GPU" if on_gpu else "CPU",
+            0 if training.weight_transfer == "object_store" else 2,
+        )
+
+    found = memory(training.zero_stage, training.ranks, training.micro_batch_size, training.gradient_checkpointing)
+    if on_gpu and limit is not None and found.total > limit:
+        raise CapacityError(
+            f"training: a rank needs {found.total / GIB:.1f} GiB (optimizer {found.optimizer / GIB:.1f}, gradients "
+            f"{found.gradients / GIB:.1f}, weights {found.weights / GIB:.1f}, activations {found.activations / GIB:.1f}, "
+            f"log-probabilities {found.logprobs / GIB:.1f}), and the smallest GPU that it may be placed on has "
+            f"{limit / GIB:.1f} GiB; {_smaller(config, memory, limit)}"
+        )
+    rate = None
+    if gpu is not None and on_gpu:
+        rate = training_rate(student, gpu, training.ranks, lengths, training.gradient_checkpointing)
+    return Role(
+        item.bundle,
+        _where(item, nodes),
+        found,
+        limit if on_gpu else None,
+        rate,
+        f"trains, ZeRO {training.zero_stage}, {training.precision}",
+    )
+
+
+def _smaller(config: Config, memory: Any, limit: float) -> str:
+    """The smallest change of the training's settings with which a rank fits."""
+    training = config.training
+    stages = range(training.zero_stage, 4)
+    micros = [training.micro_batch_size // 2**power for power in range(training.micro_batch_size.bit_length())]
+    for ranks in (training.ranks * 2**power for power in range(6)):
+        for stage in stages:
+            for checkpointing in sorted({training.gradient_checkpointing, True}):
+                for micro in micros:
+                    if micro and memory(stage, ranks, micro, checkpointing).total <= limit:
+                        wanted = {
+                            "ranks": ranks,
+                            "zero_stage": stage,
+                            "gradient_checkpointing": checkpointing,
+                            "micro_batch_size": micro,
+                        }
+                        changed = [
+                            f"training.{name}={str(value).lower()}"
+                            for name, value in wanted.items()
+                            if value != getattr(training, name)
+                        ]
+                        return f"it fits with {', '.join(changed)}"
+    return "use GPUs with more memory, or a smaller student"
+
+
+def _where(item: Placed, nodes: Sequence[Node]) -> dict[str, int]:
+    kinds: Counter[str] = Counter()
+    for index, count in item.nodes.items():
+        node = nodes[index]
+        labels = [f"{k}={v}" for k, v in sorted(node.labels.items()) if not k.startswith("ray.io/node")]
+        kinds[" ".join([node.name, *labels]).strip()] += count
+    return dict(kinds)
+
+
+def _check_node_memory(placed: Sequence[Placed], roles: Sequence[Role], nodes: Sequence[Node]) -> None:
+    """Raises: CapacityError where the CPU roles of a node need more memory than Ray says it has."""
+    used: Counter[int] = Counter()
+    for item, role in zip(placed, roles, strict=True):
+        if role.bundle.resources.get("GPU"):
+            continue
+        memory = role.memory
+        each = memory.total if isinstance(memory, RankMemory) else memory.needed + memory.kv_room
+        for index, count in item.nodes.items():
+            used[index] += math.ceil(count * each)
+    for index, needed in used.items():
+        there = nodes[index].resources.get("memory")
+        if there is not None and needed > there:
+            raise CapacityError(
+                f"node {nodes[index].name}: the parts planned for it need {needed / GIB:.1f} GiB of memory, and it has "
+                f"{there / GIB:.1f}; lower kv_cache_gib or replicas, or spread them (max_replicas_per_node)"
+            )
+
+
+def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
+    """Who waits for whom, by the modelled rates."""
+    if any(role.rate is None for role in roles):
+        unknown = ", ".join(role.bundle.role for role in roles if role.rate is None)
+        return [
+            f"rates: nothing is known of the hardware of {unknown}; name its accelerator type, or measure: "
+            "kdray plan CONFIG --run RUN"
+        ]
+    rates = {role.bundle.role: role.rate or 0.0 for role in roles}
+    training = rates.pop("student")
+    shared = len(config.served_teachers) > 1 and config.rollout.teachers is not None and config.rollout.teachers.type == "route"
+    supply: dict[str, float] = {}
+    if shared:
+        # Routed teachers share the prompts: what they give adds up, at best.
+        supply["the teachers together"] = sum(rate for role, rate in rates.items() if role.startswith("teacher"))
+        rates = {role: rate for role, rate in rates.items() if not role.startswith("teacher")}
+    supply |= rates
+    if not supply:
+        return [f"modelled: the student trains {training:,.0f} response tokens/s; no replica samples"]
+    slowest = min(supply, key=lambda role: supply[role])
+    text = ", ".join(f"{role} {rate:,.0f}" for role, rate in {**supply, "student": training}.items())
+    lines = [f"modelled response tokens/s: {text}"]
+    ratio = supply[slowest] / training
+    if ratio < 1:
+        more = math.ceil(1 / ratio * 10) / 10
+        lines.append(
+            f"bottleneck: {slowest}; the student would wait {100 * (1 - ratio):.0f}% of the time; {more:g} times as many "
+            "replicas would keep it busy"
+        )
+    else:
+        lines.append(f"bottleneck: student; {slowest} gives {ratio:.1f} times what it trains, and could be that much smaller")
+    return lines
+
+
+def _measured_balance(run: Measured) -> list[str]:
+    """Who waits for whom, as a run measured it."""
+    lines = [
+        f"measured response tokens/s: student {run.training:,.0f} while training, {run.supply:,.0f} with its waits "
+        f"({100 * run.waits:.0f}% of the time), from {run.replicas:.1f} replicas"
+    ]
+    if run.waits > 0.05:
+        needed = run.training / (run.supply / max(run.replicas, 1e-9))
+        lines.append(f"bottleneck: teachers; about {math.ceil(needed)} such replicas would keep the student busy")
+    else:
+        lines.append("bottleneck: student; the replicas keep up")
+    return lines
+
+
+def _growth(wanted: Sequence[Bundle], config: Config, nodes: Sequence[Node]) -> list[str]:
+    """Pools that may grow to more than there is room for."""
+    lines = []
+    for name, engine in {**config.served_teachers, "": config.rollout.pool}.items():
+        role = f"teacher {name}" if name else "rollout pool"
+        bundle = next((each for each in wanted if each.role == role), None)
+        if bundle is None or engine.autoscaling is None:
+            continue
+        grown = replace(bundle, count=engine.autoscaling.max_replicas)
+        try:
+            check_capacity([grown if each is bundle else each for each in wanted], nodes)
+        except CapacityError:
+            lines.append(
+                f"note: {role} may grow to {grown.count} replicas, and these nodes do not hold that many beside the rest; "
+                + ("nodes are asked for" if config.cluster.may_grow else "set cluster.may_grow=true where nodes can be added")
+            )
+    return lines

@@ -1,0 +1,1 @@
+"""Recorded teacher answers: collection, storage format and replay."""

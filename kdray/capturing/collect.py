@@ -1,0 +1,119 @@
+"""`kdray capture`: ask a teacher once for all that a run would, and keep every answer as it arrives.
+
+The requests are those of a run of the same config, made by the same code, so that the same seed trains the same rollouts in the
+same order from the capture as from the teacher. What the folder has is not asked for again. A bounded number of answers is in
+flight: that many, at most, are lost to a kill and asked for again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
+
+import numpy as np
+
+from kdray.capturing.format import digest
+from kdray.capturing.writer import CaptureFolder
+from kdray.errors import ConfigError, EngineError
+from kdray.interfaces import Sampler, Scorer
+from kdray.rollouts.draw import draw_scored
+from kdray.rollouts.merge import Merged
+from kdray.types import Rollout, SampleRequest
+
+_CHUNKS = 4
+"""Calls that the answers in flight are asked in: the next one is sent when a quarter of them has ended."""
+
+
+def check_alone(requests: Sequence[SampleRequest]) -> None:
+    """Raises: ConfigError where a student would write some of an answer."""
+    for request in requests:
+        if request.alpha != 1.0 and not isnan(request.alpha):
+            raise ConfigError(
+                f"rollout.alpha={request.alpha:g}: a capture holds what the teacher writes alone, and a student would write "
+                "some of it; set rollout.alpha=1, with a loss that learns from the teacher's samples (loss.type=forward_kl or "
+                "sequence)"
+            )
+
+
+def by_key(
+    folder: CaptureFolder, requests: Sequence[SampleRequest], references: Callable[[int], np.ndarray]
+) -> dict[bytes, SampleRequest]:
+    """The requests by the key of their answer; of those with the same one, the first.
+
+    Args: references: by prompt id, the data's answer: what a request with alpha nan is given.
+    """
+    wanted: dict[bytes, SampleRequest] = {}
+    for request in requests:
+        reference = references(request.prompt_id) if isnan(request.alpha) else None
+        wanted.setdefault(folder.key(request, reference), request)
+    return wanted
+
+
+def lacking(folder: CaptureFolder, wanted: Mapping[bytes, SampleRequest], reuse: bool = False) -> dict[bytes, SampleRequest]:
+    """Those of the wanted that have to be asked for.
+
+    Args: reuse: let any draws that a prompt has count, whatever their seeds, so that new prompts alone are asked about.
+    """
+    missing = {key: request for key, request in wanted.items() if key not in folder}
+    if not reuse:
+        return missing
+    owed = Counter(digest(request.prompt_ids) for request in wanted.values() if not isnan(request.alpha)) - folder.draws()
+    chosen = {}
+    for key, request in missing.items():
+        prompt = digest(request.prompt_ids)
+        if isnan(request.alpha) or owed[prompt] > 0:
+            owed[prompt] -= not isnan(request.alpha)
+            chosen[key] = request
+    return chosen
+
+
+async def ask(
+    folder: CaptureFolder,
+    missing: Mapping[bytes, SampleRequest],
+    sampler: Sampler,
+    scorer: Scorer | None,
+    in_flight: int,
+    on_answers: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Ask for the missing answers and keep them.
+
+    Args: in_flight: most answers asked for and not yet there; on_answers: called with the number of those that came.
+    Raises: EngineError where the teacher answers something else than it was asked; what the sampler and the scorer raise.
+    """
+    keys = {request.sample_id: key for key, request in missing.items()}
+    waiting = deque(missing.values())
+    size = max(1, in_flight // _CHUNKS)
+    owed: dict[int, set[int]] = {}
+    async with Merged[int, list[Rollout]]() as merged:
+
+        def send() -> None:
+            chunk = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+            if not chunk:
+                return
+            # Noted first: what a kill loses was asked for, too.
+            folder.note("asked", answers=len(chunk))
+            number = chunk[0].sample_id
+            owed[number] = {request.sample_id for request in chunk}
+            merged.add(number, draw_scored(sampler, scorer, chunk))
+
+        for _ in range(_CHUNKS):
+            send()
+        async for number, rollouts in merged:
+            for rollout in rollouts:
+                if rollout.sample_id not in owed[number]:
+                    raise EngineError(f"sample {rollout.sample_id} arrived that was not asked for, or arrived twice")
+                owed[number].remove(rollout.sample_id)
+            folder.add(
+                [
+                    (key, None if isnan(rollout.alpha) else missing[key].seed, rollout)
+                    for rollout in rollouts
+                    for key in [keys[rollout.sample_id]]
+                ]
+            )
+            on_answers(len(rollouts))
+            if not owed[number]:
+                send()
+    lost = sum(map(len, owed.values()))
+    if lost:
+        raise EngineError(f"the teacher ended with {lost} answers missing")

@@ -1,0 +1,281 @@
+"""Storage format of a capture: a teacher's recorded answers, their origin, and the signals that they hold.
+
+A capture is a folder of Parquet shards of `kdray.rollouts.arrow.ROLLOUT_SCHEMA` and a `manifest.json`, which describes the
+teacher and names no file: the shards are the folder's `*.parquet`, named by the hash of their content. One Parquet file alone
+is a capture without a manifest. `kdray.capturing.writer` writes one as answers arrive, `kdray.capturing.teacher` replays them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdray.config import ModelSource, PrunedModel
+from kdray.errors import DataError
+from kdray.models.resolve import model_name, weights_hash
+from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table
+from kdray.runs.folder import write_atomically
+from kdray.teachers.fingerprint import Fingerprint, difference
+from kdray.types import Rollout
+
+MANIFEST = "manifest.json"
+
+Signal = Literal["text", "references", "sampled", "top_k", "hidden"]
+"""`text`: responses that the teacher drew. `references`: the data's reference answers, as the teacher scored them. The others
+are what every row has; a teacher's words for them: `kdray.checks.capabilities.Capability`."""
+
+SIGNAL_COLUMNS: dict[Signal, tuple[str, ...]] = {
+    "sampled": ("teacher_logprobs",),
+    "top_k": ("support_ids", "support_logprobs", "tail_logprobs"),
+    "hidden": ("teacher_hidden",),
+}
+
+_GROUP_BYTES = 4 * 2**20
+"""Size of a written row group in memory: prompts are asked for in any order, and each may cost the read of one."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Whose answers a capture holds."""
+
+    fingerprint: Fingerprint | None
+    """Of the teacher that answered; None for a black box."""
+    tokenizer: str
+    """`kdray.models.vocab.tokenizer_hash` of the capturing run's student tokenizer, whose ids prompts and answers are."""
+    vocab_size: int
+    """Ids that the recorded laws cover."""
+    rollouts: int
+    """Rows of all shards, so that a lost one is noticed."""
+    asked_with: Mapping[str, Any] = field(default_factory=dict)
+    """By `kdray capture`: model, sampling and what was recorded, the same for all answers; see `cluster.capture`."""
+    asked: int = 0
+    """By `kdray capture`: answers asked of the teacher over all starts, as of the newest shard."""
+    complete: bool = True
+    """Whether all that the newest `kdray capture` wanted is there."""
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest of a capture; None where it is one file. Raises: DataError."""
+    if not path.exists():
+        raise DataError(f"capture {path}: no such file or folder; name the folder of a capture, or one Parquet file")
+    if path.is_file():
+        return None
+    file = path / MANIFEST
+    if not file.is_file():
+        raise DataError(f"capture {path}: the folder has no {MANIFEST}; name the folder of a capture, or one Parquet file")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        unknown = sorted(values.keys() - {each.name for each in fields(Manifest)})
+        given = values["fingerprint"]
+        fingerprint = None if given is None else Fingerprint.from_dict(given)
+        later = {name: values[name] for name in ("asked_with", "asked", "complete") if name in values}
+        manifest = Manifest(fingerprint, values["tokenizer"], values["vocab_size"], values["rollouts"], **later)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file}: not the manifest of a capture: {error!r}; capture again") from error
+    if unknown:
+        raise DataError(f"{file}: unknown entries {', '.join(unknown)}; name a capture of this version, or capture again")
+    if not (isinstance(manifest.tokenizer, str) and type(manifest.vocab_size) is type(manifest.rollouts) is int):
+        raise DataError(f"{file}: tokenizer must be a text, vocab_size and rollouts whole numbers; capture again")
+    if not (isinstance(manifest.asked_with, dict) and type(manifest.asked) is int and type(manifest.complete) is bool):
+        raise DataError(f"{file}: asked_with must be an object, asked a whole number, complete true or false; capture again")
+    return manifest
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace the manifest of the capture in folder `path`."""
+    write_atomically(path / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def write_capture(
+    path: Path, rollouts: Sequence[Rollout], fingerprint: Fingerprint | None, tokenizer: str, vocab_size: int
+) -> Path:
+    """Add one shard to the capture in folder `path`, made where it is not there, and bring its manifest up to date.
+
+    Shard and manifest appear whole or not at all, the shard first. One process at a time writes to a folder.
+    Args: fingerprint, tokenizer, vocab_size: see `Manifest`. Returns: the shard.
+    Raises: DataError where the capture is another teacher's, or a rollout is neither the teacher's alone nor the data's.
+    """
+    check_unmixed(path, rollouts)
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / MANIFEST).exists():
+        before = read_manifest(path)
+        assert before is not None
+        if before.asked_with:
+            raise DataError(f"capture {path}: made by `kdray capture`, which alone adds to it; write to another folder")
+        check_same_teacher(path, before, Manifest(fingerprint, tokenizer, vocab_size, 0))
+    shard = write_shard(path, rollouts_to_table(rollouts))
+    total = sum(pq.read_metadata(file).num_rows for file in find_shards(path))
+    write_manifest(path, Manifest(fingerprint, tokenizer, vocab_size, total))
+    return shard
+
+
+def check_unmixed(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Raises: DataError where a student wrote some of a rollout."""
+    for rollout in rollouts:
+        if rollout.alpha != 1.0 and not np.isnan(rollout.alpha):
+            raise DataError(
+                f"capture {path}: sample {rollout.sample_id} was drawn at alpha {rollout.alpha:g}, so that a student wrote "
+                "some of it; capture with rollout.alpha=1"
+            )
+
+
+def check_same_teacher(path: Path, before: Manifest, now: Manifest) -> None:
+    """Raises: DataError with the first difference that makes `now`'s answers others than those before."""
+    reason = _another(before, now)
+    if reason is not None:
+        raise DataError(f"capture {path}: holds answers of another teacher: {reason}; write to another folder")
+
+
+def _another(before: Manifest, now: Manifest) -> str | None:
+    if before.tokenizer != now.tokenizer:
+        return f"its tokenizer is {before.tokenizer}, not {now.tokenizer}"
+    if before.vocab_size != now.vocab_size:
+        return f"it has {before.vocab_size} ids, not {now.vocab_size}"
+    if before.fingerprint is None or now.fingerprint is None:
+        return None if before.fingerprint is now.fingerprint else "one of them is a black box"
+    return difference(before.fingerprint, now.fingerprint)
+
+
+def check_model(setting: str, manifest: Manifest | None, model: ModelSource, revision: str | None) -> None:
+    """Raises: DataError where the capture was not made by this model, or does not say by which.
+
+    Weights are compared where both are known, so that a folder may have moved; else names and revisions.
+    """
+    if manifest is None:
+        raise DataError(
+            f"{setting}: one Parquet file does not say whose answers it holds; name a folder, or remove the setting"
+        )
+    about, said = manifest.asked_with, manifest.fingerprint
+    recorded, there = (about["model"], about.get("revision")) if about else (said and said.model, said and said.revision)
+    if recorded is None:
+        raise DataError(f"{setting}: the capture does not say whose answers it holds; remove the setting, or capture again")
+    if isinstance(model, PrunedModel):
+        raise DataError(f"{setting}.type=pruned: name the folder that the pruned model was built in")
+    name = model_name(model)
+    weights = weights_hash(model) if isinstance(model, str) else None
+    if weights is not None and about.get("weights") is not None:
+        if weights != about["weights"]:
+            raise DataError(
+                f"{setting}={name}: the capture was made by {recorded}, whose weights are others ({about['weights']}, and here "
+                f"{weights}); name that teacher, or capture this one"
+            )
+    elif (recorded, there) != (name, revision):
+        shown, wanted = (one if of is None else f"{one} at {of}" for one, of in ((recorded, there), (name, revision)))
+        raise DataError(f"{setting}={wanted}: the capture was made by {shown}; name that teacher, or capture this one")
+
+
+def write_shard(path: Path, table: pa.Table) -> Path:
+    """Write a table as a shard of the folder, named by its content: the same rows again are the same file.
+
+    It is on the disk, and so is its name, when this returns. The name appears with the whole content or not at all.
+    """
+    rows = max(1, table.num_rows * _GROUP_BYTES // max(1, table.nbytes))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=rows, compression="zstd", write_page_checksum=True)
+    content = sink.getvalue()
+    shard = path / f"part-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
+    # A name that no reader takes for a shard.
+    temporary = path / f".{shard.name}.{uuid.uuid4().hex}"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, shard)
+        sync_folder(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return shard
+
+
+def sync_folder(path: Path) -> None:
+    """Return once the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_shards(path: Path) -> list[Path]:
+    """The Parquet files of a capture. Raises: DataError where there is none, or one has another schema."""
+    if not path.exists():
+        raise DataError(f"capture {path}: no such file or folder; name the folder of a capture, or one Parquet file")
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not shards:
+        raise DataError(f"capture {path}: the folder has no *.parquet; name the folder of a capture, or one Parquet file")
+    for shard in shards:
+        with reading(shard):
+            schema = pq.read_schema(shard)
+        for column in ROLLOUT_SCHEMA:
+            found = schema.field(column.name).type if schema.names.count(column.name) == 1 else "absent"
+            if found != column.type:
+                raise DataError(
+                    f"{shard}: column {column.name} is {found}, and rollouts have {column.type}; name a capture of this version"
+                )
+    return shards
+
+
+@contextlib.contextmanager
+def reading(shard: Path) -> Iterator[None]:
+    """Turns what a damaged shard leads to into a DataError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{shard}: cannot be read as Parquet: {error}; restore it, or capture again") from error
+
+
+def signals(path: Path) -> set[Signal]:
+    """What a capture says: whose responses it holds, and what every row has, from the columns that are never null.
+
+    Raises: DataError for a missing path, no Parquet files, or a schema that does not fit.
+    """
+    shards = find_shards(path)
+    columns = []
+    for shard in shards:
+        with reading(shard):
+            columns.append(pq.read_table(shard, columns=["alpha"]).column("alpha").to_numpy())
+    alphas = np.concatenate(columns)
+    if not len(alphas):
+        return set()
+    found: set[Signal] = {
+        signal
+        for signal, columns in SIGNAL_COLUMNS.items()
+        if all(_never_null(shard, name) for shard in shards for name in columns)
+    }
+    references = np.isnan(alphas)
+    if references.any() and "sampled" in found:
+        found.add("references")
+    if not references.all():
+        found.add("text")
+    return found
+
+
+def _never_null(path: Path, column: str) -> bool:
+    with reading(path), pq.ParquetFile(path) as shard:
+        metadata = shard.metadata
+        leaf = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)].index(column)
+        for group in range(metadata.num_row_groups):
+            counts = metadata.row_group(group).column(leaf).statistics
+            # The count is of values, where an answer without tokens counts like a null: only zero decides without a look.
+            if counts is not None and counts.has_null_count and counts.null_count == 0:
+                continue
+            if shard.read_row_group(group, columns=[column]).column(0).null_count:
+                return False
+    return True
+
+
+def digest(token_ids: np.ndarray) -> bytes:
+    """16 bytes that stand for a sequence of ids."""
+    return hashlib.blake2b(np.asarray(token_ids, dtype="<i4").tobytes(), digest_size=16).digest()

@@ -1,0 +1,301 @@
+"""A teacher's answers recorded earlier: what it wrote and said of it, given again whenever its prompt is asked.
+
+Only row groups that are asked for are read, so that a capture may be larger than memory. The files: `kdray.capturing.format`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdray.capturing.format import MANIFEST, SIGNAL_COLUMNS, digest, find_shards, read_manifest, reading, signals
+from kdray.errors import DataError, RequestRefused, VocabError
+from kdray.interfaces import Availability
+from kdray.rollouts.arrow import ROLLOUT_SCHEMA, table_to_rollouts
+from kdray.types import Prompt, Rollout, SampleRequest
+
+_ALWAYS_READ = ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher", "prompt_ids", "token_ids", "mixture_logprobs")
+_WIDTHS = ("support_width", "hidden_width")
+_INDEXED = ["sample_id", "alpha", "prompt_ids", "token_ids"]
+
+CACHED_GROUPS = 4
+"""Row groups that a teacher keeps."""
+
+
+Asked = TypeVar("Asked")
+
+
+class _Place(NamedTuple):
+    """Where an answer stands, in the order in which those of one prompt take turns."""
+
+    sample_id: int
+    """Of the run that captured: the order does not depend on how its rows were split over shards."""
+    shard: int
+    group: int
+    row: int
+    num_tokens: int
+
+
+class CapturedTeacher:
+    """A Teacher (`kdray.interfaces`) that gives recorded answers, and scores the responses that it holds.
+
+    Left out of the answers: what the student of the capturing run said (its log q and KLs), and columns that only some have.
+    """
+
+    def __init__(self, name: str, path: Path, prompts: Sequence[Prompt], vocab_size: int, tokenizer: str) -> None:
+        """Args: prompts: all that may be asked for, found by their token ids; vocab_size: ids that teacher and student share;
+              tokenizer: `kdray.models.vocab.tokenizer_hash` of the student's.
+        Raises: DataError where the capture is missing, broken, of another tokenizer, or lacks a prompt; VocabError where it has
+        ids that the student has not.
+        """
+        self.name = name
+        self.availability = Availability()
+        """Never begins: a file does not come back."""
+        self._path = path
+        self._vocab_size = vocab_size
+        self.manifest = read_manifest(path)
+        self._shards = find_shards(path)
+        self._check_manifest(tokenizer)
+        self.signals = signals(path)
+        """What the capture says, and every row has."""
+        self._said = [column for signal, columns in SIGNAL_COLUMNS.items() if signal in self.signals for column in columns]
+        self._read = [*dict.fromkeys([*_ALWAYS_READ, *_WIDTHS, *self._said])]
+        self._drawn: dict[bytes, list[_Place]] = {digest(prompt.token_ids): [] for prompt in prompts}
+        """What the teacher drew, by the hash of the prompt's ids."""
+        self._by_seed: dict[bytes, _Place] = {}
+        """The same, by prompt and seed (`_seeded`), where the seeds were recorded."""
+        self._by_tokens: dict[bytes, _Place] = {}
+        """Every row, by the hashes of prompt and response."""
+        self._index(prompts)
+        self._group = lru_cache(maxsize=CACHED_GROUPS)(self._read_group)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest drawn answer to the prompts: the least `rollout.max_new_tokens` that refuses none."""
+        return max((place.num_tokens for places in self._drawn.values() for place in places), default=0)
+
+    async def check(self) -> None:
+        """Nothing is left to prove: construction looked at all rows."""
+
+    async def close(self) -> None:
+        """Let the cached row groups go."""
+        self._group.cache_clear()
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Sampler`: the answer that was drawn with the request's own seed, where there is one.
+
+        Else a prompt's answers take turns by sample id. Either way a repeated request gets the same.
+        Raises: RequestRefused for an alpha other than 1, an unknown prompt, or an answer longer than max_new_tokens; DataError
+        where the files changed or an answer does not fit its tokens.
+        """
+        found = self._groups([(request, self._place(request)) for request in requests])
+        for shard, asked in found:
+            yield await asyncio.to_thread(self._answers, *shard, asked)
+
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Scorer`, for responses that were recorded, such as reference answers, found by their ids.
+
+        Raises: RequestRefused for another response, or for ids that the caller names; DataError as `sample`.
+        """
+        found = self._groups([(rollout, self._scored_place(rollout, top_k)) for rollout in rollouts])
+        for shard, asked in found:
+            yield await asyncio.to_thread(self._scores, *shard, asked)
+
+    def _groups(self, asked: Sequence[tuple[Asked, _Place]]) -> Iterator[tuple[tuple[int, int], list[tuple[Asked, _Place]]]]:
+        """What is asked, by (shard, row group), so that each is read once."""
+        wanted: dict[tuple[int, int], list[tuple[Asked, _Place]]] = defaultdict(list)
+        for each, place in asked:
+            wanted[place.shard, place.group].append((each, place))
+        yield from wanted.items()
+
+    # ------------------------------------------------------------------------------------------------------ index
+
+    def _check_manifest(self, tokenizer: str) -> None:
+        if self.manifest is None:
+            return
+        setting = f"teachers.{self.name}.path={self._path}"
+        if self.manifest.tokenizer != tokenizer:
+            raise DataError(
+                f"{setting}: the capture was made with tokenizer {self.manifest.tokenizer}, and the student's is {tokenizer}: "
+                "ids would mean other tokens; capture again with this student, or use a student with that tokenizer"
+            )
+        if self.manifest.vocab_size > self._vocab_size:
+            raise VocabError(
+                f"{setting}: the capture's laws cover {self.manifest.vocab_size} ids, and the student has {self._vocab_size}; "
+                "capture again with this student"
+            )
+        found = sum(pq.read_metadata(shard).num_rows for shard in self._shards)
+        if found < self.manifest.rollouts:
+            raise DataError(
+                f"{setting}: the shards hold {found} of the {self.manifest.rollouts} rollouts that {MANIFEST} counts; restore "
+                "the missing shards, or capture again"
+            )
+
+    def _index(self, prompts: Sequence[Prompt]) -> None:
+        """Find the place of every answer to the prompts."""
+        answered = set()
+        for number, path in enumerate(self._shards):
+            with reading(path), pq.ParquetFile(path) as shard:
+                # Captures made by `kdray capture` know what each draw was seeded with.
+                names = [*_INDEXED, *(["seed"] if "seed" in shard.schema_arrow.names else [])]
+                for group in range(shard.num_row_groups):
+                    table = shard.read_row_group(group, columns=names)
+                    columns = [table.column(name) for name in _INDEXED]
+                    seeds = table.column("seed").to_pylist() if "seed" in names else [None] * table.num_rows
+                    for row, (seed, sample_id, alpha, prompt_ids, token_ids) in enumerate(zip(seeds, *columns, strict=True)):
+                        if not prompt_ids.is_valid or not token_ids.is_valid:
+                            raise DataError(f"{path}: row {row} of row group {group} has no prompt or no answer; capture again")
+                        prompt = digest(_ids(prompt_ids))
+                        if prompt not in self._drawn:
+                            continue
+                        answered.add(prompt)
+                        self._check_answer(path, sample_id.as_py(), alpha.as_py(), _ids(token_ids))
+                        place = _Place(sample_id.as_py(), number, group, row, len(token_ids.values))
+                        self._by_tokens[prompt + digest(_ids(token_ids))] = place
+                        if alpha.as_py() == 1.0:
+                            self._drawn[prompt].append(place)
+                            if seed is not None:
+                                self._by_seed[_seeded(prompt, seed)] = place
+        for places in self._drawn.values():
+            places.sort()
+        missing = [prompt for prompt in prompts if digest(prompt.token_ids) not in answered]
+        if missing:
+            unfinished = self.manifest is not None and not self.manifest.complete
+            raise DataError(
+                f"teachers.{self.name}.path={self._path}: {len(missing)} of {len(prompts)} prompts have no answer there, first "
+                f"prompt {missing[0].prompt_id} ({missing[0].text[:60]!r}, {len(missing[0].token_ids)} tokens); "
+                + ("the capture is not complete: start `kdray capture` again, it goes on" if unfinished else "capture them too")
+                + ", or take them out of data.prompts"
+            )
+
+    def _check_answer(self, path: Path, sample_id: int, alpha: float, token_ids: np.ndarray) -> None:
+        if alpha != 1.0 and not np.isnan(alpha):
+            raise DataError(
+                f"{path}: sample {sample_id} was drawn at alpha {alpha:g}, so that a student wrote some of it; capture with "
+                "rollout.alpha=1"
+            )
+        strange = token_ids[(token_ids < 0) | (token_ids >= self._vocab_size)]
+        if len(strange):
+            raise VocabError(
+                f"{path}: sample {sample_id} holds id {strange[0]}, and the student has {self._vocab_size}; capture again with "
+                "this student"
+            )
+
+    def _place(self, request: SampleRequest) -> _Place:
+        if request.alpha != 1.0:
+            raise RequestRefused(
+                f"teachers.{self.name}.type=capture: recorded answers are the teacher's alone, at alpha 1, not "
+                f"{request.alpha:g}; set rollout.alpha=1"
+            )
+        prompt = digest(request.prompt_ids)
+        places = self._drawn.get(prompt)
+        if places is None:
+            raise RequestRefused(
+                f"sample {request.sample_id}: prompt {request.prompt_id} is none of those that teachers.{self.name} was opened "
+                f"for; add an answer to it to {self._path}"
+            )
+        if not places:
+            raise RequestRefused(
+                f"sample {request.sample_id}: {self._path} holds the reference answer of prompt {request.prompt_id}, and none "
+                "that the teacher wrote; set rollout.data_share=1, or capture more"
+            )
+        place = self._by_seed.get(_seeded(prompt, request.seed)) or places[request.sample_id % len(places)]
+        if place.num_tokens > request.max_new_tokens:
+            # Cut, it would be a law of other sequences: the teacher did not stop there.
+            raise RequestRefused(
+                f"rollout.max_new_tokens={request.max_new_tokens}, but the answer of teachers.{self.name} to prompt "
+                f"{request.prompt_id} has {place.num_tokens} tokens; set it to {self.longest_answer}, the longest one's, or "
+                "capture with fewer"
+            )
+        return place
+
+    def _scored_place(self, rollout: Rollout, top_k: bool) -> _Place:
+        if rollout.support_ids is not None or not top_k:
+            raise RequestRefused(
+                f"teachers.{self.name}.type=capture: recorded rows say nothing at ids that another teacher names; take it out "
+                "of the ensemble, or use the teacher itself"
+            )
+        if not self._said:
+            raise RequestRefused(f"teachers.{self.name}.type=capture: {self._path} holds text alone; set loss.type=sequence")
+        place = self._by_tokens.get(digest(rollout.prompt_ids) + digest(rollout.token_ids))
+        if place is None:
+            raise RequestRefused(
+                f"teachers.{self.name}.type=capture: recorded answers say nothing of other sequences, such as sample "
+                f"{rollout.sample_id} of prompt {rollout.prompt_id}; set rollout.alpha=1 with rollout.sampler=mixture and no "
+                "ensemble, capture the reference answers (rollout.data_share), or use the teacher itself"
+            )
+        return place
+
+    # ------------------------------------------------------------------------------------------------------- rows
+
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        path = self._shards[shard]
+        with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read_row_group(group, columns=self._read)
+        columns = [
+            table.column(field.name) if field.name in self._read else pa.nulls(table.num_rows, field.type)
+            for field in ROLLOUT_SCHEMA
+        ]
+        return pa.table(columns, schema=ROLLOUT_SCHEMA)
+
+    def _rows(self, shard: int, group: int, places: list[_Place]) -> list[Rollout]:
+        # Rows are copied: a view of one would keep its whole row group for as long as the rollout waits.
+        return table_to_rollouts(self._group(shard, group).take([place.row for place in places]))
+
+    def _answers(self, shard: int, group: int, asked: list[tuple[SampleRequest, _Place]]) -> list[Rollout]:
+        stored = self._rows(shard, group, [place for _, place in asked])
+        return [
+            self._answer(request, rollout, self._shards[shard]) for (request, _), rollout in zip(asked, stored, strict=True)
+        ]
+
+    def _answer(self, request: SampleRequest, stored: Rollout, path: Path) -> Rollout:
+        self._check_row(request.prompt_ids, stored, path)
+        return replace(
+            stored,
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            student_versions=np.full(len(stored.token_ids), request.min_version, dtype=np.int32),
+            alpha=1.0,
+            teacher=self.name,
+        )
+
+    def _scores(self, shard: int, group: int, asked: list[tuple[Rollout, _Place]]) -> list[Rollout]:
+        stored = self._rows(shard, group, [place for _, place in asked])
+        return [self._scored(rollout, row, self._shards[shard]) for (rollout, _), row in zip(asked, stored, strict=True)]
+
+    def _scored(self, rollout: Rollout, stored: Rollout, path: Path) -> Rollout:
+        self._check_row(rollout.prompt_ids, stored, path)
+        return replace(rollout, teacher=self.name, **{name: getattr(stored, name) for name in self._said})
+
+    def _check_row(self, prompt_ids: np.ndarray, stored: Rollout, path: Path) -> None:
+        columns: dict[str, Any] = {name: getattr(stored, name) for each in SIGNAL_COLUMNS.values() for name in each}
+        columns["mixture_logprobs"] = stored.mixture_logprobs
+        lengths = {name: len(values) for name, values in columns.items() if values is not None}
+        problems = [
+            f"its {name} does not fit its tokens" for name, length in lengths.items() if length != len(stored.token_ids)
+        ]
+        if not np.array_equal(stored.prompt_ids, prompt_ids):
+            problems.append("it answers another prompt than at the start of the run")
+        if stored.support_ids is not None and stored.support_ids.max(initial=-1) >= self._vocab_size:
+            problems.append(f"its support names id {stored.support_ids.max()}, and the student has {self._vocab_size}")
+        if problems:
+            raise DataError(f"{path}: sample {stored.sample_id}: {problems[0]}; restore the file, or capture again")
+
+
+def _seeded(prompt: bytes, seed: int) -> bytes:
+    """A prompt's digest and a seed as one key: millions of them are kept."""
+    return prompt + seed.to_bytes(8, "little")
+
+
+def _ids(values: pa.ListScalar) -> np.ndarray:
+    return values.values.to_numpy(zero_copy_only=False)

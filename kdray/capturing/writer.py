@@ -1,0 +1,256 @@
+"""The one writer of a capture: answers are kept as they arrive, each once, and become shards.
+
+    answer --> journal (one write each) --rows of SHARD_BYTES--> shard by rename --> manifest --> journal cleared
+
+A process may be killed between any two of these. The folder is then opened again: the journal up to its last whole frame, less
+the rows that a shard already has, is what goes on. Every row has a key, the hash of all that makes an answer what it is, so
+that the folder can be extended by more prompts, samples or seeds, and holds nothing twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdray.capturing.format import (
+    MANIFEST,
+    Manifest,
+    check_same_teacher,
+    check_unmixed,
+    digest,
+    find_shards,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from kdray.capturing.journal import Journal
+from kdray.errors import ConfigError, DataError
+from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table
+from kdray.runs.folder import RunFolder, drop_torn_line, read_lines
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.types import Rollout, SampleRequest
+
+CAPTURE_SCHEMA = ROLLOUT_SCHEMA.append(pa.field("key", pa.binary(16), nullable=False)).append(pa.field("seed", pa.uint64()))
+"""Rollouts, each with its key and, where the teacher drew it, the seed of its draws."""
+
+SHARD_BYTES = 64 * 2**20
+"""Rows in memory that make a shard: what a restart reads again, and the most that a reader's folder lags behind."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Whose answers a folder holds, as far as that is known before the teacher has started."""
+
+    tokenizer: str
+    vocab_size: int
+    asked_with: Mapping[str, Any]
+    """See `kdray.capturing.format.Manifest`."""
+
+    @property
+    def seal(self) -> bytes:
+        """The hash of all this."""
+        text = json.dumps([self.tokenizer, self.vocab_size, self.asked_with], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+class CaptureFolder:
+    """A capture that is being written, as a context manager: one process at a time has it."""
+
+    def __init__(self, path: Path, asking: Asking, shard_bytes: int = SHARD_BYTES) -> None:
+        self.path = path
+        self._asking = asking
+        self._seal = asking.seal
+        self._shard_bytes = shard_bytes
+        self._manifest = Manifest(None, asking.tokenizer, asking.vocab_size, 0, dict(asking.asked_with), 0, complete=False)
+        self._begun = False
+        self._events = RunFolder(path)
+        self._held: set[bytes] = set()
+
+    def __enter__(self) -> CaptureFolder:
+        """Open the folder, new where there is none.
+
+        Raises: DataError where it holds other answers than these, or no capture; ConfigError where another process writes it.
+        """
+        before = self._before()
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Held by this process alone, and let go by the system however it ends.
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ConfigError(f"capture {self.path}: another process writes to it; wait for its end") from None
+        try:
+            for name in (".part-*", f".{MANIFEST}.*"):
+                for leftover in self.path.glob(name):
+                    leftover.unlink()
+            drop_torn_line(self._events.events)
+            if before is not None:
+                self._manifest, self._begun = before, True
+            self._held = self._sealed_keys()
+            self._journal = Journal(self.path / "journal", CAPTURE_SCHEMA)
+            if self._journal.num_rows and not self._begun:
+                raise DataError(f"capture {self.path}: a journal without its {MANIFEST}; restore that, or remove the journal")
+            self._recover()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._journal.close()
+        self._lock.close()
+
+    # ------------------------------------------------------------------------------------------------ what is there
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """The teacher whose answers are there; None where there are none yet, or it is a black box."""
+        return self._manifest.fingerprint
+
+    @property
+    def held(self) -> int:
+        """Answers that are there."""
+        return len(self._held)
+
+    @property
+    def asked(self) -> int:
+        """Answers asked of the teacher, over all starts."""
+        if not self._events.events.exists():
+            return 0
+        return sum(event["answers"] for event in read_lines(self._events.events) if event["kind"] == "asked")
+
+    def key(self, request: SampleRequest, reference: np.ndarray | None = None) -> bytes:
+        """What stands for the answer to a request: teacher, tokenizer, sampling and what is recorded, prompt, and the seed.
+
+        Args: reference: [T] ids of the data's answer, in place of a draw.
+        """
+        what = [b"drawn", str(request.seed).encode()] if reference is None else [b"data", reference.astype("<i4").tobytes()]
+        content = hashlib.blake2b(self._seal, digest_size=16)
+        for part in (request.prompt_ids.astype("<i4").tobytes(), *what):
+            content.update(len(part).to_bytes(8, "little") + part)
+        return content.digest()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._held
+
+    def draws(self) -> Counter[bytes]:
+        """Answers that the teacher drew, by the digest of the prompt's ids."""
+        found: Counter[bytes] = Counter()
+        columns = ["prompt_ids", "alpha"]
+        tables = [pq.read_table(shard, columns=columns) for shard in self._shards()]
+        for part in (*tables, *(batch.select(columns) for batch in self._journal.batches)):
+            ids, alphas = part.column("prompt_ids"), part.column("alpha").to_pylist()
+            found.update(digest(np.array(row)) for row, alpha in zip(ids.to_pylist(), alphas, strict=True) if alpha == 1.0)
+        return found
+
+    # --------------------------------------------------------------------------------------------------- what is added
+
+    def begin(self, fingerprint: Fingerprint | None) -> None:
+        """Name the teacher that will be asked, before it is. Raises: DataError where another one's answers are there."""
+        now = replace(self._manifest, fingerprint=fingerprint, complete=False)
+        if self._begun:
+            check_same_teacher(self.path, self._manifest, now)
+        # The first one stays what others are compared with: what rounds a little differently must not drift away.
+        self._manifest = replace(self._manifest, complete=False) if self._begun else now
+        self._begun = True
+        write_manifest(self.path, self._manifest)
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Add a line to events.jsonl. `asked` with `answers`, written before they are asked for, is what `asked` counts."""
+        self._events.append_event(kind, **fields)
+
+    def add(self, answers: Sequence[tuple[bytes, int | None, Rollout]]) -> None:
+        """Keep answers (key, seed, rollout): they are safe from a kill when this returns. One that is there stays as it is.
+
+        Raises: DataError where a student wrote some of one.
+        """
+        check_unmixed(self.path, [rollout for _, _, rollout in answers])
+        new: dict[bytes, tuple[int | None, Rollout]] = {}
+        for key, seed, rollout in answers:
+            if key not in self._held:
+                new.setdefault(key, (seed, rollout))
+        if not new:
+            return
+        # What a student that happens to stand beside the teacher says is no part of the teacher's answer.
+        rows = [replace(rollout, student_logprobs=None, reverse_kl=None, forward_kl=None) for _, rollout in new.values()]
+        table = rollouts_to_table(rows)
+        table = table.append_column(CAPTURE_SCHEMA.field("key"), pa.array(list(new), pa.binary(16)))
+        table = table.append_column(CAPTURE_SCHEMA.field("seed"), pa.array([seed for seed, _ in new.values()], pa.uint64()))
+        self._journal.append(table)
+        self._held.update(new)
+        if self._journal.num_bytes >= self._shard_bytes:
+            self.seal()
+
+    def seal(self) -> None:
+        """Make a shard of what the journal holds."""
+        if self._journal.num_rows:
+            table = pa.Table.from_batches(self._journal.batches, CAPTURE_SCHEMA)
+            write_shard(self.path, table.sort_by("sample_id"))
+        rows = sum(pq.read_metadata(shard).num_rows for shard in self._shards())
+        self._manifest = replace(self._manifest, rollouts=rows, asked=self.asked)
+        write_manifest(self.path, self._manifest)
+        self._journal.clear()
+
+    def complete(self) -> Manifest:
+        """Say that all that was wanted is there. Returns: the manifest."""
+        self._manifest = replace(self._manifest, complete=True)
+        self.seal()
+        return self._manifest
+
+    # -------------------------------------------------------------------------------------------------------- opening
+
+    def _before(self) -> Manifest | None:
+        """The manifest that is there, of these same answers."""
+        if not self.path.exists():
+            return None
+        if not (self.path / MANIFEST).is_file():
+            strange = [entry for entry in self.path.iterdir() if not entry.name.startswith(".") and entry.name != "journal"]
+            if strange:
+                raise DataError(f"capture {self.path}: the folder holds {strange[0].name} and no capture; name another one")
+            return None
+        before = read_manifest(self.path)
+        assert before is not None
+        if not before.asked_with:
+            raise DataError(f"capture {self.path}: not made by `kdray capture`; name another folder")
+        there, wanted = ({"tokenizer": m.tokenizer, "vocab_size": m.vocab_size, **m.asked_with} for m in (before, self._asking))
+        for name in [*there, *(name for name in wanted if name not in there)]:
+            if there.get(name) != wanted.get(name):
+                raise DataError(
+                    f"capture {self.path}: its answers were asked with {name}={there.get(name)!r}, not {wanted.get(name)!r}: "
+                    "one capture holds the answers of one teacher, asked in one way; set it back, or write to another folder"
+                )
+        return before
+
+    def _shards(self) -> list[Path]:
+        return find_shards(self.path) if any(self.path.glob("*.parquet")) else []
+
+    def _sealed_keys(self) -> set[bytes]:
+        held: set[bytes] = set()
+        for shard in self._shards():
+            if "key" not in pq.read_schema(shard).names:
+                raise DataError(f"{shard}: not made by `kdray capture`; move it out of the folder")
+            held.update(pq.read_table(shard, columns=["key"]).column("key").to_pylist())
+        return held
+
+    def _recover(self) -> None:
+        """Keep of the journal what no shard has: a kill came between a shard's rename and the journal's end."""
+        if self._journal.torn_bytes:
+            self.note("torn", bytes=self._journal.torn_bytes)
+        batches = self._journal.batches
+        fresh = [[key not in self._held for key in batch.column("key").to_pylist()] for batch in batches]
+        # Its file stays as it is until the next shard: a kill in between finds the same again.
+        self._journal.batches = [batch.filter(pa.array(new)) for batch, new in zip(batches, fresh, strict=True) if any(new)]
+        for batch in self._journal.batches:
+            self._held.update(batch.column("key").to_pylist())

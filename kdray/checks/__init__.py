@@ -1,0 +1,1 @@
+"""Checks of a run before it starts, and of a teacher's signal once it answers."""

@@ -1,0 +1,181 @@
+"""Whether a teacher's answers carry a signal, and whether the run's loss reads it: asked before the first step.
+
+A loss that is zero, or a teacher whose rows say nothing, looks like training for hours. What is checked here went through the
+real path: sampled and scored by the replicas, sent as Arrow, batched, and given to the loss of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from kdray.config import ForwardKLSampledLoss, HintonLoss, LMOpsLoss, LossSettings, MiniLLMLoss, SequenceLoss, TVDLoss, ULDLoss
+from kdray.errors import SignalError
+from kdray.losses import LossBatch, loss_function
+from kdray.losses.batch import log_rows
+from kdray.losses.support import buckets
+from kdray.rollouts.batching import rollouts_to_batch
+from kdray.types import Rollout
+
+_MASS_TOLERANCE = 2e-3
+"""Support and tail of float32 rows sum to 1 within rounding; half-precision rows too, since they are normalised in float32."""
+_UNIFORM_TOLERANCE = 1e-3
+"""A row whose most likely id is this near to 1 / vocabulary, in nats, prefers nothing."""
+_CONSTANT_TOLERANCE = 1e-4
+"""Rows after different prefixes that differ by less, in nats, do not depend on the prefix."""
+_ZERO = 1e-3
+"""Largest loss and gradient of a student that equals the teacher, a token; rounding alone gives some 1e-6."""
+
+
+def check_rows(rollouts: Sequence[Rollout], vocab_size: int) -> dict[str, float]:
+    """Look at what a teacher recorded for the rollouts. Raises: SignalError naming the teacher and what is wrong.
+
+    Returns: `tokens`, and `top_prob`, the mean probability of the teacher's most likely id.
+    """
+    teacher = rollouts[0].teacher
+    logprobs, support, tail, ids = (
+        _stacked(rollouts, name) for name in ("teacher_logprobs", "support_logprobs", "tail_logprobs", "support_ids")
+    )
+    if not len(logprobs):
+        raise SignalError(f"teacher {teacher}: none of {len(rollouts)} test rollouts has a token; look at its stop ids")
+    bad = ~np.isfinite(logprobs) | np.isnan(support).any(-1) | np.isnan(tail) | (logprobs > _MASS_TOLERANCE)
+    if bad.any():
+        raise SignalError(
+            f"teacher {teacher}: {int(bad.sum())} of {len(bad)} test tokens have no valid log p (for example "
+            f"{float(logprobs[bad][0]):g}); its weights or its dtype are broken: try teachers.{teacher}.dtype=float32"
+        )
+    mass = np.exp(support.astype(np.float64)).sum(-1) + np.exp(tail.astype(np.float64))
+    worst = float(mass[np.abs(mass - 1.0).argmax()])
+    if abs(worst - 1.0) > _MASS_TOLERANCE:
+        raise SignalError(f"teacher {teacher}: support and tail of a row sum to {worst:g}, not 1")
+    top = support.max(-1)
+    if (top < -np.log(vocab_size) + _UNIFORM_TOLERANCE).mean() > 0.5:
+        raise SignalError(
+            f"teacher {teacher}: its rows are uniform (the most likely of {vocab_size} ids has probability "
+            f"{float(np.exp(top.mean())):.3g}): it was never trained, or its output head was not loaded; "
+            f"look at teachers.{teacher}.model"
+        )
+    # The slots that are used everywhere hold the teacher's own top ids; those of the student follow.
+    width = int((ids >= 0).all(0).cumprod().sum())
+    same_logprobs = (np.abs(support[:, :width] - support[0, :width]) < _CONSTANT_TOLERANCE).all()
+    if len(ids) > 1 and same_logprobs and (ids[:, :width] == ids[0, :width]).all():
+        raise SignalError(
+            f"teacher {teacher}: its row is the same after all {len(ids)} test prefixes: it does not read its input; "
+            f"look at teachers.{teacher}.model"
+        )
+    return {"tokens": float(len(logprobs)), "top_prob": float(np.exp(top).mean())}
+
+
+def check_prefill(sampled: Sequence[Rollout], scored: Sequence[Rollout], tolerance: float) -> float:
+    """Largest mean distance, over rollouts, of log p by decoding from log p by prefill, nats. Raises: SignalError above it."""
+    by_id = {rollout.sample_id: rollout for rollout in scored}
+    gaps = []
+    for rollout in sampled:
+        decoded, prefilled = rollout.teacher_logprobs, by_id[rollout.sample_id].teacher_logprobs
+        assert decoded is not None
+        if len(decoded):
+            gaps.append(float(np.abs(decoded - prefilled).mean()))
+    worst = max(gaps)
+    if worst > tolerance:
+        raise SignalError(
+            f"teacher {sampled[0].teacher}: log p of the same tokens differs by {worst:.3g} nats between decoding and prefill "
+            f"(allowed {tolerance:g}): its engine cannot be trusted; try teachers.{sampled[0].teacher}.dtype=float32"
+        )
+    return worst
+
+
+def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float, vocab_size: int) -> dict[str, float]:
+    """Give the run's loss two students made from the teacher's own rows: the teacher itself, and one mixed with chance.
+
+    The first must have no loss and no gradient, the second a divergence and a gradient: in the terms that vanish there, that
+    is, without hard labels and whitening. `sequence` reads the text alone and `uld` another vocabulary, so there is nothing to
+    ask: they get an empty answer, whatever columns the rollouts have.
+    Returns: `loss_equal`, `divergence_perturbed`, `gradient_perturbed`, a token. Raises: SignalError where they are not so.
+    """
+    if isinstance(settings, SequenceLoss | ULDLoss):
+        return {}
+    if isinstance(settings, HintonLoss):
+        # The hard term is a cross entropy: no student makes it zero.
+        settings = settings.model_copy(update={"soft_share": 1.0})
+    if isinstance(settings, MiniLLMLoss | LMOpsLoss):
+        # Returns that are all zero would be divided by their own rounding.
+        settings = settings.model_copy(update={"whitening": False})
+    batch = rollouts_to_batch(rollouts, step=1)
+    tokens = batch.num_target_tokens
+    equal = _rows_of(LossBatch.from_train_batch(batch, vocab_size))
+    # Half its mass spread over all ids: far from any teacher that is not uniform, however sure of itself.
+    perturbed = torch.logaddexp(equal, torch.full((), -math.log(vocab_size))) - math.log(2.0)
+    found = []
+    for logits in (equal, perturbed):
+        given = replace(batch, columns=batch.columns | _sampled_by(logits, batch.columns, batch.token_ids, alpha))
+        tensors = LossBatch.from_train_batch(given, vocab_size)
+        student = logits.clone().requires_grad_()
+        output = loss_function(settings)(student, tensors, settings)
+        output.total.backward()
+        assert student.grad is not None
+        divergence = float(buckets(tensors.masked_rows(logits), tensors).reverse_kl()) / tokens
+        gradient = float(student.grad[tensors.mask].abs().sum()) / tokens
+        found.append((float(output.total.detach()) / tokens, gradient, divergence))
+    (loss, gradient, divergence), (_, noisy_gradient, noisy_divergence) = found
+    kind = settings.type
+    # The one has a kink where both are equal, the gradient of the other vanishes in the mean over samples alone.
+    expected_gradient = 0.0 if isinstance(settings, TVDLoss | ForwardKLSampledLoss) else gradient
+    if not max(abs(loss), expected_gradient, abs(divergence)) < _ZERO:
+        raise SignalError(
+            f"loss.type={kind}: a student equal to teacher {rollouts[0].teacher} has loss {loss:.3g} and gradient "
+            f"{gradient:.3g} a token, where both must be 0: what the teacher returns and what the loss reads do not fit"
+        )
+    if not (noisy_divergence > _ZERO and noisy_gradient > _ZERO):
+        raise SignalError(
+            f"loss.type={kind}: a student far from teacher {rollouts[0].teacher} has divergence {noisy_divergence:.3g} and "
+            f"gradient {noisy_gradient:.3g} a token, where both must be positive: this run would learn nothing"
+        )
+    return {"loss_equal": loss, "divergence_perturbed": noisy_divergence, "gradient_perturbed": noisy_gradient}
+
+
+def _rows_of(batch: LossBatch) -> torch.Tensor:
+    """Logits [B, S, vocab] of a student that has the teacher's recorded probabilities; the rest of the tail spread evenly."""
+    assert batch.support_ids is not None
+    assert batch.support_logprobs is not None
+    assert batch.tail_logprobs is not None
+    assert batch.teacher_logprobs is not None
+    used = batch.support_ids >= 0
+    known = torch.zeros(*batch.mask.shape, batch.vocab_size + 1, dtype=torch.bool)
+    known = known.scatter_(-1, batch.support_ids.where(used, batch.vocab_size), True)[..., :-1]
+    at_token = batch.token_ids.unsqueeze(-1)
+    token_outside = ~known.gather(-1, at_token)
+    tail, at_sampled = (column.double().exp().unsqueeze(-1) for column in (batch.tail_logprobs, batch.teacher_logprobs))
+    rest = tail - token_outside * at_sampled
+    known = known.scatter(-1, at_token, True)
+    others = (batch.vocab_size - known.sum(-1, keepdim=True)).clamp(min=1)
+    rows = (rest.clamp(min=1e-30) / others).log().expand(*batch.mask.shape, batch.vocab_size).clone()
+    rows.scatter_(-1, at_token, batch.teacher_logprobs.double().unsqueeze(-1))
+    padded = torch.cat([rows, rows[..., :1]], dim=-1)
+    padded.scatter_(-1, batch.support_ids.where(used, batch.vocab_size), batch.support_logprobs.double())
+    # Positions without a token hold fill values, which no loss reads; finite keeps them harmless.
+    return padded[..., :-1].nan_to_num(nan=0.0, posinf=0.0, neginf=-80.0).float()
+
+
+def _sampled_by(
+    logits: torch.Tensor, columns: dict[str, np.ndarray], token_ids: np.ndarray, alpha: float
+) -> dict[str, np.ndarray]:
+    """Columns as if the student with these logits had been the sampler's."""
+    at = torch.from_numpy(token_ids).long().unsqueeze(-1)
+    student = log_rows(logits).gather(-1, at).squeeze(-1).numpy()
+    share = np.log([max(alpha, 1e-300), max(1.0 - alpha, 1e-300)])
+    mixture = np.logaddexp(share[0] + columns["teacher_logprobs"], share[1] + student).astype(np.float32)
+    return {"student_logprobs": student, "mixture_logprobs": mixture}
+
+
+def _stacked(rollouts: Sequence[Rollout], name: str) -> np.ndarray:
+    """A recorded column of all rollouts, token after token; supports of unequal width are filled up."""
+    values = [getattr(rollout, name) for rollout in rollouts]
+    if values[0].ndim == 1:
+        return np.concatenate(values)
+    width = max(value.shape[1] for value in values)
+    fill = -1 if values[0].dtype == np.int32 else -np.inf
+    return np.concatenate([np.pad(value, ((0, 0), (0, width - value.shape[1])), constant_values=fill) for value in values])

@@ -1,0 +1,74 @@
+"""Configs from YAML: a recipe, and the overrides given on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from kdray.config import strict_yaml
+from kdray.config.explain import explain
+from kdray.config.roles import role_keys
+from kdray.config.run_config import Config
+from kdray.errors import ConfigError
+
+_MAX_PROBLEMS = 20
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML recipe and apply `a.b=value` overrides (values are YAML).
+
+    Raises: ConfigError with file, setting, value and remedy.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such config file")
+        tree = strict_yaml.load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path!s:.100}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validate a tree of plain values. Raises: ConfigError listing every problem, one a line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        found = error.errors()
+        lines = [explain(item, Config) for item in found[:_MAX_PROBLEMS]]
+        if len(found) > _MAX_PROBLEMS:
+            lines.append(f"{len(found) - _MAX_PROBLEMS} more")
+        raise ConfigError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = strict_yaml.load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node: Any = tree
+    parts = key.split(".")
+    if parts[:2] == ["cluster", "roles"] and len(parts) > 2:
+        parts[2:] = role_keys(parts[2:])
+    *parents, leaf = parts
+    if len(parents) > strict_yaml.MAX_DEPTH:
+        raise ConfigError(f"override {override[:100]!r}: nested more than {strict_yaml.MAX_DEPTH} deep")
+    for depth, part in enumerate(parents):
+        if part in node and not isinstance(node[part], dict) and node[part] is not None:
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    node[leaf] = value

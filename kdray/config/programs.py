@@ -1,0 +1,306 @@
+"""System-2 programs: chains of calls to the teacher that end in one answer, of which the student learns the answer alone.
+
+A template is what a call asks, with names in braces for what the program knows; a literal brace is written twice. The default
+wording suits instructed models; the recipes' terse ones suit tiny models.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from kdray.config.base import NonNegativeFloat, Positive, Settings
+
+FINAL_ANSWER = r"(?is)final answer\s*:\s*(.*)"
+"""What follows `Final answer:`."""
+
+
+class UniversalSettings(Settings):
+    """Universal self-consistency: several answers, of which a further call chooses the one that agrees with most of them."""
+
+    answers: Annotated[int, Field(ge=2, le=64)]
+    """Times the program runs for one rollout."""
+    line: str = "Answer {number}: {answer}\n"
+    """How each answer is listed, numbered from 1."""
+    choose: str = (
+        "Several answers to a question follow.\n\nQuestion: {question}\n\n{answers}\nWhich of them agrees best with the "
+        "others? Reply with its number alone."
+    )
+    """Template of the call that chooses."""
+    choice: str = r"(\d+)"
+    """Regular expression whose first group is the number in the reply."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> UniversalSettings:
+        check_template("rollout.program.universal.line", self.line, ("number", "answer"))
+        check_template("rollout.program.universal.choose", self.choose, ("answers",), ("question",))
+        check_pattern("rollout.program.universal.choice", self.choice, groups=1)
+        return self
+
+
+class ProgramBase(Settings):
+    """What all programs have. `stages` are the calls, `templates` the names that each template must and may use."""
+
+    stages: ClassVar[tuple[str, ...]]
+    templates: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]]
+
+    max_stage_tokens: Positive = 1024
+    """Most tokens of one call, prompt and response: what an engine must hold. A longer call makes the answer unparsable."""
+    max_new_tokens: Positive = 256
+    """Most tokens of a call's response; one that is cut there makes the answer unparsable."""
+    max_new_tokens_of: dict[str, Positive] = Field(default={})
+    """Another limit for single stages, by name."""
+    answer: str | None = None
+    """Regular expression, searched in the last response, whose first group (or whole match, without a group) is the answer.
+    None takes the response. Without a match the answer is unparsable."""
+    perturb: list[str] = Field(default=[])
+    """Templates of the question that should not change its answer: sample i of a prompt asks by number i, again from the first
+    after the last. With several samples a prompt, answers that do not survive differ."""
+    universal: UniversalSettings | None = None
+    """Universal self-consistency inside every rollout; None leaves it out."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> ProgramBase:
+        for name, (must, may) in self.templates.items():
+            check_template(f"rollout.program.{name}", getattr(self, name), must, may)
+        for number, template in enumerate(self.perturb):
+            check_template(f"rollout.program.perturb.{number}", template, ("question",))
+        if self.answer is not None:
+            check_pattern("rollout.program.answer", self.answer)
+        stages = (*self.stages, "choose") if self.universal is not None else self.stages
+        unknown = sorted(set(self.max_new_tokens_of) - set(stages))
+        if unknown:
+            raise ValueError(
+                f"rollout.program.max_new_tokens_of names {', '.join(unknown)}, but the stages are {', '.join(stages)}"
+            )
+        for stage in stages:
+            limit = self.response_tokens(stage)
+            if limit >= self.max_stage_tokens:
+                raise ValueError(
+                    f"rollout.program.max_stage_tokens={self.max_stage_tokens} leaves no room for a prompt beside the {limit} "
+                    f"response tokens of stage {stage}; raise it"
+                )
+        return self
+
+    def response_tokens(self, stage: str) -> int:
+        """Most tokens of a stage's response."""
+        return self.max_new_tokens_of.get(stage, self.max_new_tokens)
+
+
+class DirectProgram(ProgramBase):
+    """One call with the question: the teacher's System 1, the control of the others."""
+
+    stages: ClassVar = ("answer",)
+    templates: ClassVar = {"ask": (("question",), ())}
+
+    type: Literal["direct"]
+    ask: str = "{question}"
+    """Template of the call."""
+
+
+class RephraseRespondProgram(ProgramBase):
+    """The teacher rephrases and expands the question, then answers it: in two calls, or in one.
+
+    Source: Rephrase and Respond, Deng et al. 2023 (arXiv 2311.04205)."""
+
+    stages: ClassVar = ("rephrase", "respond")
+    templates: ClassVar = {
+        "rephrase": (("question",), ()),
+        "respond": (("rephrased",), ("question",)),
+        "at_once": (("question",), ()),
+    }
+
+    type: Literal["rephrase_respond"]
+    steps: Literal[1, 2] = 2
+    """Calls: 2 rephrases by one and answers by another, 1 does both in one response."""
+    rephrase: str = (
+        "{question}\n\nRewrite the question above in clearer and more detailed words, so that it is easier to answer well. "
+        "Keep everything it says. Write the rewritten question alone."
+    )
+    """Template of the first of two calls."""
+    respond: str = (
+        "Question: {question}\nThe same question in more detail: {rephrased}\n\nAnswer the question. Write the answer alone."
+    )
+    """Template of the second of two calls."""
+    at_once: str = (
+        "{question}\n\nFirst rewrite the question in clearer and more detailed words, then answer it. End with a line that "
+        "begins with `Final answer:`."
+    )
+    """Template of the one call."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answer_of_steps(cls, tree: Any) -> Any:
+        # One response holds the rephrased question too; written down here, the default survives a dump.
+        if isinstance(tree, dict) and tree.get("steps") == 1:
+            return {"answer": FINAL_ANSWER} | tree
+        return tree
+
+
+class System2AttentionProgram(ProgramBase):
+    """The teacher rewrites the prompt without what should not matter, such as opinions, then answers what is left.
+
+    Source: System 2 Attention, Weston and Sukhbaatar 2023 (arXiv 2311.11829)."""
+
+    stages: ClassVar = ("rewrite", "respond")
+    templates: ClassVar = {"rewrite": (("question",), ()), "respond": (("rewritten",), ())}
+
+    type: Literal["system2_attention"]
+    rewrite: str = (
+        "Here is a text by a user:\n\n{question}\n\nRewrite it so that it holds the question and the facts that an answer "
+        "needs, without opinions, guesses and what is beside the point. Write the rewritten text alone."
+    )
+    """Template of the first call."""
+    respond: str = "{rewritten}\n\nAnswer without bias. Write the answer alone."
+    """Template of the second call, which does not see the question as it was."""
+
+
+class BranchSolveMergeProgram(ProgramBase):
+    """A judge of two answers: lists criteria, scores both answers by each on its own, merges the scores to a verdict.
+
+    Samples with an odd number see the two answers swapped, and their verdict is mapped back: only one that does not depend on
+    the order is the same in all samples of a prompt.
+    Source: Branch-Solve-Merge, Saha et al. 2023 (arXiv 2310.15123)."""
+
+    stages: ClassVar = ("branch", "solve", "merge")
+    templates: ClassVar = {
+        "branch": (("question",), ()),
+        "solve": (("question", "criterion"), ()),
+        "line": (("scores",), ("criterion", "number")),
+        "merge": (("evaluations",), ("question",)),
+        "reply": (("verdict",), ()),
+    }
+
+    type: Literal["branch_solve_merge"]
+    pair: str = r"(?is)\[answer a\](?P<a>.*?)\[answer b\](?P<b>.*?)(?:\[end\]|\Z)"
+    """Regular expression with the groups `a` and `b`: where the two answers stand in a question."""
+    branch: str = (
+        "{question}\n\nTwo answers are to be compared. List at most five criteria that matter for this question, one a line, "
+        "each line beginning with `- `. Write the list alone."
+    )
+    """Template of the call that lists criteria."""
+    criterion: str = r"(?m)^[ \t]*(?:-|\*|\d+[.)])[ \t]*(.+)$"
+    """Regular expression whose first group is one criterion of the list."""
+    max_criteria: Annotated[int, Field(ge=1, le=64)] = 5
+    """Criteria that are used, the first of the list."""
+    solve: str = (
+        "{question}\n\nScore both answers from 1 to 5 by this criterion alone: {criterion}\nWrite a short reason, then the two "
+        "scores as `A: <score>, B: <score>`."
+    )
+    """Template of the call that scores by one criterion; the calls run side by side."""
+    line: str = "Criterion: {criterion}\n{scores}\n\n"
+    """How the scores of a criterion are put before the merging call."""
+    merge: str = (
+        "{question}\n\nThe two answers were compared by several criteria:\n\n{evaluations}Which answer is better on the whole? "
+        "Write [[A]], [[B]], or [[C]] for a tie."
+    )
+    """Template of the call that gives the verdict."""
+    answer: str | None = r"\[\[([ABC])\]\]"
+    """Regular expression, searched in the merging response, whose first group is the verdict."""
+    swapped: dict[str, str] = Field(default={"A": "B", "B": "A", "C": "C"})
+    """What each verdict means where the answers were swapped; any other verdict is unparsable."""
+    reply: str = "[[{verdict}]]"
+    """What the student learns to answer."""
+
+    @model_validator(mode="after")
+    def _patterns(self) -> BranchSolveMergeProgram:
+        check_pattern("rollout.program.criterion", self.criterion, groups=1)
+        groups = check_pattern("rollout.program.pair", self.pair).groupindex
+        if not {"a", "b"} <= set(groups):
+            raise ValueError(f"rollout.program.pair={self.pair!r}: needs the groups (?P<a>...) and (?P<b>...)")
+        if any(self.swapped.get(other) != verdict for verdict, other in self.swapped.items()):
+            raise ValueError(f"rollout.program.swapped={self.swapped}: swapping twice must give every verdict back")
+        return self
+
+
+class ChainOfThoughtProgram(ProgramBase):
+    """One call that thinks step by step; what stands behind the thoughts is the answer.
+
+    Source: zero-shot chain of thought, Kojima et al. 2022 (arXiv 2205.11916)."""
+
+    stages: ClassVar = ("think",)
+    templates: ClassVar = {"think": (("question",), ())}
+
+    type: Literal["chain_of_thought"]
+    think: str = "{question}\n\nThink step by step, then give the answer on a last line that begins with `Final answer:`."
+    """Template of the call."""
+    answer: str | None = FINAL_ANSWER
+    """Regular expression, searched in the response, whose first group is the answer."""
+
+
+class RationaleProgram(ProgramBase):
+    """Distilling step by step: one response gives a row that teaches the answer and a row that teaches the rationale.
+
+    Of a prompt's samples, which come in pairs, the even one is the label row (the prompt as it is, then the answer) and the odd
+    one the rationale row (`rationale_prefix` in place of `data.prefix`, then the rationale).
+    Source: Distilling Step-by-Step, Hsieh et al. 2023 (arXiv 2305.02301)."""
+
+    stages: ClassVar = ("explain",)
+    templates: ClassVar = {"explain": (("question",), ())}
+
+    type: Literal["rationale"]
+    explain: str = (
+        "{question}\n\nExplain step by step how to find the answer, then give it on a last line that begins with "
+        "`Final answer:`."
+    )
+    """Template of the call."""
+    answer: str | None = r"(?is)\A\s*(?P<rationale>.+?)\s*final answer\s*:\s*(?P<answer>.*)"
+    """Regular expression with the groups `rationale` and `answer`, searched in the response."""
+    rationale_prefix: str = "[rationale] "
+    """Text before the question in a rationale row; `data.prefix` is the one of label rows."""
+    rationale_weight: NonNegativeFloat = 1.0
+    """Weight of a rationale row's tokens beside those of a label row."""
+
+    @model_validator(mode="after")
+    def _both(self) -> RationaleProgram:
+        groups = check_pattern("rollout.program.answer", self.answer or "").groupindex
+        if not {"rationale", "answer"} <= set(groups):
+            raise ValueError(f"rollout.program.answer={self.answer!r}: needs the groups (?P<rationale>...) and (?P<answer>...)")
+        if self.universal is not None:
+            raise ValueError("rollout.program.universal: the rows of a pair come from one response; remove it")
+        if self.perturb:
+            raise ValueError("rollout.program.perturb: the rows of a pair come from one response; remove it")
+        return self
+
+
+ProgramSettings = Annotated[
+    DirectProgram
+    | RephraseRespondProgram
+    | System2AttentionProgram
+    | BranchSolveMergeProgram
+    | ChainOfThoughtProgram
+    | RationaleProgram,
+    Field(discriminator="type"),
+]
+
+
+def check_template(setting: str, template: str, must: tuple[str, ...], may: tuple[str, ...] = ()) -> None:
+    """Raises: ValueError where the template lacks a name of `must`, or has one that is in neither."""
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"{setting}={template!r}: {error}; write a literal brace twice") from error
+    known = ", ".join(f"{{{name}}}" for name in (*must, *may))
+    unknown = sorted(names - {*must, *may})
+    if unknown:
+        raise ValueError(
+            f"{setting}={template!r}: nothing is known as {{{unknown[0]}}}; use {known}, and write a literal brace twice"
+        )
+    lacking = [name for name in must if name not in names]
+    if lacking:
+        raise ValueError(f"{setting}={template!r}: lacks {{{lacking[0]}}}")
+
+
+def check_pattern(setting: str, pattern: str, groups: int = 0) -> re.Pattern[str]:
+    """The compiled pattern. Raises: ValueError where it does not compile or has fewer groups."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{setting}={pattern!r}: not a regular expression: {error}") from error
+    if compiled.groups < groups:
+        raise ValueError(f"{setting}={pattern!r}: needs a group (...) for what is to be read")
+    return compiled

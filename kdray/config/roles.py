@@ -1,0 +1,80 @@
+"""Where the parts of a recipe run, said apart from the recipe: `cluster.roles` is laid over the sections that it names.
+
+A recipe goes from a laptop to a cluster by its `cluster` section alone. Only settings of size and place can be laid over,
+never those that change what is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdray.config.teachers import EngineSettings
+
+ENGINE_PLACE = frozenset(EngineSettings.model_fields) - {"dtype", "engine_args"}
+"""Settings of an engine that say how large it is and where it runs."""
+TRAINING_PLACE = frozenset(
+    (
+        "ranks",
+        "cpus_per_rank",
+        "gpus_per_rank",
+        "accelerator_type",
+        "resources",
+        "labels",
+        "placement",
+        "micro_batch_size",
+        "zero_stage",
+        "gradient_checkpointing",
+    )
+)
+"""The same of the student's ranks."""
+_ENGINE_TYPES = ("vllm", "self", "peer")
+
+
+def role_keys(keys: list[str]) -> list[str]:
+    """The keys below `cluster.roles` that a dotted override names: a role's own name holds a dot where it is of one part.
+
+    What follows `teachers` is a teacher's name unless it is one of the settings of all.
+    """
+    of_one = keys[:2] == ["rollout", "pool"] or (keys[0] == "teachers" and len(keys) > 1 and keys[1] not in ENGINE_PLACE)
+    return [".".join(keys[:2]), *keys[2:]] if of_one else keys
+
+
+def with_roles(tree: Any) -> Any:
+    """A config's tree with `cluster.roles` laid over its sections, the more specific role last.
+
+    Raises: ValueError for a role or a setting that is none.
+    """
+    cluster = tree.get("cluster") if isinstance(tree, dict) else None
+    roles = cluster.get("roles") if isinstance(cluster, dict) else None
+    teachers = tree.get("teachers") if isinstance(tree, dict) else None
+    if not isinstance(roles, dict) or not isinstance(teachers, dict):
+        return tree
+    served = [name for name, each in teachers.items() if isinstance(each, dict) and each.get("type", "vllm") in _ENGINE_TYPES]
+    for role in sorted(roles, key=lambda role: str(role).count(".")):
+        values = roles[role]
+        if not isinstance(values, dict):
+            raise ValueError(f"cluster.roles.{role}: expected settings, such as {{labels: {{role: teacher}}}}")
+        if role in ("training", "rollout.pool"):
+            names: list[str] = []
+        elif role == "teachers":
+            names = served
+        elif isinstance(role, str) and role.removeprefix("teachers.") in served:
+            names = [role.removeprefix("teachers.")]
+        else:
+            known = ", ".join(["teachers", *(f"teachers.{name}" for name in served), "rollout.pool", "training"])
+            raise ValueError(f"cluster.roles.{role}: no role of this run; there are {known}")
+        allowed = TRAINING_PLACE if role == "training" else ENGINE_PLACE
+        for key in values:
+            if key not in allowed:
+                raise ValueError(
+                    f"cluster.roles.{role}.{key}: says nothing about size or place; set it in the recipe itself, or use "
+                    f"{', '.join(sorted(allowed))}"
+                )
+        if role == "training":
+            tree = {**tree, "training": {**(tree.get("training") or {}), **values}}
+        elif role == "rollout.pool":
+            rollout = tree.get("rollout") or {}
+            tree = {**tree, "rollout": {**rollout, "pool": {**(rollout.get("pool") or {}), **values}}}
+        else:
+            tree = {**tree, "teachers": {**tree["teachers"], **{name: {**tree["teachers"][name], **values} for name in names}}}
+    return tree

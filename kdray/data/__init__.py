@@ -1,0 +1,1 @@
+"""Prompts and text: sources, tokenisation, order, generated tasks."""

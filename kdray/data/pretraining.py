@@ -1,0 +1,62 @@
+"""Pretraining text: documents of a source, cut into windows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kdray.config import PretrainingSettings
+from kdray.config.data import HubText, JsonlText, ParquetText, TaskText, TextSource
+from kdray.data.sources import check_text, hub_records, jsonl_records, kind, names, parquet_records
+from kdray.data.tasks import generate_examples
+from kdray.errors import DataError
+from kdray.types import Prompt
+
+_SECTION = "training.pretraining.source"
+
+
+def load_windows(settings: PretrainingSettings, tokenizer: Any, seed: int) -> list[Prompt]:
+    """All windows of all documents, each document closed by the end-of-sequence token.
+
+    Windows of a document overlap by one token, so that every token but a document's first is a target exactly once.
+    Raises: DataError with file, row and remedy.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the student tokenizer has no end-of-sequence token to close documents; set its eos_token")
+    windows: list[Prompt] = []
+    stride = settings.window_tokens - 1
+    for document in documents(settings.source, seed, _SECTION):
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32)
+        for start in range(0, max(1, len(ids) - 1), stride):
+            window = ids[start : start + settings.window_tokens]
+            if len(window) > 1:
+                windows.append(Prompt(len(windows), window))
+    if not windows:
+        raise DataError(f"{_SECTION}: no document with a token in it")
+    return windows
+
+
+def documents(source: TextSource, seed: int, section: str) -> Iterator[str]:
+    """The texts of a source, in its order. Args: section: the setting that holds `source`, for messages."""
+    if isinstance(source, TaskText):
+        for example in generate_examples(source.tasks, source.difficulty, source.size, seed):
+            yield example.prompt + example.answer
+        return
+    if isinstance(source, JsonlText):
+        records = jsonl_records(source.path, f"{section}.path")
+    elif isinstance(source, ParquetText):
+        records = parquet_records(source.path, f"{section}.path")
+    else:
+        assert isinstance(source, HubText)
+        records = hub_records(source.name, source.subset, source.split, source.revision, f"{section}.split")
+    for where, record in records:
+        if source.column not in record:
+            raise DataError(f"{section}.column={source.column}: {where} has no such column; it has {names(record)}")
+        text = record[source.column]
+        if not isinstance(text, str):
+            raise DataError(f"{where}, {source.column!r}: a document is a text, found {kind(text)}")
+        check_text(text, f"{where}, {source.column!r}")
+        yield text

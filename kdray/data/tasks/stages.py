@@ -1,0 +1,128 @@
+"""What one call of a System-2 program asks, as tasks of their own: lessons for a tiny base model, whose stages it then knows.
+
+A stage's prompt is what the recipe's template makes of a question, or of an earlier stage's answer: configs/system2_*.yaml and
+this file belong together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdray.data.tasks.arithmetic import Arithmetic
+from kdray.data.tasks.coin_flip import CoinFlip
+from kdray.data.tasks.example import Example, Task
+from kdray.data.tasks.judged_letters import JudgedLetters
+from kdray.data.tasks.last_letters import LastLetters
+from kdray.data.tasks.opinion import BackedLetters, MisledLetters
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A lesson made out of a task's example."""
+
+    name: str
+    of: Task
+    make: Callable[[Example, np.random.Generator], Example]
+
+    def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
+        """One example, of a task's example that is as likely as any other."""
+        return self.make(self.of.generate(rng, difficulty), rng)
+
+
+def words_of(question: str) -> list[str]:
+    """The words of a last-letters question."""
+    return question.split(": ")[1].split(" = ")[0].split()
+
+
+def apart(question: str) -> str:
+    """`last letters of: rilo tamen = ` with each last letter set apart: `ril-o tame-n`."""
+    return " ".join(f"{word[:-1]}-{word[-1]}" for word in words_of(question))
+
+
+def turns(question: str) -> str:
+    """A coin's turns, one letter each: `fnf` where the first and the third person flip it."""
+    told = question.replace(". ", ".").split(".")[1:-1]
+    return "".join("n" if "does not" in turn else "f" for turn in told)
+
+
+def carried(left: str, right: str) -> str:
+    """The sum of two numbers of as many digits, written out digit by digit from the last: `7+8=15, 3+5+1=9`."""
+    carry, steps = 0, []
+    for a, b in zip(reversed(left), reversed(right), strict=True):
+        total = int(a) + int(b) + carry
+        steps.append(f"{a}+{b}{'+1' if carry else ''}={total}")
+        carry = total // 10
+    return ", ".join(steps)
+
+
+def _rephrase_letters(example: Example, rng: np.random.Generator) -> Example:
+    return Example(f"rephrase: {example.prompt}", apart(example.prompt))
+
+
+def _join_letters(example: Example, rng: np.random.Generator) -> Example:
+    return Example(f"join: {apart(example.prompt)} = ", example.answer)
+
+
+def _rephrase_coin(example: Example, rng: np.random.Generator) -> Example:
+    return Example(f"rephrase: {example.prompt}", turns(example.prompt))
+
+
+def _judge_coin(example: Example, rng: np.random.Generator) -> Example:
+    return Example(f"turns: {turns(example.prompt)} = ", example.answer)
+
+
+def _steps_of_sum(example: Example, rng: np.random.Generator) -> Example:
+    left, right = example.prompt.rstrip("=").split("+")
+    return Example(f"explain: {example.prompt}", f"{carried(left, right)}. final answer: {example.answer}")
+
+
+def _steps_of_letters(example: Example, rng: np.random.Generator) -> Example:
+    return Example(f"explain: {example.prompt}", f"{apart(example.prompt)}. final answer: {example.answer}")
+
+
+def _without_opinion(example: Example, rng: np.random.Generator) -> Example:
+    question, _ = example.prompt.split("i think ")
+    return Example(f"rewrite: {example.prompt}", question.rstrip())
+
+
+def _criteria(example: Example, rng: np.random.Generator) -> Example:
+    count = len(words_of(example.prompt))
+    return Example(f"criteria: {example.prompt}", "\n".join(f"- word {number + 1}" for number in range(count)))
+
+
+def _scores(example: Example, number: int) -> str:
+    """`n A1 B0`: the last letter of a word, and whether each answer has it there."""
+    a, b = (part.split()[0] for part in example.prompt.split(": ")[2:4])
+    right = words_of(example.prompt)[number][-1]
+    return f"{right} A{int(a[number] == right)} B{int(b[number] == right)}"
+
+
+def _scores_of_one(example: Example, rng: np.random.Generator) -> Example:
+    number = int(rng.integers(len(words_of(example.prompt))))
+    return Example(f"score word {number + 1}: {example.prompt}", _scores(example, number))
+
+
+def _merge(example: Example, rng: np.random.Generator) -> Example:
+    scores = [_scores(example, number) for number in range(len(words_of(example.prompt)))]
+    return Example(f"merge: {' '.join(scores)} = ", example.answer)
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("letters_rephrase", LastLetters(), _rephrase_letters),
+        Stage("letters_join", LastLetters(), _join_letters),
+        Stage("letters_steps", LastLetters(), _steps_of_letters),
+        Stage("coin_rephrase", CoinFlip(), _rephrase_coin),
+        Stage("coin_turns", CoinFlip(), _judge_coin),
+        Stage("sum_steps", Arithmetic(), _steps_of_sum),
+        Stage("rewrite_misled", MisledLetters(), _without_opinion),
+        Stage("rewrite_backed", BackedLetters(), _without_opinion),
+        Stage("judge_branch", JudgedLetters(), _criteria),
+        Stage("judge_solve", JudgedLetters(), _scores_of_one),
+        Stage("judge_merge", JudgedLetters(), _merge),
+    )
+}

@@ -1,0 +1,1 @@
+"""Model folders: resolving, building, pruning, quantising and inspecting them."""

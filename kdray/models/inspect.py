@@ -1,0 +1,111 @@
+"""Facts about a model that need none of its weights: tokenizer, vocabulary rows, positions, depth, description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdray.config import ModelSource, PrunedModel, TinyModel
+from kdray.errors import ConfigError
+from kdray.models.pruning import plan_pruning
+from kdray.models.resolve import calibration_texts, model_config, resolve_model, task_tokenizer
+from kdray.models.safetensors_check import check_weights
+
+
+def origin(source: ModelSource, revision: str | None) -> tuple[str | TinyModel, str | None]:
+    """Whose tokenizer and generation config a model has, and of which revision: for a pruned one, its source's."""
+    if not isinstance(source, PrunedModel):
+        return source, revision
+    if revision is not None:
+        raise ConfigError(f"revision={revision}: a pruned model is built here; set model.revision, that of its source")
+    return source.source, source.revision
+
+
+def load_tokenizer(source: ModelSource, revision: str | None) -> Any:
+    """The tokenizer of a model source. Raises: ConfigError where it cannot be loaded."""
+    source, revision = origin(source, revision)
+    if isinstance(source, TinyModel):
+        return task_tokenizer()
+    from transformers import AutoTokenizer
+
+    source = resolve_model(source, Path())
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    # Whatever the libraries stumble over in files that others wrote: they have no error of their own for it.
+    except Exception as error:
+        raise _unloadable(f"model {source}: no tokenizer could be loaded", error) from error
+
+
+def _unloadable(what: str, error: Exception) -> ConfigError:
+    if "trust_remote_code" in str(error):
+        # The library's own advice is to switch on what kdray never does.
+        return ConfigError(
+            f"{what}: it needs its own code, which is never run here (trust_remote_code stays off); use a model "
+            "whose architecture and tokenizer transformers has"
+        )
+    return ConfigError(f"{what}: {str(error).strip() or repr(error)}; restore the folder, or name another model")
+
+
+def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
+    """(vocabulary rows, longest sequence if the model says); for a pruned model, whether its source can be cut so."""
+    if isinstance(source, PrunedModel):
+        found = shape(*origin(source, revision))
+        plan_pruning(model_config(source.source, source.revision), source)
+        if source.calibration is not None:
+            for _ in calibration_texts(source.calibration):
+                pass
+        return found
+    if isinstance(source, TinyModel):
+        tokens = len(task_tokenizer())
+        if source.vocab_rows is not None and source.vocab_rows < tokens:
+            raise ConfigError(f"vocab_rows={source.vocab_rows}: the task tokenizer has {tokens} tokens; use at least that")
+        return source.vocab_rows or tokens, source.max_positions
+    from transformers import AutoConfig
+
+    source = resolve_model(source, Path())
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).get_text_config()
+    # As for tokenizers.
+    except Exception as error:
+        raise _unloadable(f"model {source}: no config could be loaded", error) from error
+    if getattr(config, "vocab_size", None) is None:
+        raise ConfigError(f"model {source}: a {config.model_type} is no language model (its config has no vocab_size)")
+    if Path(source).is_dir():
+        check_weights(Path(source))
+    return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
+
+
+def depth(source: ModelSource, revision: str | None) -> int:
+    """Layers of a model, whose `shape` could be read."""
+    if isinstance(source, TinyModel):
+        return source.layers
+    if isinstance(source, PrunedModel):
+        return len(plan_pruning(model_config(source.source, source.revision), source).layers)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve_model(source, Path()), revision=revision, trust_remote_code=False)
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def describe(source: ModelSource) -> str:
+    if isinstance(source, str):
+        return source
+    if isinstance(source, PrunedModel):
+        before = model_config(source.source, source.revision)
+        plan = plan_pruning(before, source)
+        return (
+            f"cut from {describe(source.source)}: layers {', '.join(map(str, plan.layers))} of {before.num_hidden_layers}, "
+            f"{plan.neurons} of {before.intermediate_size} neurons, {plan.groups} of {plan.source_groups} key-value heads"
+        )
+    trained = f", trained {source.train.steps} steps on {', '.join(source.train.tasks)}" if source.train else ""
+    return f"tiny, {source.layers} layers of {source.width}{trained}"
+
+
+def decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
+    def decode(token_ids: np.ndarray) -> str:
+        return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+    return decode

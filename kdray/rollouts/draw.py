@@ -1,0 +1,108 @@
+"""Requests of a run's samples, and their rollouts, drawn and scored."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kdray.config import Config
+from kdray.data.dataset import PromptStream
+from kdray.errors import EngineError
+from kdray.interfaces import Sampler, Scorer
+from kdray.rollouts.merge import Merged
+from kdray.rollouts.reference_answers import DATA
+from kdray.rollouts.seeds import sample_seed, unit
+from kdray.types import Rollout, SampleRequest
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The numbers that the loop needs, out of the config."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    alpha: float
+    max_new_tokens: int
+    samples_per_prompt: int
+    max_staleness: int
+    checkpoint_every: int
+    evaluate_every: int
+    teacher_share: float = 0.0
+    data_share: float = 0.0
+
+    @classmethod
+    def of(cls, config: Config) -> LoopSettings:
+        return cls(
+            seed=config.run.seed,
+            steps=config.training.steps,
+            batch_size=config.training.batch_size,
+            alpha=config.rollout.alpha,
+            max_new_tokens=config.rollout.max_new_tokens,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            max_staleness=config.rollout.max_staleness,
+            checkpoint_every=config.training.checkpoint_every,
+            evaluate_every=config.evaluation.every,
+            teacher_share=config.rollout.teacher_share,
+            data_share=config.rollout.data_share,
+        )
+
+
+def sample_request(
+    settings: LoopSettings,
+    prompts: PromptStream,
+    sample_id: int,
+    min_version: int = 0,
+    values: Mapping[str, float] | None = None,
+) -> SampleRequest:
+    """What a run asks for as its sample `sample_id`: the same in every run of the same settings and prompts.
+
+    Args: values: scheduled settings of the step that trains it, by their full names.
+    """
+    alpha, teacher_share, data_share = (
+        (values or {}).get(f"rollout.{name}", getattr(settings, name)) for name in ("alpha", "teacher_share", "data_share")
+    )
+    # One draw decides who writes, so that a schedule moves as few samples as it must from one writer to another.
+    chance = unit(settings.seed, "writer", sample_id)
+    if chance < data_share:
+        alpha = DATA
+    elif chance < data_share + (1.0 - data_share) * teacher_share:
+        alpha = 1.0
+    prompt = prompts.at(sample_id // settings.samples_per_prompt)
+    return SampleRequest(
+        sample_id=sample_id,
+        prompt_id=prompt.prompt_id,
+        prompt_ids=prompt.token_ids,
+        alpha=alpha,
+        seed=sample_seed(settings.seed, "train", sample_id),
+        max_new_tokens=settings.max_new_tokens,
+        min_version=min_version,
+    )
+
+
+async def draw_scored(
+    sampler: Sampler,
+    scorer: Scorer | None,
+    requests: Sequence[SampleRequest],
+    on_sampled: Callable[[list[int]], Awaitable[None]] | None = None,
+) -> AsyncGenerator[list[Rollout]]:
+    """Stream every request's rollout with the teacher's columns, whichever of the two made them."""
+    if scorer is None:
+        async with aclosing(sampler.sample(requests)) as stream:
+            async for rollouts in stream:
+                yield rollouts
+        return
+    remaining = len(requests)
+    async with Merged[str, list[Rollout]]() as merged:
+        merged.add("sampled", sampler.sample(requests))
+        async for made, rollouts in merged:
+            if made == "sampled":
+                if on_sampled is not None:
+                    await on_sampled([rollout.sample_id for rollout in rollouts])
+                merged.add("scored", scorer.score(rollouts))
+            else:
+                remaining -= len(rollouts)
+                yield rollouts
+    if remaining:
+        raise EngineError(f"the scorer ended with {remaining} rollouts missing")

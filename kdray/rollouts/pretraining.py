@@ -1,0 +1,50 @@
+"""Pretraining text: documents to windows of ids, and the windows that are mixed into each step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdray.config import PretrainingSettings
+from kdray.data.dataset import PromptStream
+from kdray.interfaces import Scorer
+from kdray.rollouts.batching import examples_to_batch, rollouts_to_batch
+from kdray.types import Prompt, Rollout, TrainBatch
+
+
+class PretrainingText:
+    """The windows of every step, in an order that seed and step alone fix."""
+
+    def __init__(self, windows: list[Prompt], settings: PretrainingSettings, seed: int, scorer: Scorer | None) -> None:
+        """Args: scorer: the teacher whose columns `teacher_share` above 0 needs; None where it is 0."""
+        self._windows = PromptStream(windows, seed)
+        self._batch_size = settings.batch_size
+        self._scorer = scorer
+
+    async def batch(self, step: int) -> TrainBatch:
+        """The windows of optimizer step `step`, counted from 1; the first token of a window is no target.
+
+        Raises: EngineError where the teacher could not score them.
+        """
+        first = (step - 1) * self._batch_size
+        windows = [self._windows.at(first + offset) for offset in range(self._batch_size)]
+        if self._scorer is None:
+            return examples_to_batch([(Prompt(w.prompt_id, w.token_ids[:1]), w.token_ids[1:]) for w in windows], step)
+        wanted = [_as_rollout(window, position) for position, window in enumerate(windows)]
+        scored = [rollout async for part in self._scorer.score(wanted) for rollout in part]
+        return rollouts_to_batch(sorted(scored, key=lambda rollout: rollout.sample_id), step)
+
+
+def _as_rollout(window: Prompt, position: int) -> Rollout:
+    """A window as a teacher scores it: its first token is the prompt."""
+    count = len(window.token_ids) - 1
+    return Rollout(
+        sample_id=position,
+        prompt_id=window.prompt_id,
+        prompt_ids=window.token_ids[:1],
+        token_ids=window.token_ids[1:],
+        mixture_logprobs=np.zeros(count, dtype=np.float32),
+        student_logprobs=np.zeros(count, dtype=np.float32),
+        student_versions=np.zeros(count, dtype=np.int32),
+        alpha=0.0,
+        finish_reason="length",
+    )

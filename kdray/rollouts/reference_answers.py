@@ -1,0 +1,74 @@
+"""The data's own answers in a teacher's place: classical distillation on a fixed dataset, or a share of real data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdray.data.dataset import encode_answer
+from kdray.errors import DataError
+from kdray.interfaces import Sampler, Scorer
+from kdray.rollouts.merge import Merged
+from kdray.types import Prompt, Rollout, SampleRequest
+
+DATA = math.nan
+"""The alpha of a response that no model drew."""
+
+
+def from_data(sample: SampleRequest | Rollout) -> bool:
+    """Whether the response is the data's."""
+    return math.isnan(sample.alpha)
+
+
+class WithReferences:
+    """A Sampler (`kdray.interfaces`) that answers requests with alpha DATA by the prompt's reference answer.
+
+    The others go to the sampler behind. Nothing is known of how an answer was drawn, so its log q and log m are None.
+    """
+
+    def __init__(self, sampler: Sampler, scorer: Scorer | None, prompts: Sequence[Prompt], tokenizer: Any, limit: int) -> None:
+        """Args: scorer: gives reference answers the teacher's columns, as the sampler's rollouts have; None where the rollouts
+              of the sampler are scored later, or need no columns; limit: longest answer, in tokens.
+        Raises: DataError where a prompt has no answer, or a longer one.
+        """
+        self._sampler = sampler
+        self._scorer = scorer
+        self._answers: Mapping[int, np.ndarray] = {prompt.prompt_id: encode_answer(tokenizer, prompt) for prompt in prompts}
+        longest = max(self._answers, key=lambda prompt_id: len(self._answers[prompt_id]))
+        if len(self._answers[longest]) > limit:
+            raise DataError(
+                f"rollout.max_new_tokens={limit}, but the reference answer of prompt {longest} has "
+                f"{len(self._answers[longest])} tokens; raise it to that"
+            )
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Sampler`."""
+        references = [self._reference(request) for request in requests if from_data(request)]
+        drawn = [request for request in requests if not from_data(request)]
+        async with Merged[str, list[Rollout]]() as merged:
+            if drawn:
+                merged.add("drawn", self._sampler.sample(drawn))
+            if references and self._scorer is not None:
+                merged.add("scored", self._scorer.score(references))
+            elif references:
+                yield references
+            async for _, rollouts in merged:
+                yield rollouts
+
+    def _reference(self, request: SampleRequest) -> Rollout:
+        token_ids = self._answers[request.prompt_id]
+        return Rollout(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=token_ids,
+            mixture_logprobs=None,
+            student_logprobs=None,
+            # As for a black box: staleness counts from when it was asked for.
+            student_versions=np.full(len(token_ids), request.min_version, dtype=np.int32),
+            alpha=DATA,
+            finish_reason="stop",
+        )

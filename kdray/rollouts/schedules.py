@@ -1,0 +1,90 @@
+"""The values of scheduled settings at a step: a function of the step, or of signals measured some steps before.
+
+A batch's samples are admitted `max_staleness` steps before it trains. So what a step uses is decided by the signals known then,
+whatever the replicas' speeds, and a resumed run decides alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from kdray.config import Config
+from kdray.config.schedules import ScheduleSettings, SignalSchedule, StepSchedule
+from kdray.errors import DataError
+
+
+class Schedules:
+    """Values by name, for the settings in `training.schedules`."""
+
+    def __init__(
+        self, settings: Mapping[str, ScheduleSettings], own: Mapping[str, float], steps: int, max_staleness: int
+    ) -> None:
+        """Args: own: the settings' own values by the same names; steps: of the run."""
+        self._settings = settings
+        self._own = own
+        self._steps = steps
+        self._lag = max_staleness
+        self._averages: dict[int, dict[str, float]] = {}
+
+    @classmethod
+    def of(cls, config: Config) -> Schedules:
+        """Those of a run."""
+        settings = config.training.schedules
+        own = {name: config.scheduled(name) or 0.0 for name in settings}
+        return cls(settings, own, config.training.steps, config.rollout.max_staleness)
+
+    def at(self, step: int) -> dict[str, float]:
+        """Values for the batch that step `step`, counted from 0, trains.
+
+        Raises: KeyError where the signals of step `step - max_staleness` were not observed yet.
+        """
+        return {name: self._value(name, setting, step) for name, setting in self._settings.items()}
+
+    def observe(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Note a step's metrics. Args: done: steps completed, that one included.
+
+        Raises: DataError where no step has ever had a signal: nothing would change, and nobody would notice.
+        """
+        before = self._averages.get(done - 1, {})
+        averages = {}
+        for name, setting in self._settings.items():
+            if isinstance(setting, SignalSchedule):
+                last = before.get(name)
+                measured = metrics.get(setting.signal, last)
+                if measured is None:
+                    raise DataError(
+                        f"training.schedules.{name}.signal={setting.signal}: the rollouts of this run do not have it; exact "
+                        "KLs need replicas that hold teacher and student, weights of draws a density; use another signal"
+                    )
+                averages[name] = measured if last is None else setting.smoothing * last + (1.0 - setting.smoothing) * measured
+        self._averages[done] = averages
+        # Of older ones no admitted batch asks again.
+        self._averages = {at: kept for at, kept in self._averages.items() if at >= done - self._lag - 1}
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What a resume needs, as JSON holds it."""
+        return {str(done): averages for done, averages in self._averages.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue from `state()`."""
+        self._averages = {int(done): dict(averages) for done, averages in state.items()}
+
+    def _value(self, name: str, setting: ScheduleSettings, step: int) -> float:
+        own = self._own[name]
+        if isinstance(setting, StepSchedule):
+            length = self._steps - setting.start if setting.steps is None else setting.steps
+            share = min(1.0, max(0.0, (step - setting.start) / max(1, length)))
+            if setting.type == "cosine":
+                share = 0.5 - 0.5 * math.cos(math.pi * share)
+            return own + share * (setting.to - own)
+        known = step - self._lag
+        average = self._averages[known].get(name) if known > 0 else None
+        if average is None:
+            return own
+        return setting.at_zero + min(1.0, max(0.0, average / setting.full)) * (setting.at_full - setting.at_zero)
+
+
+def of_section(section: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The scheduled values of a section's settings, by their names in it."""
+    return {name.removeprefix(f"{section}."): value for name, value in values.items() if name.startswith(f"{section}.")}

@@ -1,0 +1,1 @@
+"""A run on disk: folder, metrics, checkpoints, ledger, report and verification."""

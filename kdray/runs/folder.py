@@ -1,0 +1,316 @@
+"""The folder of one run: where each file lies, and the only ways of writing to it.
+
+Whole files are written beside their place and renamed into it, so that nobody, not even after a kill, sees half of one.
+Lines are appended in one write each; a line that a kill cut short is dropped when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from kdray.config import Config, load_config
+from kdray.config.roles import ENGINE_PLACE, TRAINING_PLACE
+from kdray.errors import ConfigError, DataError
+
+CAPTURE = "capture"
+"""Where `kdray capture` writes inside a run folder, which a run may still be started in."""
+
+_FOLDERS = ("checkpoints", "samples", "logs")
+
+_MAY_DIFFER = (
+    "training.steps",
+    # How ranks are watched, and how weights travel.
+    "training.max_restarts",
+    "training.stuck_after_s",
+    "training.stuck_loading_after_s",
+    "training.sync_bucket_mib",
+    "training.weight_transfer",
+    "evaluation",
+    "cluster",
+    "run.output",
+    "run.storage",
+    # DeepSpeed's checkpoints are cut by ranks and ZeRO stage.
+    *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks", "zero_stage"})),
+    *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
+)
+"""Settings that a resumed run may change: how long, how it is measured, and where its parts run. `run.output` and `run.storage`
+say where the folder is, not what the run does: it may have been moved, or the command started elsewhere."""
+
+
+def utc_now() -> str:
+    """The time as every file of a run writes it: ISO-8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and writers of `<output>/<name>/`. Constructing one touches nothing; `create` and `open` check it."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config, resume: bool = False) -> RunFolder:
+        """The folder of a run that is about to start, with its resolved config written.
+
+        With `resume`, the folder must hold a run whose config differs at most in what a resumed run may change; lines that a
+        kill cut short are dropped.
+        Raises: ConfigError that names the folder and the remedies.
+        """
+        folder = cls(config.run_folder)
+        try:
+            folder._start(config, resume)
+        except OSError as error:
+            output = config.run.output
+            raise ConfigError(
+                f"run.output={output!s:.100}: the run's folder cannot be written there: {error.strerror}; choose another"
+            ) from error
+        return folder
+
+    def _start(self, config: Config, resume: bool) -> None:
+        if resume:
+            self._check_resumable(config)
+            for path in (self.metrics, self.events):
+                drop_torn_line(path)
+        elif self.path.exists() and (not self.path.is_dir() or not all(_may_be_there(p) for p in self.path.iterdir())):
+            if self.config.is_file():
+                remedies = "continue it with --resume, or choose another run.name"
+                raise ConfigError(f"{self.path}: already holds a run; {remedies}")
+            raise ConfigError(f"{self.path}: exists and is not a run folder; choose another run.name or run.output")
+        for path in (self.path, self.checkpoints, self.samples, self.logs):
+            path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, config.dump())
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of a run that was started before. Raises: DataError when there is none."""
+        folder = cls(Path(path))
+        if not folder.config.is_file():
+            raise DataError(f"{path}: not a run folder (it has no config.yaml); give a folder such as runs/<name>")
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """A JSON line for whatever happened: scaling, faults, restarts, checkpoints."""
+        return self.path / "events.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The results, written at the end."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Parquet files of rollouts to look at."""
+        return self.path / "samples"
+
+    @property
+    def student(self) -> Path:
+        """The final student as a Hugging Face folder; there once training has ended."""
+        return self.path / "student"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        _append(self.metrics, line)
+
+    def append_event(self, kind: str, **fields: Any) -> None:
+        """Add a line to events.jsonl: the time, the kind, the fields."""
+        _append(self.events, {"time": utc_now(), "kind": kind} | fields)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replace summary.json."""
+        write_atomically(self.summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
+
+    def write_teachers(self, fingerprints: Mapping[str, Any]) -> None:
+        """Replace teachers.json: what each teacher of the run is, for a resumed one to compare with."""
+        write_atomically(self.path / "teachers.json", json.dumps(fingerprints, indent=2, allow_nan=False) + "\n")
+
+    def read_teachers(self) -> dict[str, Any]:
+        """What `write_teachers` wrote; nothing where it is a new run. Raises: DataError when it is not a JSON object."""
+        path = self.path / "teachers.json"
+        if not path.exists():
+            return {}
+        try:
+            teachers = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: not valid JSON: {error}; remove the file to take the teachers as they are") from error
+        if not isinstance(teachers, dict):
+            raise DataError(f"{path}: expected a JSON object, found {type(teachers).__name__}")
+        return teachers
+
+    def read_summary(self) -> dict[str, Any]:
+        """Raises: DataError when the file is missing or not a JSON object."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(f"{self.summary}: not there; the run has not ended") from error
+        except ValueError as error:
+            raise DataError(f"{self.summary}: not valid JSON: {error}") from error
+        if not isinstance(summary, dict):
+            raise DataError(f"{self.summary}: expected a JSON object, found {type(summary).__name__}")
+        return summary
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which a run that resumes there will train and write again.
+
+        Raises: DataError naming the line that cannot be read.
+        """
+        if not self.metrics.exists():
+            return
+        kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
+        write_atomically(self.metrics, "".join(_line(line) for line in kept))
+
+    def _check_resumable(self, config: Config) -> None:
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path}: there is no run to resume; leave out --resume, or correct run.name")
+        stored, wanted = (_leaves(c.model_dump(mode="json")) for c in (load_config(self.config), config))
+        differing = sorted(
+            key
+            for key in stored.keys() | wanted.keys()
+            if stored.get(key, _ABSENT) != wanted.get(key, _ABSENT)
+            and not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in _MAY_DIFFER)
+        )
+        if differing:
+            changes = "; ".join(
+                f"{key}: {stored.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} now" for key in differing
+            )
+            raise ConfigError(
+                f"{self.path}: the run to resume had other settings ({changes}); a resumed run may change "
+                "training.steps, evaluation, cluster and where its parts run only: set these back, or choose another run.name"
+            )
+
+
+_ABSENT = object()
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether a new run may find this in its folder: a capture, or what a kill left of a start that had no config yet."""
+    started = path.name in _FOLDERS and path.is_dir() and not any(path.iterdir())
+    return path.name == CAPTURE or started or path.name.startswith(".config.yaml.")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole text file so that nobody sees half of it: beside its place, then renamed into it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            # Without it, some file systems keep the rename and lose the content when the machine goes down.
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. A last line without its newline is left out: it is being written, or cut short.
+
+    Raises: DataError naming file and line.
+    """
+    return parse_lines(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_lines(text: str, path: str) -> list[dict[str, Any]]:
+    """`read_lines` for the text of a file. Args: path: its name in messages."""
+    objects = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {error}; remove the line") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}; remove the line")
+        objects.append(value)
+    return objects
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: numpy and paths as plain values, NaN and the infinities as None.
+
+    Raises: TypeError for anything else that JSON does not know.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
+
+
+def _line(line: Mapping[str, Any]) -> str:
+    return json.dumps(plain(line), allow_nan=False) + "\n"
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    # One write of a whole line to a file opened for appending: threads cannot interleave theirs.
+    with path.open("ab", buffering=0) as file:
+        content = _line(line).encode()
+        written = file.write(content)
+        if written != len(content):
+            # Where the disk is full, what did fit would stand before the next line.
+            file.truncate(file.tell() - written)
+            raise OSError(errno.ENOSPC, "no room for a whole line", str(path))
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line of a JSON-lines file that a kill left without its end."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for every value that is no section."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves

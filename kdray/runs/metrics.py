@@ -1,0 +1,159 @@
+"""Metric names with unit, meaning and reduction, and the numbers that a step's sums and rollouts give."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kdray.losses.importance import effective_sample_size
+from kdray.rollouts.batching import token_groups
+from kdray.types import Rollout
+
+Reduction = Literal["token_mean", "rollout_mean", "max", "ratio_of_sums", "step"]
+"""How parts (micro-batches, ranks, rollouts) become the step's one number: a mean over its response tokens or rollouts,
+a maximum, a quotient of sums over all parts, or `step`: measured once, for the whole step."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One name of `metrics.jsonl`, the dashboard and the report."""
+
+    unit: str
+    reduction: Reduction
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("nats/token", "token_mean", "What the optimizer minimises; with minillm a surrogate, not a divergence"),
+    "grad_norm": Metric("1", "step", "Global gradient norm before clipping"),
+    "learning_rate": Metric("1", "step", "Learning rate of the step"),
+    "step_s": Metric("s", "step", "Optimizer step: forward, backward, update, on the slowest rank"),
+    # From the rollouts of the step.
+    "reverse_kl": Metric("nats/token", "token_mean", "KL(student || teacher), full rows, at the sampled prefixes"),
+    "forward_kl": Metric("nats/token", "token_mean", "KL(teacher || student), full rows, at the sampled prefixes"),
+    "response_tokens": Metric("tokens", "rollout_mean", "Response length, end-of-sequence token included"),
+    "truncated": Metric("share", "rollout_mean", "Rollouts that max_new_tokens cut"),
+    "staleness_mean": Metric("steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"),
+    "staleness_max": Metric("steps", "max", "The same, of the stalest rollout"),
+    "filtered": Metric("share", "rollout_mean", "Rollouts that rollout.filters left out; filtered/<rule> says by which rule"),
+    "importance_weight_mean": Metric("1", "token_mean", "Mixing weight q / m at the sampled tokens; expected to be 1"),
+    "importance_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of the mixing weights over tokens"),
+    # From the sums of the loss.
+    "trajectory_weight_mean": Metric("1", "token_mean", "Product of q_theta / m up to a token, over its window; about 1"),
+    "trajectory_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of these products"),
+    "staleness_ratio": Metric("1", "token_mean", "q_theta / q of the sampler at the sampled tokens, as the loss uses it"),
+    "staleness_clipped": Metric("share", "token_mean", "Tokens whose staleness ratio was above the cap"),
+    "ppo_clipped": Metric("share", "token_mean", "Tokens that PPO's clip leaves without a policy gradient"),
+    "policy_gradient": Metric("nats/token", "token_mean", "The sampled term of the loss; only its gradient has a meaning"),
+    "single_step": Metric("nats/token", "token_mean", "The per-position reverse KL term, as it enters the loss"),
+    "log_ratio": Metric("nats/token", "token_mean", "Reward log p / q_theta at the sampled tokens"),
+    "reverse_kl_support": Metric("nats/token", "token_mean", "KL(student || teacher) on support and tail: a lower bound"),
+    "teacher_head_error": Metric("nats/token", "token_mean", "Distance of the output head's log p from the recorded one"),
+    "pretraining_loss": Metric("nats/token", "token_mean", "Cross entropy of the pretraining text, over its own tokens"),
+    "pretraining_kl": Metric("nats/token", "token_mean", "KL(teacher || student) on the pretraining text"),
+    "feature_hidden": Metric("1/token", "token_mean", "Distance of projected hidden states, mean over pairs of layers"),
+    "feature_attention": Metric("1/token", "token_mean", "Distance of attention maps, mean over pairs of layers (nats for kl)"),
+    "feature_relation": Metric("1/token", "token_mean", "Distance of relations among a response's tokens"),
+    "uld": Metric("1/token", "token_mean", "Distance of both laws sorted by probability, at aligned positions"),
+    "matched_kl": Metric(
+        "nats/token", "token_mean", "KL(teacher || student) over the student's ids and a rest, at aligned positions"
+    ),
+    "aligned": Metric("share", "token_mean", "Response tokens at which a teacher with another tokenizer gives a row"),
+    "teacher_disagreement": Metric("nats/token", "token_mean", "-log Z of an ensemble's geometric mean: 0 if all agree"),
+    "teacher_tail_mass": Metric("share", "token_mean", "Teacher's probability outside the support"),
+    "student_tail_mass": Metric("share", "token_mean", "Student's probability outside the support; high: raise student_top_k"),
+    # From the loop and the pools.
+    "tokens_per_s": Metric("tokens/s", "step", "Response tokens trained per second of the whole step, waits included"),
+    "wait_rollout_s": Metric("s", "step", "Training waited for sampling"),
+    "wait_teacher_s": Metric("s", "step", "Training waited for scoring by a teacher that did not sample"),
+    "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be published"),
+    # From a System-2 program, over the rollouts that ended since the step before.
+    "teacher_calls": Metric("calls", "rollout_mean", "Calls to the teacher for one answer"),
+    "teacher_tokens": Metric("tokens", "rollout_mean", "Tokens that the teacher wrote for one answer, all calls together"),
+    "answer_tokens": Metric("tokens", "rollout_mean", "Final answer, end-of-sequence token included, where there is one"),
+    "unparsable": Metric("share", "rollout_mean", "Rollouts without an answer that could be read"),
+    "unparsable_cut": Metric("share", "rollout_mean", "Of all rollouts, those without one because a limit of tokens cut it"),
+    "teacher_replicas": Metric("replicas", "step", "Teacher replicas that were ready"),
+}
+
+
+_WEIGHT = "trajectory_weight"
+"""A sum of weights: with the sum of squares under `<name>_sq` it becomes `<name>_mean` and `<name>_ess`."""
+
+
+def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+    """The sums of a loss over all response tokens of a step, as metrics: means, and the effective sample size.
+
+    Args: sums: by the names in `LossOutput.sums`, added up over micro-batches and ranks; num_tokens: of the whole step.
+    `<group>/<name>` is divided by `<group>/tokens` instead; groups without a token have no means.
+    Returns: nothing for a step without response tokens.
+    """
+    if num_tokens == 0:
+        return {}
+    means = {}
+    for name, value in sums.items():
+        group, slash, leaf = name.rpartition("/")
+        count = sums[f"{group}/tokens"] if slash else num_tokens
+        if leaf != "tokens" and count:
+            means[name] = float(value) / count
+    if _WEIGHT in means:
+        means[f"{_WEIGHT}_mean"] = means.pop(_WEIGHT)
+        del means[f"{_WEIGHT}_sq"]
+        means[f"{_WEIGHT}_ess"] = effective_sample_size(float(sums[_WEIGHT]), float(sums[f"{_WEIGHT}_sq"]), num_tokens)
+    return means
+
+
+def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
+    """What the rollouts of one step (at least one) tell before it is trained: staleness, lengths, divergences, weights.
+
+    Args: trained_version: the student version that the step starts from, which staleness counts back from.
+    """
+    staleness = [trained_version - rollout.oldest_version for rollout in rollouts if len(rollout.token_ids)] or [0]
+    metrics = {
+        "staleness_mean": float(np.mean(staleness)),
+        "staleness_max": float(max(staleness)),
+        "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+    }
+    for name in ("reverse_kl", "forward_kl"):
+        recorded = [getattr(rollout, name) for rollout in rollouts]
+        values = np.concatenate([value for value in recorded if value is not None] or [np.empty(0)])
+        if len(values):
+            metrics[name] = float(values.mean(dtype=np.float64))
+    return metrics | _weight_metrics(rollouts, trained_version)
+
+
+def filter_metrics(dropped: Mapping[int, str], num_rollouts: int) -> dict[str, float]:
+    """Share of a batch that was left out, in all and by rule; nothing where nothing was."""
+    if not dropped:
+        return {}
+    shares = {f"filtered/{rule}": count / num_rollouts for rule, count in Counter(dropped.values()).items()}
+    return {"filtered": len(dropped) / num_rollouts, **shares}
+
+
+def _weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
+    """Mean and effective sample size of the mixing weights q / m, over all tokens and by `token_groups`.
+
+    A teacher that the student has left behind, or that is far from it, shows as a low effective sample size there. Tokens of
+    a black-box teacher, whose m is unknown, are left out.
+    """
+    known = [rollout for rollout in rollouts if rollout.student_logprobs is not None and rollout.mixture_logprobs is not None]
+    names, groups = token_groups(known, trained_version)
+    if not names:
+        return {}
+    log_q = np.concatenate([rollout.student_logprobs for rollout in known if rollout.student_logprobs is not None])
+    log_m = np.concatenate([rollout.mixture_logprobs for rollout in known if rollout.mixture_logprobs is not None])
+    weights = np.exp((log_q - log_m).astype(np.float64))
+    counts = np.bincount(groups)
+    totals, squares = np.bincount(groups, weights), np.bincount(groups, np.square(weights))
+    every = [("", totals.sum(), squares.sum(), counts.sum())]
+    every += [(f"{name}/", *of) for name, *of in zip(names, totals, squares, counts, strict=True)]
+    metrics = {}
+    for prefix, total, square, count in every:
+        metrics[f"{prefix}importance_weight_mean"] = float(total / count)
+        metrics[f"{prefix}importance_weight_ess"] = effective_sample_size(float(total), float(square), int(count))
+    return metrics

@@ -1,0 +1,220 @@
+"""Where a run's numbers go: metrics.jsonl, events.jsonl, TensorBoard, samples to look at, and the terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from kdray.runs.folder import RunFolder, utc_now
+from kdray.types import Rollout, StepReport
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),  # train, or the name of a held-out measurement
+        pa.field("step", pa.int64()),  # null where held out
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string()),
+        pa.field("response", pa.string()),
+        pa.field("alpha", pa.float64(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("reverse_kl", pa.float64()),  # mean over the response, nats per token; null where it was not recorded
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+
+_DISTILL = "distill"
+_PLAIN_LINE_EVERY_S = 30.0
+
+
+class RunReporter:
+    """The `Reporter` of a run.
+
+    Args: total_steps: steps of the distillation phase.
+          console: the terminal; on one that is no terminal, a plain line every so many steps replaces the progress bar.
+          decode: token ids -> text, for the samples; without it they hold ids only.
+          sample_every, sample_count: of every `sample_every`-th step, the first step and the last, the first
+              `sample_count` rollouts are kept in samples/.
+          line_every: steps between plain lines; default: a twentieth of the run. After 30 s one comes anyway.
+    """
+
+    def __init__(
+        self,
+        run_folder: RunFolder,
+        total_steps: int,
+        console: Console | None = None,
+        *,
+        decode: Callable[[np.ndarray], str] | None = None,
+        sample_every: int = 10,
+        sample_count: int = 8,
+        line_every: int | None = None,
+    ) -> None:
+        self._folder = run_folder
+        self._total_steps = total_steps
+        self._console = console or Console()
+        self._decode = decode
+        self._sample_every = sample_every
+        self._sample_count = sample_count
+        self._line_every = line_every or max(1, total_steps // 20)
+        self._phase = ""
+        self._phase_total = 0
+        self._last_line_at = -math.inf
+        self._writers: dict[str, SummaryWriter] = {}
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"),
+                console=self._console,
+            )
+            self._progress.start()
+
+    def phase(self, name: str, total: int) -> None:
+        """Announce a phase (sft, distill, control, evaluation) of `total` steps or prompts; the bar starts again."""
+        self._folder.append_event("phase", name=name, total=total)
+        self._phase, self._phase_total, self._last_line_at = name, total, -math.inf
+        if self._progress is None:
+            self._print(f"{name}: {total} to do")
+            return
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=total, values="")
+
+    def phase_step(self, report: StepReport) -> None:
+        """One optimizer step of a phase other than distillation: TensorBoard and terminal, no line in metrics.jsonl."""
+        line = _numbers(report)
+        self._scalars(report.step, line)
+        self._advance(report.step, line)
+
+    def step(self, report: StepReport, metrics: Mapping[str, float]) -> None:
+        """Write one step: the report's own numbers, its metrics, then the caller's, which win on a clash."""
+        line = {**_numbers(report), **metrics}
+        self._folder.append_metrics({"step": report.step, "time": utc_now()} | line)
+        if self._phase != _DISTILL:
+            self.phase(_DISTILL, self._total_steps)
+        self._scalars(report.step, line)
+        self._advance(report.step, line)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write one event and show it."""
+        self._folder.append_event(kind, **fields)
+        self._print(" ".join([kind, *(f"{name}={_short(value)}" for name, value in fields.items())]))
+
+    def samples(self, rollouts: Sequence[Rollout], step: int) -> None:
+        """Keep the first rollouts of a step, where it is one of those that are kept."""
+        if not rollouts or (step % self._sample_every and step > 1 and step != self._total_steps):
+            return
+        self._write_samples(f"step-{step:08d}", [self._sample(r, "train", step) for r in rollouts[: self._sample_count]])
+
+    def heldout_samples(self, rollouts: Sequence[Rollout], name: str) -> None:
+        """Keep the first rollouts of a held-out measurement (before, after, control); one of that name is replaced."""
+        self._write_samples(f"heldout-{name}", [self._sample(r, name, None) for r in rollouts[: self._sample_count]])
+
+    def close(self) -> None:
+        """Give the terminal back and finish the TensorBoard files."""
+        if self._progress is not None:
+            self._progress.stop()
+        for writer in self._writers.values():
+            writer.close()
+
+    def _advance(self, completed: int, metrics: Mapping[str, float]) -> None:
+        values = _describe(metrics)
+        if self._progress is not None:
+            if self._task is not None:
+                self._progress.update(self._task, completed=completed, values=values)
+            return
+        due = completed % self._line_every == 0 or completed == self._phase_total
+        if due or time.monotonic() - self._last_line_at > _PLAIN_LINE_EVERY_S:
+            self._last_line_at = time.monotonic()
+            self._print(f"{self._phase} {completed}/{self._phase_total}  {values}".rstrip())
+
+    def _write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+        path = self._folder.samples / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+
+    def _sample(self, rollout: Rollout, source: str, step: int | None) -> dict[str, Any]:
+        def text(token_ids: np.ndarray) -> str | None:
+            return None if self._decode is None else self._decode(token_ids)
+
+        measured = rollout.reverse_kl is not None and len(rollout.reverse_kl) > 0
+        return {
+            "source": source,
+            "step": step,
+            "sample_id": rollout.sample_id,
+            "prompt_id": rollout.prompt_id,
+            "prompt": text(rollout.prompt_ids),
+            "response": text(rollout.token_ids),
+            "alpha": rollout.alpha,
+            "finish_reason": rollout.finish_reason,
+            "reverse_kl": float(np.mean(rollout.reverse_kl)) if measured else None,  # type: ignore[arg-type]
+            "token_ids": rollout.token_ids,
+        }
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add to the TensorBoard run of the phase: tb/ itself for distillation, tb/<phase> for the others."""
+        if self._phase not in self._writers:
+            # Importing it takes seconds and loads torch; a process that only makes a reporter does not pay for it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self._folder.tensorboard / ("" if self._phase == _DISTILL else self._phase)
+            # What an interrupted run wrote beyond the step that its resume continues from is forgotten.
+            self._writers[self._phase] = SummaryWriter(str(folder), purge_step=step)
+        for name, value in values.items():
+            # A curve cannot show what is not a number; metrics.jsonl holds null there.
+            if value is not None and math.isfinite(value):
+                self._writers[self._phase].add_scalar(name, float(value), step)
+
+    def _print(self, text: str) -> None:
+        # Text, not markup: a path or a message may hold square brackets.
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def _numbers(report: StepReport) -> dict[str, Any]:
+    return {
+        "loss": report.loss,
+        "response_tokens": report.num_target_tokens,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "train_step_s": report.seconds,
+        **report.metrics,
+    }
+
+
+def _describe(metrics: Mapping[str, float]) -> str:
+    """The few numbers worth watching, as short text."""
+    parts = [f"{name} {_short(metrics[name])}" for name in ("loss", "reverse_kl") if name in metrics]
+    if "tokens_per_s" in metrics:
+        parts.append(f"{_short(metrics['tokens_per_s'])} tokens/s")
+    waits = [
+        f"{what} {metrics[f'wait_{what}_s']:.2f}s"
+        for what in ("rollout", "teacher", "sync")
+        if metrics.get(f"wait_{what}_s") is not None
+    ]
+    if waits:
+        parts.append("waits " + " ".join(waits))
+    return "  ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,435 @@
+"""What became of every sample of a run, proved from its files alone: trained once, in its step, or left out by a named rule.
+
+The order of samples is a function of the config: step s trains ids [(s - 1) * batch_size, s * batch_size), and the prompt of an
+id follows from the seed. So the files are held against the config, against each other, and, where the prompts are at hand,
+against the prompts. Works on runs that have ended, were interrupted, or are still going; a step whose line is not whole yet is
+no step yet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from kdray.config import Config, JsonlPrompts, ParquetPrompts, TaskPrompts, TinyModel, load_config
+from kdray.data.dataset import Dataset, PromptStream, load_dataset
+from kdray.errors import DataError, KdrayError
+from kdray.runs.checkpoints import COMMITTED
+from kdray.runs.folder import RunFolder, read_lines
+
+_FATES = ("prompt_ids", "tokens", "oldest", "newest", "scored_by")
+_ENDS = {
+    "start": "unfinished",
+    "finished": "finished",
+    "interrupted": "interrupted",
+    "stopped": "interrupted",
+    "failed": "failed",
+}
+_SHOWN = 5
+"""Findings of one kind that are told one by one."""
+
+
+@dataclass
+class Proof:
+    """What the files of a run say."""
+
+    state: str = "unfinished"
+    """`finished`, `interrupted`, `failed`, or `unfinished`: still going, or killed."""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    """(what, how much of it)."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be looked at, and why."""
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """(kind, what is wrong where)."""
+
+    def wrong(self, kind: str, what: str) -> None:
+        self.problems.append((kind, what))
+
+    def described(self) -> list[str]:
+        """The problems, at most a few of each kind."""
+        lines = []
+        for kind in dict.fromkeys(kind for kind, _ in self.problems):
+            found = [f"{kind}: {what}" for one, what in self.problems if one == kind]
+            lines += found[:_SHOWN] + ([f"{kind}: {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
+        return lines
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A line of the ledger whose shape is right."""
+
+    step: int
+    sample_ids: list[int]
+    by_rule: Mapping[str, list[int]]
+    line: Mapping[str, Any]
+
+    @cached_property
+    def dropped(self) -> set[int]:
+        return {sample_id for ids in self.by_rule.values() for sample_id in ids}
+
+    def column(self, name: str) -> list[Any]:
+        """One value a sample, see `kdray.runs.ledger.fates`."""
+        value = self.line[name]
+        return value if isinstance(value, list) else [value] * len(self.sample_ids)
+
+    @cached_property
+    def kept_tokens(self) -> int:
+        pairs = zip(self.sample_ids, self.column("tokens"), strict=True)
+        return sum(tokens for sample_id, tokens in pairs if sample_id not in self.dropped)
+
+    @cached_property
+    def staleness(self) -> int:
+        return max((self.step - 1 - version for version in self.column("oldest") if version is not None), default=0)
+
+
+def verify(run: Path) -> Proof:
+    """Check the files of a run. Raises: DataError where `run` is no run folder; ConfigError where its config cannot be read."""
+    folder = RunFolder.open(run)
+    config = load_config(folder.config)
+    proof = Proof()
+    events = _lines(proof, folder.events)
+    proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
+    ledger = folder.path / "ledger.jsonl"
+    steps, metrics = list(_steps(proof, ledger)), _lines(proof, folder.metrics)
+    # A run that was killed before the end of its first step need not have them yet.
+    if proof.state == "finished" or len(steps) > 1 or metrics:
+        for path in (ledger, folder.metrics, folder.events):
+            if not path.exists():
+                proof.wrong("missing", f"{path.name} is not there")
+    done = config.training.steps if proof.state == "finished" else max((line.step for line in steps), default=0)
+    _check_ids(proof, steps, done, config.training.batch_size)
+    _check_dropped(proof, steps, config)
+    told = _with_fates(proof, steps)
+    _check_fates(proof, told, config)
+    _check_metrics(proof, steps, told, metrics, config)
+    dataset = _check_prompts(proof, told, config)
+    if config.run.storage is not None:
+        proof.notes.append("checkpoints in run.storage were not looked at")
+    checkpoints = sorted(folder.checkpoints.glob(f"step-*/{COMMITTED}"))
+    for marker in checkpoints:
+        _check_checkpoint(proof, marker, told, config)
+    if proof.state == "finished":
+        _check_summary(proof, folder, steps, told, events, dataset, config)
+    proof.facts = _facts(proof, steps, told, events, len(checkpoints), config)
+    return proof
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _lines(proof: Proof, path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; none where it is not there."""
+    try:
+        return read_lines(path) if path.exists() else []
+    except (DataError, UnicodeDecodeError) as error:
+        proof.wrong("unreadable", str(error) if isinstance(error, DataError) else f"{path}: not UTF-8 text")
+    return []
+
+
+def _steps(proof: Proof, path: Path) -> Iterator[_Step]:
+    for number, line in enumerate(_lines(proof, path), start=1):
+        ids, by_rule = line.get("sample_ids"), line.get("dropped", {})
+        named = isinstance(by_rule, dict) and all(_whole_numbers(left_out) for left_out in by_rule.values())
+        if type(line.get("step")) is int and _whole_numbers(ids) and named:
+            yield _Step(line["step"], ids, by_rule, line)
+        else:
+            proof.wrong("unreadable", f"{path.name} line {number} does not say which samples a step trained")
+
+
+def _kind(line: Mapping[str, Any]) -> str:
+    """What an event is."""
+    return str(line.get("kind"))
+
+
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _with_fates(proof: Proof, steps: Sequence[_Step]) -> list[_Step]:
+    """The steps, if their lines tell more than ids; none where one of them does not."""
+    lacking = [line.step for line in steps if not all(name in line.line for name in (*_FATES, "trained_tokens"))]
+    if lacking and len(lacking) == len(steps):
+        proof.notes.append("the ledger is of an older version: versions, tokens and prompts of its samples are not known")
+        return []
+    uneven = [line.step for line in steps if line.step not in lacking and not _even(line)]
+    for step in lacking + uneven:
+        proof.wrong("fates", f"step {step}: its line does not tell versions, tokens and prompt of every sample")
+    return [] if lacking or uneven else list(steps)
+
+
+def _even(line: _Step) -> bool:
+    """Whether every column has a value of the right kind for every sample."""
+    kinds: dict[str, tuple[type, ...]] = {"oldest": (int, type(None)), "newest": (int, type(None)), "scored_by": (str,)}
+    return type(line.line["trained_tokens"]) is int and all(
+        len(values := line.column(name)) == len(line.sample_ids) and all(type(v) in kinds.get(name, (int,)) for v in values)
+        for name in _FATES
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- checking
+
+
+def _check_ids(proof: Proof, steps: Sequence[_Step], done: int, batch_size: int) -> None:
+    """Every step once and in order; every sample once and in its step."""
+    numbers = [line.step for line in steps]
+    _check_numbers(proof, "ledger.jsonl", numbers, done)
+    for line in steps:
+        if len(line.sample_ids) != batch_size:
+            proof.wrong("batch_size", f"step {line.step} has {len(line.sample_ids)} samples, the config {batch_size}")
+        for sample_id in line.sample_ids:
+            if sample_id // batch_size != line.step - 1:
+                proof.wrong("misplaced", f"sample {sample_id} stands in step {line.step}, not {sample_id // batch_size + 1}")
+    counts = Counter(sample_id for line in steps for sample_id in line.sample_ids)
+    for sample_id in range(done * batch_size):
+        if counts[sample_id] == 0:
+            proof.wrong("lost", f"sample {sample_id}, of step {sample_id // batch_size + 1}, has no fate")
+    for sample_id, count in counts.items():
+        if count > 1:
+            proof.wrong("twice", f"sample {sample_id} stands there {count} times")
+
+
+def _check_numbers(proof: Proof, name: str, numbers: Sequence[int], done: int) -> None:
+    """Steps 1 to `done`, each once, in order."""
+    counts = Counter(numbers)
+    for step in range(1, done + 1):
+        if counts[step] != 1:
+            kind = "twice" if counts[step] else "gap"
+            proof.wrong(kind, f"{name} has {counts[step] or 'no'} lines of step {step}")
+    if beyond := sorted(step for step in counts if not 1 <= step <= done):
+        proof.wrong("beyond", f"{name} has lines of steps {beyond[:_SHOWN]}, and the run has {done} steps")
+    if list(numbers) != sorted(numbers):
+        at = next(after for before, after in pairwise(numbers) if after < before)
+        proof.wrong("order", f"{name}: step {at} stands after later ones")
+
+
+def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config) -> None:
+    """What is left out belongs to its step, once, by a rule that the config has."""
+    filters = config.rollout.filters
+    rules = set() if filters is None else {name for name, value in filters if value}
+    rules |= {"unparsable"} if "finished" in rules else set()
+    for line in steps:
+        for rule in line.by_rule.keys() - rules:
+            proof.wrong("rule", f"step {line.step}: left out by {rule!r}; rollout.filters has {sorted(rules) or 'no rules'}")
+        counts = Counter(sample_id for ids in line.by_rule.values() for sample_id in ids)
+        for sample_id, count in counts.items():
+            if count > 1:
+                proof.wrong("twice", f"sample {sample_id} is left out {count} times in step {line.step}")
+            if sample_id not in line.sample_ids:
+                proof.wrong("dropped", f"sample {sample_id} is left out of step {line.step}, which it is no part of")
+
+
+def _check_fates(proof: Proof, told: Sequence[_Step], config: Config) -> None:
+    """What was left out was not trained; every version within the bound; samples of a prompt stand together."""
+    siblings, bound = config.rollout.samples_per_prompt, config.rollout.max_staleness
+    for line in told:
+        if line.line["trained_tokens"] != line.kept_tokens:
+            proof.wrong(
+                "tokens",
+                f"step {line.step} trained {line.line['trained_tokens']} tokens; its samples, without those left out, have "
+                f"{line.kept_tokens}",
+            )
+        versions = zip(line.sample_ids, line.column("oldest"), line.column("newest"), line.column("tokens"), strict=True)
+        for sample_id, oldest, newest, tokens in versions:
+            if (oldest is None) != (tokens == 0) or (newest is None) != (tokens == 0):
+                proof.wrong("versions", f"sample {sample_id} has {tokens} tokens, drawn by versions {oldest} to {newest}")
+            elif tokens and not max(0, line.step - 1 - bound) <= oldest <= newest <= line.step - 1:
+                proof.wrong(
+                    "staleness",
+                    f"sample {sample_id} was drawn by versions {oldest} to {newest} and trained on version {line.step - 1}; "
+                    f"rollout.max_staleness={bound}",
+                )
+        by_prompt = groupby(zip(line.sample_ids, line.column("prompt_ids"), strict=True), lambda pair: pair[0] // siblings)
+        for _, group in by_prompt:
+            pairs = list(group)
+            if len({prompt_id for _, prompt_id in pairs}) > 1:
+                proof.wrong("prompts", f"samples {[sample_id for sample_id, _ in pairs]} are of one prompt, and have several")
+
+
+def _check_metrics(
+    proof: Proof, steps: Sequence[_Step], told: Sequence[_Step], metrics: Sequence[Mapping[str, Any]], config: Config
+) -> None:
+    """A line a step, as the ledger has them; numbers that both have agree."""
+    numbers = [line.get("step") for line in metrics]
+    if not _whole_numbers(numbers):
+        proof.wrong("unreadable", "metrics.jsonl has a line without a step")
+        return
+    last = max((line.step for line in steps), default=0)
+    # A step's line reaches the ledger first: one that was cut off there, or is being written, lacks the other.
+    cut = proof.state != "finished" and max(numbers, default=0) == last - 1
+    _check_numbers(proof, "metrics.jsonl", numbers, last - 1 if cut else last)
+    by_step = {line.step: line for line in told}
+    for line in metrics:
+        step, staleness = line["step"], line.get("staleness_max")
+        if isinstance(staleness, int | float) and staleness > config.rollout.max_staleness:
+            proof.wrong(
+                "staleness", f"step {step}: staleness_max={staleness:g}; rollout.max_staleness={config.rollout.max_staleness}"
+            )
+        if (entry := by_step.get(step)) is None:
+            continue
+        size = len(entry.sample_ids)
+        wanted = {
+            "staleness_max": float(entry.staleness),
+            "response_tokens": sum(entry.column("tokens")) / size if size else 0.0,
+            "filtered": len(entry.dropped) / size if entry.dropped else None,
+        }
+        for name, value in wanted.items():
+            found = line.get(name)
+            alike = isinstance(found, int | float) and value is not None and math.isclose(found, value, rel_tol=1e-9)
+            if not alike and not found is value is None:
+                proof.wrong("metrics", f"step {step}: {name}={found}, and the ledger says {value}")
+
+
+def _check_prompts(proof: Proof, told: Sequence[_Step], config: Config) -> Dataset | None:
+    """Every sample's prompt is the one that seed and position give; the prompts, where they are at hand."""
+    try:
+        dataset = _dataset(config)
+    except KdrayError as error:
+        proof.notes.append(f"which prompt a sample is was not computed again: {error}")
+        return None
+    stream = PromptStream(dataset.train, config.run.seed)
+    for line in told:
+        for sample_id, prompt_id in zip(line.sample_ids, line.column("prompt_ids"), strict=True):
+            wanted = stream.at(max(0, sample_id) // config.rollout.samples_per_prompt).prompt_id
+            if prompt_id != wanted:
+                proof.wrong("prompts", f"sample {sample_id} was prompt {prompt_id}; seed and data give prompt {wanted}")
+    return dataset
+
+
+def _dataset(config: Config) -> Dataset:
+    """The prompts of the run. Raises: DataError where they are not on this machine, or cannot be read."""
+    from kdray.models.inspect import load_tokenizer
+
+    source, model = config.data.prompts, config.student.model
+    if not isinstance(source, TaskPrompts | JsonlPrompts | ParquetPrompts):
+        raise DataError(f"data.prompts.type={source.type} is not on this machine")
+    while not isinstance(model, str | TinyModel):
+        model = model.source
+    if isinstance(model, str) and not Path(model).expanduser().is_dir():
+        raise DataError(
+            f"student.model={model} is no folder on this machine, and its tokenizer decides which prompts are too long"
+        )
+    return load_dataset(config, load_tokenizer(config.student.model, config.student.revision))
+
+
+def _check_checkpoint(proof: Proof, marker: Path, told: Sequence[_Step], config: Config) -> None:
+    """The totals of a checkpoint are those of the steps that it has."""
+    name = marker.parent.name
+    try:
+        progress = json.loads(marker.read_text(encoding="utf-8"))
+        step, totals = progress["step"], progress["totals"]
+        if type(step) is not int:
+            raise TypeError(f"step={step!r}")
+        consumed, trained, generated = (totals[key] for key in ("prompts_consumed", "trained_tokens", "tokens_generated"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        proof.wrong("checkpoint", f"{name}/{marker.name} cannot be read: {error!r}")
+        return
+    if not told or step > config.training.steps:
+        return
+    if step > told[-1].step:
+        if proof.state == "finished":
+            proof.wrong("checkpoint", f"{name} has {step} steps, the ledger {told[-1].step}")
+        else:
+            proof.notes.append(f"{name} is ahead of the ledger: the run goes on from an older one")
+        return
+    known = [line for line in told if line.step <= step]
+    _agree(proof, "checkpoint", name, "prompts_consumed", consumed, _prompts(known, config))
+    _agree(proof, "checkpoint", name, "trained_tokens", trained, sum(line.kept_tokens for line in known))
+    _at_least(proof, "checkpoint", name, generated, known)
+
+
+def _check_summary(
+    proof: Proof,
+    folder: RunFolder,
+    steps: Sequence[_Step],
+    told: Sequence[_Step],
+    events: Sequence[Mapping[str, Any]],
+    dataset: Dataset | None,
+    config: Config,
+) -> None:
+    """The numbers of summary.json are those of the other files."""
+    try:
+        summary = folder.read_summary()
+    except DataError as error:
+        proof.wrong("summary", str(error))
+        return
+    counts = Counter(sample_id for line in steps for sample_id in line.sample_ids)
+    starts = [line for line in events if _kind(line) == "start"]
+    wanted: dict[str, Any] = {
+        "steps": config.training.steps,
+        "lost_samples": sum(not counts[sample_id] for sample_id in range(config.training.steps * config.training.batch_size)),
+        "duplicated_samples": sum(count - 1 for count in counts.values()),
+        "prompts_consumed": config.training.steps * config.training.batch_size // config.rollout.samples_per_prompt,
+    }
+    if starts:
+        wanted["resumed_from_step"] = starts[-1].get("resumed_step")
+    if dataset is not None:
+        wanted["dropped_prompts"] = dataset.dropped
+    if told and not config.training.finetune.steps:
+        wanted["trained_tokens"] = sum(line.kept_tokens for line in told)
+    for key, value in wanted.items():
+        _agree(proof, "summary", "summary.json", key, summary.get(key, "nothing"), value)
+    if told:
+        _at_least(proof, "summary", "summary.json", summary.get("tokens_generated"), told)
+
+
+def _agree(proof: Proof, kind: str, name: str, key: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        proof.wrong(kind, f"{name} says {key}={found}, the other files {wanted}")
+
+
+def _at_least(proof: Proof, kind: str, name: str, generated: Any, told: Sequence[_Step]) -> None:
+    """What was drawn again after a kill was generated twice, so that more tokens are no contradiction."""
+    drawn = sum(sum(line.column("tokens")) for line in told)
+    if not isinstance(generated, int) or generated < drawn:
+        proof.wrong(kind, f"{name} says tokens_generated={generated}, and the ledger alone has {drawn}")
+
+
+def _prompts(steps: Sequence[_Step], config: Config) -> int:
+    return sum(len(line.sample_ids) // config.rollout.samples_per_prompt for line in steps)
+
+
+# ------------------------------------------------------------------------------------------------------------ telling
+
+
+def _facts(
+    proof: Proof,
+    steps: Sequence[_Step],
+    told: Sequence[_Step],
+    events: Sequence[Mapping[str, Any]],
+    checkpoints: int,
+    config: Config,
+) -> list[tuple[str, str]]:
+    rules = Counter({rule: 0 for line in steps for rule in line.by_rule})
+    for line in steps:
+        rules.update({rule: len(ids) for rule, ids in line.by_rule.items()})
+    samples = sum(len(line.sample_ids) for line in steps)
+    resumed = [line["resumed_step"] for line in events if _kind(line) == "start" and line.get("resumed_step") is not None]
+    retries = [line.get("rollouts") for line in events if _kind(line) == "retry"]
+    facts = [
+        ("run", f"{proof.state}, {len(steps)} of {config.training.steps} steps"),
+        ("samples", f"{samples}, each with one fate"),
+        ("trained", f"{samples - sum(rules.values())}, each in its step"),
+        ("left out", ", ".join(f"{count} by {rule}" for rule, count in rules.items()) or "0"),
+    ]
+    if told:
+        scorers = Counter(teacher for line in told for teacher in line.column("scored_by"))
+        named = (f"{count} by {teacher}" if teacher else f"{count} not scored" for teacher, count in scorers.items())
+        facts += [
+            ("scored", ", ".join(named)),
+            ("tokens trained", str(sum(line.kept_tokens for line in told))),
+            ("staleness", f"at most {max(line.staleness for line in told)} of {config.rollout.max_staleness} steps"),
+        ]
+    facts += [
+        ("metrics", "a line a step, as in the ledger"),
+        ("checkpoints", str(checkpoints)),
+        ("resumed", ", ".join(f"at step {step}" for step in resumed) or "never"),
+        ("asked again", f"{sum(number for number in retries if type(number) is int)} samples in {len(retries)} retries"),
+    ]
+    return facts

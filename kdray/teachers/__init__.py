@@ -1,0 +1,1 @@
+"""Teachers: teams, routing, targets, and the kinds that need no replicas."""

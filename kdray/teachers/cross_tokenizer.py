@@ -1,0 +1,216 @@
+"""A teacher with another tokenizer scores the student's rollouts: their text is cut anew, and rows are matched group by group.
+
+The row before a group predicts its first token on both sides; where groups hold several tokens, what follows inside is the
+tokenizer's affair and no row is given. A teacher's token stands for the student's first token of the same text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kdray.errors import ConfigError
+from kdray.interfaces import Scorer
+from kdray.losses.uld import UNMATCHED
+from kdray.teachers.alignment import Group, align, boundaries, offset_boundaries
+from kdray.types import Rollout
+
+_CUT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""How tokenizers that fall back to bytes name them."""
+
+
+def vocabulary_map(student_tokenizer: Any, teacher_tokenizer: Any, teacher_size: int) -> np.ndarray:
+    """The student's id for every teacher id: [teacher_size] int32, UNMATCHED where it cannot write the token's text.
+
+    That is its token of the same text, or the first of the tokens that it writes the text with: where the teacher goes on with
+    "the", a student of single letters goes on with "t". End of sequence is one token to both, whatever its text;
+    what other special tokens are called is no text.
+    """
+    student, teacher = _ids_by_text(student_tokenizer), _ids_by_text(teacher_tokenizer)
+    pieces = {token_id: text for text, ids in student.items() for token_id in ids}
+    special = {token_id for token_id, token in teacher_tokenizer.added_tokens_decoder.items() if token.special}
+    # Some tokenizers put a space before whatever they are given: they are given a text without its own.
+    letter = student_tokenizer("a", add_special_tokens=False)["input_ids"]
+    spaced = bool(letter) and str(pieces[letter[0]]).startswith(" ")
+    mapped = np.full(teacher_size, UNMATCHED, dtype=np.int32)
+    longer: list[tuple[str, int]] = []
+    for text, ids in teacher.items():
+        inside = [token_id for token_id in ids if token_id < teacher_size]
+        if len(student.get(text, ())) == 1:
+            mapped[inside] = student[text][0]
+        elif isinstance(text, str) and text:
+            longer += [(text, token_id) for token_id in inside if token_id not in special]
+    texts = [text.removeprefix(" ") if spaced else text for text, _ in longer]
+    written = student_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    for (text, token_id), given, ids in zip(longer, texts, written, strict=True):
+        # Not where the student's tokenizer changes the text, or reads it as unknown.
+        if not ids or _decode(student_tokenizer, ids) != given:
+            continue
+        piece = pieces[ids[0]]
+        # Nor where it begins with a space that the text has not.
+        if isinstance(piece, bytes) or text.startswith(piece):
+            mapped[token_id] = ids[0]
+    # What has the text of the other's end is not the end.
+    mapped[mapped == student_tokenizer.eos_token_id] = UNMATCHED
+    mapped[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
+    return mapped
+
+
+def _ids_by_text(tokenizer: Any) -> dict[str | bytes, list[int]]:
+    """Ids by the characters of their token; by its name, as bytes, where they are not such."""
+    texts: dict[str, str] = {}
+    for token in tokenizer.get_vocab():
+        # Sentence pieces mark the space before a word; turning one piece into text would strip it.
+        text = token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+        if text == token:
+            text = tokenizer.convert_tokens_to_string([token])
+        texts[token] = text
+    # Where a character has a token of its own, the one of its byte is not how it is written.
+    written = {text for token, text in texts.items() if not _BYTE.fullmatch(token)}
+    found: dict[str | bytes, list[int]] = {}
+    for token, token_id in tokenizer.get_vocab().items():
+        text = texts[token]
+        # Bytes that are no character by themselves have only their token's name in common, and that may be another's text.
+        is_text = _CUT not in text and not (_BYTE.fullmatch(token) and text in written)
+        found.setdefault(text if is_text else token.encode(), []).append(token_id)
+    return found
+
+
+def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+class CrossTokenizerScorer:
+    """A Scorer (`kdray.interfaces`) around a teacher that reads other ids than the student writes."""
+
+    def __init__(
+        self,
+        inner: Scorer,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        prompts: Mapping[int, np.ndarray],
+        teacher_size: int,
+        max_tokens: int,
+    ) -> None:
+        """Args: prompts: the teacher's ids of every prompt, by prompt id; teacher_size: ids that its rows cover;
+              max_tokens: longest sequence that it reads.
+        Raises: ConfigError where the teacher's tokenizer cannot say which characters a token covers, or where a text ends.
+        """
+        if not getattr(teacher_tokenizer, "is_fast", False):
+            raise ConfigError("loss.type=uld: the teacher's tokenizer has no fast version, which alone tells where tokens end")
+        if teacher_tokenizer.eos_token_id is None:
+            raise ConfigError("loss.type=uld: the teacher's tokenizer has no end-of-sequence token; set its eos_token")
+        self.name = inner.name
+        self.mapped = vocabulary_map(student_tokenizer, teacher_tokenizer, teacher_size)
+        self._inner = inner
+        self._student = student_tokenizer
+        self._teacher = teacher_tokenizer
+        self._prompts = prompts
+        self._max_tokens = max_tokens
+
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Scorer`. `support_ids` holds the student's ids, and UNMATCHED where it cannot write the token.
+
+        A response that the teacher cannot read to its end, or one without a whole character, is given no rows.
+        """
+        by_id = {rollout.sample_id: rollout for rollout in rollouts}
+        groups: dict[int, list[Group]] = {}
+        questions, without = [], []
+        for rollout in rollouts:
+            question = self._question(rollout, groups)
+            if question is None:
+                without.append(self._answer(rollout, None, []))
+            else:
+                questions.append(question)
+        if without:
+            yield without
+        if questions:
+            async with aclosing(self._inner.score(questions, top_k)) as stream:
+                async for scored in stream:
+                    yield [self._answer(by_id[one.sample_id], one, groups[one.sample_id]) for one in scored]
+
+    def _question(self, rollout: Rollout, groups: dict[int, list[Group]]) -> Rollout | None:
+        """The rollout in the teacher's ids; what is aligned goes into `groups`."""
+        ids = rollout.token_ids.tolist()
+        stopped = rollout.finish_reason == "stop"
+        written = ids[:-1] if stopped else ids
+        while written and not stopped and self._text(written).endswith(_CUT):
+            # Cut by max_new_tokens inside a character.
+            written.pop()
+        ends = boundaries(self._text, written)
+        text = self._text(written)
+        encoded = self._teacher(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        teacher_ids = list(encoded["input_ids"])
+        teacher_ends = offset_boundaries(encoded["offset_mapping"])
+        if stopped:
+            # The end of the sequence is one more character, the same one to both.
+            ends.append(len(text) + 1)
+            teacher_ids.append(self._teacher.eos_token_id)
+            teacher_ends.append(len(text) + 1)
+        prompt_ids = self._prompts[rollout.prompt_id]
+        if not ends or not teacher_ids or len(prompt_ids) + len(teacher_ids) > self._max_tokens:
+            return None
+        if teacher_ends[-1] != ends[-1]:
+            # The teacher's tokenizer drops characters at the end, such as spaces.
+            return None
+        groups[rollout.sample_id] = align(ends, teacher_ends)
+        tokens = np.array(teacher_ids, dtype=np.int32)
+        return replace(
+            rollout.unscored(),
+            prompt_ids=prompt_ids,
+            token_ids=tokens,
+            mixture_logprobs=None,
+            student_logprobs=None,
+            student_versions=np.full(len(tokens), rollout.oldest_version, dtype=np.int32),
+        )
+
+    def _answer(self, rollout: Rollout, scored: Rollout | None, groups: Sequence[Group]) -> Rollout:
+        """The student's rollout with the teacher's rows where groups begin."""
+        length = len(rollout.token_ids)
+        width = 1 if scored is None or scored.support_ids is None else scored.support_ids.shape[1]
+        ids = np.full((length, width), -1, dtype=np.int32)
+        logprobs = np.full((length, width), -np.inf, dtype=np.float32)
+        tails, tokens = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.float32)
+        if scored is not None:
+            assert scored.support_ids is not None
+            assert scored.support_logprobs is not None
+            assert scored.tail_logprobs is not None
+            assert scored.teacher_logprobs is not None
+            for group in groups:
+                row, given = scored.support_ids[group.second_start], scored.support_logprobs[group.second_start]
+                ids[group.first_start], logprobs[group.first_start] = self._on_student(row, given)
+                tails[group.first_start] = scored.tail_logprobs[group.second_start]
+                # log p of the group's text, by the chain rule over the teacher's tokens.
+                tokens[group.first_start] = scored.teacher_logprobs[group.second_start : group.second_end].sum()
+        return replace(
+            rollout,
+            teacher=self.name,
+            support_ids=ids,
+            support_logprobs=logprobs,
+            tail_logprobs=tails,
+            teacher_logprobs=tokens,
+        )
+
+    def _on_student(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One row of the teacher's support [K] on the student's ids: what begins with the same token adds up."""
+        mapped = np.where(ids >= 0, self.mapped[ids.clip(min=0)], -1)
+        unique, inverse = np.unique(mapped[mapped >= 0], return_inverse=True)
+        sums = np.full(len(unique), -np.inf, dtype=np.float32)
+        np.logaddexp.at(sums, inverse, logprobs[mapped >= 0])
+        unmatched = mapped == UNMATCHED
+        order = np.argsort(-sums, kind="stable")
+        out_ids = np.concatenate([unique[order], mapped[unmatched]])
+        out_logprobs = np.concatenate([sums[order], logprobs[unmatched]])
+        padded = np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), -np.inf, dtype=np.float32)
+        padded[0][: len(out_ids)], padded[1][: len(out_ids)] = out_ids, out_logprobs
+        return padded
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return _decode(self._student, token_ids)

@@ -1,0 +1,436 @@
+"""A teacher behind a remote endpoint with OpenAI's interface: it writes whole responses, and knows no student.
+
+Most endpoints give text, which the student's tokenizer reads again; one that names token ids also says its top logprobs at
+every token of a sequence. The `openai` client sends again what failed and keeps the pauses that the endpoint asks for; here
+every attempt waits its turn, answers become records, and refusals say what to change. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+
+from kdray.config import OpenAITeacherSettings
+from kdray.errors import ConfigError, EngineError, RequestRefused
+from kdray.interfaces import Availability
+from kdray.teachers.rate_limit import Pacing
+from kdray.types import Rollout, SampleRequest
+
+Item = TypeVar("Item")
+
+_PROBE = "Is 12 + 34 equal to 46? Yes, it is: naïve maths — 对 🙂\n"
+"""Letters, digits, signs and rarer characters: tokenizers that agree on its ids are taken to be the same."""
+_NO_MASS = -9999.0
+"""What stands in JSON for a logprob of minus infinity."""
+_TAIL_FLOOR = 1e-7
+"""Least mass of a tail: what float32 logprobs leave of 1 below this is their rounding."""
+_LONGEST_PAUSE_S = 120.0
+"""Longest `Retry-After` that the client keeps; it gives a request up that is asked to wait longer."""
+
+
+class RemoteTeacher:
+    """A Sampler, and with `logprobs` a Scorer (`kdray.interfaces`). `check` before anything else, `close` at the end."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: OpenAITeacherSettings,
+        tokenizer: Any,
+        text_of: Callable[[SampleRequest], str | list[dict[str, Any]]],
+        vocab_size: int,
+        stop_ids: Sequence[int],
+    ) -> None:
+        """Args: tokenizer: the student's; text_of: a request's prompt as the endpoint is to read it, for chat completions
+              perhaps as messages; not asked with `token_ids`; vocab_size: ids of the student; stop_ids: end-of-sequence ids,
+              the tokenizer's own first.
+        Raises: ConfigError where the key is missing.
+        """
+        self.name = name
+        self.availability = Availability()
+        """Never begins: an endpoint that does not answer fails the request."""
+        self.requests = 0
+        """Attempts sent."""
+        self.retried = 0
+        """Attempts that repeated one which failed."""
+        self.prompt_tokens = 0
+        """Prompt tokens that the endpoint counted."""
+        self.completion_tokens = 0
+        """Response tokens that the endpoint counted."""
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._text_of = text_of
+        self._vocab_size = vocab_size
+        self._stop_ids = tuple(stop_ids)
+        self._free = asyncio.Semaphore(settings.max_concurrency)
+        self._turn = asyncio.Lock()
+        self._pacing = Pacing(settings.requests_per_minute)
+        self._key = _key(name, settings.api_key_env)
+        self._client = AsyncOpenAI(
+            base_url=settings.base_url,
+            # Without one the client would send OPENAI_API_KEY of the environment to an endpoint that is not to see it.
+            api_key=self._key or "none",
+            timeout=settings.timeout_s,
+            max_retries=settings.retries,
+            http_client=DefaultAsyncHttpxClient(
+                event_hooks={"request": [self._before_attempt], "response": [self._after_attempt]}
+            ),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def check(self) -> None:
+        """One short call that proves address, key and model; with `token_ids`, that both sides mean the same ids.
+
+        Raises: ConfigError with setting, value and remedy.
+        """
+        try:
+            if self._settings.token_ids:
+                await self._check_ids()
+            elif self._settings.chat:
+                await self._chat(_PROBE, max_tokens=1, seed=0)
+            else:
+                await self._complete(_PROBE, max_tokens=1)
+        except EngineError as error:
+            raise ConfigError(str(error)) from None
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Sampler`: the teacher alone writes. With `logprobs` the rollouts come scored.
+
+        A response longer than max_new_tokens in the student's tokens, its end included, is cut there.
+        Raises: RequestRefused for an alpha other than 1, or what the endpoint refuses; EngineError after the last retry.
+        """
+        for request in requests:
+            if request.alpha != 1.0:
+                raise RequestRefused(
+                    f"teachers.{self.name} is remote and writes whole responses: it samples at alpha 1, not "
+                    f"{request.alpha:g}; set rollout.alpha=1, or let the student sample"
+                )
+        async with aclosing(self._stream(requests, self._write)) as stream:
+            async for rollouts in stream:
+                yield rollouts
+
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Scorer`. An endpoint says its own top ids only: no caller's ids, so no ensemble.
+
+        Raises: RequestRefused for what it cannot say, or what the endpoint refuses; EngineError after the last retry.
+        """
+        if not self._settings.logprobs:
+            raise RequestRefused(f"teachers.{self.name}.logprobs=0: it cannot score; set logprobs, or loss.type=sequence")
+        for rollout in rollouts:
+            if rollout.support_ids is not None or not top_k:
+                raise RequestRefused(
+                    f"sample {rollout.sample_id}: teachers.{self.name} is remote and gives logprobs at its own top ids, not at "
+                    "those of others; take it out of the ensemble"
+                )
+            if not len(rollout.prompt_ids):
+                raise RequestRefused(f"sample {rollout.sample_id}: an empty prompt gives the first token no logprob")
+        async with aclosing(self._stream(rollouts, self._scored)) as stream:
+            async for scored in stream:
+                yield scored
+
+    async def _stream(
+        self, items: Sequence[Item], answer: Callable[[Item], Awaitable[Rollout]]
+    ) -> AsyncGenerator[list[Rollout]]:
+        """Answer all items side by side; what ended together is one item of the stream."""
+
+        async def in_turn(item: Item) -> Rollout:
+            async with self._free:
+                return await answer(item)
+
+        tasks = [asyncio.create_task(in_turn(item)) for item in items]
+        running = set(tasks)
+        try:
+            while running:
+                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                yield [task.result() for task in ended]
+        finally:
+            # The reader went away or a request failed: nobody waits for the others.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------------------- sample and score
+
+    async def _write(self, request: SampleRequest) -> Rollout:
+        # Servers differ in the width of a seed; 31 bits pass everywhere.
+        seed, limit = request.seed % 2**31, request.max_new_tokens
+        columns: dict[str, Any] = {}
+        if self._settings.token_ids:
+            prompt_ids, stop_ids = request.prompt_ids.tolist(), list(self._stop_ids)
+            choice = await self._complete(prompt_ids, max_tokens=limit, seed=seed, stop_token_ids=stop_ids)
+            token_ids = self._ids(choice, "token_ids")
+            if self._settings.logprobs:
+                columns = self._columns(choice, token_ids, 0)
+        else:
+            text = self._text_of(request)
+            if self._settings.chat:
+                choice = await self._chat(text, max_tokens=limit, seed=seed)
+                written = getattr(getattr(choice, "message", None), "content", None)
+            else:
+                assert isinstance(text, str), "plain completions continue a text"
+                choice = await self._complete(text, max_tokens=limit, seed=seed)
+                written = getattr(choice, "text", None)
+            token_ids = self._read(written)
+            # Anything but `stop` ended it from outside, and no content is no end either: thoughts alone, or a refusal.
+            if written is not None and getattr(choice, "finish_reason", None) == "stop":
+                token_ids.append(self._stop_ids[0])
+        token_ids = token_ids[:limit]
+        return Rollout(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=np.array(token_ids, dtype=np.int32),
+            mixture_logprobs=None,
+            student_logprobs=None,
+            student_versions=np.full(len(token_ids), request.min_version, dtype=np.int32),
+            alpha=request.alpha,
+            finish_reason="stop" if token_ids and token_ids[-1] in self._stop_ids else "length",
+            teacher=self.name,
+            **{name: column[:limit] for name, column in columns.items()},
+        )
+
+    async def _scored(self, rollout: Rollout) -> Rollout:
+        start, response = len(rollout.prompt_ids), rollout.token_ids.tolist()
+        if not response:
+            return replace(rollout, teacher=self.name, **_support([], [], self._settings.logprobs + 1, self._vocab_size))
+        sequence = [*rollout.prompt_ids.tolist(), *response]
+        choice = await self._complete(sequence, max_tokens=0, echo=True)
+        return replace(rollout, teacher=self.name, **self._columns(choice, sequence, start))
+
+    def _read(self, text: str | None) -> list[int]:
+        """The endpoint's text as the student's ids. What looks like a special token in it is text, and ends nothing."""
+        if text is None:
+            return []
+        answer = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(answer["input_ids"])
+
+    def _columns(self, choice: Any, token_ids: list[int], start: int) -> dict[str, Any]:
+        """The teacher's columns at `token_ids[start:]`. Raises: EngineError where the endpoint speaks of other tokens."""
+        given: Any = getattr(choice, "logprobs", None)
+        try:
+            named = [_token_id(token) for token in given.tokens]
+            logprobs = list(given.token_logprobs)[start:]
+            tops = [{_token_id(token): logprob for token, logprob in row.items()} for row in given.top_logprobs[start:]]
+        except (AttributeError, TypeError, ValueError):
+            raise EngineError(
+                f"teachers.{self.name}.logprobs={self._settings.logprobs}: {self._where} gives no logprobs named by token id; "
+                "set logprobs=0 and token_ids=false"
+            ) from None
+        if named != token_ids or None in logprobs:
+            raise EngineError(f"teachers.{self.name}: {self._where} gave logprobs of other tokens than those asked for")
+        for row, token_id, logprob in zip(tops, token_ids[start:], logprobs, strict=True):
+            row[token_id] = logprob
+        return _support(logprobs, tops, self._settings.logprobs + 1, self._vocab_size)
+
+    def _ids(self, choice: Any, name: str) -> list[int]:
+        """Ids that the endpoint names, all of them the student's. Raises: EngineError."""
+        ids = getattr(choice, name, None)
+        if not isinstance(ids, list) or not all(isinstance(token_id, int) for token_id in ids):
+            raise EngineError(f"teachers.{self.name}.token_ids=true: {self._where} names no ids; set token_ids=false")
+        strange = [token_id for token_id in ids if not 0 <= token_id < self._vocab_size]
+        if strange:
+            raise EngineError(
+                f"teachers.{self.name}.token_ids=true: {self._where} gave id {strange[0]}, and the student has "
+                f"{self._vocab_size}; set token_ids=false, or serve a model of the student's family"
+            )
+        return ids
+
+    async def _check_ids(self) -> None:
+        ours = self._read(_PROBE)
+        # The text is read there, so that its tokenizer answers; `echo` names the ids as scoring does.
+        choice = await self._complete(_PROBE, max_tokens=0, echo=True, add_special_tokens=False)
+        theirs = self._ids(choice, "prompt_token_ids")
+        if theirs != ours:
+            raise EngineError(
+                f"teachers.{self.name}.token_ids=true: {self._where} reads a test text as ids {theirs[:8]} and the student's "
+                f"tokenizer as {ours[:8]} (first 8 of {len(theirs)} and {len(ours)}); set token_ids=false, or serve a model of "
+                "the student's family"
+            )
+        if self._settings.logprobs:
+            # Nothing stands before the first token to predict it from.
+            self._columns(choice, ours, 1)
+
+    # ------------------------------------------------------------------------------------------------- the endpoint
+
+    async def _chat(self, text: str | list[dict[str, Any]], max_tokens: int, seed: int) -> Any:
+        settings = self._settings
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        if settings.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": settings.system_prompt})
+        return await self._ask(
+            self._client.chat.completions.create,
+            model=settings.model,
+            messages=messages,
+            max_tokens=max_tokens,
+            seed=seed,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+
+    async def _complete(self, prompt: str | list[int], max_tokens: int, seed: int = 0, echo: bool = False, **extra: Any) -> Any:
+        settings = self._settings
+        arguments: dict[str, Any] = {}
+        if settings.token_ids:
+            arguments["extra_body"] = {"return_token_ids": True, "return_tokens_as_token_ids": True, **extra}
+        if settings.logprobs:
+            arguments["logprobs"] = settings.logprobs
+        if echo:
+            arguments["echo"] = True
+        return await self._ask(
+            self._client.completions.create,
+            model=settings.model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            seed=seed,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            **arguments,
+        )
+
+    async def _ask(self, create: Callable[..., Awaitable[Any]], **arguments: Any) -> Any:
+        """The one choice of an answer. Raises: RequestRefused, or EngineError after the last retry."""
+        try:
+            answer = await create(**arguments)
+        except OpenAIError as error:
+            # The original holds the request with its key, and may quote it.
+            raise self._explain(error) from None
+        except ValueError as error:
+            raise EngineError(f"{self._not_openai}: {self._without_key(str(error))}") from None
+        choices = getattr(answer, "choices", None)
+        if not isinstance(choices, list) or len(choices) != 1:
+            raise EngineError(f"{self._not_openai}: an answer without a choice")
+        usage = getattr(answer, "usage", None)
+        self.prompt_tokens += getattr(usage, "prompt_tokens", None) or 0
+        self.completion_tokens += getattr(usage, "completion_tokens", None) or 0
+        return choices[0]
+
+    async def _before_attempt(self, request: Any) -> None:
+        """Wait for this attempt's turn; the client calls it for repeated ones too."""
+        async with self._turn:
+            while delay := self._pacing.delay(time.monotonic()):  # noqa: ASYNC110 - it waits for a time, not an event
+                await asyncio.sleep(delay)
+            self._pacing.start(time.monotonic())
+        self.requests += 1
+        self.retried += request.headers.get("x-stainless-retry-count", "0") != "0"
+
+    async def _after_attempt(self, response: Any) -> None:
+        """A pause that the endpoint asks of one request holds for all: the others would be turned away like it."""
+        if response.status_code in (429, 503):
+            try:
+                seconds = float(response.headers.get("retry-after", ""))
+            except ValueError:
+                # None, or a date, which the client alone keeps.
+                return
+            if math.isfinite(seconds):
+                self._pacing.pause(min(seconds, _LONGEST_PAUSE_S), time.monotonic())
+
+    def _explain(self, error: OpenAIError) -> EngineError:
+        """What an error of the client means for the user, without the key."""
+        setting, where = f"teachers.{self.name}", self._where
+        if not isinstance(error, APIStatusError):
+            attempts = f"{self._settings.retries + 1} attempts"
+            if isinstance(error, APITimeoutError):
+                return EngineError(
+                    f"{setting}.timeout_s={self._settings.timeout_s:g}: {where} did not answer in {attempts}; raise timeout_s, "
+                    "or lower max_concurrency"
+                )
+            if isinstance(error, APIConnectionError):
+                reason = self._without_key(str(error.__cause__ or error))
+                return EngineError(f"{setting}.base_url: {where} cannot be reached in {attempts}: {reason}; correct it")
+            return EngineError(f"{self._not_openai}: {self._without_key(str(error))}")
+        status = error.status_code
+        if status in (401, 403):
+            # Endpoints quote parts of a key that they refuse, so what they say is left out.
+            variable = self._settings.api_key_env
+            remedy = "name the variable that holds a key" if variable is None else f"set {variable} to a valid key"
+            return RequestRefused(f"{setting}.api_key_env={variable or 'null'}: {where} refuses the key ({status}); {remedy}")
+        reason = f"({status}): {self._without_key(error.message)[:500]}"
+        if status == 404:
+            return RequestRefused(
+                f"{setting}.model={self._settings.model}: {where} has no such model or page {reason}; name a model that it "
+                "serves, and the base_url of its interface, which usually ends in /v1"
+            )
+        if status == 429:
+            return EngineError(
+                f"{setting}.retries={self._settings.retries}: {where} still limits the rate {reason}; lower "
+                "requests_per_minute or max_concurrency"
+            )
+        if status < 500 and status not in (408, 409):
+            return RequestRefused(
+                f"{setting}: {where} refuses the request {reason}; look at chat, token_ids, logprobs, temperature, and the "
+                "length of prompt and response"
+            )
+        return EngineError(
+            f"{setting}.retries={self._settings.retries}: {where} failed every attempt {reason}; see its log, or raise retries"
+        )
+
+    @property
+    def _where(self) -> str:
+        return f"the endpoint {self._settings.base_url}"
+
+    @property
+    def _not_openai(self) -> str:
+        return f"teachers.{self.name}.base_url: {self._where} does not answer as OpenAI's interface does"
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "<key>") if self._key else text
+
+
+def _key(name: str, variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(
+            f"teachers.{name}.api_key_env={variable}: the variable is not set; export it, or set api_key_env=null for an "
+            "endpoint without keys"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        # A header cannot carry it, and the complaint of the client would quote it.
+        raise ConfigError(f"teachers.{name}.api_key_env={variable}: the variable holds no plain word; set it to the key")
+    return key
+
+
+def _token_id(token: str) -> int:
+    prefix, colon, number = token.partition(":")
+    if prefix != "token_id" or not colon:
+        raise ValueError(f"{token!r} is no id")
+    return int(number)
+
+
+def _support(logprobs: Sequence[float], tops: Sequence[dict[int, float]], width: int, vocab_size: int) -> dict[str, Any]:
+    """Columns of T tokens out of log p at each and the rows of top logprobs, each with its token among them.
+
+    The likeliest ids come first, and a token below them takes the last slot. Rows of the endpoint's head that the student does
+    not have count as tail. A tail is what is left of 1, which is unknown below `_TAIL_FLOOR`; -inf where no id is outside.
+    Args: width: slots of the support, one more than the top logprobs asked for.
+    """
+    support_ids = np.full((len(tops), width), -1, dtype=np.int32)
+    support_logprobs = np.full((len(tops), width), -np.inf)
+    tail_logprobs = np.full(len(tops), -np.inf)
+    for row, top in enumerate(tops):
+        ranked = sorted(((logprob, token_id) for token_id, logprob in top.items() if token_id < vocab_size), reverse=True)
+        for slot, (logprob, token_id) in enumerate(ranked[:width]):
+            support_ids[row, slot] = token_id
+            support_logprobs[row, slot] = logprob if logprob > _NO_MASS else -np.inf
+        if min(len(ranked), width) < vocab_size:
+            mass = float(np.exp(support_logprobs[row]).sum())
+            tail_logprobs[row] = math.log1p(-min(mass, 1.0 - _TAIL_FLOOR))
+    at_tokens = np.array([logprob if logprob > _NO_MASS else -np.inf for logprob in logprobs])
+    return {
+        "teacher_logprobs": at_tokens.astype(np.float32),
+        "support_ids": support_ids,
+        "support_logprobs": support_logprobs.astype(np.float32),
+        "tail_logprobs": tail_logprobs.astype(np.float32),
+    }

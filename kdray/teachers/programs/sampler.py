@@ -1,0 +1,282 @@
+"""A program around a teacher, as a Sampler: each request runs chained calls and gives one rollout, the final answer alone.
+
+The programs of many requests run side by side as coroutines. What they ask in the same turn of the event loop goes to the
+teacher as one call of `sample`: all first stages travel together, and a later one starts as soon as its own answer is in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from copy import copy
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from kdray.config.programs import ProgramSettings, RationaleProgram
+from kdray.errors import EngineError
+from kdray.interfaces import Sampler
+from kdray.rollouts.merge import Merged
+from kdray.rollouts.seeds import sample_seed
+from kdray.teachers.programs import run_program
+from kdray.teachers.programs.ask import Answer, Ask, Question, Unparsable
+from kdray.teachers.programs.universal import CALLS_OF_ONE
+from kdray.types import Prompt, Rollout, SampleRequest
+
+_CALLS_OF_A_STAGE = CALLS_OF_ONE * CALLS_OF_ONE
+"""Calls of one stage that a rollout may make: those of each answer, and as many answers."""
+
+
+class _Cut(Unparsable):
+    """A limit of tokens ended a call or an answer."""
+
+
+@dataclass
+class _Counts:
+    """What rollouts took: one, or all that ended since the last report."""
+
+    rollouts: int = 0
+    unparsable: int = 0
+    cut: int = 0
+    calls: int = 0
+    teacher_tokens: int = 0
+    answer_tokens: int = 0
+
+    def means(self) -> dict[str, float]:
+        """By the names of `kdray.runs.metrics`; nothing before the first rollout."""
+        if not self.rollouts:
+            return {}
+        numbers = {
+            "teacher_calls": self.calls / self.rollouts,
+            "teacher_tokens": self.teacher_tokens / self.rollouts,
+            "unparsable": self.unparsable / self.rollouts,
+            "unparsable_cut": self.cut / self.rollouts,
+        }
+        parsed = self.rollouts - self.unparsable
+        return numbers | ({"answer_tokens": self.answer_tokens / parsed} if parsed else {})
+
+    def add(self, other: _Counts) -> None:
+        for count in fields(self):
+            setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """Texts to ids and back, by the student's tokenizer."""
+
+    prompt: Callable[[str], Prompt]
+    """A question as a prompt of any length, under the chat template: `kdray.data.dataset.question_encoder`."""
+    answer: Callable[[str], list[int]]
+    """A response's ids, end-of-sequence last: `kdray.data.dataset.response_encoder`."""
+    decode: Callable[[np.ndarray], str]
+
+
+class ProgramSampler:
+    """A Sampler (`kdray.interfaces`) over another one. Rollouts have no log-densities and every token is as old as it may be.
+
+    A rollout without a parsable answer has no tokens and the finish reason `unparsable`; all others end by `stop`.
+    """
+
+    def __init__(
+        self,
+        settings: ProgramSettings,
+        teacher: Sampler,
+        name: str,
+        prompts: Sequence[Prompt],
+        codec: TextCodec,
+        samples_per_prompt: int,
+        prefix: str,
+        max_prompt_tokens: int,
+        seed: int,
+        on_awaited: Callable[[Sequence[int]], None] = lambda sample_ids: None,
+    ) -> None:
+        """Args: name: what the rollouts call their teacher; prompts: all that may be asked for; prefix: `data.prefix`, which
+        the teacher does not see; max_prompt_tokens: of a row's prompt; seed: of the run; on_awaited: told which of the
+        teacher's samples the trainer waits for.
+        """
+        self.teacher = teacher
+        """Who is asked."""
+        self._settings = settings
+        self._name = name
+        self._questions = {prompt.prompt_id: _text(prompt).removeprefix(prefix) for prompt in prompts}
+        self._codec = codec
+        self._samples_per_prompt = samples_per_prompt
+        self._max_prompt_tokens = max_prompt_tokens
+        self._seed = seed
+        self._on_awaited = on_awaited
+        self._stages = {name: number for number, name in enumerate((*settings.stages, "choose"))}
+        self._counts = _Counts()
+        self._awaited: frozenset[int] = frozenset()
+        self._in_flight: set[int] = set()
+
+    def apart(self) -> ProgramSampler:
+        """The same program, with metrics of its own."""
+        other = copy(self)
+        other._counts = _Counts()
+        return other
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Sampler`. A repeated request asks the same, with the same seeds."""
+        remaining = len(requests)
+        async with Merged[str, list[Rollout]]() as merged:
+            calls = _Calls(self, merged)
+            try:
+                for request in requests:
+                    merged.add("rollout", self._run(request, calls))
+                async for _, rollouts in merged:
+                    remaining -= len(rollouts)
+                    yield rollouts
+            finally:
+                calls.closed = True
+                self._in_flight.difference_update(calls.asked)
+        if remaining:
+            raise EngineError(f"{self._settings.type}: {remaining} rollouts are missing at the end")
+
+    def awaited(self, sample_ids: Sequence[int]) -> None:
+        """The trainer waits for these rollouts from now on: so it does for the teacher's samples that are drawn for them."""
+        self._awaited = frozenset(sample_ids)
+        self._tell_awaited()
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the rollouts since the last call of this, by the names of `kdray.runs.metrics`."""
+        means = self._counts.means()
+        self._counts = _Counts()
+        return means
+
+    # ------------------------------------------------------------------------------------------------------ parts
+
+    async def _run(self, request: SampleRequest, calls: _Calls) -> AsyncGenerator[list[Rollout]]:
+        """One request's rollout."""
+        sibling = request.sample_id % self._samples_per_prompt
+        prompt_ids, token_ids = request.prompt_ids, []
+        counts = _Counts(rollouts=1)
+        try:
+            question = Question(self._questions[request.prompt_id], sibling)
+            answer = await run_program(self._settings, question, calls.of(request, counts))
+            if answer.question is not None:
+                prompt_ids = self._codec.prompt(answer.question).token_ids
+            token_ids = self._row(answer, prompt_ids, request)
+            counts.answer_tokens += len(token_ids)
+        except Unparsable as error:
+            counts.unparsable += 1
+            counts.cut += isinstance(error, _Cut)
+        self._counts.add(counts)
+        yield [
+            Rollout(
+                sample_id=request.sample_id,
+                prompt_id=request.prompt_id,
+                prompt_ids=prompt_ids,
+                token_ids=np.array(token_ids, dtype=np.int32),
+                mixture_logprobs=None,
+                student_logprobs=None,
+                student_versions=np.full(len(token_ids), request.min_version, dtype=np.int32),
+                alpha=1.0,
+                finish_reason="stop" if token_ids else "unparsable",
+                teacher=self._name,
+            )
+        ]
+
+    def _row(self, answer: Answer, prompt_ids: np.ndarray, request: SampleRequest) -> list[int]:
+        """The ids to learn. Raises: Unparsable where they do not fit; an answer is never cut."""
+        token_ids = self._codec.answer(answer.text)
+        if len(token_ids) > request.max_new_tokens or len(prompt_ids) > max(self._max_prompt_tokens, len(request.prompt_ids)):
+            raise _Cut(f"sample {request.sample_id}: {len(prompt_ids)} prompt and {len(token_ids)} answer tokens do not fit")
+        return token_ids
+
+    def _call(self, request: SampleRequest, text: str, stage: str, index: int) -> SampleRequest:
+        """One call of a request's program. Raises: Unparsable where the text leaves no room for a response."""
+        settings = self._settings
+        prompt, limit = self._codec.prompt(text), settings.response_tokens(stage)
+        if len(prompt.token_ids) + limit > settings.max_stage_tokens:
+            raise _Cut(f"sample {request.sample_id}: stage {stage} has {len(prompt.token_ids)} prompt tokens")
+        # Both rows of a pair are made of one response, so the seed is the pair's.
+        pair = isinstance(settings, RationaleProgram)
+        seed = sample_seed(self._seed, "pair", request.sample_id // 2) if pair else request.seed
+        return SampleRequest(
+            sample_id=(request.sample_id * len(self._stages) + self._stages[stage]) * _CALLS_OF_A_STAGE + index,
+            prompt_id=request.prompt_id,
+            prompt_ids=prompt.token_ids,
+            alpha=1.0,
+            seed=sample_seed(seed, f"program/{stage}", index),
+            max_new_tokens=limit,
+            # The teacher alone writes: a replica need not hold any version of the student for that.
+            min_version=0,
+            question=text,
+        )
+
+    def _tell_awaited(self) -> None:
+        width = len(self._stages) * _CALLS_OF_A_STAGE
+        self._on_awaited([call for call in self._in_flight if call // width in self._awaited])
+
+
+class _Calls:
+    """The calls of one `sample`: asked in one turn of the event loop, sent as one."""
+
+    def __init__(self, sampler: ProgramSampler, merged: Merged[str, list[Rollout]]) -> None:
+        self.asked: dict[int, asyncio.Future[Rollout]] = {}
+        """By the teacher's sample id, until answered."""
+        self.closed = False
+        """Whether nobody reads any more: what was asked in the last turn is not sent."""
+        self._sampler = sampler
+        self._merged = merged
+        self._waiting: list[SampleRequest] = []
+        self._same: dict[tuple[int, str], asyncio.Future[Rollout]] = {}
+
+    def of(self, request: SampleRequest, counts: _Counts) -> Ask:
+        """The calls of one request's program, counted there."""
+
+        async def ask(text: str, stage: str, index: int = 0) -> str:
+            rollout = await self._send(self._sampler._call(request, text, stage, index), counts)
+            if rollout.finish_reason != "stop":
+                raise _Cut(f"sample {request.sample_id}: stage {stage} was cut after {len(rollout.token_ids)} tokens")
+            response = self._sampler._codec.decode(rollout.token_ids).strip()
+            if not response:
+                raise Unparsable(f"sample {request.sample_id}: stage {stage} got an empty response")
+            return response
+
+        return ask
+
+    async def _send(self, call: SampleRequest, counts: _Counts) -> Rollout:
+        """The teacher's response; one for all that ask the same with the same seed, as the rows of a pair do."""
+        key = (call.seed, call.question or "")
+        is_new = key not in self._same
+        if is_new:
+            self._same[key] = self.asked[call.sample_id] = asyncio.get_running_loop().create_future()
+            if not self._waiting:
+                # By the time it runs, every program that went on in this turn has asked.
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._waiting.append(call)
+        # Shielded: one of two rollouts that is given up must not take the response from the other.
+        rollout = await asyncio.shield(self._same[key])
+        if is_new:
+            counts.calls += 1
+            counts.teacher_tokens += len(rollout.token_ids)
+        return rollout
+
+    def _flush(self) -> None:
+        if self.closed:
+            return
+        calls, self._waiting = self._waiting, []
+        self._sampler._in_flight |= {call.sample_id for call in calls}
+        self._merged.add("calls", self._answers(calls))
+        self._sampler._tell_awaited()
+
+    async def _answers(self, calls: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        """Read the teacher's answers; gives nothing on, but fails where the teacher does."""
+        missing = len(calls)
+        async with aclosing(self._sampler.teacher.sample(calls)) as stream:
+            async for rollouts in stream:
+                for rollout in rollouts:
+                    missing -= 1
+                    self._sampler._in_flight.discard(rollout.sample_id)
+                    self.asked.pop(rollout.sample_id).set_result(rollout)
+        if missing:
+            raise EngineError(f"{self._sampler._name} ended its answer with {missing} calls missing")
+        return
+        yield []
+
+
+def _text(prompt: Prompt) -> str:
+    assert isinstance(prompt.question, str), "kdray.teachers.programs.check_prompts lets texts through alone"
+    return prompt.question

@@ -1,0 +1,284 @@
+"""Several teachers as the loop sees one: prompts are routed, and an ensemble's answers become one target.
+
+    route      every request goes to its teacher, which samples and scores in one pass.
+    ensemble   one teacher samples and scores in its pass; as soon as rollouts end, the others score them by prefill, all are
+               asked for the ids that only some had recorded, and `kdray.teachers.ensemble` combines what they say.
+
+With a student-only sampler the teachers only score. A teacher whose outage has begun is waited for, left out, or ends the run,
+as the settings say. Exact KLs of an ensemble are the weighted means of its teachers': they differ from the KL to the combined
+law by what the teachers disagree among themselves, which does not depend on the student.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from copy import copy
+from dataclasses import replace
+
+import numpy as np
+
+from kdray.config import Config, EnsembleSettings, LossSettings, RouteSettings, TeachersSettings
+from kdray.errors import EngineError, TeacherGone, first_reason
+from kdray.interfaces import Teacher
+from kdray.rollouts.merge import Merged
+from kdray.teachers.ensemble import (
+    Kind,
+    TeacherColumns,
+    at_union,
+    combine,
+    confidence_weights,
+    knows,
+    renormalise,
+    union_ids,
+)
+from kdray.teachers.routing import Choice, Router, by_domain, by_rules, by_weights, ensemble
+from kdray.types import Prompt, Rollout, SampleRequest
+
+_GEOMETRIC = ("reverse_kl", "skew_reverse_kl", "minillm", "lmops", "per_decision", "vopd", "mse_logit")
+"""Losses linear in each teacher's log p: the weighted sum over teachers has the geometric mean as its target."""
+
+Answers = dict[int, dict[str, Rollout]]
+"""By sample id, then teacher: the rollout with that teacher's columns."""
+
+
+def router(settings: TeachersSettings, teachers: Sequence[str], seed: int) -> Router:
+    """Which teachers a prompt goes to. Args: teachers: all of them, in the order of the config. Raises: ConfigError."""
+    if isinstance(settings, EnsembleSettings):
+        chosen = settings.teachers or list(teachers)
+        return ensemble(chosen, settings.weights, settings.domain_weights, settings.sampler, seed)
+    if settings.map:
+        return by_domain(settings.map, settings.default)
+    if settings.rules:
+        return by_rules([(re.compile(rule.pattern), rule.teacher) for rule in settings.rules], settings.default)
+    assert settings.weights is not None
+    return by_weights(settings.weights, seed)
+
+
+def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those of the prompts that a teacher may be asked about. Raises: ConfigError or DataError, as the router does."""
+    settings = config.rollout.teachers
+    if settings is None:
+        return list(prompts)
+    route = router(settings, list(config.teachers), config.run.seed)
+    if isinstance(settings, RouteSettings) and settings.weights:
+        # Drawn for every sample anew.
+        return list(prompts)
+    return [prompt for prompt in prompts if teacher in route(prompt, 0).scorers]
+
+
+def ensemble_mean(settings: EnsembleSettings, loss: LossSettings) -> Kind:
+    """The mean that makes one target out of several teachers: the one set, or the one that the loss asks for."""
+    return settings.mean or ("geometric" if loss.type in _GEOMETRIC else "arithmetic")
+
+
+class TeacherTeam:
+    """All teachers of a run: a Sampler, and a Scorer for what one of them or a student-only pool sampled."""
+
+    name = "teachers"
+
+    def __init__(self, config: Config, teachers: Sequence[Teacher], prompts: Sequence[Prompt], vocab_size: int) -> None:
+        """Args: prompts: every prompt that may be asked for; vocab_size: ids that teachers and student share."""
+        settings = config.rollout.teachers
+        assert settings is not None
+        self._settings: RouteSettings | EnsembleSettings = settings
+        self._teachers = {teacher.name: teacher for teacher in teachers}
+        self._router = router(settings, list(self._teachers), config.run.seed)
+        self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
+        self._vocab_size = vocab_size
+        self._mean = ensemble_mean(settings, config.loss) if isinstance(settings, EnsembleSettings) else None
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    @property
+    def scores(self) -> bool:
+        """Whether what a teacher sampled has to be scored by others."""
+        return self._mean is not None
+
+    def apart(self) -> TeacherTeam:
+        """The same teachers, with metrics of its own."""
+        other = copy(self)
+        other._sums = defaultdict(lambda: [0.0, 0.0])
+        return other
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Sampler`. A request that its teacher cannot serve any more goes to another one."""
+        parts: dict[str, list[SampleRequest]] = defaultdict(list)
+        for request in requests:
+            parts[self._sampler(request)].append(request)
+        async with Merged[str, list[Rollout]]() as merged:
+            for name, part in parts.items():
+                merged.add(name, self._sample_at(name, part))
+            async for _, rollouts in merged:
+                yield rollouts
+
+    async def _sample_at(self, name: str, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        owed = {request.sample_id: request for request in requests}
+        try:
+            async with self._unless_gone(name, self._teachers[name].sample(requests)) as merged:
+                async for _, rollouts in merged:
+                    self._note(name, rollouts)
+                    for rollout in rollouts:
+                        del owed[rollout.sample_id]
+                    yield rollouts
+        except TeacherGone as error:
+            self._leave_out(name, error)
+            async with aclosing(self.sample(list(owed.values()))) as stream:
+                async for rollouts in stream:
+                    yield rollouts
+
+    async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
+        """See `kdray.interfaces.Scorer`: the columns of the one teacher, or of the ensemble's target, as one item."""
+        choices = {rollout.sample_id: self._choice(rollout.prompt_id, rollout.sample_id) for rollout in rollouts}
+        answers: Answers = {rollout.sample_id: {rollout.teacher: rollout} if rollout.teacher else {} for rollout in rollouts}
+        of_sampler = isinstance(self._settings, EnsembleSettings) and self._settings.support == "sampler"
+        wanted: dict[str, list[Rollout]] = defaultdict(list)
+        for rollout in rollouts:
+            for name in choices[rollout.sample_id].scorers:
+                if name not in answers[rollout.sample_id]:
+                    wanted[name].append(rollout.unscored(rollout.support_ids if of_sampler else None))
+        await self._ask(wanted, answers, top_k=top_k and not of_sampler)
+        unions: dict[int, np.ndarray] = {}
+        again: dict[str, list[Rollout]] = defaultdict(list)
+        for rollout in rollouts:
+            if len(choices[rollout.sample_id].scorers) == 1:
+                continue
+            given = answers[rollout.sample_id]
+            supports = [_columns(answer).support_ids for answer in given.values()]
+            # The drawn token too: its mean over teachers is then a bucket, exact in the geometric mean as well.
+            unions[rollout.sample_id] = union_ids(supports if of_sampler else [*supports, rollout.token_ids[:, None]])
+            for name, answer in given.items():
+                if not knows(_columns(answer), unions[rollout.sample_id]):
+                    again[name].append(rollout.unscored(unions[rollout.sample_id]))
+        await self._ask(again, answers, top_k=False)
+        yield [
+            self._combined(rollout, choices[rollout.sample_id], answers[rollout.sample_id], unions.get(rollout.sample_id))
+            for rollout in rollouts
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call: each teacher's exact KLs, and what the teachers of an ensemble disagree by."""
+        means = {name: total / tokens for name, (total, tokens) in self._sums.items() if tokens}
+        self._sums.clear()
+        return means
+
+    # ------------------------------------------------------------------------------------------------------ parts
+
+    def _choice(self, prompt_id: int, sample_id: int) -> Choice:
+        return self._router(self._prompts[prompt_id], sample_id)
+
+    def _sampler(self, request: SampleRequest) -> str:
+        """The teacher that samples: the chosen one, or the next of its ensemble that is not away."""
+        choice = self._choice(request.prompt_id, request.sample_id)
+        if self._settings.missing == "wait":
+            return choice.sampler
+        reasons = []
+        for name in choice.scorers:
+            reason = self._teachers[name].availability.reason
+            if reason is None:
+                return name
+            self._leave_out(name, TeacherGone(reason))
+            reasons.append(reason)
+        raise EngineError(f"no teacher is left for prompt {request.prompt_id}: {'; '.join(reasons)}")
+
+    def _unless_gone(self, name: str, stream: AsyncGenerator[list[Rollout]]) -> Merged[str, list[Rollout]]:
+        """The stream, ended by TeacherGone when the teacher's outage begins, unless it is to be waited for."""
+        merged = Merged[str, list[Rollout]]()
+        merged.add(name, stream)
+        if self._settings.missing != "wait":
+            merged.watch(self._teachers[name].availability.lost())
+        return merged
+
+    def _leave_out(self, name: str, error: TeacherGone) -> None:
+        """Raises: EngineError where the settings do not allow to go on without a teacher, or waiting cannot bring it back."""
+        if self._settings.missing != "renormalise":
+            raise EngineError(f"{error}; rollout.teachers.missing={self._settings.missing} ends the run") from error
+
+    async def _ask(self, wanted: Mapping[str, Sequence[Rollout]], answers: Answers, top_k: bool) -> None:
+        """Let each teacher score its rollouts, side by side, into `answers`; a teacher that goes away leaves none there."""
+
+        async def ask(name: str, rollouts: Sequence[Rollout]) -> None:
+            try:
+                async with self._unless_gone(name, self._teachers[name].score(rollouts, top_k)) as merged:
+                    async for _, scored in merged:
+                        self._note(name, [answer for answer in scored if name not in answers[answer.sample_id]])
+                        for answer in scored:
+                            answers[answer.sample_id][name] = answer
+            except TeacherGone as error:
+                self._leave_out(name, error)
+                for rollout in rollouts:
+                    answers[rollout.sample_id].pop(name, None)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for name, rollouts in wanted.items():
+                    tasks.create_task(ask(name, rollouts))
+        except BaseExceptionGroup as group:
+            raise first_reason(group) from group
+
+    def _combined(self, rollout: Rollout, choice: Choice, given: Mapping[str, Rollout], union: np.ndarray | None) -> Rollout:
+        """The rollout with the target's columns; its teacher stays the one that sampled."""
+        teacher = rollout.teacher or choice.sampler
+        present = np.array([name in given for name in choice.scorers])
+        if not present.any():
+            raise EngineError(f"sample {rollout.sample_id}: none of the teachers {', '.join(choice.scorers)} could score it")
+        kept = [given[name] for name in choice.scorers if name in given]
+        if union is None:
+            return replace(kept[0], teacher=teacher)
+        assert isinstance(self._settings, EnsembleSettings)
+        assert self._mean is not None
+        columns = [at_union(_columns(answer), union) for answer in kept]
+        weights = renormalise(np.array(choice.weights), present)[present]
+        if self._settings.confidence_temperature is not None:
+            logprobs, tails = (
+                np.stack([getattr(one, name) for one in columns]) for name in ("support_logprobs", "tail_logprobs")
+            )
+            outside = self._vocab_size - (union >= 0).sum(axis=1)
+            weights = confidence_weights(logprobs, tails, self._settings.confidence_temperature, outside)
+        target = combine(columns, weights, self._mean)
+        if self._mean == "geometric":
+            self._add("teacher_disagreement", -float(target.log_z.sum()), len(target.log_z))
+        return replace(
+            rollout,
+            teacher=teacher,
+            teacher_logprobs=target.token_logprobs,
+            support_ids=target.support_ids,
+            support_logprobs=target.support_logprobs,
+            tail_logprobs=target.tail_logprobs,
+            reverse_kl=_mean_kl([answer.reverse_kl for answer in kept], weights),
+            forward_kl=_mean_kl([answer.forward_kl for answer in kept], weights),
+        )
+
+    def _note(self, name: str, rollouts: Sequence[Rollout]) -> None:
+        for rollout in rollouts:
+            for metric in ("reverse_kl", "forward_kl"):
+                values = getattr(rollout, metric)
+                if values is not None:
+                    self._add(f"teacher/{name}/{metric}", float(values.sum(dtype=np.float64)), len(values))
+
+    def _add(self, metric: str, total: float, tokens: int) -> None:
+        sums = self._sums[metric]
+        sums[0] += total
+        sums[1] += tokens
+
+
+def _columns(answer: Rollout) -> TeacherColumns:
+    if (
+        answer.teacher_logprobs is None
+        or answer.support_ids is None
+        or answer.support_logprobs is None
+        or answer.tail_logprobs is None
+    ):
+        raise EngineError(f"sample {answer.sample_id}: teacher {answer.teacher} returned no support; an ensemble needs one")
+    return TeacherColumns(answer.teacher_logprobs, answer.support_ids, answer.support_logprobs, answer.tail_logprobs)
+
+
+def _mean_kl(values: Sequence[np.ndarray | None], weights: np.ndarray) -> np.ndarray | None:
+    """Weighted mean over teachers of KLs [T]; None where a teacher gave none. Args: weights: [n] or [n, T]."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    stacked = np.stack(known)
+    return (stacked * weights.reshape(len(values), -1)).sum(axis=0).astype(np.float32)

@@ -1,0 +1,243 @@
+"""A whole run without Ray: the true loop, ledger, reporter, run folder and resume, over models small enough to be exact.
+
+Teacher and student are tables of next-token logits by last token, in float64 and numpy alone; a training step follows the exact
+gradient of the reverse KL at the sampled positions. A driver process that runs `main` may be killed at any moment and started
+again, as `kdray run --resume` is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from kdray.config import Config, load_config, parse_config
+from kdray.data.dataset import Dataset, PromptStream, load_dataset
+from kdray.loop import distill
+from kdray.models.resolve import task_tokenizer
+from kdray.rollouts.draw import LoopSettings
+from kdray.rollouts.filters import Filters
+from kdray.rollouts.schedules import Schedules
+from kdray.rollouts.seeds import uniforms
+from kdray.runs.checkpoints import COMMITTED, commit, newest_checkpoint, prune_checkpoints
+from kdray.runs.folder import RunFolder
+from kdray.runs.ledger import Ledger
+from kdray.runs.reporter import RunReporter
+from kdray.runs.resume import counts, rewind
+from kdray.runs.storage import Storage
+from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
+
+EOS = 1
+"""Of the task tokenizer."""
+
+
+def stub_config(output: Path, name: str = "stub", **sections: Any) -> Config:
+    """A run of 40 steps on generated prompts, two samples each, some of which a filter leaves out."""
+    tree: dict[str, Any] = {
+        "run": {"name": name, "output": str(output), "seed": 5},
+        "data": {"prompts": {"type": "task", "size": 48}, "heldout_size": 4},
+        "student": {"model": {"type": "tiny"}},
+        "teachers": {"toy": {"model": {"type": "tiny", "layers": 4}}},
+        "rollout": {
+            "alpha": 0.3,
+            "max_new_tokens": 6,
+            "samples_per_prompt": 2,
+            "max_staleness": 0,
+            "filters": {"distinct": True},
+        },
+        "training": {
+            "steps": 40,
+            "batch_size": 8,
+            "checkpoint_every": 3,
+            "keep_checkpoints": 2,
+            "micro_batch_size": 8,
+            "sft": {"steps": 0},
+        },
+    }
+    return parse_config(tree | {key: tree.get(key, {}) | value for key, value in sections.items()})
+
+
+class Tables:
+    """The teacher, and the student's weights by version: logits [vocab, vocab] by last token."""
+
+    def __init__(self, seed: int, vocab_size: int) -> None:
+        rng = np.random.default_rng(seed)
+        # So that a response ends after a few tokens, and some are cut.
+        ends = 4.0 * (np.arange(vocab_size) == EOS)
+        self.teacher = _log_softmax(rng.normal(size=(vocab_size, vocab_size)) + ends)
+        self.student = rng.normal(size=(vocab_size, vocab_size)) + ends
+        self.published: dict[int, np.ndarray] = {}
+
+    def draw(self, request: SampleRequest, version: int) -> Rollout:
+        """The request's rollout under one published version, with the teacher's columns."""
+        logits, last = self.published[version], int(request.prompt_ids[-1])
+        tokens: list[int] = []
+        rows = []
+        while len(tokens) < request.max_new_tokens and (not tokens or last != EOS):
+            log_p, log_q = self.teacher[last], _log_softmax(logits[last])
+            mixture = request.alpha * np.exp(log_p) + (1.0 - request.alpha) * np.exp(log_q)
+            u = uniforms(np.array([request.seed], dtype=np.uint64), np.array([len(tokens)]))[0]
+            cdf = np.cumsum(mixture)
+            last = int(np.searchsorted(cdf, u * cdf[-1], side="right"))
+            tokens.append(last)
+            rows.append((np.log(mixture[last]), log_q[last], log_p[last], np.exp(log_q) @ (log_q - log_p)))
+        columns = np.array(rows, dtype=np.float32).T
+        return Rollout(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=np.array(tokens, dtype=np.int32),
+            mixture_logprobs=columns[0],
+            student_logprobs=columns[1],
+            student_versions=np.full(len(tokens), version, dtype=np.int32),
+            alpha=request.alpha,
+            finish_reason="stop" if last == EOS else "length",
+            teacher="toy",
+            teacher_logprobs=columns[2],
+            reverse_kl=columns[3],
+        )
+
+    def step(self, batch: TrainBatch, learning_rate: float) -> float:
+        """One step of gradient descent on the mean reverse KL at the batch's targets; returns that mean before it."""
+        rows, places = np.nonzero(batch.loss_mask)
+        gradient, loss = np.zeros_like(self.student), 0.0
+        for last in batch.token_ids[rows, places - 1]:
+            log_q = _log_softmax(self.student[last])
+            difference = log_q - self.teacher[last]
+            divergence = float(np.exp(log_q) @ difference)
+            gradient[last] += np.exp(log_q) * (difference - divergence)
+            loss += divergence
+        count = max(1, batch.num_target_tokens)
+        self.student = self.student - learning_rate * gradient / count
+        return loss / count
+
+
+class StubSampler:
+    """Draws by the version that is published when a request's turn comes; answers come in any order."""
+
+    def __init__(self, tables: Tables, delay_s: Callable[[SampleRequest], float]) -> None:
+        self._tables = tables
+        self._delay_s = delay_s
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        waiting = [asyncio.create_task(self._one(request)) for request in requests]
+        try:
+            for ended in asyncio.as_completed(waiting):
+                yield [await ended]
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    async def _one(self, request: SampleRequest) -> Rollout:
+        await asyncio.sleep(self._delay_s(request))
+        return self._tables.draw(request, max(self._tables.published))
+
+
+class StubStudent:
+    """The group of ranks: a table, its optimizer, and checkpoints as files."""
+
+    def __init__(self, tables: Tables, folder: RunFolder, config: Config, pause: Callable[[], None]) -> None:
+        """Args: pause: called between the parts of a save, where a kill would hurt."""
+        self._tables = tables
+        self._folder = folder
+        self._config = config
+        self._pause = pause
+        self.live: dict[str, Callable[[], Any]] = {}
+
+    async def train_step(
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
+    ) -> StepReport:
+        learning_rate = 2.0
+        loss = self._tables.step(batch, learning_rate)
+        return StepReport(batch.step, loss, batch.num_target_tokens, grad_norm=1.0, learning_rate=learning_rate, seconds=0.0)
+
+    async def publish(self, version: int) -> None:
+        oldest = version - self._config.rollout.max_staleness
+        self._tables.published = {at: kept for at, kept in self._tables.published.items() if at >= oldest}
+        self._tables.published[version] = self._tables.student
+
+    async def save_checkpoint(self, step: int) -> None:
+        storage, key = Storage.local(self._folder.path), f"checkpoints/step-{step:06d}"
+        if storage.read(f"{key}/{COMMITTED}") is None:
+            storage.delete(key)
+            weights = io.BytesIO()
+            np.save(weights, self._tables.student)
+            digest = storage.write(f"{key}/student.npy", weights.getvalue())
+            self._pause()
+            progress = {"step": step} | {name: entry() for name, entry in self.live.items()}
+            commit(storage, key, progress, [{"student.npy": digest}])
+            self._pause()
+        prune_checkpoints(storage, self._config.training.keep_checkpoints)
+
+    def restore(self, checkpoint: Path) -> None:
+        self._tables.student = np.load(checkpoint / "student.npy")
+
+
+def main(config_path: Path, slow: bool = True) -> None:
+    """Start the run that a config describes, or go on with it, as `cluster.launch.run` and `cluster.job.Job` do."""
+    asyncio.run(drive(load_config(config_path), slow=slow))
+
+
+async def drive(config: Config, slow: bool = False, dataset: Dataset | None = None) -> dict[str, Any]:
+    """The run. Args: slow: sleep where a kill would hurt, and let answers come in another order each time."""
+    tokenizer = task_tokenizer()
+    resume = (config.run_folder / "config.yaml").is_file()
+    found, _ = newest_checkpoint([Storage.local(config.run_folder)]) if resume else (None, [])
+    folder = RunFolder.create(config, resume)
+    reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
+    reporter.event("start", resumed_step=found.step if found else None)
+    dataset = dataset or load_dataset(config, tokenizer)
+    ledger, schedules = Ledger(folder.path / "ledger.jsonl"), Schedules.of(config)
+    start_step, totals = rewind(folder, ledger, schedules, config.training.steps, found.progress if found else None)
+    tables = Tables(config.run.seed, len(tokenizer))
+    haste = np.random.default_rng(time.time_ns())
+    student = StubStudent(tables, folder, config, (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None))
+    student.live = {"totals": lambda: asdict(totals), "schedules": schedules.state}
+    if found:
+        student.restore(config.run_folder / found.key)
+    await student.publish(start_step)
+    if found is None:
+        await student.save_checkpoint(0)
+    reporter.phase("distill", config.training.steps)
+    assert config.rollout.filters is not None
+    await distill(
+        settings=LoopSettings.of(config),
+        prompts=PromptStream(dataset.train, config.run.seed),
+        sampler=StubSampler(tables, (lambda request: haste.uniform(0, 0.004)) if slow else (lambda request: 0.0)),
+        scorer=None,
+        student=student,
+        reporter=reporter,
+        ledger=ledger,
+        totals=totals,
+        stop=asyncio.Event(),
+        start_step=start_step,
+        schedules=schedules,
+        filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, {}),
+    )
+    summary = counts(ledger, totals, config) | {
+        "resumed_from_step": found.step if found else None,
+        "dropped_prompts": dataset.dropped,
+    }
+    folder.write_summary(summary)
+    reporter.event("finished", steps=config.training.steps)
+    reporter.close()
+    return summary
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(Path(sys.argv[1]))

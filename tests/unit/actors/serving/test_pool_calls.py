@@ -1,0 +1,172 @@
+"""Calls of a pool to replicas that fail or are slow: every sample once, whoever answers. No Ray: replicas are generators."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from actors.serving.engine import EngineSpec
+from actors.serving.hedging import CallTimes
+from actors.serving.pool import ReplicaPool, _Part
+from actors.serving.replica_choice import Route
+from kdray.config import ClusterSettings, TeacherSettings
+from kdray.errors import EngineError
+from kdray.rollouts.arrow import rollouts_to_table
+from kdray.types import Rollout, SampleRequest
+from tests.support.fakes import BigramWorld
+
+WORLD = BigramWorld()
+Replica = Callable[[list[int]], AsyncGenerator[pa.Table]]
+
+
+def rollout(sample_id: int) -> Rollout:
+    request = SampleRequest(sample_id, sample_id, np.array([1], np.int32), 0.2, sample_id, 4, 0)
+    return WORLD.draw(request, 0, scored=True)
+
+
+class Answer:
+    """What Serve's handle gives: a stream that can be cancelled."""
+
+    def __init__(self, stream: AsyncGenerator[pa.Table]) -> None:
+        self._stream = stream
+        self.cancelled = False
+
+    def __aiter__(self) -> AsyncGenerator[pa.Table]:
+        return self._stream
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+async def answers(ids: list[int]) -> AsyncGenerator[pa.Table]:
+    for sample_id in ids:
+        yield rollouts_to_table([rollout(sample_id)])
+
+
+async def dies(ids: list[int]) -> AsyncGenerator[pa.Table]:
+    """After its first rollout."""
+    yield rollouts_to_table([rollout(ids[0])])
+    raise RuntimeError("the replica died")
+
+
+async def hangs(ids: list[int]) -> AsyncGenerator[pa.Table]:
+    """After its first rollout."""
+    yield rollouts_to_table([rollout(ids[0])])
+    await asyncio.Event().wait()
+
+
+async def dies_late(ids: list[int]) -> AsyncGenerator[pa.Table]:
+    """Once a copy has had the time to answer something."""
+    await asyncio.sleep(0.2)
+    raise RuntimeError("the replica died late")
+    yield
+
+
+async def answers_late(ids: list[int]) -> AsyncGenerator[pa.Table]:
+    await asyncio.sleep(0.2)
+    yield rollouts_to_table([rollout(sample_id) for sample_id in ids])
+
+
+class Rig:
+    """A pool whose calls go to these replicas, one after the other; every call is slow at once where `slow`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *replicas: Replica, slow: bool = True, retries: int = 2) -> None:
+        monkeypatch.setattr("actors.serving.pool._LOOK_FOR_SLOW_EVERY_S", 0.02)
+        self.events: list[str] = []
+        settings = TeacherSettings.model_validate({"model": "m", "replicas": 2})
+        spec = EngineSpec("mixture", "m", "s", 5, (4,), 64, teacher="t")
+        cluster = ClusterSettings()
+        self.pool = ReplicaPool("t", spec, settings, cluster, None, retries, lambda kind, **fields: self.events.append(kind))
+        self.pool.replicas_serving = 2
+        self.times = self.pool._times["sample"]
+        monkeypatch.setattr(CallTimes, "is_slow", lambda times, call, now: slow)
+        self.sent: list[tuple[list[int], Route, Answer, float]] = []
+        self._replicas = list(replicas)
+
+    def _call(self, ids: list[int], route: Route) -> Any:
+        answer = Answer(self._replicas.pop(0)(ids))
+        self.sent.append((ids, route, answer, time.monotonic()))
+        return answer
+
+    async def ask(self, count: int = 4) -> list[int]:
+        """The samples that arrived, in order of their ids."""
+        part = _Part("sample", self._call, asyncio.Queue(), dict.fromkeys(range(count), 4), time.monotonic())
+        await asyncio.wait_for(self.pool._persist(part), 20)
+        return sorted(each.sample_id for _ in range(part.arrived.qsize()) for each in part.arrived.get_nowait())
+
+
+async def test_the_rest_of_a_slow_call_comes_from_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, hangs, answers)
+    assert await rig.ask() == [0, 1, 2, 3]
+    (ids, first, answer, _), (copied, copy, _, _) = rig.sent
+    assert (ids, copied) == ([0, 1, 2, 3], [1, 2, 3]), "what had come is not drawn again"
+    assert (first.instead_of, copy.instead_of) == (None, first.ticket)
+    assert answer.cancelled, "the slow replica goes on drawing"
+    assert (rig.pool.hedged, rig.pool.retried, rig.events) == (3, 0, ["hedge"])
+    assert not rig.times._running
+    assert not rig.times._took, "what a copy answered tells nothing of the first"
+
+
+@pytest.mark.parametrize(
+    ("first", "copy"), [(dies_late, answers_late), (answers_late, dies), (answers_late, answers_late), (answers_late, answers)]
+)
+async def test_whoever_of_the_two_answers_counts_once(monkeypatch: pytest.MonkeyPatch, first: Replica, copy: Replica) -> None:
+    rig = Rig(monkeypatch, first, copy)
+    assert await rig.ask() == [0, 1, 2, 3]
+    assert len(rig.sent) == 2
+    assert rig.pool.retried == 0
+
+
+async def test_where_both_fail_the_call_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, dies_late, dies, answers)
+    assert await rig.ask() == [0, 1, 2, 3]
+    assert rig.events == ["hedge", "retry"]
+    assert rig.sent[2][0] == [1, 2, 3]
+
+
+async def test_the_error_after_the_last_attempt_is_that_of_the_first_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, dies_late, dies, retries=0)
+    with pytest.raises(EngineError, match=r"could not serve 3 rollouts in 1 attempts: the replica died late"):
+        await rig.ask()
+
+
+async def test_no_copy_is_sent_where_one_replica_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, answers_late)
+    rig.pool.replicas_serving = 1
+    assert await rig.ask() == [0, 1, 2, 3]
+    assert (rig.pool.hedged, rig.events) == (0, [])
+
+
+async def test_a_call_that_is_sent_again_is_timed_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from before its backoff, in which others are sent and answered."""
+    rig = Rig(monkeypatch, dies, dies, answers, slow=False)
+    began: list[float] = []
+    begin = CallTimes.begin
+
+    def noted(times: CallTimes, call: str, size: int, now: float) -> None:
+        began.append(now)
+        begin(times, call, size, now)
+
+    monkeypatch.setattr(CallTimes, "begin", noted)
+    assert await rig.ask() == [0, 1, 2, 3]
+    actual = [at for _, _, _, at in rig.sent]
+    assert actual[2] - actual[1] > 0.5, "there was no backoff: the test does not test what it says"
+    assert all(abs(a - b) < 0.25 for a, b in zip(began, actual, strict=True))
+
+
+def test_one_replica_or_mixed_hardware_is_not_hedged() -> None:
+    def times(**settings: Any) -> dict[str, CallTimes]:
+        spec = EngineSpec("teacher", "m", None, 5, (4,), 64, teacher="t")
+        teacher = TeacherSettings.model_validate({"model": "m", **settings})
+        return ReplicaPool("t", spec, teacher, ClusterSettings(), None, 0)._times
+
+    assert set(times(replicas=2)) == {"sample", "score"}
+    assert times(autoscaling={"max_replicas": 2}), "it may grow"
+    assert not times(replicas=1)
+    assert not times(replicas=2, num_gpus=1, accelerator_types=["L4", "H100"])

@@ -1,0 +1,230 @@
+"""Ranks write a checkpoint together, or not at all; and load nothing but what was written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from actors.student.checkpoint_io import RankFiles, Saved
+from actors.student.engine import Phase
+from kdray.errors import StorageError, TrainingError
+from kdray.runs.checkpoints import COMMITTED
+from kdray.runs.storage import Storage
+
+T = TypeVar("T")
+
+
+@dataclass
+class Meeting:
+    """Where the ranks of a group, as threads, show each other values."""
+
+    barrier: threading.Barrier
+    values: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass
+class FileEngine:
+    """What `RankFiles` asks of an engine: its state is one text."""
+
+    rank: int
+    meeting: Meeting
+    state: str = ""
+    base: str = ""
+
+    def gather(self, value: Any) -> list[Any]:
+        self.meeting.values[self.rank] = value
+        self.meeting.barrier.wait()
+        values = [self.meeting.values[rank] for rank in range(self.meeting.barrier.parties)]
+        self.meeting.barrier.wait()
+        return values
+
+    def save(self, folder: Path) -> None:
+        (folder / "state").mkdir()
+        (folder / "state" / f"rank-{self.rank}.pt").write_text(self.state)
+        if self.rank == 0:
+            (folder / "state" / "model.pt").write_text("everybody's")
+
+    def load(self, folder: Path) -> None:
+        assert (folder / "state" / "model.pt").read_text() == "everybody's"
+        self.state = (folder / "state" / f"rank-{self.rank}.pt").read_text()
+
+    def start_phase(self, phase: Phase) -> None:
+        self.base = (Path(phase.model) / "model.safetensors").read_text()
+
+    def export(self, folder: Path, tokenizer: str) -> None:
+        if self.rank == 0:
+            (folder / "model.safetensors").write_text(f"weights {self.state}")
+
+
+@dataclass
+class Group:
+    """Two ranks, each with a folder that it works in."""
+
+    engines: list[FileEngine]
+    files: list[RankFiles]
+    storage: Storage
+
+    def all(self, call: Callable[[RankFiles], T]) -> list[T | BaseException]:
+        """What the call gave or raised on every rank."""
+        results: list[Any] = [None] * len(self.files)
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = call(self.files[rank])
+            except Exception as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(len(self.files))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive(), "a rank waits for another one"
+        return results
+
+
+@pytest.fixture(params=["run folder", "storage"])
+def group(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Group:
+    run = tmp_path / "run"
+    url = None
+    if request.param == "storage":
+        (tmp_path / "shared" / "run").mkdir(parents=True)
+        url = (tmp_path / "shared" / "run").as_uri()
+    monkeypatch.chdir(tmp_path)
+    meeting = Meeting(threading.Barrier(2, timeout=10))
+    engines = [FileEngine(rank, meeting, state=f"of {rank}") for rank in range(2)]
+    files = [RankFiles(engine, run, url) for engine in engines]  # type: ignore[arg-type]
+    return Group(engines, files, Storage.local(run) if url is None else Storage(url))
+
+
+def step(group: Group, tmp_path: Path, number: int) -> Path:
+    return tmp_path / "run" / "checkpoints" / f"step-{number:06d}"
+
+
+def test_what_is_saved_is_loaded(group: Group, tmp_path: Path) -> None:
+    folder = step(group, tmp_path, 4)
+    for saved in group.all(lambda files: files.save(folder, {"step": 4})):
+        assert isinstance(saved, Saved)
+        assert saved.bytes == len("of 0") + len("of 1") + len("everybody's")
+    group.all(lambda files: files.export(tmp_path / "run" / "checkpoints" / "sft", "unused"))
+    for engine in group.engines:
+        engine.state = "lost"
+    phase = Phase("distill", str(tmp_path / "run" / "checkpoints" / "sft"), None, None, 1e-3, 1)
+    assert group.all(lambda files: files.start_phase(phase, folder)) == [None, None]
+    assert [engine.state for engine in group.engines] == ["of 0", "of 1"]
+    assert [engine.base for engine in group.engines] == ["weights of 0"] * 2
+    names = {f"checkpoints/step-000004/state/{name}.pt" for name in ("rank-0", "rank-1", "model")}
+    assert set(group.storage.list("checkpoints")) == {
+        *names,
+        f"checkpoints/step-000004/{COMMITTED}",
+        "checkpoints/sft/model.safetensors",
+        f"checkpoints/sft/{COMMITTED}",
+    }
+    for files in group.files:
+        files.close()
+    assert not list(tmp_path.rglob(".rank-*"))
+
+
+def test_a_replayed_save_leaves_the_first_one_alone(group: Group, tmp_path: Path) -> None:
+    folder = step(group, tmp_path, 4)
+    group.all(lambda files: files.save(folder, {"step": 4}))
+    for engine in group.engines:
+        engine.state = "of the replay"
+    assert group.all(lambda files: files.save(folder, {"step": 4})) == [Saved(), Saved()]
+    assert group.storage.read("checkpoints/step-000004/state/rank-1.pt") == b"of 1"
+
+
+def test_what_an_interrupted_save_left_is_not_mixed_in(group: Group, tmp_path: Path) -> None:
+    group.storage.write("checkpoints/step-000004/state/rank-9.pt", b"of an older save")
+    group.all(lambda files: files.save(step(group, tmp_path, 4), {"step": 4}))
+    assert "checkpoints/step-000004/state/rank-9.pt" not in group.storage.list("checkpoints")
+
+
+def test_a_rank_that_cannot_store_its_part_fails_all(group: Group, tmp_path: Path, monkeypatch) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise StorageError("the storage is away")
+
+    monkeypatch.setattr(group.files[1]._storage, "put_tree", away)
+    results = group.all(lambda files: files.save(step(group, tmp_path, 4), {"step": 4}))
+    assert all(isinstance(each, StorageError) and str(each) == "rank 1: the storage is away" for each in results)
+    assert group.storage.read(f"checkpoints/step-000004/{COMMITTED}") is None
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_a_file_that_is_not_what_was_written_is_not_loaded_by_anyone(group: Group, tmp_path: Path, owner: int) -> None:
+    folder = step(group, tmp_path, 4)
+    group.all(lambda files: files.save(folder, {"step": 4}))
+    group.all(lambda files: files.export(tmp_path / "run" / "checkpoints" / "sft", "unused"))
+    group.storage.write(f"checkpoints/step-000004/state/rank-{owner}.pt", b"oF %d" % owner)
+    phase = Phase("distill", str(tmp_path / "run" / "checkpoints" / "sft"), None, None, 1e-3, 1)
+    for error in group.all(lambda files: files.start_phase(phase, folder)):
+        assert isinstance(error, TrainingError)
+        assert f"state/rank-{owner}.pt does not hold what was written" in str(error)
+
+
+def test_a_folder_without_a_marker_is_no_checkpoint(group: Group, tmp_path: Path) -> None:
+    folder = step(group, tmp_path, 4)
+    group.storage.write("checkpoints/step-000004/state/model.pt", b"everybody's")
+    (tmp_path / "model.safetensors").write_text("from elsewhere")
+    phase = Phase("distill", str(tmp_path), None, None, 1e-3, 1)
+    for error in group.all(lambda files: files.start_phase(phase, folder)):
+        assert isinstance(error, TrainingError)
+        assert "was not committed" in str(error)
+
+
+def test_a_checkpoint_of_the_run_folder_serves_a_run_that_has_a_storage_since(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared" / "run").mkdir(parents=True)
+    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    alone = [FileEngine(0, Meeting(threading.Barrier(1)), state="before") for _ in range(2)]
+    RankFiles(alone[0], tmp_path / "run", None).save(folder, {"step": 4})  # type: ignore[arg-type]
+    later = RankFiles(alone[1], tmp_path / "run", (tmp_path / "shared" / "run").as_uri())  # type: ignore[arg-type]
+    with later._fetched(folder) as here:
+        assert json.loads((here / COMMITTED).read_text())["step"] == 4
+        alone[1].load(here)
+    assert alone[1].state == "before"
+
+
+class FailingEngine(FileEngine):
+    """Whose writer raises what torch's does where a disk is full, which is no OSError."""
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    def export(self, folder: Path, tokenizer: str) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.fixture
+def room(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether files can grow; a quota on this process ends the disk's room where not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not request.param:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield request.param
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [True, False], indirect=True)
+@pytest.mark.parametrize("work", ["save", "export"])
+def test_only_a_full_disk_is_called_one(tmp_path: Path, room: bool, work: str) -> None:
+    run = tmp_path / "run"
+    files = RankFiles(FailingEngine(0, Meeting(threading.Barrier(1))), run, None)  # type: ignore[arg-type]
+    calls = {
+        "save": lambda: files.save(run / "checkpoints" / "step-000004", {"step": 4}),
+        "export": lambda: files.export(run / "student", "unused"),
+    }
+    with pytest.raises(RuntimeError if room else StorageError) as raised:
+        calls[work]()
+    if not room:
+        assert "rank 0: " in str(raised.value)
+        assert "cannot be written: File too large" in str(raised.value)
+    assert Storage.local(run).list("checkpoints") == {}

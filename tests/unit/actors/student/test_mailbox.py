@@ -1,0 +1,265 @@
+"""The mailbox of the student ranks: a log of orders, and what is left of it after a checkpoint. No Ray is started."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.student.engine import Phase
+from actors.student.group import StudentRanks
+from actors.student.mailbox import Mailbox, Order
+from kdray.config import TrainingSettings
+from kdray.errors import StorageError, TrainingError
+
+WARMUP = Phase("sft", "base", None, None, 1e-3, 10)
+DISTILL = Phase("distill", "base", None, None, 1e-4, 20)
+
+
+async def within_turns(task: asyncio.Task[Any], number: int = 10) -> bool:
+    """Whether the task ends by itself within a few turns of the loop."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+    return task.done()
+
+
+async def answer_all(mailbox: Mailbox, index: int, world_size: int = 2) -> None:
+    for rank in range(world_size):
+        await mailbox.answer(index, rank, f"order {index} of rank {rank}")
+
+
+async def saved_mailbox() -> tuple[Mailbox, int]:
+    """A mailbox after phase, train, save, all answered by two ranks; and the index of the save."""
+    mailbox = Mailbox(world_size=2)
+    for order in (Order("phase", phase=WARMUP), Order("train"), Order("save", checkpoint="step-1")):
+        index = await mailbox.post(order)
+        await answer_all(mailbox, index)
+    return mailbox, index
+
+
+async def test_orders_are_served_in_order_to_every_rank_at_its_own_pace() -> None:
+    mailbox = Mailbox(world_size=2)
+    orders = [Order("phase", phase=WARMUP), Order("train"), Order("publish", version=1)]
+    assert [await mailbox.post(order) for order in orders] == [0, 1, 2]
+    assert [await mailbox.order(index) for index in range(3)] == orders
+    assert await mailbox.order(0) is orders[0]  # the other rank has only begun
+
+
+async def test_an_order_is_waited_for() -> None:
+    mailbox = Mailbox(world_size=1)
+    waiting = asyncio.ensure_future(mailbox.order(1))
+    await mailbox.post(Order("phase", phase=WARMUP))
+    assert not await within_turns(waiting)
+    order = Order("publish", version=1)
+    await mailbox.post(order)
+    assert await asyncio.wait_for(waiting, 1) is order
+
+
+async def test_a_result_is_rank_0_s_once_all_ranks_have_answered() -> None:
+    mailbox = Mailbox(world_size=3)
+    index = await mailbox.post(Order("train"))
+    waiting = asyncio.ensure_future(mailbox.result(index))
+    await mailbox.answer(index, 0, "report")
+    await mailbox.answer(index, 2, None)
+    assert not await within_turns(waiting)
+    await mailbox.answer(index, 2, None)  # the same rank again is not the third
+    assert not await within_turns(waiting)
+    await mailbox.answer(index, 1, None)
+    assert await asyncio.wait_for(waiting, 1) == "report"
+
+
+async def test_the_error_of_one_rank_is_the_result_at_once() -> None:
+    """The other one may wait for it inside the order, for ever."""
+    mailbox = Mailbox(world_size=2)
+    index = await mailbox.post(Order("save", checkpoint="step-1"))
+    await mailbox.answer(index, 1, StorageError("rank 1: full"))
+    result = await asyncio.wait_for(mailbox.result(index), 1)
+    assert isinstance(result, StorageError)
+    await mailbox.answer(index, 0, None)
+    assert await mailbox.start(0) == (0, None, None), "nothing was committed"
+
+
+async def test_the_first_answer_wins_in_a_replay() -> None:
+    mailbox = Mailbox(world_size=2)
+    index = await mailbox.post(Order("train"))
+    await mailbox.answer(index, 0, "first")
+    await mailbox.answer(index, 0, "replayed")
+    await mailbox.answer(index, 1, None)
+    assert await mailbox.result(index) == "first"
+    await mailbox.answer(index, 0, "replayed again")
+    assert await mailbox.result(index) == "first"
+
+
+async def test_before_any_save_the_start_is_the_beginning() -> None:
+    mailbox = Mailbox(world_size=2)
+    await mailbox.post(Order("phase", phase=WARMUP))
+    await mailbox.post(Order("train"))
+    await answer_all(mailbox, 0)
+    assert await mailbox.start(0) == (0, None, None)
+
+
+async def test_a_save_that_not_all_ranks_answered_moves_nothing() -> None:
+    mailbox = Mailbox(world_size=2)
+    await mailbox.post(Order("phase", phase=WARMUP))
+    index = await mailbox.post(Order("save", checkpoint="step-0"))
+    await mailbox.answer(index, 0, None)
+    await mailbox.answer(index, 0, None)
+    assert await mailbox.start(0) == (0, None, None)
+
+
+async def test_after_a_save_the_start_is_behind_it_with_its_phase_and_checkpoint() -> None:
+    mailbox, save = await saved_mailbox()
+    assert await mailbox.start(1) == (save + 1, WARMUP, "step-1")
+    assert await mailbox.result(save) == f"order {save} of rank 0"
+    # Orders after it count on, and are there for whoever starts from it.
+    after = Order("publish", version=2)
+    assert await mailbox.post(after) == save + 1
+    assert await mailbox.order(save + 1) is after
+
+
+async def test_orders_before_a_save_are_dropped_and_late_answers_to_them_ignored() -> None:
+    mailbox, save = await saved_mailbox()
+    dropped = asyncio.ensure_future(mailbox.order(save - 1))
+    assert not await within_turns(dropped)
+    dropped.cancel()
+    await mailbox.answer(save - 1, 0, "late")
+    forgotten = asyncio.ensure_future(mailbox.result(save - 1))
+    assert not await within_turns(forgotten)
+    forgotten.cancel()
+
+
+async def test_the_phase_of_a_save_is_the_last_one_before_it() -> None:
+    mailbox, _ = await saved_mailbox()
+    await answer_all(mailbox, await mailbox.post(Order("phase", phase=DISTILL)))
+    # Until a save in the new phase, a restart walks from the old save, through the new phase's order.
+    assert (await mailbox.start(0))[1:] == (WARMUP, "step-1")
+    save = await mailbox.post(Order("save", checkpoint="step-2"))
+    await mailbox.post(Order("phase", phase=WARMUP))  # posted after it: not its phase
+    await answer_all(mailbox, save)
+    assert await mailbox.start(0) == (save + 1, DISTILL, "step-2")
+
+
+async def test_replaying_after_a_loss_walks_the_same_orders() -> None:
+    mailbox, save = await saved_mailbox()
+    orders = [Order("train", version=number) for number in range(3)]
+    for order in orders:
+        await mailbox.post(order)
+    await answer_all(mailbox, save + 1)
+    await mailbox.answer(save + 2, 0, "from before the loss")  # rank 1 is lost here
+    index, phase, checkpoint = await mailbox.start(0)
+    assert (phase, checkpoint) == (WARMUP, "step-1")
+    for order in orders:
+        assert await mailbox.order(index) is order
+        await answer_all(mailbox, index)
+        index += 1
+    assert await mailbox.result(save + 2) == "from before the loss"
+    assert await mailbox.result(save + 3) == f"order {save + 3} of rank 0"
+
+
+async def test_restarts_count_groups_not_ranks() -> None:
+    mailbox = Mailbox(world_size=2)
+    assert await mailbox.restarts() == 0
+    for restarts in range(3):
+        await mailbox.start(1)
+        await mailbox.start(0)
+        assert await mailbox.restarts() == restarts
+
+
+class _Local:
+    """The mailbox as an actor's handle would give it, in this process."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self._mailbox = mailbox
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._mailbox, name)
+        return SimpleNamespace(remote=lambda *given: asyncio.ensure_future(method(*given)))
+
+
+class _Rank:
+    """An actor handle that can be told from others."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    ended: list[Any] = []
+    monkeypatch.setattr("ray.kill", ended.append)
+    return ended
+
+
+def _ranks_of(
+    mailbox: Mailbox, stuck_after_s: float, loading_s: float = 60.0
+) -> tuple[StudentRanks, list[tuple[str, dict[str, Any]]]]:
+    events: list[tuple[str, dict[str, Any]]] = []
+    training = TrainingSettings(stuck_after_s=stuck_after_s, stuck_loading_after_s=loading_s)
+    ranks = StudentRanks(
+        training,
+        8,
+        0,
+        "tokenizer",
+        None,
+        Path("run"),
+        Path("ray"),
+        on_event=lambda kind, **fields: events.append((kind, fields)),
+    )
+    ranks._mailbox = _Local(mailbox)
+    ranks._fit = asyncio.get_running_loop().create_future()
+    return ranks, events
+
+
+async def test_ranks_that_hang_are_killed_and_the_order_is_answered_after_their_restart(killed: list[Any]) -> None:
+    mailbox = Mailbox(world_size=1)
+    ranks, events = _ranks_of(mailbox, 0.2)
+    rank = _Rank()
+    await mailbox.enter(0, rank)
+    order = asyncio.ensure_future(ranks._call(Order("train")))
+    for _ in range(100):
+        if not killed:
+            await asyncio.sleep(0.02)
+    assert killed == [rank]
+    await mailbox.enter(0, _Rank())
+    await mailbox.answer(0, 0, "report")
+    assert await asyncio.wait_for(order, 1) == "report"
+    assert [kind for kind, _ in events] == ["ranks_stuck"]
+    assert events[0][1]["order"] == "train"
+
+
+async def test_ranks_that_are_heard_of_are_not_stuck(killed: list[Any]) -> None:
+    mailbox = Mailbox(world_size=2)
+    ranks, events = _ranks_of(mailbox, 0.3)
+    order = asyncio.ensure_future(ranks._call(Order("train")))
+    for _ in range(5):
+        await asyncio.sleep(0.15)
+        await mailbox.enter(0, _Rank())
+    await answer_all(mailbox, 0)
+    await order
+    assert not killed
+    assert not events
+
+
+async def test_ranks_that_do_not_come_back_end_the_run_with_the_reason(killed: list[Any]) -> None:
+    mailbox = Mailbox(world_size=1)
+    await mailbox.enter(0, _Rank())
+    ranks, _ = _ranks_of(mailbox, 0.1)
+    with pytest.raises(TrainingError, match="did not start again within training.stuck_after_s=0.1"):
+        await asyncio.wait_for(ranks._call(Order("save", checkpoint="step-1")), 2)
+    assert len(killed) == 1
+
+
+@pytest.mark.parametrize("order", [Order("phase", phase=WARMUP), Order("export", folder="student")])
+async def test_loading_and_export_have_a_deadline_of_their_own(killed: list[Any], order: Order) -> None:
+    mailbox = Mailbox(world_size=1)
+    await mailbox.enter(0, _Rank())
+    ranks, _ = _ranks_of(mailbox, 0.05, loading_s=60.0)
+    call = asyncio.ensure_future(ranks._call(order))
+    await asyncio.sleep(0.3)
+    await mailbox.answer(0, 0, None)
+    await call
+    assert not killed
+    ranks, _ = _ranks_of(mailbox, 60.0, loading_s=0.1)
+    with pytest.raises(TrainingError, match="did not start again within training.stuck_loading_after_s=0.1"):
+        await asyncio.wait_for(ranks._call(order), 2)
+    assert len(killed) == 1

@@ -1,0 +1,307 @@
+"""Memory and rates against what can be counted, and plans for clusters that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.planning.accelerators import ACCELERATORS, Accelerator
+from cluster.planning.memory import GIB, ModelShape, activation_bytes, engine_memory, rank_memory
+from cluster.planning.placement import ACCELERATOR_LABEL, Node
+from cluster.planning.plan import described_nodes, plan
+from cluster.planning.throughput import Lengths, measured, sampling_rate, scoring_rate, training_rate
+from kdray.config import Config, parse_config
+from kdray.errors import CapacityError, DataError
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+
+
+def _tiny(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, str]:
+    for name, shape in (("student", LLAMA_8B), ("teacher", LLAMA_70B)):
+        LlamaConfig(**shape, max_position_embeddings=8192).save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("student", "teacher")}
+
+
+def _config(models: dict[str, str], **sections: Any) -> Config:
+    tree: dict[str, Any] = {
+        "run": {"name": "planned"},
+        "data": {"max_prompt_tokens": 512},
+        "student": {"model": models["student"]},
+        "teachers": {
+            "main": {"model": models["teacher"], "tensor_parallel_size": 4, "num_gpus": 4, "replicas": 2}
+            | sections.pop("teacher", {})
+        },
+        "rollout": {"max_new_tokens": 512},
+        "training": {
+            "ranks": 8,
+            "gpus_per_rank": 1,
+            "zero_stage": 3,
+            "precision": "bf16",
+            "micro_batch_size": 2,
+            "gradient_checkpointing": True,
+        }
+        | sections.pop("training", {}),
+    }
+    return parse_config(tree | sections)
+
+
+def _nodes(count: int, kind: str, gpus: int = 8, **labels: str) -> list[Node]:
+    return [Node({"CPU": 96, "GPU": gpus, f"accelerator_type:{kind}": 1}, {ACCELERATOR_LABEL: kind, **labels}, kind)] * count
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model(tied: bool) -> None:
+    model = _tiny(tied)
+    assert ModelShape.of(model.config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_published_numbers_of_a_model_that_everybody_knows() -> None:
+    shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
+    assert shape.parameters == 8_030_261_248
+    assert shape.kv_bytes(2) == 128 * 1024, "Llama 3 8B keeps 128 KiB a token in bfloat16"
+
+
+def test_optimizer_gradients_and_weights_are_what_adamw_holds() -> None:
+    model = _tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(0, 100, (2, 8))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    moments = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name.startswith("exp_avg")
+    )
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+    found = rank_memory(ModelShape.of(model.config), "fp32", 0, 1, 2, 8, 4, False)
+    assert (found.optimizer, found.gradients, found.weights) == (moments, gradients, gradients)
+
+
+@pytest.mark.parametrize(("stage", "divided"), [(0, ()), (1, ("optimizer",)), (2, ("optimizer", "gradients"))])
+def test_zero_stages_divide_by_ranks(stage: int, divided: tuple[str, ...]) -> None:
+    shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
+    whole = rank_memory(shape, "bf16", 0, 8, 2, 64, 32, False)
+    found = rank_memory(shape, "bf16", stage, 8, 2, 64, 32, False)
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(found, part) == getattr(whole, part) / (8 if part in divided else 1)
+    # Whoever sends weights has them whole, twice.
+    sending = rank_memory(shape, "bf16", stage, 8, 2, 64, 32, False, copies=2)
+    assert sending.total - found.total == 4 * shape.parameters
+    # 2 + 2 + 12 bytes a parameter, the ZeRO paper's count.
+    assert whole.weights + whole.gradients + whole.optimizer == 16 * shape.parameters
+
+
+def test_activations_are_near_what_autograd_keeps() -> None:
+    model, tokens = _tiny(), 4 * 64
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(torch.randint(0, 100, (4, 64))).last_hidden_state
+    assert hidden.requires_grad
+    modelled = activation_bytes(ModelShape.of(model.config), tokens, 4, False)
+    assert 0.7 < modelled / sum(kept.values()) < 1.3
+    checkpointed = activation_bytes(ModelShape.of(model.config), tokens, 4, True)
+    assert checkpointed < modelled / 2
+
+
+def test_an_engine_keeps_what_is_left_for_keys_and_values() -> None:
+    teacher, student = ModelShape.of(LlamaConfig(**LLAMA_70B)), ModelShape.of(LlamaConfig(**LLAMA_8B))
+    found = engine_memory([teacher, student], 2, 4, 128, 4096, 67 * GIB)
+    assert found.weights == pytest.approx((teacher.parameters + student.parameters) * 2 / 4)
+    assert found.needed + found.kv_room == pytest.approx(67 * GIB)
+    assert found.kv_tokens == int(found.kv_room / ((teacher.kv_bytes(2) + student.kv_bytes(2)) / 4))
+
+
+def test_rates_follow_the_roofline() -> None:
+    shape, gpu, lengths = ModelShape.of(LlamaConfig(**LLAMA_8B)), Accelerator(80, 1000, 2000), Lengths(0, 100)
+    # One sequence: the weights are read once a token.
+    seconds = (shape.parameters * 2 + 50 * shape.kv_bytes(2)) / (0.6 * 2e12)
+    assert sampling_rate([shape], gpu, 1, 1, lengths, 2) == pytest.approx(1 / seconds)
+    assert sampling_rate([shape, shape], gpu, 1, 1, lengths, 2) == pytest.approx(0.5 / seconds)
+    assert sampling_rate([shape], gpu, 2, 1, lengths, 2) == pytest.approx(2 / seconds)
+    assert scoring_rate([shape], gpu, 1, Lengths(100, 100)) == pytest.approx(0.6e15 / (4 * shape.parameters))
+    assert training_rate(shape, gpu, 4, lengths, False) == pytest.approx(4 * 0.35e15 / (6 * shape.parameters))
+    assert training_rate(shape, gpu, 4, lengths, True) == pytest.approx(4 * 0.35e15 / (8 * shape.parameters))
+
+
+def test_measured_rates_leave_waits_out() -> None:
+    line = {
+        "response_tokens": 10.0,
+        "tokens_per_s": 100.0,
+        "wait_rollout_s": 3.0,
+        "wait_teacher_s": 1.0,
+        "teacher_replicas": 2.0,
+    }
+    slow = line | {"tokens_per_s": 1.0}
+    found = measured([slow, line, line, line], batch_size=64)
+    # 640 tokens in 6.4 s a step, 4 of them waiting; the first quarter is not counted.
+    assert found.supply == pytest.approx(100)
+    assert found.training == pytest.approx(640 / 2.4)
+    assert (found.waits, found.replicas) == (pytest.approx(4 / 6.4), 2)
+    with pytest.raises(ValueError, match="too few"):
+        measured([line], 64)
+
+
+def test_a_plan_places_roles_by_label_and_names_the_bottleneck(models: dict[str, str]) -> None:
+    config = _config(models, teacher={"labels": {"role": "t"}}, training={"labels": {"role": "s"}})
+    found = plan(config, [*_nodes(1, "H100", role="t"), *_nodes(1, "A100-80G", role="s")])
+    teacher, student = found.roles
+    assert list(teacher.nodes.values()) == [2]
+    assert "H100" in next(iter(teacher.nodes))
+    assert "A100-80G" in next(iter(student.nodes))
+    text = "\n".join(found.lines)
+    assert "bottleneck: " in text
+    assert teacher.rate is not None
+    assert student.rate is not None
+    assert ("bottleneck: student" in text) == (teacher.rate > student.rate)
+    assert "warning" not in text, "70B to 8B is no gap"
+
+
+def test_a_teacher_far_larger_than_its_student_is_warned_of(models: dict[str, str], tmp_path: Path) -> None:
+    small = LLAMA_8B | {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+    LlamaConfig(**small).save_pretrained(tmp_path / "small")
+    found = plan(_config(models | {"student": str(tmp_path / "small")}), _nodes(2, "H100"))
+    assert any(line.startswith("warning: teacher main has ") for line in found.lines)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"teacher": {"tensor_parallel_size": 1, "num_gpus": 1}},
+            r"teachers.main: a replica needs 1\d\d\.\d GiB .* set teachers.main.tensor_parallel_size=4 and num_gpus=4",
+        ),
+        ({"training": {"zero_stage": 0}}, r"training: a rank needs 1\d\d.*it fits with training.zero_stage=1"),
+        (
+            {"training": {"ranks": 1, "micro_batch_size": 64}},
+            r"training: a rank needs .*it fits with training.ranks=2, training.micro_batch_size=\d+",
+        ),
+        ({"teacher": {"replicas": 5}}, r"teachers.main.replicas=5 x 4"),
+        ({"teacher": {"labels": {"zone": "b"}}}, r"labels zone=b on one node, and no node has these labels"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would(models: dict[str, str], sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(CapacityError, match=message):
+        plan(_config(models, **sections), _nodes(2, "H100"))
+
+
+def test_the_remedy_that_a_refusal_names_is_one(models: dict[str, str]) -> None:
+    plan(_config(models, training={"zero_stage": 1}), _nodes(2, "H100"))
+
+
+def test_the_weakest_node_that_may_be_taken_counts(models: dict[str, str]) -> None:
+    """Without a label, Ray may put the ranks on the small GPUs."""
+    nodes = [*_nodes(2, "H100"), *_nodes(4, "T4")]
+    with pytest.raises(CapacityError, match=r"training: a rank needs .* has 15.0 GiB"):
+        plan(_config(models, teacher={"accelerator_type": "H100"}), nodes)
+    plan(_config(models, teacher={"accelerator_type": "H100"}, training={"accelerator_type": "H100"}), nodes)
+
+
+def test_a_pool_that_may_outgrow_its_cluster_is_noted(models: dict[str, str]) -> None:
+    teacher = {"autoscaling": {"min_replicas": 1, "max_replicas": 9}}
+    assert any(
+        "may grow to 9" in line and "cluster.may_grow=true" in line
+        for line in plan(_config(models, teacher=teacher), _nodes(2, "H100")).lines
+    )
+    growing = _config(models, teacher=teacher, cluster={"may_grow": True})
+    assert any("nodes are asked for" in line for line in plan(growing, _nodes(2, "H100")).lines)
+
+
+def test_nodes_that_may_still_come_are_a_note(models: dict[str, str]) -> None:
+    found = plan(_config(models, cluster={"may_grow": True}), [Node({"CPU": 1})])
+    assert found.roles == []
+    assert "cluster.may_grow=true asks for more: teachers.main.replicas" in found.lines[0]
+
+
+def test_replicas_that_share_a_gpu_may_not_take_more_than_it_has(models: dict[str, str]) -> None:
+    half = {"model": models["student"], "num_gpus": 0.5, "tensor_parallel_size": 1}
+    with pytest.raises(CapacityError, match=r"teachers.main.num_gpus=0.5 puts 2 replicas on a GPU.*lower that to 0.5 or less"):
+        plan(_config(models, teacher=half), _nodes(2, "H100"))
+    plan(_config(models, teacher=half | {"gpu_memory_utilization": 0.45}), _nodes(2, "H100"))
+
+
+def test_512_nodes_with_4096_gpus(models: dict[str, str]) -> None:
+    teacher = {"replicas": 512, "labels": {"role": "t"}}
+    training = {"ranks": 2048, "batch_size": 4096, "labels": {"role": "s"}, "sft": {"batch_size": 4096}}
+    found = plan(
+        _config(models, teacher=teacher, training=training), [*_nodes(256, "H100", role="t"), *_nodes(256, "H200", role="s")]
+    )
+    assert [sum(role.nodes.values()) for role in found.roles] == [512, 2048]
+
+
+def test_the_command_reads_a_described_cluster_and_a_run(models: dict[str, str], tmp_path: Path) -> None:
+    recipe, cluster = tmp_path / "recipe.yaml", tmp_path / "cluster.yaml"
+    recipe.write_text(_config(models).dump())
+    cluster.write_text("nodes:\n- {count: 2, cpus: 96, gpus: 8, accelerator_type: H100, memory_gib: 900}\n")
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--cluster", str(cluster)])
+    assert result.exit_code == 0, result.output
+    assert "bottleneck" in result.output
+    cluster.write_text("nodes:\n- {count: 1, cpus: 96, gpus: 4, accelerator_type: H100}\n")
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--cluster", str(cluster)])
+    assert result.exit_code == 2
+    assert "16 GPU" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nodes: []", "nodes"),
+        ("nodes: [{cpu: 3}]", "cpu"),
+        ("- 1", "cluster.yaml"),
+        ("nodes: [", "cannot be read"),
+    ],
+)
+def test_a_described_cluster_that_is_wrong(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        described_nodes(path)
+
+
+def test_every_accelerator_is_one_that_ray_knows() -> None:
+    from ray.util.accelerators import accelerators
+
+    assert set(ACCELERATORS) <= {value for name, value in vars(accelerators).items() if name.isupper()}

@@ -1,0 +1,208 @@
+"""What is refused before anything starts, beyond the config itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdray.checks.preflight import check
+from kdray.config import TinyModel, parse_config
+from kdray.errors import ConfigError, DataError, KdrayError, VocabError
+from kdray.models.resolve import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    build_tiny_model(TinyModel(type="tiny", layers=1, width=32, max_positions=64), root / "student")
+    build_tiny_model(TinyModel(type="tiny", layers=1, width=32, max_positions=64, vocab_rows=128), root / "teacher")
+    with (root / "prompts.jsonl").open("w") as file:
+        for index in range(40):
+            file.write(json.dumps({"prompt": f"{index}+1=", "answer": str(index + 1)}) + "\n")
+    return root
+
+
+def _config(models: Path, **sections: Any) -> Any:
+    tree: dict[str, Any] = {
+        "run": {"name": "x"},
+        "data": {
+            "prompts": {"type": "jsonl", "path": str(models / "prompts.jsonl")},
+            "heldout_size": 8,
+            "max_prompt_tokens": 32,
+        },
+        "student": {"model": str(models / "student")},
+        "teachers": {"main": {"model": str(models / "teacher")}},
+        "rollout": {"max_new_tokens": 16},
+    }
+    return parse_config(tree | {name: tree.get(name, {}) | value for name, value in sections.items()})
+
+
+def test_a_sound_config_passes_and_padding_is_cut(models: Path) -> None:
+    checked = check(_config(models))
+    assert checked.vocab_size == 99
+    assert checked.stop_ids == (1,)
+    assert any("29 padded rows are cut" in line for line in checked.lines)
+    assert (len(checked.dataset.train), len(checked.dataset.heldout)) == (32, 8)
+
+
+def test_every_end_of_sequence_of_the_student_stops(models: Path, tmp_path: Path) -> None:
+    student = build_tiny_model(TinyModel(type="tiny", layers=1, width=32, max_positions=64), tmp_path / "student")
+    generation = student / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [1, 7]}))
+    assert check(_config(models, student={"model": str(student)})).stop_ids == (1, 7)
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [1, 700]}))
+    with pytest.raises(ConfigError, match=r"\[700\] lie outside the 99 ids"):
+        check(_config(models, student={"model": str(student)}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"max_new_tokens": 60}}, r"holds 64 positions.*need 92"),
+        ({"student": {"model": "/nowhere/at/all"}}, r"/nowhere/at/all"),
+        ({"data": {"heldout_size": 40}}, r"heldout_size=40"),
+        (
+            {"rollout": {"max_new_tokens": 16}, "teachers": {"main": {"model": {"type": "tiny", "vocab_rows": 9}}}},
+            r"vocab_rows=9",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(models: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdrayError, match=message):
+        check(_config(models, **sections))
+
+
+def test_a_folder_without_weights_is_refused(models: Path, tmp_path: Path) -> None:
+    empty = build_tiny_model(TinyModel(type="tiny", layers=1, width=32), tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"no \*\.safetensors"):
+        check(_config(models, teachers={"main": {"model": str(empty)}}))
+
+
+def test_a_model_that_is_no_language_model_is_refused(models: Path, tmp_path: Path) -> None:
+    other = build_tiny_model(TinyModel(type="tiny", layers=1, width=32), tmp_path / "vision")
+    (other / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ConfigError, match="no language model"):
+        check(_config(models, teachers={"main": {"model": str(other)}}))
+
+
+def test_other_tokenizers_are_refused_with_the_ids(models: Path, tmp_path: Path) -> None:
+    other = build_tiny_model(TinyModel(type="tiny", layers=1, width=32), tmp_path / "other")
+    path = other / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    vocab = tree["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(VocabError, match=r"'a'.*'b'|'b'.*'a'"):
+        check(_config(models, teachers={"main": {"model": str(other)}}))
+
+
+def test_answers_that_cannot_be_trained_are_refused(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(index), "answer": "9" * 80}) + "\n" for index in range(20)))
+    sections = {
+        "data": {"prompts": {"type": "jsonl", "path": str(path)}, "heldout_size": 4, "max_prompt_tokens": 32},
+        "training": {"sft": {"steps": 2}},
+    }
+    with pytest.raises(ConfigError, match="16 prompts with their answers are longer"):
+        check(_config(models, **sections))
+    without = {**sections, "training": {"sft": {"steps": 0}}}
+    assert check(_config(models, **without)).dataset.train
+
+
+def _shared(tmp_path, **rollout):
+    tiny = {"type": "tiny"}
+    return parse_config(
+        {
+            "run": {"name": "x", "output": str(tmp_path)},
+            "data": {"prompts": {"type": "task", "tasks": ["last_letters", "coin_flip"], "size": 16}, "heldout_size": 4},
+            "student": {"model": tiny},
+            "teachers": {"a": {"model": tiny}, "b": {"model": tiny}},
+            "rollout": {"teachers": rollout},
+        }
+    )
+
+
+def test_a_prompt_that_no_teacher_takes_is_found_before_anything_starts(tmp_path):
+    with pytest.raises(DataError, match=r"domain='coin_flip' is not in rollout\.teachers\.map"):
+        check(_shared(tmp_path, type="route", map={"last_letters": "a"}))
+    with pytest.raises(DataError, match=r"rollout\.teachers\.domain_weights"):
+        check(_shared(tmp_path, type="ensemble", domain_weights={"last_letters": {"a": 1}}))
+    with pytest.raises(ConfigError, match="at least one of them above 0"):
+        check(_shared(tmp_path, type="ensemble", weights={"a": 0, "b": 0}))
+    with pytest.raises(ConfigError, match="at least one of them above 0"):
+        check(_shared(tmp_path, type="route", weights={"a": 0, "b": 0}))
+    lines = check(_shared(tmp_path, type="route", map={"last_letters": "a", "coin_flip": "a"})).lines
+    assert any("teacher b: rollout.teachers sends it no prompt" in line for line in lines)
+
+
+def test_an_endpoint_without_its_key_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("KDRAY_TEST_KEY", raising=False)
+    tree = {
+        "run": {"name": "x", "output": str(tmp_path)},
+        "data": {"prompts": {"type": "task", "size": 8}, "heldout_size": 2},
+        "student": {"model": {"type": "tiny"}},
+        "teachers": {"far": {"type": "openai", "base_url": "http://here/v1", "model": "m", "api_key_env": "KDRAY_TEST_KEY"}},
+        "rollout": {"alpha": 1},
+        "loss": {"type": "sequence"},
+    }
+    with pytest.raises(ConfigError, match=r"teachers\.far\.api_key_env=KDRAY_TEST_KEY: the variable is not set"):
+        check(parse_config(tree))
+    monkeypatch.setenv("KDRAY_TEST_KEY", "k")
+    assert "k" not in [line.rpartition(" ")[2] for line in check(parse_config(tree)).lines]
+
+
+def test_layers_of_features_are_looked_up_in_both_models(models: Path) -> None:
+    lines = check(_config(models, training={"features": {"hidden": {}, "attention": {}}})).lines
+    assert any("teacher main" in line and "hidden 0-0, 1-1; attention 1-1" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"features\.relation\.layers=\[\[1, 2\]\]: the teacher has no layer 2.*from 0 to 1"):
+        check(_config(models, training={"features": {"relation": {"layers": [[1, 2]]}}}))
+
+
+def _with_program(tmp_path: Path, **sections: Any) -> Any:
+    tree: dict[str, Any] = {
+        "run": {"name": "x", "output": str(tmp_path)},
+        "data": {"prompts": {"type": "task", "size": 8}, "heldout_size": 2},
+        "student": {"model": {"type": "tiny"}},
+        "teachers": {"base": {"model": {"type": "tiny"}}},
+        "rollout": {"alpha": 1, "program": {"type": "direct", "max_stage_tokens": 400}},
+        "loss": {"type": "sequence"},
+    }
+    return parse_config(tree | {name: tree.get(name, {}) | value for name, value in sections.items()})
+
+
+PAIRS = {"type": "rationale", "max_stage_tokens": 400}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"alpha": 0.5}}, r"rollout\.alpha=0\.5 with .*type=sequence|rollout\.alpha=0\.5 with rollout\.program"),
+        ({"loss": {"type": "forward_kl"}}, r"loss\.type=forward_kl with rollout\.program\.type=direct"),
+        ({"teachers": {"base": {"type": "capture", "path": "there"}}}, r"teachers\.base\.type=capture with rollout\.program"),
+        ({"rollout": {"teachers": {"type": "ensemble"}}}, r"type=ensemble with rollout\.program"),
+        ({"rollout": {"program": PAIRS}}, r"samples_per_prompt=1 with rollout\.program\.type=rationale"),
+        (
+            {"rollout": {"program": PAIRS | {"rationale_prefix": ""}, "samples_per_prompt": 2}},
+            r"rationale_prefix='' is data\.prefix too",
+        ),
+    ],
+)
+def test_what_a_program_does_not_go_with_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _with_program(tmp_path, **sections)
+
+
+def test_calls_longer_than_a_model_are_refused_and_a_sound_program_is_told(tmp_path: Path) -> None:
+    sound = _with_program(tmp_path)
+    assert sound.max_model_len == 400, "an engine must hold a call"
+    assert any("program: direct" in line for line in check(sound).lines)
+    long = {"program": {"type": "direct", "max_stage_tokens": 513}}
+    with pytest.raises(ConfigError, match=r"holds 512 positions, but rollout\.program\.max_stage_tokens=513"):
+        check(_with_program(tmp_path, rollout={"alpha": 1} | long))
+    judge = {"program": {"type": "branch_solve_merge", "max_stage_tokens": 400}}
+    with pytest.raises(DataError, match=r"rollout\.program\.pair=.* no two answers"):
+        check(_with_program(tmp_path, rollout={"alpha": 1} | judge))

@@ -1,0 +1,126 @@
+"""The mixture's law, the exact draw from it, and the hash that drives the draw."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from kdray.rollouts.mixture import draw, log_mixture
+from kdray.rollouts.seeds import sample_seed, uniforms
+
+torch.set_num_threads(1)
+
+TEACHER = torch.tensor([[0.7, 0.2, 0.1, 0.0]], dtype=torch.float64).log()
+STUDENT = torch.tensor([[0.1, 0.3, 0.0, 0.6]], dtype=torch.float64).log()
+
+
+def alphas(*values):
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
+
+
+def test_log_mixture_by_hand():
+    # 0.2 (0.7, 0.2, 0.1, 0) + 0.8 (0.1, 0.3, 0, 0.6)
+    expected = torch.tensor([[0.22, 0.28, 0.02, 0.48]], dtype=torch.float64)
+    torch.testing.assert_close(log_mixture(TEACHER, STUDENT, alphas(0.2)).exp(), expected)
+
+
+def test_log_mixture_at_the_ends_is_one_model_alone_even_where_the_other_has_no_mass():
+    assert torch.equal(log_mixture(TEACHER, STUDENT, alphas(0.0)), STUDENT)
+    assert torch.equal(log_mixture(TEACHER, STUDENT, alphas(1.0)), TEACHER)
+    nowhere = torch.full((1, 4), -torch.inf, dtype=torch.float64)
+    assert torch.equal(log_mixture(nowhere, STUDENT, alphas(0.0)), STUDENT)
+    assert torch.equal(log_mixture(TEACHER, nowhere, alphas(1.0)), TEACHER)
+
+
+def test_log_mixture_takes_each_rows_own_alpha():
+    both = log_mixture(TEACHER.expand(3, 4), STUDENT.expand(3, 4), alphas(0.0, 0.5, 1.0))
+    torch.testing.assert_close(both.exp().sum(-1), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(both[0], STUDENT[0])
+    assert torch.equal(both[2], TEACHER[0])
+    torch.testing.assert_close(both[1].exp(), (TEACHER.exp() + STUDENT.exp())[0] / 2)
+
+
+def test_draws_follow_the_mixture():
+    """Chi-square over 20,000 hashed draws, one seed a sample, as the recorder makes them."""
+    count = 20_000
+    seeds = np.array([sample_seed(0, "train", sample) for sample in range(count)], dtype=np.uint64)
+    law = log_mixture(TEACHER, STUDENT, alphas(0.2))
+    tokens = draw(law.float().expand(count, 4), torch.from_numpy(uniforms(seeds, np.zeros(count, dtype=np.int64))))
+    observed = np.bincount(tokens.numpy(), minlength=4)
+    assert stats.chisquare(observed, law.exp()[0].numpy() * count).pvalue > 1e-3
+    # the test can tell: the same draws do not fit alpha and 1 - alpha exchanged
+    swapped = log_mixture(TEACHER, STUDENT, alphas(0.8)).exp()[0].numpy() * count
+    assert stats.chisquare(observed, swapped).pvalue < 1e-12
+
+
+def test_draw_inverts_the_cdf():
+    law = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(6, 3)
+    points = torch.tensor([0.0, 0.2499, 0.2501, 0.4999, 0.5001, 0.9999], dtype=torch.float64)
+    assert draw(law, points).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@given(st.integers(0, 10_000), st.sampled_from([torch.float32, torch.float64]))
+def test_zero_probability_tokens_are_never_drawn(seed, dtype):
+    """Not at the ends of the interval either, nor where zeros lead, trail or stand in between."""
+    rng = np.random.default_rng(seed)
+    vocab = int(rng.integers(2, 12))
+    possible = rng.random(vocab) < 0.4
+    possible[rng.integers(vocab)] = True
+    logits = torch.tensor(np.where(possible, rng.normal(size=vocab) * 3, -np.inf), dtype=dtype)
+    points = torch.tensor([0.0, 2.0**-53, *rng.random(60), 1.0 - 2.0**-53], dtype=torch.float64)
+    tokens = draw(logits.log_softmax(-1).repeat(len(points), 1), points)
+    assert possible[tokens.numpy()].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draw_leaves_its_rows_as_they_were(dtype):
+    """The recorder reads log m from the same rows afterwards."""
+    law = log_mixture(TEACHER, STUDENT, alphas(0.2)).to(dtype)
+    before = law.clone()
+    draw(law, torch.tensor([0.5], dtype=torch.float64))
+    assert torch.equal(law, before)
+
+
+def test_draw_in_blocks_is_the_same():
+    rng = np.random.default_rng(0)
+    law = torch.tensor(rng.normal(size=(33, 50)), dtype=torch.float32).log_softmax(-1)
+    points = torch.tensor(rng.random(33))
+    whole = draw(law, points, max_rows=1000)
+    assert torch.equal(draw(law, points, max_rows=1), whole)
+    assert torch.equal(draw(law, points, max_rows=8), whole)
+    assert len(set(whole.tolist())) > 10
+
+
+def test_uniforms_are_uniform_over_seeds_and_over_positions():
+    seeds = np.array([sample_seed(3, "train", sample) for sample in range(20_000)], dtype=np.uint64)
+    across = uniforms(seeds, np.zeros(len(seeds), dtype=np.int64))
+    along = uniforms(np.full(20_000, seeds[0]), np.arange(20_000))
+    consecutive = uniforms(np.arange(20_000, dtype=np.uint64), np.zeros(20_000, dtype=np.int64))
+    for values in (across, along, consecutive):
+        assert ((values >= 0) & (values < 1)).all()
+        assert stats.kstest(values, "uniform").pvalue > 1e-3
+        assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 4 / math.sqrt(len(values))
+    pairs = np.histogram2d(along[:-1], along[1:], bins=8, range=[[0, 1], [0, 1]])[0]
+    assert stats.chisquare(pairs.ravel()).pvalue > 1e-3
+
+
+def test_uniforms_depend_on_seed_and_position_only():
+    seeds = np.array([1, 1, 2, 2], dtype=np.uint64)
+    positions = np.array([0, 5, 0, 5])
+    values = uniforms(seeds, positions)
+    assert len(set(values.tolist())) == 4
+    one_by_one = [uniforms(seeds[i : i + 1], positions[i : i + 1])[0] for i in range(4)]
+    assert values.tolist() == one_by_one
+    # splitmix64's first output for state 0 is 0xE220A8397B1DCDAF; its upper 53 bits make the uniform
+    assert uniforms(np.array([0], dtype=np.uint64), np.array([0]))[0] == (0xE220A8397B1DCDAF >> 11) * 2.0**-53
+
+
+def test_sample_seeds_are_apart_by_run_stream_and_sample():
+    seeds = {sample_seed(run, stream, sample) for run in (0, 1) for stream in ("train", "heldout") for sample in range(500)}
+    assert len(seeds) == 2000
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert sample_seed(0, "train", 7) == sample_seed(0, "train", 7)

@@ -1,0 +1,206 @@
+"""The report: one file, every value from the run folder, on whole and on partial runs."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kdray.errors import DataError
+from kdray.runs.folder import RunFolder
+from kdray.runs.report import write_report
+from kdray.runs.reporter import SAMPLE_SCHEMA
+
+HOSTILE = "<script>alert('x')</script> & {{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """Tables by id, headings, notes, and whatever the page would load from elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.loads: list[str] = []
+        self.notes: list[str] = []
+        self._rows: list[list[str]] | None = None
+        self._into: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.loads += [values[name] for name in ("src", "href") if name in values]
+        if tag == "table":
+            self._rows = self.tables.setdefault(values["id"], [])
+        elif tag == "tr" and self._rows is not None:
+            self._rows.append([])
+        elif tag in ("td", "th") and self._rows is not None:
+            self._rows[-1].append("")
+            self._into = self._rows[-1]
+        elif tag == "p":
+            self.notes.append("")
+            self._into = self.notes
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th", "p"):
+            self._into = None
+        if tag == "table":
+            self._rows = None
+
+    def handle_data(self, data):
+        if self._into is not None:
+            self._into[-1] += data
+
+
+def sample_row(**values) -> dict:
+    row = {
+        "source": "train", "step": 1, "sample_id": 0, "prompt_id": 5, "prompt": "last letters of ab cd", "alpha": 0.2,
+        "response": "b d", "finish_reason": "stop", "reverse_kl": 0.125, "token_ids": [3, 1],
+    }  # fmt: skip
+    return row | values
+
+
+def write_samples(folder: RunFolder, name: str, *rows: dict) -> None:
+    folder.samples.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SAMPLE_SCHEMA), folder.samples / f"{name}.parquet")
+
+
+def page_of(folder: RunFolder) -> tuple[str, Page]:
+    text = write_report(folder.path).read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "trial").mkdir()
+    return RunFolder(tmp_path / "trial")
+
+
+@pytest.fixture
+def whole(folder):
+    folder.config.write_text(f"run:\n  name: trial # {HOSTILE}\n")
+    for step in (1, 2, 3):
+        folder.append_metrics(
+            {"step": step, "loss": step / 7, "reverse_kl": None if step == 2 else 0.5, "wait_sync_s": 0.1}
+            | ({"heldout/reverse_kl": 0.777} if step == 3 else {})
+        )
+    folder.append_event("restart", rank=1, reason=HOSTILE)
+    folder.write_summary(
+        {
+            "steps": 3,
+            "before": {"reverse_kl": 0.91234, "exact_match": 0.0},
+            "after": {"reverse_kl": 0.25},
+            "control": {"reverse_kl": 0.5, "method": "sft"},
+            "restarts": 1,
+            "versions": {"ray": "2.60.0"},
+        }
+    )
+    write_samples(folder, "step-00000001", sample_row(response=HOSTILE))
+    write_samples(folder, "heldout-before", sample_row(source="before", step=None, response="x"))
+    write_samples(folder, "heldout-after", sample_row(source="after", step=None, response="b d"))
+    return folder
+
+
+def test_results_stand_side_by_side(whole):
+    _, page = page_of(whole)
+    assert page.tables["outcomes"] == [
+        ["held-out", "before", "after", "control"],
+        ["reverse_kl", "0.9123", "0.25", "0.5"],
+        ["exact_match", "0", "", ""],
+        ["method", "", "", "sft"],
+    ]
+    assert page.tables["totals"] == [["steps", "3"], ["restarts", "1"]]
+    assert page.tables["versions"] == [["ray", "2.60.0"]]
+
+
+def test_curves_hold_the_values_of_the_metrics(whole):
+    text, page = page_of(whole)
+    assert "0.42857142857142855" in text, "the loss of step 3"
+    assert "0.777" in text, "the held-out measurement"
+    assert any("forward_kl" in note for note in page.notes), "what no step has is named as missing"
+
+
+def test_what_others_wrote_is_escaped(whole):
+    text, page = page_of(whole)
+    assert "<script>alert" not in text
+    assert page.tables["samples"][1][2] == HOSTILE
+    assert HOSTILE in page.tables["events"][1][2]
+    assert "name: trial # &lt;script&gt;" in text
+
+
+def test_held_out_answers_stand_side_by_side(whole):
+    _, page = page_of(whole)
+    assert page.tables["heldout"] == [["prompt", "before", "after"], ["last letters of ab cd", "x", "b d"]]
+
+
+def test_the_page_loads_nothing(whole):
+    text, page = page_of(whole)
+    assert page.loads == []
+    assert not re.search(r"@import|<link|<iframe", text.split("</style>")[0])
+    assert text.count("plotly.js v") == 1, "the library is there once"
+    assert len(text) < 6e6
+
+
+def test_a_running_run_names_what_is_missing(folder):
+    folder.append_metrics({"step": 1, "loss": 0.5})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 2, "los')
+    text, page = page_of(folder)
+    assert "missing: config.yaml, events.jsonl, summary.json" in page.notes[0]
+    assert "1 steps recorded" in page.notes[0]
+    for missing in ("no before and after", "no events", "no samples", "no config.yaml", "no versions"):
+        assert missing in text
+
+
+def test_a_run_that_failed_before_its_first_step(folder):
+    folder.config.write_text("run: {name: trial}\n")
+    folder.append_event("failed", reason="no GPU")
+    _, page = page_of(folder)
+    assert page.tables["events"][1][1:] == ["failed", "reason=no GPU"]
+
+
+def test_an_unscored_sample_without_a_decoder_shows_its_ids(folder):
+    folder.append_metrics({"step": 1})
+    write_samples(folder, "step-00000001", sample_row(prompt=None, response=None, reverse_kl=None))
+    _, page = page_of(folder)
+    assert page.tables["samples"][1] == ["1", "–", "[3, 1]", "stop", "0.2", "–"]
+
+
+def test_long_runs_are_thinned_and_keep_their_last_step(folder):
+    folder.metrics.write_text("".join(f'{{"step": {step}, "loss": {step}.5}}\n' for step in range(1, 5002)))
+    text, _ = page_of(folder)
+    assert "5001.5" in text
+    assert "5000.5" not in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="not a run folder"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_sample_file_is_named(folder):
+    folder.append_metrics({"step": 1})
+    folder.samples.mkdir()
+    (folder.samples / "step-00000001.parquet").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"step-00000001\.parquet"):
+        write_report(folder.path)
+
+
+def test_the_time_line_shows_replicas_what_happened_and_the_wait(whole):
+    assert "Missing: no replicas in events.jsonl." in page_of(whole)[1].notes
+    for now in (1, 2, 1):
+        whole.append_event("replicas", pool="big", before=3 - now, now=now)
+    whole.append_event("scale", pool="big", before=1, now=2, reason="the trainer waits")
+    whole.append_event("hedge", pool="big", call="sample", rollouts=7)
+    whole.append_metrics({"step": 4, "time": "2031-01-01T00:00:00.000+00:00", "teacher/big/wait_s": 0.625})
+    text, page = page_of(whole)
+    assert "Missing: no replicas in events.jsonl." not in page.notes
+    start = text.index("<h2>Teachers over time</h2>")
+    drawn = text[start : text.index("<h2>", start + 4)]
+    for part in ("replicas of big", "[1,2,1,1]", "wait for big", "[0.625]", "reason=the trainer waits", "rollouts=7"):
+        assert part in drawn, part
+    # The last known number holds until the last line of the run.
+    assert drawn.count("2031-01-01T00:00:00.000") == 2

@@ -1,0 +1,203 @@
+"""The reporter: what a step, an event and a sample leave in the run folder and on the terminal."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from kdray.runs.folder import RunFolder, read_lines
+from kdray.runs.reporter import SAMPLE_SCHEMA, RunReporter
+from kdray.types import Rollout, StepReport
+
+
+def step_report(step: int, loss: float = 0.5, **metrics: float) -> StepReport:
+    return StepReport(
+        step=step, loss=loss, num_target_tokens=40, grad_norm=1.5, learning_rate=1e-3, seconds=0.25, metrics=metrics
+    )
+
+
+def rollout(sample_id: int, reverse_kl: list[float] | None = None) -> Rollout:
+    token_ids = np.arange(3, dtype=np.int32) + sample_id
+    zeros = np.zeros(3, np.float32)
+    return Rollout(
+        sample_id=sample_id,
+        prompt_id=100 + sample_id,
+        prompt_ids=np.array([7, 8], np.int32),
+        token_ids=token_ids,
+        mixture_logprobs=zeros,
+        student_logprobs=zeros,
+        student_versions=np.zeros(3, np.int32),
+        alpha=0.2,
+        finish_reason="stop",
+        reverse_kl=None if reverse_kl is None else np.array(reverse_kl, np.float32),
+    )
+
+
+def spell(token_ids: np.ndarray) -> str:
+    return " ".join(map(str, token_ids))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path)
+
+
+@pytest.fixture
+def output():
+    return io.StringIO()
+
+
+@pytest.fixture
+def make(folder, output):
+    """Builds a reporter on a console that is no terminal, and closes it."""
+    made = []
+
+    def build(total_steps: int = 20, **settings) -> RunReporter:
+        made.append(RunReporter(folder, total_steps, Console(file=output, width=200), decode=spell, **settings))
+        return made[-1]
+
+    yield build
+    for reporter in made:
+        reporter.close()
+
+
+def scalars(path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_step_is_one_line_with_every_metric(make, folder):
+    reporter = make()
+    reporter.step(step_report(1, clipped=0.1), {"reverse_kl": 0.3, "tokens_per_s": np.float32(12)})
+    reporter.step(step_report(2, loss=float("nan")), {"reverse_kl": float("inf")})
+    first, second = read_lines(folder.metrics)
+    assert first.pop("time").endswith("+00:00")
+    assert first == {
+        "step": 1,
+        "loss": 0.5,
+        "response_tokens": 40,
+        "grad_norm": 1.5,
+        "learning_rate": 1e-3,
+        "train_step_s": 0.25,
+        "clipped": 0.1,
+        "reverse_kl": 0.3,
+        "tokens_per_s": 12.0,
+    }
+    assert (second["loss"], second["reverse_kl"]) == (None, None)
+
+
+def test_the_callers_metric_wins_over_the_reports(make, folder):
+    make().step(step_report(1, staleness_max=1.0), {"response_tokens": 2.5, "staleness_max": 3.0})
+    (line,) = read_lines(folder.metrics)
+    assert (line["response_tokens"], line["staleness_max"]) == (2.5, 3.0)
+
+
+def test_events_reach_file_and_terminal(make, folder, output):
+    make().event("restart", rank=1, reason="[red]lost[/red]")
+    (line,) = read_lines(folder.events)
+    assert (line["kind"], line["rank"]) == ("restart", 1)
+    assert "restart rank=1 reason=[red]lost[/red]" in output.getvalue(), "text from outside is no markup"
+
+
+def test_tensorboard_holds_the_numbers_by_phase(make, folder):
+    reporter = make()
+    reporter.phase("sft", 2)
+    reporter.phase_step(step_report(1, loss=3.0))
+    reporter.step(step_report(1, loss=0.75), {"reverse_kl": float("nan")})
+    reporter.step(step_report(2, loss=0.5), {"reverse_kl": 0.25})
+    reporter.close()
+    assert scalars(folder.tensorboard)["loss"] == [(1, 0.75), (2, 0.5)]
+    assert scalars(folder.tensorboard)["reverse_kl"] == [(2, 0.25)]
+    assert scalars(folder.tensorboard / "sft")["loss"] == [(1, 3.0)]
+
+
+def test_tensorboard_of_a_resumed_run_shows_each_step_once(make, folder):
+    for first, loss in ((1, 1.0), (3, 2.0)):
+        reporter = make()
+        for step in range(first, first + 4):
+            reporter.step(step_report(step, loss=loss), {})
+        reporter.close()
+    assert scalars(folder.tensorboard)["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+
+
+def test_phases_are_events_and_their_steps_are_no_metrics(make, folder, output):
+    reporter = make(total_steps=4)
+    reporter.phase("sft", 2)
+    reporter.phase_step(step_report(2))
+    assert not folder.metrics.exists()
+    reporter.step(step_report(1), {})
+    phases = [(line["name"], line["total"]) for line in read_lines(folder.events)]
+    assert phases == [("sft", 2), ("distill", 4)]
+    assert "sft 2/2  loss 0.5" in output.getvalue()
+
+
+def test_plain_lines_come_every_so_many_steps(make, output):
+    reporter = make(total_steps=20, line_every=5)
+    metrics = {"reverse_kl": 0.25, "tokens_per_s": 1234.0, "wait_rollout_s": 1.5, "wait_sync_s": 0.25}
+    for step in range(1, 21):
+        reporter.step(step_report(step), metrics)
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("distill ")]
+    assert [line.split()[1] for line in lines] == ["1/20", "5/20", "10/20", "15/20", "20/20"]
+    assert lines[1] == "distill 5/20  loss 0.5  reverse_kl 0.25  1234 tokens/s  waits rollout 1.50s sync 0.25s"
+
+
+def test_terminal_shows_one_bar_with_the_numbers(folder):
+    output = io.StringIO()
+    reporter = RunReporter(folder, 4, Console(file=output, force_terminal=True, width=120))
+    try:
+        reporter.phase("sft", 2)
+        reporter.step(step_report(3, loss=0.625), {"reverse_kl": 0.25})
+    finally:
+        reporter.close()
+    last = output.getvalue().rsplit("distill", 1)[1]
+    assert "3/4" in last
+    assert "loss 0.625" in last
+    assert "sft" not in last
+
+
+def test_samples_of_some_steps_are_kept(make, folder):
+    reporter = make(total_steps=25, sample_every=10, sample_count=2)
+    for step in range(1, 26):
+        reporter.samples([rollout(3, [0.5, 1.0, 1.5]), rollout(4), rollout(5)], step)
+    names = sorted(path.name for path in folder.samples.iterdir())
+    assert names == [f"step-{step:08d}.parquet" for step in (1, 10, 20, 25)]
+    table = pq.read_table(folder.samples / names[1])
+    assert table.schema.names == SAMPLE_SCHEMA.names
+    first, second = table.to_pylist()
+    assert first == {
+        "source": "train",
+        "step": 10,
+        "sample_id": 3,
+        "prompt_id": 103,
+        "prompt": "7 8",
+        "response": "3 4 5",
+        "alpha": 0.2,
+        "finish_reason": "stop",
+        "reverse_kl": 1.0,
+        "token_ids": [3, 4, 5],
+    }
+    assert (second["sample_id"], second["reverse_kl"]) == (4, None)
+
+
+def test_held_out_samples_are_replaced_by_name(make, folder):
+    reporter = make(sample_count=1)
+    reporter.heldout_samples([rollout(1)], "before")
+    reporter.heldout_samples([rollout(2), rollout(3)], "before")
+    (path,) = folder.samples.iterdir()
+    assert path.name == "heldout-before.parquet"
+    (row,) = pq.read_table(path).to_pylist()
+    assert (row["source"], row["step"], row["sample_id"]) == ("before", None, 2)
+
+
+def test_without_a_decoder_samples_hold_ids(folder, output):
+    reporter = RunReporter(folder, 5, Console(file=output))
+    reporter.samples([rollout(3)], 1)
+    (row,) = pq.read_table(folder.samples / "step-00000001.parquet").to_pylist()
+    assert (row["prompt"], row["response"], row["token_ids"]) == (None, None, [3, 4, 5])

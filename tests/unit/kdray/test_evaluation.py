@@ -1,0 +1,117 @@
+"""Held-out measurement: its requests, its means worked by hand, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from kdray.errors import EngineError
+from kdray.evaluation import evaluate
+from kdray.rollouts.seeds import sample_seed
+from kdray.types import Prompt, Rollout, SampleRequest
+from tests.support.fakes import BigramWorld, FakeSampler, FakeScorer, History, make_prompts
+
+PROMPTS = [Prompt(prompt_id, np.array([1, 2], np.int32), "", answer) for prompt_id, answer in ((40, "ab"), (7, "b"), (9, "c"))]
+REVERSE = {40: [0.5, 1.0, 1.5], 7: [3.0], 9: []}
+FORWARD = {40: [1.0, 1.0, 2.0], 7: [8.0], 9: []}
+TOKENS = {40: [0, 1, 9], 7: [2], 9: []}
+
+
+@dataclass
+class ScriptedSampler:
+    """Gives the rollouts above, last request first."""
+
+    lacking: str | None = None
+    """A column that the rollout of prompt 7 comes without."""
+    seen: list[SampleRequest] = field(default_factory=list)
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        self.seen.extend(requests)
+        for request in reversed(requests):
+            await asyncio.sleep(0)
+            yield [self._rollout(request)]
+
+    def _rollout(self, request: SampleRequest) -> Rollout:
+        tokens = np.array(TOKENS[request.prompt_id], np.int32)
+        made = Rollout(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=tokens,
+            mixture_logprobs=np.zeros(len(tokens), np.float32),
+            student_logprobs=np.zeros(len(tokens), np.float32),
+            student_versions=np.full(len(tokens), request.min_version, np.int32),
+            alpha=request.alpha,
+            finish_reason="length" if request.prompt_id == 40 else "stop",
+            reverse_kl=np.array(REVERSE[request.prompt_id], np.float32),
+            forward_kl=np.array(FORWARD[request.prompt_id], np.float32),
+        )
+        return replace(made, **{self.lacking: None}) if self.lacking and request.prompt_id == 7 else made
+
+
+def decode(token_ids: np.ndarray) -> str:
+    return "".join("abc"[token] for token in token_ids if token < 3)
+
+
+async def test_numbers_against_hand_computation() -> None:
+    sampler = ScriptedSampler()
+    numbers, rollouts = await evaluate(
+        PROMPTS, sampler, None, decode, lambda response, answer: response == answer, max_new_tokens=8, seed=5, version=3
+    )
+    assert numbers == pytest.approx(
+        {
+            "reverse_kl": (0.5 + 1.0 + 1.5 + 3.0) / 4,  # over tokens: over rollouts it would be 2.0
+            "forward_kl": (1.0 + 1.0 + 2.0 + 8.0) / 4,
+            "response_tokens": (3 + 1 + 0) / 3,
+            "truncated": 1 / 3,
+            "prompts": 3.0,
+            "exact_match": 1 / 3,  # "ab" is right; "c" is not "b"; nothing is not "c"
+        }
+    )
+    assert [rollout.prompt_id for rollout in rollouts] == [40, 7, 9]
+
+
+async def test_requests_are_fixed_by_seed_and_prompt() -> None:
+    sampler = ScriptedSampler()
+    await evaluate(PROMPTS, sampler, None, decode, None, max_new_tokens=8, seed=5, version=3)
+    assert [request.seed for request in sampler.seen] == [sample_seed(5, "heldout", prompt_id) for prompt_id in (40, 7, 9)]
+    assert {(request.alpha, request.max_new_tokens, request.min_version) for request in sampler.seen} == {(0.0, 8, 3)}
+    teacher = ScriptedSampler()
+    await evaluate(PROMPTS, teacher, None, decode, None, max_new_tokens=8, seed=5, version=3, alpha=1.0)
+    assert {request.alpha for request in teacher.seen} == {1.0}
+
+
+async def test_ungraded_and_unanswered_prompts_do_not_count_as_wrong() -> None:
+    numbers, _ = await evaluate(PROMPTS, ScriptedSampler(), None, decode, None, max_new_tokens=8, seed=5, version=0)
+    assert "exact_match" not in numbers
+    prompts = [PROMPTS[0], replace(PROMPTS[1], answer=None)]
+    numbers, _ = await evaluate(prompts, ScriptedSampler(), None, decode, str.__eq__, max_new_tokens=8, seed=5, version=0)
+    assert numbers["exact_match"] == 1.0
+
+
+@pytest.mark.parametrize("lacking", ["reverse_kl", "forward_kl"])
+async def test_missing_kl_is_refused(lacking: str) -> None:
+    with pytest.raises(EngineError, match="held-out KL"):
+        await evaluate(PROMPTS, ScriptedSampler(lacking), None, decode, None, max_new_tokens=8, seed=5, version=0)
+
+
+async def test_a_scorer_that_cannot_give_full_rows_is_refused() -> None:
+    world, history = BigramWorld(), History()
+    sampler = FakeSampler(world, history, scored=False)
+    with pytest.raises(EngineError, match="held-out KL"):
+        await evaluate(make_prompts(), sampler, FakeScorer(world, history), decode, None, 6, seed=5, version=0)
+
+
+async def test_the_same_version_gives_the_same_numbers_and_a_later_one_smaller_ones() -> None:
+    world = BigramWorld()
+
+    async def measure(version: int, delay: int) -> dict[str, float]:
+        sampler = FakeSampler(world, History(published=version), delay=lambda request: request.sample_id * delay % 5)
+        return (await evaluate(make_prompts(40), sampler, None, decode, None, 8, seed=5, version=version))[0]
+
+    assert await measure(0, delay=1) == await measure(0, delay=3)
+    assert (await measure(6, delay=1))["reverse_kl"] < 0.5 * (await measure(0, delay=1))["reverse_kl"]

@@ -1,8 +1,8 @@
 """Kinds of settings by the name in `type`: those of this package, and those that installed distributions add.
 
 A config names kinds and never code: a distribution registers a kind through an entry point of the registry's group, and a name
-that nobody registered is refused. An entry point is loaded when a config asks for its name, so that what is installed and unused
-costs nothing.
+that nobody registered is refused. An entry point is loaded when a config asks for its name, so that what is installed and
+unused costs nothing.
 """
 
 from __future__ import annotations

@@ -13,34 +13,26 @@ from actors.background_call import in_daemon_thread
 from actors.serving.engine import EngineSpec
 from actors.serving.pool import ReplicaPool, deploy
 from cluster.engine_specs import privileged_prompts, student_spec, teacher_spec, teacher_tokenizer
-from cluster.parts import Models, OtherTeacher, Pools
+from cluster.parts import Models, Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
-from kdray.capturing.teacher import CapturedTeacher
 from kdray.checks.preflight import Checked
 from kdray.config import (
-    CaptureTeacherSettings,
     ClusterSettings,
     Config,
     EngineSettings,
-    HFTeacherSettings,
-    OtherTeacherSettings,
     ProgramSettings,
-    SequenceLoss,
-    ULDLoss,
 )
-from kdray.data.dataset import asked_text, question_encoder, reencode, response_encoder
+from kdray.data.dataset import question_encoder, reencode, response_encoder
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models.inspect import decoder
-from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.reference_answers import WithReferences
 from kdray.teachers.cross_tokenizer import CrossTokenizerScorer
-from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.openai import RemoteTeacher
+from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.teachers.privileged import PrivilegedScorer
 from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
-from kdray.teachers.team import TeacherTeam, prompts_of
+from kdray.teachers.team import TeacherTeam
 
 
 @contextlib.asynccontextmanager
@@ -79,7 +71,8 @@ async def open_pools(
         return replace(spec, role="teacher", student=None, student_revision=None, canary=alone)
 
     served = [pool(name, spec_of(name), each) for name, each in config.served_teachers.items()]
-    others = {name: _other_teacher(config, checked, name, each) for name, each in config.other_teachers.items()}
+    context = TeacherContext(config, checked.tokenizer, checked.dataset, checked.vocab_size, checked.stop_ids)
+    others = {name: kind_of(config, name).open(context) for name in config.other_teachers}
     students = (
         [pool("rollout", student_spec(config, checked, models), settings.pool)]
         if config.has_rollout_pool and alone is None
@@ -93,7 +86,7 @@ async def open_pools(
         team = TeacherTeam(config, teachers, [*checked.dataset.train, *checked.dataset.heldout], checked.vocab_size)
     one = team or teachers[0]
     scorer: Scorer = one
-    if isinstance(config.loss, ULDLoss):
+    if not config.loss.shared_ids:
         scorer = _cross_tokenizer(config, checked, served[0])
     elif config.teacher_apart:
         scorer = PrivilegedScorer(served[0], privileged_prompts(config, checked, served[0].name))
@@ -181,26 +174,6 @@ def _program(
     )
 
 
-def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherTeacherSettings) -> OtherTeacher:
-    """A teacher that lives in this process."""
-    if isinstance(settings, HFTeacherSettings):
-        cache = config.run.output / ".models"
-        return HFTeacher(name, settings, checked.vocab_size, checked.stop_ids, config.rollout.teacher_top_k, cache)
-    if isinstance(settings, CaptureTeacherSettings):
-        asked = prompts_of(config, name, checked.dataset.train)
-        return CapturedTeacher(name, settings.path, asked, checked.vocab_size, tokenizer_hash(checked.tokenizer))
-    prompts = [*checked.dataset.train, *checked.dataset.heldout]
-    return RemoteTeacher(
-        name,
-        settings,
-        checked.tokenizer,
-        # A chat endpoint applies its own template, to the question before the student's.
-        asked_text(config, checked.tokenizer, prompts, settings.chat),
-        checked.vocab_size,
-        checked.stop_ids,
-    )
-
-
 def _cross_tokenizer(config: Config, checked: Checked, pool: ReplicaPool) -> CrossTokenizerScorer:
     """The pool of a teacher with another tokenizer, as a scorer of the student's rollouts."""
     tokenizer = teacher_tokenizer(config, pool.name)
@@ -216,7 +189,7 @@ def training_route(config: Config, checked: Checked, pools: Pools) -> tuple[Samp
         return pools.sampler, pools.scorer
     # Where the sampler's rollouts come back scored, nobody else would score the data's.
     scorer: Scorer | None = None
-    if pools.scorer is None and not isinstance(config.loss, SequenceLoss):
+    if pools.scorer is None and config.loss.signals:
         scorer = pools.team or pools.named[0]
     prompts, limit = checked.dataset.train, config.rollout.max_new_tokens
     return WithReferences(pools.sampler, scorer, prompts, checked.tokenizer, limit), pools.scorer

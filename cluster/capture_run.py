@@ -25,17 +25,15 @@ from cluster.parts import Models, Pools
 from kdray.capturing.collect import ask, by_key
 from kdray.capturing.writer import Asking, CaptureFolder
 from kdray.checks.preflight import Checked
-from kdray.config import Config, HFTeacherSettings, OpenAITeacherSettings, RationaleProgram, TeacherSettings
-from kdray.config.schedules import SignalSchedule
+from kdray.config import Config
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
-from kdray.models.resolve import model_name, weights_hash
 from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.rollouts.schedules import Schedules
 from kdray.teachers.fingerprint import Fingerprint
-from kdray.teachers.huggingface import HFTeacher
-from kdray.types import Rollout, SampleRequest
+from kdray.teachers.kind import kind_of
+from kdray.types import SampleRequest
 
 
 @dataclass(frozen=True)
@@ -69,39 +67,37 @@ def check_capturable(config: Config) -> None:
             "the captures to rollout.teachers.type=route"
         )
     (name,) = config.teachers
-    teacher = config.teachers[name]
-    if not isinstance(teacher, TeacherSettings | HFTeacherSettings | OpenAITeacherSettings):
+    if not kind_of(config, name).capturable:
         raise ConfigError(
-            f"teachers.{name}.type={teacher.type}: its answers cannot be captured; use a teacher of type vllm, hf or openai"
+            f"teachers.{name}.type={config.teachers[name].type}: its answers cannot be captured; use a teacher of type "
+            "vllm, hf or openai"
         )
-    if isinstance(config.rollout.program, RationaleProgram):
+    program = config.rollout.program
+    if program is not None and program.paired_rows:
         raise ConfigError(
-            "rollout.program.type=rationale: its rows have prompts of their own, and a capture finds answers by the data's; "
-            "run it with the teacher"
+            f"rollout.program.type={program.type}: its rows have prompts of their own, and a capture finds answers by "
+            "the data's; run it with the teacher"
         )
     for setting, schedule in config.training.schedules.items():
-        if isinstance(schedule, SignalSchedule) and setting.startswith("rollout."):
+        if schedule.needs_student and setting.startswith("rollout."):
             raise ConfigError(
-                f"training.schedules.{setting}.type=signal: a capture has no student whose signals it could follow; use linear "
-                "or cosine"
+                f"training.schedules.{setting}.type={schedule.type}: a capture has no student whose signals it could "
+                "follow; use linear or cosine"
             )
 
 
 def asking(config: Config, checked: Checked, models: Models) -> Asking:
     """All that decides what an answer is, beside its prompt and its seed."""
-    ((name, teacher),) = config.teachers.items()
-    rollout = config.rollout
-    how: dict[str, Any] = {"type": teacher.type, "max_new_tokens": rollout.max_new_tokens, "stop_ids": list(checked.stop_ids)}
+    (name,) = config.teachers
+    kind, rollout = kind_of(config, name), config.rollout
+    how: dict[str, Any] = {
+        "type": kind.settings.type,
+        "max_new_tokens": rollout.max_new_tokens,
+        "stop_ids": list(checked.stop_ids),
+    }
     if rollout.program is not None:
         how["program"] = rollout.program.model_dump(mode="json")
-    if isinstance(teacher, OpenAITeacherSettings):
-        asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
-        how |= {setting: getattr(teacher, setting) for setting in asked}
-    elif isinstance(teacher, TeacherSettings | HFTeacherSettings):
-        model = models.teachers[name]
-        how |= {"model": model_name(model), "revision": teacher.revision, "weights": weights_hash(model)}
-        how |= {"teacher_top_k": min(rollout.teacher_top_k, checked.vocab_size), "teacher_signal": rollout.teacher_signal}
-        how |= {"temperature": rollout.temperature, "top_p": rollout.top_p}
+    how |= kind.identity(models.teachers.get(name), checked.vocab_size)
     return Asking(tokenizer_hash(checked.tokenizer), checked.vocab_size, how)
 
 
@@ -198,14 +194,13 @@ async def _fingerprint(
     known: Fingerprint | None,
 ) -> Fingerprint | None:
     """What the teacher says of itself, over as much of the canary as the one before; None for a black box."""
-    ((name, teacher),) = config.teachers.items()
-    if isinstance(teacher, TeacherSettings):
-        found = Fingerprint.from_dict((await registry.known.remote())[name])
-    elif isinstance(teacher, HFTeacherSettings):
-        (own,) = pools.others
-        assert isinstance(own, HFTeacher)
-        found = await _local_fingerprint(own, teacher, checked, models.teachers[name], compared)
+    (name,) = config.teachers
+    if config.teachers[name].served:
+        found: Fingerprint | None = Fingerprint.from_dict((await registry.known.remote())[name])
     else:
+        (teacher,) = pools.others
+        found = await teacher.fingerprint(compared)
+    if found is None:
         return None
     if known is not None and len(compared) < len(known.canary):
         # This run's sequences are shorter. What follows a token changes nothing of its score: the rest is as it was.
@@ -213,36 +208,10 @@ async def _fingerprint(
     return found
 
 
-async def _local_fingerprint(
-    teacher: HFTeacher, settings: HFTeacherSettings, checked: Checked, model: str, compared: tuple[int, ...]
-) -> Fingerprint:
-    """As a replica's, of a model in this process."""
-    ids = np.array(compared, dtype=np.int32)
-    versions = np.zeros(len(ids) - 1, dtype=np.int32)
-    sequence = Rollout(-1, -1, ids[:1], ids[1:], None, None, versions, alpha=0.0, finish_reason="length")
-    ((scored,),) = [part async for part in teacher.score([sequence])]
-    assert scored.teacher_logprobs is not None
-    return Fingerprint(
-        model=model_name(model),
-        revision=settings.revision,
-        tokenizer=tokenizer_hash(checked.tokenizer),
-        vocab_size=checked.vocab_size,
-        dtype="float32",
-        canary=compared,
-        scores=tuple(scored.teacher_logprobs.tolist()),
-    )
-
-
 def _in_flight(config: Config) -> int:
     """Answers that keep the teacher busy while others travel: twice what it works on at once."""
-    (teacher,) = config.teachers.values()
-    if isinstance(teacher, TeacherSettings):
-        replicas = teacher.replicas if teacher.autoscaling is None else teacher.autoscaling.max_replicas
-        return 2 * replicas * teacher.max_num_seqs
-    if isinstance(teacher, HFTeacherSettings):
-        return 2 * teacher.batch_size
-    assert isinstance(teacher, OpenAITeacherSettings)
-    return 2 * teacher.max_concurrency
+    (name,) = config.teachers
+    return 2 * kind_of(config, name).in_flight
 
 
 def capture_folder(config: Config, checked: Checked, models: Models, path: Path) -> CaptureFolder:

@@ -10,7 +10,7 @@ import numpy as np
 from actors.serving.engine import EngineSpec
 from cluster.parts import Models
 from kdray.checks.preflight import Checked
-from kdray.config import Config, EngineSettings, ULDLoss
+from kdray.config import Config, EngineSettings
 from kdray.data.dataset import reencode, templated
 from kdray.errors import ConfigError
 from kdray.models.inspect import load_tokenizer, shape
@@ -75,7 +75,7 @@ def _privileged_spec(config: Config, checked: Checked, models: Models, name: str
 
 def teacher_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
     teacher = config.served_teachers[name]
-    if isinstance(config.loss, ULDLoss):
+    if not config.loss.shared_ids:
         return _own_vocabulary_spec(config, checked, models, name)
     if config.teacher_apart:
         return _privileged_spec(config, checked, models, name)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
-from kdray.capturing.teacher import CapturedTeacher
 from kdray.checks.preflight import Checked
 from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
-from kdray.config import Config, ULDLoss
+from kdray.config import Config
 from kdray.evaluation import evaluate
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
@@ -83,7 +82,8 @@ async def check_signals(config: Config, checked: Checked, teacher: Teacher, vers
     A teacher that gives text alone, reads other ids, or recorded its answers earlier has nothing to check.
     Raises: SignalError with what is wrong.
     """
-    if isinstance(config.loss, ULDLoss) or isinstance(teacher, CapturedTeacher):
+    settings = config.teachers[teacher.name]
+    if not config.loss.shared_ids or settings.replays:
         return {}
     requests = [
         SampleRequest(
@@ -101,12 +101,13 @@ async def check_signals(config: Config, checked: Checked, teacher: Teacher, vers
     if any(rollout.support_logprobs is None for rollout in sampled):
         return {"tokens": float(sum(len(rollout.token_ids) for rollout in sampled))}
     found = check_rows(sampled, checked.vocab_size)
-    if not isinstance(teacher, ReplicaPool):
+    if not settings.served:
         return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
+    pool = cast(ReplicaPool, teacher)
     asked = [rollout.unscored() for rollout in sampled]
     scored = [rollout async for part in teacher.score(asked) for rollout in part]
     # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
-    tolerance = 1e-3 if teacher.dtype == "float32" else 0.25
+    tolerance = 1e-3 if pool.dtype == "float32" else 0.25
     recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]
     if recorded:
         # 0 for a student that equals the teacher, such as a snapshot of it.

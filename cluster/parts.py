@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.serving.pool import ReplicaPool
-from kdray.capturing.teacher import CapturedTeacher
-from kdray.config import CaptureTeacherSettings, Config, HFTeacherSettings, ModelSource
+from kdray.config import Config
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models.resolve import resolve_model
-from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.openai import RemoteTeacher
+from kdray.teachers.kind import LocalTeacher, kind_of
 from kdray.teachers.programs.sampler import ProgramSampler
 from kdray.teachers.team import TeacherTeam
-
-OtherTeacher = RemoteTeacher | HFTeacher | CapturedTeacher
-"""Teachers that are no pool of replicas."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Pools:
     sampler: Sampler
     scorer: Scorer | None
     all: list[ReplicaPool]
-    others: list[OtherTeacher]
+    others: list[LocalTeacher]
     """Teachers that are no pool of replicas."""
     team: TeacherTeam | None = None
     """The teachers as one, where there are several."""
@@ -60,9 +55,7 @@ class Pools:
     @property
     def retried(self) -> int:
         """Rollouts asked for again after a failure."""
-        return sum(pool.retried for pool in self.all) + sum(
-            other.retried for other in self.others if isinstance(other, RemoteTeacher)
-        )
+        return sum(pool.retried for pool in self.all) + sum(other.retried for other in self.others)
 
     @property
     def hedged(self) -> int:
@@ -92,22 +85,11 @@ class Pools:
 def resolve_models(config: Config) -> Models:
     """Build the tiny models, where the config asks for some."""
     cache = config.run.output / ".models"
+    teachers = {name: kind_of(config, name).model for name in config.teachers}
     return Models(
         student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(config.source(name)[0], cache)) for name in config.served_teachers}
-        | {name: _absolute(resolve_model(model, cache)) for name, model in _other_models(config).items()},
+        teachers={name: _absolute(resolve_model(found[0], cache)) for name, found in teachers.items() if found is not None},
     )
-
-
-def _other_models(config: Config) -> dict[str, ModelSource]:
-    """Models of teachers that no replica holds, as far as this run needs their weights."""
-    found: dict[str, ModelSource] = {}
-    for name, teacher in config.other_teachers.items():
-        if isinstance(teacher, HFTeacherSettings):
-            found[name] = teacher.model
-        if isinstance(teacher, CaptureTeacherSettings) and teacher.model and config.rollout.teacher_signal == "hidden":
-            found[name] = teacher.model
-    return found
 
 
 def _absolute(model: str) -> str:

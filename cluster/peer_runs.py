@@ -14,7 +14,6 @@ from actors.driver_actor import beside_driver
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
 from cluster.runner import Job
-from kdray.config import PeerTeacherSettings, SelfTeacherSettings
 from kdray.errors import Interrupted
 from kdray.teachers.peers import MAIN_STUDENT
 
@@ -47,9 +46,9 @@ async def run_together(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
     for name, job in jobs.items():
         job.beside = [other for other in jobs.values() if other is not job]
         for teacher, settings in job.config.teachers.items():
-            if isinstance(settings, SelfTeacherSettings):
+            if settings.follows_student:
                 job.average = job.teacher_weights[teacher] = store()
-            elif isinstance(settings, PeerTeacherSettings):
+            elif settings.learns:
                 job.teacher_weights[teacher] = jobs["" if name and teacher == MAIN_STUDENT else teacher].weights
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)

@@ -30,13 +30,12 @@ from cluster.parts import Models, Pools, resolve_models
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
 from kdray.checks.preflight import Checked
-from kdray.config import CaptureTeacherSettings, Config, RationaleProgram, SelfTeacherSettings, TeacherSettings
+from kdray.config import Config
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
 from kdray.evaluation import evaluate as measure
 from kdray.loop import distill
 from kdray.models.inspect import decoder
-from kdray.models.resolve import resolve_model
 from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
@@ -49,6 +48,7 @@ from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
 from kdray.runs.storage import Storage
+from kdray.teachers.kind import kind_of
 from kdray.teachers.programs import row_weights
 from kdray.types import Rollout, TrainBatch
 
@@ -260,17 +260,16 @@ class Job:
         progress["distilled"] = await self._measure(pools, steps, name)
 
     def _renewal(self) -> tuple[int, float] | None:
-        for teacher in self.config.teachers.values():
-            if isinstance(teacher, SelfTeacherSettings) and teacher.every is not None:
-                return teacher.every, teacher.decay
-        return None
+        found = (teacher.renewal for teacher in self.config.teachers.values())
+        return next((renewal for renewal in found if renewal is not None), None)
 
     def _weights(self) -> Callable[[Sequence[Rollout]], dict[int, float] | None]:
         """Weights of the rows of a batch, where a program makes rows of two kinds."""
         program, siblings = self.config.rollout.program, self.config.rollout.samples_per_prompt
-        if not isinstance(program, RationaleProgram):
+        weight = None if program is None else program.second_row_weight
+        if weight is None:
             return lambda rollouts: None
-        return lambda rollouts: row_weights(rollouts, siblings, program.rationale_weight)
+        return lambda rollouts: row_weights(rollouts, siblings, weight)
 
     def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
         """What `rollout.filters` leaves out of a batch."""
@@ -341,18 +340,17 @@ class Job:
         """Whose output head the ranks need, where teachers return hidden states."""
         if self.config.rollout.teacher_signal != "hidden":
             return None
-        ((name, teacher),) = self.config.teachers.items()
-        assert isinstance(teacher, TeacherSettings | CaptureTeacherSettings)
-        return models.teachers[name], teacher.revision
+        (name,) = self.config.teachers
+        found = kind_of(self.config, name).model
+        assert found is not None
+        return models.teachers[name], found[1]
 
     def _teacher_of_features(self, models: Models) -> tuple[str, str | None] | None:
         """Whose layers the student is compared with, where the config asks for that."""
         if self.config.training.features is None or self.config.white_box_teacher is None:
             return None
-        name, teacher = self.config.white_box_teacher
-        # A teacher inside this process is not among the served ones.
-        folder = models.teachers.get(name) or resolve_model(teacher.model, self.config.run.output / ".models")
-        return folder, teacher.revision
+        name, _ = self.config.white_box_teacher
+        return models.teachers[name], self.config.source(name)[1]
 
     def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
         """The pretraining text of a step, where the config mixes some in."""

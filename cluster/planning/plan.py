@@ -26,13 +26,10 @@ from cluster.planning.placement import (
 )
 from cluster.planning.throughput import Lengths, Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import (
-    CaptureTeacherSettings,
     Config,
     EngineSettings,
-    HFTeacherSettings,
     ModelSource,
     PrunedModel,
-    ULDLoss,
     load_config,
 )
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
@@ -40,6 +37,7 @@ from kdray.errors import CapacityError, ConfigError, DataError
 from kdray.models.pruning import plan_pruning
 from kdray.models.resolve import model_config
 from kdray.runs.folder import RunFolder, read_lines
+from kdray.teachers.kind import kind_of
 
 _CAPACITY_GAP = 20.0
 """Teacher parameters a student parameter beyond which students learn less from the teacher than from a smaller one (Mirzadeh
@@ -224,11 +222,10 @@ _STUDENT = ""
 def _shapes(config: Config) -> dict[str, ModelShape]:
     """Of the student (key "") and of every teacher with weights, by name."""
     sources: dict[str, tuple[ModelSource, str | None]] = {_STUDENT: (config.student.model, config.student.revision)}
-    for name, teacher in config.teachers.items():
-        if name in config.served_teachers:
-            sources[name] = config.source(name)
-        elif isinstance(teacher, HFTeacherSettings | CaptureTeacherSettings) and teacher.model is not None:
-            sources[name] = (teacher.model, teacher.revision)
+    for name in config.teachers:
+        model = kind_of(config, name).model
+        if model is not None:
+            sources[name] = model
     found: dict[str, ModelShape] = {}
     for name, (source, revision) in sources.items():
         try:
@@ -269,7 +266,7 @@ def _engine_role(
     settings: EngineSettings = config.rollout.pool if pool else config.served_teachers[name]
     if pool:
         models = [shapes[_STUDENT]]
-    elif isinstance(config.loss, ULDLoss) or config.served_teachers[name].prompt_template is not None:
+    elif config.teacher_apart:
         models = [shapes[name]]
     else:
         # A teacher's replicas hold the student, too: to sample the mixture with it, or for exact divergences.

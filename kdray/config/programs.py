@@ -43,10 +43,16 @@ class UniversalSettings(Settings):
 
 
 class ProgramBase(Settings):
-    """What all programs have. `stages` are the calls, `templates` the names that each template must and may use."""
+    """Settings of every program. The class variables are facts that the rest of the program asks."""
 
+    type: str
+    """Name of the program; a subclass narrows it to `Literal` of its own."""
     stages: ClassVar[tuple[str, ...]]
+    """The calls, by name."""
     templates: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]]
+    """Settings that are templates, with the names that each must and may use."""
+    paired_rows: ClassVar[bool] = False
+    """A prompt's samples come in pairs that are made of one response and teach different things."""
 
     max_stage_tokens: Positive = 1024
     """Most tokens of one call, prompt and response: what an engine must hold. A longer call makes the answer unparsable."""
@@ -89,6 +95,16 @@ class ProgramBase(Settings):
     def response_tokens(self, stage: str) -> int:
         """Most tokens of a stage's response."""
         return self.max_new_tokens_of.get(stage, self.max_new_tokens)
+
+    @property
+    def row_prefix(self) -> str | None:
+        """Text before the question in the second row of a pair, in place of `data.prefix`; None without pairs."""
+        return None
+
+    @property
+    def second_row_weight(self) -> float | None:
+        """Weight of the tokens of a pair's second row beside those of its first; None without pairs."""
+        return None
 
 
 class DirectProgram(ProgramBase):
@@ -241,6 +257,7 @@ class RationaleProgram(ProgramBase):
 
     stages: ClassVar = ("explain",)
     templates: ClassVar = {"explain": (("question",), ())}
+    paired_rows: ClassVar = True
 
     type: Literal["rationale"]
     explain: str = (
@@ -265,6 +282,14 @@ class RationaleProgram(ProgramBase):
         if self.perturb:
             raise ValueError("rollout.program.perturb: the rows of a pair come from one response; remove it")
         return self
+
+    @property
+    def row_prefix(self) -> str:
+        return self.rationale_prefix
+
+    @property
+    def second_row_weight(self) -> float:
+        return self.rationale_weight
 
 
 ProgramSettings = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,9 @@ from kdray.config.base import Fraction, NonNegative, Positive, PositiveFloat, Se
 
 class StepSchedule(Settings):
     """From the setting's own value to another one, over steps."""
+
+    needs_student: ClassVar[bool] = False
+    """The course depends on what is measured of the student while it trains."""
 
     type: Literal["linear", "cosine"]
     to: float
@@ -28,6 +31,8 @@ class StepSchedule(Settings):
 
 class SignalSchedule(Settings):
     """In proportion to a signal of the training batches, such as how far the student is from its teacher."""
+
+    needs_student: ClassVar[bool] = True
 
     type: Literal["signal"]
     signal: Literal["reverse_kl", "forward_kl", "truncated", "importance_weight_ess"] = "reverse_kl"

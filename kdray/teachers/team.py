@@ -38,9 +38,6 @@ from kdray.teachers.ensemble import (
 from kdray.teachers.routing import Choice, Router, by_domain, by_rules, by_weights, ensemble
 from kdray.types import Prompt, Rollout, SampleRequest
 
-_GEOMETRIC = ("reverse_kl", "skew_reverse_kl", "minillm", "lmops", "per_decision", "vopd", "mse_logit")
-"""Losses linear in each teacher's log p: the weighted sum over teachers has the geometric mean as its target."""
-
 Answers = dict[int, dict[str, Rollout]]
 """By sample id, then teacher: the rollout with that teacher's columns."""
 
@@ -72,7 +69,7 @@ def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[
 
 def ensemble_mean(settings: EnsembleSettings, loss: LossSettings) -> Kind:
     """The mean that makes one target out of several teachers: the one set, or the one that the loss asks for."""
-    return settings.mean or ("geometric" if loss.type in _GEOMETRIC else "arithmetic")
+    return settings.mean or loss.ensemble_mean
 
 
 class TeacherTeam:

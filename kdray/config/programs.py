@@ -92,6 +92,9 @@ class ProgramBase(Settings):
                 )
         return self
 
+    def check_question(self, question: str) -> None:
+        """Raises: ValueError with the setting and the remedy where the program cannot ask about a question."""
+
     def response_tokens(self, stage: str) -> int:
         """Most tokens of a stage's response."""
         return self.max_new_tokens_of.get(stage, self.max_new_tokens)
@@ -231,6 +234,31 @@ class BranchSolveMergeProgram(ProgramBase):
         if any(self.swapped.get(other) != verdict for verdict, other in self.swapped.items()):
             raise ValueError(f"rollout.program.swapped={self.swapped}: swapping twice must give every verdict back")
         return self
+
+    def check_question(self, question: str) -> None:
+        try:
+            self.swap(question)
+        except ValueError as error:
+            raise ValueError(
+                f"rollout.program.pair={self.pair!r} finds {error}; set it to a pattern that finds both"
+            ) from error
+
+    def swap(self, question: str) -> str:
+        """The question with its two answers, the groups `a` and `b` of `pair`, in each other's place.
+
+        Raises: ValueError where the pattern does not find them.
+        """
+        match = re.search(self.pair, question)
+        if match is None or match.start("a") < 0 or match.start("b") < 0:
+            raise ValueError(f"no two answers in {question[:200]!r}")
+        first, second = sorted(("a", "b"), key=match.start)
+        return (
+            question[: match.start(first)]
+            + match[second]
+            + question[match.end(first) : match.start(second)]
+            + match[first]
+            + question[match.end(second) :]
+        )
 
 
 class ChainOfThoughtProgram(ProgramBase):

@@ -16,6 +16,7 @@ import torch
 from kdray.config.losses import LossSettings
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.chunked import chunked_divergence
+from kdray.losses.functional import distillation_loss
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.losses.sft import sft
 from kdray.losses.support import Buckets, divergence_loss
@@ -49,6 +50,7 @@ __all__ = [
     "LossOutput",
     "Whitening",
     "chunked_divergence",
+    "distillation_loss",
     "divergence_of",
     "loss_function",
     "return_sums",

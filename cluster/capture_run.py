@@ -19,12 +19,11 @@ import numpy as np
 
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
-from cluster.assembly import open_pools, training_route
+from cluster.assembly import open_pools, training_sources
 from cluster.engine_specs import canary
-from cluster.parts import Models, Pools
+from cluster.parts import Pools
 from kdray.capturing.collect import ask, by_key
 from kdray.capturing.writer import Asking, CaptureFolder
-from kdray.checks.preflight import Checked
 from kdray.config import Config, HFTeacherSettings, OpenAITeacherSettings, RationaleProgram, TeacherSettings
 from kdray.config.schedules import SignalSchedule
 from kdray.data.dataset import PromptStream, encode_answer
@@ -33,6 +32,7 @@ from kdray.models.resolve import model_name, weights_hash
 from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.rollouts.schedules import Schedules
+from kdray.runs.context import Checked, RunContext
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.teachers.huggingface import HFTeacher
 from kdray.types import Rollout, SampleRequest
@@ -87,26 +87,28 @@ def check_capturable(config: Config) -> None:
             )
 
 
-def asking(config: Config, checked: Checked, models: Models) -> Asking:
+def asking(context: RunContext) -> Asking:
     """All that decides what an answer is, beside its prompt and its seed."""
+    config = context.config
     ((name, teacher),) = config.teachers.items()
     rollout = config.rollout
-    how: dict[str, Any] = {"type": teacher.type, "max_new_tokens": rollout.max_new_tokens, "stop_ids": list(checked.stop_ids)}
+    how: dict[str, Any] = {"type": teacher.type, "max_new_tokens": rollout.max_new_tokens, "stop_ids": list(context.stop_ids)}
     if rollout.program is not None:
         how["program"] = rollout.program.model_dump(mode="json")
     if isinstance(teacher, OpenAITeacherSettings):
         asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
         how |= {setting: getattr(teacher, setting) for setting in asked}
     elif isinstance(teacher, TeacherSettings | HFTeacherSettings):
-        model = models.teachers[name]
+        model = context.models.teachers[name]
         how |= {"model": model_name(model), "revision": teacher.revision, "weights": weights_hash(model)}
-        how |= {"teacher_top_k": min(rollout.teacher_top_k, checked.vocab_size), "teacher_signal": rollout.teacher_signal}
+        how |= {"teacher_top_k": min(rollout.teacher_top_k, context.vocab_size), "teacher_signal": rollout.teacher_signal}
         how |= {"temperature": rollout.temperature, "top_p": rollout.top_p}
-    return Asking(tokenizer_hash(checked.tokenizer), checked.vocab_size, how)
+    return Asking(tokenizer_hash(context.tokenizer), context.vocab_size, how)
 
 
-def first_requests(config: Config, checked: Checked, epochs: int) -> list[SampleRequest]:
-    """What a run of the config asks for in its first passes over the training prompts, in its order."""
+def first_requests(checked: Checked, epochs: int) -> list[SampleRequest]:
+    """Requests of a run in its first passes over the training prompts, in its order."""
+    config = checked.config
     settings, prompts = LoopSettings.of(config), PromptStream(checked.dataset.train, config.run.seed)
     count = len(checked.dataset.train) * config.rollout.samples_per_prompt * epochs
     schedules = Schedules.of(config)
@@ -117,9 +119,7 @@ def first_requests(config: Config, checked: Checked, epochs: int) -> list[Sample
 
 
 async def capture_answers(
-    config: Config,
-    checked: Checked,
-    models: Models,
+    context: RunContext,
     folder: CaptureFolder,
     wanted: dict[bytes, SampleRequest],
     missing: dict[bytes, SampleRequest],
@@ -144,13 +144,14 @@ async def capture_answers(
                 there += count
                 on_progress(there, len(wanted))
 
+            config = context.config
+            alone = replace(context, route=context.route.without_student())
             registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
             known = folder.fingerprint
-            compared = canary(config, checked) if known is None else known.canary[: config.max_model_len]
-            on_event = folder.note
-            async with open_pools(config, checked, models, None, registry, on_event, alone=compared) as pools:
-                folder.begin(await _fingerprint(config, checked, models, pools, registry, compared, known))
-                sampler, scorer = training_route(config, checked, pools)
+            compared = canary(context) if known is None else known.canary[: config.max_model_len]
+            async with open_pools(alone, None, registry, folder.note, canary=compared) as pools:
+                folder.begin(_joined(await _fingerprint(context, pools, registry, compared), known))
+                sampler, scorer = training_sources(alone, pools)
                 await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)
                 retried = pools.retried
         manifest = folder.complete()
@@ -188,33 +189,28 @@ def _stoppable(folder: CaptureFolder) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _fingerprint(
-    config: Config,
-    checked: Checked,
-    models: Models,
-    pools: Pools,
-    registry: Any,
-    compared: tuple[int, ...],
-    known: Fingerprint | None,
-) -> Fingerprint | None:
-    """What the teacher says of itself, over as much of the canary as the one before; None for a black box."""
-    ((name, teacher),) = config.teachers.items()
+async def _fingerprint(context: RunContext, pools: Pools, registry: Any, compared: tuple[int, ...]) -> Fingerprint | None:
+    """The teacher's fingerprint, over the canary; None for a black box."""
+    ((name, teacher),) = context.config.teachers.items()
     if isinstance(teacher, TeacherSettings):
-        found = Fingerprint.from_dict((await registry.known.remote())[name])
-    elif isinstance(teacher, HFTeacherSettings):
+        return Fingerprint.from_dict((await registry.known.remote())[name])
+    if isinstance(teacher, HFTeacherSettings):
         (own,) = pools.others
         assert isinstance(own, HFTeacher)
-        found = await _local_fingerprint(own, teacher, checked, models.teachers[name], compared)
-    else:
-        return None
-    if known is not None and len(compared) < len(known.canary):
-        # This run's sequences are shorter. What follows a token changes nothing of its score: the rest is as it was.
-        found = replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
-    return found
+        return await _local_fingerprint(context, own, teacher, compared)
+    return None
+
+
+def _joined(found: Fingerprint | None, known: Fingerprint | None) -> Fingerprint | None:
+    """The fingerprint found, over as much of the canary as the one before."""
+    if found is None or known is None or len(found.canary) >= len(known.canary):
+        return found
+    # This run's sequences are shorter. What follows a token changes nothing of its score: the rest is as it was.
+    return replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
 
 
 async def _local_fingerprint(
-    teacher: HFTeacher, settings: HFTeacherSettings, checked: Checked, model: str, compared: tuple[int, ...]
+    context: RunContext, teacher: HFTeacher, settings: HFTeacherSettings, compared: tuple[int, ...]
 ) -> Fingerprint:
     """As a replica's, of a model in this process."""
     ids = np.array(compared, dtype=np.int32)
@@ -223,10 +219,10 @@ async def _local_fingerprint(
     ((scored,),) = [part async for part in teacher.score([sequence])]
     assert scored.teacher_logprobs is not None
     return Fingerprint(
-        model=model_name(model),
+        model=model_name(context.models.teachers[teacher.name]),
         revision=settings.revision,
-        tokenizer=tokenizer_hash(checked.tokenizer),
-        vocab_size=checked.vocab_size,
+        tokenizer=tokenizer_hash(context.tokenizer),
+        vocab_size=context.vocab_size,
         dtype="float32",
         canary=compared,
         scores=tuple(scored.teacher_logprobs.tolist()),
@@ -245,9 +241,9 @@ def _in_flight(config: Config) -> int:
     return 2 * teacher.max_concurrency
 
 
-def capture_folder(config: Config, checked: Checked, models: Models, path: Path) -> CaptureFolder:
+def capture_folder(context: RunContext, path: Path) -> CaptureFolder:
     """The folder of this config's answers, not yet opened."""
-    return CaptureFolder(path, asking(config, checked, models))
+    return CaptureFolder(path, asking(context))
 
 
 def wanted_answers(checked: Checked, folder: CaptureFolder, requests: Sequence[SampleRequest]) -> dict[bytes, SampleRequest]:

@@ -9,46 +9,35 @@ import numpy as np
 from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
 from kdray.capturing.teacher import CapturedTeacher
-from kdray.checks.preflight import Checked
 from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
-from kdray.config import Config, ULDLoss
 from kdray.evaluation import evaluate
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
 from kdray.rollouts.seeds import sample_seed
+from kdray.runs.context import Checked
 from kdray.types import SampleRequest
 
 _SIGNAL_PROMPTS = 8
-
-
 _SIGNAL_TOKENS = 16
 
 
-def measure_arguments(config: Config, checked: Checked, pools: Pools) -> dict[str, Any]:
-    """What `kdray.evaluation.evaluate` is given besides the version."""
+def measure_arguments(checked: Checked, pools: Pools) -> dict[str, Any]:
+    """Arguments of `kdray.evaluation.evaluate` besides the version."""
+    route = checked.route
     # The team's metrics are those of training.
     team = None if pools.team is None else pools.team.apart()
     sampling = pools.sampler if pools.program is None else pools.program.teacher
     sampler = team if team is not None and sampling is pools.team else sampling
     scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
-    if (config.other_teachers or config.teacher_apart) and pools.students is not None:
+    if route.measures_on_students:
         # Exact KLs need both models in one replica; without them, what the student writes is graded.
+        assert pools.students is not None
         sampler, scorer = pools.students, None
-    return {
-        "prompts": checked.dataset.heldout[: config.evaluation.prompts],
-        "sampler": sampler,
-        "scorer": scorer,
-        "decode": decoder(checked.tokenizer),
-        "grade": checked.dataset.grade,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "seed": config.run.seed,
-        "exact": not (config.other_teachers or config.teacher_apart)
-        and (pools.sampler is not pools.students or _all_recorded(config)),
-    }
+    return _arguments(checked) | {"sampler": sampler, "scorer": scorer, "exact": route.measures_exact}
 
 
-async def measure_program(config: Config, checked: Checked, pools: Pools) -> dict[str, float] | None:
-    """What the System-2 program answers to the held-out prompts; None without one.
+async def measure_program(checked: Checked, pools: Pools) -> dict[str, float] | None:
+    """Numbers of what the System-2 program answers to the held-out prompts; None without one.
 
     By the names of `kdray.runs.metrics` and `kdray.evaluation`; an answer that could not be read is wrong.
     """
@@ -56,35 +45,38 @@ async def measure_program(config: Config, checked: Checked, pools: Pools) -> dic
         return None
     program = pools.program.apart()
     numbers, _ = await evaluate(
-        prompts=checked.dataset.heldout[: config.evaluation.prompts],
+        **_arguments(checked),
         sampler=program,
         scorer=None,
-        decode=decoder(checked.tokenizer),
-        grade=checked.dataset.grade,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=config.run.seed,
         version=0,
         alpha=1.0,
         exact=False,
         # The first of a prompt's samples: unperturbed, and a label row.
-        samples_per_prompt=config.rollout.samples_per_prompt,
+        samples_per_prompt=checked.config.rollout.samples_per_prompt,
     )
     return numbers | program.metrics()
 
 
-def _all_recorded(config: Config) -> bool:
-    """Whether prefill gives the exact KLs."""
-    return all(teacher.scoring == "recorder" for teacher in config.served_teachers.values())
+def _arguments(checked: Checked) -> dict[str, Any]:
+    config = checked.config
+    return {
+        "prompts": checked.dataset.heldout[: config.evaluation.prompts],
+        "decode": decoder(checked.tokenizer),
+        "grade": checked.dataset.grade,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "seed": config.run.seed,
+    }
 
 
-async def check_signals(config: Config, checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:
+async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:
     """Draw from the teacher alone, score what it drew by prefill, and give both to the checks of `kdray.checks.teacher_signal`.
 
     A teacher that gives text alone, reads other ids, or recorded its answers earlier has nothing to check.
     Raises: SignalError with what is wrong.
     """
-    if isinstance(config.loss, ULDLoss) or isinstance(teacher, CapturedTeacher):
+    if checked.route.teacher_reads == "own_ids" or isinstance(teacher, CapturedTeacher):
         return {}
+    config = checked.config
     requests = [
         SampleRequest(
             sample_id=index,

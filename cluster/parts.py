@@ -1,16 +1,13 @@
-"""The parts of a run that the driver holds: where its models lie, and its pools."""
+"""Pools of a run, as the driver holds them: its teachers of every kind, and its student-only replicas."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from actors.serving.pool import ReplicaPool
 from kdray.capturing.teacher import CapturedTeacher
-from kdray.config import CaptureTeacherSettings, Config, HFTeacherSettings, ModelSource
 from kdray.interfaces import Sampler, Scorer, Teacher
-from kdray.models.resolve import resolve_model
 from kdray.teachers.huggingface import HFTeacher
 from kdray.teachers.openai import RemoteTeacher
 from kdray.teachers.programs.sampler import ProgramSampler
@@ -18,14 +15,6 @@ from kdray.teachers.team import TeacherTeam
 
 OtherTeacher = RemoteTeacher | HFTeacher | CapturedTeacher
 """Teachers that are no pool of replicas."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """Where the weights lie: folders or hub ids."""
-
-    student: str
-    teachers: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -87,29 +76,3 @@ class Pools:
             **(self.team.metrics() if self.team is not None else {}),
             **(self.program.metrics() if self.program is not None else {}),
         }
-
-
-def resolve_models(config: Config) -> Models:
-    """Build the tiny models, where the config asks for some."""
-    cache = config.run.output / ".models"
-    return Models(
-        student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(config.source(name)[0], cache)) for name in config.served_teachers}
-        | {name: _absolute(resolve_model(model, cache)) for name, model in _other_models(config).items()},
-    )
-
-
-def _other_models(config: Config) -> dict[str, ModelSource]:
-    """Models of teachers that no replica holds, as far as this run needs their weights."""
-    found: dict[str, ModelSource] = {}
-    for name, teacher in config.other_teachers.items():
-        if isinstance(teacher, HFTeacherSettings):
-            found[name] = teacher.model
-        if isinstance(teacher, CaptureTeacherSettings) and teacher.model and config.rollout.teacher_signal == "hidden":
-            found[name] = teacher.model
-    return found
-
-
-def _absolute(model: str) -> str:
-    """Folders as absolute paths: replicas and ranks work in other folders."""
-    return str(Path(model).absolute()) if Path(model).exists() else model

@@ -32,10 +32,10 @@ from kdray.config import (
     HFTeacherSettings,
     ModelSource,
     PrunedModel,
-    ULDLoss,
     load_config,
 )
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
 from kdray.models.pruning import plan_pruning
 from kdray.models.resolve import model_config
@@ -265,15 +265,11 @@ def _engine_role(
     lengths: Lengths,
 ) -> Role:
     name = item.bundle.role.removeprefix("teacher ")
-    pool = item.bundle.role == "rollout pool"
+    pool, route = item.bundle.role == "rollout pool", Route.of(config)
     settings: EngineSettings = config.rollout.pool if pool else config.served_teachers[name]
-    if pool:
-        models = [shapes[_STUDENT]]
-    elif isinstance(config.loss, ULDLoss) or config.served_teachers[name].prompt_template is not None:
-        models = [shapes[name]]
-    else:
-        # A teacher's replicas hold the student, too: to sample the mixture with it, or for exact divergences.
-        models = [shapes[name], shapes[_STUDENT]]
+    models = [shapes[_STUDENT if pool else name]]
+    if not pool and route.student_in_replicas:
+        models.append(shapes[_STUDENT])
     on_gpu = settings.num_gpus > 0
     element = {"float32": 4}.get(settings.dtype, 2 if on_gpu else 4)
     parts = settings.tensor_parallel_size if on_gpu else 1
@@ -312,7 +308,7 @@ def _engine_role(
             f"GPU that it may be placed on gives {limit * settings.gpu_memory_utilization / GIB:.1f} GiB; {remedy}"
         )
     running = min(settings.max_num_seqs, max(1, found.kv_tokens // sequence))
-    samples = pool or config.rollout.sampler == "mixture"
+    samples = pool or route.sampler != "students"
     rate = None
     if gpu is not None and on_gpu:
         one = (

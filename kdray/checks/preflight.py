@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +20,22 @@ from kdray.config import (
     PeerTeacherSettings,
     SelfTeacherSettings,
     TeacherSource,
-    ULDLoss,
 )
+from kdray.config.route import Route
 from kdray.data.dataset import Dataset, encode_answer, load_dataset
 from kdray.data.pretraining import load_windows
 from kdray.errors import ConfigError
 from kdray.models.inspect import depth, describe, load_tokenizer, origin, shape
 from kdray.models.resolve import model_config, resolve_model
 from kdray.models.vocab import check_vocab, tokenizer_hash
+from kdray.runs.context import Checked
 from kdray.teachers.programs import check_prompts
 from kdray.teachers.team import prompts_of
-from kdray.types import Prompt
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the checks found, ready for use."""
-
-    tokenizer: Any
-    """The student's tokenizer."""
-    dataset: Dataset
-    vocab_size: int
-    """Ids that every teacher and the student share."""
-    stop_ids: tuple[int, ...]
-    """End-of-sequence ids of the student."""
-    windows: list[Prompt] = field(default_factory=list)
-    """Windows of pretraining text, where the config mixes some in."""
-    lines: list[str] = field(default_factory=list)
-    """What a user should know, a line each."""
 
 
 def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
+    route = Route.of(config)
     tokenizer = load_tokenizer(config.student.model, config.student.revision)
     student_rows, student_positions = shape(config.student.model, config.student.revision)
     if getattr(model_config(*origin(config.student.model, config.student.revision)), "quantization_config", None) is not None:
@@ -90,7 +73,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
             continue
         model, revision = (teacher.model, teacher.revision) if isinstance(teacher, HFTeacherSettings) else config.source(name)
         rows, teacher_positions = shape(model, revision)
-        if isinstance(config.loss, ULDLoss):
+        if route.teacher_reads == "own_ids":
             own = load_tokenizer(model, revision)
             if own.eos_token_id is None or not own.is_fast:
                 raise ConfigError(
@@ -169,9 +152,10 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         tokens = sum(len(window.token_ids) - 1 for window in windows)
         lines.append(f"pretraining text: {len(windows)} windows, {tokens} target tokens")
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
-    if config.rollout.sampler == "student":
+    if route.sampler == "students":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
-    return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), windows, lines)
+    stop_ids = _stop_ids(config, tokenizer, vocab_size)
+    return Checked(config, route, tokenizer, dataset, vocab_size, stop_ids, windows, lines)
 
 
 def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:

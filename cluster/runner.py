@@ -33,13 +33,14 @@ from kdray.config import CaptureTeacherSettings, RationaleProgram, SelfTeacherSe
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
 from kdray.evaluation import evaluate as measure
-from kdray.loop import distill
+from kdray.loop import Distillation, Hooks
 from kdray.models.inspect import decoder
 from kdray.models.resolve import resolve_model
 from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
 from kdray.rollouts.pretraining import PretrainingText
+from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.checkpoints import COMMITTED, prune_checkpoints
 from kdray.runs.context import Checked, Models, RunContext
@@ -234,7 +235,7 @@ class Job:
             await recoverable.save_checkpoint(0)
         sampler, scorer = training_sources(checked, pools)
         self.reporter.phase("distill", steps)
-        await distill(
+        await Distillation(
             settings=LoopSettings.of(config),
             prompts=PromptStream(checked.dataset.train, config.run.seed),
             sampler=sampler,
@@ -243,16 +244,18 @@ class Job:
             reporter=self.reporter,
             ledger=self.ledger,
             totals=self.totals,
+            schedules=schedules,
+            hooks=Hooks(
+                evaluate=lambda done: self._measure(pools, done, None),
+                pool_metrics=pools.metrics,
+                text=self._text(pools),
+                on_wait=pools.awaited,
+                filters=self._filters(),
+                weights=self._weights(),
+            ),
             stop=self.stop,
             start_step=start_step,
-            evaluate=lambda done: self._measure(pools, done, None),
-            pool_metrics=pools.metrics,
-            text=self._text(pools),
-            on_wait=pools.awaited,
-            schedules=schedules,
-            filters=self._filters(),
-            weights=self._weights(),
-        )
+        ).run()
         name = "distilled" if training.finetune.steps else "after"
         progress["distilled"] = await self._measure(pools, steps, name)
 
@@ -407,19 +410,11 @@ class Job:
 
         Raises: Interrupted.
         """
-        task = asyncio.ensure_future(work)
-        stopped = asyncio.ensure_future(self.stop.wait())
         try:
-            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Interrupted("stopped before there was anything new to save")
-            return task.result()
-        finally:
-            stopped.cancel()
-            if not task.done():
-                # Its own clean-up comes first, but not at the price of a run that does not end.
-                task.cancel()
-                await asyncio.wait({task}, timeout=_CLEAN_UP_S)
+            # Its own clean-up comes first, but not at the price of a run that does not end.
+            return await first_of(work, self.stop.wait(), clean_up_s=_CLEAN_UP_S)
+        except Stopped:
+            raise Interrupted("stopped before there was anything new to save") from None
 
     def _on_retry(self, **retry: Any) -> None:
         self.storage_retries.append(retry)

@@ -36,7 +36,7 @@ from kdray.teachers.cross_tokenizer import CrossTokenizerScorer
 from kdray.teachers.huggingface import HFTeacher
 from kdray.teachers.openai import RemoteTeacher
 from kdray.teachers.privileged import PrivilegedScorer
-from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
+from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.teachers.team import TeacherTeam, prompts_of
 
 
@@ -169,10 +169,7 @@ def _program(
         teacher.name,
         context.prompts,
         TextCodec(question_encoder(config, tokenizer), response_encoder(tokenizer), decoder(tokenizer)),
-        config.rollout.samples_per_prompt,
-        config.data.prefix,
-        config.data.max_prompt_tokens,
-        config.run.seed,
+        Rows.of(config),
         awaited,
     )
 

@@ -10,7 +10,7 @@ from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
 from kdray.capturing.teacher import CapturedTeacher
 from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
-from kdray.evaluation import evaluate
+from kdray.evaluation import HeldOut
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
 from kdray.rollouts.seeds import sample_seed
@@ -21,8 +21,8 @@ _SIGNAL_PROMPTS = 8
 _SIGNAL_TOKENS = 16
 
 
-def measure_arguments(checked: Checked, pools: Pools) -> dict[str, Any]:
-    """Arguments of `kdray.evaluation.evaluate` besides the version."""
+def held_out(checked: Checked, pools: Pools) -> HeldOut:
+    """The measurement of a run's student."""
     route = checked.route
     # The team's metrics are those of training.
     team = None if pools.team is None else pools.team.apart()
@@ -33,7 +33,7 @@ def measure_arguments(checked: Checked, pools: Pools) -> dict[str, Any]:
         # Exact KLs need both models in one replica; without them, what the student writes is graded.
         assert pools.students is not None
         sampler, scorer = pools.students, None
-    return _arguments(checked) | {"sampler": sampler, "scorer": scorer, "exact": route.measures_exact}
+    return _held_out(checked, sampler=sampler, scorer=scorer, exact=route.measures_exact)
 
 
 async def measure_program(checked: Checked, pools: Pools) -> dict[str, float] | None:
@@ -44,28 +44,23 @@ async def measure_program(checked: Checked, pools: Pools) -> dict[str, float] | 
     if pools.program is None:
         return None
     program = pools.program.apart()
-    numbers, _ = await evaluate(
-        **_arguments(checked),
-        sampler=program,
-        scorer=None,
-        version=0,
-        alpha=1.0,
-        exact=False,
-        # The first of a prompt's samples: unperturbed, and a label row.
-        samples_per_prompt=checked.config.rollout.samples_per_prompt,
-    )
+    # The first of a prompt's samples: unperturbed, and a label row.
+    siblings = checked.config.rollout.samples_per_prompt
+    measurement = _held_out(checked, sampler=program, scorer=None, alpha=1.0, exact=False, samples_per_prompt=siblings)
+    numbers, _ = await measurement.measure(version=0)
     return numbers | program.metrics()
 
 
-def _arguments(checked: Checked) -> dict[str, Any]:
+def _held_out(checked: Checked, **how: Any) -> HeldOut:
     config = checked.config
-    return {
-        "prompts": checked.dataset.heldout[: config.evaluation.prompts],
-        "decode": decoder(checked.tokenizer),
-        "grade": checked.dataset.grade,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "seed": config.run.seed,
-    }
+    return HeldOut(
+        prompts=checked.dataset.heldout[: config.evaluation.prompts],
+        decode=decoder(checked.tokenizer),
+        grade=checked.dataset.grade,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.run.seed,
+        **how,
+    )
 
 
 async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:

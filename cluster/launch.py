@@ -21,7 +21,7 @@ from actors.serving.registry import TeacherRegistry
 from cluster.assembly import open_pools
 from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.connect import connected
-from cluster.evaluation import check_signals, measure_arguments
+from cluster.evaluation import check_signals, held_out
 from cluster.peer_runs import run_together
 from cluster.planning.placement import bundles
 from cluster.planning.reservation import reserved
@@ -30,7 +30,6 @@ from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.preflight import check
 from kdray.config import Config
 from kdray.errors import ConfigError, StorageError
-from kdray.evaluation import evaluate as measure
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
 from kdray.runs.context import RunContext, resolve_models
@@ -232,7 +231,7 @@ async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
 
 async def _evaluate(context: RunContext) -> dict[str, Any]:
     async with open_pools(context, None, beside_driver(TeacherRegistry).remote({})) as pools:
-        numbers, _ = await measure(**measure_arguments(context, pools), version=0)
+        numbers, _ = await held_out(context, pools).measure(version=0)
         return numbers
 
 

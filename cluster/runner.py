@@ -25,14 +25,13 @@ from actors.serving.registry import TeacherRegistry
 from actors.student.engine import Phase
 from actors.student.group import StudentRanks
 from cluster.assembly import open_pools, training_sources
-from cluster.evaluation import check_signals, measure_arguments, measure_program
+from cluster.evaluation import check_signals, held_out, measure_program
 from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
 from kdray.config import CaptureTeacherSettings, RationaleProgram, SelfTeacherSettings, TeacherSettings
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
-from kdray.evaluation import evaluate as measure
 from kdray.loop import Distillation, Hooks
 from kdray.models.inspect import decoder
 from kdray.models.resolve import resolve_model
@@ -392,7 +391,7 @@ class Job:
         return {**numbers, "method": "sft", "trained_tokens": trained}
 
     async def _measure(self, pools: Pools, version: int, name: str | None) -> dict[str, float]:
-        numbers, rollouts = await measure(**measure_arguments(self.checked, pools), version=version)
+        numbers, rollouts = await held_out(self.checked, pools).measure(version)
         if name is not None:
             self.reporter.event("evaluation", name=name, **numbers)
             self.reporter.heldout_samples(rollouts, name)

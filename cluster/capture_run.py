@@ -19,18 +19,18 @@ import numpy as np
 
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
-from cluster.assembly import open_pools, training_route
+from cluster.assembly import open_pools, training_sources
 from cluster.engine_specs import canary
-from cluster.parts import Models, Pools
+from cluster.parts import Pools
 from kdray.capturing.collect import ask, by_key
 from kdray.capturing.writer import Asking, CaptureFolder
-from kdray.checks.preflight import Checked
 from kdray.config import Config
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
 from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.rollouts.schedules import Schedules
+from kdray.runs.context import Checked, RunContext
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.teachers.kind import kind_of
 from kdray.types import SampleRequest
@@ -79,30 +79,32 @@ def check_capturable(config: Config) -> None:
             "the data's; run it with the teacher"
         )
     for setting, schedule in config.training.schedules.items():
-        if schedule.needs_student and setting.startswith("rollout."):
+        if schedule.follows is not None and setting.startswith("rollout."):
             raise ConfigError(
                 f"training.schedules.{setting}.type={schedule.type}: a capture has no student whose signals it could "
                 "follow; use linear or cosine"
             )
 
 
-def asking(config: Config, checked: Checked, models: Models) -> Asking:
+def asking(context: RunContext) -> Asking:
     """All that decides what an answer is, beside its prompt and its seed."""
+    config = context.config
     (name,) = config.teachers
     kind, rollout = kind_of(config, name), config.rollout
     how: dict[str, Any] = {
         "type": kind.settings.type,
         "max_new_tokens": rollout.max_new_tokens,
-        "stop_ids": list(checked.stop_ids),
+        "stop_ids": list(context.stop_ids),
     }
     if rollout.program is not None:
         how["program"] = rollout.program.model_dump(mode="json")
-    how |= kind.identity(models.teachers.get(name), checked.vocab_size)
-    return Asking(tokenizer_hash(checked.tokenizer), checked.vocab_size, how)
+    how |= kind.identity(context.models.teachers.get(name), context.vocab_size)
+    return Asking(tokenizer_hash(context.tokenizer), context.vocab_size, how)
 
 
-def first_requests(config: Config, checked: Checked, epochs: int) -> list[SampleRequest]:
-    """What a run of the config asks for in its first passes over the training prompts, in its order."""
+def first_requests(checked: Checked, epochs: int) -> list[SampleRequest]:
+    """Requests of a run in its first passes over the training prompts, in its order."""
+    config = checked.config
     settings, prompts = LoopSettings.of(config), PromptStream(checked.dataset.train, config.run.seed)
     count = len(checked.dataset.train) * config.rollout.samples_per_prompt * epochs
     schedules = Schedules.of(config)
@@ -113,9 +115,7 @@ def first_requests(config: Config, checked: Checked, epochs: int) -> list[Sample
 
 
 async def capture_answers(
-    config: Config,
-    checked: Checked,
-    models: Models,
+    context: RunContext,
     folder: CaptureFolder,
     wanted: dict[bytes, SampleRequest],
     missing: dict[bytes, SampleRequest],
@@ -140,13 +140,14 @@ async def capture_answers(
                 there += count
                 on_progress(there, len(wanted))
 
+            config = context.config
+            alone = replace(context, route=context.route.without_student())
             registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
             known = folder.fingerprint
-            compared = canary(config, checked) if known is None else known.canary[: config.max_model_len]
-            on_event = folder.note
-            async with open_pools(config, checked, models, None, registry, on_event, alone=compared) as pools:
-                folder.begin(await _fingerprint(config, checked, models, pools, registry, compared, known))
-                sampler, scorer = training_route(config, checked, pools)
+            compared = canary(context) if known is None else known.canary[: config.max_model_len]
+            async with open_pools(alone, None, registry, folder.note, canary=compared) as pools:
+                folder.begin(_joined(await _fingerprint(context, pools, registry, compared), known))
+                sampler, scorer = training_sources(alone, pools)
                 await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)
                 retried = pools.retried
         manifest = folder.complete()
@@ -184,28 +185,21 @@ def _stoppable(folder: CaptureFolder) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _fingerprint(
-    config: Config,
-    checked: Checked,
-    models: Models,
-    pools: Pools,
-    registry: Any,
-    compared: tuple[int, ...],
-    known: Fingerprint | None,
-) -> Fingerprint | None:
-    """What the teacher says of itself, over as much of the canary as the one before; None for a black box."""
-    (name,) = config.teachers
-    if config.teachers[name].served:
-        found: Fingerprint | None = Fingerprint.from_dict((await registry.known.remote())[name])
-    else:
-        (teacher,) = pools.others
-        found = await teacher.fingerprint(compared)
-    if found is None:
-        return None
-    if known is not None and len(compared) < len(known.canary):
-        # This run's sequences are shorter. What follows a token changes nothing of its score: the rest is as it was.
-        found = replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
-    return found
+async def _fingerprint(context: RunContext, pools: Pools, registry: Any, compared: tuple[int, ...]) -> Fingerprint | None:
+    """The teacher's fingerprint, over the canary; None for a black box."""
+    (name,) = context.config.teachers
+    if context.config.teachers[name].served:
+        return Fingerprint.from_dict((await registry.known.remote())[name])
+    (teacher,) = pools.others
+    return await teacher.fingerprint(compared)
+
+
+def _joined(found: Fingerprint | None, known: Fingerprint | None) -> Fingerprint | None:
+    """The fingerprint found, over as much of the canary as the one before."""
+    if found is None or known is None or len(found.canary) >= len(known.canary):
+        return found
+    # This run's sequences are shorter. What follows a token changes nothing of its score: the rest is as it was.
+    return replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
 
 
 def _in_flight(config: Config) -> int:
@@ -214,9 +208,9 @@ def _in_flight(config: Config) -> int:
     return 2 * kind_of(config, name).in_flight
 
 
-def capture_folder(config: Config, checked: Checked, models: Models, path: Path) -> CaptureFolder:
+def capture_folder(context: RunContext, path: Path) -> CaptureFolder:
     """The folder of this config's answers, not yet opened."""
-    return CaptureFolder(path, asking(config, checked, models))
+    return CaptureFolder(path, asking(context))
 
 
 def wanted_answers(checked: Checked, folder: CaptureFolder, requests: Sequence[SampleRequest]) -> dict[bytes, SampleRequest]:

@@ -21,19 +21,18 @@ from actors.serving.registry import TeacherRegistry
 from cluster.assembly import open_pools
 from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.connect import connected
-from cluster.evaluation import check_signals, measure_arguments
-from cluster.parts import resolve_models
+from cluster.evaluation import check_signals, held_out
 from cluster.peer_runs import run_together
 from cluster.planning.placement import bundles
 from cluster.planning.reservation import reserved
 from cluster.runner import Checkpoint, Job
 from kdray.capturing.collect import check_alone, lacking
-from kdray.checks.preflight import Checked, check
+from kdray.checks.preflight import check
 from kdray.config import Config
 from kdray.errors import ConfigError, StorageError
-from kdray.evaluation import evaluate as measure
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
+from kdray.runs.context import RunContext, resolve_models
 from kdray.runs.folder import CAPTURE, RunFolder
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.report import write_report
@@ -83,7 +82,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                 for bad in passed_over[name]:
                     reporter.event("checkpoint_not_whole", checkpoint=bad.key, reason=bad.reason)
                     discard(bad)
-                jobs[name] = Job(each, checked[name], folder, reporter, checkpoints[name], stored[name])
+                jobs[name] = Job(checked[name], folder, reporter, checkpoints[name], stored[name])
                 jobs[name].on_start = room.release
             try:
                 summaries = asyncio.run(run_together(jobs))
@@ -178,7 +177,7 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_evaluate(config, checked, teachers))
+        return asyncio.run(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
 
 
 def capture(
@@ -199,10 +198,10 @@ def capture(
     _quieten()
     check_capturable(config)
     checked = check(config, prompts)
-    requests = first_requests(config, checked, epochs)
+    requests = first_requests(checked, epochs)
     check_alone(requests)
-    models = resolve_models(config)
-    with capture_folder(config, checked, models, to or config.run_folder / CAPTURE) as folder:
+    context = checked.with_models()
+    with capture_folder(context, to or config.run_folder / CAPTURE) as folder:
         wanted = wanted_answers(checked, folder, requests)
         missing = lacking(folder, wanted, reuse)
         with contextlib.ExitStack() as stack:
@@ -210,7 +209,7 @@ def capture(
             if config.served_teachers and missing:
                 stack.enter_context(connected(config))
                 _await_room(config, lambda role: role.startswith("teacher"))
-            return asdict(asyncio.run(capture_answers(config, checked, models, folder, wanted, missing, on_progress)))
+            return asdict(asyncio.run(capture_answers(context, folder, wanted, missing, on_progress)))
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:
@@ -222,19 +221,17 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_check_teachers(config, checked))
+        return asyncio.run(_check_teachers(checked.with_models()))
 
 
-async def _check_teachers(config: Config, checked: Checked) -> dict[str, dict[str, float]]:
-    models = resolve_models(config)
-    async with open_pools(config, checked, models, None, beside_driver(TeacherRegistry).remote({})) as pools:
-        return {each.name: await check_signals(config, checked, each) for each in pools.named}
+async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
+    async with open_pools(context, None, beside_driver(TeacherRegistry).remote({})) as pools:
+        return {each.name: await check_signals(context, each) for each in pools.named}
 
 
-async def _evaluate(config: Config, checked: Checked, teachers: dict[str, str]) -> dict[str, Any]:
-    models = replace(resolve_models(config), teachers=teachers)
-    async with open_pools(config, checked, models, None, beside_driver(TeacherRegistry).remote({})) as pools:
-        numbers, _ = await measure(**measure_arguments(config, checked, pools), version=0)
+async def _evaluate(context: RunContext) -> dict[str, Any]:
+    async with open_pools(context, None, beside_driver(TeacherRegistry).remote({})) as pools:
+        numbers, _ = await held_out(context, pools).measure(version=0)
         return numbers
 
 

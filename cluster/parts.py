@@ -1,26 +1,15 @@
-"""The parts of a run that the driver holds: where its models lie, and its pools."""
+"""Pools of a run, as the driver holds them: its teachers of every kind, and its student-only replicas."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from actors.serving.pool import ReplicaPool
-from kdray.config import Config
 from kdray.interfaces import Sampler, Scorer, Teacher
-from kdray.models.resolve import resolve_model
-from kdray.teachers.kind import LocalTeacher, kind_of
+from kdray.teachers.kind import LocalTeacher
 from kdray.teachers.programs.sampler import ProgramSampler
 from kdray.teachers.team import TeacherTeam
-
-
-@dataclass(frozen=True)
-class Models:
-    """Where the weights lie: folders or hub ids."""
-
-    student: str
-    teachers: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -80,18 +69,3 @@ class Pools:
             **(self.team.metrics() if self.team is not None else {}),
             **(self.program.metrics() if self.program is not None else {}),
         }
-
-
-def resolve_models(config: Config) -> Models:
-    """Build the tiny models, where the config asks for some."""
-    cache = config.run.output / ".models"
-    teachers = {name: kind_of(config, name).model for name in config.teachers}
-    return Models(
-        student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(found[0], cache)) for name, found in teachers.items() if found is not None},
-    )
-
-
-def _absolute(model: str) -> str:
-    """Folders as absolute paths: replicas and ranks work in other folders."""
-    return str(Path(model).absolute()) if Path(model).exists() else model

@@ -24,24 +24,23 @@ from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
 from actors.student.engine import Phase
 from actors.student.group import StudentRanks
-from cluster.assembly import open_pools, training_route
-from cluster.evaluation import check_signals, measure_arguments, measure_program
-from cluster.parts import Models, Pools, resolve_models
+from cluster.assembly import open_pools, training_sources
+from cluster.evaluation import check_signals, held_out, measure_program
+from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
-from kdray.checks.preflight import Checked
-from kdray.config import Config
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
-from kdray.evaluation import evaluate as measure
-from kdray.loop import distill
+from kdray.loop import Distillation, Hooks
 from kdray.models.inspect import decoder
 from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
 from kdray.rollouts.pretraining import PretrainingText
+from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.checkpoints import COMMITTED, prune_checkpoints
+from kdray.runs.context import Checked, Models, RunContext
 from kdray.runs.folder import RunFolder
 from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
@@ -73,7 +72,6 @@ class Job:
 
     def __init__(
         self,
-        config: Config,
         checked: Checked,
         folder: RunFolder,
         reporter: RunReporter,
@@ -81,7 +79,7 @@ class Job:
         stored: StoredRun | None = None,
     ) -> None:
         """Args: checkpoint: where a resumed run goes on; stored: the run in `run.storage`, where it has one."""
-        self.config = config
+        self.config = checked.config
         self.checked = checked
         self.folder = RunFolder(folder.path.absolute())
         self.reporter = reporter
@@ -111,15 +109,15 @@ class Job:
 
     async def run(self) -> dict[str, Any]:
         """The run, between the start of its parts and their end; its weight stores are made and ended by the caller."""
-        config, checked = self.config, self.checked
+        config = self.config
         self.reporter.event("start", resumed_step=self.checkpoint.step if self.checkpoint else None)
-        models = await self._or_stop(in_daemon_thread(resolve_models, config))
+        context: RunContext = await self._or_stop(in_daemon_thread(self.checked.with_models))
         self.on_start()
         student = StudentRanks(
             training=config.training,
-            vocab_size=checked.vocab_size,
+            vocab_size=context.vocab_size,
             seed=config.run.seed,
-            tokenizer=models.student,
+            tokenizer=context.models.student,
             weights=self.weights,
             checkpoints=self.folder.checkpoints,
             storage=self.folder.path / "logs" / "ray_train",
@@ -131,17 +129,15 @@ class Job:
         self.ranks_started = True
         try:
             registry = beside_driver(TeacherRegistry).remote(self.folder.read_teachers())
-            pools_context = open_pools(
-                config, checked, models, self.weights, registry, self.reporter.event, self.teacher_weights
-            )
-            pools = await self._or_stop(pools_context.__aenter__())
+            opening = open_pools(context, self.weights, registry, self.reporter.event, self.teacher_weights)
+            pools = await self._or_stop(opening.__aenter__())
             self.folder.write_teachers(await registry.known.remote())
             try:
                 unplaced = partial(self._unplaced_ranks, student)
                 await self._or_stop(await_placed(unplaced, config.cluster, self.reporter.event))
-                return await self._phases(models, student, pools)
+                return await self._phases(context.models, student, pools)
             finally:
-                await pools_context.__aexit__(None, None, None)
+                await opening.__aexit__(None, None, None)
         finally:
             await student.close()
             self.ranks_started = False
@@ -235,9 +231,9 @@ class Job:
             progress |= {"program": await self._or_stop(self._measure_program(pools)), "distilled": None}
             # From here on a resume repeats neither the supervised phase nor the first measurement.
             await recoverable.save_checkpoint(0)
-        sampler, scorer = training_route(config, checked, pools)
+        sampler, scorer = training_sources(checked, pools)
         self.reporter.phase("distill", steps)
-        await distill(
+        await Distillation(
             settings=LoopSettings.of(config),
             prompts=PromptStream(checked.dataset.train, config.run.seed),
             sampler=sampler,
@@ -246,16 +242,18 @@ class Job:
             reporter=self.reporter,
             ledger=self.ledger,
             totals=self.totals,
+            schedules=schedules,
+            hooks=Hooks(
+                evaluate=lambda done: self._measure(pools, done, None),
+                pool_metrics=pools.metrics,
+                text=self._text(pools),
+                on_wait=pools.awaited,
+                filters=self._filters(),
+                weights=self._weights(),
+            ),
             stop=self.stop,
             start_step=start_step,
-            evaluate=lambda done: self._measure(pools, done, None),
-            pool_metrics=pools.metrics,
-            text=self._text(pools),
-            on_wait=pools.awaited,
-            schedules=schedules,
-            filters=self._filters(),
-            weights=self._weights(),
-        )
+        ).run()
         name = "distilled" if training.finetune.steps else "after"
         progress["distilled"] = await self._measure(pools, steps, name)
 
@@ -333,7 +331,7 @@ class Job:
     async def _check_signals(self, pools: Pools, version: int) -> None:
         """Every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""
         for teacher in pools.named:
-            found = await check_signals(self.config, self.checked, teacher, version)
+            found = await check_signals(self.checked, teacher, version)
             self.reporter.event("signals", teacher=teacher.name, **found)
 
     def _teacher_of_head(self, models: Models) -> tuple[str, str | None] | None:
@@ -390,7 +388,7 @@ class Job:
         return {**numbers, "method": "sft", "trained_tokens": trained}
 
     async def _measure(self, pools: Pools, version: int, name: str | None) -> dict[str, float]:
-        numbers, rollouts = await measure(**measure_arguments(self.config, self.checked, pools), version=version)
+        numbers, rollouts = await held_out(self.checked, pools).measure(version)
         if name is not None:
             self.reporter.event("evaluation", name=name, **numbers)
             self.reporter.heldout_samples(rollouts, name)
@@ -398,7 +396,7 @@ class Job:
 
     async def _measure_program(self, pools: Pools) -> dict[str, float] | None:
         """The System-2 program itself on the held-out prompts, where there is one."""
-        numbers = await measure_program(self.config, self.checked, pools)
+        numbers = await measure_program(self.checked, pools)
         if numbers is not None:
             self.reporter.event("evaluation", name="program", **numbers)
         return numbers
@@ -408,19 +406,11 @@ class Job:
 
         Raises: Interrupted.
         """
-        task = asyncio.ensure_future(work)
-        stopped = asyncio.ensure_future(self.stop.wait())
         try:
-            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Interrupted("stopped before there was anything new to save")
-            return task.result()
-        finally:
-            stopped.cancel()
-            if not task.done():
-                # Its own clean-up comes first, but not at the price of a run that does not end.
-                task.cancel()
-                await asyncio.wait({task}, timeout=_CLEAN_UP_S)
+            # Its own clean-up comes first, but not at the price of a run that does not end.
+            return await first_of(work, self.stop.wait(), clean_up_s=_CLEAN_UP_S)
+        except Stopped:
+            raise Interrupted("stopped before there was anything new to save") from None
 
     def _on_retry(self, **retry: Any) -> None:
         self.storage_retries.append(retry)

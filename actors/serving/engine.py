@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow as pa
 from actors.serving import prompt_logprobs
 from kdray.errors import EngineError, RequestRefused
 from kdray.models.resolve import model_name
+from kdray.rollouts.race import first_of
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import Rollout, SampleRequest
 
@@ -334,10 +335,12 @@ class TeacherEngine:
             ended.put_nowait((index, final))
 
         tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+        # Kept over the whole stream: one that fails while the reader is busy must not be overlooked.
+        all_ended = asyncio.gather(*tasks)
         taken = 0
         try:
             while taken < len(jobs):
-                batch = [await _first(ended.get(), tasks)]
+                batch = [await first_of(ended.get(), all_ended)]
                 while not ended.empty():
                     batch.append(ended.get_nowait())
                 taken += len(batch)
@@ -347,7 +350,7 @@ class TeacherEngine:
             # Aborted where the reader went away or a request failed.
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, all_ended, return_exceptions=True)
 
     def _check(self, request: SampleRequest) -> None:
         only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)
@@ -466,20 +469,6 @@ class TeacherEngine:
         """Name the version of the weights loaded at start."""
         await self._engine.collective_rpc("kdray_set_version", args=(version,))
         self.student_version = version
-
-
-async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any:
-    """Await `wanted`, but raise what any of the tasks raises first."""
-    getter = asyncio.ensure_future(wanted)
-    pending: set[asyncio.Future[Any]] = {getter, *(task for task in tasks if not task.done())}
-    try:
-        while not getter.done():
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {getter}:
-                task.result()
-        return getter.result()
-    finally:
-        getter.cancel()
 
 
 def _arrays(answer: bytes, lengths: list[int]) -> list[Recorded]:

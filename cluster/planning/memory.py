@@ -140,15 +140,29 @@ class RankMemory:
         return model + self.teacher + self.base + self.sent
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a sequence, as the config bounds them."""
+
+    prompt: int
+    response: int
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """How training is spread over ranks; the settings of `training` by the same names."""
+
+    precision: str
+    zero_stage: int
+    ranks: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+
+
 def rank_memory(
     model: ModelShape,
-    precision: str,
-    zero_stage: int,
-    ranks: int,
-    sequences: int,
-    sequence_tokens: int,
-    response_tokens: int,
-    gradient_checkpointing: bool,
+    layout: RankLayout,
+    lengths: Lengths,
     teacher_bytes: float = 0.0,
     device: str = "GPU",
     copies: int = 0,
@@ -159,17 +173,18 @@ def rank_memory(
     4 + 4 + 8 in float32; ZeRO cuts the last by the ranks from stage 1 on, the second from 2, the first at 3 (Rajbhandari et
     al., 2020, section 3).
 
-    Args: sequences: `micro_batch_size`; sequence_tokens: prompt and response; teacher_bytes: of what it holds of a teacher;
-          copies: of the whole weights, to send.
+    Args: lengths: of the longest prompt and response; teacher_bytes: of what it holds of a teacher; copies: of the whole
+          weights, to send.
     """
-    element = 2 if precision == "bf16" else 4
-    optimizer = 12 if precision == "bf16" else 8
+    element = 2 if layout.precision == "bf16" else 4
+    optimizer = 12 if layout.precision == "bf16" else 8
+    tokens = layout.micro_batch_size * (lengths.prompt + lengths.response)
     return RankMemory(
-        weights=model.parameters * element / (ranks if zero_stage >= 3 else 1),
-        gradients=model.parameters * element / (ranks if zero_stage >= 2 else 1),
-        optimizer=model.parameters * optimizer / (ranks if zero_stage >= 1 else 1),
-        activations=activation_bytes(model, sequences * sequence_tokens, element, gradient_checkpointing),
-        logprobs=_TRAINING_ROWS * sequences * response_tokens * model.vocab * _FLOAT32,
+        weights=model.parameters * element / (layout.ranks if layout.zero_stage >= 3 else 1),
+        gradients=model.parameters * element / (layout.ranks if layout.zero_stage >= 2 else 1),
+        optimizer=model.parameters * optimizer / (layout.ranks if layout.zero_stage >= 1 else 1),
+        activations=activation_bytes(model, tokens, element, layout.gradient_checkpointing),
+        logprobs=_TRAINING_ROWS * layout.micro_batch_size * lengths.response * model.vocab * _FLOAT32,
         teacher=teacher_bytes,
         base=ENGINE_BASE_BYTES[device],
         sent=copies * model.parameters * element,

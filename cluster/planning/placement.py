@@ -10,6 +10,7 @@ from typing import Any
 
 from kdray.config import Config, EngineSettings
 from kdray.config.labels import ACCELERATOR_LABEL
+from kdray.config.route import Route
 from kdray.errors import CapacityError
 
 _ACCELERATOR_RESOURCE = "accelerator_type:"
@@ -66,7 +67,7 @@ def bundles(config: Config) -> list[Bundle]:
     wanted = []
     for name, teacher in config.served_teachers.items():
         wanted.append(_engine_bundle(f"teacher {name}", f"teachers.{name}", teacher))
-    if config.has_rollout_pool:
+    if Route.of(config).student_pool:
         wanted.append(_engine_bundle("rollout pool", "rollout.pool", config.rollout.pool))
     training = config.training
     rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank} | training.resources

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
 
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, EngineMemory, ModelShape, RankMemory, engine_memory, rank_memory
+from cluster.planning.memory import GIB, EngineMemory, Lengths, ModelShape, RankLayout, RankMemory, engine_memory, rank_memory
 from cluster.planning.placement import (
     ACCELERATOR_LABEL,
     Bundle,
@@ -24,7 +23,7 @@ from cluster.planning.placement import (
     could_hold,
     describe_resources,
 )
-from cluster.planning.throughput import Lengths, Measured, measured, sampling_rate, scoring_rate, training_rate
+from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import (
     Config,
     EngineSettings,
@@ -33,6 +32,7 @@ from kdray.config import (
     load_config,
 )
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
 from kdray.models.pruning import plan_pruning
 from kdray.models.resolve import model_config
@@ -262,15 +262,11 @@ def _engine_role(
     lengths: Lengths,
 ) -> Role:
     name = item.bundle.role.removeprefix("teacher ")
-    pool = item.bundle.role == "rollout pool"
+    pool, route = item.bundle.role == "rollout pool", Route.of(config)
     settings: EngineSettings = config.rollout.pool if pool else config.served_teachers[name]
-    if pool:
-        models = [shapes[_STUDENT]]
-    elif config.teacher_apart:
-        models = [shapes[name]]
-    else:
-        # A teacher's replicas hold the student, too: to sample the mixture with it, or for exact divergences.
-        models = [shapes[name], shapes[_STUDENT]]
+    models = [shapes[_STUDENT if pool else name]]
+    if not pool and route.student_in_replicas:
+        models.append(shapes[_STUDENT])
     on_gpu = settings.num_gpus > 0
     element = {"float32": 4}.get(settings.dtype, 2 if on_gpu else 4)
     parts = settings.tensor_parallel_size if on_gpu else 1
@@ -309,7 +305,7 @@ def _engine_role(
             f"GPU that it may be placed on gives {limit * settings.gpu_memory_utilization / GIB:.1f} GiB; {remedy}"
         )
     running = min(settings.max_num_seqs, max(1, found.kv_tokens // sequence))
-    samples = pool or config.rollout.sampler == "mixture"
+    samples = pool or route.sampler != "students"
     rate = None
     if gpu is not None and on_gpu:
         one = (
@@ -341,28 +337,25 @@ def _student_role(
     if training.features is not None and config.white_box_teacher is not None:
         held = shapes[config.white_box_teacher[0]].parameters * element
 
-    def memory(stage: int, ranks: int, micro: int, checkpointing: bool) -> RankMemory:
-        return rank_memory(
-            student,
-            training.precision,
-            stage,
-            ranks,
-            micro,
-            lengths.prompt + lengths.response,
-            lengths.response,
-            checkpointing,
-            held,
-            "GPU" if on_gpu else "CPU",
-            0 if training.weight_transfer == "object_store" else 2,
-        )
+    layout = RankLayout(
+        training.precision,
+        training.zero_stage,
+        training.ranks,
+        training.micro_batch_size,
+        training.gradient_checkpointing,
+    )
 
-    found = memory(training.zero_stage, training.ranks, training.micro_batch_size, training.gradient_checkpointing)
+    def memory(layout: RankLayout) -> RankMemory:
+        copies = 0 if training.weight_transfer == "object_store" else 2
+        return rank_memory(student, layout, lengths, held, "GPU" if on_gpu else "CPU", copies)
+
+    found = memory(layout)
     if on_gpu and limit is not None and found.total > limit:
         raise CapacityError(
             f"training: a rank needs {found.total / GIB:.1f} GiB (optimizer {found.optimizer / GIB:.1f}, gradients "
             f"{found.gradients / GIB:.1f}, weights {found.weights / GIB:.1f}, activations {found.activations / GIB:.1f}, "
             f"log-probabilities {found.logprobs / GIB:.1f}), and the smallest GPU that it may be placed on has "
-            f"{limit / GIB:.1f} GiB; {_smaller(config, memory, limit)}"
+            f"{limit / GIB:.1f} GiB; {_smaller(layout, memory, limit)}"
         )
     rate = None
     if gpu is not None and on_gpu:
@@ -377,26 +370,19 @@ def _student_role(
     )
 
 
-def _smaller(config: Config, memory: Any, limit: float) -> str:
+def _smaller(layout: RankLayout, memory: Callable[[RankLayout], RankMemory], limit: float) -> str:
     """The smallest change of the training's settings with which a rank fits."""
-    training = config.training
-    stages = range(training.zero_stage, 4)
-    micros = [training.micro_batch_size // 2**power for power in range(training.micro_batch_size.bit_length())]
-    for ranks in (training.ranks * 2**power for power in range(6)):
-        for stage in stages:
-            for checkpointing in sorted({training.gradient_checkpointing, True}):
-                for micro in micros:
-                    if micro and memory(stage, ranks, micro, checkpointing).total <= limit:
-                        wanted = {
-                            "ranks": ranks,
-                            "zero_stage": stage,
-                            "gradient_checkpointing": checkpointing,
-                            "micro_batch_size": micro,
-                        }
+    sizes = [layout.micro_batch_size // 2**power for power in range(layout.micro_batch_size.bit_length())]
+    for ranks in (layout.ranks * 2**power for power in range(6)):
+        for stage in range(layout.zero_stage, 4):
+            for checkpointing in sorted({layout.gradient_checkpointing, True}):
+                for size in sizes:
+                    wanted = RankLayout(layout.precision, stage, ranks, size, checkpointing)
+                    if size and memory(wanted).total <= limit:
                         changed = [
                             f"training.{name}={str(value).lower()}"
-                            for name, value in wanted.items()
-                            if value != getattr(training, name)
+                            for name in ("ranks", "zero_stage", "gradient_checkpointing", "micro_batch_size")
+                            if (value := getattr(wanted, name)) != getattr(layout, name)
                         ]
                         return f"it fits with {', '.join(changed)}"
     return "use GPUs with more memory, or a smaller student"

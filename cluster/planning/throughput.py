@@ -11,20 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.planning.accelerators import Accelerator
-from cluster.planning.memory import ModelShape
+from cluster.planning.memory import Lengths, ModelShape
 
 DECODE_EFFICIENCY = 0.6
 """Share of peak bandwidth or arithmetic that decoding and prefill are taken to reach."""
 TRAINING_EFFICIENCY = 0.35
 """Model FLOP utilisation that training is taken to reach."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a sequence, as the config bounds them."""
-
-    prompt: int
-    response: int
 
 
 def sampling_rate(

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdray.checks.capabilities import check_capabilities
 from kdray.config import Config, EngineSettings
+from kdray.config.route import Route
 from kdray.data.dataset import Dataset, encode_answer, load_dataset
 from kdray.data.pretraining import load_windows
 from kdray.errors import ConfigError
 from kdray.models.inspect import depth, describe, load_tokenizer, origin, shape
 from kdray.models.resolve import model_config, resolve_model
+from kdray.runs.context import Checked
 from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.teachers.programs import check_prompts
 from kdray.teachers.team import prompts_of
-from kdray.types import Prompt
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the checks found, ready for use."""
-
-    tokenizer: Any
-    """The student's tokenizer."""
-    dataset: Dataset
-    vocab_size: int
-    """Ids that every teacher and the student share."""
-    stop_ids: tuple[int, ...]
-    """End-of-sequence ids of the student."""
-    windows: list[Prompt] = field(default_factory=list)
-    """Windows of pretraining text, where the config mixes some in."""
-    lines: list[str] = field(default_factory=list)
-    """What a user should know, a line each."""
 
 
 def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
@@ -81,7 +64,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
-    return Checked(tokenizer, dataset, vocab_size, stop_ids, windows, lines)
+    return Checked(config, tokenizer, dataset, vocab_size, stop_ids, Route.of(config), windows, lines)
 
 
 def _check_student(config: Config) -> None:

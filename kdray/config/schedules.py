@@ -14,9 +14,6 @@ from kdray.config.base import Fraction, NonNegative, Positive, PositiveFloat, Se
 class StepSchedule(Settings):
     """From the setting's own value to another one, over steps."""
 
-    needs_student: ClassVar[bool] = False
-    """The course depends on what is measured of the student while it trains."""
-
     SHAPES: ClassVar[dict[str, Callable[[float], float]]] = {
         "linear": lambda share: share,
         "cosine": lambda share: 0.5 - 0.5 * math.cos(math.pi * share),
@@ -54,8 +51,6 @@ class StepSchedule(Settings):
 
 class SignalSchedule(Settings):
     """In proportion to a signal of the training batches, such as how far the student is from its teacher."""
-
-    needs_student: ClassVar[bool] = True
 
     type: Literal["signal"]
     signal: Literal["reverse_kl", "forward_kl", "truncated", "importance_weight_ess"] = "reverse_kl"

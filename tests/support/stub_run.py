@@ -22,7 +22,7 @@ from rich.console import Console
 
 from kdray.config import Config, load_config, parse_config
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
-from kdray.loop import distill
+from kdray.loop import Distillation, Hooks
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
@@ -183,7 +183,7 @@ class StubStudent:
 
 
 def main(config_path: Path, slow: bool = True) -> None:
-    """Start the run that a config describes, or go on with it, as `cluster.launch.run` and `cluster.job.Job` do."""
+    """Start the run that a config describes, or go on with it, as `cluster.launch.run` and `cluster.runner.Runner` do."""
     asyncio.run(drive(load_config(config_path), slow=slow))
 
 
@@ -209,7 +209,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         await student.save_checkpoint(0)
     reporter.phase("distill", config.training.steps)
     assert config.rollout.filters is not None
-    await distill(
+    await Distillation(
         settings=LoopSettings.of(config),
         prompts=PromptStream(dataset.train, config.run.seed),
         sampler=StubSampler(tables, (lambda request: haste.uniform(0, 0.004)) if slow else (lambda request: 0.0)),
@@ -218,11 +218,10 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         reporter=reporter,
         ledger=ledger,
         totals=totals,
-        stop=asyncio.Event(),
-        start_step=start_step,
         schedules=schedules,
-        filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, {}),
-    )
+        hooks=Hooks(filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, {})),
+        start_step=start_step,
+    ).run()
     summary = counts(ledger, totals, config) | {
         "resumed_from_step": found.step if found else None,
         "dropped_prompts": dataset.dropped,

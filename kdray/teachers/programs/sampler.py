@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from kdray.config import Config
 from kdray.config.programs import ProgramSettings
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler
@@ -72,6 +73,24 @@ class TextCodec:
     decode: Callable[[np.ndarray], str]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run that a program makes."""
+
+    samples_per_prompt: int
+    prefix: str
+    """`data.prefix`, which the teacher does not see."""
+    max_prompt_tokens: int
+    """Longest prompt of a row."""
+    seed: int
+    """Of the run."""
+
+    @classmethod
+    def of(cls, config: Config) -> Rows:
+        data = config.data
+        return cls(config.rollout.samples_per_prompt, data.prefix, data.max_prompt_tokens, config.run.seed)
+
+
 class ProgramSampler:
     """A Sampler (`kdray.interfaces`) over another one. Rollouts have no log-densities and every token is as old as it may be.
 
@@ -85,25 +104,19 @@ class ProgramSampler:
         name: str,
         prompts: Sequence[Prompt],
         codec: TextCodec,
-        samples_per_prompt: int,
-        prefix: str,
-        max_prompt_tokens: int,
-        seed: int,
+        rows: Rows,
         on_awaited: Callable[[Sequence[int]], None] = lambda sample_ids: None,
     ) -> None:
-        """Args: name: what the rollouts call their teacher; prompts: all that may be asked for; prefix: `data.prefix`, which
-        the teacher does not see; max_prompt_tokens: of a row's prompt; seed: of the run; on_awaited: told which of the
-        teacher's samples the trainer waits for.
+        """Args: name: the teacher's in the rollouts; prompts: all that may be asked for; on_awaited: called with those of the
+        teacher's samples that the trainer waits for.
         """
         self.teacher = teacher
         """Who is asked."""
         self._settings = settings
         self._name = name
-        self._questions = {prompt.prompt_id: _text(prompt).removeprefix(prefix) for prompt in prompts}
+        self._questions = {prompt.prompt_id: _text(prompt).removeprefix(rows.prefix) for prompt in prompts}
         self._codec = codec
-        self._samples_per_prompt = samples_per_prompt
-        self._max_prompt_tokens = max_prompt_tokens
-        self._seed = seed
+        self._rows = rows
         self._on_awaited = on_awaited
         self._stages = {name: number for number, name in enumerate((*settings.stages, "choose"))}
         self._counts = _Counts()
@@ -148,7 +161,7 @@ class ProgramSampler:
 
     async def _run(self, request: SampleRequest, calls: _Calls) -> AsyncGenerator[list[Rollout]]:
         """One request's rollout."""
-        sibling = request.sample_id % self._samples_per_prompt
+        sibling = request.sample_id % self._rows.samples_per_prompt
         prompt_ids, token_ids = request.prompt_ids, []
         counts = _Counts(rollouts=1)
         try:
@@ -180,7 +193,9 @@ class ProgramSampler:
     def _row(self, answer: Answer, prompt_ids: np.ndarray, request: SampleRequest) -> list[int]:
         """The ids to learn. Raises: Unparsable where they do not fit; an answer is never cut."""
         token_ids = self._codec.answer(answer.text)
-        if len(token_ids) > request.max_new_tokens or len(prompt_ids) > max(self._max_prompt_tokens, len(request.prompt_ids)):
+        if len(token_ids) > request.max_new_tokens or len(prompt_ids) > max(
+            self._rows.max_prompt_tokens, len(request.prompt_ids)
+        ):
             raise _Cut(f"sample {request.sample_id}: {len(prompt_ids)} prompt and {len(token_ids)} answer tokens do not fit")
         return token_ids
 
@@ -192,7 +207,7 @@ class ProgramSampler:
             raise _Cut(f"sample {request.sample_id}: stage {stage} has {len(prompt.token_ids)} prompt tokens")
         # Both rows of a pair are made of one response, so the seed is the pair's.
         pair = settings.paired_rows
-        seed = sample_seed(self._seed, "pair", request.sample_id // 2) if pair else request.seed
+        seed = sample_seed(self._rows.seed, "pair", request.sample_id // 2) if pair else request.seed
         return SampleRequest(
             sample_id=(request.sample_id * len(self._stages) + self._stages[stage]) * _CALLS_OF_A_STAGE + index,
             prompt_id=request.prompt_id,

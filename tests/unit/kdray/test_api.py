@@ -26,7 +26,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_a_config_brings_neither_torch_nor_ray() -> None:
     code = (
         "import sys, kdray; kdray.load_config('configs/quickstart.yaml', ['training.steps=1']);"
-        "loaded = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules); sys.exit(str(loaded) if loaded else 0)"
+        "loaded = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules);"
+        "sys.exit(str(loaded) if loaded else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

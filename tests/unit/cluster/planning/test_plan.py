@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, ModelShape, activation_bytes, engine_memory, rank_memory
+from cluster.planning.memory import GIB, Lengths, ModelShape, RankLayout, activation_bytes, engine_memory, rank_memory
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
 from cluster.planning.plan import described_nodes, plan
-from cluster.planning.throughput import Lengths, measured, sampling_rate, scoring_rate, training_rate
+from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import Config, parse_config
 from kdray.errors import CapacityError, DataError
 
@@ -109,19 +109,19 @@ def test_optimizer_gradients_and_weights_are_what_adamw_holds() -> None:
         if name.startswith("exp_avg")
     )
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-    found = rank_memory(ModelShape.of(model.config), "fp32", 0, 1, 2, 8, 4, False)
+    found = rank_memory(ModelShape.of(model.config), RankLayout("fp32", 0, 1, 2, False), Lengths(4, 4))
     assert (found.optimizer, found.gradients, found.weights) == (moments, gradients, gradients)
 
 
 @pytest.mark.parametrize(("stage", "divided"), [(0, ()), (1, ("optimizer",)), (2, ("optimizer", "gradients"))])
 def test_zero_stages_divide_by_ranks(stage: int, divided: tuple[str, ...]) -> None:
     shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
-    whole = rank_memory(shape, "bf16", 0, 8, 2, 64, 32, False)
-    found = rank_memory(shape, "bf16", stage, 8, 2, 64, 32, False)
+    whole = rank_memory(shape, RankLayout("bf16", 0, 8, 2, False), Lengths(32, 32))
+    found = rank_memory(shape, RankLayout("bf16", stage, 8, 2, False), Lengths(32, 32))
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(found, part) == getattr(whole, part) / (8 if part in divided else 1)
     # Whoever sends weights has them whole, twice.
-    sending = rank_memory(shape, "bf16", stage, 8, 2, 64, 32, False, copies=2)
+    sending = rank_memory(shape, RankLayout("bf16", stage, 8, 2, False), Lengths(32, 32), copies=2)
     assert sending.total - found.total == 4 * shape.parameters
     # 2 + 2 + 12 bytes a parameter, the ZeRO paper's count.
     assert whole.weights + whole.gradients + whole.optimizer == 16 * shape.parameters

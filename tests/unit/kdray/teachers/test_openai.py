@@ -30,7 +30,7 @@ from kdray.rollouts.arrow import rollouts_to_table, table_to_rollouts
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.runs.metrics import batch_metrics
 from kdray.teachers.openai import RemoteTeacher, _support
-from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
+from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.teachers.rate_limit import Pacing
 from kdray.types import Rollout, SampleRequest
 
@@ -223,7 +223,9 @@ async def _asked(chat: bool) -> list[Any]:
         )
         try:
             (own,) = await collect(far.sample([request()]))
-            (rollout,) = await collect(ProgramSampler(program, far, "far", [prompt], codec, 1, "", 99, 0).sample([request()]))
+            (rollout,) = await collect(
+                ProgramSampler(program, far, "far", [prompt], codec, Rows(1, "", 99, 0)).sample([request()])
+            )
         finally:
             await far.close()
     assert own.token_ids.tolist() == [*ids("qq"), EOS]

@@ -18,7 +18,7 @@ from kdray.errors import DataError, EngineError
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.seeds import uniforms
 from kdray.teachers.programs import check_prompts, row_kind, row_weights
-from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
+from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.types import Prompt, Rollout, SampleRequest
 
 TOKENIZER = task_tokenizer()
@@ -105,7 +105,7 @@ def sampler(
         return Prompt(0, ids(question), question, question=question)
 
     codec = TextCodec(encode, response_encoder(TOKENIZER), text)
-    return ProgramSampler(program, teacher, "stub", prompts, codec, samples_per_prompt, prefix, 60, seed)
+    return ProgramSampler(program, teacher, "stub", prompts, codec, Rows(samples_per_prompt, prefix, 60, seed))
 
 
 def request(sample_id: int, prompt_id: int = 0, seed: int = 7, prompt: str = "q", **changes: Any) -> SampleRequest:

@@ -173,7 +173,7 @@ def test_bfloat16_is_summed_in_float32():
         assert ((got.double() - want).norm() / want.norm()).item() < 0.006
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_order_and_split_change_nothing(data):
     loss = data.draw(st.sampled_from(ALL), label="loss")

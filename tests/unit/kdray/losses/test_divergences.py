@@ -322,7 +322,7 @@ def test_small_shares_turn_skew_and_jsd_into_kl():
     assert of_rows(JSDLoss(type="jsd", beta=1 - 1e-7), z, teacher).item() / 1e-7 == pytest.approx(kl(q, p), rel=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0.05, 0.95), st.sampled_from([0.5, 3.0, 30.0]))
 def test_bounds_and_symmetries(seed, share, sharp):
     z, teacher, *_ = two_rows(seed, sharp=sharp)
@@ -541,7 +541,7 @@ def test_every_registered_loss_has_its_maths():
 # ------------------------------------------------------------------------------------------------------ invariances
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_padding_order_and_split_change_nothing(data):
     """Any order of rows, any split, any padding on either side: the same sums and, row by row, the same gradient."""

@@ -567,7 +567,7 @@ def test_whitening_of_nothing_and_of_equal_returns_is_finite():
 # ------------------------------------------------------------------------------------------------------ invariances
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from([*ESTIMATORS, VOPD_RETURN]),
     st.lists(st.integers(0, 6), min_size=1, max_size=7),
@@ -606,7 +606,7 @@ def test_order_ranks_and_micro_batches_change_nothing(loss, lengths, world_size,
     assert sums_again == pytest.approx(sums, rel=1e-10, abs=1e-10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(ESTIMATORS), st.integers(0, 3), st.integers(0, 3), st.booleans())
 def test_padding_changes_nothing_and_may_hold_anything(loss, left, right, garbage):
     logits, batch = make(7)

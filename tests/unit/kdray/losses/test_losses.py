@@ -505,7 +505,7 @@ def test_errors_name_what_is_missing():
 # ------------------------------------------------------------------------------------------------------ invariances
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_padding_order_and_split_change_nothing(data):
     """Any order of rows, any split, any padding on either side: the same sums and, row by row, the same gradient."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
+from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools, training_sources
 from cluster.engine_specs import canary
 from cluster.parts import Pools
@@ -149,7 +150,7 @@ async def capture_answers(
             registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
             known = folder.fingerprint
             compared = canary(context) if known is None else known.canary[: config.max_model_len]
-            async with open_pools(alone, None, registry, folder.note, canary=compared) as pools:
+            async with open_pools(alone, RunHandles(registry=registry), folder.note, canary=compared) as pools:
                 folder.begin(_joined(await _fingerprint(context, pools, registry, compared), known))
                 sampler, scorer = training_sources(alone, pools)
                 await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.serving.engine import EngineSpec
+from actors.serving.spec import EngineSpec
 from kdray.config import Config, EngineSettings
 from kdray.data.dataset import reencode, templated
 from kdray.errors import ConfigError

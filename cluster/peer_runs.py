@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from actors.driver_actor import beside_driver
+from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
 from cluster.runner import Job
@@ -38,11 +39,14 @@ async def run_together(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
 
     stores = []
 
-    def store(kind: type[WeightStore] = WeightStore) -> Any:
+    def store(kind: type[Any] = WeightStore) -> Any:
         stores.append(beside_driver(kind, max_concurrency=1000).remote())
         return stores[-1]
 
     for job in jobs.values():
+        pools = [*job.config.served_teachers.values(), job.config.rollout.pool]
+        if any(engine.autoscaling is not None for engine in pools):
+            job.board = store(ScalingBoard)
         job.weights = store(WeightStore if job.config.training.weight_transfer == "object_store" else TransferStore)
     for name, job in jobs.items():
         job.beside = [other for other in jobs.values() if other is not job]

@@ -22,6 +22,7 @@ import ray
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
+from actors.serving.spec import RunHandles
 from actors.student.engine import Phase
 from actors.student.group import StudentRanks
 from cluster.assembly import open_pools, training_sources
@@ -103,6 +104,8 @@ class Job:
         self.started = time.monotonic()
         self.weights: Any = None
         """Handle of the WeightStore of the student."""
+        self.board: Any = None
+        """Handle of the ScalingBoard, where a pool is autoscaled."""
         self.average: Any = None
         """Handle of the WeightStore of its average, where that is a teacher."""
         self.teacher_weights: dict[str, Any] = {}
@@ -130,7 +133,8 @@ class Job:
         self.ranks_started = True
         try:
             registry = beside_driver(TeacherRegistry).remote(self.folder.read_teachers())
-            opening = open_pools(context, self.weights, registry, self.reporter.event, self.teacher_weights)
+            handles = RunHandles(weights=self.weights, registry=registry, board=self.board)
+            opening = open_pools(context, handles, self.reporter.event, self.teacher_weights)
             pools = await self._or_stop(opening.__aenter__())
             self.folder.write_teachers(await registry.known.remote())
             try:

@@ -17,7 +17,7 @@ class ReplicaLoad:
 
 
 @dataclass(frozen=True)
-class Route:
+class CallRoute:
     """What a call tells the router of itself; replicas do not read it."""
 
     ticket: str

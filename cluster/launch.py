@@ -21,12 +21,13 @@ from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools
 from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
+from cluster.checkpointing import Checkpoint
 from cluster.connect import connected
 from cluster.evaluation import check_signals, held_out
 from cluster.peer_runs import run_together
 from cluster.planning.placement import bundles
 from cluster.planning.reservation import reserved
-from cluster.runner import Checkpoint, Job
+from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.preflight import check
 from kdray.config import Config
@@ -67,7 +68,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
             held.refuse_another()
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     with connected(config), reserved(wanted, config.cluster, _tell) as room:
-        jobs: dict[str, Job] = {}
+        plans: dict[str, RunPlan] = {}
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
                 # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
@@ -83,21 +84,20 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                 for bad in passed_over[name]:
                     reporter.event("checkpoint_not_whole", checkpoint=bad.key, reason=bad.reason)
                     discard(bad)
-                jobs[name] = Job(checked[name], folder, reporter, checkpoints[name], stored[name])
-                jobs[name].on_start = room.release
+                plans[name] = RunPlan(checked[name], folder, reporter, checkpoints[name], stored[name], on_start=room.release)
             try:
-                summaries = asyncio.run(run_together(jobs))
+                summaries = asyncio.run(run_together(plans))
             except StorageError:
                 raise
             except Exception:
                 # What happened is told there, too, where the machine itself may not stay.
-                for job in jobs.values():
-                    _send_last(job)
+                for plan in plans.values():
+                    _send_last(plan)
                 raise
-    for job in jobs.values():
-        write_report(job.folder.path)
-        if job.stored is not None:
-            job.stored.send_results()
+    for plan in plans.values():
+        write_report(plan.folder.path)
+        if plan.stored is not None:
+            plan.stored.send_results()
     return summaries[""]
 
 
@@ -107,15 +107,15 @@ def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | No
     return stored is not None and stored.fetch(step)
 
 
-def _send_last(job: Job) -> None:
-    if job.stored is None:
+def _send_last(plan: RunPlan) -> None:
+    if plan.stored is None:
         return
     # A run that ends with another reason does not wait for its storage.
-    job.stored.storage.patience_s = 0.0
+    plan.stored.storage.patience_s = 0.0
     try:
-        job.stored.send()
+        plan.stored.send()
     except StorageError as error:
-        job.reporter.event("storage_failed", reason=str(error))
+        plan.reporter.event("storage_failed", reason=str(error))
 
 
 def _quieten() -> None:

@@ -123,7 +123,7 @@ class ProgramSampler:
         self._awaited: frozenset[int] = frozenset()
         self._in_flight: set[int] = set()
 
-    def apart(self) -> ProgramSampler:
+    def with_fresh_metrics(self) -> ProgramSampler:
         """The same program, with metrics of its own."""
         other = copy(self)
         other._counts = _Counts()

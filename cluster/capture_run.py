@@ -41,7 +41,7 @@ from kdray.types import Rollout, SampleRequest
 
 @dataclass(frozen=True)
 class Captured:
-    """What a start of `kdray capture` found and did."""
+    """Findings and doings of a start of `kdray capture`."""
 
     path: str
     wanted: int

@@ -27,7 +27,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Outcome:
-    """Where the log of a failure belongs, once the command has written a run folder."""
+    """Place for the log of a failure, once the command has written a run folder."""
 
     def __init__(self) -> None:
         self.log_folder: Path | None = None

@@ -1,4 +1,4 @@
-"""What the commands call: check a config, connect, place, and run, capture, evaluate or test its teachers.
+"""Entry points of the commands: check a config, connect, place, and run, capture, evaluate or test its teachers.
 
 Nothing is left behind: replicas, ranks and stores end with the run, and so does a Ray that the run started.
 """
@@ -102,7 +102,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
 
 
 def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:
-    """Whether the run folder had to be brought from the storage, to go on from the checkpoint in it."""
+    """Bring the run folder from the storage, to go on from the checkpoint in it; False where it was here already."""
     step = 0 if checkpoint is None else min(checkpoint.step, config.training.steps)
     return stored is not None and stored.fetch(step)
 

@@ -1,4 +1,4 @@
-"""One run from its first phase to its summary: supervised warm-up, distillation, fine-tuning, the control.
+"""Runner of a run, from its first phase to its summary: supervised warm-up, distillation, fine-tuning, the control.
 
 This is the one place that knows every part: it starts them, hands them to the loop, which knows none, and closes them in
 reverse order.
@@ -64,7 +64,7 @@ class RunPlan:
     folder: RunFolder
     reporter: RunReporter
     checkpoint: Checkpoint | None
-    """Where a resumed run goes on; None for one that begins."""
+    """Start of a resumed run; None for one that begins."""
     stored: StoredRun | None
     """The run in `run.storage`, where it has one."""
     on_start: Callable[[], None]
@@ -115,7 +115,7 @@ class SideBySide:
 
 
 class Runner:
-    """One run from its first phase to its summary."""
+    """A run from its first phase to its summary."""
 
     def __init__(self, name: str, plan: RunPlan, stores: RunStores, beside: SideBySide) -> None:
         """Args: name: among the runs side by side."""
@@ -310,7 +310,7 @@ class Runner:
         return lambda rollouts: row_weights(rollouts, siblings, program.rationale_weight)
 
     def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
-        """What `rollout.filters` leaves out of a batch."""
+        """The filters of `rollout.filters`."""
         settings, dataset = self._config.rollout.filters, self._checked.dataset
         if settings is None:
             return lambda rollouts: {}
@@ -374,7 +374,7 @@ class Runner:
             self.reporter.event("signals", teacher=teacher.name, **found)
 
     def _teacher_of_head(self, models: Models) -> tuple[str, str | None] | None:
-        """Whose output head the ranks need, where teachers return hidden states."""
+        """Model and revision of the output head that the ranks need, where teachers return hidden states."""
         if self._config.rollout.teacher_signal != "hidden":
             return None
         ((name, teacher),) = self._config.teachers.items()
@@ -382,7 +382,7 @@ class Runner:
         return models.teachers[name], teacher.revision
 
     def _teacher_of_features(self, models: Models) -> tuple[str, str | None] | None:
-        """Whose layers the student is compared with, where the config asks for that."""
+        """Model and revision of the layers that the student is compared with, where the config asks for that."""
         if self._config.training.features is None or self._config.white_box_teacher is None:
             return None
         name, teacher = self._config.white_box_teacher
@@ -441,7 +441,7 @@ class Runner:
         return numbers
 
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
-        """What `work` gives; where the user asks to stop first, end it: nothing that it does is worth a checkpoint.
+        """Give what `work` gives; where the user asks to stop first, end it: nothing that it does is worth a checkpoint.
 
         Raises: Interrupted.
         """

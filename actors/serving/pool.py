@@ -70,7 +70,7 @@ class _Part:
 
 
 class ReplicaPool:
-    """One Ray Serve deployment of engines, as a Sampler and a Scorer (`kdray.interfaces`)."""
+    """A Ray Serve deployment of engines, as a Sampler and a Scorer (`kdray.interfaces`)."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class ReplicaPool:
         self.availability = Availability()
         self.replicas_serving = 0
         self.ended = False
-        """Whether it was deleted: nothing of it may start any more."""
+        """It was deleted: nothing of it may start any more."""
         self._application_id = uuid.uuid4().hex[:12]
         self._settings = settings
         self._cluster = cluster
@@ -162,13 +162,13 @@ class ReplicaPool:
 
     @property
     def _several(self) -> bool:
-        """Whether there may be more than one replica."""
+        """There may be more than one replica."""
         scaling = self._settings.autoscaling
         return (self._settings.replicas if scaling is None else scaling.max_replicas) > 1
 
     @property
     def _uneven(self) -> bool:
-        """Whether replicas come and go, or differ in speed: then calls are small, and wait for whoever is free."""
+        """Replicas come and go, or differ in speed: then calls are small, and wait for whoever is free."""
         return self._settings.autoscaling is not None or self._settings.mixed_hardware
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
@@ -334,7 +334,7 @@ class ReplicaPool:
             await asyncio.gather(over, *tasks, return_exceptions=True)
 
     async def _persist(self, part: _Part) -> None:
-        """One call, sent again for what is still missing while replicas die; bounded and backed off."""
+        """Send a call, and again for what is still missing while replicas die; bounded and backed off."""
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self._retries + 1),
             wait=wait_exponential(multiplier=0.5, max=30),

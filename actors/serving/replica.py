@@ -37,7 +37,7 @@ _WATCH_PERIOD_S = 0.5
 
 
 class TeacherReplica:
-    """One engine behind Ray Serve; a student-only engine of a rollout pool too."""
+    """An engine behind Ray Serve; a student-only engine of a rollout pool too."""
 
     async def __init__(self, spec: EngineSpec, run: RunHandles) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine. Raises: EngineError where the registry turns this replica away."""
@@ -109,7 +109,7 @@ class TeacherReplica:
         self._workload.done(call, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts), time.monotonic())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy knows of this replica; Ray Serve asks where its pool is autoscaled."""
+        """Numbers that the autoscaling policy knows of this replica; Ray Serve asks where its pool is autoscaled."""
         from ray import serve
 
         waiting_s = 0.0

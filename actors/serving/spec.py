@@ -10,7 +10,7 @@ Role = Literal["mixture", "teacher", "student"]
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What one engine holds and how large it is; picklable."""
+    """Contents and size of one engine; picklable."""
 
     role: Role
     model: str
@@ -34,9 +34,9 @@ class EngineSpec:
     tokenizer: str = ""
     """Hash of the teacher's tokenizer."""
     scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
-    """How prefill is read: by the recorder, or by vLLM's own `prompt_logprobs`."""
+    """Reading of prefill: by the recorder, or by vLLM's own `prompt_logprobs`."""
     record_hidden: bool = False
-    """Whether the teacher's last hidden state is recorded for every token."""
+    """The teacher's last hidden state is recorded for every token."""
     teacher_top_k: int = 32
     student_top_k: int = 16
     dtype: str = "auto"

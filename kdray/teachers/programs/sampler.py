@@ -111,7 +111,7 @@ class ProgramSampler:
         teacher's samples that the trainer waits for.
         """
         self.teacher = teacher
-        """Who is asked."""
+        """The sampler that is asked."""
         self._settings = settings
         self._name = name
         self._questions = {prompt.prompt_id: _text(prompt).removeprefix(rows.prefix) for prompt in prompts}

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from actors.background_call import in_daemon_thread
-from actors.serving.engine import EngineSpec
-from actors.serving.pool import ReplicaPool, deploy
+from actors.serving.deployment import deploy
+from actors.serving.pool import ReplicaPool
+from actors.serving.spec import EngineSpec, RunHandles
 from cluster.engine_specs import privileged_prompts, student_spec, teacher_spec, teacher_tokenizer
 from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
@@ -37,17 +38,15 @@ from kdray.teachers.team import TeacherTeam
 @contextlib.asynccontextmanager
 async def open_pools(
     context: RunContext,
-    weights: Any | None,
-    registry: Any | None,
+    run: RunHandles,
     on_event: Callable[..., None] = lambda kind, **fields: None,
     teacher_weights: Mapping[str, Any] | None = None,
     canary: tuple[int, ...] | None = None,
 ) -> AsyncIterator[Pools]:
     """Start every teacher, and the student-only replicas where the route has some; end them whatever happens.
 
-    Args: registry: the TeacherRegistry's handle, whose end is the pools' end; None where nothing is served;
-          teacher_weights: the WeightStore of each teacher that changes during the run, by name; canary: ids by which the
-          teachers' replicas are compared, in place of the held-out prompts'.
+    Args: run: the run's actors, whose end is the pools' end; teacher_weights: the WeightStore of each teacher that changes
+          during the run, by name; canary: ids by which the teachers' replicas are compared, in place of the held-out prompts'.
     Raises: ConfigError where a remote teacher cannot be used; EngineError where replicas do not start.
     """
     config, route = context.config, context.route
@@ -57,10 +56,8 @@ async def open_pools(
         missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
         live = (teacher_weights or {}).get(name)
         # Replicas of a teacher that changes differ by its version, and nothing is wrong with that.
-        compared = registry if live is None else None
-        return ReplicaPool(
-            name, spec, engine, config.cluster, weights, settings.retries, on_event, compared, missing_after_s, live
-        )
+        handles = run if live is None else replace(run, registry=None, teacher_weights=live)
+        return ReplicaPool(name, spec, engine, config.cluster, handles, settings.retries, missing_after_s, on_event)
 
     def spec_of(name: str) -> EngineSpec:
         spec = teacher_spec(context, name)
@@ -88,7 +85,7 @@ async def open_pools(
                 await deployed(pools, bundles(config), config.cluster, on_event)
         except EngineError as error:
             for name in config.served_teachers:
-                if registry is not None and (reasons := await registry.refused.remote(name)):
+                if run.registry is not None and (reasons := await run.registry.refused.remote(name)):
                     raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
             raise
         watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]

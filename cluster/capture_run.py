@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +18,10 @@ import numpy as np
 
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
+from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools, training_sources
 from cluster.engine_specs import canary
+from cluster.interrupt import on_interrupt
 from cluster.parts import Pools
 from kdray.capturing.collect import ask, by_key
 from kdray.capturing.writer import Asking, CaptureFolder
@@ -38,7 +39,7 @@ from kdray.types import SampleRequest
 
 @dataclass(frozen=True)
 class Captured:
-    """What a start of `kdray capture` found and did."""
+    """Findings and doings of a start of `kdray capture`."""
 
     path: str
     wanted: int
@@ -145,7 +146,7 @@ async def capture_answers(
             registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
             known = folder.fingerprint
             compared = canary(context) if known is None else known.canary[: config.max_model_len]
-            async with open_pools(alone, None, registry, folder.note, canary=compared) as pools:
+            async with open_pools(alone, RunHandles(registry=registry), folder.note, canary=compared) as pools:
                 folder.begin(_joined(await _fingerprint(context, pools, registry, compared), known))
                 sampler, scorer = training_sources(alone, pools)
                 await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)
@@ -169,20 +170,16 @@ async def capture_answers(
 @contextlib.contextmanager
 def _stoppable(folder: CaptureFolder) -> Iterator[None]:
     """SIGINT and SIGTERM cancel the running task, which then ends with Interrupted."""
-    loop, main = asyncio.get_running_loop(), asyncio.current_task()
+    main = asyncio.current_task()
     assert main is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, main.cancel)
-    try:
-        yield
-    except asyncio.CancelledError as error:
-        folder.note("interrupted", held=folder.held)
-        raise Interrupted(
-            f"stopped with {folder.held} answers in {folder.path}; the same command goes on from there"
-        ) from error
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    with on_interrupt(main.cancel):
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            folder.note("interrupted", held=folder.held)
+            raise Interrupted(
+                f"stopped with {folder.held} answers in {folder.path}; the same command goes on from there"
+            ) from error
 
 
 async def _fingerprint(context: RunContext, pools: Pools, registry: Any, compared: tuple[int, ...]) -> Fingerprint | None:

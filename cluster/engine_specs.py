@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.serving.engine import EngineSpec
+from actors.serving.spec import EngineSpec
 from kdray.config import Config, EngineSettings
 from kdray.data.dataset import reencode, templated
 from kdray.errors import ConfigError
@@ -101,7 +101,7 @@ def student_spec(context: RunContext) -> EngineSpec:
 
 
 def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
-    """What the engines of a run have in common, and their size; as a student-only one without its model."""
+    """Specification that the engines of a run have in common, and their size; as a student-only one without its model."""
     config = context.config
     return EngineSpec(
         role="student",
@@ -132,7 +132,7 @@ def canary(checked: Checked) -> tuple[int, ...]:
 
 
 def privileged_prompts(context: RunContext, name: str) -> dict[int, np.ndarray]:
-    """What a teacher with a template of its own reads, by prompt id."""
+    """Prompts of a teacher with a template of its own, by prompt id."""
     template = context.config.served_teachers[name].prompt_template
     assert template is not None
     return templated(context.config, context.tokenizer, context.prompts, template)

@@ -24,7 +24,7 @@ def held_out(checked: Checked, pools: Pools) -> HeldOut:
     """The measurement of a run's student."""
     route = checked.route
     # The team's metrics are those of training.
-    team = None if pools.team is None else pools.team.apart()
+    team = None if pools.team is None else pools.team.with_fresh_metrics()
     sampling = pools.sampler if pools.program is None else pools.program.teacher
     sampler = team if team is not None and sampling is pools.team else sampling
     scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
@@ -42,7 +42,7 @@ async def measure_program(checked: Checked, pools: Pools) -> dict[str, float] | 
     """
     if pools.program is None:
         return None
-    program = pools.program.apart()
+    program = pools.program.with_fresh_metrics()
     # The first of a prompt's samples: unperturbed, and a label row.
     siblings = checked.config.rollout.samples_per_prompt
     measurement = _held_out(checked, sampler=program, scorer=None, alpha=1.0, exact=False, samples_per_prompt=siblings)

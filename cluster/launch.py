@@ -1,11 +1,10 @@
-"""What the commands call: check a config, connect, place, and run, capture, evaluate or test its teachers.
+"""Entry points of the commands: check a config, connect, place, and run, capture, evaluate or test its teachers.
 
 Nothing is left behind: replicas, ranks and stores end with the run, and so does a Ray that the run started.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -18,14 +17,17 @@ from rich.console import Console
 
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
+from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools
 from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
+from cluster.checkpointing import Checkpoint
 from cluster.connect import connected
 from cluster.evaluation import check_signals, held_out
+from cluster.interrupt import run_coroutine
 from cluster.peer_runs import run_together
 from cluster.planning.placement import bundles
 from cluster.planning.reservation import reserved
-from cluster.runner import Checkpoint, Job
+from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.preflight import check
 from kdray.config import Config
@@ -66,7 +68,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
             held.refuse_another()
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     with connected(config), reserved(wanted, config.cluster, _tell) as room:
-        jobs: dict[str, Job] = {}
+        plans: dict[str, RunPlan] = {}
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
                 # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
@@ -82,39 +84,38 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                 for bad in passed_over[name]:
                     reporter.event("checkpoint_not_whole", checkpoint=bad.key, reason=bad.reason)
                     discard(bad)
-                jobs[name] = Job(checked[name], folder, reporter, checkpoints[name], stored[name])
-                jobs[name].on_start = room.release
+                plans[name] = RunPlan(checked[name], folder, reporter, checkpoints[name], stored[name], on_start=room.release)
             try:
-                summaries = asyncio.run(run_together(jobs))
+                summaries = run_coroutine(run_together(plans))
             except StorageError:
                 raise
             except Exception:
                 # What happened is told there, too, where the machine itself may not stay.
-                for job in jobs.values():
-                    _send_last(job)
+                for plan in plans.values():
+                    _send_last(plan)
                 raise
-    for job in jobs.values():
-        write_report(job.folder.path)
-        if job.stored is not None:
-            job.stored.send_results()
+    for plan in plans.values():
+        write_report(plan.folder.path)
+        if plan.stored is not None:
+            plan.stored.send_results()
     return summaries[""]
 
 
 def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:
-    """Whether the run folder had to be brought from the storage, to go on from the checkpoint in it."""
+    """Bring the run folder from the storage, to go on from the checkpoint in it; False where it was here already."""
     step = 0 if checkpoint is None else min(checkpoint.step, config.training.steps)
     return stored is not None and stored.fetch(step)
 
 
-def _send_last(job: Job) -> None:
-    if job.stored is None:
+def _send_last(plan: RunPlan) -> None:
+    if plan.stored is None:
         return
     # A run that ends with another reason does not wait for its storage.
-    job.stored.storage.patience_s = 0.0
+    plan.stored.storage.patience_s = 0.0
     try:
-        job.stored.send()
+        plan.stored.send()
     except StorageError as error:
-        job.reporter.event("storage_failed", reason=str(error))
+        plan.reporter.event("storage_failed", reason=str(error))
 
 
 def _quieten() -> None:
@@ -177,7 +178,7 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
+        return run_coroutine(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
 
 
 def capture(
@@ -209,7 +210,7 @@ def capture(
             if config.served_teachers and missing:
                 stack.enter_context(connected(config))
                 _await_room(config, lambda role: role.startswith("teacher"))
-            return asdict(asyncio.run(capture_answers(context, folder, wanted, missing, on_progress)))
+            return asdict(run_coroutine(capture_answers(context, folder, wanted, missing, on_progress)))
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:
@@ -221,16 +222,16 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_check_teachers(checked.with_models()))
+        return run_coroutine(_check_teachers(checked.with_models()))
 
 
 async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
-    async with open_pools(context, None, beside_driver(TeacherRegistry).remote({})) as pools:
+    async with open_pools(context, RunHandles(registry=beside_driver(TeacherRegistry).remote({}))) as pools:
         return {each.name: await check_signals(context, each) for each in pools.named}
 
 
 async def _evaluate(context: RunContext) -> dict[str, Any]:
-    async with open_pools(context, None, beside_driver(TeacherRegistry).remote({})) as pools:
+    async with open_pools(context, RunHandles(registry=beside_driver(TeacherRegistry).remote({}))) as pools:
         numbers, _ = await held_out(context, pools).measure(version=0)
         return numbers
 

@@ -14,7 +14,7 @@ from kdray.teachers.team import TeacherTeam
 
 @dataclass(frozen=True)
 class Pools:
-    """Who samples and who scores, as the loop sees them, and all pools behind."""
+    """The sampler and the scorer of a run, and all pools behind."""
 
     sampler: Sampler
     scorer: Scorer | None
@@ -28,7 +28,7 @@ class Pools:
 
     @property
     def teachers(self) -> list[ReplicaPool]:
-        """Those served by replicas."""
+        """Teachers that replicas serve."""
         return [pool for pool in self.all if pool.spec.role != "student"]
 
     @property

@@ -37,7 +37,7 @@ class HeldOut:
     alpha: float = 0.0
     """0 measures the student, 1 the teacher itself."""
     exact: bool = True
-    """Whether KLs are measured, which takes replicas that hold teacher and student together."""
+    """Measure KLs, which takes replicas that hold teacher and student together."""
     samples_per_prompt: int = 1
     """Of a sampler that tells a prompt's samples apart by their ids; the first of each is drawn."""
 

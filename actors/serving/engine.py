@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from actors.serving import prompt_logprobs
+from actors.serving.spec import EngineSpec
 from kdray.errors import EngineError, RequestRefused
 from kdray.models.resolve import model_name
-from kdray.rollouts.race import first_of
+from kdray.rollouts.race import all_of, first_of
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import Rollout, SampleRequest
-
-Role = Literal["mixture", "teacher", "student"]
 
 # Width of the fixed part of the recorder's columns, which `actors.vllm_plugin.recorder` names (it needs vLLM to be imported).
 _FLOATS, _INTS = 6, 2
@@ -36,51 +35,6 @@ class Recorded(NamedTuple):
     floats: np.ndarray  # [T, 6 + K] float32
     ints: np.ndarray  # [T, 2 + K] int32
     hidden: np.ndarray  # [T, d] float16; d is 0 where hidden states are not recorded
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What one engine holds and how large it is; picklable."""
-
-    role: Role
-    model: str
-    """Folder or hub id of the engine's own checkpoint: the teacher's, or the student's for role `student`."""
-    student: str | None
-    """Folder or hub id of the student beside the teacher (role `mixture`)."""
-    vocab_size: int
-    """Ids that teacher and student share; rows beyond are cut before the softmax."""
-    stop_ids: tuple[int, ...]
-    """End-of-sequence ids; drawing one ends the rollout, and it is the rollout's last token."""
-    max_model_len: int
-    """Longest prompt plus response, in tokens."""
-    revision: str | None = None
-    """Commit or tag of `model` on the hub."""
-    student_revision: str | None = None
-    """Commit or tag of `student` on the hub."""
-    teacher: str = ""
-    """Name of the teacher, written into every rollout it scored."""
-    canary: tuple[int, ...] = ()
-    """Token ids that the teacher scores at its start, so that every replica can be compared with the first one."""
-    tokenizer: str = ""
-    """Hash of the teacher's tokenizer."""
-    scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
-    """How prefill is read: by the recorder, or by vLLM's own `prompt_logprobs`."""
-    record_hidden: bool = False
-    """Whether the teacher's last hidden state is recorded for every token."""
-    teacher_top_k: int = 32
-    student_top_k: int = 16
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 4096
-    kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.85
-    seed: int = 0
-    stuck_after_s: float = 300.0
-    """Longest time that the engine may take to answer between two steps."""
-    weight_transfer: str | None = None
-    """Backend of vLLM that brings the student's weights from rank 0; None where they come as files."""
-    engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 class TeacherEngine:
@@ -336,7 +290,7 @@ class TeacherEngine:
 
         tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
         # Kept over the whole stream: one that fails while the reader is busy must not be overlooked.
-        all_ended = asyncio.gather(*tasks)
+        all_ended = asyncio.ensure_future(all_of(tasks))
         taken = 0
         try:
             while taken < len(jobs):
@@ -348,9 +302,9 @@ class TeacherEngine:
                 yield batch
         finally:
             # Aborted where the reader went away or a request failed.
-            for task in tasks:
+            for task in (all_ended, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, all_ended, return_exceptions=True)
+            await asyncio.gather(all_ended, *tasks, return_exceptions=True)
 
     def _check(self, request: SampleRequest) -> None:
         only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)

@@ -21,9 +21,10 @@ import psutil
 import pyarrow as pa
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from actors.serving.engine import EngineSpec, TeacherEngine
+from actors.serving.engine import TeacherEngine
 from actors.serving.load_stats import Workload
-from actors.serving.replica_choice import Route
+from actors.serving.replica_choice import CallRoute
+from actors.serving.spec import EngineSpec, RunHandles
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
 from kdray.errors import EngineError
@@ -36,41 +37,30 @@ _WATCH_PERIOD_S = 0.5
 
 
 class TeacherReplica:
-    """One engine behind Ray Serve; a student-only engine of a rollout pool too."""
+    """An engine behind Ray Serve; a student-only engine of a rollout pool too."""
 
-    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self,
-        spec: EngineSpec,
-        weights: Any | None,
-        registry: Any | None = None,
-        teacher_weights: Any | None = None,
-    ) -> None:
-        """Start the engine.
-
-        Args: weights: the WeightStore's handle, None where the student never changes; registry: the TeacherRegistry's, None
-              where nobody checks; teacher_weights: the WeightStore of a teacher that changes during the run.
-        Raises: EngineError where the registry turns this replica away.
-        """
+    async def __init__(self, spec: EngineSpec, run: RunHandles) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        """Start the engine. Raises: EngineError where the registry turns this replica away."""
         self._spec = spec
-        self._weights = weights if spec.role != "teacher" else None
-        self._store = weights
-        # Either lives as long as the run's driver.
-        self._owner = weights if weights is not None else registry
-        self._teacher_weights = teacher_weights
+        self._weights = run.weights if spec.role != "teacher" else None
+        """Of the student; None where this engine holds none, or it never changes."""
+        self._teacher_weights = run.teacher_weights
+        self._board = run.board
+        self._owner = run.owner
         self._workload = Workload(spec.max_num_seqs, time.monotonic())
         self._engine = TeacherEngine(spec)
         self._sync_lock = asyncio.Lock()
         self._receiving: asyncio.Task[None] | None = None
         await self._engine.start()
-        if registry is not None and spec.role != "student":
-            reason = await registry.enter.remote(spec.teacher, await self._engine.fingerprint())
+        if run.registry is not None and spec.role != "student":
+            reason = await run.registry.enter.remote(spec.teacher, await self._engine.fingerprint())
             if reason is not None:
                 await self._engine.close()
                 raise EngineError(f"teacher {spec.teacher}: this replica is turned away: {reason}")
         # The weights on disk are older than anything published: version 0 is the student at the start of the phase.
         if spec.role != "teacher":
             await self._engine.set_initial_version(-1 if self._weights is not None else 0)
-        follows = self._weights is not None or teacher_weights is not None
+        follows = self._weights is not None or self._teacher_weights is not None
         self._follower = asyncio.create_task(self._follow()) if follows else None
         self._watcher = asyncio.create_task(self._watch())
 
@@ -81,7 +71,7 @@ class TeacherReplica:
             raise EngineError("the replica stopped following student weights")
         await self._engine.check_health()
 
-    async def sample(self, requests: pa.Table, route: Route | None = None) -> AsyncGenerator[pa.Table]:
+    async def sample(self, requests: pa.Table, route: CallRoute | None = None) -> AsyncGenerator[pa.Table]:
         """Draw every request of a table (`kdray.rollouts.arrow.REQUEST_SCHEMA`); each item holds what ended since the last.
 
         Args: route: for Serve's router alone.
@@ -98,7 +88,7 @@ class TeacherReplica:
             self._workload.end(call, time.monotonic())
 
     async def score(
-        self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True, route: Route | None = None
+        self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True, route: CallRoute | None = None
     ) -> AsyncGenerator[pa.Table]:
         """Fill in the teacher's columns of rollouts sampled elsewhere.
 
@@ -119,12 +109,12 @@ class TeacherReplica:
         self._workload.done(call, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts), time.monotonic())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy knows of this replica; Ray Serve asks where its pool is autoscaled."""
+        """Numbers that the autoscaling policy knows of this replica; Ray Serve asks where its pool is autoscaled."""
         from ray import serve
 
         waiting_s = 0.0
-        if self._store is not None:
-            waiting_s = await self._store.waiting.remote(serve.get_replica_context().deployment)
+        if self._board is not None:
+            waiting_s = await self._board.waiting.remote(serve.get_replica_context().deployment)
         return {"waiting_s": waiting_s, **self._workload.stats(time.monotonic())}
 
     async def student_version(self) -> int:

@@ -1,4 +1,4 @@
-"""Which replica of a pool answers a call soonest. Pure."""
+"""Choice of the replica of a pool that answers a call soonest. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """What a router knows of one replica."""
+    """Facts that a router knows of one replica."""
 
     calls: int
     """Calls sent to it and not yet ended."""
@@ -17,8 +17,8 @@ class ReplicaLoad:
 
 
 @dataclass(frozen=True)
-class Route:
-    """What a call tells the router of itself; replicas do not read it."""
+class CallRoute:
+    """Facts that a call tells the router of itself; replicas do not read them."""
 
     ticket: str
     """Name of the call."""

@@ -26,11 +26,11 @@ _POINTS = 5
 class PoolPolicy:
     """The policy of one pool; Serve makes one and calls it."""
 
-    def __init__(self, pool: str, rules: dict[str, Any], store: str | None) -> None:
-        """Args: store: the WeightStore's handle, pickled, in hexadecimal; it is told every change of the target."""
+    def __init__(self, pool: str, rules: dict[str, Any], board: str | None) -> None:
+        """Args: board: the ScalingBoard's handle, pickled, in hexadecimal; it is told every change of the target."""
         self._pool = pool
         self._rules = ScalingRules(**rules)
-        self._store = cloudpickle.loads(bytes.fromhex(store)) if store is not None else None
+        self._board = cloudpickle.loads(bytes.fromhex(board)) if board is not None else None
         self._told: int | None = None
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
@@ -46,11 +46,11 @@ class PoolPolicy:
             context.total_queued_requests or 0.0,
         )
         target, state, reason = decide(load, self._rules, State.from_dict(before), now)
-        if target != self._told and self._store is not None:
+        if target != self._told and self._board is not None:
             # A pool of none that is asked for something is started by Serve itself, before it asks a policy.
             if target == load.target and self._told == 0:
                 reason = "work for a pool without replicas"
-            self._store.note_target.remote(self._pool, target, reason)
+            self._board.note_target.remote(self._pool, target, reason)
         self._told = target
         return target, {**state.to_dict(), "next_s": now + _DECIDE_EVERY_S}
 
@@ -87,17 +87,17 @@ def scaling_rules(settings: AutoscalingSettings) -> ScalingRules:
     return ScalingRules(**{rule.name: getattr(settings, rule.name) for rule in fields(ScalingRules)})
 
 
-def serve_config(pool: str, settings: AutoscalingSettings, store: Any | None) -> Any:
+def serve_config(pool: str, settings: AutoscalingSettings, board: Any | None) -> Any:
     """Ray Serve's AutoscalingConfig with the policy in it; Serve's own delays are 0, since the policy has its own.
 
-    Args: store: the WeightStore's handle, None where there is none.
+    Args: board: the ScalingBoard's handle, None where there is none.
     """
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     arguments = {
         "pool": pool,
         "rules": asdict(scaling_rules(settings)),
-        "store": None if store is None else cloudpickle.dumps(store).hex(),
+        "board": None if board is None else cloudpickle.dumps(board).hex(),
     }
     # The controller belongs to whoever started Serve in the cluster, and may have no kdray: ship what the policy needs.
     cloudpickle.register_pickle_by_value(actors.serving.autoscaling)

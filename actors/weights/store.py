@@ -1,8 +1,5 @@
 """Student weights on their way to the replicas: published once by rank 0, pulled by every replica that is behind.
 
-The store of them is what all replicas and the driver can reach, so it also carries the little that autoscaling has to tell:
-how long the trainer waits for each pool, and what size Ray Serve's controller asked for.
-
 The store keeps only the newest complete version. A replica that starts late or again holds an old version like any slow
 one, and catches up the same way; nothing is pushed, so nobody has to know who listens.
 """
@@ -12,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from actors.serving.load_stats import TimeShare
 
 
 class WeightStore:
@@ -33,8 +27,6 @@ class WeightStore:
         self._version = -1
         self._buckets: list[np.ndarray] = []
         self._published = asyncio.Condition()
-        self._waits: dict[str, TimeShare] = {}
-        self._targets: dict[str, tuple[int, str]] = {}
 
     async def put_bucket(self, version: int, index: int, data: np.ndarray) -> None:
         """Take one bucket: safetensors bytes as uint8 [size], which stay in the object store while the array lives."""
@@ -64,23 +56,6 @@ class WeightStore:
     async def bucket(self, version: int, index: int) -> np.ndarray | None:
         """One bucket of the newest version; None where `version` is not the newest any more."""
         return self._buckets[index] if version == self._version else None
-
-    async def note_waiting(self, pool: str, seconds: float | None) -> None:
-        """The trainer has waited for answers of a pool for so long; None when it does not wait for it any more."""
-        now = time.monotonic()
-        self._waits.setdefault(pool, TimeShare(now)).switch(seconds is not None, now, seconds or 0.0)
-
-    async def waiting(self, pool: str) -> float:
-        """Seconds of the last `kdray.config.teachers.WAITING_WINDOW_S` in which the trainer waited for a pool."""
-        return self._waits[pool].seconds(time.monotonic()) if pool in self._waits else 0.0
-
-    async def note_target(self, pool: str, target: int, reason: str) -> None:
-        """The size that a pool is to have from now on, and why."""
-        self._targets[pool] = target, reason
-
-    async def target(self, pool: str) -> tuple[int, str] | None:
-        """The size that a pool is to have, and why; None before anybody decided."""
-        return self._targets.get(pool)
 
 
 async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:

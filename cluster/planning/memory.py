@@ -150,7 +150,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How training is spread over ranks; the settings of `training` by the same names."""
+    """Spread of training over ranks: the settings of `training` by the same names."""
 
     precision: str
     zero_stage: int

@@ -11,27 +11,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Route:
-    """Who samples, who scores, and what the replicas hold for it."""
+    """The sampler and the scorer of a run, and what the replicas hold for them."""
 
     sampler: Literal["teachers", "students", "program"]
     """`teachers`: their replicas, beside the student or alone. `students`: student-only replicas. `program`: a System-2 program
     around the teachers."""
     scored_later: bool
-    """Whether the teachers score by prefill what was sampled; rollouts come back scored, or need no scores, otherwise."""
+    """The teachers score by prefill what was sampled; rollouts come back scored, or need no scores, otherwise."""
     teacher_reads: Literal["student_ids", "own_prompts", "own_ids"]
     """Input of a served teacher. `own_prompts`: it has a `prompt_template`. `own_ids`: it has another tokenizer."""
     student_in_replicas: bool
-    """Whether the teachers' replicas hold the student, too: to sample with it, or for exact divergences."""
+    """The teachers' replicas hold the student, too: to sample with it, or for exact divergences."""
     student_pool: bool
-    """Whether student-only replicas run: to sample, or to be measured where no teacher's replica holds the student."""
+    """Student-only replicas run: to sample, or to be measured where no teacher's replica holds the student."""
     data_responds: bool
-    """Whether some responses are the data's reference answers."""
+    """Some responses are the data's reference answers."""
     scores_references: bool
-    """Whether the teachers score those answers at once; they are scored with the rest, or need no scores, otherwise."""
+    """The teachers score those answers at once; they are scored with the rest, or need no scores, otherwise."""
     measures_on_students: bool
-    """Whether student-only replicas write what is measured."""
+    """Student-only replicas write what is measured."""
     measures_exact: bool
-    """Whether the held-out KLs are exact, over full rows: that takes replicas with both models. What the student writes is only
+    """The held-out KLs are exact, over full rows: that takes replicas with both models. What the student writes is only
     graded otherwise, if the task can be."""
 
     @classmethod

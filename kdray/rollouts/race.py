@@ -1,9 +1,9 @@
-"""A race between some work and what may end it early."""
+"""Races between some work and what may end it early."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -35,3 +35,11 @@ async def first_of(work: Awaitable[Result], stop: Awaitable[Any], clean_up_s: fl
             task.cancel()
             if clean_up_s:
                 await asyncio.wait({task}, timeout=clean_up_s)
+
+
+async def all_of(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Wait until all have ended, or one has failed; they stay the caller's. Raises: what the failed one raised."""
+    if tasks:
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in ended:
+            task.result()

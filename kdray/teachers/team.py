@@ -97,7 +97,7 @@ class TeacherTeam:
         """Whether what a teacher sampled has to be scored by others."""
         return self._mean is not None
 
-    def apart(self) -> TeacherTeam:
+    def with_fresh_metrics(self) -> TeacherTeam:
         """The same teachers, with metrics of its own."""
         other = copy(self)
         other._sums = defaultdict(lambda: [0.0, 0.0])

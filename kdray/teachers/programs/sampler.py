@@ -111,7 +111,7 @@ class ProgramSampler:
         teacher's samples that the trainer waits for.
         """
         self.teacher = teacher
-        """Who is asked."""
+        """The sampler that is asked."""
         self._settings = settings
         self._name = name
         self._questions = {prompt.prompt_id: _text(prompt).removeprefix(rows.prefix) for prompt in prompts}
@@ -123,7 +123,7 @@ class ProgramSampler:
         self._awaited: frozenset[int] = frozenset()
         self._in_flight: set[int] = set()
 
-    def apart(self) -> ProgramSampler:
+    def with_fresh_metrics(self) -> ProgramSampler:
         """The same program, with metrics of its own."""
         other = copy(self)
         other._counts = _Counts()

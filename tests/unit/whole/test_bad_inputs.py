@@ -23,7 +23,8 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from cluster.cli import _exit_codes, app
+from cluster.cli import app
+from cluster.cli_base import exit_codes
 from kdray.capturing.format import write_capture
 from kdray.config import OpenAITeacherSettings, TinyModel, load_config
 from kdray.models.resolve import build_tiny_model, task_tokenizer
@@ -653,7 +654,7 @@ def through(work: Callable[[], Any]) -> Any:
 
     @command.command()
     def run() -> None:
-        with _exit_codes():
+        with exit_codes():
             work()
 
     return CliRunner().invoke(command, [])

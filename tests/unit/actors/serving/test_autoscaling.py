@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
 from actors.serving.autoscaling import CANNOT_BE_PLACED, Load, ScaleWatch, ScalingRules, State, decide
-from actors.serving.pool import actor_options
-from actors.serving.replica_choice import ReplicaLoad, Route, soonest
+from actors.serving.deployment import actor_options
+from actors.serving.replica_choice import CallRoute, ReplicaLoad, soonest
 from actors.serving.serve_autoscaling import PoolPolicy, scaling_rules, serve_config, summarise
 from actors.serving.serve_router import SLOW_FOR_S, ThroughputRouter
 from kdray.config import AutoscalingSettings, EngineSettings, parse_config
@@ -419,7 +419,7 @@ def _router() -> ThroughputRouter:
     return ThroughputRouter(deployment_id=DeploymentID(name="t", app_name="a"), handle_source=DeploymentHandleSource.UNKNOWN)
 
 
-def _request(name: str, route: Route | None = None) -> Any:
+def _request(name: str, route: CallRoute | None = None) -> Any:
     metadata = SimpleNamespace(internal_request_id=name)
     context = SimpleNamespace(should_backoff=False)
     future = asyncio.get_running_loop().create_future()
@@ -475,7 +475,7 @@ class _Sent:
 
     async def ask(self, name: str, among: str = "ab", instead_of: str | None = None) -> tuple[str, Any]:
         """Where Serve would send a call. Args: among: the replicas that it may go to at all."""
-        request = _request(name, Route(f"ticket of {name}", None if instead_of is None else f"ticket of {instead_of}"))
+        request = _request(name, CallRoute(f"ticket of {name}", None if instead_of is None else f"ticket of {instead_of}"))
         return await _best(self.router, self.replicas, request, set(among)), request
 
     async def send(self, name: str, among: str = "ab", instead_of: str | None = None) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from actors.serving.engine import EngineSpec, TeacherEngine
+from actors.serving.engine import TeacherEngine
+from actors.serving.spec import EngineSpec
 from tests.support.fakes import turns
 
 Jobs = list[tuple[str, list[int], Any]]

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kdray.rollouts.race import Stopped, first_of
+from kdray.rollouts.race import Stopped, all_of, first_of
 from tests.support.fakes import turns
 
 
@@ -102,3 +102,18 @@ async def test_a_future_given_as_stop_is_raced_again() -> None:
     assert not stop.done()
     stop.cancel()
     await asyncio.gather(stop, return_exceptions=True)
+
+
+async def test_the_first_failure_of_several_rises_and_the_others_run_on() -> None:
+    async def fail() -> None:
+        await turns(2)
+        raise ValueError("one")
+
+    others = [asyncio.ensure_future(after(50)), asyncio.ensure_future(Work().run())]
+    with pytest.raises(ValueError, match="one"):
+        await all_of([*others, asyncio.ensure_future(fail())])
+    assert not any(task.done() for task in others)
+    others[1].cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await all_of([asyncio.ensure_future(after(number)) for number in (3, 1)])
+    await all_of([])

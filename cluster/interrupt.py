@@ -42,7 +42,7 @@ def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
 
 
 def run_coroutine(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run to the end, blocking: as `asyncio.run`, or in another thread where this one runs a loop already, as a notebook does."""
+    """Run to the end, blocking: as `asyncio.run`, or in another thread where this one runs a loop, as a notebook does."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

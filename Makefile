@@ -6,17 +6,19 @@ STAMP := $(VENV)/.installed
 # Two at a time, a file's tests together: they wait for starting engines more than they compute.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-unit test-full chaos soak lint format fuzz bench clean
+.PHONY: quickstart test test-unit test-integration test-full chaos soak lint format fuzz bench clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
 	rm -rf runs/quickstart
 	$(BIN)/kdray run configs/quickstart.yaml
 
-test: $(STAMP) lint test-unit  ## what CI runs
-	$(PYTEST) tests/integration -m "not full"
+test: lint test-unit test-integration  ## what CI runs
 
 test-unit: $(STAMP)  ## seconds, no Ray
 	$(PYTEST) tests/unit
+
+test-integration: $(STAMP)  ## real engines on tiny models, minutes
+	$(PYTEST) tests/integration -m "not full"
 
 test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
 	$(PYTEST) tests/integration

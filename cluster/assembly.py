@@ -14,31 +14,25 @@ from actors.serving.deployment import deploy
 from actors.serving.pool import ReplicaPool
 from actors.serving.spec import EngineSpec, RunHandles
 from cluster.engine_specs import privileged_prompts, student_spec, teacher_spec, teacher_tokenizer
-from cluster.parts import OtherTeacher, Pools
+from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
-from kdray.capturing.teacher import CapturedTeacher
 from kdray.config import (
-    CaptureTeacherSettings,
     ClusterSettings,
     EngineSettings,
-    HFTeacherSettings,
-    OtherTeacherSettings,
     ProgramSettings,
 )
-from kdray.data.dataset import asked_text, question_encoder, reencode, response_encoder
+from kdray.data.dataset import question_encoder, reencode, response_encoder
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models.inspect import decoder
-from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.reference_answers import WithReferences
 from kdray.runs.context import Checked, RunContext
 from kdray.teachers.cross_tokenizer import CrossTokenizerScorer
-from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.openai import RemoteTeacher
+from kdray.teachers.kind import kind_of
 from kdray.teachers.privileged import PrivilegedScorer
 from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
-from kdray.teachers.team import TeacherTeam, prompts_of
+from kdray.teachers.team import TeacherTeam
 
 
 @contextlib.asynccontextmanager
@@ -70,7 +64,7 @@ async def open_pools(
         return spec if canary is None else replace(spec, canary=canary)
 
     served = [pool(name, spec_of(name), each) for name, each in config.served_teachers.items()]
-    others = {name: _other_teacher(context, name, each) for name, each in config.other_teachers.items()}
+    others = {name: kind_of(config, name).open(context) for name in config.other_teachers}
     students = [pool("rollout", student_spec(context), settings.pool)] if route.student_pool else []
     pools = [*served, *students]
     by_name: dict[str, Teacher] = {**{pool.name: pool for pool in served}, **others}
@@ -168,26 +162,6 @@ def _program(
         TextCodec(question_encoder(config, tokenizer), response_encoder(tokenizer), decoder(tokenizer)),
         Rows.of(config),
         awaited,
-    )
-
-
-def _other_teacher(context: RunContext, name: str, settings: OtherTeacherSettings) -> OtherTeacher:
-    """A teacher that lives in this process."""
-    config = context.config
-    if isinstance(settings, HFTeacherSettings):
-        cache = config.run.output / ".models"
-        return HFTeacher(name, settings, context.vocab_size, context.stop_ids, config.rollout.teacher_top_k, cache)
-    if isinstance(settings, CaptureTeacherSettings):
-        asked = prompts_of(config, name, context.dataset.train)
-        return CapturedTeacher(name, settings.path, asked, context.vocab_size, tokenizer_hash(context.tokenizer))
-    return RemoteTeacher(
-        name,
-        settings,
-        context.tokenizer,
-        # A chat endpoint applies its own template, to the question before the student's.
-        asked_text(config, context.tokenizer, context.prompts, settings.chat),
-        context.vocab_size,
-        context.stop_ids,
     )
 
 

@@ -25,18 +25,16 @@ from cluster.interrupt import on_interrupt
 from cluster.parts import Pools
 from kdray.capturing.collect import ask, by_key
 from kdray.capturing.writer import Asking, CaptureFolder
-from kdray.config import Config, HFTeacherSettings, OpenAITeacherSettings, RationaleProgram, TeacherSettings
-from kdray.config.schedules import SignalSchedule
+from kdray.config import Config
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
-from kdray.models.resolve import model_name, weights_hash
 from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.context import Checked, RunContext
 from kdray.teachers.fingerprint import Fingerprint
-from kdray.teachers.huggingface import HFTeacher
-from kdray.types import Rollout, SampleRequest
+from kdray.teachers.kind import kind_of
+from kdray.types import SampleRequest
 
 
 @dataclass(frozen=True)
@@ -70,40 +68,38 @@ def check_capturable(config: Config) -> None:
             "the captures to rollout.teachers.type=route"
         )
     (name,) = config.teachers
-    teacher = config.teachers[name]
-    if not isinstance(teacher, TeacherSettings | HFTeacherSettings | OpenAITeacherSettings):
+    if not kind_of(config, name).capturable:
         raise ConfigError(
-            f"teachers.{name}.type={teacher.type}: its answers cannot be captured; use a teacher of type vllm, hf or openai"
+            f"teachers.{name}.type={config.teachers[name].type}: its answers cannot be captured; use a teacher of type "
+            "vllm, hf or openai"
         )
-    if isinstance(config.rollout.program, RationaleProgram):
+    program = config.rollout.program
+    if program is not None and program.paired_rows:
         raise ConfigError(
-            "rollout.program.type=rationale: its rows have prompts of their own, and a capture finds answers by the data's; "
-            "run it with the teacher"
+            f"rollout.program.type={program.type}: its rows have prompts of their own, and a capture finds answers by "
+            "the data's; run it with the teacher"
         )
     for setting, schedule in config.training.schedules.items():
-        if isinstance(schedule, SignalSchedule) and setting.startswith("rollout."):
+        if schedule.follows is not None and setting.startswith("rollout."):
             raise ConfigError(
-                f"training.schedules.{setting}.type=signal: a capture has no student whose signals it could follow; use linear "
-                "or cosine"
+                f"training.schedules.{setting}.type={schedule.type}: a capture has no student whose signals it could "
+                "follow; use linear or cosine"
             )
 
 
 def asking(context: RunContext) -> Asking:
     """All that decides what an answer is, beside its prompt and its seed."""
     config = context.config
-    ((name, teacher),) = config.teachers.items()
-    rollout = config.rollout
-    how: dict[str, Any] = {"type": teacher.type, "max_new_tokens": rollout.max_new_tokens, "stop_ids": list(context.stop_ids)}
+    (name,) = config.teachers
+    kind, rollout = kind_of(config, name), config.rollout
+    how: dict[str, Any] = {
+        "type": kind.settings.type,
+        "max_new_tokens": rollout.max_new_tokens,
+        "stop_ids": list(context.stop_ids),
+    }
     if rollout.program is not None:
         how["program"] = rollout.program.model_dump(mode="json")
-    if isinstance(teacher, OpenAITeacherSettings):
-        asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
-        how |= {setting: getattr(teacher, setting) for setting in asked}
-    elif isinstance(teacher, TeacherSettings | HFTeacherSettings):
-        model = context.models.teachers[name]
-        how |= {"model": model_name(model), "revision": teacher.revision, "weights": weights_hash(model)}
-        how |= {"teacher_top_k": min(rollout.teacher_top_k, context.vocab_size), "teacher_signal": rollout.teacher_signal}
-        how |= {"temperature": rollout.temperature, "top_p": rollout.top_p}
+    how |= kind.identity(context.models.teachers.get(name), context.vocab_size)
     return Asking(tokenizer_hash(context.tokenizer), context.vocab_size, how)
 
 
@@ -188,14 +184,11 @@ def _stoppable(folder: CaptureFolder) -> Iterator[None]:
 
 async def _fingerprint(context: RunContext, pools: Pools, registry: Any, compared: tuple[int, ...]) -> Fingerprint | None:
     """The teacher's fingerprint, over the canary; None for a black box."""
-    ((name, teacher),) = context.config.teachers.items()
-    if isinstance(teacher, TeacherSettings):
+    (name,) = context.config.teachers
+    if context.config.teachers[name].served:
         return Fingerprint.from_dict((await registry.known.remote())[name])
-    if isinstance(teacher, HFTeacherSettings):
-        (own,) = pools.others
-        assert isinstance(own, HFTeacher)
-        return await _local_fingerprint(context, own, teacher, compared)
-    return None
+    (teacher,) = pools.others
+    return await teacher.fingerprint(compared)
 
 
 def _joined(found: Fingerprint | None, known: Fingerprint | None) -> Fingerprint | None:
@@ -206,36 +199,10 @@ def _joined(found: Fingerprint | None, known: Fingerprint | None) -> Fingerprint
     return replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
 
 
-async def _local_fingerprint(
-    context: RunContext, teacher: HFTeacher, settings: HFTeacherSettings, compared: tuple[int, ...]
-) -> Fingerprint:
-    """As a replica's, of a model in this process."""
-    ids = np.array(compared, dtype=np.int32)
-    versions = np.zeros(len(ids) - 1, dtype=np.int32)
-    sequence = Rollout(-1, -1, ids[:1], ids[1:], None, None, versions, alpha=0.0, finish_reason="length")
-    ((scored,),) = [part async for part in teacher.score([sequence])]
-    assert scored.teacher_logprobs is not None
-    return Fingerprint(
-        model=model_name(context.models.teachers[teacher.name]),
-        revision=settings.revision,
-        tokenizer=tokenizer_hash(context.tokenizer),
-        vocab_size=context.vocab_size,
-        dtype="float32",
-        canary=compared,
-        scores=tuple(scored.teacher_logprobs.tolist()),
-    )
-
-
 def _in_flight(config: Config) -> int:
     """Answers that keep the teacher busy while others travel: twice what it works on at once."""
-    (teacher,) = config.teachers.values()
-    if isinstance(teacher, TeacherSettings):
-        replicas = teacher.replicas if teacher.autoscaling is None else teacher.autoscaling.max_replicas
-        return 2 * replicas * teacher.max_num_seqs
-    if isinstance(teacher, HFTeacherSettings):
-        return 2 * teacher.batch_size
-    assert isinstance(teacher, OpenAITeacherSettings)
-    return 2 * teacher.max_concurrency
+    (name,) = config.teachers
+    return 2 * kind_of(config, name).in_flight
 
 
 def capture_folder(context: RunContext, path: Path) -> CaptureFolder:

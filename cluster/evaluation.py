@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
-from kdray.capturing.teacher import CapturedTeacher
 from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
 from kdray.evaluation import HeldOut
 from kdray.interfaces import Teacher
@@ -69,7 +68,8 @@ async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) ->
     A teacher that gives text alone, reads other ids, or recorded its answers earlier has nothing to check.
     Raises: SignalError with what is wrong.
     """
-    if checked.route.teacher_reads == "own_ids" or isinstance(teacher, CapturedTeacher):
+    settings = checked.config.teachers[teacher.name]
+    if checked.route.teacher_reads == "own_ids" or settings.replays:
         return {}
     config = checked.config
     requests = [
@@ -88,12 +88,13 @@ async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) ->
     if any(rollout.support_logprobs is None for rollout in sampled):
         return {"tokens": float(sum(len(rollout.token_ids) for rollout in sampled))}
     found = check_rows(sampled, checked.vocab_size)
-    if not isinstance(teacher, ReplicaPool):
+    if not settings.served:
         return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
+    pool = cast(ReplicaPool, teacher)
     asked = [rollout.unscored() for rollout in sampled]
-    scored = [rollout async for part in teacher.score(asked) for rollout in part]
+    scored = [rollout async for part in pool.score(asked) for rollout in part]
     # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
-    tolerance = 1e-3 if teacher.dtype == "float32" else 0.25
+    tolerance = 1e-3 if pool.dtype == "float32" else 0.25
     recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]
     if recorded:
         # 0 for a student that equals the teacher, such as a snapshot of it.

@@ -5,7 +5,6 @@ Nothing is left behind: replicas, ranks and stores end with the run, and so does
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -24,6 +23,7 @@ from cluster.capture_run import capture_answers, capture_folder, check_capturabl
 from cluster.checkpointing import Checkpoint
 from cluster.connect import connected
 from cluster.evaluation import check_signals, held_out
+from cluster.interrupt import run_coroutine
 from cluster.peer_runs import run_together
 from cluster.planning.placement import bundles
 from cluster.planning.reservation import reserved
@@ -86,7 +86,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                     discard(bad)
                 plans[name] = RunPlan(checked[name], folder, reporter, checkpoints[name], stored[name], on_start=room.release)
             try:
-                summaries = asyncio.run(run_together(plans))
+                summaries = run_coroutine(run_together(plans))
             except StorageError:
                 raise
             except Exception:
@@ -178,7 +178,7 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
+        return run_coroutine(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
 
 
 def capture(
@@ -210,7 +210,7 @@ def capture(
             if config.served_teachers and missing:
                 stack.enter_context(connected(config))
                 _await_room(config, lambda role: role.startswith("teacher"))
-            return asdict(asyncio.run(capture_answers(context, folder, wanted, missing, on_progress)))
+            return asdict(run_coroutine(capture_answers(context, folder, wanted, missing, on_progress)))
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:
@@ -222,7 +222,7 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_check_teachers(checked.with_models()))
+        return run_coroutine(_check_teachers(checked.with_models()))
 
 
 async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:

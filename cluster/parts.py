@@ -6,15 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.serving.pool import ReplicaPool
-from kdray.capturing.teacher import CapturedTeacher
 from kdray.interfaces import Sampler, Scorer, Teacher
-from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.openai import RemoteTeacher
+from kdray.teachers.kind import LocalTeacher
 from kdray.teachers.programs.sampler import ProgramSampler
 from kdray.teachers.team import TeacherTeam
-
-OtherTeacher = RemoteTeacher | HFTeacher | CapturedTeacher
-"""Teachers that are no pool of replicas."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,7 @@ class Pools:
     sampler: Sampler
     scorer: Scorer | None
     all: list[ReplicaPool]
-    others: list[OtherTeacher]
+    others: list[LocalTeacher]
     """Teachers that are no pool of replicas."""
     team: TeacherTeam | None = None
     """The teachers as one, where there are several."""
@@ -49,9 +44,7 @@ class Pools:
     @property
     def retried(self) -> int:
         """Rollouts asked for again after a failure."""
-        return sum(pool.retried for pool in self.all) + sum(
-            other.retried for other in self.others if isinstance(other, RemoteTeacher)
-        )
+        return sum(pool.retried for pool in self.all) + sum(other.retried for other in self.others)
 
     @property
     def hedged(self) -> int:

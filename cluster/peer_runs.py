@@ -15,7 +15,6 @@ from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
 from cluster.interrupt import on_interrupt
 from cluster.runner import Runner, RunPlan, RunStores, SideBySide
-from kdray.config import PeerTeacherSettings, SelfTeacherSettings
 from kdray.errors import Interrupted
 from kdray.runs.context import Checked
 from kdray.teachers.peers import MAIN_STUDENT
@@ -88,9 +87,9 @@ def _stores(runs: Mapping[str, Checked], make: Callable[[type[Any]], Any]) -> di
     for name, run in runs.items():
         average, teachers = None, {}
         for teacher, settings in run.config.teachers.items():
-            if isinstance(settings, SelfTeacherSettings):
+            if settings.follows_student:
                 average = teachers[teacher] = make(WeightStore)
-            elif isinstance(settings, PeerTeacherSettings):
+            elif settings.learns:
                 teachers[teacher] = weights["" if name and teacher == MAIN_STUDENT else teacher]
         board = make(ScalingBoard) if _is_autoscaled(run) else None
         found[name] = RunStores(weights[name], board, average, teachers)

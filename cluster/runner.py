@@ -30,12 +30,10 @@ from cluster.evaluation import check_signals, held_out, measure_program
 from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
-from kdray.config import CaptureTeacherSettings, RationaleProgram, SelfTeacherSettings, TeacherSettings
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
 from kdray.loop import Distillation, Hooks
 from kdray.models.inspect import decoder
-from kdray.models.resolve import resolve_model
 from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
@@ -49,6 +47,7 @@ from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
+from kdray.teachers.kind import kind_of
 from kdray.teachers.programs import row_weights
 from kdray.types import Rollout, TrainBatch
 
@@ -297,17 +296,16 @@ class Runner:
         progress["distilled"] = await self._measure(pools, steps, name)
 
     def _renewal(self) -> Renewal | None:
-        for teacher in self._config.teachers.values():
-            if isinstance(teacher, SelfTeacherSettings) and teacher.every is not None:
-                return Renewal(teacher.every, teacher.decay)
-        return None
+        found = (teacher.renewal for teacher in self._config.teachers.values())
+        return next((Renewal(*renewal) for renewal in found if renewal is not None), None)
 
     def _weights(self) -> Callable[[Sequence[Rollout]], dict[int, float] | None]:
         """Weights of the rows of a batch, where a program makes rows of two kinds."""
         program, siblings = self._config.rollout.program, self._config.rollout.samples_per_prompt
-        if not isinstance(program, RationaleProgram):
+        weight = None if program is None else program.second_row_weight
+        if weight is None:
             return lambda rollouts: None
-        return lambda rollouts: row_weights(rollouts, siblings, program.rationale_weight)
+        return lambda rollouts: row_weights(rollouts, siblings, weight)
 
     def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
         """The filters of `rollout.filters`."""
@@ -377,18 +375,17 @@ class Runner:
         """Model and revision of the output head that the ranks need, where teachers return hidden states."""
         if self._config.rollout.teacher_signal != "hidden":
             return None
-        ((name, teacher),) = self._config.teachers.items()
-        assert isinstance(teacher, TeacherSettings | CaptureTeacherSettings)
-        return models.teachers[name], teacher.revision
+        (name,) = self._config.teachers
+        found = kind_of(self._config, name).model
+        assert found is not None
+        return models.teachers[name], found[1]
 
     def _teacher_of_features(self, models: Models) -> tuple[str, str | None] | None:
         """Model and revision of the layers that the student is compared with, where the config asks for that."""
         if self._config.training.features is None or self._config.white_box_teacher is None:
             return None
-        name, teacher = self._config.white_box_teacher
-        # A teacher inside this process is not among the served ones.
-        folder = models.teachers.get(name) or resolve_model(teacher.model, self._config.run.output / ".models")
-        return folder, teacher.revision
+        name, _ = self._config.white_box_teacher
+        return models.teachers[name], self._config.source(name)[1]
 
     def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
         """The pretraining text of a step, where the config mixes some in."""

@@ -24,8 +24,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kdray.config import Config, OpenAITeacherSettings, parse_config
+from kdray.config import Config, parse_config
 from kdray.errors import ConfigError, DataError, KdrayError
+from kdray.teachers.kind import kind_of
 
 PACKAGES = ("kdray", "actors", "cluster")
 INPUTS = "inputs"
@@ -100,9 +101,10 @@ def pack(config: Config) -> Cargo:
 def unchecked(config: Config, cargo: Cargo) -> list[str]:
     """Why the models and data cannot be checked on this machine; nothing where they can."""
     reasons = [f"{setting}={path} is not on this machine" for setting, path in cargo.elsewhere.items() if not path.exists()]
-    for name, teacher in config.teachers.items():
-        if isinstance(teacher, OpenAITeacherSettings) and teacher.api_key_env and not os.environ.get(teacher.api_key_env):
-            reasons.append(f"teachers.{name}.api_key_env={teacher.api_key_env} is not set on this machine")
+    for name in config.teachers:
+        for setting, variable in kind_of(config, name).environment.items():
+            if not os.environ.get(variable):
+                reasons.append(f"teachers.{name}.{setting}={variable} is not set on this machine")
     return reasons
 
 
@@ -192,8 +194,8 @@ def _paths(config: Config) -> Iterator[tuple[tuple[str, ...], Path]]:
 def _models(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Every model that is a folder or a hub id, with the keys that lead to it."""
     for keys, value in _leaves(config, ()):
-        # What a black-box teacher's model is called is the endpoint's business.
-        ours = keys[0] != "teachers" or not isinstance(config.teachers[keys[1]], OpenAITeacherSettings)
+        # A remote teacher's model is a name at its endpoint.
+        ours = keys[0] != "teachers" or not config.teachers[keys[1]].remote
         if isinstance(value, str) and ours and (keys[-1] == "model" or keys[-2:] == ("model", "source")):
             yield keys, value
 

@@ -25,10 +25,8 @@ from cluster.planning.placement import (
 )
 from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import (
-    CaptureTeacherSettings,
     Config,
     EngineSettings,
-    HFTeacherSettings,
     ModelSource,
     PrunedModel,
     load_config,
@@ -39,6 +37,7 @@ from kdray.errors import CapacityError, ConfigError, DataError
 from kdray.models.pruning import plan_pruning
 from kdray.models.resolve import model_config
 from kdray.runs.folder import RunFolder, read_lines
+from kdray.teachers.kind import kind_of
 
 _CAPACITY_GAP = 20.0
 """Teacher parameters a student parameter beyond which students learn less from the teacher than from a smaller one (Mirzadeh
@@ -223,11 +222,10 @@ _STUDENT = ""
 def _shapes(config: Config) -> dict[str, ModelShape]:
     """Of the student (key "") and of every teacher with weights, by name."""
     sources: dict[str, tuple[ModelSource, str | None]] = {_STUDENT: (config.student.model, config.student.revision)}
-    for name, teacher in config.teachers.items():
-        if name in config.served_teachers:
-            sources[name] = config.source(name)
-        elif isinstance(teacher, HFTeacherSettings | CaptureTeacherSettings) and teacher.model is not None:
-            sources[name] = (teacher.model, teacher.revision)
+    for name in config.teachers:
+        model = kind_of(config, name).model
+        if model is not None:
+            sources[name] = model
     found: dict[str, ModelShape] = {}
     for name, (source, revision) in sources.items():
         try:

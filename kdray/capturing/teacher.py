@@ -17,10 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdray.capturing.format import MANIFEST, SIGNAL_COLUMNS, digest, find_shards, read_manifest, reading, signals
-from kdray.errors import DataError, RequestRefused, VocabError
+from kdray.capturing.format import MANIFEST, SIGNAL_COLUMNS, check_model, digest, find_shards, read_manifest, reading, signals
+from kdray.config import CaptureTeacherSettings, ModelSource
+from kdray.config.signals import Signal
+from kdray.errors import ConfigError, DataError, RequestRefused, VocabError
 from kdray.interfaces import Availability
+from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.arrow import ROLLOUT_SCHEMA, table_to_rollouts
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.teachers.kind import Found, TeacherContext, TeacherKind
+from kdray.teachers.team import prompts_of
 from kdray.types import Prompt, Rollout, SampleRequest
 
 _ALWAYS_READ = ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher", "prompt_ids", "token_ids", "mixture_logprobs")
@@ -45,6 +51,48 @@ class _Place(NamedTuple):
     num_tokens: int
 
 
+class CaptureKind(TeacherKind[CaptureTeacherSettings]):
+    """Answers on disk."""
+
+    def offers(self) -> frozenset[Signal]:
+        # `sampled` is of any response, and of one that was not recorded it knows nothing.
+        said: set[Signal] = {signal for signal in signals(self.settings.path) if signal != "sampled"}
+        return frozenset(said if self.settings.model is not None else said - {"hidden"})
+
+    def remedy(self, signal: Signal) -> str | None:
+        if signal in ("text", "references", "top_k"):
+            return "capture what the run needs (`kdray capture` with its settings), or use the teacher itself"
+        if signal == "hidden":
+            return "capture with rollout.teacher_signal=hidden, and name the teacher's model, whose output head the ranks take"
+        return None
+
+    def check(self, tokenizer: Any, student_rows: int) -> Found:
+        manifest = read_manifest(self.settings.path)
+        if self.settings.model is not None:
+            check_model(f"teachers.{self.name}.model", manifest, self.settings.model, self.settings.revision)
+        return Found(vocab_size=None if manifest is None else manifest.vocab_size)
+
+    def check_with_data(self, context: TeacherContext) -> str:
+        captured, limit = self.open(context), context.config.rollout.max_new_tokens
+        if captured.longest_answer > limit:
+            raise ConfigError(
+                f"rollout.max_new_tokens={limit}, but the longest answer of teachers.{self.name} has "
+                f"{captured.longest_answer} tokens; raise it to that"
+            )
+        return f"teacher {self.name}: recorded answers in {self.settings.path}, with {', '.join(sorted(captured.signals))}"
+
+    @property
+    def model(self) -> tuple[ModelSource, str | None] | None:
+        # Its output head alone, which turns recorded states into rows.
+        if self.settings.model is None or self.config.rollout.teacher_signal != "hidden":
+            return None
+        return self.settings.model, self.settings.revision
+
+    def open(self, context: TeacherContext) -> CapturedTeacher:
+        asked = prompts_of(context.config, self.name, context.dataset.train)
+        return CapturedTeacher(self.name, self.settings.path, asked, context.vocab_size, tokenizer_hash(context.tokenizer))
+
+
 class CapturedTeacher:
     """A Teacher (`kdray.interfaces`) that gives recorded answers, and scores the responses that it holds.
 
@@ -58,6 +106,8 @@ class CapturedTeacher:
         ids that the student has not.
         """
         self.name = name
+        self.retried = 0
+        """Nothing is sent anywhere, so nothing is sent again."""
         self.availability = Availability()
         """Never begins: a file does not come back."""
         self._path = path
@@ -85,6 +135,10 @@ class CapturedTeacher:
 
     async def check(self) -> None:
         """Nothing is left to prove: construction looked at all rows."""
+
+    async def fingerprint(self, canary: Sequence[int]) -> Fingerprint | None:
+        """The recorded teacher's own, over the canary that was recorded; None for a black box."""
+        return None if self.manifest is None else self.manifest.fingerprint
 
     async def close(self) -> None:
         """Let the cached row groups go."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kdray.config import ForwardKLSampledLoss, HintonLoss, LMOpsLoss, LossSettings, MiniLLMLoss, SequenceLoss, TVDLoss, ULDLoss
+from kdray.config.losses import LossSettings
 from kdray.errors import SignalError
 from kdray.losses import LossBatch, loss_function
 from kdray.losses.batch import log_rows
@@ -92,18 +92,12 @@ def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float
     """Give the run's loss two students made from the teacher's own rows: the teacher itself, and one mixed with chance.
 
     The first must have no loss and no gradient, the second a divergence and a gradient: in the terms that vanish there, that
-    is, without hard labels and whitening. `sequence` reads the text alone and `uld` another vocabulary, so there is nothing to
-    ask: they get an empty answer, whatever columns the rollouts have.
+    is, without hard labels and whitening. A loss without such terms gets an empty answer, whatever columns the rollouts have.
     Returns: `loss_equal`, `divergence_perturbed`, `gradient_perturbed`, a token. Raises: SignalError where they are not so.
     """
-    if isinstance(settings, SequenceLoss | ULDLoss):
+    soft = settings.soft_part()
+    if soft is None:
         return {}
-    if isinstance(settings, HintonLoss):
-        # The hard term is a cross entropy: no student makes it zero.
-        settings = settings.model_copy(update={"soft_share": 1.0})
-    if isinstance(settings, MiniLLMLoss | LMOpsLoss):
-        # Returns that are all zero would be divided by their own rounding.
-        settings = settings.model_copy(update={"whitening": False})
     batch = rollouts_to_batch(rollouts, step=1)
     tokens = batch.num_target_tokens
     equal = _rows_of(LossBatch.from_train_batch(batch, vocab_size))
@@ -114,7 +108,7 @@ def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float
         given = replace(batch, columns=batch.columns | _sampled_by(logits, batch.columns, batch.token_ids, alpha))
         tensors = LossBatch.from_train_batch(given, vocab_size)
         student = logits.clone().requires_grad_()
-        output = loss_function(settings)(student, tensors, settings)
+        output = loss_function(soft)(student, tensors, soft)
         output.total.backward()
         assert student.grad is not None
         divergence = float(buckets(tensors.masked_rows(logits), tensors).reverse_kl()) / tokens
@@ -122,8 +116,7 @@ def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float
         found.append((float(output.total.detach()) / tokens, gradient, divergence))
     (loss, gradient, divergence), (_, noisy_gradient, noisy_divergence) = found
     kind = settings.type
-    # The one has a kink where both are equal, the gradient of the other vanishes in the mean over samples alone.
-    expected_gradient = 0.0 if isinstance(settings, TVDLoss | ForwardKLSampledLoss) else gradient
+    expected_gradient = gradient if soft.zero_gradient_at_teacher else 0.0
     if not max(abs(loss), expected_gradient, abs(divergence)) < _ZERO:
         raise SignalError(
             f"loss.type={kind}: a student equal to teacher {rollouts[0].teacher} has loss {loss:.3g} and gradient "

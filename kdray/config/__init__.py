@@ -20,7 +20,6 @@ from kdray.config.features import AttentionTerm, FeatureSettings, HiddenTerm, Re
 from kdray.config.job import JobSettings
 from kdray.config.load import load_config, parse_config
 from kdray.config.losses import (
-    DIVERGENCE_LOSSES,
     AdaptiveKLLoss,
     ForwardKLLoss,
     ForwardKLSampledLoss,
@@ -28,6 +27,7 @@ from kdray.config.losses import (
     JSDLoss,
     LMOpsLoss,
     LossSettings,
+    LossSource,
     MiniLLMLoss,
     MSELogitLoss,
     PerDecisionLoss,
@@ -60,17 +60,16 @@ from kdray.config.teachers import (
     EngineSettings,
     HFTeacherSettings,
     OpenAITeacherSettings,
-    OtherTeacherSettings,
     PeerTeacherSettings,
     SelfTeacherSettings,
-    ServedTeacher,
+    ServedTeacherSettings,
     TeacherSettings,
     TeacherSource,
+    VLLMTeacherSettings,
 )
 from kdray.config.training import PretrainingSettings, SFTSettings, TrainingSettings
 
 __all__ = [
-    "DIVERGENCE_LOSSES",
     "AdaptiveKLLoss",
     "AttentionTerm",
     "AutoscalingSettings",
@@ -101,11 +100,11 @@ __all__ = [
     "JsonlText",
     "LMOpsLoss",
     "LossSettings",
+    "LossSource",
     "MSELogitLoss",
     "MiniLLMLoss",
     "ModelSource",
     "OpenAITeacherSettings",
-    "OtherTeacherSettings",
     "ParquetPrompts",
     "ParquetText",
     "PeerTeacherSettings",
@@ -125,7 +124,7 @@ __all__ = [
     "SFTSettings",
     "SelfTeacherSettings",
     "SequenceLoss",
-    "ServedTeacher",
+    "ServedTeacherSettings",
     "Settings",
     "SkewForwardKLLoss",
     "SkewReverseKLLoss",
@@ -145,6 +144,7 @@ __all__ = [
     "TrainingSettings",
     "ULDLoss",
     "UniversalSettings",
+    "VLLMTeacherSettings",
     "VOPDLoss",
     "load_config",
     "parse_config",

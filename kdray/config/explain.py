@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel
 
-from kdray.config.teachers import TeacherSource
+from kdray.config.registry import kinds_of
 
 _MAX_SHOWN = 200
 
@@ -27,6 +27,9 @@ def explain(item: Any, root: type[BaseModel]) -> str:
         return f"{setting}: required, but not set"
     if kind == "value_error":
         message = str(item["ctx"]["error"])
+        if message.startswith("."):
+            # About a key of the value.
+            return f"{setting}{message}"
         return message if not setting or message.startswith(setting) else f"{setting}: {message}"
     message = item["msg"][0].lower() + item["msg"][1:]
     if kind.startswith("union_tag") or isinstance(item.get("input"), dict):
@@ -48,7 +51,7 @@ def _written_keys(root: type[BaseModel], location: tuple[int | str, ...], keep_l
     models: list[type[BaseModel]] = [root]
     keys = []
     for depth, part in enumerate(location):
-        known = [model for model in models if part in model.model_fields or model is TeachersMap]
+        known = [model for model in models if part in model.model_fields or issubclass(model, _AnyName)]
         if known:
             models = _models_below(known, str(part))
         elif not isinstance(part, int) and not (keep_last and depth == len(location) - 1):
@@ -62,27 +65,29 @@ def _keys_at(root: type[BaseModel], location: tuple[str, ...]) -> list[str]:
     models: list[type[BaseModel]] = [root]
     for part in location:
         models = _models_below(models, part)
-    return sorted({name for model in models for name in model.model_fields if model is not TeachersMap})
+    return sorted({name for model in models for name in model.model_fields})
 
 
 def _models_below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
     following: list[type[BaseModel]] = []
     for model in models:
-        if model is TeachersMap:
-            following += _models_in(TeacherSource)
+        if issubclass(model, _AnyName):
+            following += model.values
         elif key in model.model_fields:
             following += _models_in(model.model_fields[key].annotation)
     return following
 
 
-class TeachersMap(BaseModel):
-    """Stands for the map of teachers in `_keys_at`: any name leads to the kinds of teacher."""
+class _AnyName(BaseModel):
+    """Stands for a map in `_keys_at`: any name leads to the models of its values."""
+
+    values: ClassVar[list[type[BaseModel]]]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    arguments = getattr(annotation, "__args__", ())
-    if getattr(annotation, "__origin__", None) is dict:
-        return [TeachersMap]
+        return [*kinds_of(annotation)] or [annotation]
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return [type("_Map", (_AnyName,), {"values": _models_in(arguments[1]), "__annotations__": {}})]
     return [model for argument in arguments for model in _models_in(argument)]

@@ -43,10 +43,16 @@ class UniversalSettings(Settings):
 
 
 class ProgramBase(Settings):
-    """What all programs have. `stages` are the calls, `templates` the names that each template must and may use."""
+    """Settings of every program. The class variables are facts that the rest of the program asks."""
 
+    type: str
+    """Name of the program; a subclass narrows it to `Literal` of its own."""
     stages: ClassVar[tuple[str, ...]]
+    """The calls, by name."""
     templates: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]]
+    """Settings that are templates, with the names that each must and may use."""
+    paired_rows: ClassVar[bool] = False
+    """A prompt's samples come in pairs that are made of one response and teach different things."""
 
     max_stage_tokens: Positive = 1024
     """Most tokens of one call, prompt and response: what an engine must hold. A longer call makes the answer unparsable."""
@@ -86,9 +92,22 @@ class ProgramBase(Settings):
                 )
         return self
 
+    def check_question(self, question: str) -> None:
+        """Raises: ValueError with the setting and the remedy where the program cannot ask about a question."""
+
     def response_tokens(self, stage: str) -> int:
         """Most tokens of a stage's response."""
         return self.max_new_tokens_of.get(stage, self.max_new_tokens)
+
+    @property
+    def row_prefix(self) -> str | None:
+        """Text before the question in the second row of a pair, in place of `data.prefix`; None without pairs."""
+        return None
+
+    @property
+    def second_row_weight(self) -> float | None:
+        """Weight of the tokens of a pair's second row beside those of its first; None without pairs."""
+        return None
 
 
 class DirectProgram(ProgramBase):
@@ -216,6 +235,31 @@ class BranchSolveMergeProgram(ProgramBase):
             raise ValueError(f"rollout.program.swapped={self.swapped}: swapping twice must give every verdict back")
         return self
 
+    def check_question(self, question: str) -> None:
+        try:
+            self.swap(question)
+        except ValueError as error:
+            raise ValueError(
+                f"rollout.program.pair={self.pair!r} finds {error}; set it to a pattern that finds both"
+            ) from error
+
+    def swap(self, question: str) -> str:
+        """The question with its two answers, the groups `a` and `b` of `pair`, in each other's place.
+
+        Raises: ValueError where the pattern does not find them.
+        """
+        match = re.search(self.pair, question)
+        if match is None or match.start("a") < 0 or match.start("b") < 0:
+            raise ValueError(f"no two answers in {question[:200]!r}")
+        first, second = sorted(("a", "b"), key=match.start)
+        return (
+            question[: match.start(first)]
+            + match[second]
+            + question[match.end(first) : match.start(second)]
+            + match[first]
+            + question[match.end(second) :]
+        )
+
 
 class ChainOfThoughtProgram(ProgramBase):
     """One call that thinks step by step; what stands behind the thoughts is the answer.
@@ -241,6 +285,7 @@ class RationaleProgram(ProgramBase):
 
     stages: ClassVar = ("explain",)
     templates: ClassVar = {"explain": (("question",), ())}
+    paired_rows: ClassVar = True
 
     type: Literal["rationale"]
     explain: str = (
@@ -265,6 +310,14 @@ class RationaleProgram(ProgramBase):
         if self.perturb:
             raise ValueError("rollout.program.perturb: the rows of a pair come from one response; remove it")
         return self
+
+    @property
+    def row_prefix(self) -> str:
+        return self.rationale_prefix
+
+    @property
+    def second_row_weight(self) -> float:
+        return self.rationale_weight
 
 
 ProgramSettings = Annotated[

@@ -11,13 +11,16 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast, get_args
 
 from pydantic import BeforeValidator
 
 from kdray.config.base import Settings
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Settings)
+Base = TypeVar("Base", bound=Settings)
+Kind = TypeVar("Kind")
 
 REGISTRIES: dict[str, Registry[Any]] = {}
 """Every registry by its entry-point group."""
@@ -44,12 +47,12 @@ class Registry(Generic[T]):
         self._loaded: dict[str, T] = {}
         REGISTRIES[group] = self
 
-    def add(self, name: str) -> Callable[[T], T]:
+    def add(self, name: str) -> Callable[[Kind], Kind]:
         """Decorator: register a kind of this package under `name`."""
 
-        def register(kind: T) -> T:
+        def register(kind: Kind) -> Kind:
             assert name not in self._builtin, f"{self.group}: {name} is registered twice"
-            self._builtin[name] = kind
+            self._builtin[name] = cast(T, kind)
             return kind
 
         return register
@@ -77,7 +80,7 @@ class Registry(Generic[T]):
         if not installed:
             near = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`? " if near else ""
-            raise ValueError(f"no {self.noun} is called {name!r:.200}; {hint}installed are {', '.join(self.names())}")
+            raise ValueError(f"no installed {self.noun} has this name; {hint}there are {', '.join(self.names())}")
         if name not in self._loaded:
             self._loaded[name] = self._load(installed[0])
         return self._loaded[name]
@@ -108,7 +111,7 @@ class Registry(Generic[T]):
         return kind
 
 
-class SettingsRegistry(Registry[type[Settings]]):
+class SettingsRegistry(Registry[type[S]]):
     """Kinds that are classes of settings: a value's `type` chooses one, which its other keys are then held against."""
 
     def __init__(self, group: str, noun: str, default: str | None = None) -> None:
@@ -116,12 +119,11 @@ class SettingsRegistry(Registry[type[Settings]]):
         super().__init__(group, noun)
         self.default = default
         self.base: type[Settings] = Settings
-        """What every kind derives from; see `root`."""
+        """The class that every kind derives from; see `root`."""
 
-    def root(self, base: type[Settings]) -> type[Settings]:
-        """Declare the class that every kind derives from, by which errors find the kinds again."""
+    def root(self, base: type[Base]) -> type[Base]:
+        """Decorator: declare the class that every kind derives from."""
         self.base = base
-        base.kinds = self  # type: ignore[attr-defined]
         return base
 
     def member(self) -> BeforeValidator:
@@ -137,22 +139,37 @@ class SettingsRegistry(Registry[type[Settings]]):
             return value
         name = value.get("type", self.default)
         if not isinstance(name, str):
-            raise ValueError(f"`type` says which {self.noun} it is: one of {', '.join(self.names())}")
-        return self.get(name).model_validate({**value, "type": name})
+            raise ValueError(f".type: not given; it says which {self.noun} it is: one of {', '.join(self.names())}")
+        try:
+            kind = self.get(name)
+        except ValueError as error:
+            raise ValueError(f".type={name!r:.200}: {error}") from error
+        return kind.model_validate({**value, "type": name})
 
-    def _load(self, point: EntryPoint) -> type[Settings]:
+    def _load(self, point: EntryPoint) -> type[S]:
         kind = super()._load(point)
         if not (isinstance(kind, type) and issubclass(kind, self.base)):
             raise ValueError(
                 f"{self.noun} {point.name!r} of {_distribution(point)}: {point.value} is no subclass of "
                 f"{self.base.__module__}.{self.base.__qualname__}"
             )
-        if kind.model_fields["type"].annotation.__args__ != (point.name,):  # type: ignore[union-attr]
+        if get_args(kind.model_fields["type"].annotation) != (point.name,):
             raise ValueError(
                 f"{self.noun} {point.name!r} of {_distribution(point)}: declare its name in the class, "
                 f"type: Literal[{point.name!r}]"
             )
         return kind
+
+
+def name_of(kind: type[Settings]) -> str:
+    """The `type` of a kind, as its class declares it."""
+    return str(get_args(kind.model_fields["type"].annotation)[0])
+
+
+def kinds_of(base: type[Any]) -> list[type[Settings]]:
+    """The known kinds of which `base` is the common class; none where it is no such class."""
+    found = (each for each in REGISTRIES.values() if isinstance(each, SettingsRegistry) and each.base is base)
+    return [kind for registry in found for kind in registry.known()]
 
 
 def all_plugins() -> Iterator[Plugin]:

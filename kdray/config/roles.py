@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdray.config.teachers import EngineSettings
+from kdray.config.teachers import TEACHERS, EngineSettings
 
 ENGINE_PLACE = frozenset(EngineSettings.model_fields) - {"dtype", "engine_args"}
 """Settings of an engine that say how large it is and where it runs."""
@@ -27,7 +27,6 @@ TRAINING_PLACE = frozenset(
     )
 )
 """The same of the student's ranks."""
-_ENGINE_TYPES = ("vllm", "self", "peer")
 
 
 def role_keys(keys: list[str]) -> list[str]:
@@ -49,7 +48,7 @@ def with_roles(tree: Any) -> Any:
     teachers = tree.get("teachers") if isinstance(tree, dict) else None
     if not isinstance(roles, dict) or not isinstance(teachers, dict):
         return tree
-    served = [name for name, each in teachers.items() if isinstance(each, dict) and each.get("type", "vllm") in _ENGINE_TYPES]
+    served = [name for name, each in teachers.items() if _is_served(each)]
     for role in sorted(roles, key=lambda role: str(role).count(".")):
         values = roles[role]
         if not isinstance(values, dict):
@@ -78,3 +77,14 @@ def with_roles(tree: Any) -> Any:
         else:
             tree = {**tree, "teachers": {**tree["teachers"], **{name: {**tree["teachers"][name], **values} for name in names}}}
     return tree
+
+
+def _is_served(teacher: Any) -> bool:
+    """Whether the settings of a teacher, not checked yet, are of a kind that replicas serve."""
+    if not isinstance(teacher, dict):
+        return False
+    try:
+        return TEACHERS.get(str(teacher.get("type", TEACHERS.default))).served
+    except ValueError:
+        # The teacher's own check says what is wrong with it.
+        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,11 @@ class RouteRule(Settings):
 class RouteSettings(Settings):
     """Every prompt goes to one teacher. Give one of `map`, `rules`, `weights`."""
 
+    one_target: ClassVar[bool] = False
+    """Several teachers make one target together, instead of each its own."""
+    support_of_sampler: ClassVar[bool] = False
+    """The one target stands at the ids of the teacher that sampled alone."""
+
     type: Literal["route"]
     map: dict[str, str] | None = None
     """Teacher by the prompt's domain: the task's name, or what `data.prompts.domain_column` holds."""
@@ -53,6 +58,11 @@ class RouteSettings(Settings):
             raise ValueError("rollout.teachers.default: weights send every prompt somewhere; remove it")
         return self
 
+    @property
+    def drawn_per_sample(self) -> bool:
+        """Each sample goes to a teacher drawn anew, whatever its prompt."""
+        return bool(self.weights)
+
     def names(self) -> set[str]:
         """Teachers that it mentions."""
         mapped = [*(self.map or {}).values(), *(rule.teacher for rule in self.rules or []), *(self.weights or {})]
@@ -61,6 +71,9 @@ class RouteSettings(Settings):
 
 class EnsembleSettings(Settings):
     """Several teachers make the target of every prompt together; one of them samples with the student."""
+
+    one_target: ClassVar[bool] = True
+    drawn_per_sample: ClassVar[bool] = False
 
     type: Literal["ensemble"]
     teachers: list[str] | None = None
@@ -95,6 +108,11 @@ class EnsembleSettings(Settings):
         if self.teachers is not None and (not self.teachers or len(set(self.teachers)) != len(self.teachers)):
             raise ValueError(f"rollout.teachers.teachers={self.teachers}: name at least one teacher, and each once")
         return self
+
+    @property
+    def support_of_sampler(self) -> bool:
+        """The target stands at the ids of the teacher that sampled alone."""
+        return self.support == "sampler"
 
     def names(self) -> set[str]:
         """Teachers that it mentions."""

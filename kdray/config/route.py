@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from kdray.config.losses import SequenceLoss, ULDLoss
-from kdray.config.rollout import EnsembleSettings
-
 if TYPE_CHECKING:
     from kdray.config.run_config import Config
 
@@ -41,7 +38,7 @@ class Route:
     def of(cls, config: Config) -> Route:
         """The route of a run with this config."""
         by_students = config.rollout.sampler == "student"
-        scored_later = by_students or isinstance(config.rollout.teachers, EnsembleSettings)
+        scored_later = by_students or (config.rollout.teachers is not None and config.rollout.teachers.one_target)
         schedule = config.training.schedules.get("rollout.data_share")
         data_responds = max((config.rollout.data_share, *(() if schedule is None else schedule.extremes))) > 0.0
         holds_both = not config.other_teachers and not config.teacher_apart
@@ -51,12 +48,12 @@ class Route:
             sampler="program" if config.rollout.program is not None else "students" if by_students else "teachers",
             scored_later=scored_later,
             teacher_reads=(
-                "own_ids" if isinstance(config.loss, ULDLoss) else "own_prompts" if config.teacher_apart else "student_ids"
+                "own_ids" if not config.loss.shared_ids else "own_prompts" if config.teacher_apart else "student_ids"
             ),
             student_in_replicas=not config.teacher_apart,
             student_pool=config.has_rollout_pool,
             data_responds=data_responds,
-            scores_references=data_responds and not scored_later and not isinstance(config.loss, SequenceLoss),
+            scores_references=data_responds and not scored_later and bool(config.loss.signals),
             measures_on_students=not holds_both,
             measures_exact=holds_both and (recorded or not by_students),
         )

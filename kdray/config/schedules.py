@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +13,12 @@ from kdray.config.base import Fraction, NonNegative, Positive, PositiveFloat, Se
 
 class StepSchedule(Settings):
     """From the setting's own value to another one, over steps."""
+
+    SHAPES: ClassVar[dict[str, Callable[[float], float]]] = {
+        "linear": lambda share: share,
+        "cosine": lambda share: 0.5 - 0.5 * math.cos(math.pi * share),
+    }
+    """Share of the way to `to`, by share of the course."""
 
     type: Literal["linear", "cosine"]
     to: float
@@ -24,6 +32,21 @@ class StepSchedule(Settings):
     def extremes(self) -> tuple[float, ...]:
         """Values between which the course lies, the setting's own one aside."""
         return (self.to,)
+
+    @property
+    def follows(self) -> str | None:
+        """The metric that the course depends on; None where steps alone decide."""
+        return None
+
+    def average(self, last: float | None, measured: float) -> float:
+        """The moving average of the metric that it follows, of which a course of steps has none."""
+        return measured
+
+    def value(self, own: float, step: int, last_step: int, average: float | None) -> float:
+        """The setting's value at `step`. Args: own: its own value; last_step: of the run; average: of the metric it follows."""
+        length = last_step - self.start if self.steps is None else self.steps
+        share = min(1.0, max(0.0, (step - self.start) / max(1, length)))
+        return own + self.SHAPES[self.type](share) * (self.to - own)
 
 
 class SignalSchedule(Settings):
@@ -45,6 +68,21 @@ class SignalSchedule(Settings):
     def extremes(self) -> tuple[float, ...]:
         """Values between which the course lies."""
         return (self.at_zero, self.at_full)
+
+    @property
+    def follows(self) -> str | None:
+        """The metric that the course depends on."""
+        return self.signal
+
+    def average(self, last: float | None, measured: float) -> float:
+        """The moving average of the metric after one more step."""
+        return measured if last is None else self.smoothing * last + (1.0 - self.smoothing) * measured
+
+    def value(self, own: float, step: int, last_step: int, average: float | None) -> float:
+        """As for `StepSchedule`; the setting's own value until the metric is known."""
+        if average is None:
+            return own
+        return self.at_zero + min(1.0, max(0.0, average / self.full)) * (self.at_full - self.at_zero)
 
 
 ScheduleSettings = Annotated[StepSchedule | SignalSchedule, Field(discriminator="type")]

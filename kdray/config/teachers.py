@@ -1,18 +1,23 @@
-"""Teachers of every kind, and the size and place of vLLM replicas."""
+"""Teachers: a class of settings for each kind, with the facts that the rest of the program asks of it; and vLLM replicas.
+
+A teacher kind of another distribution is a subclass of `TeacherSettings`, registered under its `type` in the entry-point group
+`kdray.teachers`; see docs/extending.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.labels import ACCELERATOR_LABEL, LabelSelector
 from kdray.config.models import ModelSource
+from kdray.config.registry import SettingsRegistry
 
 _ENGINE_ARGS_TAKEN = {
     "model": "use the teacher's `model`",
@@ -198,8 +203,43 @@ class EngineSettings(Settings):
         return self
 
 
-class ServedTeacherSettings(EngineSettings):
-    """What every teacher served by vLLM replicas on the cluster has."""
+TEACHERS: SettingsRegistry[TeacherSettings] = SettingsRegistry("kdray.teachers", "teacher", default="vllm")
+
+
+@TEACHERS.root
+class TeacherSettings(Settings):
+    """A teacher. The class variables and properties are facts: where it runs, and what becomes of its weights."""
+
+    type: str
+    """Name of the kind; a subclass narrows it to `Literal` of its own."""
+
+    implementation: ClassVar[str]
+    """`module:name` of its `kdray.teachers.kind.TeacherKind`: how a teacher of this kind is checked, opened and identified."""
+    served: ClassVar[bool] = False
+    """Replicas of a vLLM engine on the cluster serve it; its settings are those of an engine too. Otherwise it answers inside
+    the run's own process, or from there."""
+    white_box: ClassVar[bool] = False
+    """The ranks can load its weights, which stay as they are during the run."""
+    follows_student: ClassVar[bool] = False
+    """Its weights are the student's, as they were earlier."""
+    learns: ClassVar[bool] = False
+    """It is another student, trained in the same run."""
+    replays: ClassVar[bool] = False
+    """It gives answers that were recorded, and cannot be asked anything new."""
+    remote: ClassVar[bool] = False
+    """It answers from elsewhere: its `model` is a name there, and nothing of it is loaded here."""
+
+    @property
+    def renewal(self) -> tuple[int, float] | None:
+        """Steps between its renewals by the student's weights, and the share of its own that one keeps; None without any."""
+        return None
+
+
+class ServedTeacherSettings(TeacherSettings, EngineSettings):
+    """A teacher served by vLLM replicas on the cluster."""
+
+    implementation = "kdray.teachers.served:ServedKind"
+    served = True
 
     prompt_template: str | None = None
     """What the teacher reads in place of a prompt: `{prompt}` stands for it, `{answer}` for its reference answer. Lets the
@@ -228,8 +268,11 @@ def check_template(setting: str, template: str, required: Sequence[str], allowed
             raise ValueError(f"{setting}: lacks {{{name}}}")
 
 
-class TeacherSettings(ServedTeacherSettings):
+@TEACHERS.add("vllm")
+class VLLMTeacherSettings(ServedTeacherSettings):
     """A teacher with weights of its own."""
+
+    white_box = True
 
     type: Literal["vllm"] = "vllm"
     model: ModelSource
@@ -238,8 +281,12 @@ class TeacherSettings(ServedTeacherSettings):
     """Commit or tag on the hub."""
 
 
+@TEACHERS.add("self")
 class SelfTeacherSettings(ServedTeacherSettings):
     """The student itself as it was earlier: a snapshot, or an exponential average of its versions. Self-distillation."""
+
+    implementation = "kdray.teachers.served:SelfKind"
+    follows_student = True
 
     type: Literal["self"]
     every: Positive | None = None
@@ -253,10 +300,18 @@ class SelfTeacherSettings(ServedTeacherSettings):
             raise ValueError(f"decay={self.decay:g} without `every`: nothing is ever renewed; set every, or remove decay")
         return self
 
+    @property
+    def renewal(self) -> tuple[int, float] | None:
+        return None if self.every is None else (self.every, self.decay)
 
+
+@TEACHERS.add("peer")
 class PeerTeacherSettings(ServedTeacherSettings):
     """Another student, which learns from this one while this one learns from it: mutual distillation. It is trained with the
     run's own settings, in a run folder of its own below `peers/`."""
+
+    implementation = "kdray.teachers.served:PeerKind"
+    learns = True
 
     type: Literal["peer"]
     model: ModelSource
@@ -265,12 +320,12 @@ class PeerTeacherSettings(ServedTeacherSettings):
     """Commit or tag on the hub."""
 
 
-ServedTeacher = TeacherSettings | SelfTeacherSettings | PeerTeacherSettings
-"""Teachers that replicas on the cluster serve."""
-
-
-class OpenAITeacherSettings(Settings):
+@TEACHERS.add("openai")
+class OpenAITeacherSettings(TeacherSettings):
     """A remote endpoint with OpenAI's interface, which writes whole responses; nothing of it runs on the cluster."""
+
+    implementation = "kdray.teachers.openai:OpenAIKind"
+    remote = True
 
     type: Literal["openai"]
     base_url: str
@@ -326,8 +381,12 @@ class OpenAITeacherSettings(Settings):
         return self
 
 
-class HFTeacherSettings(Settings):
+@TEACHERS.add("hf")
+class HFTeacherSettings(TeacherSettings):
     """A small Hugging Face model inside the run's own process, in float32 on the CPU: for tests and tiny teachers."""
+
+    implementation = "kdray.teachers.huggingface:HFKind"
+    white_box = True
 
     type: Literal["hf"]
     model: ModelSource
@@ -338,8 +397,12 @@ class HFTeacherSettings(Settings):
     """Sequences of one forward pass, which holds a row of logits for each of their tokens."""
 
 
-class CaptureTeacherSettings(Settings):
+@TEACHERS.add("capture")
+class CaptureTeacherSettings(TeacherSettings):
     """Answers of a teacher that were recorded earlier: nobody is asked, and nothing else can be scored."""
+
+    implementation = "kdray.capturing.teacher:CaptureKind"
+    replays = True
 
     type: Literal["capture"]
     path: Path
@@ -358,21 +421,5 @@ class CaptureTeacherSettings(Settings):
         return self
 
 
-OtherTeacherSettings = OpenAITeacherSettings | HFTeacherSettings | CaptureTeacherSettings
-"""Teachers that are no pool of replicas."""
-
-
-def _teacher_tag(value: Any) -> str:
-    kind = value.get("type", "vllm") if isinstance(value, dict) else getattr(value, "type", None)
-    return str(kind)
-
-
-TeacherSource = Annotated[
-    Annotated[TeacherSettings, Tag("vllm")]
-    | Annotated[SelfTeacherSettings, Tag("self")]
-    | Annotated[PeerTeacherSettings, Tag("peer")]
-    | Annotated[OpenAITeacherSettings, Tag("openai")]
-    | Annotated[HFTeacherSettings, Tag("hf")]
-    | Annotated[CaptureTeacherSettings, Tag("capture")],
-    Discriminator(_teacher_tag),
-]
+TeacherSource = Annotated[SerializeAsAny[TeacherSettings], TEACHERS.member()]
+"""A teacher of any kind; its other keys depend on `type`."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from kdray.config import LMOpsLoss, LossSettings, MiniLLMLoss
+from kdray.config.losses import LossSettings
 from kdray.errors import TrainingError
 from kdray.losses.batch import LossBatch
 from kdray.losses.importance import mixing_weight
@@ -130,32 +130,34 @@ def return_sums(batch: TrainBatch, settings: LossSettings | None) -> np.ndarray 
     None if the settings whiten nothing. Known before any forward pass, since these returns are those of the sampler's
     log q. The three numbers of shards add up to the whole batch's; padding rows add nothing.
     """
-    if not isinstance(settings, MiniLLMLoss | LMOpsLoss) or not settings.whitening:
+    if settings is None or not settings.whitens:
         return None
     tensors = LossBatch.from_train_batch(batch, vocab_size=0)
     returns = recorded_returns(tensors, settings, torch.float64)
     return np.array([len(returns), float(returns.sum()), float(returns.square().sum())])
 
 
-def recorded_returns(batch: LossBatch, settings: MiniLLMLoss | LMOpsLoss, dtype: torch.dtype) -> torch.Tensor:
+def recorded_returns(batch: LossBatch, settings: LossSettings, dtype: torch.dtype) -> torch.Tensor:
     """Returns [N] from the recorded log p and log q, before whitening: they stay the same while theta moves."""
+    form = settings.returns
+    assert form is not None, f"loss.type={settings.type} forms no returns"
     recorded = batch.masked("teacher_logprobs").to(dtype) - batch.masked("student_logprobs").to(dtype)
-    returns_of = returns_after if isinstance(settings, MiniLLMLoss) and settings.single_step else returns_from
-    if isinstance(settings, LMOpsLoss):
-        recorded = (recorded / settings.reward_scaling).clamp(-settings.reward_clip, settings.reward_clip)
+    if form.reward_scaling is not None:
+        recorded = recorded / form.reward_scaling
+    if form.reward_clip is not None:
+        recorded = recorded.clamp(-form.reward_clip, form.reward_clip)
     rewards = recorded.new_zeros(batch.mask.shape).masked_scatter(batch.mask, recorded)
-    return returns_of(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]
+    returns_of = returns_from if form.own_reward else returns_after
+    return returns_of(rewards, batch.mask, form.gamma, form.length_norm)[batch.mask]
 
 
-def whitened_returns(
-    batch: LossBatch, settings: MiniLLMLoss | LMOpsLoss, whitening: Whitening | None, dtype: torch.dtype
-) -> torch.Tensor:
+def whitened_returns(batch: LossBatch, settings: LossSettings, whitening: Whitening | None, dtype: torch.dtype) -> torch.Tensor:
     """`recorded_returns`, shifted and scaled by the step's statistics where the settings ask for it; [N].
 
     Raises: TrainingError if they ask for it and no statistics are given: one micro-batch does not know them.
     """
     returns = recorded_returns(batch, settings, dtype)
-    if not settings.whitening:
+    if not settings.whitens:
         return returns
     if whitening is None:
         raise TrainingError(

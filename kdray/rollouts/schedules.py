@@ -6,11 +6,10 @@ whatever the replicas' speeds, and a resumed run decides alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from kdray.config import Config
-from kdray.config.schedules import ScheduleSettings, SignalSchedule, StepSchedule
+from kdray.config.schedules import ScheduleSettings
 from kdray.errors import DataError
 
 
@@ -49,15 +48,15 @@ class Schedules:
         before = self._averages.get(done - 1, {})
         averages = {}
         for name, setting in self._settings.items():
-            if isinstance(setting, SignalSchedule):
+            if setting.follows is not None:
                 last = before.get(name)
-                measured = metrics.get(setting.signal, last)
+                measured = metrics.get(setting.follows, last)
                 if measured is None:
                     raise DataError(
-                        f"training.schedules.{name}.signal={setting.signal}: the rollouts of this run do not have it; exact "
+                        f"training.schedules.{name}.signal={setting.follows}: the rollouts of this run do not have it; exact "
                         "KLs need replicas that hold teacher and student, weights of draws a density; use another signal"
                     )
-                averages[name] = measured if last is None else setting.smoothing * last + (1.0 - setting.smoothing) * measured
+                averages[name] = setting.average(last, measured)
         self._averages[done] = averages
         # Of older ones no admitted batch asks again.
         self._averages = {at: kept for at, kept in self._averages.items() if at >= done - self._lag - 1}
@@ -71,18 +70,9 @@ class Schedules:
         self._averages = {int(done): dict(averages) for done, averages in state.items()}
 
     def _value(self, name: str, setting: ScheduleSettings, step: int) -> float:
-        own = self._own[name]
-        if isinstance(setting, StepSchedule):
-            length = self._steps - setting.start if setting.steps is None else setting.steps
-            share = min(1.0, max(0.0, (step - setting.start) / max(1, length)))
-            if setting.type == "cosine":
-                share = 0.5 - 0.5 * math.cos(math.pi * share)
-            return own + share * (setting.to - own)
         known = step - self._lag
-        average = self._averages[known].get(name) if known > 0 else None
-        if average is None:
-            return own
-        return setting.at_zero + min(1.0, max(0.0, average / setting.full)) * (setting.at_full - setting.at_zero)
+        average = self._averages[known].get(name) if setting.follows is not None and known > 0 else None
+        return setting.value(self._own[name], step, self._steps, average)
 
 
 def of_section(section: str, values: Mapping[str, float]) -> dict[str, float]:

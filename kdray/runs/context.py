@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from kdray.config import CaptureTeacherSettings, Config, HFTeacherSettings, ModelSource
+from kdray.config import Config
 from kdray.config.route import Route
-from kdray.data.dataset import Dataset
 from kdray.models.resolve import resolve_model
+from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.types import Prompt
 
 
@@ -22,27 +21,14 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(TeacherContext):
     """A config that passed the checks, with what they loaded; `kdray.checks.preflight.check` makes it."""
 
-    config: Config
     route: Route
-    tokenizer: Any
-    """The student's tokenizer."""
-    dataset: Dataset
-    vocab_size: int
-    """Ids that every teacher and the student share."""
-    stop_ids: tuple[int, ...]
-    """End-of-sequence ids of the student."""
     windows: list[Prompt] = field(default_factory=list)
     """Windows of pretraining text, where the config mixes some in."""
     lines: list[str] = field(default_factory=list)
     """Findings that a user should know, a line each."""
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """Every prompt that may be asked for."""
-        return [*self.dataset.train, *self.dataset.heldout]
 
     def with_models(self, models: Models | None = None) -> RunContext:
         """The run's context. Args: models: None to resolve the config's, which blocks while tiny ones are built."""
@@ -59,22 +45,11 @@ class RunContext(Checked):
 def resolve_models(config: Config) -> Models:
     """Build the tiny models, where the config asks for some."""
     cache = config.run.output / ".models"
+    teachers = {name: kind_of(config, name).model for name in config.teachers}
     return Models(
         student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(config.source(name)[0], cache)) for name in config.served_teachers}
-        | {name: _absolute(resolve_model(model, cache)) for name, model in _other_models(config).items()},
+        teachers={name: _absolute(resolve_model(found[0], cache)) for name, found in teachers.items() if found is not None},
     )
-
-
-def _other_models(config: Config) -> dict[str, ModelSource]:
-    """Models of teachers that no replica holds, as far as this run needs their weights."""
-    found: dict[str, ModelSource] = {}
-    for name, teacher in config.other_teachers.items():
-        if isinstance(teacher, HFTeacherSettings):
-            found[name] = teacher.model
-        if isinstance(teacher, CaptureTeacherSettings) and teacher.model and config.rollout.teacher_signal == "hidden":
-            found[name] = teacher.model
-    return found
 
 
 def _absolute(model: str) -> str:

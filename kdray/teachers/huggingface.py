@@ -18,11 +18,15 @@ import numpy as np
 import torch
 
 from kdray.config import HFTeacherSettings
+from kdray.config.signals import Signal
 from kdray.errors import ConfigError, RequestRefused
 from kdray.interfaces import Availability
-from kdray.models.resolve import resolve_model
+from kdray.models.resolve import model_name, resolve_model
+from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.mixture import draw
 from kdray.rollouts.seeds import uniforms
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.teachers.kind import ModelKind, TeacherContext
 from kdray.types import Rollout, SampleRequest
 
 Result = TypeVar("Result")
@@ -44,6 +48,28 @@ class _Draft:
         return np.concatenate([self.request.prompt_ids, np.array(self.token_ids, dtype=np.int32)])
 
 
+class HFKind(ModelKind[HFTeacherSettings]):
+    """A Hugging Face model in the run's process."""
+
+    def offers(self) -> frozenset[Signal]:
+        return frozenset(("text", "references", "sampled", "top_k", "requested"))
+
+    @property
+    def in_flight(self) -> int:
+        return self.settings.batch_size
+
+    def open(self, context: TeacherContext) -> HFTeacher:
+        return HFTeacher(
+            self.name,
+            self.settings,
+            context.vocab_size,
+            context.stop_ids,
+            context.config.rollout.teacher_top_k,
+            context.model_cache,
+            tokenizer_hash(context.tokenizer),
+        )
+
+
 class HFTeacher:
     """A Teacher (`kdray.interfaces`). `close` at the end; `check` first, or the first request loads the model."""
 
@@ -55,11 +81,15 @@ class HFTeacher:
         stop_ids: Sequence[int],
         teacher_top_k: int,
         cache: Path = Path("runs", ".models"),
+        tokenizer: str = "",
     ) -> None:
         """Args: vocab_size: ids that teacher and student share, rows beyond are cut before the softmax; stop_ids:
-        end-of-sequence ids; cache: folder of tiny models, `<run.output>/.models`.
+        end-of-sequence ids; cache: folder of tiny models, `<run.output>/.models`; tokenizer: hash of the student's, for the
+        fingerprint.
         """
         self.name = name
+        self.retried = 0
+        """Nothing is sent anywhere, so nothing is sent again."""
         self.availability = Availability()
         """Never begins: what fails here fails the request."""
         self._settings = settings
@@ -67,6 +97,7 @@ class HFTeacher:
         self._stop_ids = frozenset(stop_ids)
         self._width = min(teacher_top_k, vocab_size)
         self._cache = cache
+        self._tokenizer = tokenizer
         self._model: Any = None
         # One thread, so that one pass runs at a time however many ask, and a cancelled one ends before the next begins.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"teacher-{name}")
@@ -77,6 +108,23 @@ class HFTeacher:
         """
         if self._model is None:
             await self._in_worker(self._loaded)
+
+    async def fingerprint(self, canary: Sequence[int]) -> Fingerprint:
+        """See `LocalTeacher`."""
+        ids = np.array(canary, dtype=np.int32)
+        versions = np.zeros(len(ids) - 1, dtype=np.int32)
+        sequence = Rollout(-1, -1, ids[:1], ids[1:], None, None, versions, alpha=0.0, finish_reason="length")
+        ((scored,),) = [part async for part in self.score([sequence])]
+        assert scored.teacher_logprobs is not None
+        return Fingerprint(
+            model=model_name(resolve_model(self._settings.model, self._cache)),
+            revision=self._settings.revision,
+            tokenizer=self._tokenizer,
+            vocab_size=self._vocab_size,
+            dtype="float32",
+            canary=tuple(canary),
+            scores=tuple(scored.teacher_logprobs.tolist()),
+        )
 
     async def close(self) -> None:
         """End the thread after the pass that runs now, and let the model go."""

@@ -20,8 +20,12 @@ import numpy as np
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from kdray.config import OpenAITeacherSettings
+from kdray.config.signals import Signal
+from kdray.data.dataset import asked_text
 from kdray.errors import ConfigError, EngineError, RequestRefused
 from kdray.interfaces import Availability
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.teachers.kind import Found, TeacherContext, TeacherKind
 from kdray.teachers.rate_limit import Pacing
 from kdray.types import Rollout, SampleRequest
 
@@ -35,6 +39,46 @@ _TAIL_FLOOR = 1e-7
 """Least mass of a tail: what float32 logprobs leave of 1 below this is their rounding."""
 _LONGEST_PAUSE_S = 120.0
 """Longest `Retry-After` that the client keeps; it gives a request up that is asked to wait longer."""
+
+
+class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
+    """An endpoint, which is asked over the network."""
+
+    capturable = True
+
+    def offers(self) -> frozenset[Signal]:
+        return frozenset(("text", "references", "sampled", "top_k") if self.settings.logprobs else ("text",))
+
+    def remedy(self, signal: Signal) -> str | None:
+        if signal in ("sampled", "top_k"):
+            return "set its logprobs, where the endpoint names token ids, or use loss.type=sequence with rollout.alpha=1"
+        return None
+
+    def check(self, tokenizer: Any, student_rows: int) -> Found:
+        variable = self.settings.api_key_env
+        if variable is not None and not os.environ.get(variable, "").strip():
+            raise ConfigError(
+                f"teachers.{self.name}.api_key_env={variable}: the variable is not set; export it, or set "
+                "api_key_env=null for an endpoint without keys"
+            )
+        return Found(f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {} if self.settings.api_key_env is None else {"api_key_env": self.settings.api_key_env}
+
+    @property
+    def in_flight(self) -> int:
+        return self.settings.max_concurrency
+
+    def identity(self, model: str | None, vocab_size: int) -> dict[str, Any]:
+        asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
+        return {setting: getattr(self.settings, setting) for setting in asked}
+
+    def open(self, context: TeacherContext) -> RemoteTeacher:
+        # A chat endpoint applies its own template, to the question before the student's.
+        text_of = asked_text(context.config, context.tokenizer, context.prompts, self.settings.chat)
+        return RemoteTeacher(self.name, self.settings, context.tokenizer, text_of, context.vocab_size, context.stop_ids)
 
 
 class RemoteTeacher:
@@ -84,6 +128,10 @@ class RemoteTeacher:
                 event_hooks={"request": [self._before_attempt], "response": [self._after_attempt]}
             ),
         )
+
+    async def fingerprint(self, canary: Sequence[int]) -> Fingerprint | None:
+        """None: an endpoint is a black box."""
+        return None
 
     async def close(self) -> None:
         """Close the connections."""

@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -38,24 +39,23 @@ from kdray.teachers.ensemble import (
 from kdray.teachers.routing import Choice, Router, by_domain, by_rules, by_weights, ensemble
 from kdray.types import Prompt, Rollout, SampleRequest
 
-_GEOMETRIC = ("reverse_kl", "skew_reverse_kl", "minillm", "lmops", "per_decision", "vopd", "mse_logit")
-"""Losses linear in each teacher's log p: the weighted sum over teachers has the geometric mean as its target."""
-
 Answers = dict[int, dict[str, Rollout]]
 """By sample id, then teacher: the rollout with that teacher's columns."""
 
 
 def router(settings: TeachersSettings, teachers: Sequence[str], seed: int) -> Router:
     """Which teachers a prompt goes to. Args: teachers: all of them, in the order of the config. Raises: ConfigError."""
-    if isinstance(settings, EnsembleSettings):
-        chosen = settings.teachers or list(teachers)
-        return ensemble(chosen, settings.weights, settings.domain_weights, settings.sampler, seed)
-    if settings.map:
-        return by_domain(settings.map, settings.default)
-    if settings.rules:
-        return by_rules([(re.compile(rule.pattern), rule.teacher) for rule in settings.rules], settings.default)
-    assert settings.weights is not None
-    return by_weights(settings.weights, seed)
+    if settings.one_target:
+        shared = cast(EnsembleSettings, settings)
+        chosen = shared.teachers or list(teachers)
+        return ensemble(chosen, shared.weights, shared.domain_weights, shared.sampler, seed)
+    routed = cast(RouteSettings, settings)
+    if routed.map:
+        return by_domain(routed.map, routed.default)
+    if routed.rules:
+        return by_rules([(re.compile(rule.pattern), rule.teacher) for rule in routed.rules], routed.default)
+    assert routed.weights is not None
+    return by_weights(routed.weights, seed)
 
 
 def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -64,15 +64,14 @@ def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[
     if settings is None:
         return list(prompts)
     route = router(settings, list(config.teachers), config.run.seed)
-    if isinstance(settings, RouteSettings) and settings.weights:
-        # Drawn for every sample anew.
+    if settings.drawn_per_sample:
         return list(prompts)
     return [prompt for prompt in prompts if teacher in route(prompt, 0).scorers]
 
 
 def ensemble_mean(settings: EnsembleSettings, loss: LossSettings) -> Kind:
     """The mean that makes one target out of several teachers: the one set, or the one that the loss asks for."""
-    return settings.mean or ("geometric" if loss.type in _GEOMETRIC else "arithmetic")
+    return settings.mean or loss.ensemble_mean
 
 
 class TeacherTeam:
@@ -89,7 +88,8 @@ class TeacherTeam:
         self._router = router(settings, list(self._teachers), config.run.seed)
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
         self._vocab_size = vocab_size
-        self._mean = ensemble_mean(settings, config.loss) if isinstance(settings, EnsembleSettings) else None
+        self._ensemble = cast(EnsembleSettings, settings) if settings.one_target else None
+        self._mean = None if self._ensemble is None else ensemble_mean(self._ensemble, config.loss)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     @property
@@ -133,7 +133,7 @@ class TeacherTeam:
         """See `kdray.interfaces.Scorer`: the columns of the one teacher, or of the ensemble's target, as one item."""
         choices = {rollout.sample_id: self._choice(rollout.prompt_id, rollout.sample_id) for rollout in rollouts}
         answers: Answers = {rollout.sample_id: {rollout.teacher: rollout} if rollout.teacher else {} for rollout in rollouts}
-        of_sampler = isinstance(self._settings, EnsembleSettings) and self._settings.support == "sampler"
+        of_sampler = self._settings.support_of_sampler
         wanted: dict[str, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
             for name in choices[rollout.sample_id].scorers:
@@ -227,16 +227,16 @@ class TeacherTeam:
         kept = [given[name] for name in choice.scorers if name in given]
         if union is None:
             return replace(kept[0], teacher=teacher)
-        assert isinstance(self._settings, EnsembleSettings)
+        assert self._ensemble is not None
         assert self._mean is not None
         columns = [at_union(_columns(answer), union) for answer in kept]
         weights = renormalise(np.array(choice.weights), present)[present]
-        if self._settings.confidence_temperature is not None:
+        if self._ensemble.confidence_temperature is not None:
             logprobs, tails = (
                 np.stack([getattr(one, name) for one in columns]) for name in ("support_logprobs", "tail_logprobs")
             )
             outside = self._vocab_size - (union >= 0).sum(axis=1)
-            weights = confidence_weights(logprobs, tails, self._settings.confidence_temperature, outside)
+            weights = confidence_weights(logprobs, tails, self._ensemble.confidence_temperature, outside)
         target = combine(columns, weights, self._mean)
         if self._mean == "geometric":
             self._add("teacher_disagreement", -float(target.log_z.sum()), len(target.log_z))

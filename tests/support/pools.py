@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.serving.pool import ReplicaPool
 from actors.serving.spec import EngineSpec, RunHandles
-from kdray.config import ClusterSettings, TeacherSettings
+from kdray.config import ClusterSettings, VLLMTeacherSettings
 from tests.integration.conftest import EOS, VOCAB
 
 Events = list[dict[str, Any]]
@@ -39,6 +39,6 @@ def replica_pool(
     def on_event(kind: str, **fields: Any) -> None:
         events.append({"kind": kind, **fields})
 
-    settings = TeacherSettings.model_validate({"model": spec.model, **(teacher or {})})
+    settings = VLLMTeacherSettings.model_validate({"model": spec.model, **(teacher or {})})
     given: dict[str, Any] = {"retries": 3, "on_event": on_event} | changes
     return ReplicaPool(spec.teacher, spec, settings, ClusterSettings(health_check_period_s=2), run, **given)

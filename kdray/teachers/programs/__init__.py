@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from kdray.config.programs import BranchSolveMergeProgram, ProgramSettings
+from kdray.config.programs import ProgramSettings
 from kdray.errors import DataError
 from kdray.teachers.programs.ask import Answer, Ask, Question
-from kdray.teachers.programs.branch_solve_merge import branch_solve_merge, swapped
+from kdray.teachers.programs.branch_solve_merge import branch_solve_merge
 from kdray.teachers.programs.chain_of_thought import chain_of_thought
 from kdray.teachers.programs.direct import direct
 from kdray.teachers.programs.rationale import rationale, row_kind, row_weights
@@ -53,11 +53,7 @@ def check_prompts(settings: ProgramSettings, prompts: Sequence[Prompt]) -> None:
                 f"prompt {prompt.prompt_id}: rollout.program.type={settings.type} puts questions into templates, and this "
                 "one is chat messages; give the prompts as texts"
             )
-        if isinstance(settings, BranchSolveMergeProgram):
-            try:
-                swapped(settings.pair, prompt.question)
-            except ValueError as error:
-                raise DataError(
-                    f"prompt {prompt.prompt_id}: rollout.program.pair={settings.pair!r} finds {error}; set it to a pattern "
-                    "that finds both"
-                ) from error
+        try:
+            settings.check_question(prompt.question)
+        except ValueError as error:
+            raise DataError(f"prompt {prompt.prompt_id}: {error}") from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from kdray.config import Config
-from kdray.config.programs import ProgramSettings, RationaleProgram
+from kdray.config.programs import ProgramSettings
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler
 from kdray.rollouts.merge import Merged
@@ -206,7 +206,7 @@ class ProgramSampler:
         if len(prompt.token_ids) + limit > settings.max_stage_tokens:
             raise _Cut(f"sample {request.sample_id}: stage {stage} has {len(prompt.token_ids)} prompt tokens")
         # Both rows of a pair are made of one response, so the seed is the pair's.
-        pair = isinstance(settings, RationaleProgram)
+        pair = settings.paired_rows
         seed = sample_seed(self._rows.seed, "pair", request.sample_id // 2) if pair else request.seed
         return SampleRequest(
             sample_id=(request.sample_id * len(self._stages) + self._stages[stage]) * _CALLS_OF_A_STAGE + index,

@@ -259,8 +259,12 @@ CONFIGS: list[Case] = [
     ("an override with a key twice", lambda p: p.validate("rollout={alpha: 0, alpha: 1}"), ("rollout=", "alpha", "twice")),
     ("no teacher", lambda p: p.set(teachers=None).validate("teachers={}"), ("teachers", "at least 1")),
     ("a teacher with a bad name", lambda p: p.validate("teachers={A B: {model: m}}"), ("teachers", "pattern")),
-    ("an unknown teacher", lambda p: p.teacher(type="oracle"), ("teachers.main", "oracle", "'vllm'")),
-    ("an unknown loss", lambda p: p.validate("loss={type: magic}"), ("loss", "magic", "'minillm'")),
+    (
+        "an unknown teacher",
+        lambda p: p.teacher(type="oracle"),
+        ("teachers.main", "oracle", "there are capture, hf, openai, peer, self, vllm"),
+    ),
+    ("an unknown loss", lambda p: p.validate("loss={type: magic}"), ("loss", "magic", "minillm")),
     ("a loss that alpha forbids", lambda p: p.validate("rollout.alpha=1"), ("rollout.alpha=1", "unbounded", "alpha below 1")),
     (
         "a batch that siblings do not fill",

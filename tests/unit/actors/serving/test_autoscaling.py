@@ -193,7 +193,7 @@ def some_load(draw: st.DrawFn) -> Load:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(some_rules(), st.lists(some_load(), min_size=1, max_size=30))
 def test_the_target_is_never_out_of_bounds(rules: ScalingRules, loads: list[Load]) -> None:
     state = State()
@@ -203,7 +203,7 @@ def test_the_target_is_never_out_of_bounds(rules: ScalingRules, loads: list[Load
         assert reason
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(some_rules(), some_load(), st.integers(0, 25), st.integers(1, 9))
 def test_a_constant_load_never_makes_it_flap(rules: ScalingRules, load: Load, capacity: int, slowness: int) -> None:
     """Whatever the pool reports, as long as it keeps reporting it, the target goes one way, and comes to rest."""

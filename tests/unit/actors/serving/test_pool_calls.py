@@ -15,7 +15,7 @@ from actors.serving.hedging import CallTimes
 from actors.serving.pool import ReplicaPool, _Part
 from actors.serving.replica_choice import CallRoute
 from actors.serving.spec import EngineSpec, RunHandles
-from kdray.config import ClusterSettings, TeacherSettings
+from kdray.config import ClusterSettings, VLLMTeacherSettings
 from kdray.errors import EngineError, TeacherGone
 from kdray.rollouts.arrow import rollouts_to_table
 from kdray.types import Rollout, SampleRequest
@@ -79,7 +79,7 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *replicas: Replica, slow: bool = True, retries: int = 2) -> None:
         monkeypatch.setattr("actors.serving.pool._LOOK_FOR_SLOW_EVERY_S", 0.02)
         self.events: list[str] = []
-        settings = TeacherSettings.model_validate({"model": "m", "replicas": 2})
+        settings = VLLMTeacherSettings.model_validate({"model": "m", "replicas": 2})
         spec = EngineSpec("mixture", "m", "s", 5, (4,), 64, teacher="t")
         cluster = ClusterSettings()
         self.pool = ReplicaPool(
@@ -165,7 +165,7 @@ async def test_a_call_that_is_sent_again_is_timed_from_then_on(monkeypatch: pyte
 def test_one_replica_or_mixed_hardware_is_not_hedged() -> None:
     def times(**settings: Any) -> dict[str, CallTimes]:
         spec = EngineSpec("teacher", "m", None, 5, (4,), 64, teacher="t")
-        teacher = TeacherSettings.model_validate({"model": "m", **settings})
+        teacher = VLLMTeacherSettings.model_validate({"model": "m", **settings})
         return ReplicaPool("t", spec, teacher, ClusterSettings(), RunHandles(), 0)._times
 
     assert set(times(replicas=2)) == {"sample", "score"}
@@ -193,7 +193,7 @@ class Deployment:
 
 def pool_of(*replicas: Replica, retries: int = 0) -> ReplicaPool:
     """Two calls for four samples."""
-    settings = TeacherSettings.model_validate({"model": "m", "replicas": 2})
+    settings = VLLMTeacherSettings.model_validate({"model": "m", "replicas": 2})
     spec = EngineSpec("mixture", "m", "s", 5, (4,), 64, teacher="t")
     pool = ReplicaPool("t", spec, settings, ClusterSettings(hedge_after=None), RunHandles(), retries)
     pool.connect(Deployment(*replicas))

@@ -170,7 +170,7 @@ def splits(draw: st.DrawFn) -> tuple[list[Rollout], list[list[int]], int]:
     return stored, shards, draw(st.integers(1, 6))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(splits())
 def test_the_split_into_shards_and_row_groups_changes_no_answer(split: tuple[list[Rollout], list[list[int]], int]) -> None:
     stored, shards, rows = split

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from kdray.capturing.format import write_capture
-from kdray.checks.capabilities import check_capabilities, needed, offered
+from kdray.checks.capabilities import check_capabilities, needed
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError
+from kdray.teachers.kind import kind_of
 from kdray.types import Rollout
 
 TINY = {"type": "tiny"}
@@ -118,7 +119,7 @@ def test_a_capture_offers_what_it_holds_and_hidden_states_where_its_model_is_nam
     recorded = {"type": "capture", "path": str(tmp_path / "drawn")}
     named = recorded | {"model": "some/teacher"}
     data = recorded | {"path": str(tmp_path / "data")}
-    can = [offered(config(teacher, "forward_kl", alpha=1).teachers["one"]) for teacher in (recorded, named, data)]
+    can = [kind_of(config(teacher, "forward_kl", alpha=1), "one").offers() for teacher in (recorded, named, data)]
     assert can == [{"text", "top_k"}, {"text", "top_k", "hidden"}, {"references", "top_k"}]
     check_capabilities(config(named, "jsd", alpha=1, teacher_signal="hidden"))
     with pytest.raises(ConfigError, match=r"needs its hidden states.*name the teacher's model, whose output head"):

@@ -89,7 +89,7 @@ def assert_same(left: Rollout | SampleRequest, right: Rollout | SampleRequest) -
             assert a == b, name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(rollouts(), max_size=5))
 def test_rollouts_round_trip(given_rollouts: list[Rollout]) -> None:
     table = rollouts_to_table(given_rollouts)
@@ -100,7 +100,7 @@ def test_rollouts_round_trip(given_rollouts: list[Rollout]) -> None:
         assert_same(left, right)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(rollouts(), min_size=1, max_size=5), st.data())
 def test_slices_and_chunks_of_a_table_round_trip(given_rollouts: list[Rollout], data: st.DataObject) -> None:
     table = rollouts_to_table(given_rollouts)
@@ -114,7 +114,7 @@ def test_slices_and_chunks_of_a_table_round_trip(given_rollouts: list[Rollout], 
         assert_same(left, right)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(requests(), max_size=5), st.integers(0, 5))
 def test_requests_round_trip(given_requests: list[SampleRequest], start: int) -> None:
     table = requests_to_table(given_requests)

@@ -116,7 +116,6 @@ def test_snake_order_by_hand():
     assert [shard(batch, rank, 3).sample_ids.tolist() for rank in range(3)] == [[1, 3], [4, 0], [2, 5]]
 
 
-@settings(deadline=None)
 @given(shapes, st.integers(1, 5))
 def test_shards_hold_every_row_once_in_equal_numbers_with_balanced_tokens(sizes, world_size):
     rollouts = [rollout(sample, *size) for sample, size in enumerate(sizes)]
@@ -136,7 +135,6 @@ def test_shards_hold_every_row_once_in_equal_numbers_with_balanced_tokens(sizes,
         assert (np.diff(part.lengths) <= 0).all()
 
 
-@settings(deadline=None)
 @given(shapes, st.integers(1, 5), st.integers(1, 4))
 def test_micro_batches_keep_rows_and_trim_to_their_longest(sizes, micro_batch_size, world_size):
     rollouts = [rollout(sample, *size) for sample, size in enumerate(sizes)]
@@ -174,7 +172,7 @@ def test_parts_are_copies_that_torch_can_take():
     assert (batch.token_ids >= 0).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shapes, st.integers(1, 4), st.integers(1, 4), st.sampled_from(["minillm", "reverse_kl", "sft"]), st.randoms())
 def test_loss_and_gradient_do_not_depend_on_order_ranks_or_micro_batches(sizes, world_size, micro, name, random):
     """A position table stands for the student: logits depend on the token before, as a model's do."""

@@ -43,7 +43,7 @@ VARIABLE = "KDRAY_TEST_KEY"
 # ------------------------------------------------------------------------------------------------------- pacing
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100)
 @given(
     arrivals=st.lists(st.floats(0, 300), min_size=1, max_size=30),
     per_minute=st.none() | st.floats(0.5, 600),

@@ -11,14 +11,13 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from kdray.config import load_config
-from kdray.config.programs import FINAL_ANSWER, ProgramSettings
+from kdray.config.programs import FINAL_ANSWER, BranchSolveMergeProgram, ProgramSettings
 from kdray.data.dataset import response_encoder
 from kdray.data.tasks import STAGES, TASKS
 from kdray.errors import DataError, EngineError
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.seeds import uniforms
 from kdray.teachers.programs import check_prompts, row_kind, row_weights
-from kdray.teachers.programs.branch_solve_merge import swapped
 from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.types import Prompt, Rollout, SampleRequest
 
@@ -227,8 +226,9 @@ def test_a_judge_without_criteria_scores_or_verdict_is_unparsable(changed):
     ],
 )
 def test_only_the_answers_are_swapped(pair, question, expected):
-    assert swapped(pair, question) == expected
-    assert swapped(pair, expected) == question
+    judge = BranchSolveMergeProgram(type="branch_solve_merge", pair=pair)
+    assert judge.swap(question) == expected
+    assert judge.swap(expected) == question
 
 
 # ------------------------------------------------------------------------------------------- what cannot be read

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools
@@ -226,12 +226,12 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
 
 
 async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
-    async with open_pools(context, RunHandles(registry=beside_driver(TeacherRegistry).remote({}))) as pools:
+    async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
         return {each.name: await check_signals(context, each) for each in pools.named}
 
 
 async def _evaluate(context: RunContext) -> dict[str, Any]:
-    async with open_pools(context, RunHandles(registry=beside_driver(TeacherRegistry).remote({}))) as pools:
+    async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
         numbers, _ = await held_out(context, pools).measure(version=0)
         return numbers
 

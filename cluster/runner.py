@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from actors.background_call import in_daemon_thread
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
 from actors.student.engine import Phase
@@ -159,7 +159,7 @@ class Runner:
         await student.start()
         self._beside.ranks_start(self._name)
         try:
-            registry = beside_driver(TeacherRegistry).remote(self._folder.read_teachers())
+            registry = on_driver_node(TeacherRegistry).remote(self._folder.read_teachers())
             handles = RunHandles(weights=stores.weights, registry=registry, board=stores.board)
             opening = open_pools(context, handles, self.reporter.event, stores.teacher_weights)
             pools = await self._or_stop(opening.__aenter__())

@@ -312,8 +312,8 @@ class Runner:
         settings, dataset = self._config.rollout.filters, self._checked.dataset
         if settings is None:
             return lambda rollouts: {}
-        answers = {prompt.prompt_id: prompt.answer for prompt in dataset.train}
-        return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, answers)
+        prompts = {prompt.prompt_id: prompt for prompt in dataset.train}
+        return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, prompts)
 
     async def _finetune(self, student: StudentRanks, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
         """The second stage, on the reference answers; a resume continues it where its last checkpoint stands."""

@@ -209,6 +209,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         await student.save_checkpoint(0)
     reporter.phase("distill", config.training.steps)
     assert config.rollout.filters is not None
+    trained = {prompt.prompt_id: prompt for prompt in dataset.train}
     await Distillation(
         settings=LoopSettings.of(config),
         prompts=PromptStream(dataset.train, config.run.seed),
@@ -219,7 +220,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         ledger=ledger,
         totals=totals,
         schedules=schedules,
-        hooks=Hooks(filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, {})),
+        hooks=Hooks(filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, trained)),
         start_step=start_step,
     ).run()
     summary = counts(ledger, totals, config) | {

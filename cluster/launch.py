@@ -40,6 +40,7 @@ from kdray.runs.remote_copy import StoredRun
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
 from kdray.runs.storage import Storage
+from kdray.runs.trackers import Trackers
 from kdray.teachers.peers import peer_configs
 
 
@@ -77,7 +78,8 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                 # Peers report to their folders alone: a terminal shows one run at a time.
                 console = Console(quiet=True) if name else None
                 decode = decoder(checked[name].tokenizer)
-                reporter = RunReporter(folder, each.training.steps, console, decode=decode)
+                trackers = Trackers(each, folder.path)
+                reporter = RunReporter(folder, each.training.steps, console, decode=decode, trackers=trackers)
                 reporters.callback(reporter.close)
                 if fetched:
                     reporter.event("fetched", storage=each.run.storage)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdray.data.graders import Grading
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.draw import draw_scored
@@ -20,8 +21,8 @@ class HeldOut:
     """A measurement on held-out prompts.
 
     `reverse_kl` and `forward_kl` are nats per response token over full rows, on temperature-1 samples of the student, a mean
-    over tokens. `exact_match` in [0, 1] is there where the task is graded, and `exact_match/<domain>` where prompts have
-    several domains.
+    over tokens. `exact_match` in [0, 1], the share called right by `grade`, is there where prompts can be graded, and
+    `exact_match/<domain>` where they have several domains.
     """
 
     prompts: Sequence[Prompt]
@@ -29,8 +30,8 @@ class HeldOut:
     scorer: Scorer | None
     """Scores what the sampler did not; None where rollouts come back scored."""
     decode: Callable[[np.ndarray], str]
-    grade: Callable[[str, str], bool] | None
-    """Tells by a response and the prompt's answer whether it is right; None where the task is not graded."""
+    grade: Grading | None
+    """Says whether a response is right; None where nothing grades the prompts."""
     max_new_tokens: int
     seed: int
     """Of the run: the same seed draws the same samples under the same weights."""
@@ -44,7 +45,7 @@ class HeldOut:
     async def measure(self, version: int) -> tuple[dict[str, float], list[Rollout]]:
         """Numbers of a student version, and the rollouts behind them in the order of the prompts.
 
-        Raises: EngineError where the replicas cannot give full-row KLs.
+        Raises: EngineError where the replicas cannot give full-row KLs; ResponseError where the grader failed.
         """
         # Replicas update before they sample.
         requests = [
@@ -72,13 +73,13 @@ class HeldOut:
         return numbers | self._grades(rollouts), rollouts
 
     def _grades(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        if self.grade is None:
-            return {}
         graded = [
-            (prompt.domain, self.grade(self.decode(rollout.token_ids), prompt.answer))
+            (prompt.domain, self.grade(prompt, self.decode(rollout.token_ids)))
             for rollout, prompt in zip(rollouts, self.prompts, strict=True)
-            if prompt.answer is not None
+            if self.grade is not None and self.grade.can_grade(prompt)
         ]
+        if not graded:
+            return {}
         numbers = {"exact_match": float(np.mean([right for _, right in graded]))}
         domains = {domain for domain, _ in graded if domain is not None}
         if len(domains) > 1:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.filters import FilterSettings
 from kdray.config.programs import ProgramSettings
 from kdray.config.teachers import EngineSettings
 
@@ -118,31 +119,6 @@ class EnsembleSettings(Settings):
         """Teachers that it mentions."""
         shares = [self.weights or {}, *(self.domain_weights or {}).values()]
         return {*(self.teachers or []), *(name for mapping in shares for name in mapping)}
-
-
-class FilterSettings(Settings):
-    """Which responses are trained on. Those of one prompt (`samples_per_prompt`) vote together."""
-
-    finished: bool = True
-    """Leave out responses that `max_new_tokens` cut, and those that a program could not parse."""
-    pattern: str | None = None
-    """Leave out responses in which this regular expression is not found."""
-    correct: bool = False
-    """Leave out responses that the task's grader calls wrong."""
-    agreement: Literal["plurality", "majority", "unanimous"] | None = None
-    """Self-consistency: keep the answer that most of a prompt's responses give and leave out the others; where it has no
-    `plurality` (a tie), no `majority` of all of them, or is not `unanimous`, leave out all. Compared as texts."""
-    distinct: bool = False
-    """Keep one of several equal responses to a prompt."""
-
-    @model_validator(mode="after")
-    def _compiles(self) -> FilterSettings:
-        if self.pattern is not None:
-            try:
-                re.compile(self.pattern)
-            except re.error as error:
-                raise ValueError(f"pattern={self.pattern!r}: not a regular expression: {error}") from error
-        return self
 
 
 TeachersSettings = Annotated[RouteSettings | EnsembleSettings, Field(discriminator="type")]

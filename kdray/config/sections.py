@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from kdray.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.job import JobSettings
 from kdray.config.storage import check_storage_url
+from kdray.config.trackers import TensorBoardTracker, TrackerSource
 
 
 class RunSettings(Settings):
@@ -23,6 +24,10 @@ class RunSettings(Settings):
     """URL of a folder in an object store, or of a shared one, that holds a copy of run folders: `s3://bucket/folder`,
     `gs://bucket/folder`, `file:///folder`. Checkpoints then go there alone, and a run resumes from it on any machine. None: the
     run folder is all that there is, and every node of a student has to see it. Credentials come from the environment."""
+
+    trackers: list[TrackerSource] = Field(default=[TensorBoardTracker()])
+    """Where numbers and events go beside the run folder's own files; the keys depend on `type`: tensorboard, or one of an
+    installed distribution. One that fails is reported as the event `tracker_failed` and left out; the run goes on."""
 
     @field_validator("storage")
     @classmethod

@@ -212,8 +212,7 @@ def _check_numbers(proof: Proof, name: str, numbers: Sequence[int], done: int) -
 def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config) -> None:
     """What is left out belongs to its step, once, by a rule that the config has."""
     filters = config.rollout.filters
-    rules = set() if filters is None else {name for name, value in filters if value}
-    rules |= {"unparsable"} if "finished" in rules else set()
+    rules = set() if filters is None else {rule.type for rule in filters.in_order()}
     for line in steps:
         for rule in line.by_rule.keys() - rules:
             proof.wrong("rule", f"step {line.step}: left out by {rule!r}; rollout.filters has {sorted(rules) or 'no rules'}")

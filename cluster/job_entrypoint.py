@@ -14,8 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-PLUGINS = "plugins.json"
-"""In the job's folder: the plugins that its config uses, as `kdray.config.registry.Plugin` has them."""
+from cluster.jobs import PLUGINS
 
 _INTERRUPTED = 130
 _REMEDY = (

@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cluster.job_entrypoint import PLUGINS
+from cluster.jobs import PLUGINS
 from kdray.config import Config, parse_config
 from kdray.config.plugins import plugins_of
 from kdray.errors import ConfigError, DataError, KdrayError

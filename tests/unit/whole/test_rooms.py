@@ -88,6 +88,12 @@ ALLOWED = {
         "actors.driver_actor actors.serving cluster.planning cluster.connect cluster.evaluation cluster.assembly "
         "cluster.checkpointing cluster.runner cluster.interrupt cluster.capture_run cluster.peer_runs"
     ),
+    "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
+    "cluster.cli": (
+        "kdray kdray.errors kdray.config kdray.models kdray.runs kdray.checks cluster.planning cluster.connect "
+        "cluster.doctor cluster.cli_base cluster.launch cluster.jobs"
+    ),
+    "cluster.job_entrypoint": "kdray cluster.jobs cluster.cli",
 }
 """Room -> the rooms that it may import."""
 

@@ -27,7 +27,7 @@ _JOB_NAME = "kdray_job"
 _RUN_FOLDER = "kdray_run_folder"
 _STOP_WAIT = "kdray_stop_wait_s"
 
-# What the driver prints: `cluster.cli` why it ends, `cluster.entry` its exit code, the reporter how far it is.
+# What the driver prints: `cluster.cli` why it ends, `cluster.job_entrypoint` its exit code, the reporter how far it is.
 _REASON = re.compile(r"^(?:kdray: .*|interrupted(?:: .*)?)$", re.MULTILINE)
 _EXIT_CODE = re.compile(r"^kdray ended with exit code (\d+)$", re.MULTILINE)
 _PROGRESS = re.compile(r"^([a-z]+) (\d+)/(\d+)\b", re.MULTILINE)

@@ -32,7 +32,7 @@ def all_settings() -> list[type[Settings]]:
     found, todo = [], [Settings]
     while todo:
         todo += (children := todo.pop().__subclasses__())
-        found += [child for child in children if child.__module__.startswith(("kdray.config", "kdray.settings"))]
+        found += [child for child in children if child.__module__.startswith("kdray.config")]
     return found
 
 

@@ -13,11 +13,14 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from cluster.jobs import plugin_list
+
 _INTERRUPTED = 130
 _REMEDY = (
     "install kdray's requirements on every node, driver's included (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs), "
     "or start the cluster from an image that has them"
 )
+_PLUGIN_REMEDY = "the config uses it: install it on every node, or start the cluster from an image that has it"
 
 
 def main() -> None:
@@ -38,10 +41,15 @@ def _command() -> int:
         message = f"kdray: the node of the job's driver lacks {', '.join(lacking)}; {_REMEDY}"
         print(message, file=sys.stderr, flush=True)
         return 2
+    absent, differing = plugin_list.compare(Path())
+    if absent:
+        message = f"kdray: the node of the job's driver lacks {'; '.join(absent)}; {_PLUGIN_REMEDY}"
+        print(message, file=sys.stderr, flush=True)
+        return 2
     import kdray
 
     print(f"kdray {kdray.__version__} from {Path(kdray.__file__).parent}, Python {sys.version.split()[0]}", flush=True)
-    for line in other:
+    for line in other + differing:
         print(f"note: {line}", flush=True)
     if find_spec("vllm") is None:
         print("note: the driver's node has no vLLM; every node that serves a teacher needs it", flush=True)

@@ -2,9 +2,9 @@
 
 In it lie kdray as an installed distribution (its wheel, unpacked, so that vLLM finds the plugin's entry point in every
 process), the resolved config, and the files that the config names by relative paths. No package is installed on the nodes:
-kdray's requirements are part of the cluster's image. Ray hands its working directory, and no other part of the environment, to
-replicas of Ray Serve as well, whoever started Serve; that is why kdray lies there and not among `py_modules`, whose wheels pip
-would install with all their requirements.
+kdray's requirements, and distributions that add kinds to it, are part of the cluster's image. Ray hands its working directory,
+and no other part of the environment, to replicas of Ray Serve as well, whoever started Serve; that is why kdray lies there and
+not among `py_modules`, whose wheels pip would install with all their requirements.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from cluster.jobs import plugin_list
 from kdray.config import Config, parse_config
+from kdray.config.plugins import plugins_of
 from kdray.errors import ConfigError, DataError, KdrayError
 from kdray.teachers.kind import kind_of
 
@@ -133,6 +135,8 @@ def write_folder(cargo: Cargo, folder: Path) -> None:
         else:
             shutil.copyfile(source, target)
     (folder / "config.yaml").write_text(cargo.config.dump(), encoding="utf-8")
+    # Plugins stay here, as all packages but kdray do: the job's driver says which of them its node lacks.
+    plugin_list.write(folder, map(asdict, plugins_of(cargo.config)))
 
 
 def unpack_distribution(folder: Path) -> None:

@@ -31,7 +31,7 @@ ALLOWED = {
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.data kdray.models kdray.rollouts kdray.losses"
     ),
     "kdray.runs": "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.losses kdray.teachers",
-    "kdray.evaluation": "kdray.errors kdray.types kdray.interfaces kdray.rollouts",
+    "kdray.evaluation": "kdray.errors kdray.types kdray.interfaces kdray.data kdray.rollouts",
     "kdray.loop": "kdray.errors kdray.types kdray.interfaces kdray.data kdray.rollouts kdray.runs",
     "kdray.capturing": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.runs"
@@ -55,7 +55,7 @@ ALLOWED = {
     # Commands and the cluster.
     "cluster.planning": "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs",
     "cluster.connect": "kdray.errors kdray.config cluster.planning",
-    "cluster.doctor": "cluster.connect",
+    "cluster.doctor": "kdray.config cluster.connect",
     "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs actors.serving",
     "cluster.evaluation": (
@@ -93,7 +93,7 @@ ALLOWED = {
         "kdray kdray.errors kdray.config kdray.models kdray.runs kdray.checks cluster.planning cluster.connect "
         "cluster.doctor cluster.cli_base cluster.jobs cluster.launch"
     ),
-    "cluster.job_entrypoint": "kdray cluster.cli",
+    "cluster.job_entrypoint": "kdray cluster.jobs cluster.cli",
 }
 """Room -> the rooms that it may import."""
 

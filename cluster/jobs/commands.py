@@ -1,4 +1,4 @@
-"""Commands for jobs: a run sent to a Ray cluster, what became of it, its log, and its end. `cluster.cli` offers them."""
+"""Commands for jobs: submit a run to a Ray cluster, show its state and log, stop it. Registered in `cluster.cli`."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def logs(
 
 
 def _follow(server: JobServer, job: JobState) -> None:
-    """Print a job's log until it ends, then how it ended. Raises: typer.Exit with its exit code."""
+    """Print a job's log until it ends, then its outcome. Raises: typer.Exit with its exit code."""
     from cluster.jobs.client import job_exit_code, outcome
 
     try:
@@ -130,11 +130,11 @@ def _follow(server: JobServer, job: JobState) -> None:
     log = server.logs(ended)
     typer.echo(outcome(ended, log), err=True)
     code = job_exit_code(ended, log)
-    # A job that was killed, or that never started, has no code of its own.
+    # A job that was killed or never started has no exit code of its own.
     raise typer.Exit(1 if code is None else code)
 
 
 def _hints(server: JobServer, job: JobState) -> str:
-    """The commands for a job that runs."""
+    """The commands for a running job."""
     where = f"{job.id} --address {server.address}"
     return f"kdray logs {where} --follow; kdray status {where}; kdray stop {where}"

@@ -1,4 +1,4 @@
-"""Actors that hold what belongs to the driver: orders, published weights, what teachers are."""
+"""Actors pinned to the driver's node: they hold what belongs to the run, and end with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-def beside_driver(actor: type[Any], **options: Any) -> Any:
+def on_driver_node(actor: type[Any], **options: Any) -> Any:
     """The class as a Ray actor class on the driver's own node, where no other node's end can take it along.
 
     Its calls are not listed in Ray's state API: there are dozens a step, and Ray's GCS kept a record of each, 40 KB a step, up

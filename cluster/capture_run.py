@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools, training_sources
@@ -143,7 +143,7 @@ async def capture_answers(
 
             config = context.config
             alone = replace(context, route=context.route.without_student())
-            registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
+            registry = on_driver_node(TeacherRegistry).remote({}) if config.served_teachers else None
             known = folder.fingerprint
             compared = canary(context) if known is None else known.canary[: config.max_model_len]
             async with open_pools(alone, RunHandles(registry=registry), folder.note, canary=compared) as pools:

@@ -1,4 +1,7 @@
-"""Diagnosis of this machine: what kdray needs, what is missing, and the remedy. Packages are located, never imported."""
+"""Diagnosis of this machine: what kdray needs, what is missing, and the remedy.
+
+Packages are located, not imported; plugins are both.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.connect import CLUSTER_REMEDY, unreachable
+from kdray.config.registry import REGISTRIES, all_plugins
 
 GIB = 2**30
 
@@ -50,6 +54,7 @@ def checks() -> list[Check]:
         *(_package(name, tested, distributions) for name, (tested, distributions) in _TESTED.items()),
         *_stray_builds(),
         _plugin(),
+        *_plugins(),
         _cpus(),
         _gpus(),
         _memory(),
@@ -117,6 +122,30 @@ def _plugin() -> Check:
     if any(point.name == "kdray" for point in entry_points(group="vllm.general_plugins")):
         return Check("vLLM plugin", True, "registered")
     return Check("vLLM plugin", None, "kdray is not an installed distribution", "pip install . (or pip install -e .)")
+
+
+def _plugins() -> list[Check]:
+    """Kinds that other distributions add, a line for each distribution, and one for each that no config could use."""
+    installed: dict[str, list[str]] = {}
+    broken = []
+    for plugin in all_plugins():
+        registry = REGISTRIES[plugin.group]
+        installed.setdefault(f"{plugin.distribution} {plugin.version}", []).append(f"{registry.noun} {plugin.name}")
+        try:
+            registry.get(plugin.name)
+        except ValueError as error:
+            broken.append(Check("plugin", None, str(error), "a config that names it is refused"))
+    known = [Check("plugins", True, f"{owner}: {', '.join(kinds)}") for owner, kinds in installed.items()]
+    misplaced = [
+        Check(
+            "plugin", None, f"{point.value}: nothing reads the entry points of {group}", f"groups are {', '.join(REGISTRIES)}"
+        )
+        for group in sorted(entry_points().groups)
+        if group.startswith("kdray.") and group not in REGISTRIES
+        for point in entry_points(group=group)
+    ]
+    # Two that share a name are refused alike.
+    return [*(known or [Check("plugins", True, "none installed")]), *dict.fromkeys(broken), *misplaced]
 
 
 def _cpus() -> Check:

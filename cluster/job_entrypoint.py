@@ -7,17 +7,21 @@ node without kdray's requirements the job's log then holds one message, and no t
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from cluster.jobs import PLUGINS
+
 _INTERRUPTED = 130
 _REMEDY = (
     "install kdray's requirements on every node, driver's included (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs), "
     "or start the cluster from an image that has them"
 )
+_PLUGIN_REMEDY = "the config uses it: install it on every node, or start the cluster from an image that has it"
 
 
 def main() -> None:
@@ -38,10 +42,15 @@ def _command() -> int:
         message = f"kdray: the node of the job's driver lacks {', '.join(lacking)}; {_REMEDY}"
         print(message, file=sys.stderr, flush=True)
         return 2
+    absent, differing = plugins(Path(PLUGINS))
+    if absent:
+        message = f"kdray: the node of the job's driver lacks {'; '.join(absent)}; {_PLUGIN_REMEDY}"
+        print(message, file=sys.stderr, flush=True)
+        return 2
     import kdray
 
     print(f"kdray {kdray.__version__} from {Path(kdray.__file__).parent}, Python {sys.version.split()[0]}", flush=True)
-    for line in other:
+    for line in other + differing:
         print(f"note: {line}", flush=True)
     if find_spec("vllm") is None:
         print("note: the driver's node has no vLLM; every node that serves a teacher needs it", flush=True)
@@ -72,6 +81,26 @@ def requirements(distribution: str = "kdray") -> tuple[list[str], list[str]]:
         if not requirement.specifier.contains(found, prereleases=True):
             other.append(f"{requirement.name} {found} is installed here; kdray asks for {requirement.specifier}")
     return lacking, other
+
+
+def plugins(path: Path) -> tuple[list[str], list[str]]:
+    """Distributions whose plugins a job's config uses: those that are missing, and a line for each of another version.
+
+    Args: path: of a `PLUGINS` file; none has none.
+    """
+    used: dict[tuple[str, str], list[str]] = {}
+    for plugin in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
+        used.setdefault((plugin["distribution"], plugin["version"]), []).append(f"{plugin['group']}: {plugin['name']}")
+    absent, differing = [], []
+    for (distribution, wanted), kinds in used.items():
+        try:
+            found = version(distribution)
+        except PackageNotFoundError:
+            absent.append(f"{distribution} {wanted} ({', '.join(kinds)})")
+            continue
+        if found != wanted:
+            differing.append(f"{distribution} {found} is installed here; the job was submitted with {wanted}")
+    return absent, differing
 
 
 if __name__ == "__main__":

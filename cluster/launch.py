@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools
@@ -40,6 +40,7 @@ from kdray.runs.remote_copy import StoredRun
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
 from kdray.runs.storage import Storage
+from kdray.runs.trackers import Trackers
 from kdray.teachers.peers import peer_configs
 
 
@@ -77,7 +78,8 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                 # Peers report to their folders alone: a terminal shows one run at a time.
                 console = Console(quiet=True) if name else None
                 decode = decoder(checked[name].tokenizer)
-                reporter = RunReporter(folder, each.training.steps, console, decode=decode)
+                trackers = Trackers(each, folder.path)
+                reporter = RunReporter(folder, each.training.steps, console, decode=decode, trackers=trackers)
                 reporters.callback(reporter.close)
                 if fetched:
                     reporter.event("fetched", storage=each.run.storage)
@@ -226,12 +228,12 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
 
 
 async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
-    async with open_pools(context, RunHandles(registry=beside_driver(TeacherRegistry).remote({}))) as pools:
+    async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
         return {each.name: await check_signals(context, each) for each in pools.named}
 
 
 async def _evaluate(context: RunContext) -> dict[str, Any]:
-    async with open_pools(context, RunHandles(registry=beside_driver(TeacherRegistry).remote({}))) as pools:
+    async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
         numbers, _ = await held_out(context, pools).measure(version=0)
         return numbers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
@@ -31,7 +31,7 @@ async def run_together(plans: Mapping[str, RunPlan]) -> dict[str, dict[str, Any]
     actors: list[Any] = []
 
     def make(kind: type[Any]) -> Any:
-        actors.append(beside_driver(kind, max_concurrency=1000).remote())
+        actors.append(on_driver_node(kind, max_concurrency=1000).remote())
         return actors[-1]
 
     def on_signal() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from actors.background_call import in_daemon_thread
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
 from actors.student.engine import Phase
@@ -30,6 +30,7 @@ from cluster.evaluation import check_signals, held_out, measure_program
 from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
+from kdray.config.plugins import versions_of
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
 from kdray.loop import Distillation, Hooks
@@ -159,7 +160,7 @@ class Runner:
         await student.start()
         self._beside.ranks_start(self._name)
         try:
-            registry = beside_driver(TeacherRegistry).remote(self._folder.read_teachers())
+            registry = on_driver_node(TeacherRegistry).remote(self._folder.read_teachers())
             handles = RunHandles(weights=stores.weights, registry=registry, board=stores.board)
             opening = open_pools(context, handles, self.reporter.event, stores.teacher_weights)
             pools = await self._or_stop(opening.__aenter__())
@@ -312,8 +313,8 @@ class Runner:
         settings, dataset = self._config.rollout.filters, self._checked.dataset
         if settings is None:
             return lambda rollouts: {}
-        answers = {prompt.prompt_id: prompt.answer for prompt in dataset.train}
-        return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, answers)
+        prompts = {prompt.prompt_id: prompt for prompt in dataset.train}
+        return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, prompts)
 
     async def _finetune(self, student: StudentRanks, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
         """The second stage, on the reference answers; a resume continues it where its last checkpoint stands."""
@@ -471,8 +472,10 @@ class Runner:
             "dropped_prompts": self._checked.dataset.dropped,
             "resumed_from_step": self._checkpoint.step if self._checkpoint else None,
             "versions": package_versions(),
+            "plugins": versions_of(self._config),
         }
         self._folder.write_summary(summary)
+        self.reporter.finish(summary)
         # After the summary: what stands before it in the file is of a run that had not ended.
         self.reporter.event("finished", steps=steps)
         return summary

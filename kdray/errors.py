@@ -41,6 +41,10 @@ class SignalError(EngineError):
     """A teacher's answers carry no signal, or the loss does not read them."""
 
 
+class ResponseError(KdrayError, RuntimeError):
+    """A grader or a filter failed on a response, which is then neither right nor wrong."""
+
+
 class TrainingError(KdrayError, RuntimeError):
     """The student group failed, or its loss was no longer finite."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdray.data.graders import Grading
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.draw import draw_scored
@@ -20,8 +21,8 @@ class HeldOut:
     """A measurement on held-out prompts.
 
     `reverse_kl` and `forward_kl` are in nats per response token, over the whole vocabulary, on temperature-1 samples of the
-    student, averaged over tokens. `exact_match` in [0, 1] is present if the task is graded, and `exact_match/<domain>` if
-    prompts have several domains.
+    student, averaged over tokens. `exact_match` in [0, 1], the share that `grade` accepts, is present if prompts can be graded,
+    and `exact_match/<domain>` if they have several domains.
     """
 
     prompts: Sequence[Prompt]
@@ -29,8 +30,8 @@ class HeldOut:
     scorer: Scorer | None
     """Scores rollouts that the sampler left unscored; None if rollouts come back scored."""
     decode: Callable[[np.ndarray], str]
-    grade: Callable[[str, str], bool] | None
-    """Grader: (response, the prompt's answer) -> correct or not; None if the task is not graded."""
+    grade: Grading | None
+    """Decides whether a response is right; None if nothing grades the prompts."""
     max_new_tokens: int
     seed: int
     """Seed of the run: the same seed draws the same samples under the same weights."""
@@ -44,7 +45,7 @@ class HeldOut:
     async def measure(self, version: int) -> tuple[dict[str, float], list[Rollout]]:
         """Evaluate a student version: return the numbers, and the rollouts behind them in the order of the prompts.
 
-        Raises: EngineError if the replicas cannot give full-vocabulary KLs.
+        Raises: EngineError if the replicas cannot give full-vocabulary KLs; ResponseError if the grader failed.
         """
         # Replicas update to `min_version` before they sample.
         requests = [
@@ -72,13 +73,13 @@ class HeldOut:
         return numbers | self._grades(rollouts), rollouts
 
     def _grades(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        if self.grade is None:
-            return {}
         graded = [
-            (prompt.domain, self.grade(self.decode(rollout.token_ids), prompt.answer))
+            (prompt.domain, self.grade(prompt, self.decode(rollout.token_ids)))
             for rollout, prompt in zip(rollouts, self.prompts, strict=True)
-            if prompt.answer is not None
+            if self.grade is not None and self.grade.can_grade(prompt)
         ]
+        if not graded:
+            return {}
         numbers = {"exact_match": float(np.mean([right for _, right in graded]))}
         domains = {domain for domain, _ in graded if domain is not None}
         if len(domains) > 1:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from actors.background_call import in_daemon_thread
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.student.checkpoint_io import Saved
 from actors.student.engine import Phase
 from actors.student.mailbox import Mailbox, Order
@@ -56,7 +56,7 @@ class StudentRanks:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         training = self.training
-        self._mailbox = beside_driver(Mailbox, max_concurrency=1000).remote(training.ranks)
+        self._mailbox = on_driver_node(Mailbox, max_concurrency=1000).remote(training.ranks)
         use_gpu = training.gpus_per_rank > 0
         resources = {"CPU": training.cpus_per_rank, **training.resources}
         if use_gpu:

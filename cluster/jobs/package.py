@@ -2,12 +2,14 @@
 
 It holds kdray as an installed distribution (its wheel, unpacked, so that vLLM finds the plugin's entry point in every process),
 the resolved config, and the files that the config names by relative paths. No package is installed on the nodes: kdray's
-requirements are part of the cluster's image. kdray is not among `py_modules`, whose wheels pip would install with all their
-requirements, because only the working directory is also passed to Ray Serve's replicas, regardless of who started Serve.
+requirements, and distributions that add kinds to it, are part of the cluster's image. kdray is not among `py_modules`, whose
+wheels pip would install with all their requirements, because only the working directory is also passed to Ray Serve's replicas,
+regardless of who started Serve.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,14 +18,16 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from cluster.jobs import PLUGINS
 from kdray.config import Config, parse_config
+from kdray.config.plugins import plugins_of
 from kdray.errors import ConfigError, DataError, KdrayError
 from kdray.teachers.kind import kind_of
 
@@ -132,6 +136,9 @@ def write_folder(cargo: Cargo, folder: Path) -> None:
         else:
             shutil.copyfile(source, target)
     (folder / "config.yaml").write_text(cargo.config.dump(), encoding="utf-8")
+    # Plugins stay here, as all packages but kdray do: the job's driver says which of them its node lacks.
+    used = [asdict(plugin) for plugin in plugins_of(cargo.config)]
+    (folder / PLUGINS).write_text(json.dumps(used), encoding="utf-8")
 
 
 def unpack_distribution(folder: Path) -> None:

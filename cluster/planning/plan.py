@@ -28,14 +28,12 @@ from kdray.config import (
     Config,
     EngineSettings,
     ModelSource,
-    PrunedModel,
     load_config,
 )
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
-from kdray.models.pruning import plan_pruning
-from kdray.models.resolve import model_config
+from kdray.models.inspect import architecture
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.teachers.kind import kind_of
 
@@ -229,10 +227,7 @@ def _shapes(config: Config) -> dict[str, ModelShape]:
     found: dict[str, ModelShape] = {}
     for name, (source, revision) in sources.items():
         try:
-            if isinstance(source, PrunedModel):
-                found[name] = ModelShape.of(plan_pruning(model_config(source.source, source.revision), source).config)
-            else:
-                found[name] = ModelShape.of(model_config(source, revision))
+            found[name] = ModelShape.of(architecture(source, revision))
         except (OSError, ValueError) as error:
             where = f"teachers.{name}.model" if name else "student.model"
             raise ConfigError(f"{where}={source}: no config could be loaded: {error}") from error

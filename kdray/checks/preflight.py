@@ -52,6 +52,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     context = TeacherContext(config, tokenizer, dataset, vocab_size, stop_ids)
     lines += [line for kind in kinds.values() if (line := kind.check_with_data(context)) is not None]
     _check_references(config, dataset, tokenizer)
+    _check_grading(config, dataset)
     _check_supervised(config, dataset, tokenizer, student_positions)
     if unknown := _with_unknown_tokens(dataset, tokenizer):
         lines.append(f"{unknown} prompts hold characters that the student's tokenizer reads as its unknown token")
@@ -133,11 +134,8 @@ def _check_supervised(config: Config, dataset: Dataset, tokenizer: Any, student_
 def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
     """Raises: ConfigError if a setting needs reference answers that the prompts lack, or that are too long."""
     schedule = config.training.schedules.get("rollout.data_share")
-    filters = config.rollout.filters
-    correct = filters is not None and filters.correct
     wanted = {
         f"rollout.data_share={config.rollout.data_share:g}": config.rollout.data_share > 0.0 or schedule is not None,
-        "rollout.filters.correct=true": correct,
         f"training.finetune.steps={config.training.finetune.steps}": config.training.finetune.steps > 0,
         **{
             f"teachers.{name}.prompt_template": "{answer}" in (teacher.prompt_template or "")
@@ -159,8 +157,31 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest reference answer has {longest} "
                 "tokens; raise it to that"
             )
-    if correct and dataset.grade is None:
-        raise ConfigError("rollout.filters.correct=true: only generated tasks can be graded; use `pattern` or `agreement`")
+
+
+def _check_grading(config: Config, dataset: Dataset) -> None:
+    """Raises: ConfigError or DataError where responses are to be graded, and the prompts do not allow it."""
+    filters, grade = config.rollout.filters, dataset.grade
+    asking = [rule.setting for rule in ([] if filters is None else filters.in_order()) if rule.needs_grader]
+    if grade is None:
+        if asking:
+            raise ConfigError(f"{asking[0]}: nothing grades the responses; set data.grader, or use `pattern` or `agreement`")
+        return
+    measured = dataset.heldout[: config.evaluation.prompts]
+    if not any(map(grade.can_grade, measured)):
+        raise ConfigError(
+            f"{grade.name}, but none of the {len(measured)} held-out prompts has a reference answer; set "
+            "data.prompts.answer_column, or remove data.grader"
+        )
+    grade.check(measured)
+    if asking:
+        lacking = sum(not grade.can_grade(prompt) for prompt in dataset.train)
+        if lacking:
+            raise ConfigError(
+                f"{asking[0]}, but {lacking} of {len(dataset.train)} prompts have no reference answer; set "
+                "data.prompts.answer_column, or leave them out"
+            )
+        grade.check(dataset.train)
 
 
 def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:

@@ -11,12 +11,12 @@ from kdray.config.data import (
     ParquetPrompts,
     ParquetText,
     PromptSource,
-    TaskName,
     TaskPrompts,
     TaskText,
     TextSource,
 )
 from kdray.config.features import AttentionTerm, FeatureSettings, HiddenTerm, RelationTerm
+from kdray.config.filters import FilterSettings
 from kdray.config.job import JobSettings
 from kdray.config.load import load_config, parse_config
 from kdray.config.losses import (
@@ -51,9 +51,10 @@ from kdray.config.programs import (
     System2AttentionProgram,
     UniversalSettings,
 )
-from kdray.config.rollout import EnsembleSettings, FilterSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
+from kdray.config.rollout import EnsembleSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
 from kdray.config.run_config import Config
 from kdray.config.sections import ClusterSettings, EvaluationSettings, RunSettings
+from kdray.config.tasks import TaskName
 from kdray.config.teachers import (
     AutoscalingSettings,
     CaptureTeacherSettings,

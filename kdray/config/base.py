@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -43,3 +44,12 @@ def check_weights(setting: str, weights: Mapping[str, float] | None, names: Sequ
         raise ValueError(f"{setting} names {', '.join(unknown)}, but there are {', '.join(names)}")
     if not any(weights.values()):
         raise ValueError(f"{setting}: all are 0; give one of them a share")
+
+
+def regular_expression(setting: str, value: str) -> re.Pattern[str]:
+    """The pattern, compiled. Raises: ValueError naming the setting, and what is wrong."""
+    try:
+        return re.compile(value)
+    # A repetition can be too large a number, and groups can be nested too deep.
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{setting}={value!r:.200}: not a regular expression: {error}") from error

@@ -8,27 +8,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kdray.config.base import NonNegativeFloat, Positive, Settings, check_weights, with_default_type
-
-TaskName = Literal[
-    "last_letters", "coin_flip", "arithmetic", "backed_letters", "misled_letters", "judged_letters", "hinted_letters"
-]
-StageName = Literal[
-    "letters_rephrase",
-    "letters_join",
-    "letters_steps",
-    "coin_rephrase",
-    "coin_turns",
-    "sum_steps",
-    "rewrite_misled",
-    "rewrite_backed",
-    "judge_branch",
-    "judge_solve",
-    "judge_merge",
-]
-"""Calls of System-2 programs, as tasks for tiny models: `kdray.data.tasks.stages`."""
+from kdray.config.graders import GraderSource
+from kdray.config.tasks import TaskName
 
 
-class TaskPrompts(Settings):
+class PromptSettings(Settings):
+    """A source of prompts."""
+
+    @property
+    def graded_tasks(self) -> list[str]:
+        """Generated tasks that the prompts come from, each of which grades its own."""
+        return []
+
+
+class TaskPrompts(PromptSettings):
     """Generated questions with an exact grader; no file, no network."""
 
     type: Literal["task"] = "task"
@@ -52,8 +45,12 @@ class TaskPrompts(Settings):
             raise ValueError(f"data.prompts.transfer_tasks: {', '.join(both)} would be trained on; name it once")
         return self
 
+    @property
+    def graded_tasks(self) -> list[str]:
+        return list(dict.fromkeys([*self.tasks, *self.transfer_tasks]))
 
-class JsonlPrompts(Settings):
+
+class JsonlPrompts(PromptSettings):
     """A file with one JSON object per line."""
 
     type: Literal["jsonl"]
@@ -70,7 +67,7 @@ class JsonlPrompts(Settings):
     """A file of held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
 
 
-class ParquetPrompts(Settings):
+class ParquetPrompts(PromptSettings):
     """A Parquet file, or a folder of them."""
 
     type: Literal["parquet"]
@@ -86,7 +83,7 @@ class ParquetPrompts(Settings):
     """A file or folder of held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
 
 
-class HubPrompts(Settings):
+class HubPrompts(PromptSettings):
     """A dataset on the Hugging Face hub (or in its local cache), loaded by the `datasets` library."""
 
     type: Literal["hub"]
@@ -108,7 +105,7 @@ class HubPrompts(Settings):
     """Column of the prompt's domain; as for JSONL."""
 
 
-class IterablePrompts(Settings):
+class IterablePrompts(PromptSettings):
     """Prompts passed by the caller of `cluster.launch.run(config, prompts=...)`; not usable from a file alone."""
 
     type: Literal["iterable"]
@@ -173,6 +170,11 @@ TextSource = Annotated[TaskText | JsonlText | ParquetText | HubText, Field(discr
 class DataSettings(Settings):
     prompts: PromptSource = TaskPrompts()
     """Source of prompts; the keys depend on `type`: task, jsonl, parquet, hub, iterable."""
+    grader: GraderSource = None
+    """Comparison of a response with the reference answer: exact, last_number, regex, multiple_choice, or a grader of another
+    distribution; the keys depend on `type`, and a bare name suffices for a grader without any. `exact_match` is then measured,
+    and `rollout.filters.correct` and `agreement` use the grader. None: generated tasks grade themselves, other prompts are not
+    graded."""
     prefix: str = ""
     """Text put before every prompt, training and held-out, such as `[label] ` to let a student tell tasks apart. In chat
     messages it is put before the last one."""

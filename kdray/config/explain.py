@@ -27,8 +27,8 @@ def explain(item: Any, root: type[BaseModel]) -> str:
         return f"{setting}: required, but not set"
     if kind == "value_error":
         message = str(item["ctx"]["error"])
-        if message.startswith("."):
-            # The message begins with a key below the setting.
+        if message.startswith((".", "=")):
+            # The message begins with a key below the setting, or with its value.
             return f"{setting}{message}"
         return message if not setting or message.startswith(setting) else f"{setting}: {message}"
     message = item["msg"][0].lower() + item["msg"][1:]

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdray.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings, check_weights
-from kdray.config.data import StageName, TaskName, TextSource
+from kdray.config.data import TextSource
+from kdray.config.tasks import LessonName
 
 
 class TinyTraining(Settings):
     """Supervised training that turns a tiny model into a teacher, in seconds on a CPU."""
 
-    tasks: list[TaskName | StageName] = Field(default=["last_letters"], min_length=1)
+    tasks: list[LessonName] = Field(default=["last_letters"], min_length=1)
     """Tasks to learn, and stages of System-2 programs."""
     weights: dict[str, NonNegativeFloat] | None = None
     """Relative share of each task in a batch; None makes them equal. A task with a small share is learned badly."""

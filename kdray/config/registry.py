@@ -8,14 +8,22 @@ unused costs nothing.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar, cast, get_args
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from kdray.config.base import Settings
+
+_LONGEST = 100
+"""Characters of a name that are compared with the known ones."""
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Settings)
@@ -24,6 +32,25 @@ Kind = TypeVar("Kind")
 
 REGISTRIES: dict[str, Registry[Any]] = {}
 """Every registry by its entry-point group."""
+
+
+@dataclass(frozen=True)
+class NameOf:
+    """Metadata of a field that holds the name of a kind, by which it is checked: `Annotated[str, NameOf(TASKS)]`."""
+
+    registry: Registry[Any]
+    beside: tuple[str, ...] = ()
+    """Further names that the field takes."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, name: str) -> str:
+        try:
+            self.registry.check(name, self.beside)
+        except ValueError as error:
+            raise ValueError(f"={name!r:.200}: {error}") from error
+        return name
 
 
 @dataclass(frozen=True)
@@ -39,10 +66,16 @@ class Plugin:
 class Registry(Generic[T]):
     """Kinds of one sort, by name."""
 
-    def __init__(self, group: str, noun: str) -> None:
-        """Args: group: of the entry points, such as `kdray.losses`; noun: a kind in messages, such as `loss`."""
+    def __init__(self, group: str, noun: str, references: Mapping[str, str] | None = None, verbs: Sequence[str] = ()) -> None:
+        """Args: group: of the entry points, such as `kdray.losses`; noun: a kind in messages, such as `loss`.
+
+        references: kinds of this package as an entry point would name them, `module:name`, imported when they are asked for;
+        verbs: methods that a kind of another distribution has to have.
+        """
         self.group = group
         self.noun = noun
+        self._verbs = verbs
+        self._references = dict(references or {})
         self._builtin: dict[str, T] = {}
         self._loaded: dict[str, T] = {}
         REGISTRIES[group] = self
@@ -59,7 +92,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Names of all kinds, built in and installed."""
-        return sorted({*self._builtin, *self._installed()})
+        return sorted({*self._builtin, *self._references, *self._installed()})
 
     def known(self) -> list[T]:
         """The kinds of this package, and those of others that were asked for."""
@@ -72,30 +105,47 @@ class Registry(Generic[T]):
         be loaded.
         """
         installed = self._installed().get(name, [])
-        if len(installed) + (name in self._builtin) > 1:
-            owners = ", ".join([*(["kdray"] if name in self._builtin else []), *(_distribution(each) for each in installed)])
+        ours = name in self._builtin or name in self._references
+        if len(installed) + ours > 1:
+            owners = ", ".join([*(["kdray"] if ours else []), *(_distribution(each) for each in installed)])
             raise ValueError(f"{self.noun} {name!r} is registered by {owners}; uninstall all but one")
-        if name in self._builtin:
+        if name in self._references and name not in self._builtin:
+            self._builtin[name] = resolve_name(self._references[name])
+        if ours:
             return self._builtin[name]
         if not installed:
-            near = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`? " if near else ""
-            raise ValueError(f"no installed {self.noun} has this name; {hint}there are {', '.join(self.names())}")
+            raise ValueError(self._unknown(name, self.names()))
         if name not in self._loaded:
             self._loaded[name] = self._load(installed[0])
         return self._loaded[name]
 
+    def check(self, name: str, beside: Sequence[str] = ()) -> None:
+        """Make sure that `get` finds the name, or that it is one of `beside`; a kind of this package is not imported for it.
+
+        Raises: ValueError as `get` does.
+        """
+        known = [*self.names(), *beside]
+        if name not in known:
+            raise ValueError(self._unknown(name, known))
+        if name in self._installed():
+            self.get(name)
+
+    def _unknown(self, name: str, known: Sequence[str]) -> str:
+        near = difflib.get_close_matches(name[:_LONGEST], known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        return f"no installed {self.noun} has this name; {hint}there are {', '.join(known)}"
+
     def plugins(self) -> list[Plugin]:
         """The kinds that installed distributions add, whether loaded or not."""
         return [
-            Plugin(self.group, name, _distribution(each), "" if each.dist is None else each.dist.version)
+            Plugin(self.group, name, *(("", "") if each.dist is None else (each.dist.name, each.dist.version)))
             for name, found in sorted(self._installed().items())
             for each in found
         ]
 
     def _installed(self) -> Mapping[str, list[EntryPoint]]:
         found: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=self.group):
+        for point in _entry_points(tuple(sys.path), self.group):
             found.setdefault(point.name, []).append(point)
         return found
 
@@ -108,6 +158,11 @@ class Registry(Generic[T]):
                 f"{self.noun} {point.name!r} of {_distribution(point)} cannot be loaded from {point.value}: "
                 f"{type(error).__name__}: {error}; mend or uninstall it"
             ) from error
+        lacking = [verb for verb in self._verbs if not callable(getattr(kind, verb, None))]
+        if lacking:
+            raise ValueError(
+                f"{self.noun} {point.name!r} of {_distribution(point)}: {point.value} has no method {', '.join(lacking)}"
+            )
         return kind
 
 
@@ -126,9 +181,15 @@ class SettingsRegistry(Registry[type[S]]):
         self.base = base
         return base
 
-    def member(self) -> BeforeValidator:
-        """Validator of a field: a mapping becomes an instance of the kind that its `type` names."""
-        return BeforeValidator(self.parse)
+    def member(self, short: bool = False) -> BeforeValidator:
+        """Validator of a field: a mapping becomes an instance of the kind that its `type` names.
+
+        Args: short: a text is a kind's name, and stands for a mapping that holds nothing else.
+        """
+        return BeforeValidator(self._parse_short if short else self.parse)
+
+    def _parse_short(self, value: Any) -> Any:
+        return self.parse({"type": value} if isinstance(value, str) else value)
 
     def parse(self, value: Any) -> Any:
         """An instance of the kind that `value` names; what is no mapping is left to the field's own check.
@@ -176,6 +237,12 @@ def all_plugins() -> Iterator[Plugin]:
     """Every kind that an installed distribution adds, of all registries."""
     for _, registry in sorted(REGISTRIES.items()):
         yield from registry.plugins()
+
+
+@lru_cache(maxsize=64)
+def _entry_points(path: tuple[str, ...], group: str) -> EntryPoints:
+    """A group of what is installed on a `sys.path`. Reading it takes as long as parsing a config, which asks a dozen times."""
+    return entry_points(group=group)
 
 
 def _distribution(point: EntryPoint) -> str:

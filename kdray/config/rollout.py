@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.filters import FilterSettings
 from kdray.config.programs import ProgramSettings
 from kdray.config.teachers import EngineSettings
 
@@ -119,31 +120,6 @@ class EnsembleSettings(Settings):
         """Names of the teachers that the settings mention."""
         shares = [self.weights or {}, *(self.domain_weights or {}).values()]
         return {*(self.teachers or []), *(name for mapping in shares for name in mapping)}
-
-
-class FilterSettings(Settings):
-    """Filters on the responses to train on. Responses to the same prompt (`samples_per_prompt`) vote together."""
-
-    finished: bool = True
-    """Drop responses that `max_new_tokens` truncated, and those that a program could not parse."""
-    pattern: str | None = None
-    """Drop responses that this regular expression does not match anywhere."""
-    correct: bool = False
-    """Drop responses that the task's grader marks wrong."""
-    agreement: Literal["plurality", "majority", "unanimous"] | None = None
-    """Self-consistency: keep the most frequent answer among a prompt's responses and drop the others; if it has no `plurality`
-    (a tie), no `majority` of all of them, or is not `unanimous`, drop all. Answers are compared as text."""
-    distinct: bool = False
-    """Keep only one of several identical responses to a prompt."""
-
-    @model_validator(mode="after")
-    def _compiles(self) -> FilterSettings:
-        if self.pattern is not None:
-            try:
-                re.compile(self.pattern)
-            except re.error as error:
-                raise ValueError(f"pattern={self.pattern!r}: not a regular expression: {error}") from error
-        return self
 
 
 TeachersSettings = Annotated[RouteSettings | EnsembleSettings, Field(discriminator="type")]

@@ -91,10 +91,12 @@ def _loss_learns_from_its_writers(config: Config) -> Iterator[str]:
             f"rollout.teacher_share={rollout.teacher_share:g} with loss.type={loss.type}: the weight q / m is unbounded "
             "where the teacher writes alone; use a divergence, or rollout.alpha for mixing token by token"
         )
-    if rollout.filters is not None and rollout.filters.agreement is not None and rollout.samples_per_prompt == 1:
+    rules = [] if rollout.filters is None else rollout.filters.in_order()
+    comparing = [rule.setting for rule in rules if rule.needs_siblings]
+    if comparing and rollout.samples_per_prompt == 1:
         yield (
-            f"rollout.filters.agreement={rollout.filters.agreement} with rollout.samples_per_prompt=1: there is nothing to "
-            "agree with; raise rollout.samples_per_prompt"
+            f"{comparing[0]} with rollout.samples_per_prompt=1: there is nothing to agree with; raise "
+            "rollout.samples_per_prompt"
         )
 
 
@@ -310,7 +312,7 @@ def _paired_rows_stay_pairs(config: Config) -> Iterator[str]:
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with {setting}: label and rationale rows "
             "come in pairs; set rollout.samples_per_prompt=2"
         )
-    if filters is not None and (filters.agreement or filters.correct or filters.distinct or filters.pattern):
+    if filters is not None and any(rule.reads_text for rule in filters.in_order()):
         yield f"rollout.filters with {setting}: a label and a rationale are never the same text; keep `finished` alone"
     if program.row_prefix == config.data.prefix:
         yield (

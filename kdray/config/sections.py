@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from kdray.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.job import JobSettings
 from kdray.config.storage import check_storage_url
+from kdray.config.trackers import TensorBoardTracker, TrackerSource
 
 
 class RunSettings(Settings):
@@ -24,6 +25,10 @@ class RunSettings(Settings):
     `gs://bucket/folder`, `file:///folder`. Checkpoints are then written only there, and a run resumes from it on any machine.
     None: the run folder is the only copy, and every node with student ranks must be able to access it. Credentials come from
     the environment."""
+
+    trackers: list[TrackerSource] = Field(default=[TensorBoardTracker()])
+    """Where numbers and events go beside the run folder's own files; the keys depend on `type`: tensorboard, or one of an
+    installed distribution. One that fails is reported as the event `tracker_failed` and left out; the run goes on."""
 
     @field_validator("storage")
     @classmethod

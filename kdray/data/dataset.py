@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
+from kdray.data.graders import Grading, grading_of
 from kdray.data.sources import check_text, hub_records, jsonl_records, kind, names, parquet_records
-from kdray.data.tasks import exact_match, generate_examples
+from kdray.data.tasks import generate_examples
 from kdray.errors import DataError
 from kdray.types import Prompt, SampleRequest
 
@@ -38,8 +39,8 @@ class Dataset:
     """Prompts for measuring; no training prompt shares a `prompt_id` with them."""
     dropped: int
     """Prompts left out as longer than `data.max_prompt_tokens`, training and held-out together."""
-    grade: Callable[[str, str], bool] | None
-    """`grade(response, answer)` tells whether a response is right; None where only generated tasks could tell."""
+    grade: Grading | None
+    """`grade(prompt, response)` says whether a response is right; None where nothing grades the prompts."""
 
 
 class PromptStream:
@@ -84,10 +85,9 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
         )
     size = config.data.heldout_size
     heldout_rows: list[_Row] | None = None
-    grade: Callable[[str, str], bool] | None = None
+    grade = grading_of(config)
     if isinstance(source, TaskPrompts):
         rows, heldout_rows = _task_rows(source, size, config.run.seed)
-        grade = exact_match
     elif isinstance(source, IterablePrompts):
         rows = _rows(_iterable_records(prompts or ()), _Columns(), "prompts")
     else:

@@ -78,19 +78,26 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
     return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
 
 
+def architecture(source: ModelSource, revision: str | None) -> Any:
+    """The Hugging Face config of a model, which for a tiny or pruned one need not be built yet."""
+    if isinstance(source, PrunedModel):
+        return plan_pruning(model_config(source.source, source.revision), source).config
+    return model_config(source, revision)
+
+
 def depth(source: ModelSource, revision: str | None) -> int:
     """Number of layers of a model whose `shape` could be read."""
-    if isinstance(source, TinyModel):
-        return source.layers
-    if isinstance(source, PrunedModel):
-        return len(plan_pruning(model_config(source.source, source.revision), source).layers)
-    from transformers import AutoConfig
+    return int(architecture(source, revision).get_text_config().num_hidden_layers)
 
-    config = AutoConfig.from_pretrained(resolve_model(source, Path()), revision=revision, trust_remote_code=False)
-    return int(config.get_text_config().num_hidden_layers)
+
+def loaded_from(source: ModelSource) -> str | None:
+    """The folder or hub id that a model is, or is cut from; None for one that is built from its settings alone."""
+    named = source.source if isinstance(source, PrunedModel) else source
+    return named if isinstance(named, str) else None
 
 
 def describe(source: ModelSource) -> str:
+    """A model in a few words, for the user."""
     if isinstance(source, str):
         return source
     if isinstance(source, PrunedModel):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdray.config import Calibration, ModelSource, PrunedModel, TinyModel, TinyTraining
+from kdray.config.plugins import versions_of
 from kdray.errors import DataError
 from kdray.models.pruning import activation_importance, plan_pruning, prune
 
@@ -108,7 +109,10 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
 def model_name(source: str | TinyModel) -> str:
     """Name of a model wherever it is stored: its hub id, or its folder's name, which identifies a tiny model completely."""
     if isinstance(source, TinyModel):
-        settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
+        # Another version of an installed task is another task.
+        installed = sorted(versions_of(source).items())
+        parts = [BUILDER_FORMAT, source.model_dump(mode="json"), *([installed] if installed else [])]
+        settings = json.dumps(parts, sort_keys=True)
         return f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     folder = Path(source).expanduser()
     return folder.absolute().name if folder.is_dir() else source
@@ -276,11 +280,10 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: 
     import numpy as np
     import torch
 
-    from kdray.data.tasks import STAGES, TASKS, Lesson, shares
+    from kdray.data.tasks import lesson, shares
 
     rng = np.random.default_rng([source.seed, train.difficulty])
-    known: dict[str, Lesson] = {**TASKS, **STAGES}
-    tasks = [known[name] for name in train.tasks]
+    tasks = [lesson(name) for name in train.tasks]
     if train.weights is None:
         chosen = [tasks[index % len(tasks)] for index in range(train.batch_size)]
     else:

@@ -53,7 +53,8 @@ def write_report(run_folder: Path) -> Path:
     metrics = read_lines(folder.metrics) if folder.metrics.exists() else []
     events = read_lines(folder.events) if folder.events.exists() else []
     outcome_columns = [name for name in _OUTCOMES if isinstance(summary.get(name), dict)]
-    versions = summary.get("versions")
+    installed = [summary.get(key) for key in ("versions", "plugins")]
+    versions = {name: version for each in installed if isinstance(each, dict) for name, version in each.items()}
     steps = [line["step"] for line in metrics if "step" in line]
     shown_events = events[-_MAX_EVENTS:]
     heldout_names, heldout = _heldout(folder.samples)
@@ -64,8 +65,8 @@ def write_report(run_folder: Path) -> Path:
         missing=[path.name for path in (folder.config, folder.metrics, folder.events, folder.summary) if not path.exists()],
         outcome_columns=outcome_columns,
         outcomes=_outcomes(summary, outcome_columns),
-        totals={key: _show(value) for key, value in summary.items() if key not in outcome_columns and key != "versions"},
-        versions={key: _show(value) for key, value in versions.items()} if isinstance(versions, dict) else {},
+        totals={key: _show(value) for key, value in summary.items() if key not in (*outcome_columns, "versions", "plugins")},
+        versions={key: _show(value) for key, value in versions.items()},
         plotly=Markup(get_plotlyjs()),
         timeline=_timeline(metrics, events),
         curves=_curves(metrics),

@@ -34,6 +34,7 @@ from kdray.runs.ledger import Ledger
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
 from kdray.runs.storage import Storage
+from kdray.runs.trackers import Trackers
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 EOS = 1
@@ -193,7 +194,10 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
     resume = (config.run_folder / "config.yaml").is_file()
     found, _ = newest_checkpoint([Storage.local(config.run_folder)]) if resume else (None, [])
     folder = RunFolder.create(config, resume)
-    reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
+    trackers = Trackers(config, folder.path)
+    reporter = RunReporter(
+        folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode, trackers=trackers
+    )
     reporter.event("start", resumed_step=found.step if found else None)
     dataset = dataset or load_dataset(config, tokenizer)
     ledger, schedules = Ledger(folder.path / "ledger.jsonl"), Schedules.of(config)
@@ -209,6 +213,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         await student.save_checkpoint(0)
     reporter.phase("distill", config.training.steps)
     assert config.rollout.filters is not None
+    trained = {prompt.prompt_id: prompt for prompt in dataset.train}
     await Distillation(
         settings=LoopSettings.of(config),
         prompts=PromptStream(dataset.train, config.run.seed),
@@ -219,7 +224,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         ledger=ledger,
         totals=totals,
         schedules=schedules,
-        hooks=Hooks(filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, {})),
+        hooks=Hooks(filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, trained)),
         start_step=start_step,
     ).run()
     summary = counts(ledger, totals, config) | {
@@ -227,6 +232,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         "dropped_prompts": dataset.dropped,
     }
     folder.write_summary(summary)
+    reporter.finish(summary)
     reporter.event("finished", steps=config.training.steps)
     reporter.close()
     return summary

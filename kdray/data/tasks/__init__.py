@@ -1,7 +1,8 @@
 """Generated questions with exact graders: last letters, coin flip, arithmetic, and letters with an opinion or before a judge.
 No file, no network. `STAGES` are lessons about them for tiny models alone.
 
-To add one: a file here with a class of the shape of `Task`, a line in `TASKS`, and its name in `kdray.config.data.TaskName`.
+To add one: a file here with a class of the shape of `Task`, and a line in `kdray.config.tasks.TASKS`; or the same class in a
+distribution of its own, under the entry-point group `kdray.tasks`.
 """
 
 from __future__ import annotations
@@ -12,33 +13,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdray.data.tasks.arithmetic import Arithmetic
-from kdray.data.tasks.coin_flip import CoinFlip
+from kdray.config.tasks import TASKS
 from kdray.data.tasks.example import Example, Lesson, Task, exact_match
-from kdray.data.tasks.hinted_letters import HintedLetters
-from kdray.data.tasks.judged_letters import JudgedLetters
-from kdray.data.tasks.last_letters import LastLetters
-from kdray.data.tasks.opinion import BackedLetters, MisledLetters
 from kdray.data.tasks.stages import STAGES
 from kdray.errors import DataError
 
-__all__ = ["STAGES", "TASKS", "Example", "Lesson", "Task", "exact_match", "generate_examples", "shares"]
-
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        LastLetters(),
-        CoinFlip(),
-        Arithmetic(),
-        BackedLetters(),
-        MisledLetters(),
-        JudgedLetters(),
-        HintedLetters(),
-    )
-}
+__all__ = ["STAGES", "Example", "Lesson", "Task", "exact_match", "generate_examples", "lesson", "shares", "task"]
 
 # After this many draws per existing prompt without a new one, nothing is left but with probability e^-30.
 _MISSES_PER_PROMPT = 30
+
+
+def task(name: str) -> Task:
+    """The task called `name`. Raises: ValueError where there is none."""
+    made: Task = TASKS.get(name)()
+    return made
+
+
+def lesson(name: str) -> Lesson:
+    """The stage or the task called `name`. Raises: ValueError where there is none."""
+    return STAGES[name] if name in STAGES else task(name)
 
 
 def shares(size: int, weights: Sequence[float]) -> list[int]:
@@ -73,32 +67,33 @@ def generate_examples(
     for name, share in zip(names, parts, strict=True):
         # A stream of its own: a task's examples do not depend on which tasks stand beside it.
         rng = np.random.default_rng([seed, difficulty, *name.encode()])
-        examples += _distinct(TASKS[name], rng, difficulty, share, exclude)
+        examples += _distinct(name, rng, difficulty, share, exclude)
     order = np.random.default_rng([seed, difficulty]).permutation(len(examples))
     return [examples[index] for index in order]
 
 
 def _distinct(
-    task: Task,
+    name: str,
     rng: np.random.Generator,
     difficulty: int,
     share: int,
     taken: AbstractSet[str],
 ) -> list[Example]:
-    exist = task.num_prompts(difficulty)
+    drawn = task(name)
+    exist = drawn.num_prompts(difficulty)
     found: dict[str, Example] = {}
     misses = 0
     while len(found) < share:
         if share > exist or misses > _MISSES_PER_PROMPT * exist:
             used = "" if share > exist else f", and all but {len(found)} of them are held out or used already"
             raise DataError(
-                f"task {task.name} has {exist} different prompts at difficulty {difficulty}{used}: {share} were asked "
+                f"task {name} has {exist} different prompts at difficulty {difficulty}{used}: {share} were asked "
                 "for; raise data.prompts.difficulty, or lower data.prompts.size or data.heldout_size"
             )
-        example = task.generate(rng, difficulty)
+        example = drawn.generate(rng, difficulty)
         if example.prompt in found or example.prompt in taken:
             misses += 1
         else:
-            found[example.prompt] = replace(example, task=task.name)
+            found[example.prompt] = replace(example, task=name)
             misses = 0
     return list(found.values())

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kdray.data.tasks.example import Example, exact_match
 
 
-@dataclass(frozen=True)
 class Arithmetic:
     """The sum of two numbers of exactly `difficulty` digits; a single digit may be 0."""
-
-    name: str = "arithmetic"
 
     def num_prompts(self, difficulty: int) -> int:
         """How many different prompts exist: 100 of one digit, 8,100 of two."""

@@ -21,18 +21,16 @@ class Example:
 class Lesson(Protocol):
     """What a tiny model can be trained on."""
 
-    @property
-    def name(self) -> str:
-        """Its name in `train.tasks`."""
-        ...
-
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
         """One example, every prompt of the task being equally likely."""
         ...
 
 
 class Task(Lesson, Protocol):
-    """A family of generated questions over printable ASCII, of a size set by `difficulty`; also for `data.prompts.tasks`."""
+    """A family of generated questions over printable ASCII, of a size set by `difficulty`; also for `data.prompts.tasks`.
+
+    Registered as a class (`kdray.config.tasks.TASKS`), of which an instance is made without arguments.
+    """
 
     def num_prompts(self, difficulty: int) -> int:
         """How many different prompts exist."""

@@ -5,19 +5,14 @@ What a model that is to teach itself must be able to do: follow an answer that i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kdray.data.tasks.example import Example, exact_match
 from kdray.data.tasks.last_letters import LastLetters
 
 
-@dataclass(frozen=True)
 class HintedLetters:
     """`difficulty` words as in last letters; the prompt begins with the answer."""
-
-    name: str = "hinted_letters"
 
     def num_prompts(self, difficulty: int) -> int:
         """How many different prompts exist."""

@@ -6,8 +6,6 @@ here over nonsense words.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kdray.data.tasks.example import Example, exact_match
@@ -15,11 +13,8 @@ from kdray.data.tasks.last_letters import LastLetters
 from kdray.data.tasks.words import LAST_LETTERS, NUM_WORDS
 
 
-@dataclass(frozen=True)
 class JudgedLetters:
     """`last letters of: rilo tamen = A: on B: sn which? ` is answered by `A`; the wrong answer differs in one letter."""
-
-    name: str = "judged_letters"
 
     def num_prompts(self, difficulty: int) -> int:
         """How many different prompts exist."""

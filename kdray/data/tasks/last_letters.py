@@ -5,19 +5,14 @@ Source of the task: chain-of-thought prompting, Wei et al. 2022 (arXiv 2201.1190
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kdray.data.tasks.example import Example, exact_match
 from kdray.data.tasks.words import NUM_WORDS, nonsense_word
 
 
-@dataclass(frozen=True)
 class LastLetters:
     """`difficulty` words; the answer is their last letters in order."""
-
-    name: str = "last_letters"
 
     def num_prompts(self, difficulty: int) -> int:
         """How many different prompts exist."""

@@ -5,8 +5,6 @@ Source of the task: System 2 Attention, Weston and Sukhbaatar 2023 (arXiv 2311.1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kdray.data.tasks.example import Example, exact_match
@@ -14,11 +12,8 @@ from kdray.data.tasks.last_letters import LastLetters
 from kdray.data.tasks.words import LAST_LETTERS, NUM_WORDS
 
 
-@dataclass(frozen=True)
 class BackedLetters:
     """`last letters of: rilo tamen = i think on. so: ` is answered by `on`."""
-
-    name: str = "backed_letters"
 
     def num_prompts(self, difficulty: int) -> int:
         """How many different prompts exist."""
@@ -34,11 +29,8 @@ class BackedLetters:
         return exact_match(response, answer)
 
 
-@dataclass(frozen=True)
 class MisledLetters:
     """`last letters of: rilo tamen = i think sa. so: ` is answered by `on`: the opinion is always wrong."""
-
-    name: str = "misled_letters"
 
     def num_prompts(self, difficulty: int) -> int:
         """How many different prompts exist."""

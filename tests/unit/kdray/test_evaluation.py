@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from kdray.errors import EngineError
+from kdray.config.graders import ExactGrader, LastNumberGrader
+from kdray.data.graders import Exact, Grading, LastNumber
+from kdray.errors import EngineError, ResponseError
 from kdray.evaluation import HeldOut
 from kdray.rollouts.seeds import sample_seed
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.support.fakes import BigramWorld, FakeSampler, FakeScorer, History, make_prompts
 
 PROMPTS = [Prompt(prompt_id, np.array([1, 2], np.int32), "", answer) for prompt_id, answer in ((40, "ab"), (7, "b"), (9, "c"))]
+GRADE = Grading("exact", Exact(ExactGrader()))
 REVERSE = {40: [0.5, 1.0, 1.5], 7: [3.0], 9: []}
 FORWARD = {40: [1.0, 1.0, 2.0], 7: [8.0], 9: []}
 TOKENS = {40: [0, 1, 9], 7: [2], 9: []}
@@ -59,9 +62,7 @@ def decode(token_ids: np.ndarray) -> str:
 
 async def test_numbers_against_hand_computation() -> None:
     sampler = ScriptedSampler()
-    numbers, rollouts = await HeldOut(
-        PROMPTS, sampler, None, decode, lambda response, answer: response == answer, max_new_tokens=8, seed=5
-    ).measure(version=3)
+    numbers, rollouts = await HeldOut(PROMPTS, sampler, None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=3)
     assert numbers == pytest.approx(
         {
             "reverse_kl": (0.5 + 1.0 + 1.5 + 3.0) / 4,  # over tokens: over rollouts it would be 2.0
@@ -89,9 +90,7 @@ async def test_ungraded_and_unanswered_prompts_do_not_count_as_wrong() -> None:
     numbers, _ = await HeldOut(PROMPTS, ScriptedSampler(), None, decode, None, max_new_tokens=8, seed=5).measure(version=0)
     assert "exact_match" not in numbers
     prompts = [PROMPTS[0], replace(PROMPTS[1], answer=None)]
-    numbers, _ = await HeldOut(prompts, ScriptedSampler(), None, decode, str.__eq__, max_new_tokens=8, seed=5).measure(
-        version=0
-    )
+    numbers, _ = await HeldOut(prompts, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
     assert numbers["exact_match"] == 1.0
 
 
@@ -117,3 +116,12 @@ async def test_the_same_version_gives_the_same_numbers_and_a_later_one_smaller_o
 
     assert await measure(0, delay=1) == await measure(0, delay=3)
     assert (await measure(6, delay=1))["reverse_kl"] < 0.5 * (await measure(0, delay=1))["reverse_kl"]
+
+
+async def test_what_cannot_be_graded_at_all_has_no_score_and_a_grader_that_fails_is_told() -> None:
+    unanswered = [replace(each, answer=None) for each in PROMPTS]
+    numbers, _ = await HeldOut(unanswered, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
+    assert "exact_match" not in numbers
+    number = Grading("data.grader.type=last_number", LastNumber(LastNumberGrader()))
+    with pytest.raises(ResponseError, match="data.grader.type=last_number failed on prompt 40"):
+        await HeldOut(PROMPTS, ScriptedSampler(), None, decode, number, max_new_tokens=8, seed=5).measure(version=0)

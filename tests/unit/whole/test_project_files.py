@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from kdray import __version__
 
@@ -122,3 +124,56 @@ def test_the_forms_ask_for_something(path: Path) -> None:
     asked = [field for field in form["body"] if field["type"] != "markdown"]
     assert len({field["id"] for field in asked}) == len(asked)
     assert any(field.get("validations", {}).get("required") for field in asked)
+
+
+# ------------------------------------------------------------------------------------------------------- lock files
+
+LOCKED = re.compile(r"(\S+==[^\s;]+(?: ; [^\\]+?)?)((?: --hash=sha256:[0-9a-f]{64})+)")
+"""One package on one line: version, where it is for, hashes; and nothing else, such as an index or a path."""
+TORCH = re.findall(r"^torch=(\S+)$", (ROOT / "setup.sh").read_text(), re.MULTILINE)[0]
+
+
+def locked(build: str, python: str) -> dict[str, str]:
+    """Package -> version that a lock file has for a Python on Linux x86_64."""
+    text = (ROOT / f"requirements/{build}.lock").read_text()
+    lines = [line for line in text.replace(" \\\n    ", " ").splitlines() if not line.startswith("#")]
+    where = {
+        "python_version": python,
+        "python_full_version": f"{python}.9",
+        "sys_platform": "linux",
+        "platform_machine": "x86_64",
+    }
+    found: dict[str, str] = {}
+    for line in lines:
+        match = LOCKED.fullmatch(line)
+        assert match, f"requirements/{build}.lock: {line}"
+        package = Requirement(match[1])
+        if package.marker is None or package.marker.evaluate(where):
+            assert package.name not in found
+            found[package.name] = str(package.specifier).removeprefix("==")
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("build", ["cpu", "gpu"])
+def test_the_lock_files_have_what_the_project_asks_for(build: str, python: str) -> None:
+    versions = locked(build, python)
+    if build == "cpu":
+        assert "torch" not in versions, "its CPU build is not the registry's: setup.sh installs it first"
+        versions["torch"] = TORCH
+    extras = PROJECT["project"]["optional-dependencies"]
+    for line in [*PROJECT["project"]["dependencies"], *extras[build], *extras["dev"]]:
+        asked = Requirement(line)
+        version = versions.get(canonicalize_name(asked.name))
+        assert version is not None, f"{line} is not in requirements/{build}.lock: make lock"
+        assert asked.specifier.contains(version), f"{line}, but {version} is in requirements/{build}.lock: make lock"
+
+
+def test_the_lock_files_have_what_builds_kdray() -> None:
+    """setup.sh builds it without an environment of its own."""
+    (needed,) = [Requirement(line) for line in PROJECT["build-system"]["requires"]]
+    assert all(needed.specifier.contains(locked(build, python)[needed.name]) for build in ("cpu", "gpu") for python in PYTHONS)
+
+
+def test_the_cpu_lock_file_leaves_out_what_breaks_a_cpu_build() -> None:
+    assert locked("cpu", PYTHONS[0]).keys().isdisjoint({"torchvision", "torchaudio", "torchcodec"})

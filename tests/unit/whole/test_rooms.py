@@ -31,7 +31,7 @@ ALLOWED = {
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.data kdray.models kdray.rollouts kdray.losses"
     ),
     "kdray.runs": "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.losses kdray.teachers",
-    "kdray.evaluation": "kdray.errors kdray.types kdray.interfaces kdray.rollouts",
+    "kdray.evaluation": "kdray.errors kdray.types kdray.interfaces kdray.data kdray.rollouts",
     "kdray.loop": "kdray.errors kdray.types kdray.interfaces kdray.data kdray.rollouts kdray.runs",
     "kdray.capturing": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.runs"
@@ -55,7 +55,7 @@ ALLOWED = {
     # Commands and the cluster.
     "cluster.planning": "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs",
     "cluster.connect": "kdray.errors kdray.config cluster.planning",
-    "cluster.doctor": "cluster.connect",
+    "cluster.doctor": "kdray.config cluster.connect",
     "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs actors.serving",
     "cluster.evaluation": (
@@ -68,12 +68,11 @@ ALLOWED = {
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
     "cluster.runner": (
-        "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
-        "actors.background_call actors.driver_actor actors.serving actors.student cluster.planning cluster.parts "
-        "cluster.evaluation cluster.assembly cluster.checkpointing"
+        "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs "
+        "kdray.loop actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
+        "cluster.parts cluster.evaluation cluster.assembly cluster.checkpointing"
     ),
     "cluster.cli_base": "kdray.errors kdray.config",
-    "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
     "cluster.interrupt": "",
     "cluster.capture_run": (
         "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs "
@@ -89,11 +88,12 @@ ALLOWED = {
         "actors.driver_actor actors.serving cluster.planning cluster.connect cluster.evaluation cluster.assembly "
         "cluster.checkpointing cluster.runner cluster.interrupt cluster.capture_run cluster.peer_runs"
     ),
+    "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
     "cluster.cli": (
         "kdray kdray.errors kdray.config kdray.models kdray.runs kdray.checks cluster.planning cluster.connect "
-        "cluster.doctor cluster.cli_base cluster.jobs cluster.launch"
+        "cluster.doctor cluster.cli_base cluster.launch cluster.jobs"
     ),
-    "cluster.job_entrypoint": "kdray cluster.cli",
+    "cluster.job_entrypoint": "kdray cluster.jobs cluster.cli",
 }
 """Room -> the rooms that it may import."""
 

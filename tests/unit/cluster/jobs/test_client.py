@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.job_entrypoint import requirements
+from cluster.job_entrypoint import PLUGINS, plugins, requirements
 from cluster.jobs import client as jobs_client
 from cluster.jobs import package as jobs_package
 from cluster.jobs.client import (
@@ -286,6 +286,33 @@ def test_a_node_without_requirements_gives_one_message_and_2(tmp_path):
     assert message.startswith("kdray: the node of the job's driver lacks ray, torch, transformers,")
     assert "pip install 'kdray[gpu]'" in message
     assert done.stdout == "kdray ended with exit code 2\n"
+
+
+def test_a_node_without_the_plugins_of_the_config_gives_one_message_and_2(here, tmp_path, monkeypatch, example_plugin):
+    """What is installed where a job was submitted need not be on the cluster."""
+    data = {"prompts": {"type": "jsonl", "path": "train.jsonl"}, "grader": "contains"}
+    tracked = {"name": "trial", "output": "/shared/runs", "trackers": ["csv"]}
+    folder = tmp_path / "job"
+    write_folder(pack(config(run=tracked, data=data)), folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    command = [sys.executable, "-m", "cluster.job_entrypoint", "validate", "config.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "kdray: the node of the job's driver lacks kdray-example 0.1.0 (kdray.graders: contains, kdray.trackers: csv); the "
+        "config uses it: install it on every node, or start the cluster from an image that has it\n"
+    )
+    assert done.stdout == "kdray ended with exit code 2\n"
+    # Where they are installed, they are no matter.
+    assert plugins(folder / PLUGINS) == ([], [])
+    listed = json.loads((folder / PLUGINS).read_text())
+    (folder / PLUGINS).write_text(json.dumps([listed[0] | {"version": "0.2"}]))
+    assert plugins(folder / PLUGINS) == (
+        [],
+        ["kdray-example 0.1.0 is installed here; the job was submitted with 0.2"],
+    )
+    write_folder(pack(config()), tmp_path / "plain")
+    assert plugins(tmp_path / "plain" / PLUGINS) == plugins(tmp_path / "none.json") == ([], [])
 
 
 def test_the_entry_hands_on_the_commands_exit_code(tmp_path):

@@ -527,8 +527,9 @@ def test_errors_name_what_is_missing():
 
 
 def test_every_registered_loss_has_its_maths():
-    kinds = LOSSES.known()
-    assert sorted(map(type_of, kinds)) == LOSSES.names(), "nothing but this package's losses is installed in the tests"
+    # Losses of other distributions may be loaded, too: by other tests.
+    kinds = [kind for kind in LOSSES.known() if kind.__module__ == "kdray.config.losses"]
+    assert len(kinds) == 16
     for kind in kinds:
         assert callable(loss_function(kind.model_validate({"type": type_of(kind)})))
     divergences = [kind for kind in kinds if kind.divergence]

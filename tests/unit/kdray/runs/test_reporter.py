@@ -9,9 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from kdray.config import parse_config
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.reporter import SAMPLE_SCHEMA, RunReporter
+from kdray.runs.trackers import Trackers
 from kdray.types import Rollout, StepReport
+
+TINY = {"type": "tiny"}
+CONFIG = parse_config({"run": {"name": "x"}, "student": {"model": TINY}, "teachers": {"t": {"model": TINY}}})
 
 
 def step_report(step: int, loss: float = 0.5, **metrics: float) -> StepReport:
@@ -57,7 +62,10 @@ def make(folder, output):
     made = []
 
     def build(total_steps: int = 20, **settings) -> RunReporter:
-        made.append(RunReporter(folder, total_steps, Console(file=output, width=200), decode=spell, **settings))
+        trackers = Trackers(CONFIG, folder.path)
+        made.append(
+            RunReporter(folder, total_steps, Console(file=output, width=200), decode=spell, trackers=trackers, **settings)
+        )
         return made[-1]
 
     yield build

@@ -12,8 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdray.config import load_config
 from kdray.config.programs import FINAL_ANSWER, BranchSolveMergeProgram, ProgramSettings
+from kdray.data import tasks
 from kdray.data.dataset import response_encoder
-from kdray.data.tasks import STAGES, TASKS
+from kdray.data.tasks import STAGES
 from kdray.errors import DataError, EngineError
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.seeds import uniforms
@@ -323,11 +324,11 @@ def test_answers_that_agree_need_no_choice_and_unparsable_ones_do_not_count():
 def test_a_recipe_is_right_where_every_stage_is(recipe, task):
     """Its templates ask what its stages were taught, word for word: the stub knows nothing else."""
     config = load_config(f"configs/system2_{recipe}.yaml")
-    example = TASKS[task].generate(np.random.default_rng(4), 3)
+    example = tasks.task(task).generate(np.random.default_rng(4), 3)
     law: dict[str, dict[str, float]] = {}
     for stage in STAGES.values():
         # Some stages draw what they ask about, such as one word of three.
-        for seed in range(20 if stage.of.name == task else 0):
+        for seed in range(20 if isinstance(stage.of, type(tasks.task(task))) else 0):
             taught = stage.make(example, np.random.default_rng(seed))
             law[taught.prompt] = {taught.answer: 1.0}
     if recipe == "attention":

@@ -125,7 +125,7 @@ def _plugin() -> Check:
 
 
 def _plugins() -> list[Check]:
-    """Kinds that other distributions add, a line for each distribution, and one for each that no config could use."""
+    """List the kinds that other distributions add, a line per distribution, and a line for each that no config can use."""
     installed: dict[str, list[str]] = {}
     broken = []
     for plugin in all_plugins():
@@ -144,7 +144,7 @@ def _plugins() -> list[Check]:
         if group.startswith("kdray.") and group not in REGISTRIES
         for point in entry_points(group=group)
     ]
-    # Two that share a name are refused alike.
+    # Two distributions with the same name are both rejected.
     return [*(known or [Check("plugins", True, "none installed")]), *dict.fromkeys(broken), *misplaced]
 
 

@@ -1,4 +1,4 @@
 """Runs as Ray jobs: packaging, submission, status."""
 
 PLUGINS = "plugins.json"
-"""In the job's folder: the plugins that its config uses, as `kdray.config.registry.Plugin` has them."""
+"""File in the job's folder that lists the plugins of its config, as `kdray.config.registry.Plugin`."""

@@ -136,7 +136,7 @@ def write_folder(cargo: Cargo, folder: Path) -> None:
         else:
             shutil.copyfile(source, target)
     (folder / "config.yaml").write_text(cargo.config.dump(), encoding="utf-8")
-    # Plugins stay here, as all packages but kdray do: the job's driver says which of them its node lacks.
+    # Plugins are not uploaded, like all packages except kdray: the job's driver reports those missing on its node.
     used = [asdict(plugin) for plugin in plugins_of(cargo.config)]
     (folder / PLUGINS).write_text(json.dumps(used), encoding="utf-8")
 

@@ -160,7 +160,7 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
 
 
 def _check_grading(config: Config, dataset: Dataset) -> None:
-    """Raises: ConfigError or DataError where responses are to be graded, and the prompts do not allow it."""
+    """Raises: ConfigError or DataError if responses are to be graded but the prompts do not allow it."""
     filters, grade = config.rollout.filters, dataset.grade
     asking = [rule.setting for rule in ([] if filters is None else filters.in_order()) if rule.needs_grader]
     if grade is None:

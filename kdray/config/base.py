@@ -47,9 +47,9 @@ def check_weights(setting: str, weights: Mapping[str, float] | None, names: Sequ
 
 
 def regular_expression(setting: str, value: str) -> re.Pattern[str]:
-    """The pattern, compiled. Raises: ValueError naming the setting, and what is wrong."""
+    """Compile the pattern. Raises: ValueError naming the setting and the fault."""
     try:
         return re.compile(value)
-    # A repetition can be too large a number, and groups can be nested too deep.
+    # A repetition count can be too large, and groups can be nested too deeply.
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{setting}={value!r:.200}: not a regular expression: {error}") from error

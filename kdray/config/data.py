@@ -17,7 +17,7 @@ class PromptSettings(Settings):
 
     @property
     def graded_tasks(self) -> list[str]:
-        """Generated tasks that the prompts come from, each of which grades its own."""
+        """Generated tasks that the prompts come from; each grades its own prompts."""
         return []
 
 

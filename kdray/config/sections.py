@@ -27,8 +27,8 @@ class RunSettings(Settings):
     the environment."""
 
     trackers: list[TrackerSource] = Field(default=[TensorBoardTracker()])
-    """Where numbers and events go beside the run folder's own files; the keys depend on `type`: tensorboard, or one of an
-    installed distribution. One that fails is reported as the event `tracker_failed` and left out; the run goes on."""
+    """Destinations of numbers and events besides the run folder's own files; the keys depend on `type`: tensorboard, or one of
+    another distribution. One that fails is reported as the event `tracker_failed` and dropped; the run continues."""
 
     @field_validator("storage")
     @classmethod

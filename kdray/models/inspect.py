@@ -79,7 +79,7 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
 
 
 def architecture(source: ModelSource, revision: str | None) -> Any:
-    """The Hugging Face config of a model, which for a tiny or pruned one need not be built yet."""
+    """Hugging Face config of a model; a tiny or pruned one need not have been built."""
     if isinstance(source, PrunedModel):
         return plan_pruning(model_config(source.source, source.revision), source).config
     return model_config(source, revision)
@@ -91,7 +91,7 @@ def depth(source: ModelSource, revision: str | None) -> int:
 
 
 def loaded_from(source: ModelSource) -> str | None:
-    """The folder or hub id that a model is, or is cut from; None for one that is built from its settings alone."""
+    """Folder or hub id of a model, or of the model that it is cut from; None if it is built from its settings alone."""
     named = source.source if isinstance(source, PrunedModel) else source
     return named if isinstance(named, str) else None
 

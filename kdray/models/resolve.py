@@ -109,7 +109,7 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
 def model_name(source: str | TinyModel) -> str:
     """Name of a model wherever it is stored: its hub id, or its folder's name, which identifies a tiny model completely."""
     if isinstance(source, TinyModel):
-        # Another version of an installed task is another task.
+        # A different version of an installed task counts as a different task.
         installed = sorted(versions_of(source).items())
         parts = [BUILDER_FORMAT, source.model_dump(mode="json"), *([installed] if installed else [])]
         settings = json.dumps(parts, sort_keys=True)

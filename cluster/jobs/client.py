@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.connect import unreachable
-from cluster.jobs.package import Cargo, write_folder
+from cluster.jobs.package import JobPackage, write_folder
 from kdray.config import Config
 from kdray.errors import ConfigError, KdrayError
 
@@ -118,7 +118,7 @@ class JobServer:
                 logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
             self._client = JobSubmissionClient(self.address)
 
-    def submit(self, config: Config, cargo: Cargo, environment: dict[str, str], resume: bool, name: str) -> JobState:
+    def submit(self, config: Config, package: JobPackage, environment: dict[str, str], resume: bool, name: str) -> JobState:
         """Submit a run. Raises: ConfigError if a job with this name, or one that writes the same folder, has not ended."""
         earlier = self.jobs()
         for job in earlier:
@@ -137,7 +137,7 @@ class JobServer:
                 )
         arguments = ["python", "-m", "cluster.job_entrypoint", "run", "config.yaml", *(["--resume"] if resume else [])]
         with self._explained(), tempfile.TemporaryDirectory(prefix="kdray-job-") as folder:
-            write_folder(cargo, Path(folder))
+            write_folder(package, Path(folder))
             used = {job.submission_id for job in self._client.list_jobs()}
             submission_id = self._client.submit_job(
                 entrypoint=shlex.join(arguments),

@@ -38,10 +38,10 @@ def submit(
         from cluster.jobs.client import JobServer, check_name
         from cluster.jobs.package import forwarded, pack, unchecked
 
-        cargo, environment = pack(settings), forwarded(settings)
+        package, environment = pack(settings), forwarded(settings)
         name = check_name(name or settings.run.name)
         server = JobServer(address)
-        reasons = unchecked(settings, cargo) if check_here else ["--no-check"]
+        reasons = unchecked(settings, package) if check_here else ["--no-check"]
         if reasons:
             typer.echo(f"models and data are checked when the job starts, not here: {'; '.join(reasons)}")
         else:
@@ -49,9 +49,9 @@ def submit(
 
             for line in check(settings).lines:
                 typer.echo(line)
-        for place, path in cargo.files.items():
+        for place, path in package.files.items():
             typer.echo(f"sent along: {path} as {place}")
-        job = server.submit(settings, cargo, environment, resume, name)
+        job = server.submit(settings, package, environment, resume, name)
         typer.echo(f"job {job.id}: submitted to {server.address}; run folder {job.run_folder}")
         if follow:
             _follow(server, job)

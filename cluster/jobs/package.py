@@ -39,19 +39,19 @@ _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Cargo:
+class JobPackage:
     """Config as the job reads it, and the files uploaded with it."""
 
     config: Config
     files: dict[str, Path]
     """Path in the job's working directory -> local file or folder."""
-    elsewhere: dict[str, Path]
+    remote_paths: dict[str, Path]
     """Setting -> absolute path, which is read on the cluster."""
     size: int
     """Total size of the files, bytes."""
 
 
-def pack(config: Config) -> Cargo:
+def pack(config: Config) -> JobPackage:
     """Collect what a job of this config needs: relative paths are local files to upload, absolute ones are on the cluster.
 
     Raises: ConfigError for paths that would be lost or not found there, DataError for a missing local file.
@@ -65,11 +65,11 @@ def pack(config: Config) -> Cargo:
             "node reads, such as run.output=/shared/runs"
         )
     tree = config.model_dump(mode="json")
-    files, elsewhere, sizes = {}, {}, {}
+    files, remote_paths, sizes = {}, {}, {}
     for keys, path in _paths(config):
         setting = ".".join(keys)
         if _absolute(str(path)):
-            elsewhere[setting] = path
+            remote_paths[setting] = path
             continue
         if not path.exists():
             raise DataError(
@@ -82,7 +82,7 @@ def pack(config: Config) -> Cargo:
     for keys, model in _models(config):
         folder = Path(model).expanduser()
         if folder.is_absolute():
-            elsewhere[".".join(keys)] = folder
+            remote_paths[".".join(keys)] = folder
         elif folder.exists():
             raise ConfigError(
                 f"{'.'.join(keys)}={model}: a folder of this machine, and models do not travel with a job; put it on storage "
@@ -98,12 +98,14 @@ def pack(config: Config) -> Cargo:
         )
     # Inside the job, Ray provides the cluster's address.
     tree["cluster"]["address"] = "auto"
-    return Cargo(parse_config(tree, source="the job's config"), files, elsewhere, total)
+    return JobPackage(parse_config(tree, source="the job's config"), files, remote_paths, total)
 
 
-def unchecked(config: Config, cargo: Cargo) -> list[str]:
+def unchecked(config: Config, package: JobPackage) -> list[str]:
     """Reasons why models and data cannot be checked on this machine; empty if they can."""
-    reasons = [f"{setting}={path} is not on this machine" for setting, path in cargo.elsewhere.items() if not path.exists()]
+    reasons = [
+        f"{setting}={path} is not on this machine" for setting, path in package.remote_paths.items() if not path.exists()
+    ]
     for name in config.teachers:
         for setting, variable in kind_of(config, name).environment.items():
             if not os.environ.get(variable):
@@ -125,19 +127,19 @@ def forwarded(config: Config) -> dict[str, str]:
     return variables | {"RAY_JOB_STOP_WAIT_TIME_S": str(config.cluster.job.stop_wait_s)}
 
 
-def write_folder(cargo: Cargo, folder: Path) -> None:
+def write_folder(package: JobPackage, folder: Path) -> None:
     """Write the complete package to `folder`, the job's working directory."""
     unpack_distribution(folder)
-    for place, source in cargo.files.items():
+    for place, source in package.files.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target)
         else:
             shutil.copyfile(source, target)
-    (folder / "config.yaml").write_text(cargo.config.dump(), encoding="utf-8")
+    (folder / "config.yaml").write_text(package.config.dump(), encoding="utf-8")
     # Plugins are not uploaded, like all packages except kdray: the job's driver reports those missing on its node.
-    used = [asdict(plugin) for plugin in plugins_of(cargo.config)]
+    used = [asdict(plugin) for plugin in plugins_of(package.config)]
     (folder / PLUGINS).write_text(json.dumps(used), encoding="utf-8")
 
 

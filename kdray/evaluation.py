@@ -1,4 +1,4 @@
-"""Held-out measurement through the same verbs as the loop: the student's own samples, drawn with fixed seeds."""
+"""Held-out evaluation through the same interfaces as the loop: the student's own samples, drawn with fixed seeds."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from kdray.types import Prompt, Rollout, SampleRequest
 class HeldOut:
     """A measurement on held-out prompts.
 
-    `reverse_kl` and `forward_kl` are nats per response token over full rows, on temperature-1 samples of the student, a mean
-    over tokens. `exact_match` in [0, 1], the share called right by `grade`, is there where prompts can be graded, and
-    `exact_match/<domain>` where they have several domains.
+    `reverse_kl` and `forward_kl` are in nats per response token, over the whole vocabulary, on temperature-1 samples of the
+    student, averaged over tokens. `exact_match` in [0, 1], the share that `grade` accepts, is present if prompts can be graded,
+    and `exact_match/<domain>` if they have several domains.
     """
 
     prompts: Sequence[Prompt]
     sampler: Sampler
     scorer: Scorer | None
-    """Scores what the sampler did not; None where rollouts come back scored."""
+    """Scores rollouts that the sampler left unscored; None if rollouts come back scored."""
     decode: Callable[[np.ndarray], str]
     grade: Grading | None
-    """Says whether a response is right; None where nothing grades the prompts."""
+    """Decides whether a response is right; None if nothing grades the prompts."""
     max_new_tokens: int
     seed: int
-    """Of the run: the same seed draws the same samples under the same weights."""
+    """Seed of the run: the same seed draws the same samples under the same weights."""
     alpha: float = 0.0
     """0 measures the student, 1 the teacher itself."""
     exact: bool = True
-    """Measure KLs, which takes replicas that hold teacher and student together."""
+    """Measure KLs, which needs replicas that hold both teacher and student."""
     samples_per_prompt: int = 1
-    """Of a sampler that tells a prompt's samples apart by their ids; the first of each is drawn."""
+    """Samples per prompt of a sampler that identifies them by their ids; only the first of each prompt is drawn."""
 
     async def measure(self, version: int) -> tuple[dict[str, float], list[Rollout]]:
-        """Numbers of a student version, and the rollouts behind them in the order of the prompts.
+        """Evaluate a student version: return the numbers, and the rollouts behind them in the order of the prompts.
 
-        Raises: EngineError where the replicas cannot give full-row KLs; ResponseError where the grader failed.
+        Raises: EngineError if the replicas cannot give full-vocabulary KLs; ResponseError if the grader failed.
         """
-        # Replicas update before they sample.
+        # Replicas update to `min_version` before they sample.
         requests = [
             SampleRequest(
                 sample_id=index * self.samples_per_prompt,

@@ -1,4 +1,4 @@
-"""Commands for jobs: a run sent to a Ray cluster, what became of it, its log, and its end. `cluster.cli` offers them."""
+"""Commands for jobs: submit a run to a Ray cluster, show its state and log, stop it. Registered in `cluster.cli`."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def submit(
         from cluster.jobs.client import JobServer, check_name
         from cluster.jobs.package import forwarded, pack, unchecked
 
-        cargo, environment = pack(settings), forwarded(settings)
+        package, environment = pack(settings), forwarded(settings)
         name = check_name(name or settings.run.name)
         server = JobServer(address)
-        reasons = unchecked(settings, cargo) if check_here else ["--no-check"]
+        reasons = unchecked(settings, package) if check_here else ["--no-check"]
         if reasons:
             typer.echo(f"models and data are checked when the job starts, not here: {'; '.join(reasons)}")
         else:
@@ -49,9 +49,9 @@ def submit(
 
             for line in check(settings).lines:
                 typer.echo(line)
-        for place, path in cargo.files.items():
+        for place, path in package.files.items():
             typer.echo(f"sent along: {path} as {place}")
-        job = server.submit(settings, cargo, environment, resume, name)
+        job = server.submit(settings, package, environment, resume, name)
         typer.echo(f"job {job.id}: submitted to {server.address}; run folder {job.run_folder}")
         if follow:
             _follow(server, job)
@@ -120,7 +120,7 @@ def logs(
 
 
 def _follow(server: JobServer, job: JobState) -> None:
-    """Print a job's log until it ends, then how it ended. Raises: typer.Exit with its exit code."""
+    """Print a job's log until it ends, then its outcome. Raises: typer.Exit with its exit code."""
     from cluster.jobs.client import job_exit_code, outcome
 
     try:
@@ -130,11 +130,11 @@ def _follow(server: JobServer, job: JobState) -> None:
     log = server.logs(ended)
     typer.echo(outcome(ended, log), err=True)
     code = job_exit_code(ended, log)
-    # A job that was killed, or that never started, has no code of its own.
+    # A job that was killed or never started has no exit code of its own.
     raise typer.Exit(1 if code is None else code)
 
 
 def _hints(server: JobServer, job: JobState) -> str:
-    """The commands for a job that runs."""
+    """The commands for a running job."""
     where = f"{job.id} --address {server.address}"
     return f"kdray logs {where} --follow; kdray status {where}; kdray stop {where}"

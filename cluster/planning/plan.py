@@ -1,4 +1,4 @@
-"""`kdray plan`: what goes where, whether it fits into memory, and which part will wait for which, before anything starts."""
+"""`kdray plan`: placement of the roles, their memory, and the expected bottleneck, before anything starts."""
 
 from __future__ import annotations
 
@@ -38,40 +38,40 @@ from kdray.runs.folder import RunFolder, read_lines
 from kdray.teachers.kind import kind_of
 
 _CAPACITY_GAP = 20.0
-"""Teacher parameters a student parameter beyond which students learn less from the teacher than from a smaller one (Mirzadeh
-et al., 2020; Busbridge et al., 2025)."""
+"""Ratio of teacher to student parameters beyond which students learn less from the teacher than from a smaller one (Mirzadeh et
+al., 2020; Busbridge et al., 2025)."""
 
 
 class NodeKind(Settings):
-    """Some equal nodes of a described cluster."""
+    """A group of identical nodes in a described cluster."""
 
     count: Positive = 1
-    """Nodes of this kind."""
+    """Number of nodes of this kind."""
     cpus: NonNegativeFloat = 1
-    """CPUs of each."""
+    """CPUs per node."""
     gpus: NonNegativeFloat = 0
-    """GPUs of each."""
+    """GPUs per node."""
     accelerator_type: str | None = None
     """Ray's name of the GPUs, such as `H100`."""
     gpu_memory_gib: PositiveFloat | None = None
-    """Memory of each GPU; None takes it from the type."""
+    """Memory of each GPU, GiB; None takes it from the type."""
     memory_gib: PositiveFloat | None = None
-    """Memory of each node; None leaves it out of account."""
+    """Memory of each node, GiB; None ignores it."""
     resources: dict[str, float] = Field(default={})
-    """Custom Ray resources of each."""
+    """Custom Ray resources per node."""
     labels: dict[str, str] = Field(default={})
-    """Labels of each."""
+    """Labels of each node."""
 
 
 class DescribedCluster(Settings):
-    """A cluster that is not there yet."""
+    """Description of a cluster that does not exist yet."""
 
     nodes: list[NodeKind] = Field(min_length=1)
-    """Its nodes by kind."""
+    """Nodes of the cluster, by kind."""
 
 
 def described_nodes(path: Path) -> list[Node]:
-    """The nodes of a cluster described in a YAML file. Raises: DataError naming the file and what is wrong in it."""
+    """Read the nodes of a cluster described in a YAML file. Raises: DataError naming the file and the fault."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         cluster = DescribedCluster.model_validate(tree)
@@ -97,7 +97,7 @@ def described_nodes(path: Path) -> list[Node]:
 
 
 def rates_of(run: Path) -> Measured:
-    """What a run's metrics say of its rates. Raises: DataError where the folder holds none."""
+    """Read the rates measured by a run from its metrics. Raises: DataError if the folder holds none."""
     folder = RunFolder.open(run)
     try:
         return measured(read_lines(folder.metrics), load_config(folder.config).training.batch_size)
@@ -106,21 +106,21 @@ def rates_of(run: Path) -> Measured:
 
 
 _GPU_MEMORY = "memory of a GPU, GiB"
-"""Kept beside a described node's resources; Ray has none of this name."""
+"""Stored among a described node's resources; Ray has no resource of this name."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """One role of the run, as planned."""
+    """A role of the run, as planned."""
 
     bundle: Bundle
     nodes: dict[str, int]
-    """What kind of node -> bundles there."""
+    """Description of a node kind -> bundles there."""
     memory: EngineMemory | RankMemory
     memory_limit: float | None
-    """Bytes of a GPU, or None where it is not known (or the role runs on CPUs)."""
+    """Memory of a GPU, bytes; None if unknown (or the role runs on CPUs)."""
     rate: float | None
-    """Response tokens a second of all of it together; None where nothing is known of its hardware."""
+    """Response tokens per second of the whole role; None if its hardware is unknown."""
     does: str
 
 
@@ -128,14 +128,14 @@ class Role:
 class Plan:
     roles: list[Role]
     lines: list[str] = field(default_factory=list)
-    """The bottleneck, the ratio, warnings."""
+    """Bottleneck, parameter ratio, warnings."""
 
 
 def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> Plan:
-    """Lay a run out over nodes, and say what it will wait for.
+    """Place a run on nodes, and predict its bottleneck.
 
-    Args: run: what a run with this config's models measured; None models the rates.
-    Raises: CapacityError for what can never fit, with what would.
+    Args: run: rates measured by a run with this config's models; None models them.
+    Raises: CapacityError for what can never fit, with an alternative that would.
     """
     wanted = bundles(config)
     try:
@@ -143,7 +143,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
     except CapacityError as error:
         if not config.cluster.may_grow:
             raise
-        # Nodes may come that hold it; which ones, only a description can say.
+        # Nodes that can hold it may be added; their type is known only from a description.
         return Plan(
             [], [f"note: not on these nodes, and cluster.may_grow=true asks for more: {error}; describe them: --cluster FILE"]
         )
@@ -152,7 +152,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
     lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     roles = []
     for item in placed:
-        # Ray may place it on any node that it matches, not on these alone.
+        # Ray may place it on any node that matches, not only on these.
         gpu, limit = _weakest([node for node in nodes if could_hold(node, item.bundle)])
         if item.bundle.role == "student":
             roles.append(_student_role(config, item, shapes, nodes, gpu, limit, lengths))
@@ -172,7 +172,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
 
 
 def table(found: Plan) -> dict[str, dict[str, str]]:
-    """The roles as columns of text: what each takes, where it goes, its memory part by part."""
+    """Format the roles as columns of text: resources, placement, and memory by component."""
     return {role.bundle.role: _column(role) for role in found.roles}
 
 
@@ -218,7 +218,7 @@ _STUDENT = ""
 
 
 def _shapes(config: Config) -> dict[str, ModelShape]:
-    """Of the student (key "") and of every teacher with weights, by name."""
+    """Shapes of the student (key "") and of every teacher with weights, by name."""
     sources: dict[str, tuple[ModelSource, str | None]] = {_STUDENT: (config.student.model, config.student.revision)}
     for name in config.teachers:
         model = kind_of(config, name).model
@@ -235,7 +235,7 @@ def _shapes(config: Config) -> dict[str, ModelShape]:
 
 
 def _weakest(hosts: Sequence[Node]) -> tuple[Accelerator | None, float | None]:
-    """The slowest GPU among these nodes and the least memory of one, in bytes; None where a type is not known."""
+    """The slowest GPU among these nodes and the smallest memory of one, in bytes; None if a type is unknown."""
     gpus = [ACCELERATORS.get(node.labels.get(ACCELERATOR_LABEL, "")) for node in hosts]
     known = [gpu for gpu in gpus if gpu is not None]
     slowest = min(known, key=lambda gpu: gpu.tflops) if known and len(known) == len(gpus) else None
@@ -366,7 +366,7 @@ def _student_role(
 
 
 def _smaller(layout: RankLayout, memory: Callable[[RankLayout], RankMemory], limit: float) -> str:
-    """The smallest change of the training's settings with which a rank fits."""
+    """The smallest change of the training settings that makes a rank fit."""
     sizes = [layout.micro_batch_size // 2**power for power in range(layout.micro_batch_size.bit_length())]
     for ranks in (layout.ranks * 2**power for power in range(6)):
         for stage in range(layout.zero_stage, 4):
@@ -393,7 +393,7 @@ def _where(item: Placed, nodes: Sequence[Node]) -> dict[str, int]:
 
 
 def _check_node_memory(placed: Sequence[Placed], roles: Sequence[Role], nodes: Sequence[Node]) -> None:
-    """Raises: CapacityError where the CPU roles of a node need more memory than Ray says it has."""
+    """Raises: CapacityError if the CPU roles of a node need more memory than Ray reports for it."""
     used: Counter[int] = Counter()
     for item, role in zip(placed, roles, strict=True):
         if role.bundle.resources.get("GPU"):
@@ -412,7 +412,7 @@ def _check_node_memory(placed: Sequence[Placed], roles: Sequence[Role], nodes: S
 
 
 def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
-    """Who waits for whom, by the modelled rates."""
+    """Describe the bottleneck, by modelled rates."""
     if any(role.rate is None for role in roles):
         unknown = ", ".join(role.bundle.role for role in roles if role.rate is None)
         return [
@@ -424,7 +424,7 @@ def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
     shared = len(config.served_teachers) > 1 and config.rollout.teachers is not None and config.rollout.teachers.type == "route"
     supply: dict[str, float] = {}
     if shared:
-        # Routed teachers share the prompts: what they give adds up, at best.
+        # Routed teachers share the prompts: at best, their rates add up.
         supply["the teachers together"] = sum(rate for role, rate in rates.items() if role.startswith("teacher"))
         rates = {role: rate for role, rate in rates.items() if not role.startswith("teacher")}
     supply |= rates
@@ -446,7 +446,7 @@ def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
 
 
 def _measured_balance(run: Measured) -> list[str]:
-    """Who waits for whom, as a run measured it."""
+    """Describe the bottleneck, as measured by a run."""
     lines = [
         f"measured response tokens/s: student {run.training:,.0f} while training, {run.supply:,.0f} with its waits "
         f"({100 * run.waits:.0f}% of the time), from {run.replicas:.1f} replicas"
@@ -460,7 +460,7 @@ def _measured_balance(run: Measured) -> list[str]:
 
 
 def _growth(wanted: Sequence[Bundle], config: Config, nodes: Sequence[Node]) -> list[str]:
-    """Pools that may grow to more than there is room for."""
+    """Warn of pools whose maximum size exceeds the free resources."""
     lines = []
     for name, engine in {**config.served_teachers, "": config.rollout.pool}.items():
         role = f"teacher {name}" if name else "rollout pool"

@@ -9,14 +9,14 @@ from kdray.teachers.kind import kind_of
 
 
 def needed(config: Config) -> dict[Signal, str]:
-    """The signals that every teacher of the run has to give, and the setting that asks for each."""
+    """Signals that every teacher of the run must provide, each with the setting that requires it."""
     loss, rollout = config.loss, config.rollout
     by_loss = f"loss.type={loss.type}"
     asks: dict[Signal, str] = {}
     if rollout.data_share and loss.signals:
         asks["references"] = f"rollout.data_share={rollout.data_share:g}"
     if rollout.data_share == 1.0:
-        # Nothing is drawn.
+        # No token is sampled.
         pass
     elif rollout.sampler == "student":
         asks["sampled"] = "rollout.sampler=student"
@@ -26,7 +26,7 @@ def needed(config: Config) -> dict[Signal, str]:
         asks["text"] = "rollout.alpha=1"
     asks |= dict.fromkeys(sorted(loss.signals), by_loss)
     if loss.importance_weight is not None and rollout.sampler != "student":
-        # Its weights divide by the density that each token was drawn from.
+        # Its importance weights divide by the density that each token was sampled from.
         asks["beside"] = by_loss
     if rollout.teacher_signal == "hidden":
         asks["hidden"] = "rollout.teacher_signal=hidden"
@@ -38,7 +38,7 @@ def needed(config: Config) -> dict[Signal, str]:
 def check_capabilities(config: Config) -> None:
     """Raises: ConfigError naming the first teacher that lacks a signal, the setting that needs it, and the remedy.
 
-    Settings that change during the run count at both ends.
+    Scheduled settings are checked at both ends.
     """
     asks = needed(config)
     for _, tree in config.extremes():

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before anything starts: data, tokenizers, models. No Ray, no engine, no training."""
+"""Checks of data, tokenizers and models that run before anything starts: no Ray, no engine, no training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         check_prompts(config.rollout.program, every)
         lines.append(f"program: {config.rollout.program.type}, of whose calls the final answer alone is trained on")
     for name in config.teachers:
-        # A prompt that no teacher takes is found here, not when its turn comes.
+        # Find a prompt that no teacher takes now, rather than when its turn comes.
         if not prompts_of(config, name, every):
             lines.append(f"teacher {name}: rollout.teachers sends it no prompt; it is started and never asked")
     stop_ids = _stop_ids(config, tokenizer, vocab_size)
@@ -88,7 +88,7 @@ def _check_engines(config: Config) -> None:
 
 
 def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:
-    """Every sequence of the run fits every model that reads it. Args: positions: of models, by setting; None has no limit."""
+    """Check that every sequence fits every model that reads it. Args: positions: limits by setting; None is unlimited."""
     needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     text, program = config.training.pretraining, config.rollout.program
     for setting, longest in positions.items():
@@ -112,7 +112,7 @@ def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:
 
 
 def _check_supervised(config: Config, dataset: Dataset, tokenizer: Any, student_positions: int | None) -> None:
-    """Phases on reference answers have some, and the student holds them."""
+    """Check that phases on reference answers have some, and that the student's context fits them."""
     answered = [prompt for prompt in dataset.train if prompt.answer]
     if config.training.sft.steps and not answered:
         raise ConfigError(
@@ -132,7 +132,7 @@ def _check_supervised(config: Config, dataset: Dataset, tokenizer: Any, student_
 
 
 def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
-    """Raises: ConfigError where a setting needs reference answers that the prompts have not, or that are too long."""
+    """Raises: ConfigError if a setting needs reference answers that the prompts lack, or that are too long."""
     schedule = config.training.schedules.get("rollout.data_share")
     wanted = {
         f"rollout.data_share={config.rollout.data_share:g}": config.rollout.data_share > 0.0 or schedule is not None,
@@ -144,7 +144,7 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
     }
     lacking = sum(prompt.answer is None for prompt in dataset.train)
     for setting, asks in wanted.items():
-        # Fine-tuning takes the prompts that have one, as the first supervised phase does.
+        # Fine-tuning uses only the prompts that have an answer, as the first supervised phase does.
         if asks and (lacking == len(dataset.train) if setting.startswith("training") else lacking):
             raise ConfigError(
                 f"{setting}, but {lacking} of {len(dataset.train)} prompts have no reference answer; set "
@@ -160,7 +160,7 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
 
 
 def _check_grading(config: Config, dataset: Dataset) -> None:
-    """Raises: ConfigError or DataError where responses are to be graded, and the prompts do not allow it."""
+    """Raises: ConfigError or DataError if responses are to be graded but the prompts do not allow it."""
     filters, grade = config.rollout.filters, dataset.grade
     asking = [rule.setting for rule in ([] if filters is None else filters.in_order()) if rule.needs_grader]
     if grade is None:
@@ -185,7 +185,7 @@ def _check_grading(config: Config, dataset: Dataset) -> None:
 
 
 def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """The tokenizer's end-of-sequence id, and those that the student's generation config adds (chat models have several)."""
+    """End-of-sequence id of the tokenizer, plus those of the student's generation config (chat models have several)."""
     ids = [int(tokenizer.eos_token_id)]
     source, revision = origin(config.student.model, config.student.revision)
     if isinstance(source, str):
@@ -194,7 +194,7 @@ def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...
         try:
             declared = GenerationConfig.from_pretrained(resolve_model(source, Path()), revision=revision).eos_token_id
         except OSError as error:
-            # A model need not have a generation config; one that is there says where a response ends.
+            # A model need not have a generation config; if it does, that config lists the stop ids.
             if (Path(source) / "generation_config.json").exists():
                 raise ConfigError(
                     f"student.model={source}: generation_config.json cannot be read: {error}; restore it"
@@ -211,7 +211,7 @@ def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...
 
 
 def _features(config: Config) -> str:
-    """The pairs of layers that are compared, as a line. Raises: ConfigError for a layer that is not there."""
+    """Describe the pairs of layers that are compared, in one line. Raises: ConfigError for a layer that does not exist."""
     assert config.training.features is not None
     assert config.white_box_teacher is not None
     name, _ = config.white_box_teacher

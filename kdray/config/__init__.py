@@ -1,4 +1,4 @@
-"""Settings of a run: one file a section, put together by `run_config`. Defaults are the vetted values."""
+"""Settings of a run: one file per section, assembled by `run_config`. Defaults are the vetted values."""
 
 from kdray.config.base import Settings
 from kdray.config.data import (

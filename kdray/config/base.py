@@ -1,4 +1,4 @@
-"""What every section is made of: strict models, and numbers with bounds."""
+"""Building blocks of every section: strict models, and bounded number types."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Settings(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        # A value that is refused may be a secret in the wrong place; messages name values themselves where they may.
+        # A rejected value may be a secret in the wrong place; messages quote values themselves where that is safe.
         hide_input_in_errors=True,
     )
 
 
 def with_default_type(tree: Any, key: str, default: str) -> Any:
-    """`tree` with the member of the union at `key` named, where only its other keys are given."""
+    """Return `tree` with the default `type` added to the union at `key` if only its other keys are given."""
     if isinstance(tree, dict) and isinstance(tree.get(key), dict):
         return {**tree, key: {"type": default} | tree[key]}
     return tree
 
 
 def check_weights(setting: str, weights: Mapping[str, float] | None, names: Sequence[str]) -> None:
-    """Raises: ValueError where weights name what is not among `names`, or leave nothing."""
+    """Raises: ValueError if weights name anything outside `names`, or are all zero."""
     if weights is None:
         return
     unknown = sorted(set(weights) - set(names))
@@ -47,9 +47,9 @@ def check_weights(setting: str, weights: Mapping[str, float] | None, names: Sequ
 
 
 def regular_expression(setting: str, value: str) -> re.Pattern[str]:
-    """The pattern, compiled. Raises: ValueError naming the setting, and what is wrong."""
+    """Compile the pattern. Raises: ValueError naming the setting and the fault."""
     try:
         return re.compile(value)
-    # A repetition can be too large a number, and groups can be nested too deep.
+    # A repetition count can be too large, and groups can be nested too deeply.
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{setting}={value!r:.200}: not a regular expression: {error}") from error

@@ -1,4 +1,4 @@
-"""Pydantic's validation errors in the user's words: setting, value and remedy."""
+"""Pydantic's validation errors, translated to setting, value and remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_SHOWN = 200
 
 
 def explain(item: Any, root: type[BaseModel]) -> str:
-    """One pydantic error as setting, value and remedy. Args: root: the model that was validated."""
+    """Render a pydantic error as setting, value and remedy. Args: root: the model that was validated."""
     location = _written_keys(root, item["loc"], keep_last=item["type"] == "extra_forbidden")
     setting = ".".join(location)
     kind = item["type"]
@@ -28,7 +28,7 @@ def explain(item: Any, root: type[BaseModel]) -> str:
     if kind == "value_error":
         message = str(item["ctx"]["error"])
         if message.startswith((".", "=")):
-            # About a key of the value, or the value itself.
+            # The message begins with a key below the setting, or with its value.
             return f"{setting}{message}"
         return message if not setting or message.startswith(setting) else f"{setting}: {message}"
     message = item["msg"][0].lower() + item["msg"][1:]
@@ -38,15 +38,15 @@ def explain(item: Any, root: type[BaseModel]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message can hold it."""
+    """Render a value for a message, truncated."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _written_keys(root: type[BaseModel], location: tuple[int | str, ...], keep_last: bool) -> list[str]:
-    """The keys that the user wrote, out of a location of pydantic's, which names the members of unions too.
+    """Reduce a pydantic location, which also names union members, to the keys that the user wrote.
 
-    Args: keep_last: whether the last part is a key that no model knows.
+    Args: keep_last: the last part is an unknown key, and is kept.
     """
     models: list[type[BaseModel]] = [root]
     keys = []
@@ -61,7 +61,7 @@ def _written_keys(root: type[BaseModel], location: tuple[int | str, ...], keep_l
 
 
 def _keys_at(root: type[BaseModel], location: tuple[str, ...]) -> list[str]:
-    """Names of the settings that the section at `location` knows; over all members where the section is a union."""
+    """Names of the settings in the section at `location`; over all members if the section is a union."""
     models: list[type[BaseModel]] = [root]
     for part in location:
         models = _models_below(models, part)
@@ -79,7 +79,7 @@ def _models_below(models: list[type[BaseModel]], key: str) -> list[type[BaseMode
 
 
 class _AnyName(BaseModel):
-    """Stands for a map in `_keys_at`: any name leads to the models of its values."""
+    """Placeholder for a mapping in `_keys_at`: every key leads to the models of its values."""
 
     values: ClassVar[list[type[BaseModel]]]
 

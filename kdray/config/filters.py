@@ -1,6 +1,6 @@
-"""Rules that leave responses out of training.
+"""Filter rules: criteria for leaving responses out of training.
 
-A rule of another distribution is a subclass of `FilterRuleSettings`, registered under its `type` in the entry-point group
+A rule from another distribution is a subclass of `FilterRuleSettings`, registered under its `type` in the entry-point group
 `kdray.filters`; see docs/extending.md.
 """
 
@@ -20,29 +20,29 @@ Agreement = Literal["plurality", "majority", "unanimous"]
 
 @FILTERS.root
 class FilterRuleSettings(Settings):
-    """A rule that leaves out the responses which fail it. The ledger and the metric `filtered/<type>` name it by its `type`."""
+    """A rule that drops the responses which fail it. The ledger and the metric `filtered/<type>` refer to it by its `type`."""
 
     implementation: ClassVar[str]
-    """The rule as `module:name`: called with the settings, it gives a `kdray.rollouts.filters.FilterRule`."""
+    """Implementation as `module:name`: called with the settings, it returns a `kdray.rollouts.filters.FilterRule`."""
     reads_text: ClassVar[bool] = True
-    """The rule goes by what a response says, and not by how it ended alone."""
+    """The rule depends on the text of a response, and not only on how it ended."""
     needs_siblings: ClassVar[bool] = False
-    """The rule compares the responses to one prompt, of which there must be several."""
+    """The rule compares the responses to a prompt, so there must be several per prompt."""
     needs_grader: ClassVar[bool] = False
-    """The rule asks whether a response is right."""
+    """The rule depends on whether a response is right."""
 
     type: str
-    """Name of the rule; a subclass narrows it to `Literal` of its own."""
+    """Name of the rule; a subclass narrows it to a `Literal` of its own."""
 
     @property
     def setting(self) -> str:
-        """The setting that chose the rule, in messages."""
+        """The setting that enabled the rule, for messages."""
         return f"rollout.filters.rules (type={self.type})"
 
 
 @FILTERS.add("unparsable")
 class UnparsableRule(FilterRuleSettings):
-    """Leaves out responses that a program could not parse."""
+    """Drops responses that a program could not parse."""
 
     implementation = "kdray.rollouts.filters:Unparsable"
     reads_text = False
@@ -52,7 +52,7 @@ class UnparsableRule(FilterRuleSettings):
 
 @FILTERS.add("finished")
 class FinishedRule(FilterRuleSettings):
-    """Leaves out responses that `max_new_tokens` cut."""
+    """Drops responses that `max_new_tokens` truncated."""
 
     implementation = "kdray.rollouts.filters:Finished"
     reads_text = False
@@ -62,7 +62,7 @@ class FinishedRule(FilterRuleSettings):
 
 @FILTERS.add("pattern")
 class PatternRule(FilterRuleSettings):
-    """Leaves out responses in which a regular expression is not found."""
+    """Drops responses that a regular expression does not match anywhere."""
 
     implementation = "kdray.rollouts.filters:Pattern"
 
@@ -78,7 +78,7 @@ class PatternRule(FilterRuleSettings):
 
 @FILTERS.add("correct")
 class CorrectRule(FilterRuleSettings):
-    """Leaves out responses that the grader calls wrong."""
+    """Drops responses that the grader marks wrong."""
 
     implementation = "kdray.rollouts.filters:Correct"
     needs_grader = True
@@ -92,14 +92,14 @@ class CorrectRule(FilterRuleSettings):
 
 @FILTERS.add("agreement")
 class AgreementRule(FilterRuleSettings):
-    """Leaves out the responses to a prompt that differ from the answer most of them give; see `rollout.filters.agreement`."""
+    """Drops responses that differ from the most frequent answer to their prompt; see `rollout.filters.agreement`."""
 
     implementation = "kdray.rollouts.filters:Agree"
     needs_siblings = True
 
     type: Literal["agreement"] = "agreement"
     agreement: Agreement
-    """How many have to give that answer."""
+    """Required number of responses with that answer."""
 
     @property
     def setting(self) -> str:
@@ -108,7 +108,7 @@ class AgreementRule(FilterRuleSettings):
 
 @FILTERS.add("distinct")
 class DistinctRule(FilterRuleSettings):
-    """Leaves out all but one of several equal responses to a prompt."""
+    """Drops all but one of several identical responses to a prompt."""
 
     implementation = "kdray.rollouts.filters:Distinct"
 
@@ -116,23 +116,23 @@ class DistinctRule(FilterRuleSettings):
 
 
 class FilterSettings(Settings):
-    """Which responses are trained on. Those of one prompt (`samples_per_prompt`) vote together."""
+    """Filters on the responses to train on. Responses to the same prompt (`samples_per_prompt`) vote together."""
 
     finished: bool = True
-    """Leave out responses that `max_new_tokens` cut, and those that a program could not parse."""
+    """Drop responses that `max_new_tokens` truncated, and those that a program could not parse."""
     pattern: str | None = None
-    """Leave out responses in which this regular expression is not found."""
+    """Drop responses that this regular expression does not match anywhere."""
     correct: bool = False
-    """Leave out responses that the grader calls wrong: `data.grader`, or a generated task's own."""
+    """Drop responses that the grader marks wrong: `data.grader`, or a generated task's own."""
     agreement: Agreement | None = None
-    """Self-consistency: keep the answer that most of a prompt's responses give and leave out the others; where it has no
-    `plurality` (a tie), no `majority` of all of them, or is not `unanimous`, leave out all. What is compared is the answer that
-    `data.grader` finds in each (a number, a letter), or the texts where it is not set."""
+    """Self-consistency: keep the most frequent answer among a prompt's responses and drop the others; if it has no `plurality`
+    (a tie), no `majority` of all of them, or is not `unanimous`, drop all. The compared value is the answer that `data.grader`
+    extracts from each (a number, a letter), or the text if no grader is set."""
     distinct: bool = False
-    """Keep one of several equal responses to a prompt."""
+    """Keep only one of several identical responses to a prompt."""
     rules: list[Annotated[SerializeAsAny[FilterRuleSettings], FILTERS.member(short=True)]] = Field(default=[])
     """Further rules, applied after those above in this order: `type: my_filter` of an installed distribution with its own keys,
-    or one of the above once more."""
+    or another instance of one above."""
 
     @model_validator(mode="after")
     def _compiles(self) -> FilterSettings:
@@ -141,7 +141,7 @@ class FilterSettings(Settings):
         return self
 
     def in_order(self) -> list[FilterRuleSettings]:
-        """Every rule, in the order in which they are applied: the first that a response fails is the one named."""
+        """All rules in order of application; a response is attributed to the first that it fails."""
         return [
             *([UnparsableRule(), FinishedRule()] if self.finished else []),
             *([] if self.pattern is None else [PatternRule(pattern=self.pattern)]),

@@ -1,6 +1,6 @@
-"""Graders: settings of how a response is held against the reference answer.
+"""Graders: settings for the comparison of a response with the reference answer.
 
-A grader of another distribution is a subclass of `GraderSettings`, registered under its `type` in the entry-point group
+A grader from another distribution is a subclass of `GraderSettings`, registered under its `type` in the entry-point group
 `kdray.graders`; see docs/extending.md.
 """
 
@@ -18,20 +18,20 @@ GRADERS: SettingsRegistry = SettingsRegistry("kdray.graders", "grader")
 
 @GRADERS.root
 class GraderSettings(Settings):
-    """A rule that calls a response right or wrong."""
+    """A rule that marks a response right or wrong."""
 
     implementation: ClassVar[str]
-    """The rule as `module:name`: called with the settings, it gives a `kdray.data.graders.Grader`."""
+    """Implementation as `module:name`: called with the settings, it returns a `kdray.data.graders.Grader`."""
     needs_reference: ClassVar[bool] = True
-    """The rule reads the reference answer, so that a prompt without one cannot be graded."""
+    """The rule reads the reference answer, so a prompt without one cannot be graded."""
 
     type: str
-    """Name of the grader; a subclass narrows it to `Literal` of its own."""
+    """Name of the grader; a subclass narrows it to a `Literal` of its own."""
 
 
 @GRADERS.add("exact")
 class ExactGrader(GraderSettings):
-    """The response is the reference answer, white space around both aside."""
+    """Exact match of the response with the reference answer, ignoring surrounding white space."""
 
     implementation = "kdray.data.graders:Exact"
 
@@ -40,8 +40,8 @@ class ExactGrader(GraderSettings):
 
 @GRADERS.add("last_number")
 class LastNumberGrader(GraderSettings):
-    """The last number of the response equals the last one of the reference answer. Where either holds `####`, as the answers of
-    GSM8K do, what stands before it does not count. $1,200 is 1200, and 42.0 is 42."""
+    """Equality of the last number in the response and the last one in the reference answer. If either contains `####`, as the
+    answers of GSM8K do, the text before it is ignored. $1,200 is 1200, and 42.0 is 42."""
 
     implementation = "kdray.data.graders:LastNumber"
 
@@ -50,15 +50,16 @@ class LastNumberGrader(GraderSettings):
 
 @GRADERS.add("regex")
 class RegexGrader(GraderSettings):
-    """What a regular expression finds in the response is the reference answer, white space around both aside."""
+    """Exact match of a regular expression's group in the response with the reference answer, ignoring surrounding white
+    space."""
 
     implementation = "kdray.data.graders:Regex"
 
     type: Literal["regex"] = "regex"
     pattern: str
-    """Regular expression with one group, which holds the answer; the last place where it is found counts."""
+    """Regular expression with one group, the answer; its last match counts."""
     reference_pattern: str | None = None
-    """The same for the reference answer; None takes the whole of it."""
+    """The same for the reference answer; None takes all of it."""
 
     @model_validator(mode="after")
     def _one_group(self) -> RegexGrader:
@@ -74,14 +75,14 @@ class RegexGrader(GraderSettings):
 
 @GRADERS.add("multiple_choice")
 class MultipleChoiceGrader(GraderSettings):
-    """The letter that the response chooses is the reference answer's: `B`, `(B)`, `B. Paris`, `the answer is B`."""
+    """Equality of the letter chosen by the response and the reference answer's: `B`, `(B)`, `B. Paris`, `the answer is B`."""
 
     implementation = "kdray.data.graders:MultipleChoice"
 
     type: Literal["multiple_choice"] = "multiple_choice"
     letters: Annotated[str, Field(pattern=r"^[A-Z]{2,26}$")] = "ABCDE"
-    """Letters that stand for choices."""
+    """Letters of the choices."""
 
 
 GraderSource = Annotated[SerializeAsAny[GraderSettings] | None, GRADERS.member(short=True)]
-"""A grader of any kind, or its name where it needs no other settings; None grades nothing."""
+"""A grader of any kind, or its name if it needs no other settings; None disables grading."""

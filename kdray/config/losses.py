@@ -1,6 +1,6 @@
-"""Objectives: a class of settings each, with the facts that the rest of the program asks of it.
+"""Objectives: a settings class for each, with the facts that the rest of the program needs about it.
 
-A loss of another distribution is a subclass of `LossSettings`, registered under its `type` in the entry-point group
+A loss from another distribution is a subclass of `LossSettings`, registered under its `type` in the entry-point group
 `kdray.losses`; see docs/extending.md.
 """
 
@@ -20,16 +20,16 @@ LOSSES: SettingsRegistry[LossSettings] = SettingsRegistry("kdray.losses", "loss"
 
 
 class RecordedReturns(NamedTuple):
-    """Returns of the policy gradient from the recorded log p and log q, as `kdray.losses.policy_gradient` forms them."""
+    """Policy-gradient returns computed from the recorded log p and log q, as in `kdray.losses.policy_gradient`."""
 
     gamma: float
-    """Discount of later rewards."""
+    """Discount factor of later rewards."""
     length_norm: bool
-    """The return is divided by the number of rewards that it sums."""
+    """Divide the return by the number of rewards that it sums."""
     own_reward: bool
-    """The return of a token begins with the token's own reward."""
+    """Include the token's own reward in its return."""
     reward_scaling: float | None = None
-    """Divides the rewards."""
+    """Divisor of the rewards."""
     reward_clip: float | None = None
     """Largest absolute reward, after scaling."""
 
@@ -39,46 +39,46 @@ class LossSettings(Settings):
     """An objective. The class variables and properties are facts: what the loss needs, reads and guarantees."""
 
     type: str
-    """Name of the loss; a subclass narrows it to `Literal` of its own."""
+    """Name of the loss; a subclass narrows it to a `Literal` of its own."""
 
     implementation: ClassVar[str]
-    """The maths as `module:name`: `f(student_logits, batch, settings) -> LossOutput`, or of a divergence
-    `f(rows, settings) -> [N]`, one value a position; see `kdray.losses`."""
+    """Implementation as `module:name`: `f(student_logits, batch, settings) -> LossOutput`, or for a divergence
+    `f(rows, settings) -> [N]`, one value per position; see `kdray.losses`."""
     divergence: ClassVar[bool] = False
-    """The loss compares both models' rows at every position and nothing else."""
+    """The loss is a function of both models' rows at each position and nothing else."""
     importance_weight: ClassVar[Literal["q/m", "p/m"] | None] = None
-    """Density ratio by which the loss weighs a token, with m the density that the token was drawn from; None reads no m."""
+    """Density ratio that weights each token, with m the density that the token was sampled from; None does not use m."""
     shared_ids: ClassVar[bool] = True
-    """Teacher and student read the same token ids; otherwise the teacher has a tokenizer of its own."""
+    """Teacher and student use the same token ids; otherwise the teacher has its own tokenizer."""
     ensemble_mean: ClassVar[Literal["arithmetic", "geometric"]] = "arithmetic"
-    """Mean of several teachers' distributions whose single loss has the gradient of the weighted sum over teachers: geometric
-    where the loss is linear in log p."""
+    """Mean of several teachers' distributions for which a single loss has the gradient of the weighted sum over teachers:
+    geometric if the loss is linear in log p."""
     zero_gradient_at_teacher: ClassVar[bool] = True
-    """The gradient vanishes at every sample where the student equals the teacher. False where it vanishes in the mean over
-    samples alone, or the loss has a kink there."""
+    """The gradient vanishes at every sample when the student equals the teacher. False if it vanishes only in the mean over
+    samples, or the loss has a kink there."""
 
     @property
     def signals(self) -> frozenset[Signal]:
-        """What the loss reads of a teacher's answer beside its text."""
+        """Signals that the loss reads from a teacher's answer besides its text."""
         return frozenset(("top_k",))
 
     @property
     def label_setting(self) -> str | None:
-        """The setting by which responses are labels, so that the student's own teach nothing; None where none does."""
+        """Setting that uses responses as labels, so that the student's own teach nothing; None if there is none."""
         return None
 
     @property
     def returns(self) -> RecordedReturns | None:
-        """The returns that the loss forms from what was recorded; None where it forms none."""
+        """The returns that the loss computes from recorded log-probabilities; None if it uses none."""
         return None
 
     @property
     def whitens(self) -> bool:
-        """`returns` are shifted and scaled by their mean and variance over the whole step, which the loss is given."""
+        """The loss normalises `returns` by their mean and variance over the whole step, which it is given."""
         return False
 
     def soft_part(self) -> LossSettings | None:
-        """The same loss reduced to the terms that vanish for a student equal to its teacher; None where there is none."""
+        """Reduce the loss to the terms that vanish for a student equal to its teacher; None if there are none."""
         return self
 
 
@@ -94,16 +94,16 @@ class MiniLLMLoss(LossSettings):
     length_norm: bool = True
     """Divide the return by the number of tokens it sums (eq. 6); without it long responses dominate."""
     gamma: Fraction = 1.0
-    """Discount of the return per token; 1 is the paper's."""
+    """Discount factor of the return per token; the paper uses 1."""
     single_step: bool = True
-    """Whether a token's own reward enters as the exact per-position reverse KL (eq. 3), or read at the one draw as part of
-    the return (eq. 2), with a higher variance."""
+    """Compute a token's own reward as the exact per-position reverse KL (eq. 3); otherwise estimate it from the sampled token
+    as part of the return (eq. 2), with higher variance."""
     whitening: bool = False
-    """Shift and scale the returns to mean 0 and variance 1 over the response tokens of the whole step; their q is then the
-    sampler's. Steadies the size of the long term against the single-step term, and changes the objective by that."""
+    """Normalise the returns to mean 0 and variance 1 over the response tokens of the whole step, with q taken from the sampler.
+    Stabilises the size of the long term relative to the single-step term, and thereby changes the objective."""
     staleness: StalenessHandling = "truncate"
-    """What happens to a token whose staleness ratio q_theta / q_sampled is above the cap: its ratio becomes the cap
-    (`truncate`), or the long term leaves the token out (`mask`)."""
+    """Handling of a token whose staleness ratio q_theta / q_sampled exceeds the cap: clip the ratio to the cap (`truncate`), or
+    leave the token out of the long term (`mask`)."""
     staleness_cap: PositiveFloat = 2.0
     """Upper bound of the staleness ratio q_theta / q_sampled. The mixing weight q / m is bounded by 1 / (1 - alpha) and is
     never clipped."""
@@ -121,13 +121,13 @@ class MiniLLMLoss(LossSettings):
         return self.whitening
 
     def soft_part(self) -> LossSettings:
-        # Returns that are all zero would be divided by their own rounding.
+        # Returns that are all zero would be divided by their own rounding error.
         return self.model_copy(update={"whitening": False})
 
 
 @LOSSES.add("lmops")
 class LMOpsLoss(LossSettings):
-    """MiniLLM as its reference code computes it (microsoft/LMOps), with the defaults of that code; for comparison."""
+    """MiniLLM as its reference code computes it (microsoft/LMOps), with that code's defaults; for comparison."""
 
     implementation = "kdray.losses.lmops:lmops"
     importance_weight = "q/m"
@@ -135,20 +135,20 @@ class LMOpsLoss(LossSettings):
 
     type: Literal["lmops"]
     gamma: Fraction = 0.95
-    """Discount of the return per token; the return starts at the token itself."""
+    """Discount factor of the return per token; the return starts at the token itself."""
     length_norm: bool = True
-    """Divide the return by the number of tokens left, the token itself included."""
+    """Divide the return by the number of remaining tokens, including the token itself."""
     single_step: bool = True
-    """Whether the exact per-position reverse KL term is added."""
+    """Add the exact per-position reverse KL term."""
     whitening: bool = True
-    """Shift and scale the returns to mean 0 and variance 1 over the response tokens of the whole step."""
+    """Normalise the returns to mean 0 and variance 1 over the response tokens of the whole step."""
     reward_scaling: PositiveFloat = 0.5
-    """The log-ratio of a token is divided by this; whitening takes most of it back."""
+    """Divisor of a token's log-ratio; whitening undoes most of its effect."""
     reward_clip: PositiveFloat = 100.0
     """Largest absolute reward of a token, after scaling."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.2
-    """PPO clip of q_theta / m: no gradient above 1 + clip at a positive advantage, nor below 1 - clip at a negative one. Mixing
-    alone reaches it, before any staleness. None turns it off."""
+    """PPO clip range of q_theta / m: no gradient above 1 + clip at a positive advantage, or below 1 - clip at a negative one.
+    Mixing alone reaches it, before any staleness. None turns it off."""
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -169,7 +169,7 @@ class LMOpsLoss(LossSettings):
 
 @LOSSES.add("per_decision")
 class PerDecisionLoss(LossSettings):
-    """Reverse KL over whole responses with per-decision importance weights: no bias from mixing or staleness."""
+    """Reverse KL over whole responses with per-decision importance weights: unbiased under mixing and staleness."""
 
     implementation = "kdray.losses.per_decision:per_decision"
     importance_weight = "q/m"
@@ -177,8 +177,8 @@ class PerDecisionLoss(LossSettings):
 
     type: Literal["per_decision"]
     horizon: NonNegative | None = None
-    """Tokens that weights reach back and returns look ahead. None is exact, with a variance that grows exponentially in the
-    response length; 0 is the per-position reverse KL; a few tokens trade one for the other."""
+    """Number of tokens that weights look back and returns look ahead. None is exact, with variance that grows exponentially
+    with response length; 0 is the per-position reverse KL; a few tokens trade bias for variance."""
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -195,9 +195,9 @@ class VOPDLoss(LossSettings):
 
     type: Literal["vopd"]
     gamma: Fraction = 0.0
-    """Discount of later rewards: 0 is on-policy distillation's immediate reward, 1 the return of the whole response."""
+    """Discount factor of later rewards: 0 is on-policy distillation's immediate reward, 1 the return of the whole response."""
     staleness: StalenessHandling = "truncate"
-    """As for minillm: above the cap the ratio becomes the cap (`truncate`), or the token is left out (`mask`)."""
+    """As for minillm: clip the ratio to the cap (`truncate`), or leave the token out (`mask`)."""
     staleness_cap: PositiveFloat = 2.0
     """Upper bound of the staleness ratio q_theta / q_sampled."""
 
@@ -232,7 +232,7 @@ class JSDLoss(LossSettings):
 
     type: Literal["jsd"]
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Teacher's share of the mixture inside: towards 0 it behaves like forward KL, towards 1 like reverse KL."""
+    """Teacher's share of the inner mixture: towards 0 it behaves like forward KL, towards 1 like reverse KL."""
 
 
 @LOSSES.add("skew_forward_kl")
@@ -244,7 +244,7 @@ class SkewForwardKLLoss(LossSettings):
 
     type: Literal["skew_forward_kl"]
     skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Teacher's share of the mixture inside: bounds the loss by -log(skew); towards 0 it is forward KL."""
+    """Teacher's share of the inner mixture: bounds the loss by -log(skew); towards 0 it is forward KL."""
 
 
 @LOSSES.add("skew_reverse_kl")
@@ -257,7 +257,7 @@ class SkewReverseKLLoss(LossSettings):
 
     type: Literal["skew_reverse_kl"]
     skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Student's share of the mixture inside: bounds the loss by -log(skew); towards 0 it is reverse KL."""
+    """Student's share of the inner mixture: bounds the loss by -log(skew); towards 0 it is reverse KL."""
 
 
 @LOSSES.add("tvd")
@@ -280,12 +280,12 @@ class AdaptiveKLLoss(LossSettings):
 
     type: Literal["adaptive_kl"]
     head_mass: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Teacher's mass that its most likely ids, the head, may sum to; the paper's mu."""
+    """Probability mass that the teacher's most likely ids, the head, may sum to; the paper's mu."""
 
 
 @LOSSES.add("mse_logit")
 class MSELogitLoss(LossSettings):
-    """Half the mean square difference of centred logits at every position of the samples (Ba & Caruana 2014)."""
+    """Half the mean squared difference of centred logits at every position of the samples (Ba & Caruana 2014)."""
 
     implementation = "kdray.losses.mse_logit:mse_logit"
     divergence = True
@@ -296,31 +296,31 @@ class MSELogitLoss(LossSettings):
 
 @LOSSES.add("hinton")
 class HintonLoss(LossSettings):
-    """Softened forward KL and cross entropy of the recorded tokens (Hinton et al. 2015). For samples that the teacher wrote:
-    the student's own tokens are no labels."""
+    """Softened forward KL plus cross entropy of the recorded tokens (Hinton et al. 2015). For responses written by the teacher:
+    the student's own tokens are not labels."""
 
     implementation = "kdray.losses.hinton:hinton"
     divergence = True
 
     type: Literal["hinton"]
     temperature: PositiveFloat = 2.0
-    """Divides both models' logits in the soft term, whose gradient is multiplied back by its square."""
+    """Divisor of both models' logits in the soft term, whose gradient is rescaled by its square."""
     soft_share: Fraction = 0.5
-    """Weight of the soft term; the hard term has the rest."""
+    """Weight of the soft term; the hard term gets the rest."""
 
     @property
     def label_setting(self) -> str | None:
         return f"loss.soft_share={self.soft_share:g}" if self.soft_share < 1.0 else None
 
     def soft_part(self) -> LossSettings:
-        # The hard term is a cross entropy: no student makes it zero.
+        # The hard term is a cross entropy, which no student makes zero.
         return self.model_copy(update={"soft_share": 1.0})
 
 
 @LOSSES.add("forward_kl_sampled")
 class ForwardKLSampledLoss(LossSettings):
     """Forward KL at the sampled token, weighted by p / m: sequence-level distillation at `rollout.alpha: 1` (Kim & Rush 2016).
-    The weight is at most 1 / alpha; at alpha 0 it has no bound."""
+    The weight is at most 1 / alpha; at alpha 0 it is unbounded."""
 
     implementation = "kdray.losses.forward_kl_sampled:forward_kl_sampled"
     importance_weight = "p/m"
@@ -335,8 +335,8 @@ class ForwardKLSampledLoss(LossSettings):
 
 @LOSSES.add("sequence")
 class SequenceLoss(LossSettings):
-    """Cross entropy of the responses as they are: sequence-level distillation where a teacher wrote them (Kim & Rush 2016).
-    Needs their text alone, so a black-box teacher will do; on the student's own samples it teaches nothing."""
+    """Cross entropy of the responses: sequence-level distillation if a teacher wrote them (Kim & Rush 2016). Needs only their
+    text, so a black-box teacher suffices; on the student's own samples it teaches nothing."""
 
     implementation = "kdray.losses.sft:sft"
 
@@ -351,23 +351,23 @@ class SequenceLoss(LossSettings):
         return "loss.type=sequence"
 
     def soft_part(self) -> None:
-        # A cross entropy of the text alone.
+        # It is a cross entropy of the text, with no other term.
         return None
 
 
 @LOSSES.add("uld")
 class ULDLoss(LossSettings):
-    """Universal Logit Distillation over texts aligned as in GOLD, from a teacher with another tokenizer."""
+    """Universal Logit Distillation from a teacher with another tokenizer, over texts aligned as in GOLD."""
 
     implementation = "kdray.losses.uld:uld"
     shared_ids = False
 
     type: Literal["uld"]
     sorted_weight: NonNegativeFloat = 0.1
-    """Weight of the distance between both laws sorted by probability (Boizard et al. 2024). A large one has local minima, where
-    a matched id takes the rank of another."""
+    """Weight of the distance between both distributions sorted by probability (Boizard et al. 2024). A large one has local
+    minima, in which a matched id takes another's rank."""
     matched_weight: NonNegativeFloat = 1.0
-    """Weight of the forward KL over the student's ids that begin the teacher's tokens, everything else being one bucket."""
+    """Weight of the forward KL over the student's ids that begin the teacher's tokens; everything else forms one bucket."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> ULDLoss:
@@ -376,7 +376,7 @@ class ULDLoss(LossSettings):
         return self
 
     def soft_part(self) -> None:
-        # The teacher's rows are of another vocabulary.
+        # The teacher's rows are over another vocabulary.
         return None
 
 

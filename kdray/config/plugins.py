@@ -1,4 +1,4 @@
-"""Kinds of other distributions as a config uses them, and the objects that settings of any kind stand for."""
+"""Plugins used by a config, and the objects that implement settings of any kind."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kdray.errors import ConfigError
 
 
 def implemented(settings: Any) -> Any:
-    """The object that settings with an `implementation`, `module:name`, stand for: what it names, called with the settings.
+    """Build the object that implements the settings: their `implementation`, `module:name`, called with the settings.
 
-    Raises: ConfigError where it cannot be loaded, or refuses its settings.
+    Raises: ConfigError if it cannot be loaded, or rejects its settings.
     """
     try:
         return resolve_name(settings.implementation)(settings)
-    # Whatever a module of others raises while it is imported, or its object while it is made.
+    # Third-party code may raise anything while it is imported or constructed.
     except Exception as error:
         (noun,) = (registry.noun for registry in _registries_of(settings))
         reason = f"{type(error).__name__}: {error}"
@@ -28,7 +28,7 @@ def implemented(settings: Any) -> Any:
 
 
 def plugins_of(settings: Settings) -> list[Plugin]:
-    """The plugins that a config, or a part of one, uses, each once."""
+    """The plugins that a config, or a part of one, uses, without duplicates."""
     installed = {(plugin.group, plugin.name): plugin for registry in REGISTRIES.values() for plugin in registry.plugins()}
     used = dict.fromkeys(kind for kind in _kinds(settings) if kind in installed)
     return [installed[kind] for kind in sorted(used)]
@@ -40,7 +40,7 @@ def versions_of(settings: Settings) -> dict[str, str]:
 
 
 def _kinds(value: Any) -> Iterator[tuple[str, str]]:
-    """(group, name) of every kind below a value of a config."""
+    """Yield (group, name) of every kind in a value of a config."""
     yield from ((registry.group, value.type) for registry in _registries_of(value))
     if isinstance(value, Settings):
         for name, field in type(value).model_fields.items():
@@ -57,14 +57,14 @@ def _kinds(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _registries_of(value: Any) -> Iterator[SettingsRegistry]:
-    """The registry whose kind a value is; none for one that is no kind."""
+    """Yield the registry of a value's kind, if it is a kind."""
     for registry in REGISTRIES.values():
         if isinstance(registry, SettingsRegistry) and registry.base is not Settings and isinstance(value, registry.base):
             yield registry
 
 
 def _markers(annotation: Any) -> list[NameOf]:
-    """What says that texts inside a field are names of kinds."""
+    """Markers by which texts inside a field are names of kinds."""
     found = [each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, NameOf)]
     return found + [marker for part in get_args(annotation) for marker in _markers(part)]
 

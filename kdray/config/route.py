@@ -1,4 +1,4 @@
-"""Route of a run's rollouts: who samples them and who scores them, decided once, from the config alone."""
+"""Route of a run's rollouts: the sampler and the scorer, decided once, from the config alone."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Route:
-    """The sampler and the scorer of a run, and what the replicas hold for them."""
+    """Sampler and scorer of a run, and the models that the replicas hold for them."""
 
     sampler: Literal["teachers", "students", "program"]
-    """`teachers`: their replicas, beside the student or alone. `students`: student-only replicas. `program`: a System-2 program
-    around the teachers."""
+    """`teachers`: teacher replicas, with the student or alone. `students`: student-only replicas. `program`: a System-2 program
+    that calls the teachers."""
     scored_later: bool
-    """The teachers score by prefill what was sampled; rollouts come back scored, or need no scores, otherwise."""
+    """The teachers score by prefill what was sampled elsewhere; otherwise rollouts come back scored, or need no scores."""
     teacher_reads: Literal["student_ids", "own_prompts", "own_ids"]
-    """Input of a served teacher. `own_prompts`: it has a `prompt_template`. `own_ids`: it has another tokenizer."""
+    """Input of a served teacher. `own_prompts`: it has a `prompt_template`. `own_ids`: it has a different tokenizer."""
     student_in_replicas: bool
-    """The teachers' replicas hold the student, too: to sample with it, or for exact divergences."""
+    """The teachers' replicas also hold the student: to sample with it, or for exact divergences."""
     student_pool: bool
-    """Student-only replicas run: to sample, or to be measured where no teacher's replica holds the student."""
+    """Student-only replicas run: to sample, or to be evaluated if no teacher replica holds the student."""
     data_responds: bool
     """Some responses are the data's reference answers."""
     scores_references: bool
-    """The teachers score those answers at once; they are scored with the rest, or need no scores, otherwise."""
+    """The teachers score those answers at once; otherwise they are scored with the rest, or need no scores."""
     measures_on_students: bool
-    """Student-only replicas write what is measured."""
+    """Student-only replicas sample the evaluated responses."""
     measures_exact: bool
-    """The held-out KLs are exact, over full rows: that takes replicas with both models. What the student writes is only
-    graded otherwise, if the task can be."""
+    """The held-out KLs are exact, over the full vocabulary: this needs replicas with both models. Otherwise the student's
+    responses are only graded, if the task has a grader."""
 
     @classmethod
     def of(cls, config: Config) -> Route:
@@ -42,7 +42,7 @@ class Route:
         schedule = config.training.schedules.get("rollout.data_share")
         data_responds = max((config.rollout.data_share, *(() if schedule is None else schedule.extremes))) > 0.0
         holds_both = not config.other_teachers and not config.teacher_apart
-        # Where the teachers score by prefill alone, it must be by the recorder, which sees both rows.
+        # If the teachers only score by prefill, the recorder must do it, since it sees both rows.
         recorded = all(teacher.scoring == "recorder" for teacher in config.served_teachers.values())
         return cls(
             sampler="program" if config.rollout.program is not None else "students" if by_students else "teachers",
@@ -59,7 +59,7 @@ class Route:
         )
 
     def without_student(self) -> Route:
-        """The same with the teachers alone, as `kdray capture` asks them: they sample what the data does not answer."""
+        """The same route with the teachers alone, as in `kdray capture`: they sample every response that is not in the data."""
         return replace(
             self,
             sampler="teachers" if self.sampler == "students" else self.sampler,

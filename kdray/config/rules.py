@@ -1,4 +1,4 @@
-"""Rules that join the settings of a config: each asks facts of the kinds that the config names, and never which kind it is."""
+"""Rules across sections of a config, expressed in facts about the kinds that it names, never in their types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEDULED_SHARES = ("alpha", "teacher_share", "data_share")
 
 
 def first_broken(config: Config) -> str | None:
-    """The message of the first rule that the config breaks; None where it keeps all. Later rules rely on earlier ones."""
+    """Message of the first rule that the config violates; None if it satisfies all. Later rules rely on earlier ones."""
     return next((message for rule in RULES for message in rule(config)), None)
 
 
@@ -64,7 +64,7 @@ def _text_share(config: Config) -> float:
     return 0.0 if text is None else text.teacher_share
 
 
-# ------------------------------------------------------------------------------------- who writes, and for which loss
+# ------------------------------------------------------------------------------------- sampling, and the loss that it needs
 
 
 def _loss_learns_from_its_writers(config: Config) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _other_tokenizer_scores_alone(config: Config) -> Iterator[str]:
         yield f"training.pretraining.teacher_share with {loss}: the text is in other ids; set it to 0"
 
 
-# -------------------------------------------------------------------------------- teachers that read, or are, something else
+# ------------------------------------------------------------------------------------- teachers with other inputs
 
 
 def _other_prompts_are_read_alone(config: Config) -> Iterator[str]:
@@ -182,7 +182,7 @@ def _changing_teachers_have_something_to_teach(config: Config) -> Iterator[str]:
         )
 
 
-# ------------------------------------------------------------------------------------------------ weights on their way
+# --------------------------------------------------------------------------------------------------- weight transfer
 
 
 def _both_ends_of_nccl_have_gpus(config: Config) -> Iterator[str]:

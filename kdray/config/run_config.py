@@ -1,6 +1,6 @@
-"""The config of a run as a whole: its sections, what follows from them, and the rules that join them.
+"""The complete config of a run: its sections, derived values, and the rules that join them.
 
-Rules here need nothing but the config itself; what needs files or a cluster is checked by `kdray.checks.preflight` and
+Rules here need only the config itself; rules that need files or a cluster are checked by `kdray.checks.preflight` and
 `cluster.planning.placement`, before anything starts.
 """
 
@@ -30,26 +30,26 @@ from kdray.config.training import TrainingSettings
 
 
 class Config(Settings):
-    """A whole run."""
+    """Config of a run."""
 
     run: RunSettings
-    """Name, seed, output."""
+    """Name, seed, output folder."""
     data: DataSettings = DataSettings()
-    """Prompts and what is held out."""
+    """Prompts and held-out data."""
     student: StudentSettings
-    """The model that learns."""
+    """The model to train."""
     teachers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], TeacherSource] = Field(min_length=1)
     """Teachers by name; the keys depend on `type`: vllm (the default), self, peer, openai, hf or capture."""
     rollout: RolloutSettings = RolloutSettings()
-    """How sequences are drawn."""
+    """Sampling of sequences."""
     loss: LossSource = MiniLLMLoss()
-    """What is minimised; the keys depend on `type`, and docs/losses.md says which when."""
+    """Objective; the keys depend on `type`, and docs/losses.md says when to use which."""
     training: TrainingSettings = TrainingSettings()
     """Optimizer, ranks, precision, checkpoints."""
     evaluation: EvaluationSettings = EvaluationSettings()
-    """What is measured on held-out prompts."""
+    """Measurements on held-out prompts."""
     cluster: ClusterSettings = ClusterSettings()
-    """Where it runs."""
+    """Cluster and placement."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,7 +64,7 @@ class Config(Settings):
         return self
 
     def extremes(self) -> Iterator[tuple[dict[str, float], dict[str, Any]]]:
-        """Every combination of the ends of scheduled settings: their values, and the config as a tree with these."""
+        """Yield each combination of the end points of scheduled settings: the values, and the config tree that has them."""
         courses = {
             name: (self.scheduled(name) or 0.0, *schedule.extremes) for name, schedule in self.training.schedules.items()
         }
@@ -79,7 +79,7 @@ class Config(Settings):
                 yield values, tree
 
     def scheduled(self, name: str) -> float | None:
-        """The own value of a setting that a schedule may change; None where there is no such number."""
+        """Unscheduled value of a setting that a schedule may change; None if there is no such number."""
         section, _, leaf = name.partition(".")
         if section == "rollout" and leaf in SCHEDULED_SHARES:
             return float(getattr(self.rollout, leaf))
@@ -94,40 +94,40 @@ class Config(Settings):
 
     @property
     def white_box_teacher(self) -> tuple[str, TeacherSettings] | None:
-        """Name and settings of the first teacher whose weights are at hand."""
+        """Name and settings of the first teacher whose weights can be loaded."""
         return next(((name, teacher) for name, teacher in self.teachers.items() if teacher.white_box), None)
 
     @property
     def served_teachers(self) -> dict[str, ServedTeacherSettings]:
-        """Teachers that replicas on the cluster serve."""
+        """Teachers served by replicas on the cluster."""
         served = {name: teacher for name, teacher in self.teachers.items() if teacher.served}
         return cast(dict[str, ServedTeacherSettings], served)
 
     @property
     def other_teachers(self) -> dict[str, TeacherSettings]:
-        """Teachers that are no pool of replicas."""
+        """Teachers not served by replicas."""
         return {name: teacher for name, teacher in self.teachers.items() if not teacher.served}
 
     @property
     def peers(self) -> dict[str, PeerTeacherSettings]:
-        """Teachers that learn too."""
+        """Teachers that are trained in the same run."""
         learning = {name: teacher for name, teacher in self.teachers.items() if teacher.learns}
         return cast(dict[str, PeerTeacherSettings], learning)
 
     @property
     def teacher_apart(self) -> bool:
-        """The teacher reads something else than the student, so that no replica can hold both."""
+        """True if the teacher's input differs from the student's, so that no replica can hold both."""
         templates = any(teacher.prompt_template is not None for teacher in self.served_teachers.values())
         return templates or not self.loss.shared_ids
 
     def source(self, name: str) -> tuple[ModelSource, str | None]:
-        """Model and revision of a teacher whose weights the run loads; those of the student for one that follows it."""
+        """Model and revision of a teacher whose weights the run loads; those of the student if the teacher follows it."""
         owner: Any = self.student if self.teachers[name].follows_student else self.teachers[name]
         return owner.model, owner.revision
 
     @property
     def has_rollout_pool(self) -> bool:
-        """Whether student-only replicas run: they sample, or measure a student whose teacher cannot hold it."""
+        """True if student-only replicas run: to sample, or to evaluate a student that no teacher replica can hold."""
         return self.rollout.sampler == "student" or bool(self.other_teachers)
 
     @property
@@ -136,7 +136,7 @@ class Config(Settings):
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence that an engine must hold, in tokens."""
+        """Maximum sequence length of the engines, tokens."""
         text = self.training.pretraining
         window = text.window_tokens if text is not None and text.teacher_share else 0
         program = self.rollout.program
@@ -144,5 +144,5 @@ class Config(Settings):
         return max(self.data.max_prompt_tokens + self.rollout.max_new_tokens, window, stage)
 
     def dump(self) -> str:
-        """The resolved config as YAML: every setting, defaults included; `load_config` reads it back to an equal config."""
+        """The resolved config as YAML, including defaults; `load_config` reads it back to an equal config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 Signal = Literal["text", "references", "sampled", "top_k", "requested", "hidden", "beside"]
-"""`text`: responses that the teacher writes. `references`: the same scores of the data's reference answers as of any response.
-`sampled`: log p of the tokens of a given response. `top_k`: the teacher's top ids and the mass outside. `requested`: log p at
-ids that the caller names. `hidden`: last hidden states. `beside`: sampling together with the student, token by token, so that
-the density of every draw is known."""
+"""`text`: responses written by the teacher. `references`: the same scores for the data's reference answers as for any response.
+`sampled`: log p of the tokens of a given response. `top_k`: the teacher's top ids and the tail mass. `requested`: log p at ids
+given by the caller. `hidden`: last hidden states. `beside`: sampling jointly with the student, token by token, so that the
+density of every sampled token is known."""
 
 MEANING: dict[Signal, str] = {
     "text": "responses that it writes",
@@ -19,4 +19,4 @@ MEANING: dict[Signal, str] = {
     "hidden": "its hidden states",
     "beside": "sampling beside the student",
 }
-"""Signals in the words of messages."""
+"""Descriptions of the signals for messages."""

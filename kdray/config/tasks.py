@@ -1,7 +1,7 @@
-"""Names of generated tasks, and of lessons about them, wherever a setting holds one.
+"""Names of generated tasks, and of lessons about them, as settings hold them.
 
-A task of another distribution is a class of the shape of `kdray.data.tasks.Task`, registered under its name in the entry-point
-group `kdray.tasks`; see docs/extending.md.
+A task from another distribution is a class with the interface of `kdray.data.tasks.Task`, registered under its name in the
+entry-point group `kdray.tasks`; see docs/extending.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TASKS: Registry[Any] = Registry(
     },
     verbs=("generate", "num_prompts", "grade"),
 )
-"""Classes of tasks, by name; an instance is made without arguments."""
+"""Classes of tasks, by name; instances are created without arguments."""
 
 STAGES = (
     "letters_rephrase",
@@ -41,7 +41,7 @@ STAGES = (
     "judge_solve",
     "judge_merge",
 )
-"""Calls of System-2 programs, as lessons for tiny models: `kdray.data.tasks.stages`."""
+"""Calls of System-2 programs, as tasks for tiny models: `kdray.data.tasks.stages`."""
 
 TaskName = Annotated[str, NameOf(TASKS)]
 """Name of a generated task."""

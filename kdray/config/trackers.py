@@ -1,6 +1,6 @@
-"""Trackers: settings of where a run's numbers go beside its own files.
+"""Trackers: settings for destinations of a run's numbers besides its own files.
 
-A tracker of another distribution is a subclass of `TrackerSettings`, registered under its `type` in the entry-point group
+A tracker from another distribution is a subclass of `TrackerSettings`, registered under its `type` in the entry-point group
 `kdray.trackers`; see docs/extending.md.
 """
 
@@ -18,13 +18,13 @@ TRACKERS: SettingsRegistry = SettingsRegistry("kdray.trackers", "tracker")
 
 @TRACKERS.root
 class TrackerSettings(Settings):
-    """Somewhere that is told of a run's numbers and events."""
+    """A destination of a run's numbers and events."""
 
     implementation: ClassVar[str]
-    """The tracker as `module:name`: called with the settings, it gives a `kdray.runs.trackers.Tracker`."""
+    """Implementation as `module:name`: called with the settings, it returns a `kdray.runs.trackers.Tracker`."""
 
     type: str
-    """Name of the tracker; a subclass narrows it to `Literal` of its own."""
+    """Name of the tracker; a subclass narrows it to a `Literal` of its own."""
 
 
 @TRACKERS.add("tensorboard")
@@ -38,4 +38,4 @@ class TensorBoardTracker(TrackerSettings):
 
 
 TrackerSource = Annotated[SerializeAsAny[TrackerSettings], TRACKERS.member(short=True)]
-"""A tracker of any kind, or its name where it needs no other settings."""
+"""A tracker of any kind, or its name if it needs no other settings."""

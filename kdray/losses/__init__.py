@@ -1,7 +1,7 @@
-"""Losses: one objective a file, named by its settings class in `kdray.config.losses`.
+"""Losses: one objective per file, named by its settings class in `kdray.config.losses`.
 
-A loss is `name(student_logits, batch, settings) -> LossOutput`. A divergence compares both models' rows at every position and
-nothing else; it is `name(rows, settings) -> one value a row`, and the same function then serves a support with its tail, the
+A loss is `name(student_logits, batch, settings) -> LossOutput`. A divergence is a function of both models' rows at each
+position and nothing else, `name(rows, settings) -> one value per row`; the same function serves a support with its tail, the
 whole vocabulary and hidden states.
 """
 
@@ -25,9 +25,9 @@ LossFunction = Callable[..., LossOutput]
 
 
 def loss_function(settings: LossSettings | None, whitening: Whitening | None = None) -> LossFunction:
-    """The loss that the settings name, to call as `loss(student_logits, batch, settings)`; None is supervised.
+    """Look up the loss of the settings, to be called as `loss(student_logits, batch, settings)`; None means supervised.
 
-    Args: whitening: statistics of the whole step, which losses that whiten need; see `return_sums`.
+    Args: whitening: statistics of the whole step, for losses that use whitening; see `return_sums`.
     """
     if settings is None:
         return sft
@@ -37,7 +37,7 @@ def loss_function(settings: LossSettings | None, whitening: Whitening | None = N
 
 
 def divergence_of(settings: LossSettings) -> Callable[[Buckets], torch.Tensor]:
-    """The divergence that the settings name, bound to them, for `chunked_divergence`. Raises: ValueError if it is none."""
+    """The divergence of the settings, bound to them, for `chunked_divergence`. Raises: ValueError if they name another loss."""
     if not settings.divergence:
         raise ValueError(f"loss.type={settings.type} is no divergence")
     divergence = resolve_name(settings.implementation)

@@ -1,4 +1,4 @@
-"""What every loss is given and gives back."""
+"""Input and output of a loss."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class LossBatch:
     tail_logprobs: torch.Tensor | None = None  # [B, S] log of the teacher's mass outside the support; -inf if it covers all
     group: torch.Tensor | None = None  # [B, S] int, index in `groups`
     groups: tuple[str, ...] = ()
-    """Names under which `by_group` adds up."""
+    """Names under which `by_group` aggregates."""
     weights: torch.Tensor | None = None  # [B, S] weight of a token in the loss; None where all count alike
     teacher_logits: torch.Tensor | None = None  # [B, S, vocab >= vocab_size]; where given, read instead of the support
 
     @classmethod
     def from_train_batch(cls, batch: TrainBatch, vocab_size: int, device: torch.device | str = "cpu") -> LossBatch:
-        """The same batch as tensors on `device`; columns that no loss reads are left behind."""
+        """Convert a batch to tensors on `device`, without columns that no loss reads."""
         names = (*FLOAT_COLUMNS, "support_ids", "support_logprobs")
         columns = {name: torch.from_numpy(batch.columns[name]).to(device) for name in names if name in batch.columns}
         if "support_ids" in columns:
@@ -62,10 +62,10 @@ class LossBatch:
         return column[self.mask]
 
     def shares(self, name: str, flags: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums of `flags` [N]: over all tokens, and over those of each group beside how many they are.
+        """Sums of `flags` [N] over all tokens, and over those of each group together with their number.
 
-        The names are `name`, `<group>/name` and `<group>/tokens`; every group of the step is there, the empty ones too, since
-        ranks add up by name.
+        The names are `name`, `<group>/name` and `<group>/tokens`; every group of the step is present, even if empty, since
+        ranks are summed by name.
         """
         sums = {name: flags.sum()}
         if self.group is not None:
@@ -102,14 +102,14 @@ def check_columns(what: str, columns: int, vocab_size: int) -> None:
 
 
 FLOAT_COLUMNS = ("mixture_logprobs", "student_logprobs", "teacher_logprobs", "tail_logprobs", "weights")
-"""Columns with one number a token, by Rollout field name."""
+"""Columns with one number per token, by Rollout field name."""
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Sums over the masked tokens, so that any split in micro-batches and ranks adds up to the same numbers."""
+    """Sums over the masked tokens, so that any split into micro-batches and ranks adds up to the same numbers."""
 
     total: torch.Tensor
-    """Scalar with gradient, nats; the caller divides it by the response tokens of the whole step."""
+    """Scalar with gradient, nats; the caller divides it by the number of response tokens of the whole step."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Detached scalars for `kdray.runs.metrics.reduce_sums`, by name."""

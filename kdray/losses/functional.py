@@ -1,4 +1,4 @@
-"""Losses on the logits of two models, for training loops of one's own."""
+"""Losses on the logits of two models, for custom training loops."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def distillation_loss(
     """Mean over the target tokens of a divergence between two models' next-token distributions, in nats.
 
     Args: student_logits, teacher_logits: [B, S, vocab] as a causal model returns them: [b, s] predicts input_ids[b, s + 1];
-          any float dtype, reduced in at least float32; columns beyond the narrower vocabulary are cut. The teacher gets no
+          any float dtype, reduced in at least float32; columns beyond the smaller vocabulary are cut. The teacher gets no
           gradient.
           input_ids: [B, S] token ids.
           mask: [B, S] bool, True at the tokens that are targets, such as `labels != -100`; position 0 is never one.
           loss: a divergence: its settings, a mapping such as {"type": "jsd", "beta": 0.9}, or its name.
-    Raises: ConfigError for an unknown loss, or one that is no divergence; TrainingError where no token is a target.
+    Raises: ConfigError for an unknown loss, or one that is not a divergence; TrainingError if no token is a target.
     """
     settings = _settings(loss)
     if not settings.divergence:

@@ -1,7 +1,6 @@
-"""What the policy-gradient losses share: sampled tokens under every model, returns, whitening over a whole step.
+"""Shared parts of the policy-gradient losses: sampled tokens under every model, returns, whitening over a whole step.
 
-The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is a number to the gradient except
-`SampledTokens.rows` and `.logprobs`.
+The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is detached except `SampledTokens.rows` and `.logprobs`.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class SampledTokens:
         return self.teacher - self.current
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [N] where their tokens stand, 0 elsewhere: [B, S]."""
+        """Scatter `values` [N] to the positions of their tokens, 0 elsewhere: [B, S]."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
     def metric_sums(self) -> dict[str, torch.Tensor]:
@@ -85,7 +84,7 @@ def later_sums(values: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def returns_after(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length_norm: bool) -> torch.Tensor:
-    """R_{t+1}: the discounted rewards after each token; under length_norm divided by how many they are.
+    """R_{t+1}: the discounted rewards after each token; divided by their number under length_norm.
 
     Args: rewards: [B, S], 0 outside `mask`; mask: [B, S] bool. Returns: [B, S]; 0 at the last token of a row.
     """
@@ -100,7 +99,7 @@ def returns_from(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length
 
 
 def tokens_after(mask: torch.Tensor) -> torch.Tensor:
-    """Response tokens after each response token, [B, S]."""
+    """Number of response tokens after each response token, [B, S]."""
     return mask.sum(-1, keepdim=True) - mask.cumsum(-1)
 
 
@@ -116,19 +115,19 @@ class Whitening:
 
     @classmethod
     def from_sums(cls, sums: Sequence[float]) -> Whitening:
-        """From what `return_sums` gives, added up over all ranks."""
+        """Compute the statistics from the output of `return_sums`, summed over all ranks."""
         count, total, squares = (float(value) for value in sums)
         mean = total / max(count, 1.0)
         variance = max(squares / max(count, 1.0) - mean**2, 0.0)
-        # The floor of the reference code: a step whose returns are all equal ends at 0, not at 0 / 0.
+        # The floor is the reference code's: returns that are all equal become 0, not 0 / 0.
         return cls(mean=mean, std=math.sqrt(variance + 1e-8))
 
 
 def return_sums(batch: TrainBatch, settings: LossSettings | None) -> np.ndarray | None:
     """Number, sum and sum of squares of the returns at the real tokens of `batch`: float64 [3].
 
-    None if the settings whiten nothing. Known before any forward pass, since these returns are those of the sampler's
-    log q. The three numbers of shards add up to the whole batch's; padding rows add nothing.
+    None if the settings use no whitening. Known before any forward pass, since these returns use the sampler's log q. The three
+    numbers are additive over shards; padding rows contribute nothing.
     """
     if settings is None or not settings.whitens:
         return None
@@ -138,7 +137,7 @@ def return_sums(batch: TrainBatch, settings: LossSettings | None) -> np.ndarray 
 
 
 def recorded_returns(batch: LossBatch, settings: LossSettings, dtype: torch.dtype) -> torch.Tensor:
-    """Returns [N] from the recorded log p and log q, before whitening: they stay the same while theta moves."""
+    """Returns [N] from the recorded log p and log q, before whitening: they do not change with theta."""
     form = settings.returns
     assert form is not None, f"loss.type={settings.type} forms no returns"
     recorded = batch.masked("teacher_logprobs").to(dtype) - batch.masked("student_logprobs").to(dtype)
@@ -152,9 +151,9 @@ def recorded_returns(batch: LossBatch, settings: LossSettings, dtype: torch.dtyp
 
 
 def whitened_returns(batch: LossBatch, settings: LossSettings, whitening: Whitening | None, dtype: torch.dtype) -> torch.Tensor:
-    """`recorded_returns`, shifted and scaled by the step's statistics where the settings ask for it; [N].
+    """`recorded_returns`, normalised by the step's statistics if the settings use whitening; [N].
 
-    Raises: TrainingError if they ask for it and no statistics are given: one micro-batch does not know them.
+    Raises: TrainingError if they do and no statistics are given: a micro-batch alone cannot compute them.
     """
     returns = recorded_returns(batch, settings, dtype)
     if not settings.whitens:

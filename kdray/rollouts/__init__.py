@@ -1,1 +1,1 @@
-"""Rollouts on their way from a request to a training batch."""
+"""Path of rollouts from a request to a training batch."""

@@ -1,4 +1,4 @@
-"""Teachers in vLLM replicas: with weights of their own, the student's earlier ones, or another student's."""
+"""Teachers in vLLM replicas: with their own weights, the student's earlier ones, or another student's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Served = TypeVar("Served", bound=ServedTeacherSettings)
 
 
 class ServedKind(ModelKind[Served]):
-    """A teacher in replicas."""
+    """A teacher served by replicas."""
 
     def offers(self) -> frozenset[Signal]:
         every: frozenset[Signal] = frozenset(MEANING)
-        # vLLM's own prompt logprobs are the teacher's top ids alone.
+        # vLLM's own prompt logprobs cover only the teacher's top ids.
         return every - {"requested", "hidden"} if self.settings.scoring == "prompt_logprobs" else every
 
     @property
@@ -27,7 +27,7 @@ class ServedKind(ModelKind[Served]):
 
 
 class SelfKind(ServedKind[SelfTeacherSettings]):
-    """The student as it was earlier."""
+    """An earlier version of the student."""
 
     capturable = False
 

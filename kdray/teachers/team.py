@@ -1,12 +1,12 @@
-"""Several teachers as the loop sees one: prompts are routed, and an ensemble's answers become one target.
+"""Several teachers behind one interface for the loop: prompts are routed, and an ensemble's answers are combined.
 
     route      every request goes to its teacher, which samples and scores in one pass.
-    ensemble   one teacher samples and scores in its pass; as soon as rollouts end, the others score them by prefill, all are
-               asked for the ids that only some had recorded, and `kdray.teachers.ensemble` combines what they say.
+    ensemble   one teacher samples and scores in its pass; as rollouts end, the others score them by prefill, all are
+               queried for the ids that only some had recorded, and `kdray.teachers.ensemble` combines the answers.
 
-With a student-only sampler the teachers only score. A teacher whose outage has begun is waited for, left out, or ends the run,
-as the settings say. Exact KLs of an ensemble are the weighted means of its teachers': they differ from the KL to the combined
-law by what the teachers disagree among themselves, which does not depend on the student.
+With a student-only sampler the teachers only score. A teacher that is lost is waited for, left out, or ends the run, depending
+on the settings. Exact KLs of an ensemble are the weighted means of its teachers' KLs: they differ from the KL to the combined
+distribution by the teachers' disagreement, which does not depend on the student.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Answers = dict[int, dict[str, Rollout]]
 
 
 def router(settings: TeachersSettings, teachers: Sequence[str], seed: int) -> Router:
-    """Which teachers a prompt goes to. Args: teachers: all of them, in the order of the config. Raises: ConfigError."""
+    """Build the router of the settings. Args: teachers: all of them, in the order of the config. Raises: ConfigError."""
     if settings.one_target:
         shared = cast(EnsembleSettings, settings)
         chosen = shared.teachers or list(teachers)
@@ -59,7 +59,7 @@ def router(settings: TeachersSettings, teachers: Sequence[str], seed: int) -> Ro
 
 
 def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Those of the prompts that a teacher may be asked about. Raises: ConfigError or DataError, as the router does."""
+    """The prompts that a teacher may receive. Raises: ConfigError or DataError, as the router does."""
     settings = config.rollout.teachers
     if settings is None:
         return list(prompts)
@@ -70,17 +70,17 @@ def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[
 
 
 def ensemble_mean(settings: EnsembleSettings, loss: LossSettings) -> Kind:
-    """The mean that makes one target out of several teachers: the one set, or the one that the loss asks for."""
+    """The mean that combines several teachers into one target: the one set, or the one that suits the loss."""
     return settings.mean or loss.ensemble_mean
 
 
 class TeacherTeam:
-    """All teachers of a run: a Sampler, and a Scorer for what one of them or a student-only pool sampled."""
+    """All teachers of a run: a Sampler, and a Scorer for rollouts that one of them or a student-only pool sampled."""
 
     name = "teachers"
 
     def __init__(self, config: Config, teachers: Sequence[Teacher], prompts: Sequence[Prompt], vocab_size: int) -> None:
-        """Args: prompts: every prompt that may be asked for; vocab_size: ids that teachers and student share."""
+        """Args: prompts: every prompt that may be requested; vocab_size: ids that teachers and student share."""
         settings = config.rollout.teachers
         assert settings is not None
         self._settings: RouteSettings | EnsembleSettings = settings
@@ -94,17 +94,17 @@ class TeacherTeam:
 
     @property
     def scores(self) -> bool:
-        """Whether what a teacher sampled has to be scored by others."""
+        """True if rollouts sampled by a teacher must be scored by others."""
         return self._mean is not None
 
     def with_fresh_metrics(self) -> TeacherTeam:
-        """The same teachers, with metrics of its own."""
+        """Copy of the team with separate metrics."""
         other = copy(self)
         other._sums = defaultdict(lambda: [0.0, 0.0])
         return other
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`. A request that its teacher cannot serve any more goes to another one."""
+        """See `kdray.interfaces.Sampler`. A request that its teacher can no longer serve goes to another one."""
         parts: dict[str, list[SampleRequest]] = defaultdict(list)
         for request in requests:
             parts[self._sampler(request)].append(request)
@@ -130,7 +130,7 @@ class TeacherTeam:
                     yield rollouts
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`: the columns of the one teacher, or of the ensemble's target, as one item."""
+        """See `kdray.interfaces.Scorer`: the columns of the single teacher, or of the ensemble's target, as one item."""
         choices = {rollout.sample_id: self._choice(rollout.prompt_id, rollout.sample_id) for rollout in rollouts}
         answers: Answers = {rollout.sample_id: {rollout.teacher: rollout} if rollout.teacher else {} for rollout in rollouts}
         of_sampler = self._settings.support_of_sampler
@@ -147,7 +147,7 @@ class TeacherTeam:
                 continue
             given = answers[rollout.sample_id]
             supports = [_columns(answer).support_ids for answer in given.values()]
-            # The drawn token too: its mean over teachers is then a bucket, exact in the geometric mean as well.
+            # Including the sampled token: its mean over teachers is then a bucket, exact for the geometric mean as well.
             unions[rollout.sample_id] = union_ids(supports if of_sampler else [*supports, rollout.token_ids[:, None]])
             for name, answer in given.items():
                 if not knows(_columns(answer), unions[rollout.sample_id]):
@@ -159,7 +159,7 @@ class TeacherTeam:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call: each teacher's exact KLs, and what the teachers of an ensemble disagree by."""
+        """Means since the last call: each teacher's exact KLs, and the disagreement among the teachers of an ensemble."""
         means = {name: total / tokens for name, (total, tokens) in self._sums.items() if tokens}
         self._sums.clear()
         return means
@@ -170,7 +170,7 @@ class TeacherTeam:
         return self._router(self._prompts[prompt_id], sample_id)
 
     def _sampler(self, request: SampleRequest) -> str:
-        """The teacher that samples: the chosen one, or the next of its ensemble that is not away."""
+        """The teacher that samples: the chosen one, or the next available one of its ensemble."""
         choice = self._choice(request.prompt_id, request.sample_id)
         if self._settings.missing == "wait":
             return choice.sampler
@@ -184,7 +184,7 @@ class TeacherTeam:
         raise EngineError(f"no teacher is left for prompt {request.prompt_id}: {'; '.join(reasons)}")
 
     def _unless_gone(self, name: str, stream: AsyncGenerator[list[Rollout]]) -> Merged[str, list[Rollout]]:
-        """The stream, ended by TeacherGone when the teacher's outage begins, unless it is to be waited for."""
+        """The stream, ended by TeacherGone when the teacher is lost, unless the settings say to wait."""
         merged = Merged[str, list[Rollout]]()
         merged.add(name, stream)
         if self._settings.missing != "wait":
@@ -192,12 +192,12 @@ class TeacherTeam:
         return merged
 
     def _leave_out(self, name: str, error: TeacherGone) -> None:
-        """Raises: EngineError where the settings do not allow to go on without a teacher, or waiting cannot bring it back."""
+        """Raises: EngineError if the settings do not allow continuing without a teacher, or waiting cannot bring it back."""
         if self._settings.missing != "renormalise":
             raise EngineError(f"{error}; rollout.teachers.missing={self._settings.missing} ends the run") from error
 
     async def _ask(self, wanted: Mapping[str, Sequence[Rollout]], answers: Answers, top_k: bool) -> None:
-        """Let each teacher score its rollouts, side by side, into `answers`; a teacher that goes away leaves none there."""
+        """Let each teacher score its rollouts concurrently, into `answers`; a teacher that is lost leaves none there."""
 
         async def ask(name: str, rollouts: Sequence[Rollout]) -> None:
             try:
@@ -219,7 +219,7 @@ class TeacherTeam:
             raise first_reason(group) from group
 
     def _combined(self, rollout: Rollout, choice: Choice, given: Mapping[str, Rollout], union: np.ndarray | None) -> Rollout:
-        """The rollout with the target's columns; its teacher stays the one that sampled."""
+        """The rollout with the target's columns; its `teacher` remains the one that sampled."""
         teacher = rollout.teacher or choice.sampler
         present = np.array([name in given for name in choice.scorers])
         if not present.any():
@@ -276,7 +276,7 @@ def _columns(answer: Rollout) -> TeacherColumns:
 
 
 def _mean_kl(values: Sequence[np.ndarray | None], weights: np.ndarray) -> np.ndarray | None:
-    """Weighted mean over teachers of KLs [T]; None where a teacher gave none. Args: weights: [n] or [n, T]."""
+    """Weighted mean over teachers of KLs [T]; None if any teacher gave none. Args: weights: [n] or [n, T]."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None

@@ -37,8 +37,8 @@ def words_of(question: str) -> list[str]:
     return question.split(": ")[1].split(" = ")[0].split()
 
 
-def apart(question: str) -> str:
-    """`last letters of: rilo tamen = ` with each last letter set apart: `ril-o tame-n`."""
+def mark_last_letters(question: str) -> str:
+    """Hyphenate the last letter of each word: `last letters of: rilo tamen = ` gives `ril-o tame-n`."""
     return " ".join(f"{word[:-1]}-{word[-1]}" for word in words_of(question))
 
 
@@ -59,11 +59,11 @@ def carried(left: str, right: str) -> str:
 
 
 def _rephrase_letters(example: Example, rng: np.random.Generator) -> Example:
-    return Example(f"rephrase: {example.prompt}", apart(example.prompt))
+    return Example(f"rephrase: {example.prompt}", mark_last_letters(example.prompt))
 
 
 def _join_letters(example: Example, rng: np.random.Generator) -> Example:
-    return Example(f"join: {apart(example.prompt)} = ", example.answer)
+    return Example(f"join: {mark_last_letters(example.prompt)} = ", example.answer)
 
 
 def _rephrase_coin(example: Example, rng: np.random.Generator) -> Example:
@@ -80,7 +80,7 @@ def _steps_of_sum(example: Example, rng: np.random.Generator) -> Example:
 
 
 def _steps_of_letters(example: Example, rng: np.random.Generator) -> Example:
-    return Example(f"explain: {example.prompt}", f"{apart(example.prompt)}. final answer: {example.answer}")
+    return Example(f"explain: {example.prompt}", f"{mark_last_letters(example.prompt)}. final answer: {example.answer}")
 
 
 def _without_opinion(example: Example, rng: np.random.Generator) -> Example:

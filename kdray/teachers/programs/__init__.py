@@ -1,7 +1,7 @@
-"""System-2 programs: each a few lines over `ask`, one file each. Their settings are `kdray.config.programs`.
+"""System-2 programs: a few lines over `ask` each, in a file each. Their settings are in `kdray.config.programs`.
 
 To add one: a settings class there, a file here with a coroutine (settings, question, ask) -> answer, and a line in `PROGRAMS`.
-`kdray.teachers.programs.sampler` runs them for many rollouts at once.
+`kdray.teachers.programs.sampler` runs them for many rollouts concurrently.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ PROGRAMS: dict[str, Callable[[Any, Question, Ask], Awaitable[Answer]]] = {
     "chain_of_thought": chain_of_thought,
     "rationale": rationale,
 }
-"""By `rollout.program.type`: settings, question and calls -> the answer. Each raises Unparsable where there is none."""
+"""By `rollout.program.type`: settings, question and calls -> the answer. Each raises Unparsable if there is none."""
 
 
 async def run_program(settings: ProgramSettings, question: Question, ask: Ask) -> Answer:
-    """One rollout's answer, perturbed and chosen among several as the settings say. Raises: Unparsable."""
+    """Answer of one rollout, with perturbation and self-consistency as set. Raises: Unparsable."""
     program = PROGRAMS[settings.type]
     if settings.perturb:
         template = settings.perturb[question.sibling % len(settings.perturb)]
@@ -46,7 +46,7 @@ async def run_program(settings: ProgramSettings, question: Question, ask: Ask) -
 
 
 def check_prompts(settings: ProgramSettings, prompts: Sequence[Prompt]) -> None:
-    """Raises: DataError with the first prompt that the program cannot ask about."""
+    """Raises: DataError naming the first prompt that the program cannot ask about."""
     for prompt in prompts:
         if not isinstance(prompt.question, str):
             raise DataError(

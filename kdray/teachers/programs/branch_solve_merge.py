@@ -1,4 +1,4 @@
-"""Branch-Solve-Merge for a judge: criteria, scores by each of them side by side, one verdict; in both orders of the answers."""
+"""Branch-Solve-Merge for a judge: criteria, concurrent scores on each criterion, one verdict; in both orders of the answers."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_relative_paths_travel_and_absolute_ones_stay(here):
         "inputs/data.prompts.heldout_path/train.jsonl": Path("other/train.jsonl"),
     }
     assert {str(path) for path in (found.config.data.prompts.path, found.config.data.prompts.heldout_path)} == set(found.files)
-    assert found.elsewhere == {"training.pretraining.source.path": Path("/shared/text")}
+    assert found.remote_paths == {"training.pretraining.source.path": Path("/shared/text")}
     assert str(found.config.training.pretraining.source.path) == "/shared/text"
     assert found.config.cluster.address == "auto"
     assert found.size == 3 * 33 + 33
@@ -159,7 +159,7 @@ def test_a_large_file_is_refused_with_its_name_and_the_limit(here):
 def test_an_endpoints_model_is_no_folder(here):
     teacher = {"type": "openai", "base_url": "http://host/v1", "model": "other"}
     found = pack(config(teachers={"far": teacher}, loss={"type": "sequence"}, rollout={"alpha": 1}))
-    assert found.elsewhere == {}
+    assert found.remote_paths == {}
 
 
 def test_what_cannot_be_checked_here_is_said(here, monkeypatch):

@@ -23,7 +23,7 @@ from actors.background_call import in_daemon_thread
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
 from actors.student.engine import Phase
-from actors.student.group import StudentRanks
+from actors.student.group import StudentGroup
 from cluster.assembly import open_pools, training_route
 from cluster.evaluation import check_signals, measure_arguments, measure_program
 from cluster.parts import Models, Pools, resolve_models
@@ -115,7 +115,7 @@ class Job:
         self.reporter.event("start", resumed_step=self.checkpoint.step if self.checkpoint else None)
         models = await self._or_stop(in_daemon_thread(resolve_models, config))
         self.on_start()
-        student = StudentRanks(
+        student = StudentGroup(
             training=config.training,
             vocab_size=checked.vocab_size,
             seed=config.run.seed,
@@ -146,7 +146,7 @@ class Job:
             await student.close()
             self.ranks_started = False
 
-    def _unplaced_ranks(self, student: StudentRanks) -> list[Bundle]:
+    def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
         """Ranks that no node has taken yet, while none of the student's has come; blocks."""
         if not student.awaits_ranks():
             return []
@@ -157,7 +157,7 @@ class Job:
         lacking = ranks.count * (1 + sum(other.ranks_started for other in self.beside)) - placed
         return [replace(ranks, count=lacking)] if lacking > 0 else []
 
-    async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
+    async def _phases(self, models: Models, student: StudentGroup, pools: Pools) -> dict[str, Any]:
         config = self.config
         training = config.training
         steps = training.steps
@@ -214,7 +214,7 @@ class Job:
 
     async def _distill(
         self,
-        student: StudentRanks,
+        student: StudentGroup,
         pools: Pools,
         phase: Phase,
         recoverable: _WithProgress,
@@ -280,7 +280,7 @@ class Job:
         answers = {prompt.prompt_id: prompt.answer for prompt in dataset.train}
         return Filters(settings, decoder(self.checked.tokenizer), dataset.grade, answers)
 
-    async def _finetune(self, student: StudentRanks, pools: Pools, recoverable: _WithProgress) -> dict[str, float]:
+    async def _finetune(self, student: StudentGroup, pools: Pools, recoverable: _WithProgress) -> dict[str, float]:
         """The second stage, on the reference answers; a resume continues it where its last checkpoint stands."""
         training, distilled = self.config.training, self.folder.checkpoints / "distilled"
         # Its checkpoints count on from distillation's last one.
@@ -363,7 +363,7 @@ class Job:
         return PretrainingText(self.checked.windows, settings, self.config.run.seed, scorer).batch
 
     async def _supervised(
-        self, student: StudentRanks, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
+        self, student: StudentGroup, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
     ) -> int:
         """Supervised fine-tuning for `steps`; returns the target tokens trained. The control decays like distillation."""
         sft = self.config.training.sft
@@ -378,7 +378,7 @@ class Job:
             self.reporter.phase_step(report)
         return trained
 
-    async def _control(self, student: StudentRanks, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
+    async def _control(self, student: StudentGroup, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
         """The same student, trained further by SFT alone on at least as many student tokens as distillation trained."""
         sft = self.config.training.sft
         answered = [prompt for prompt in self.checked.dataset.train if prompt.answer]
@@ -459,7 +459,7 @@ class _WithProgress:
 
     def __init__(
         self,
-        student: StudentRanks,
+        student: StudentGroup,
         folder: RunFolder,
         stored: StoredRun | None,
         keep: int,

@@ -70,7 +70,7 @@ class Teacher(Sampler, Scorer, Protocol):
     """Whether the teacher can be asked now, and the reason where it cannot."""
 
 
-class StudentGroup(Protocol):
+class Student(Protocol):
     """All ranks of the student as one thing: a call reaches every rank, and one rank's failure fails the call."""
 
     async def train_step(

@@ -22,7 +22,7 @@ from typing import Any
 
 from kdray.data.dataset import PromptStream
 from kdray.errors import Interrupted, first_reason
-from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
+from kdray.interfaces import Reporter, Sampler, Scorer, Student
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
 from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
@@ -37,7 +37,7 @@ async def distill(
     prompts: PromptStream,
     sampler: Sampler,
     scorer: Scorer | None,
-    student: StudentGroup,
+    student: Student,
     reporter: Reporter,
     ledger: Ledger,
     totals: Totals,
@@ -133,7 +133,7 @@ async def _fill(
 async def _train(
     settings: LoopSettings,
     buffer: RolloutBuffer,
-    student: StudentGroup,
+    student: Student,
     reporter: Reporter,
     ledger: Ledger,
     totals: Totals,
@@ -197,7 +197,7 @@ async def _train(
         reporter.event("checkpoint", step=settings.steps)
 
 
-async def _interrupt(student: StudentGroup, reporter: Reporter, step: int, saved: int, producer: asyncio.Task[None]) -> None:
+async def _interrupt(student: Student, reporter: Reporter, step: int, saved: int, producer: asyncio.Task[None]) -> None:
     """Write a checkpoint, unless that of this step is there, and end; what was in flight is drawn again after a resume."""
     producer.cancel()
     if step > saved or step == 0:

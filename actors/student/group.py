@@ -13,9 +13,9 @@ import ray
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import beside_driver
 from actors.student.checkpoint_io import Saved
-from actors.student.engine import Phase
 from actors.student.mailbox import Command, Mailbox
 from actors.student.rank import RankConfig, run_rank
+from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
 from kdray.errors import KdrayError, TrainingError
 from kdray.rollouts.batching import shard

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import ray
 
-from actors.student.engine import Phase
+from actors.student.trainer import Phase
 
 
 @dataclass(frozen=True)

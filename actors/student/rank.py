@@ -1,4 +1,4 @@
-"""Ray Train worker loop around one rank's `StudentEngine`, which pulls commands from the group's mailbox.
+"""Ray Train worker loop around one rank's `StudentTrainer`, which pulls commands from the group's mailbox.
 
 Control is inverted: Ray Train owns the ranks and blocks until they end, so they fetch what to do. Commands form a log; each
 rank walks it by index and answers every command. After a rank is lost Ray Train restarts the whole group, and the ranks walk
@@ -17,8 +17,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.student.checkpoint_io import RankFiles
-from actors.student.engine import StudentEngine
 from actors.student.mailbox import Command
+from actors.student.trainer import StudentTrainer
 from actors.weights.sender import WeightServer
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
@@ -54,22 +54,22 @@ def run_rank(given: dict[str, RankConfig]) -> None:
     config = given["config"]
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
-    engine = StudentEngine(config.training, config.vocab_size, config.seed)
-    files = RankFiles(engine, config.run_folder, config.storage)
+    trainer = StudentTrainer(config.training, config.vocab_size, config.seed)
+    files = RankFiles(trainer, config.run_folder, config.storage)
     server = None
-    if config.training.weight_transfer != "object_store" and engine.rank == 0:
+    if config.training.weight_transfer != "object_store" and trainer.rank == 0:
         server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
     try:
-        run_log(config, engine, files, server)
+        run_log(config, trainer, files, server)
     finally:
         files.close()
         if server is not None:
             server.close()
 
 
-def run_log(config: RankConfig, engine: StudentEngine, files: RankFiles, server: WeightServer | None) -> None:
+def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, server: WeightServer | None) -> None:
     """Execute the log's commands one after the other, from the last committed checkpoint on, until it says stop."""
-    mailbox, rank = config.mailbox, engine.rank
+    mailbox, rank = config.mailbox, trainer.rank
     ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
@@ -77,7 +77,7 @@ def run_log(config: RankConfig, engine: StudentEngine, files: RankFiles, server:
         if config.training.weight_transfer != "object_store" and phase.loss is not None:
             # Replicas that start now ask for the version that was published before the checkpoint: distillation's versions are
             # its steps. No command of the log publishes it again.
-            announce(engine, engine.steps_done, config.weights, server)
+            announce(trainer, trainer.steps_done, config.weights, server)
     while True:
         try:
             command: Command = call_with_retry(lambda: mailbox.command.remote(index))  # noqa: B023 - asked within the turn
@@ -85,7 +85,7 @@ def run_log(config: RankConfig, engine: StudentEngine, files: RankFiles, server:
             # The driver took the mailbox away: the run is over, and a restart would find nobody either.
             return
         try:
-            result = execute(command, engine, files, config, server)
+            result = execute(command, trainer, files, config, server)
         except (TrainingError, StorageError) as error:
             # A restart would meet it again: it is an answer, not a lost rank.
             result = error
@@ -108,7 +108,7 @@ def call_with_retry(call: Callable[[], Any]) -> Any:
 
 
 def execute(
-    command: Command, engine: StudentEngine, files: RankFiles, config: RankConfig, server: WeightServer | None = None
+    command: Command, trainer: StudentTrainer, files: RankFiles, config: RankConfig, server: WeightServer | None = None
 ) -> Any:
     """Do one command, together with the other ranks. Returns: what rank 0 answers."""
     if command.kind == "phase":
@@ -116,18 +116,18 @@ def execute(
         files.start_phase(command.phase, None if command.checkpoint is None else Path(command.checkpoint))
     elif command.kind == "train":
         assert command.shards is not None
-        text = None if command.text_shards is None else ray.get(command.text_shards[engine.rank])
-        return engine.train_step(ray.get(command.shards[engine.rank]), text, command.scheduled)
+        text = None if command.text_shards is None else ray.get(command.text_shards[trainer.rank])
+        return trainer.train_step(ray.get(command.shards[trainer.rank]), text, command.scheduled)
     elif command.kind == "publish":
         assert command.version is not None
         if config.training.weight_transfer == "object_store":
-            _publish(engine.weight_buckets(), command.version, config.weights, engine.rank)
+            _publish(trainer.weight_buckets(), command.version, config.weights, trainer.rank)
         else:
-            announce(engine, command.version, config.weights, server)
+            announce(trainer, command.version, config.weights, server)
     elif command.kind == "renew":
         assert command.version is not None
         assert command.decay is not None
-        _publish(engine.averaged_buckets(command.decay), command.version, config.average, engine.rank)
+        _publish(trainer.averaged_buckets(command.decay), command.version, config.average, trainer.rank)
     elif command.kind == "save":
         assert command.checkpoint is not None
         return files.save(Path(command.checkpoint), command.progress or {})
@@ -153,12 +153,12 @@ def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: 
         ray.get(weights.commit.remote(version, count))
 
 
-def announce(engine: StudentEngine, version: int, weights: Any, server: WeightServer | None) -> None:
+def announce(trainer: StudentTrainer, version: int, weights: Any, server: WeightServer | None) -> None:
     """Let replicas know of a version that rank 0 sends to those who ask. Every rank takes part in the gathering."""
     if server is not None:
         server.withdraw()
     tensors: dict[str, torch.Tensor] = {}
-    for bucket in engine.weight_buckets(engine.device):
+    for bucket in trainer.weight_buckets(trainer.device):
         tensors |= bucket
     if server is not None:
         server.publish(version, tensors)

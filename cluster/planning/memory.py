@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kdray.config import TrainingSettings
+
 GIB = 2**30
 _FLOAT32 = 4
 # Rows that live at once where log-probabilities are made: of teacher, student, their mixture, and one working copy.
@@ -141,37 +143,25 @@ class RankMemory:
 
 
 def rank_memory(
-    model: ModelShape,
-    precision: str,
-    zero_stage: int,
-    ranks: int,
-    sequences: int,
-    sequence_tokens: int,
-    response_tokens: int,
-    gradient_checkpointing: bool,
-    teacher_bytes: float = 0.0,
-    device: str = "GPU",
-    copies: int = 0,
+    model: ModelShape, training: TrainingSettings, sequence_tokens: int, response_tokens: int, teacher_bytes: float = 0.0
 ) -> RankMemory:
-    """Of one rank with AdamW under DeepSpeed.
+    """Of one rank with AdamW; what it holds of a parameter is the backend's to say.
 
-    Weights, gradients and optimizer states a parameter are 2 + 2 + 12 bytes in bfloat16 (a float32 copy and two moments) and
-    4 + 4 + 8 in float32; ZeRO cuts the last by the ranks from stage 1 on, the second from 2, the first at 3 (Rajbhandari et
-    al., 2020, section 3).
-
-    Args: sequences: `micro_batch_size`; sequence_tokens: prompt and response; teacher_bytes: of what it holds of a teacher;
-          copies: of the whole weights, to send.
+    Args: sequence_tokens: of prompt and response; teacher_bytes: of what it holds of a teacher.
     """
-    element = 2 if precision == "bf16" else 4
-    optimizer = 12 if precision == "bf16" else 8
+    element = 2 if training.precision == "bf16" else 4
+    each = training.backend.parameter_bytes(training.precision, training.ranks)
+    sequences = training.micro_batch_size
+    # Weights that rank 0 sends are there twice more: the version that is sent, and the next.
+    copies = 0 if training.weight_transfer == "object_store" else 2
     return RankMemory(
-        weights=model.parameters * element / (ranks if zero_stage >= 3 else 1),
-        gradients=model.parameters * element / (ranks if zero_stage >= 2 else 1),
-        optimizer=model.parameters * optimizer / (ranks if zero_stage >= 1 else 1),
-        activations=activation_bytes(model, sequences * sequence_tokens, element, gradient_checkpointing),
+        weights=model.parameters * each.weights,
+        gradients=model.parameters * each.gradients,
+        optimizer=model.parameters * each.optimizer,
+        activations=activation_bytes(model, sequences * sequence_tokens, element, training.gradient_checkpointing),
         logprobs=_TRAINING_ROWS * sequences * response_tokens * model.vocab * _FLOAT32,
         teacher=teacher_bytes,
-        base=ENGINE_BASE_BYTES[device],
+        base=ENGINE_BASE_BYTES["GPU" if training.gpus_per_rank > 0 else "CPU"],
         sent=copies * model.parameters * element,
     )
 

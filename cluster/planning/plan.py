@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -32,6 +32,7 @@ from kdray.config import (
     HFTeacherSettings,
     ModelSource,
     PrunedModel,
+    TrainingSettings,
     ULDLoss,
     load_config,
 )
@@ -344,28 +345,16 @@ def _student_role(
     if training.features is not None and config.white_box_teacher is not None:
         held = shapes[config.white_box_teacher[0]].parameters * element
 
-    def memory(stage: int, ranks: int, micro: int, checkpointing: bool) -> RankMemory:
-        return rank_memory(
-            student,
-            training.precision,
-            stage,
-            ranks,
-            micro,
-            lengths.prompt + lengths.response,
-            lengths.response,
-            checkpointing,
-            held,
-            "GPU" if on_gpu else "CPU",
-            0 if training.weight_transfer == "object_store" else 2,
-        )
+    def memory(settings: TrainingSettings) -> RankMemory:
+        return rank_memory(student, settings, lengths.prompt + lengths.response, lengths.response, held)
 
-    found = memory(training.zero_stage, training.ranks, training.micro_batch_size, training.gradient_checkpointing)
+    found = memory(training)
     if on_gpu and limit is not None and found.total > limit:
         raise CapacityError(
             f"training: a rank needs {found.total / GIB:.1f} GiB (optimizer {found.optimizer / GIB:.1f}, gradients "
             f"{found.gradients / GIB:.1f}, weights {found.weights / GIB:.1f}, activations {found.activations / GIB:.1f}, "
             f"log-probabilities {found.logprobs / GIB:.1f}), and the smallest GPU that it may be placed on has "
-            f"{limit / GIB:.1f} GiB; {_smaller(config, memory, limit)}"
+            f"{limit / GIB:.1f} GiB; {_smaller(training, memory, limit)}"
         )
     rate = None
     if gpu is not None and on_gpu:
@@ -376,32 +365,23 @@ def _student_role(
         found,
         limit if on_gpu else None,
         rate,
-        f"trains, ZeRO {training.zero_stage}, {training.precision}",
+        f"trains, {training.backend.description}, {training.precision}",
     )
 
 
-def _smaller(config: Config, memory: Any, limit: float) -> str:
+def _smaller(training: TrainingSettings, memory: Callable[[TrainingSettings], RankMemory], limit: float) -> str:
     """The smallest change of the training's settings with which a rank fits."""
-    training = config.training
-    stages = range(training.zero_stage, 4)
+    backend, most = training.backend, training.backend.max_ranks
+    numbers = [ranks for ranks in (training.ranks * 2**power for power in range(6)) if most is None or ranks <= most]
     micros = [training.micro_batch_size // 2**power for power in range(training.micro_batch_size.bit_length())]
-    for ranks in (training.ranks * 2**power for power in range(6)):
-        for stage in stages:
-            for checkpointing in sorted({training.gradient_checkpointing, True}):
-                for micro in micros:
-                    if micro and memory(stage, ranks, micro, checkpointing).total <= limit:
-                        wanted = {
-                            "ranks": ranks,
-                            "zero_stage": stage,
-                            "gradient_checkpointing": checkpointing,
-                            "micro_batch_size": micro,
-                        }
-                        changed = [
-                            f"training.{name}={str(value).lower()}"
-                            for name, value in wanted.items()
-                            if value != getattr(training, name)
-                        ]
-                        return f"it fits with {', '.join(changed)}"
+    for ranks, leaner in product(numbers, (backend, *backend.leaner())):
+        for checkpointing, micro in product(sorted({training.gradient_checkpointing, True}), micros):
+            wanted = {"ranks": ranks, "gradient_checkpointing": checkpointing, "micro_batch_size": micro}
+            if memory(training.model_copy(update={**wanted, "backend": leaner})).total <= limit:
+                changed = {name: value for name, value in wanted.items() if value != getattr(training, name)}
+                changed |= {f"backend.{name}": value for name, value in leaner if value != getattr(backend, name)}
+                described = ", ".join(f"training.{name}={str(value).lower()}" for name, value in changed.items())
+                return f"it fits with {described}"
     return "use GPUs with more memory, or a smaller student"
 
 

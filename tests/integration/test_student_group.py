@@ -16,8 +16,8 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.student.engine import Phase
 from actors.student.group import StudentGroup
+from actors.student.trainer import Phase
 from actors.weights.store import WeightStore, pull
 from cluster.connect import start_local
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings

@@ -19,8 +19,8 @@ import ray
 import torch
 
 from actors.serving.pool import ReplicaPool, deploy
-from actors.student.engine import Phase
 from actors.student.group import StudentGroup
+from actors.student.trainer import Phase
 from actors.weights.transfer import TransferStore
 from cluster.connect import start_local
 from kdray.config import ReverseKLLoss

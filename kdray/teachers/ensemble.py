@@ -142,7 +142,7 @@ def geometric(logprobs: np.ndarray, tails: np.ndarray, weights: np.ndarray) -> t
     apart = np.isneginf(log_z)
     if apart.any():
         raise ValueError(
-            f"position {int(np.argmax(apart))}: no id has mass under every teacher, so their geometric mean is no law; "
+            f"position {int(np.argmax(apart))}: no id has mass under every teacher, so their geometric mean is undefined; "
             "use the arithmetic one, or teachers that agree more"
         )
     product -= log_z[:, None]

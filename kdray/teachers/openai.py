@@ -27,7 +27,7 @@ from kdray.errors import ConfigError, EngineError, RequestRefused
 from kdray.interfaces import Availability
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.teachers.kind import Found, TeacherContext, TeacherKind
-from kdray.teachers.rate_limit import Pacing
+from kdray.teachers.rate_limit import RateLimiter
 from kdray.types import Rollout, SampleRequest
 
 Item = TypeVar("Item")
@@ -118,7 +118,7 @@ class RemoteTeacher:
         self._stop_ids = tuple(stop_ids)
         self._free = asyncio.Semaphore(settings.max_concurrency)
         self._turn = asyncio.Lock()
-        self._pacing = Pacing(settings.requests_per_minute)
+        self._rate_limiter = RateLimiter(settings.requests_per_minute)
         self._key = _key(name, settings.api_key_env)
         self._client = AsyncOpenAI(
             base_url=settings.base_url,
@@ -368,9 +368,9 @@ class RemoteTeacher:
     async def _before_attempt(self, request: Any) -> None:
         """Wait for this attempt's turn; the client calls this for retries too."""
         async with self._turn:
-            while delay := self._pacing.delay(time.monotonic()):  # noqa: ASYNC110 - it waits for a time, not an event
+            while delay := self._rate_limiter.delay(time.monotonic()):  # noqa: ASYNC110 - it waits for a time, not an event
                 await asyncio.sleep(delay)
-            self._pacing.start(time.monotonic())
+            self._rate_limiter.start(time.monotonic())
         self.requests += 1
         self.retried += request.headers.get("x-stainless-retry-count", "0") != "0"
 
@@ -383,7 +383,7 @@ class RemoteTeacher:
                 # Missing, or a date, which only the client handles.
                 return
             if math.isfinite(seconds):
-                self._pacing.pause(min(seconds, _LONGEST_PAUSE_S), time.monotonic())
+                self._rate_limiter.pause(min(seconds, _LONGEST_PAUSE_S), time.monotonic())
 
     def _explain(self, error: OpenAIError) -> EngineError:
         """Translate a client error for the user, without the key."""

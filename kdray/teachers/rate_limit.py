@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-class Pacing:
+class RateLimiter:
     """Spaces starts at least 60 / per_minute seconds apart, and allows none during a delay that the endpoint asked for.
 
     Times are seconds of a monotonic clock. The next caller in line queries `delay`, sleeps, repeats until it is 0, and calls

@@ -68,9 +68,9 @@ ALLOWED = {
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
     "cluster.runner": (
-        "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs "
-        "kdray.loop actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
-        "cluster.parts cluster.evaluation cluster.assembly cluster.checkpointing"
+        "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
+        "actors.background_call actors.driver_actor actors.serving actors.student cluster.planning cluster.parts "
+        "cluster.evaluation cluster.assembly cluster.checkpointing"
     ),
     "cluster.cli_base": "kdray.errors kdray.config",
     "cluster.interrupt": "",

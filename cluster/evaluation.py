@@ -15,6 +15,7 @@ from kdray.config import Config, ULDLoss
 from kdray.evaluation import evaluate
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
+from kdray.rollouts.columns import unscored
 from kdray.rollouts.seeds import sample_seed
 from kdray.types import SampleRequest
 
@@ -103,7 +104,7 @@ async def check_signals(config: Config, checked: Checked, teacher: Teacher, vers
     found = check_rows(sampled, checked.vocab_size)
     if not isinstance(teacher, ReplicaPool):
         return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
-    asked = [rollout.unscored() for rollout in sampled]
+    asked = [unscored(rollout) for rollout in sampled]
     scored = [rollout async for part in teacher.score(asked) for rollout in part]
     # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
     tolerance = 1e-3 if teacher.dtype == "float32" else 0.25

@@ -9,6 +9,7 @@ import numpy as np
 
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer
+from kdray.rollouts.columns import at_targets
 from kdray.rollouts.draw import draw_scored
 from kdray.rollouts.seeds import sample_seed
 from kdray.types import Prompt, Rollout, SampleRequest
@@ -54,7 +55,7 @@ async def evaluate(
         rollouts = [rollout async for part in stream for rollout in part]
     rollouts.sort(key=lambda rollout: rollout.sample_id)
     numbers = {
-        "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "response_tokens": float(np.mean([rollout.num_targets for rollout in rollouts])),
         "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
         "prompts": float(len(rollouts)),
     }
@@ -75,8 +76,6 @@ async def evaluate(
 
 
 def _kls(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    reverse = [rollout.reverse_kl for rollout in rollouts if rollout.reverse_kl is not None]
-    forward = [rollout.forward_kl for rollout in rollouts if rollout.forward_kl is not None]
-    if len(reverse) != len(rollouts) or len(forward) != len(rollouts):
+    if any(rollout.reverse_kl is None or rollout.forward_kl is None for rollout in rollouts):
         raise EngineError("held-out KL needs replicas that hold teacher and student together")
-    return {"reverse_kl": float(np.concatenate(reverse).mean()), "forward_kl": float(np.concatenate(forward).mean())}
+    return {name: float(at_targets(rollouts, name).mean()) for name in ("reverse_kl", "forward_kl")}

@@ -124,7 +124,7 @@ async def _fill(
     """Draw the requests into the buffer, scoring each group as soon as it ends."""
     async with aclosing(draw_scored(sampler, scorer, requests, on_sampled=buffer.sampled)) as stream:
         async for rollouts in stream:
-            tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+            tokens = sum(rollout.num_targets for rollout in rollouts)
             totals.tokens_generated += tokens
             totals.tokens_scored += tokens
             await buffer.put(rollouts)

@@ -14,13 +14,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Writer = Literal["mixture", "student", "teacher", "data", "environment"]
-"""Who wrote a token: a model, drawing from its own distribution or from the mixture of both; the data, as part of a reference
-answer; or the environment, as an answer to what the model wrote before it."""
+"""Writer of a token: a model, drawing from its own distribution or from the mixture of both; the data, as part of a reference
+answer; or the environment, in answer to what was written before."""
 
 WRITERS: tuple[Writer, ...] = get_args(Writer)
 """By code, as the column `writer` holds them. Files hold the codes too, so the order never changes."""
 
 _ENVIRONMENT = WRITERS.index("environment")
+_ENVIRONMENT_BYTE = bytes([_ENVIRONMENT])
+_AS_DRAWN = np.empty(0, dtype=np.int8)
+"""Stands for a column `writer` that was not given."""
 
 
 def drawn_by(alpha: float) -> Writer:
@@ -103,8 +106,8 @@ class Rollout:
     forward_kl: np.ndarray | None = None  # [T] KL(teacher || student) over full rows
     teacher_hidden: np.ndarray | None = None  # [T, d] float16: what the teacher's output head turns into its logits
     writer: np.ndarray = field(default_factory=lambda: _AS_DRAWN)
-    """[T] int8, codes of WRITERS. Default: all by the one that `alpha` names. Tokens of the environment are context: no targets,
-    and not counted as drawn; the other columns may hold anything there."""
+    """[T] int8, codes of WRITERS. Default: all by the one that `alpha` names. Tokens of the environment are context: never a
+    target, never counted as drawn; the other columns may hold anything there."""
     more: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Columns of `kdray.rollouts.columns` that have no field here, by name."""
 
@@ -113,8 +116,13 @@ class Rollout:
             object.__setattr__(self, "writer", written_by(drawn_by(self.alpha), len(self.token_ids)))
 
     def has_writer(self, writer: Writer) -> bool:
-        """Whether it has a token by this writer."""
+        """True if it has a token by this writer."""
         return bool((self.writer == WRITERS.index(writer)).any())
+
+    @property
+    def writers(self) -> tuple[Writer, ...]:
+        """Those of its tokens, in the order in which they come in; of a response without one, the writer that alpha names."""
+        return tuple(WRITERS[code] for code in dict.fromkeys(self.writer.tolist())) or (drawn_by(self.alpha),)
 
     @property
     def is_target(self) -> np.ndarray:
@@ -122,24 +130,26 @@ class Rollout:
         return self.writer != _ENVIRONMENT
 
     @property
+    def has_context(self) -> bool:
+        """True if it has a token by the environment."""
+        # Asked of every rollout of a step, several times: a search in bytes takes a tenth of a comparison.
+        return _ENVIRONMENT_BYTE in self.writer.tobytes()
+
+    @property
     def num_targets(self) -> int:
-        """Tokens that may be trained."""
-        return len(self.token_ids) - int(np.count_nonzero(self.writer == _ENVIRONMENT))
+        """Number of tokens that may be trained."""
+        return int(np.count_nonzero(self.is_target)) if self.has_context else len(self.token_ids)
 
     @property
     def target_versions(self) -> np.ndarray:
         """`student_versions` of the tokens that may be trained."""
-        return self.student_versions if self.num_targets == len(self.token_ids) else self.student_versions[self.is_target]
+        return self.student_versions[self.is_target] if self.has_context else self.student_versions
 
     @property
     def oldest_version(self) -> int:
         """The student version that staleness counts from."""
         versions = self.target_versions
         return int(versions.min()) if len(versions) else 0
-
-
-_AS_DRAWN = np.empty(0, dtype=np.int8)
-"""Stands for a column `writer` that was not given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,9 +248,7 @@ class TeacherEngine:
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         async with aclosing(self._finish(jobs, lengths)) as finished:
             async for ended in finished:
-                yield [
-                    with_columns(rollouts[index], _scores(record), teacher=self.spec.teacher) for index, _, record in ended
-                ]
+                yield [with_columns(rollouts[index], _scores(record), teacher=self.spec.teacher) for index, _, record in ended]
 
     async def _score_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[Rollout]]:
         if not top_k or any(rollout.support_ids is not None for rollout in rollouts):

@@ -46,8 +46,7 @@ class Layout(NamedTuple):
             if column in wanted:
                 starts = (first + place * widths).tolist()
                 parts = [
-                    array[:, start : start + width]
-                    for array, start, width in zip(arrays, starts, widths.tolist(), strict=True)
+                    array[:, start : start + width] for array, start, width in zip(arrays, starts, widths.tolist(), strict=True)
                 ]
                 # Those of one width are joined without a copy of each.
                 flat = np.concatenate(parts if (widths == widths[0]).all() else [part.ravel() for part in parts]).ravel()

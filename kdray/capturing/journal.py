@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import struct
 import time
+import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,28 +28,28 @@ _SYNC_S = 1.0
 class Journal:
     """Opened by one process at a time; `close` at the end."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, upgrade: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> None:
         """Open the journal at `path`, new where there is none, and cut off a torn tail.
 
+        Args: upgrade: gives rows of an older schema the columns that they lack.
         Raises: DataError where it holds rows of another schema.
         """
         self.path = path
         self._schema = schema
         content = path.read_bytes() if path.exists() else b""
-        whole = 0
+        whole, found = 0, schema
         self.batches: list[pa.RecordBatch] = []
         """All that it holds."""
         for number, (end, message) in enumerate(_frames(content)):
-            if number == 0 and message != schema.serialize().to_pybytes():
-                raise DataError(
-                    f"{path}: holds rows of another version of kdray; let that version end the capture, or remove the file "
-                    "and ask for its rows again"
-                )
             if number:
-                self.batches.append(pa.ipc.read_record_batch(pa.py_buffer(message), schema))
+                self.batches.append(pa.ipc.read_record_batch(pa.py_buffer(message), found))
+            else:
+                found = pa.ipc.read_schema(pa.py_buffer(message))
             whole = end
         self.torn_bytes = len(content) - whole
         """Bytes that were cut off when it was opened."""
+        if found != schema:
+            whole = self._rewrite(pa.Table.from_batches(self.batches, found), upgrade)
         # Unbuffered: what `append` returned from is the operating system's.
         self._file = path.open("ab", buffering=0)
         self._file.truncate(whole)
@@ -81,13 +82,39 @@ class Journal:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def _rewrite(self, rows: pa.Table, upgrade: Callable[[pa.Table], pa.Table]) -> int:
+        """Replace the file by one of this schema with the same rows, whole or not at all. Returns: its size in bytes."""
+        known = upgrade(rows)
+        try:
+            known = known.select(self._schema.names)
+        except KeyError:
+            known = rows
+        if known.schema != self._schema:
+            raise DataError(
+                f"{self.path}: holds rows of another version of kdray; let that version end the capture, or remove the file "
+                "and ask for its rows again"
+            )
+        self.batches = known.combine_chunks().to_batches()
+        messages = [each.serialize().to_pybytes() for each in (self._schema, *self.batches)]
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        with temporary.open("wb") as file:
+            file.writelines(map(_framed, messages))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.path)
+        return self.path.stat().st_size
+
     def _write(self, message: bytes) -> None:
-        frame = memoryview(_HEADER.pack(len(message), zlib.crc32(message)) + message)
+        frame = memoryview(_framed(message))
         while frame:
             frame = frame[self._file.write(frame) :]
         if time.monotonic() - self._synced > _SYNC_S:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
+
+
+def _framed(message: bytes) -> bytes:
+    return _HEADER.pack(len(message), zlib.crc32(message)) + message
 
 
 def _frames(content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -82,7 +82,7 @@ def of_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _there(mask: torch.Tensor) -> torch.Tensor:
-    """Which places of `by_response` hold a token, [B, T] bool."""
+    """Places of `by_response` that hold a token, [B, T] bool."""
     counts = mask.sum(-1, keepdim=True)
     return torch.arange(max(1, int(counts.max())), device=mask.device) < counts
 

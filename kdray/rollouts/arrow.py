@@ -110,15 +110,20 @@ def upgraded(table: pa.Table) -> pa.Table:
             codes = np.repeat(_codes(alphas), lengths)
             values = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), pa.array(codes, pa.int8()))
             place = table.schema.get_field_index("alpha")
-            table = table.set_column(place, table.schema.field(place), pa.array(np.nan_to_num(alphas, nan=0.0)))
+            table = table.set_column(place, table.schema.field(place), pa.array(np.where(np.isnan(alphas), 0.0, alphas)))
         table = table.append_column(ROLLOUT_SCHEMA.field(column.name), values)
     return table
 
 
-def row_writers(table: pa.Table) -> np.ndarray:
-    """Who wrote the rows of a table, codes of WRITERS [rows]; of several writers, the one that is least the teacher alone.
+def writer_columns(schema: pa.Schema) -> list[str]:
+    """Columns that tell who wrote the rows of a table of any version."""
+    return [name for name in ("alpha", "writer") if name in schema.names]
 
-    Args: table: the columns `alpha` and, unless an older version wrote it, `writer`.
+
+def row_writers(table: pa.Table) -> np.ndarray:
+    """Writers of the rows of a table, codes of WRITERS [rows]: of several, the student before the teacher, the data after both.
+
+    Args: table: with the `writer_columns` of its schema.
     """
     codes = _codes(table.column("alpha").to_numpy())
     if "writer" in table.schema.names:

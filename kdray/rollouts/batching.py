@@ -124,7 +124,7 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the response tokens of all rollouts, one after the other, stand in a batch."""
+    """Places in a batch of the response tokens of all rollouts, one rollout after the other."""
 
     shape: tuple[int, ...]  # [B, S]
     starts: np.ndarray  # [B]

@@ -22,18 +22,27 @@ Width = Literal["token", "support", "hidden"]
 """Numbers a token: one; K, those of the support; d, the channels of a hidden state."""
 
 Stage = Literal["draw", "scoring", "batching"]
-"""When a column is filled in: as the response is written, as a teacher scores it, or as a batch is made of rollouts."""
+"""Moment at which a column is filled in: as a response is written, as a teacher scores it, or as rollouts become a batch."""
 
 Producer = Literal[
-    "rollout", "recorder", "prompt_logprobs", "huggingface", "openai", "program", "data", "ensemble", "cross_tokenizer", "batching"
+    "rollout",
+    "recorder",
+    "prompt_logprobs",
+    "huggingface",
+    "openai",
+    "program",
+    "data",
+    "ensemble",
+    "cross_tokenizer",
+    "batching",
 ]
 """`rollout`: `Rollout` itself, where nobody gives the column. `data`: reference answers and pretraining text."""
 
 Consumer = Literal["row", "loss", "output_head", "ensemble", "metrics", "ledger", "report", "capture"]
-"""`row`: part of the batch's own ids and loss mask. `output_head`: the loss from hidden states. `report`: samples to look at."""
+"""`row`: ids and loss mask of the batch. `output_head`: the loss from hidden states. `report`: samples to look at."""
 
 Signal = Literal["sampled", "top_k", "hidden"]
-"""What a teacher can say; see `kdray.checks.capabilities.Capability`."""
+"""Signals of a teacher; see `kdray.checks.capabilities.Capability`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,11 +58,11 @@ class Column:
     written_by: frozenset[Producer]
     read_by: frozenset[Consumer]
     signal: Signal | None = None
-    """What a teacher says with it."""
+    """Part of this signal of a teacher."""
     of_student: bool = False
-    """Whether it tells of the student that stood beside the teacher, which is no part of the teacher's answer."""
+    """True where it tells of the student that stood beside the teacher, which is no part of the teacher's answer."""
     in_every_file: bool = False
-    """Whether files of rollouts have it whatever version wrote them. Files without one of the others are read all the same."""
+    """True where all files of rollouts have it, whatever version wrote them. Files that lack one of the others are read too."""
 
 
 def _by(*names: Any) -> frozenset[Any]:
@@ -176,12 +185,12 @@ def values_of(rollouts: Iterable[Rollout], name: str) -> list[np.ndarray | None]
 
 
 def at_targets(rollouts: Sequence[Rollout], name: str) -> np.ndarray:
-    """A column [N] at the targets of rollouts that all have it, one rollout after the other; empty for none."""
-    if not rollouts:
-        return np.empty(0)
-    values = np.concatenate([value for value in values_of(rollouts, name) if value is not None])
-    is_target = target_mask(rollouts)
-    return values if is_target.all() else values[is_target]
+    """A column [N] at the targets of the rollouts that have it, one rollout after the other."""
+    values = values_of(rollouts, name)
+    known = [rollout for rollout, given in zip(rollouts, values, strict=True) if given is not None]
+    found = np.concatenate([given for given in values if given is not None] or [np.empty(0)])
+    is_target = target_mask(known)
+    return found if is_target.all() else found[is_target]
 
 
 def target_mask(rollouts: Sequence[Rollout]) -> np.ndarray:
@@ -191,7 +200,7 @@ def target_mask(rollouts: Sequence[Rollout]) -> np.ndarray:
 
 def with_columns(rollout: Rollout, values: Mapping[str, np.ndarray | None], **changes: Any) -> Rollout:
     """The rollout with these columns, and `changes` of its other fields."""
-    own = {name: value for name, value in values.items() if name in _FIELDS}
+    own: dict[str, Any] = {name: value for name, value in values.items() if name in _FIELDS}
     others = {name: value for name, value in values.items() if name not in _FIELDS}
     if others:
         kept = {name: value for name, value in rollout.more.items() if name not in others}

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from kdray.config import FilterSettings
-from kdray.rollouts.reference_answers import from_data
 from kdray.types import Rollout
 
 
@@ -39,7 +38,8 @@ class Filters:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> dict[int, str]:
         """The rule that each left-out rollout failed, by sample id. Rollouts of one prompt are compared with each other."""
-        texts = {rollout.sample_id: self._decode(rollout.token_ids).strip() for rollout in rollouts if not from_data(rollout)}
+        drawn = [rollout for rollout in rollouts if not rollout.has_writer("data")]
+        texts = {rollout.sample_id: self._decode(rollout.token_ids).strip() for rollout in drawn}
         groups: dict[int, list[Rollout]] = {}
         for rollout in rollouts:
             if rollout.sample_id in texts:

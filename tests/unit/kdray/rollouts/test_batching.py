@@ -61,8 +61,11 @@ def test_rows_hold_prompt_then_response_and_columns_stand_at_their_tokens():
         assert batch.token_ids[row, :length].tolist() == [*one.prompt_ids, *one.token_ids]
         assert (batch.token_ids[row, length:] == 0).all()
         for name, column in batch.columns.items():
-            np.testing.assert_array_equal(column[row][batch.loss_mask[row]], getattr(one, name), err_msg=name)
+            if name != "group":
+                np.testing.assert_array_equal(column[row][batch.loss_mask[row]], getattr(one, name), err_msg=name)
+    assert ((batch.columns["group"] >= 0) == batch.loss_mask).all()
     assert set(batch.columns) == {
+        "group",
         "mixture_logprobs",
         "student_logprobs",
         "teacher_logprobs",
@@ -84,7 +87,7 @@ def test_narrow_supports_are_filled_with_unused_slots():
 
 def test_unscored_rollouts_have_no_teacher_columns_and_a_half_scored_batch_is_refused():
     bare = dict.fromkeys(("teacher_logprobs", "support_ids", "support_logprobs", "tail_logprobs"))
-    assert set(rollouts_to_batch([rollout(0, **bare)], step=1).columns) == {"mixture_logprobs", "student_logprobs"}
+    assert set(rollouts_to_batch([rollout(0, **bare)], step=1).columns) == {"group", "mixture_logprobs", "student_logprobs"}
     with pytest.raises(DataError, match=r"samples \[3\] have no teacher_logprobs"):
         rollouts_to_batch([rollout(2), rollout(3, **bare)], step=1)
 
@@ -155,8 +158,8 @@ def test_micro_batches_keep_rows_and_trim_to_their_longest(sizes, micro_batch_si
                     continue
                 one = rollouts[sample]
                 assert part.token_ids[row, : part.lengths[row]].tolist() == [*one.prompt_ids, *one.token_ids]
-                for name, column in part.columns.items():
-                    np.testing.assert_array_equal(column[row][part.loss_mask[row]], getattr(one, name))
+                for name in set(part.columns) - {"group"}:
+                    np.testing.assert_array_equal(part.columns[name][row][part.loss_mask[row]], getattr(one, name))
     # Forward passes are collective: all ranks run the same number.
     assert len(counts) == 1
 

@@ -57,7 +57,7 @@ class Page(HTMLParser):
 def sample_row(**values) -> dict:
     row = {
         "source": "train", "step": 1, "sample_id": 0, "prompt_id": 5, "prompt": "last letters of ab cd", "alpha": 0.2,
-        "response": "b d", "finish_reason": "stop", "reverse_kl": 0.125, "token_ids": [3, 1],
+        "writer": "mixture", "response": "b d", "finish_reason": "stop", "reverse_kl": 0.125, "token_ids": [3, 1],
     }  # fmt: skip
     return row | values
 
@@ -165,7 +165,7 @@ def test_an_unscored_sample_without_a_decoder_shows_its_ids(folder):
     folder.append_metrics({"step": 1})
     write_samples(folder, "step-00000001", sample_row(prompt=None, response=None, reverse_kl=None))
     _, page = page_of(folder)
-    assert page.tables["samples"][1] == ["1", "–", "[3, 1]", "stop", "0.2", "–"]
+    assert page.tables["samples"][1] == ["1", "–", "[3, 1]", "stop", "mixture", "0.2", "–"]
 
 
 def test_long_runs_are_thinned_and_keep_their_last_step(folder):

@@ -179,6 +179,7 @@ def test_samples_of_some_steps_are_kept(make, folder):
         "prompt": "7 8",
         "response": "3 4 5",
         "alpha": 0.2,
+        "writer": "mixture",
         "finish_reason": "stop",
         "reverse_kl": 1.0,
         "token_ids": [3, 4, 5],

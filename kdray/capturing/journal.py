@@ -37,19 +37,20 @@ class Journal:
         self.path = path
         self._schema = schema
         content = path.read_bytes() if path.exists() else b""
-        whole, found = 0, schema
+        whole = 0
         self.batches: list[pa.RecordBatch] = []
         """All that it holds."""
+        found = schema
         for number, (end, message) in enumerate(_frames(content)):
             if number:
                 self.batches.append(pa.ipc.read_record_batch(pa.py_buffer(message), found))
-            else:
-                found = pa.ipc.read_schema(pa.py_buffer(message))
+            elif message != schema.serialize().to_pybytes():
+                found = self._older(message, upgrade)
             whole = end
         self.torn_bytes = len(content) - whole
         """Bytes that were cut off when it was opened."""
         if found != schema:
-            whole = self._rewrite(pa.Table.from_batches(self.batches, found), upgrade)
+            whole = self._rewrite(upgrade(pa.Table.from_batches(self.batches, found)).select(schema.names))
         # Unbuffered: what `append` returned from is the operating system's.
         self._file = path.open("ab", buffering=0)
         self._file.truncate(whole)
@@ -82,23 +83,26 @@ class Journal:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def _rewrite(self, rows: pa.Table, upgrade: Callable[[pa.Table], pa.Table]) -> int:
-        """Replace the file by one of this schema with the same rows, whole or not at all. Returns: its size in bytes."""
-        known = upgrade(rows)
+    def _older(self, message: bytes, upgrade: Callable[[pa.Table], pa.Table]) -> pa.Schema:
+        """The older schema that a journal begins with. Raises: DataError where its rows cannot become those of this one."""
         try:
-            known = known.select(self._schema.names)
-        except KeyError:
-            known = rows
-        if known.schema != self._schema:
+            found = pa.ipc.read_schema(pa.py_buffer(message))
+            known = upgrade(found.empty_table()).schema
+        except (pa.ArrowInvalid, KeyError):
+            known = pa.schema([])
+        if {field.name: field.type for field in known} != {field.name: field.type for field in self._schema}:
             raise DataError(
                 f"{self.path}: holds rows of another version of kdray; let that version end the capture, or remove the file "
                 "and ask for its rows again"
             )
-        self.batches = known.combine_chunks().to_batches()
-        messages = [each.serialize().to_pybytes() for each in (self._schema, *self.batches)]
+        return found
+
+    def _rewrite(self, rows: pa.Table) -> int:
+        """Replace the file by one of these rows, whole or not at all. Returns: its size in bytes."""
+        self.batches = rows.cast(self._schema).combine_chunks().to_batches()
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         with temporary.open("wb") as file:
-            file.writelines(map(_framed, messages))
+            file.writelines(_framed(each.serialize().to_pybytes()) for each in (self._schema, *self.batches))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self.path)

@@ -72,7 +72,7 @@ class SampleRequest:
     """What is asked, before any chat template, where that is not the prompt's own question: a call of a program. For teachers
     that read text; replicas read `prompt_ids`."""
     writer: Writer = "mixture"
-    """Who is asked to write: `data` for the prompt's reference answer. Else it follows from `alpha`, whatever is given."""
+    """The one that is asked to write: `data` for the prompt's reference answer; else it follows from `alpha`, whatever is given."""
 
     def __post_init__(self) -> None:
         if self.writer != "data":
@@ -121,7 +121,7 @@ class Rollout:
 
     @property
     def writers(self) -> tuple[Writer, ...]:
-        """Those of its tokens, in the order in which they come in; of a response without one, the writer that alpha names."""
+        """Writers of its tokens, in their order; of a response without one, the writer that alpha names."""
         return tuple(WRITERS[code] for code in dict.fromkeys(self.writer.tolist())) or (drawn_by(self.alpha),)
 
     @property

@@ -457,7 +457,7 @@ async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any
 
 
 def _scores(record: Record) -> Record:
-    """What the teacher says of given tokens; how they were drawn stays as it is."""
+    """The teacher's part of a record; how given tokens were drawn stays as it is."""
     return {name: values for name, values in record.items() if name in _SCORED}
 
 

@@ -1,5 +1,5 @@
-"""Recorded columns on their way from the vLLM worker to the engine: arrays while they are recorded, an Arrow table with a name
-for each when they are handed over. Both ends of the way are here; neither imports vLLM.
+"""Recorded columns on their way from the vLLM worker to the engine: arrays while they are recorded, then an Arrow table that is
+read by name. Both ends of the way are here; neither imports vLLM.
 
 `kdray.rollouts.columns` says which columns there are. The recorder keeps few arrays for all rows of a step, since each costs a
 copy from the device: columns of one type side by side, those of one number a token first.
@@ -98,6 +98,6 @@ def write_records(slabs: Sequence[Slab], columns: Collection[Column]) -> bytes:
 
 
 def read_records(answer: bytes) -> list[Record]:
-    """What `write_records` wrote."""
+    """The inverse of `write_records`."""
     columns = read_columns(pa.ipc.open_stream(answer).read_next_batch(), _COLUMNS)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import isnan
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from kdray.rollouts.columns import Column, rollout_columns, rollouts_of, values_of
-from kdray.types import WRITERS, Rollout, SampleRequest, drawn_by
+from kdray.types import WRITERS, Rollout, SampleRequest, Writer, drawn_by
 
 _SCALARS = (
     pa.field("sample_id", pa.int64(), nullable=False),
@@ -25,7 +26,7 @@ _SCALARS = (
     pa.field("teacher", pa.string(), nullable=False),
 )
 WIDTHS = {"support": "support_width", "hidden": "hidden_width"}
-"""Where the numbers a token of a wide column stand."""
+"""Names of the columns that hold how wide the others are."""
 
 
 def column_fields(columns: Iterable[Column]) -> list[pa.Field]:
@@ -136,9 +137,13 @@ def row_writers(table: pa.Table) -> np.ndarray:
     return codes
 
 
+def old_writer(alpha: float) -> Writer:
+    """The writer of a response of an older version, by its alpha: nan was the data's."""
+    return "data" if isnan(alpha) else drawn_by(alpha)
+
+
 def _codes(alphas: np.ndarray) -> np.ndarray:
-    """Writers of rows by their alpha, where nan is the data's, [rows] int8."""
-    return np.array([WRITERS.index("data" if np.isnan(alpha) else drawn_by(alpha)) for alpha in alphas], dtype=np.int8)
+    return np.array([WRITERS.index(old_writer(alpha)) for alpha in alphas], dtype=np.int8)
 
 
 # ------------------------------------------------------------------------------------------------------------- columns

@@ -181,7 +181,7 @@ def take_rows(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
 
 
 def token_groups(rollouts: Sequence[Rollout], trained_version: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Where the targets of rollouts are counted: by teacher and staleness in steps, `teacher/<name>/staleness_<steps>`.
+    """Groups of the targets of rollouts, by teacher and staleness in steps: `teacher/<name>/staleness_<steps>`.
 
     Returns: the names that occur, sorted; of every target, one rollout after the other, the index of its name, [N] int32.
     """

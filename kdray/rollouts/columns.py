@@ -132,27 +132,27 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def rollout_columns() -> tuple[Column, ...]:
-    """Those that a rollout has."""
+    """Columns of a rollout."""
     return tuple(column for column in COLUMNS if column.stage != "batching")
 
 
 def batch_columns() -> tuple[Column, ...]:
-    """Those of `TrainBatch.columns`."""
+    """Columns of `TrainBatch.columns`."""
     return tuple(column for column in COLUMNS if column.read_by & {"loss", "output_head"})
 
 
 def loss_columns() -> tuple[Column, ...]:
-    """Those of a `LossBatch`."""
+    """Columns of a `LossBatch`."""
     return tuple(column for column in COLUMNS if "loss" in column.read_by)
 
 
 def recorded_columns() -> tuple[Column, ...]:
-    """Those that a vLLM worker records."""
+    """Columns that a vLLM worker records."""
     return tuple(column for column in COLUMNS if "recorder" in column.written_by)
 
 
 def scored_columns() -> tuple[Column, ...]:
-    """Those that a teacher fills in."""
+    """Columns that a teacher fills in."""
     return tuple(column for column in COLUMNS if column.stage == "scoring")
 
 

@@ -6,7 +6,6 @@ Works on a run that is still going or that died: what is not there yet is named 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from kdray.errors import DataError
+from kdray.rollouts.arrow import old_writer
 from kdray.runs.folder import RunFolder, read_lines, utc_now, write_atomically
-from kdray.types import drawn_by
 
 _OUTCOMES = ("before", "program", "distilled", "after", "control", "teacher")
 """Sections of summary.json that stand side by side in the first table, where they are there."""
@@ -209,11 +208,11 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _with_writer(row: dict[str, Any]) -> dict[str, Any]:
-    """A sample with the name of its writer. Older versions wrote none, and nan as alpha where it was the data."""
+    """A sample with the name of its writer, which older versions did not keep."""
     if row.get("writer") is not None:
         return row
-    of_data = math.isnan(row["alpha"])
-    return row | {"alpha": 0.0 if of_data else row["alpha"], "writer": "data" if of_data else drawn_by(row["alpha"])}
+    writer = old_writer(row["alpha"])
+    return row | {"writer": writer, "alpha": 0.0 if writer == "data" else row["alpha"]}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

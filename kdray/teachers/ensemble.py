@@ -33,7 +33,7 @@ Kind = Literal["arithmetic", "geometric"]
 
 @dataclass(frozen=True, slots=True)
 class TeacherColumns:
-    """What one teacher says of one rollout, by the names of `kdray.rollouts.columns`.
+    """One teacher's answer about one rollout, by the names of `kdray.rollouts.columns`.
 
     What an unused slot of `support_logprobs` holds is never read.
 

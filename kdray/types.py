@@ -72,7 +72,7 @@ class SampleRequest:
     """What is asked, before any chat template, where that is not the prompt's own question: a call of a program. For teachers
     that read text; replicas read `prompt_ids`."""
     writer: Writer = "mixture"
-    """The one that is asked to write: `data` for the prompt's reference answer; else it follows from `alpha`, whatever is given."""
+    """The one asked to write: `data` for the prompt's reference answer; else it follows from `alpha`, whatever is given."""
 
     def __post_init__(self) -> None:
         if self.writer != "data":

@@ -65,7 +65,11 @@ class Column:
     """True where all files of rollouts have it, whatever version wrote them. Files that lack one of the others are read too."""
 
 
-def _by(*names: Any) -> frozenset[Any]:
+def _by(*names: Producer) -> frozenset[Producer]:
+    return frozenset(names)
+
+
+def _for(*names: Consumer) -> frozenset[Consumer]:
     return frozenset(names)
 
 
@@ -74,60 +78,69 @@ _WRITERS = _by("recorder", "huggingface", "openai", "program", "data")
 
 COLUMNS: tuple[Column, ...] = (
     # Ids of the response, end-of-sequence token included when it was drawn.
-    Column("token_ids", np.int32, "token", 0, "draw", _WRITERS, _by("row", "ledger", "report", "capture"), in_every_file=True),
+    Column(
+        "token_ids", np.int32, "token", 0, "draw",
+        _WRITERS, _for("row", "ledger", "report", "capture"), in_every_file=True,
+    ),
     # Codes of `kdray.types.WRITERS`: who wrote the token.
-    Column("writer", np.int8, "token", 0, "draw", _by("rollout", "data"), _by("row", "metrics", "ledger", "report", "capture")),
+    Column(
+        "writer", np.int8, "token", 0, "draw",
+        _by("rollout", "data"), _for("row", "metrics", "ledger", "report", "capture"),
+    ),
     # Version of the student that was sampling.
-    Column("student_versions", np.int32, "token", 0, "draw", _WRITERS, _by("metrics", "ledger"), in_every_file=True),
+    Column(
+        "student_versions", np.int32, "token", 0, "draw",
+        _WRITERS, _for("metrics", "ledger"), in_every_file=True,
+    ),
     # log m, the density that the token was drawn from.
     Column(
         "mixture_logprobs", np.float32, "token", 0.0, "draw",
-        _by("recorder", "huggingface"), _by("loss", "metrics", "capture"), in_every_file=True,
+        _by("recorder", "huggingface"), _for("loss", "metrics", "capture"), in_every_file=True,
     ),
     # log q of the student that was sampling.
     Column(
         "student_logprobs", np.float32, "token", 0.0, "draw",
-        _by("recorder"), _by("loss", "metrics"), of_student=True, in_every_file=True,
+        _by("recorder"), _for("loss", "metrics"), of_student=True, in_every_file=True,
     ),
     # log p.
     Column(
         "teacher_logprobs", np.float32, "token", 0.0, "scoring",
-        _SCORERS, _by("loss", "output_head", "ensemble", "capture"), "sampled", in_every_file=True,
+        _SCORERS, _for("loss", "output_head", "ensemble", "capture"), "sampled", in_every_file=True,
     ),
     # Log of the teacher's mass outside the support; -inf if it covers all.
     Column(
         "tail_logprobs", np.float32, "token", 0.0, "scoring",
-        _SCORERS, _by("loss", "ensemble", "capture"), "top_k", in_every_file=True,
+        _SCORERS, _for("loss", "ensemble", "capture"), "top_k", in_every_file=True,
     ),
     # KL(student || teacher) over full rows.
     Column(
         "reverse_kl", np.float32, "token", 0.0, "scoring",
-        _by("recorder", "ensemble"), _by("metrics", "report"), of_student=True, in_every_file=True,
+        _by("recorder", "ensemble"), _for("metrics", "report"), of_student=True, in_every_file=True,
     ),
     # KL(teacher || student) over full rows.
     Column(
         "forward_kl", np.float32, "token", 0.0, "scoring",
-        _by("recorder", "ensemble"), _by("metrics"), of_student=True, in_every_file=True,
+        _by("recorder", "ensemble"), _for("metrics"), of_student=True, in_every_file=True,
     ),
     # Teacher's top ids, then the student's that are not among them; -1 is unused.
     Column(
         "support_ids", np.int32, "support", -1, "scoring",
-        _SCORERS, _by("loss", "ensemble", "capture"), "top_k", in_every_file=True,
+        _SCORERS, _for("loss", "ensemble", "capture"), "top_k", in_every_file=True,
     ),
     # log p at the support; -inf where unused.
     Column(
         "support_logprobs", np.float32, "support", -np.inf, "scoring",
-        _SCORERS, _by("loss", "ensemble", "capture"), "top_k", in_every_file=True,
+        _SCORERS, _for("loss", "ensemble", "capture"), "top_k", in_every_file=True,
     ),
     # The teacher's last hidden state, which its output head turns into logits.
     Column(
         "teacher_hidden", np.float16, "hidden", 0.0, "scoring",
-        _by("recorder"), _by("output_head", "capture"), "hidden", in_every_file=True,
+        _by("recorder"), _for("output_head", "capture"), "hidden", in_every_file=True,
     ),
     # Weight of the token in the loss.
-    Column("weights", np.float32, "token", 0.0, "batching", _by("batching"), _by("loss")),
+    Column("weights", np.float32, "token", 0.0, "batching", _by("batching"), _for("loss")),
     # Index in `TrainBatch.groups`; -1 where there is no response token.
-    Column("group", np.int32, "token", -1, "batching", _by("batching"), _by("loss")),
+    Column("group", np.int32, "token", -1, "batching", _by("batching"), _for("loss")),
 )  # fmt: skip
 
 

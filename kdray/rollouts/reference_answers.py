@@ -15,7 +15,7 @@ from kdray.types import Prompt, Rollout, SampleRequest, written_by
 
 
 class WithReferences:
-    """A Sampler (`kdray.interfaces`) that answers requests for the data's writing by the prompt's reference answer.
+    """A Sampler (`kdray.interfaces`) that answers requests to the data by the prompt's reference answer.
 
     The others go to the sampler behind. Nothing is known of how an answer was drawn, so its log q and log m are None.
     """

@@ -1,5 +1,7 @@
 """Rows to batches: alignment, shards, micro-batches, padding rows, and that no split changes a loss."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,26 @@ def test_position_zero_is_never_a_target():
     batch = rollouts_to_batch([rollout(0, prompt=0, response=3)], step=1)
     assert batch.loss_mask.tolist() == [[False, True, True]]
     assert batch.num_target_tokens == 2
+
+
+def test_tokens_of_the_environment_are_context():
+    """Two turns of a tool, one of them at the end: no targets, no group, whatever version stands there."""
+    writer, versions = np.array([0, 4, 4, 2, 4], np.int8), np.array([3, -1, -1, 2, -1], np.int32)
+    turns = rollout(5, prompt=2, response=5, writer=writer, student_versions=versions, teacher="t")
+    batch = rollouts_to_batch([turns, rollout(6, prompt=1, response=2, teacher="t")], step=5, weights={5: 0.5, 6: 2.0})
+    assert batch.loss_mask.tolist() == [[False, False, True, False, False, True, False], [False, True, True] + [False] * 4]
+    assert batch.num_target_tokens == 4
+    assert batch.lengths.tolist() == [7, 3]
+    assert batch.token_ids[0].tolist() == [*turns.prompt_ids, *turns.token_ids]
+    assert batch.groups == ("teacher/t/staleness_1", "teacher/t/staleness_2", "teacher/t/staleness_4")
+    assert batch.columns["group"].tolist() == [[-1, -1, 0, -1, -1, 1, -1], [-1, 2, 2, -1, -1, -1, -1]]
+    # A filter takes the rest of the row out as well.
+    assert rollouts_to_batch([turns], step=5, dropped={5}).num_target_tokens == 0
+    # Shards and micro-batches keep the gaps.
+    (part,) = micro_batches(shard(batch, 0, 1), 2)
+    assert part.loss_mask.tolist() == batch.loss_mask.tolist()
+    alone = rollouts_to_batch([replace(turns, writer=np.full(5, 4, np.int8))], step=5)
+    assert (alone.num_target_tokens, alone.groups) == (0, ())
 
 
 def test_examples_have_targets_on_the_answer_only():

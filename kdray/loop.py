@@ -123,7 +123,7 @@ class Distillation:
         drawn = draw_scored(self.sampler, self.scorer, requests, on_sampled=self._buffer.sampled)
         async with aclosing(drawn) as stream:
             async for rollouts in stream:
-                tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+                tokens = sum(rollout.num_targets for rollout in rollouts)
                 self.totals.tokens_generated += tokens
                 self.totals.tokens_scored += tokens
                 await self._buffer.put(rollouts)

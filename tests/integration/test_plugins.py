@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 from kdray.config import TinyModel
 from kdray.models.resolve import build_tiny_model
 from tests.support.runs import assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
@@ -16,7 +18,8 @@ def test_a_run_trains_with_every_kind_of_another_distribution(tmp_path: Path, ma
     recipe = write_recipe(
         tmp_path,
         "plugged",
-        run={"trackers": ["csv"]},
+        # The first cannot write where it is told to, which is no reason to end.
+        run={"trackers": [{"type": "csv", "file": "no/such/folder.csv"}, "csv"]},
         data={"prompts": {"type": "task", "tasks": ["reversal"], "size": 200}, "grader": "contains"},
         teachers={"main": {"type": "oracle", "doubt": 0.05}},
         loss={"type": "hellinger"},
@@ -48,5 +51,24 @@ def test_a_run_trains_with_every_kind_of_another_distribution(tmp_path: Path, ma
     assert {int(step): float(value) for phase, step, name, value in rows if (phase, name) == ("distill", "loss")} == {
         line["step"]: line["loss"] for line in metrics
     }
+    (failed,) = (event for event in json_lines(run / "events.jsonl") if event["kind"] == "tracker_failed")
+    assert (failed["tracker"], failed["during"]) == ("csv", "start")
     finish(start("verify", str(run)), 0)
     assert_nothing_left(marker)
+
+
+@pytest.mark.full
+def test_prompts_of_a_file_are_graded(workplace: Path) -> None:
+    """`kdray eval` of a model that was taught the task, against the answers in a JSONL file."""
+    recipe = write_recipe(
+        workplace,
+        "graded",
+        data={"prompts": {"type": "jsonl", "path": str(workplace / "prompts.jsonl")}, "heldout_size": 48, "grader": "exact"},
+        student={"model": str(workplace / "teacher")},
+    )
+    output = finish(start("eval", str(recipe)), 0)
+    (share,) = (line.replace("│", " ").split()[1] for line in output.splitlines() if "exact_match" in line)
+    assert 0.0 < float(share) <= 1.0, output
+    refusal = finish(start("eval", str(recipe), "data.grader=last_number"), 2)
+    assert "data.grader.type=last_number on prompt" in refusal
+    assert "no number in the reference answer" in refusal

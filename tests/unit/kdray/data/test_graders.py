@@ -245,8 +245,9 @@ def test_generated_tasks_grade_themselves_unless_the_config_says_otherwise(examp
 def test_a_tasks_own_grader_is_asked(example_plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kdray.config.tasks import TASKS
 
-    grading = grading_of(config({"type": "task", "tasks": ["reversal"]}))
+    grading = grading_of(config({"type": "task", "tasks": ["arithmetic", "reversal"]}))
     assert grading is not None
     monkeypatch.setattr(TASKS.get("reversal"), "grade", lambda self, response, answer: response == "told")
     assert grading(prompt("ba", domain="reversal"), "told")
     assert not grading(prompt("ba", domain="reversal"), "ba")
+    assert grading(prompt("ba", domain="arithmetic"), "ba")

@@ -328,7 +328,7 @@ class TeacherEngine:
             finish_reason="stop" if len(tokens) and int(tokens[-1]) in self.spec.stop_ids else "length",
             teacher="" if self.spec.role == "student" else self.spec.teacher,
         )
-        return with_columns(rollout, record)
+        return with_columns(rollout, {**record, "token_ids": tokens})
 
     async def stats(self) -> dict[str, int]:
         """Counters since the start: prompt tokens answered by the prefix cache, requests preempted, records held."""

@@ -26,7 +26,7 @@ ALLOWED = {
     "kdray.data": "kdray.errors kdray.types kdray.config",
     "kdray.models": "kdray.errors kdray.config kdray.data",
     "kdray.rollouts": "kdray.errors kdray.types kdray.config kdray.interfaces kdray.data",
-    "kdray.losses": "kdray.errors kdray.types kdray.config",
+    "kdray.losses": "kdray.errors kdray.types kdray.config kdray.rollouts",
     "kdray.teachers": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.data kdray.models kdray.rollouts kdray.losses"
     ),

@@ -55,8 +55,10 @@ def pack(config: Config) -> JobPackage:
 
     Raises: ConfigError for paths that would be lost or not found there, DataError for a missing local file.
     """
-    if config.data.prompts.type == "iterable":
-        raise ConfigError("data.prompts.type=iterable: a job has no caller to hand prompts over; write them to a file")
+    if config.data.prompts.from_caller:
+        raise ConfigError(
+            f"data.prompts.type={config.data.prompts.type}: a job has no caller to hand prompts over; write them to a file"
+        )
     output = str(config.run.output)
     if not _absolute(output):
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,13 @@ from kdray.config.tasks import TaskName
 
 class PromptSettings(Settings):
     """A source of prompts."""
+
+    type: str
+    """Name of the source; a subclass narrows it to `Literal` of its own."""
+    from_caller: ClassVar[bool] = False
+    """The prompts are passed by the caller of `run`, and stand in no file."""
+    local: ClassVar[bool] = True
+    """The prompts are generated, or lie on this machine: they can be read again without a network."""
 
     @property
     def graded_tasks(self) -> list[str]:
@@ -86,6 +93,8 @@ class ParquetPrompts(PromptSettings):
 class HubPrompts(PromptSettings):
     """A dataset on the Hugging Face hub (or in its local cache), loaded by the `datasets` library."""
 
+    local = False
+
     type: Literal["hub"]
     name: str
     """Dataset id, such as `openai/gsm8k`."""
@@ -107,6 +116,9 @@ class HubPrompts(PromptSettings):
 
 class IterablePrompts(PromptSettings):
     """Prompts passed by the caller of `cluster.launch.run(config, prompts=...)`; not usable from a file alone."""
+
+    from_caller = True
+    local = False
 
     type: Literal["iterable"]
 

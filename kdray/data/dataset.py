@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
+from kdray.config import Config, HubPrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
 from kdray.data.graders import Grading, grading_of
 from kdray.data.sources import check_text, hub_records, jsonl_records, kind, names, parquet_records
 from kdray.data.tasks import generate_examples
@@ -77,28 +78,18 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
     Raises: DataError with file, line, setting and remedy.
     """
     source = config.data.prompts
-    if (prompts is not None) != isinstance(source, IterablePrompts):
+    if (prompts is not None) != source.from_caller:
         raise DataError(
             "data.prompts.type=iterable takes its prompts from the caller: pass prompts=..., or choose another type"
             if prompts is None
             else f"prompts=... was passed, but data.prompts.type={source.type}; set data.prompts.type=iterable"
         )
     size = config.data.heldout_size
-    heldout_rows: list[_Row] | None = None
     grade = grading_of(config)
-    if isinstance(source, TaskPrompts):
-        rows, heldout_rows = _task_rows(source, size, config.run.seed)
-    elif isinstance(source, IterablePrompts):
-        rows = _rows(_iterable_records(prompts or ()), _Columns(), "prompts")
+    if prompts is None:
+        rows, heldout_rows = _READERS[source.type](source, size, config.run.seed)
     else:
-        place = source.name if isinstance(source, HubPrompts) else str(source.path)
-        columns = _Columns(source.prompt_column, source.answer_column, source.domain_column)
-        rows = _rows(_records(source, heldout=False), columns, place)
-        wanted = source.heldout_split if isinstance(source, HubPrompts) else source.heldout_path
-        if wanted is not None:
-            place = f"{source.name} (split {wanted})" if isinstance(source, HubPrompts) else str(wanted)
-            heldout_rows = _rows(_records(source, heldout=True), columns, place)[:size]
-
+        rows, heldout_rows = _rows(_iterable_records(prompts), _Columns(), "prompts"), None
     encode = _Encoder(config, tokenizer)
     train, long_train = encode(_prefixed(rows, config.data.prefix), first_id=0)
     if heldout_rows is None:
@@ -230,16 +221,39 @@ def _task_rows(source: TaskPrompts, heldout_size: int, seed: int) -> tuple[list[
     return made[0], made[1]
 
 
-def _records(source: JsonlPrompts | ParquetPrompts | HubPrompts, heldout: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) pairs of the training or held-out part."""
-    if isinstance(source, HubPrompts):
-        split = source.heldout_split if heldout else source.split
-        setting = "heldout_split" if heldout else "split"
-        return hub_records(source.name, source.subset, split or source.split, source.revision, f"data.prompts.{setting}")
-    path = source.heldout_path if heldout else source.path
-    setting = "data.prompts.heldout_path" if heldout else "data.prompts.path"
-    assert path is not None  # a held-out part is asked for only where it has a path
-    return jsonl_records(path, setting) if isinstance(source, JsonlPrompts) else parquet_records(path, setting)
+def _file_rows(
+    records: Callable[[Path, str], Iterator[tuple[str, dict[str, Any]]]], source: JsonlPrompts | ParquetPrompts, size: int
+) -> tuple[list[_Row], list[_Row] | None]:
+    """Rows of a file and of its held-out file. Args: records: reader of such files."""
+    columns = _Columns(source.prompt_column, source.answer_column, source.domain_column)
+    rows = _rows(records(source.path, "data.prompts.path"), columns, str(source.path))
+    if source.heldout_path is None:
+        return rows, None
+    heldout = records(source.heldout_path, "data.prompts.heldout_path")
+    return rows, _rows(heldout, columns, str(source.heldout_path))[:size]
+
+
+def _hub_rows(source: HubPrompts, size: int, seed: int) -> tuple[list[_Row], list[_Row] | None]:
+    """Rows of a split and of the held-out split."""
+    columns = _Columns(source.prompt_column, source.answer_column, source.domain_column)
+
+    def split(name: str, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        return hub_records(source.name, source.subset, name, source.revision, f"data.prompts.{setting}")
+
+    rows = _rows(split(source.split, "split"), columns, source.name)
+    wanted = source.heldout_split
+    if wanted is None:
+        return rows, None
+    return rows, _rows(split(wanted, "heldout_split"), columns, f"{source.name} (split {wanted})")[:size]
+
+
+_READERS: dict[str, Callable[[Any, int, int], tuple[list[_Row], list[_Row] | None]]] = {
+    "task": _task_rows,
+    "jsonl": lambda source, size, seed: _file_rows(jsonl_records, source, size),
+    "parquet": lambda source, size, seed: _file_rows(parquet_records, source, size),
+    "hub": _hub_rows,
+}
+"""Training rows, and held-out rows where a source has its own, by `data.prompts.type`; arguments: source, held-out size, seed."""
 
 
 def _iterable_records(prompts: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:

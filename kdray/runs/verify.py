@@ -18,7 +18,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from kdray.config import Config, JsonlPrompts, ParquetPrompts, TaskPrompts, load_config
+from kdray.config import Config, load_config
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
@@ -306,7 +306,7 @@ def _dataset(config: Config) -> Dataset:
     from kdray.models.inspect import load_tokenizer, loaded_from
 
     source, model = config.data.prompts, config.student.model
-    if not isinstance(source, TaskPrompts | JsonlPrompts | ParquetPrompts):
+    if not source.local:
         raise DataError(f"data.prompts.type={source.type} is not on this machine")
     folder = loaded_from(model)
     if folder is not None and not Path(folder).expanduser().is_dir():

@@ -253,7 +253,7 @@ _READERS: dict[str, Callable[[Any, int, int], tuple[list[_Row], list[_Row] | Non
     "parquet": lambda source, size, seed: _file_rows(parquet_records, source, size),
     "hub": _hub_rows,
 }
-"""Training rows, and held-out rows where a source has its own, by `data.prompts.type`; arguments: source, held-out size, seed."""
+"""Training rows, and held-out rows where a source has its own, by `data.prompts.type`; given source, held-out size and seed."""
 
 
 def _iterable_records(prompts: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -129,7 +129,7 @@ def reencode(config: Config, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[
 
 
 def templated(config: Config, tokenizer: Any, prompts: Sequence[Prompt], template: str) -> dict[int, np.ndarray]:
-    """Tokenize the prompts for a teacher with `prompt_template`, ids by prompt id; of chat messages, the last fills the template.
+    """Tokenize the prompts for a teacher with `prompt_template`, ids by prompt id; of chat messages, it wraps the last one.
 
     Raises: DataError if the template uses the answer and a prompt has none.
     """
@@ -189,7 +189,7 @@ def asked_text(
 
 
 def response_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Return an encoder of response text, which appends end-of-sequence. Special tokens in the text are encoded as plain text."""
+    """Return an encoder of response text, which appends end-of-sequence. Special tokens in the text are treated as text."""
 
     def encoded(text: str) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -36,8 +36,9 @@ def lesson(name: str) -> Lesson:
 
 
 def shares(size: int, weights: Sequence[float]) -> list[int]:
-    """Split `size` into integers in proportion to the weights, which must not all be 0, by the largest-remainder method; on ties
-    the first are rounded up.
+    """Split `size` into integers in proportion to the weights, which must not all be 0, by the largest-remainder method.
+
+    Of equal remainders, the first are rounded up.
     """
     exact = [size * weight / sum(weights) for weight in weights]
     whole = [int(part) for part in exact]

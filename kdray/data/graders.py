@@ -1,6 +1,6 @@
-"""Graders at work: each holds a response against the reference answer of its prompt.
+"""Graders, which compare a response with the reference answer of its prompt.
 
-Their settings are in `kdray.config.graders`. A run grades through a `Grading`, which says what failed where a grader does.
+Their settings are in `kdray.config.graders`. A run grades through `Grading`, which reports the context of a grader's failure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kdray.types import Prompt
 _SHOWN = 80
 
 _MARKER = "####"
-"""GSM8K's answers put it between the working and the result."""
+"""Separator between the working and the result in GSM8K answers."""
 
 _NUMBER = re.compile(
     r"""
@@ -41,23 +41,23 @@ _NUMBER = re.compile(
 
 
 class Grader(ABC):
-    """What a grader's settings make. Subclass it, or give an object with these methods."""
+    """Grader that `GraderSettings` build: a subclass, or any object with these methods."""
 
     @abstractmethod
     def grade(self, prompt: Prompt, response: str) -> bool:
-        """The response is right. What it raises ends the run with the prompt's number and text."""
+        """Return True for a correct response. An exception ends the run, reported with the prompt's id and text."""
 
     def answer_of(self, response: str) -> Hashable | None:
-        """The part of a response by which responses are compared (`rollout.filters.agreement`); None where there is none."""
+        """Extract the answer by which responses are compared (`rollout.filters.agreement`); None if there is none."""
         return response.strip()
 
     def check(self, prompt: Prompt) -> None:
-        """Raises: ValueError where the prompt's reference answer is none that a response could be held against."""
+        """Check the reference answer of a prompt. Raises: ValueError if no response can be compared with it."""
         return
 
 
 class Exact(Grader):
-    """The same text."""
+    """Exact match with the reference, ignoring surrounding whitespace."""
 
     def __init__(self, settings: ExactGrader) -> None: ...
 
@@ -66,7 +66,7 @@ class Exact(Grader):
 
 
 class LastNumber(Grader):
-    """The same last number."""
+    """Match of the last number in the response with that of the reference."""
 
     def __init__(self, settings: LastNumberGrader) -> None: ...
 
@@ -75,7 +75,7 @@ class LastNumber(Grader):
 
     def answer_of(self, response: str) -> Decimal | None:
         found = _NUMBER.findall(response.rpartition(_MARKER)[2])
-        # Exact, unlike float: 0.1 and 0.10 are one number, as are integers of any length.
+        # Exact, unlike float: 0.1 equals 0.10, and integers may have any length.
         return Decimal(found[-1].translate(_PLAIN)) if found else None
 
     def check(self, prompt: Prompt) -> None:
@@ -92,7 +92,7 @@ _PLAIN = str.maketrans({"\u2212": "-", ",": None, "$": None})
 
 
 class Regex(Grader):
-    """What a pattern's group holds."""
+    """Match of the group that a pattern captures."""
 
     def __init__(self, settings: RegexGrader) -> None:
         self._pattern = re.compile(settings.pattern)
@@ -116,12 +116,12 @@ class Regex(Grader):
 
 
 class MultipleChoice(Grader):
-    """The same letter. Clear ways of naming a choice are looked for first; a lone `A` in a sentence is an article."""
+    """Match of the chosen letter. Explicit forms are tried first, since a lone `A` in a sentence is an article."""
 
     def __init__(self, settings: MultipleChoiceGrader) -> None:
         upper = f"[{settings.letters}]"
         either = f"[{settings.letters}{settings.letters.lower()}]"
-        # In this order: the first way that is found anywhere decides, by its last place.
+        # Tried in this order: the first pattern with a match decides, by its last match.
         self._ways = [
             re.compile(way)
             for way in (
@@ -153,7 +153,7 @@ class MultipleChoice(Grader):
 
 
 class ByTask(Grader):
-    """Generated prompts: each by the grader of its own task, which is the prompt's domain."""
+    """Grader of generated prompts, which delegates to the task that the prompt's domain names."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._tasks = {name: task(name) for name in names}
@@ -164,19 +164,19 @@ class ByTask(Grader):
 
 
 class Grading:
-    """A run's grader, in whose place errors name grader, prompt and response; nothing counts as wrong because it failed."""
+    """A run's grader. Errors name grader, prompt and response; a failed grader never counts as a wrong response."""
 
     def __init__(self, name: str, grader: Grader, needs_reference: bool = True) -> None:
-        """Args: name: of the setting that chose it, in messages; needs_reference: see `GraderSettings`."""
+        """Args: name: the setting that selected the grader, for messages; needs_reference: see `GraderSettings`."""
         self.name = name
         self.needs_reference = needs_reference
         self._grader = grader
 
     def __call__(self, prompt: Prompt, response: str) -> bool:
-        """The response is right. Raises: ResponseError where the grader raised, or gave neither true nor false."""
+        """Return True for a correct response. Raises: ResponseError if the grader raised, or did not return a bool."""
         try:
             right = self._grader.grade(prompt, response)
-        # Whatever a grader of others raises.
+        # A plugin's grader may raise anything.
         except Exception as error:
             raise ResponseError(self._failed(prompt, f"{type(error).__name__}: {error}", response)) from error
         if not isinstance(right, bool | np.bool_):
@@ -184,11 +184,11 @@ class Grading:
         return bool(right)
 
     def can_grade(self, prompt: Prompt) -> bool:
-        """The prompt has what the grader needs."""
+        """Return True if the prompt has the reference answer, or the grader needs none."""
         return prompt.answer is not None or not self.needs_reference
 
     def answer_of(self, prompt: Prompt, response: str) -> Hashable | None:
-        """See `Grader`. Raises: ResponseError where the grader raised."""
+        """See `Grader`. Raises: ResponseError if the grader raised."""
         try:
             return self._grader.answer_of(response)
         # As in `__call__`.
@@ -196,7 +196,7 @@ class Grading:
             raise ResponseError(self._failed(prompt, f"{type(error).__name__}: {error}", response)) from error
 
     def check(self, prompts: Iterable[Prompt]) -> None:
-        """Raises: DataError naming the first prompt whose reference answer the grader cannot use."""
+        """Check all reference answers. Raises: DataError naming the first prompt whose answer the grader cannot use."""
         for prompt in filter(self.can_grade, prompts):
             try:
                 self._grader.check(prompt)
@@ -220,7 +220,7 @@ def _reference(prompt: Prompt) -> str:
 
 
 def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
-    """The group at the last place where the pattern is found."""
+    """Return the group of the pattern's last match, stripped; None without one."""
     last = deque(pattern.finditer(text), maxlen=1)
     return last[0][1].strip() if last and last[0][1] is not None else None
 
@@ -230,9 +230,9 @@ def _short(text: str) -> str:
 
 
 def grading_of(config: Config) -> Grading | None:
-    """The run's grader: `data.grader`, else that of the generated tasks; None where nothing grades the prompts.
+    """Return the run's grader: `data.grader`, or else that of the generated tasks; None if the prompts have no grader.
 
-    Raises: ConfigError where it cannot be loaded.
+    Raises: ConfigError if it cannot be loaded.
     """
     settings, tasks = config.data.grader, config.data.prompts.graded_tasks
     if settings is not None:

@@ -1,4 +1,4 @@
-"""Pretraining text: documents of a source, cut into windows of token ids."""
+"""Pretraining text: documents of a source, split into windows of token ids."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SECTION = "training.pretraining.source"
 
 
 def load_windows(settings: PretrainingSettings, tokenizer: Any, seed: int) -> list[Prompt]:
-    """All windows of all documents, each document closed by the end-of-sequence token.
+    """Load all windows of all documents; every document ends with the end-of-sequence token.
 
-    Windows of a document overlap by one token, so that every token but a document's first is a target exactly once.
+    Windows of a document overlap by one token, so that every token except a document's first is a target exactly once.
     Raises: DataError with file, row and remedy.
     """
     if tokenizer.eos_token_id is None:
@@ -40,7 +40,7 @@ def load_windows(settings: PretrainingSettings, tokenizer: Any, seed: int) -> li
 
 
 def documents(source: TextSource, seed: int, section: str) -> Iterator[str]:
-    """Texts of a source, in its order. Args: section: the setting that holds `source`, for messages."""
+    """Yield the texts of a source in its order. Args: section: the setting that holds `source`, for messages."""
     return _DOCUMENTS[source.type](source, seed, section)
 
 

@@ -1,1 +1,1 @@
-"""Path of rollouts from a request to a training batch."""
+"""Rollouts, from a request to a training batch."""

@@ -1,7 +1,7 @@
-"""Rollouts as Arrow: the one columnar schema that travels between actors and lies as Parquet on disk.
+"""Rollouts as Arrow tables: the columnar schema used both between actors and, as Parquet, on disk.
 
 Every per-token column of `kdray.rollouts.columns` is a list; a support of width K is stored flattened, T * K values, with K in
-`support_width`; hidden states likewise, with their channels in `hidden_width`.
+`support_width`; hidden states likewise, with the number of channels in `hidden_width`.
 A column that the route did not produce is null.
 """
 
@@ -26,11 +26,11 @@ _SCALARS = (
     pa.field("teacher", pa.string(), nullable=False),
 )
 WIDTHS = {"support": "support_width", "hidden": "hidden_width"}
-"""Names of the columns that hold how wide the others are."""
+"""Names of the columns that store the width of the others."""
 
 
 def column_fields(columns: Iterable[Column]) -> list[pa.Field]:
-    """Fields of per-token columns, with those of their widths."""
+    """Return the fields of per-token columns, and of the width columns that they need."""
     columns = tuple(columns)
     widths = [name for width, name in WIDTHS.items() if any(column.width == width for column in columns)]
     return [
@@ -61,7 +61,7 @@ REQUEST_SCHEMA = pa.schema(
 
 
 def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
-    """One row a rollout."""
+    """Convert rollouts to a table, one row per rollout."""
     scalars = {each.name: [getattr(rollout, each.name) for rollout in rollouts] for each in _SCALARS}
     prompts = [rollout.prompt_ids for rollout in rollouts]
     columns = columns_to_lists({column: values_of(rollouts, column.name) for column in _COLUMNS})
@@ -69,7 +69,7 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
 
 
 def table_to_rollouts(table: pa.Table) -> list[Rollout]:
-    """The inverse of `rollouts_to_table`; arrays are read-only views of the table where it is one chunk."""
+    """Inverse of `rollouts_to_table`; arrays are read-only views of the table if it has a single chunk."""
     if not ABSENT_IN_OLD_FILES.issubset(table.schema.names):
         table = upgraded(table)
     values = {each.name: table.column(each.name).to_pylist() for each in _SCALARS}
@@ -78,14 +78,14 @@ def table_to_rollouts(table: pa.Table) -> list[Rollout]:
 
 
 def requests_to_table(requests: Sequence[SampleRequest]) -> pa.Table:
-    """One row a request."""
+    """Convert requests to a table, one row per request."""
     return pa.table(
         {name: [getattr(request, name) for request in requests] for name in REQUEST_SCHEMA.names}, schema=REQUEST_SCHEMA
     )
 
 
 def table_to_requests(table: pa.Table) -> list[SampleRequest]:
-    """The inverse of `requests_to_table`."""
+    """Inverse of `requests_to_table`."""
     prompts = _slices(table.column("prompt_ids").combine_chunks())
     others = [name for name in REQUEST_SCHEMA.names if name != "prompt_ids"]
     values = {name: table.column(name).to_pylist() for name in others}
@@ -98,9 +98,9 @@ def table_to_requests(table: pa.Table) -> list[SampleRequest]:
 
 
 def upgraded(table: pa.Table) -> pa.Table:
-    """A table of rollouts that any version of kdray wrote, with the columns that it lacks.
+    """Add the missing columns to a table of rollouts written by any version of kdray.
 
-    Before `writer` was a column of its own, nan as alpha said that the response was the data's.
+    Before the column `writer` existed, an alpha of nan marked responses from the data.
     """
     lacking = [column for column in _COLUMNS if column.name in ABSENT_IN_OLD_FILES and column.name not in table.schema.names]
     for column in lacking:
@@ -117,12 +117,12 @@ def upgraded(table: pa.Table) -> pa.Table:
 
 
 def writer_columns(schema: pa.Schema) -> list[str]:
-    """Columns that tell who wrote the rows of a table of any version."""
+    """Names of the columns that determine the writers of rows, for a table of any version."""
     return [name for name in ("alpha", "writer") if name in schema.names]
 
 
 def row_writers(table: pa.Table) -> np.ndarray:
-    """Writers of the rows of a table, codes of WRITERS [rows]: of several, the student before the teacher, the data after both.
+    """Writers of the rows of a table, codes of WRITERS [rows]; of several, the student comes before the teacher, then the data.
 
     Args: table: with the `writer_columns` of its schema.
     """
@@ -132,13 +132,13 @@ def row_writers(table: pa.Table) -> np.ndarray:
         lengths = column.value_lengths().fill_null(0).to_numpy()
         starts = np.cumsum(lengths) - lengths
         if lengths.any():
-            # The codes stand in this order: mixture and student before teacher, data, environment.
+            # The order of the codes: mixture and student before teacher, data, environment.
             codes[lengths > 0] = np.minimum.reduceat(column.flatten().to_numpy(), starts[lengths > 0])
     return codes
 
 
 def old_writer(alpha: float) -> Writer:
-    """The writer of a response of an older version, by its alpha: nan was the data's."""
+    """Return the writer of a response from an older version by its alpha; nan meant the data."""
     return "data" if isnan(alpha) else drawn_by(alpha)
 
 
@@ -150,9 +150,9 @@ def _codes(alphas: np.ndarray) -> np.ndarray:
 
 
 def columns_to_lists(columns: Mapping[Column, Sequence[np.ndarray | None]]) -> dict[str, Sequence[Any]]:
-    """Per-token columns as Arrow takes them, by the names of `column_fields`.
+    """Convert per-token columns to Arrow lists, by the names of `column_fields`.
 
-    Args: columns: of every row, [T] or [T, K]; None is null.
+    Args: columns: per row, [T] or [T, K]; None is null.
     """
     lists: dict[str, Sequence[Any]] = {}
     for column, values in columns.items():
@@ -167,7 +167,7 @@ def columns_to_lists(columns: Mapping[Column, Sequence[np.ndarray | None]]) -> d
 
 
 def read_columns(table: pa.Table | pa.RecordBatch, columns: Iterable[Column]) -> dict[str, list[np.ndarray | None]]:
-    """The inverse of `columns_to_lists`, by name, for those of the columns that the table has."""
+    """Inverse of `columns_to_lists`, by name, for those of the columns that the table has."""
     found = {}
     for column in columns:
         if column.name not in table.schema.names:
@@ -182,7 +182,7 @@ def read_columns(table: pa.Table | pa.RecordBatch, columns: Iterable[Column]) ->
 
 
 def _slices(column: pa.ListArray) -> list[Any]:
-    """The rows of a list column as arrays; None where null."""
+    """Return the rows of a list column as arrays; None where null."""
     values = column.values.to_numpy(zero_copy_only=False)
     rows = [values[start:end] for start, end in pairwise(column.offsets.to_pylist())]
     if column.null_count:

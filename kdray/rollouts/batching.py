@@ -1,6 +1,6 @@
-"""Rollouts or supervised examples -> the padded batch of one optimizer step, its shards and its micro-batches.
+"""Padded batch of an optimizer step from rollouts or supervised examples, with its shards and micro-batches.
 
-A loss is divided by the response tokens of the whole step, which travel with every part; so neither the order of rows,
+A loss is divided by the number of response tokens of the whole step, which every part carries; so neither the order of rows,
 nor padding, nor the split over ranks and micro-batches changes the gradient.
 """
 
@@ -16,7 +16,7 @@ from kdray.rollouts.columns import Column, batch_columns, target_mask, values_of
 from kdray.types import Prompt, Rollout, TrainBatch
 
 _RECORDED = tuple(column for column in batch_columns() if column.stage != "batching")
-"""Columns of a batch that rollouts bring along."""
+"""Columns of a batch that rollouts already have."""
 _MADE = {column.name: column for column in batch_columns() if column.stage == "batching"}
 
 
@@ -26,14 +26,14 @@ def rollouts_to_batch(
     dropped: Collection[int] = (),
     weights: Mapping[int, float] | None = None,
 ) -> TrainBatch:
-    """One row a rollout, in their order, with every per-token column that a loss may read and the rollouts have.
+    """Build a batch with one row per rollout, in order, and every per-token column that a loss may read and the rollouts have.
 
-    Targets are the response tokens but those of the environment, which are context as the prompt is.
-    Beside rollouts that a teacher wrote without the student, columns that only some have are left out: a loss of the text alone
-    trains both kinds together, and one that needs more says so.
+    Targets are the response tokens except those of the environment, which are context like the prompt.
+    If a teacher wrote some of the rollouts without the student, columns that only some have are omitted: a loss on the text
+    alone trains both kinds together, and one that needs more raises an error.
     Args: step: the optimizer step that trains them, counted from 1; it starts from student version `step - 1`; dropped: sample
-          ids whose tokens are no targets; weights: of the rollouts in the loss, by sample id; None where all count alike.
-    Raises: DataError if otherwise only some of the rollouts have a column.
+          ids whose tokens are not targets; weights: loss weights of the rollouts, by sample id; None weighs all equally.
+    Raises: DataError if in any other case only some of the rollouts have a column.
     """
     batch = _pad(
         [rollout.sample_id for rollout in rollouts],
@@ -68,16 +68,16 @@ def rollouts_to_batch(
 
 
 def examples_to_batch(examples: Sequence[tuple[Prompt, np.ndarray]], step: int) -> TrainBatch:
-    """One row a (prompt, answer ids) pair, for supervised fine-tuning; its sample id is the prompt id. No columns."""
+    """Build a batch for supervised fine-tuning: a row per (prompt, answer ids) pair; sample ids are prompt ids. No columns."""
     return _pad([prompt.prompt_id for prompt, _ in examples], [(prompt.token_ids, answer) for prompt, answer in examples], step)
 
 
 def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:
-    """The rows of one rank, longest first: equal row counts on all ranks, token counts that differ by at most one row.
+    """Return the rows of one rank, longest first: equal row counts on all ranks, token counts that differ by at most one row.
 
-    Rows are dealt by length in snake order, so that the k-th micro-batches of all ranks also hold rows of like length.
+    Rows are dealt by length in snake order, so that the k-th micro-batches of all ranks also have rows of similar length.
     Padding rows fill up the last deal: every rank must run the same number of forward passes, which are collective.
-    `num_target_tokens` stays the whole step's.
+    `num_target_tokens` remains that of the whole step.
     """
     by_length = np.argsort(-batch.lengths, kind="stable")
     num_deals = -(-len(by_length) // world_size)
@@ -88,13 +88,13 @@ def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:
 
 
 def micro_batches(batch: TrainBatch, micro_batch_size: int) -> Iterator[TrainBatch]:
-    """Consecutive rows, at most `micro_batch_size` a part, each trimmed to its longest row (at least 1 token)."""
+    """Yield consecutive parts of at most `micro_batch_size` rows, each trimmed to its longest row (at least 1 token)."""
     for start in range(0, len(batch.lengths), micro_batch_size):
         yield take_rows(batch, np.arange(start, min(start + micro_batch_size, len(batch.lengths))))
 
 
 def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step: int) -> TrainBatch:
-    """Rows of (prompt ids, response ids), right-padded."""
+    """Right-pad rows of (prompt ids, response ids)."""
     prompts = np.array([len(prompt) for prompt, _ in rows], dtype=np.int32)
     lengths = prompts + np.array([len(response) for _, response in rows], dtype=np.int32)
     width = max(1, int(lengths.max(initial=0)))
@@ -103,7 +103,7 @@ def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step:
         token_ids[_places(np.zeros_like(lengths), lengths)] = np.concatenate([part for row in rows for part in row])
     position = np.arange(width)
     loss_mask = (position >= prompts[:, None]) & (position < lengths[:, None])
-    # Nothing stands before position 0 to predict it from.
+    # Position 0 has no context to be predicted from.
     loss_mask[:, 0] = False
     return TrainBatch(
         step=step,
@@ -116,7 +116,7 @@ def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step:
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, positions) of the tokens of all rows one after the other, [T] each; row b's begin at `starts[b]`."""
+    """Return (rows, positions) of the tokens of all rows, concatenated, [T] each; row b starts at position `starts[b]`."""
     ends = np.cumsum(lengths)
     within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
     return np.repeat(np.arange(len(lengths)), lengths), within + np.repeat(starts, lengths)
@@ -124,7 +124,7 @@ def _places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @dataclass(frozen=True)
 class _Places:
-    """Places in a batch of the response tokens of all rollouts, one rollout after the other."""
+    """Indices of the response tokens of all rollouts in a batch, concatenated over rollouts."""
 
     shape: tuple[int, ...]  # [B, S]
     starts: np.ndarray  # [B]
@@ -139,12 +139,12 @@ class _Places:
         return cls(batch.token_ids.shape, starts, lengths, *_places(starts, lengths))
 
     def column(self, column: Column, values: Sequence[np.ndarray]) -> np.ndarray:
-        """Response columns [T] or [T, K] moved to where their tokens stand: [B, S] or [B, S, widest K]."""
+        """Scatter response columns [T] or [T, K] to the positions of their tokens: [B, S] or [B, S, widest K]."""
         if column.width == "token":
             return self.flat_column(column, np.concatenate(values))
         widths = np.array([value.shape[1] for value in values])
         out = np.full((*self.shape, widths.max()), column.fill, dtype=column.dtype)
-        # Rows of one width are moved at once: one by one, they would cost more than all else that the loop does.
+        # Rows of equal width are scattered at once; one by one, they would take longer than the rest of the loop.
         for width in set(widths.tolist()):
             of_width = np.flatnonzero(widths == width)
             rows, positions = _places(self.starts[of_width], self.lengths[of_width])
@@ -152,7 +152,7 @@ class _Places:
         return out
 
     def flat_column(self, column: Column, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-        """Numbers of all tokens, one rollout after the other, as [B, S]. Args: where: [T] bool, those that have one."""
+        """Scatter values, concatenated over rollouts, to [B, S]. Args: where: [T] bool, tokens that have a value."""
         out = np.full(self.shape, column.fill, dtype=column.dtype)
         rows, positions = self.rows, self.positions
         if where is not None and not where.all():
@@ -162,7 +162,7 @@ class _Places:
 
 
 def take_rows(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
-    """Copies of the given rows, trimmed to the longest of them; row -1 is a padding row."""
+    """Copy the given rows, trimmed to the longest of them; row -1 is a padding row."""
     padding = rows < 0
     lengths = np.where(padding, 0, batch.lengths[rows])
     width = max(1, int(lengths.max(initial=0)))
@@ -181,9 +181,9 @@ def take_rows(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
 
 
 def token_groups(rollouts: Sequence[Rollout], trained_version: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Groups of the targets of rollouts, by teacher and staleness in steps: `teacher/<name>/staleness_<steps>`.
+    """Group the targets of rollouts by teacher and staleness in steps: `teacher/<name>/staleness_<steps>`.
 
-    Returns: the names that occur, sorted; of every target, one rollout after the other, the index of its name, [N] int32.
+    Returns: the sorted names of non-empty groups; the index of each target's name, concatenated over rollouts, [N] int32.
     """
     teachers = sorted({rollout.teacher for rollout in rollouts})
     number = {teacher: index for index, teacher in enumerate(teachers)}

@@ -1,11 +1,11 @@
-"""Table of the per-token columns: name, type, fill, who writes each and who reads it.
+"""Table of the per-token columns: name, type, fill value, producers and consumers.
 
 Everything that lists columns derives from it: the Arrow schema of rollouts (`kdray.rollouts.arrow`), `TrainBatch.columns`
-(`kdray.rollouts.batching`), `LossBatch` (`kdray.losses.batch`), the recorder's arrays and the table that it hands over
+(`kdray.rollouts.batching`), `LossBatch` (`kdray.losses.batch`), the recorder's arrays and the table that it returns
 (`actors.vllm_plugin.record_table`), and the signals of a capture (`kdray.capturing.format`).
 
-To add a column: a line here, its producer, which gives it with `with_columns`, and its consumer, which reads it with
-`LossBatch.masked` or `values_of`. It may have a field of its own in `Rollout` and `LossBatch`; else it lies in their `more`.
+To add a column: a line here, a producer that sets it with `with_columns`, and a consumer that reads it with
+`LossBatch.masked` or `values_of`. It may have a field of its own in `Rollout` and `LossBatch`; otherwise it is kept in `more`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 from kdray.types import WRITERS, Rollout
 
 Width = Literal["token", "support", "hidden"]
-"""Numbers a token: one; K, those of the support; d, the channels of a hidden state."""
+"""Values per token: one; K, the size of the support; d, the channels of a hidden state."""
 
 Stage = Literal["draw", "scoring", "batching"]
-"""Moment at which a column is filled in: as a response is written, as a teacher scores it, or as rollouts become a batch."""
+"""Stage at which a column is filled in: sampling a response, scoring it by a teacher, or batching rollouts."""
 
 Producer = Literal[
     "rollout",
@@ -36,10 +36,10 @@ Producer = Literal[
     "cross_tokenizer",
     "batching",
 ]
-"""`rollout`: `Rollout` itself, where nobody gives the column. `data`: reference answers and pretraining text."""
+"""`rollout`: the default of `Rollout` itself. `data`: reference answers and pretraining text."""
 
 Consumer = Literal["row", "loss", "output_head", "ensemble", "metrics", "ledger", "report", "capture"]
-"""`row`: ids and loss mask of the batch. `output_head`: the loss from hidden states. `report`: samples to look at."""
+"""`row`: ids and loss mask of the batch. `output_head`: the loss from hidden states. `report`: samples for inspection."""
 
 Signal = Literal["sampled", "top_k", "hidden"]
 """Signals of a teacher; see `kdray.checks.capabilities.Capability`."""
@@ -53,16 +53,16 @@ class Column:
     dtype: type[np.generic]
     width: Width
     fill: float
-    """Value at positions that no token describes, and in unused slots."""
+    """Value at positions without a response token, and in unused slots."""
     stage: Stage
     written_by: frozenset[Producer]
     read_by: frozenset[Consumer]
     signal: Signal | None = None
-    """Part of this signal of a teacher."""
+    """Teacher signal that the column is part of."""
     of_student: bool = False
-    """True where it tells of the student that stood beside the teacher, which is no part of the teacher's answer."""
+    """True if it depends on the student that ran alongside the teacher, so that it is not part of the teacher's output."""
     in_every_file: bool = False
-    """True where all files of rollouts have it, whatever version wrote them. Files that lack one of the others are read too."""
+    """True if files of rollouts by every version have it. Files without one of the other columns can be read too."""
 
 
 def _by(*names: Producer) -> frozenset[Producer]:
@@ -77,12 +77,12 @@ _SCORERS = _by("recorder", "prompt_logprobs", "huggingface", "openai", "ensemble
 _WRITERS = _by("recorder", "huggingface", "openai", "program", "data")
 
 COLUMNS: tuple[Column, ...] = (
-    # Ids of the response, end-of-sequence token included when it was drawn.
+    # Ids of the response, end-of-sequence token included if it was sampled.
     Column(
         "token_ids", np.int32, "token", 0, "draw",
         _WRITERS, _for("row", "ledger", "report", "capture"), in_every_file=True,
     ),
-    # Codes of `kdray.types.WRITERS`: who wrote the token.
+    # Writer of the token, as a code of `kdray.types.WRITERS`.
     Column(
         "writer", np.int8, "token", 0, "draw",
         _by("rollout", "data"), _for("row", "metrics", "ledger", "report", "capture"),
@@ -92,7 +92,7 @@ COLUMNS: tuple[Column, ...] = (
         "student_versions", np.int32, "token", 0, "draw",
         _WRITERS, _for("metrics", "ledger"), in_every_file=True,
     ),
-    # log m, the density that the token was drawn from.
+    # log m, the density that the token was sampled from.
     Column(
         "mixture_logprobs", np.float32, "token", 0.0, "draw",
         _by("recorder", "huggingface"), _for("loss", "metrics", "capture"), in_every_file=True,
@@ -182,23 +182,23 @@ def signal_columns() -> dict[Signal, tuple[str, ...]]:
 
 _FIELDS = frozenset(each.name for each in fields(Rollout))
 _REQUIRED = ("mixture_logprobs", "student_logprobs")
-"""Fields whose absence has to be said."""
+"""Fields without a default, which must be set to None explicitly."""
 
 
 def value_of(rollout: Rollout, name: str) -> np.ndarray | None:
-    """A rollout's column; None where it has none."""
+    """Return a rollout's column; None if it has none."""
     return getattr(rollout, name) if name in _FIELDS else rollout.more.get(name)
 
 
 def values_of(rollouts: Iterable[Rollout], name: str) -> list[np.ndarray | None]:
-    """A column of every rollout."""
+    """Return a column of every rollout; None for those without it."""
     if name in _FIELDS:
         return [getattr(rollout, name) for rollout in rollouts]
     return [rollout.more.get(name) for rollout in rollouts]
 
 
 def at_targets(rollouts: Sequence[Rollout], name: str) -> np.ndarray:
-    """A column [N] at the targets of the rollouts that have it, one rollout after the other."""
+    """Return a column at the targets of the rollouts that have it, concatenated, [N]."""
     values = values_of(rollouts, name)
     known = [rollout for rollout, given in zip(rollouts, values, strict=True) if given is not None]
     found = np.concatenate([given for given in values if given is not None] or [np.empty(0)])
@@ -207,12 +207,12 @@ def at_targets(rollouts: Sequence[Rollout], name: str) -> np.ndarray:
 
 
 def target_mask(rollouts: Sequence[Rollout]) -> np.ndarray:
-    """Tokens that are targets, one rollout after the other, [T] bool."""
+    """Mask of the tokens that are targets, concatenated over rollouts, [T] bool."""
     return np.concatenate([rollout.writer for rollout in rollouts] or [np.empty(0)]) != WRITERS.index("environment")
 
 
 def with_columns(rollout: Rollout, values: Mapping[str, np.ndarray | None], **changes: Any) -> Rollout:
-    """The rollout with these columns, and `changes` of its other fields."""
+    """Copy the rollout with these columns set, and `changes` applied to its other fields."""
     own: dict[str, Any] = {name: value for name, value in values.items() if name in _FIELDS}
     others = {name: value for name, value in values.items() if name not in _FIELDS}
     if others:
@@ -222,7 +222,7 @@ def with_columns(rollout: Rollout, values: Mapping[str, np.ndarray | None], **ch
 
 
 def rollouts_of(values: Mapping[str, Sequence[Any]]) -> list[Rollout]:
-    """Rollouts out of their columns and other fields, by name; a column that none of them has may be left out."""
+    """Build rollouts from their columns and other fields, by name; a column that none of them has may be omitted."""
     names = [name for name in values if name in _FIELDS]
     others = [name for name in values if name not in _FIELDS]
     own = [dict(zip(names, row, strict=True)) for row in zip(*(values[name] for name in names), strict=True)]
@@ -237,6 +237,6 @@ def rollouts_of(values: Mapping[str, Sequence[Any]]) -> list[Rollout]:
 
 
 def unscored(rollout: Rollout, support_ids: np.ndarray | None = None) -> Rollout:
-    """The rollout without a teacher's columns, as it is sent to be scored. Args: support_ids: [T, K] ids to ask for."""
+    """Copy the rollout without the teacher's columns, for scoring. Args: support_ids: [T, K] ids to be scored."""
     blank: dict[str, np.ndarray | None] = {column.name: None for column in scored_columns()}
     return with_columns(rollout, blank | {"support_ids": support_ids})

@@ -1,7 +1,7 @@
-"""Which responses of a batch are trained on. The others keep their place in it and teach nothing.
+"""Filters that exclude responses of a batch from training.
 
-Slots are what makes the staleness bound a guarantee, so a filter takes a response's tokens out of the loss and not its sample
-out of the batch; the ledger says which rule did it.
+The staleness bound relies on fixed slots, so a filter removes a response's tokens from the loss and keeps its sample in the
+batch; the ledger records the rule that excluded it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from kdray.types import Prompt, Rollout
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response as a rule sees it."""
+    """Input of a rule: a decoded response with its prompt."""
 
     rollout: Rollout
     text: str
-    """What it says, without white space around it."""
+    """Decoded text, stripped of surrounding whitespace."""
     prompt: Prompt
     grading: Grading | None = None
 
@@ -44,28 +44,28 @@ class Response:
         return self.rollout.sample_id
 
     def is_right(self) -> bool:
-        """The run's grader calls it right; False for a prompt that it cannot grade. For rules with `needs_grader`."""
+        """Return True if the grader accepts it; False for a prompt that cannot be graded. For rules with `needs_grader`."""
         assert self.grading is not None
         return self.grading.can_grade(self.prompt) and self.grading(self.prompt, self.text)
 
     def answer(self) -> Hashable | None:
-        """The part of it that counts where responses are compared; None where it has none. Without a grader, its text."""
+        """Answer by which responses are compared; None if it has none. Without a grader, the text."""
         return self.text if self.grading is None else self.grading.answer_of(self.prompt, self.text)
 
 
 class FilterRule(ABC):
-    """What a rule's settings make. Subclass it, or give an object with this method."""
+    """Filter that a rule's settings build: a subclass, or any object with this method."""
 
     @abstractmethod
     def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
-        """Sample ids of the responses to leave out.
+        """Return the sample ids of the responses to exclude.
 
-        Args: responses: those to one prompt that passed the rules before; drawn: how many were drawn for it in all.
+        Args: responses: those to one prompt that passed the rules before; drawn: number of responses drawn for it in all.
         """
 
 
 class Unparsable(FilterRule):
-    """No answer that a program could read."""
+    """Exclude responses without an answer that a program could parse."""
 
     def __init__(self, settings: UnparsableRule) -> None: ...
 
@@ -74,7 +74,7 @@ class Unparsable(FilterRule):
 
 
 class Finished(FilterRule):
-    """Cut before its end."""
+    """Exclude truncated responses."""
 
     def __init__(self, settings: FinishedRule) -> None: ...
 
@@ -83,7 +83,7 @@ class Finished(FilterRule):
 
 
 class Pattern(FilterRule):
-    """Without a pattern in it."""
+    """Exclude responses without a match of the pattern."""
 
     def __init__(self, settings: PatternRule) -> None:
         self._pattern = re.compile(settings.pattern)
@@ -93,7 +93,7 @@ class Pattern(FilterRule):
 
 
 class Correct(FilterRule):
-    """Wrong."""
+    """Exclude wrong responses."""
 
     def __init__(self, settings: CorrectRule) -> None: ...
 
@@ -102,7 +102,7 @@ class Correct(FilterRule):
 
 
 class Agree(FilterRule):
-    """Another answer than most responses to the prompt give."""
+    """Exclude responses whose answer is not the one that most responses to the prompt give."""
 
     def __init__(self, settings: AgreementRule) -> None:
         self._agreement = settings.agreement
@@ -110,18 +110,18 @@ class Agree(FilterRule):
     def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
         answers = {each.sample_id: each.answer() for each in responses}
         ranked = Counter(answer for answer in answers.values() if answer is not None).most_common()
-        # Beside the data's answers, one that was drawn alone agrees with nobody.
+        # A response that was the only one drawn (the others are the data's answers) has nothing to agree with.
         if not ranked or drawn < 2:
             return list(answers)
         wanted, count = ranked[0]
         tied = len(ranked) > 1 and ranked[1][1] == count
-        # A response that failed another rule, or that has no answer, counts as a vote against.
+        # A response that failed another rule, or has no answer, counts as a vote against.
         enough = {"plurality": not tied, "majority": 2 * count > drawn, "unanimous": count == drawn}[self._agreement]
         return [sample_id for sample_id, answer in answers.items() if not enough or answer != wanted]
 
 
 class Distinct(FilterRule):
-    """The same text as one before it."""
+    """Exclude duplicates: responses with the same text as an earlier one."""
 
     def __init__(self, settings: DistinctRule) -> None: ...
 
@@ -131,9 +131,9 @@ class Distinct(FilterRule):
 
 
 class Filters:
-    """The rules of `rollout.filters` in their order; the first that a response fails is named.
+    """Rules of `rollout.filters` in order; the first that a response fails is reported.
 
-    The data's own answers pass every rule and have no vote.
+    Reference answers from the data pass every rule and have no vote.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class Filters:
         grade: Grading | None,
         prompts: Mapping[int, Prompt],
     ) -> None:
-        """Args: grade: needed by rules that ask whether a response is right; prompts: by id, all that are drawn for.
+        """Args: grade: required by rules that depend on correctness; prompts: all prompts that are sampled for, by id.
 
-        Raises: ConfigError where a rule cannot be loaded.
+        Raises: ConfigError if a rule cannot be loaded.
         """
         self._rules: list[tuple[str, FilterRule]] = [(each.type, implemented(each)) for each in settings.in_order()]
         self._decode = decode
@@ -153,9 +153,9 @@ class Filters:
         self._prompts = prompts
 
     def __call__(self, rollouts: Sequence[Rollout]) -> dict[int, str]:
-        """The rule that each left-out rollout failed, by sample id. Rollouts of one prompt are compared with each other.
+        """Return the rule that each excluded rollout failed, by sample id. Rollouts of one prompt are compared with each other.
 
-        Raises: ResponseError where a rule or the grader failed.
+        Raises: ResponseError if a rule or the grader failed.
         """
         groups: dict[int, list[Response]] = {}
         for rollout in rollouts:
@@ -176,14 +176,14 @@ class Filters:
 
 
 def _failing(name: str, rule: FilterRule, responses: Sequence[Response], drawn: int) -> set[int]:
-    """Ids of the responses to one prompt, at least one, that fail a rule. Raises: ResponseError naming the rule."""
+    """Sample ids of the responses to one prompt (at least one) that fail a rule. Raises: ResponseError naming the rule."""
     ids = [each.sample_id for each in responses]
     where = f"rollout.filters: {name} on prompt {responses[0].prompt.prompt_id}, samples {ids}"
     try:
         failed = set(rule.failing(responses, drawn))
     except ResponseError:
         raise
-    # Whatever a rule of others raises.
+    # A plugin's rule may raise anything.
     except Exception as error:
         raise ResponseError(f"{where}: {type(error).__name__}: {error}") from error
     others = failed.difference(ids)

@@ -1,4 +1,4 @@
-"""Races between some work and what may end it early."""
+"""Races between work and a signal to stop it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Result = TypeVar("Result")
 
 
 class Stopped(Exception):
-    """The work was not done when what may end it came."""
+    """The stop came before the work was done."""
 
 
 async def first_of(work: Awaitable[Result], stop: Awaitable[Any], clean_up_s: float = 0.0) -> Result:
-    """The result of `work`, unless `stop` ends before it; where both have ended, the work's counts.
+    """Return the result of `work`, unless `stop` ends before it; if both have ended, the result of `work` wins.
 
-    Work that is given up, here or because the caller is cancelled, is cancelled itself. A future given as `stop` stays the
-    caller's, to be raced again.
-    Args: clean_up_s: longest time that work which was given up is waited for.
-    Raises: Stopped where `stop` ended first; what `stop` raised, where it failed; what `work` raised.
+    Unfinished work is cancelled, as it is if the caller is cancelled. A future passed as `stop` is not cancelled, so that the
+    caller can race it again.
+    Args: clean_up_s: longest time to wait for cancelled work.
+    Raises: Stopped if `stop` ended first; the exception of `stop`, if it failed; the exception of `work`.
     """
     task, ending = asyncio.ensure_future(work), asyncio.ensure_future(stop)
     try:
@@ -38,7 +38,7 @@ async def first_of(work: Awaitable[Result], stop: Awaitable[Any], clean_up_s: fl
 
 
 async def all_of(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Wait until all have ended, or one has failed; they stay the caller's. Raises: what the failed one raised."""
+    """Wait until all have ended or one has failed; none is cancelled. Raises: the exception of the failed one."""
     if tasks:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in ended:

@@ -1,4 +1,4 @@
-"""The data's own answers in a teacher's place: classical distillation on a fixed dataset, or a share of real data."""
+"""Reference answers from the data as rollouts: classical distillation on a fixed dataset, or a share of real data."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kdray.types import Prompt, Rollout, SampleRequest, written_by
 
 
 class WithReferences:
-    """A Sampler (`kdray.interfaces`) that answers requests to the data by the prompt's reference answer.
+    """Sampler (`kdray.interfaces`) that returns the prompt's reference answer for requests with the writer `data`.
 
-    The others go to the sampler behind. Nothing is known of how an answer was drawn, so its log q and log m are None.
+    Other requests go to the wrapped sampler. An answer's sampling distribution is unknown, so its log q and log m are None.
     """
 
     def __init__(self, sampler: Sampler, scorer: Scorer | None, prompts: Sequence[Prompt], tokenizer: Any, limit: int) -> None:
-        """Args: scorer: gives reference answers the teacher's columns, as the sampler's rollouts have; None where the rollouts
-              of the sampler are scored later, or need no columns; limit: longest answer, in tokens.
-        Raises: DataError where a prompt has no answer, or a longer one.
+        """Args: scorer: adds the teacher's columns to reference answers, as the sampler's rollouts have them; None if those
+              are scored later, or need no columns; limit: longest answer allowed, in tokens.
+        Raises: DataError if a prompt has no answer, or a longer one.
         """
         self._sampler = sampler
         self._scorer = scorer
@@ -58,7 +58,7 @@ class WithReferences:
             token_ids=token_ids,
             mixture_logprobs=None,
             student_logprobs=None,
-            # As for a black box: staleness counts from when it was asked for.
+            # As for a black box: staleness counts from the time of the request.
             student_versions=np.full(len(token_ids), request.min_version, dtype=np.int32),
             alpha=0.0,
             finish_reason="stop",

@@ -1,8 +1,8 @@
-"""Generated questions with exact graders: last letters, coin flip, arithmetic, and letters with an opinion or before a judge.
-No file, no network. `STAGES` are lessons about them for tiny models alone.
+"""Generated questions with exact graders: last letters, coin flip, arithmetic, and letters with an opinion or with a judge.
+They need no file and no network. `STAGES` are lessons derived from them, for training tiny models only.
 
-To add one: a file here with a class of the shape of `Task`, and a line in `kdray.config.tasks.TASKS`; or the same class in a
-distribution of its own, under the entry-point group `kdray.tasks`.
+To add a task: a file here with a class that implements `Task`, and a line in `kdray.config.tasks.TASKS`; or the same class in a
+separate distribution, under the entry-point group `kdray.tasks`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from kdray.errors import DataError
 
 __all__ = ["STAGES", "Example", "Lesson", "Task", "exact_match", "generate_examples", "lesson", "shares", "task"]
 
-# After this many draws per existing prompt without a new one, nothing is left but with probability e^-30.
+# After this many draws per existing prompt without a new one, an unseen prompt remains with probability e^-30 at most.
 _MISSES_PER_PROMPT = 30
 
 
 def task(name: str) -> Task:
-    """The task called `name`. Raises: ValueError where there is none."""
+    """Return the task called `name`. Raises: ValueError if there is none."""
     made: Task = TASKS.get(name)()
     return made
 
 
 def lesson(name: str) -> Lesson:
-    """The stage or the task called `name`. Raises: ValueError where there is none."""
+    """Return the stage or task called `name`. Raises: ValueError if there is none."""
     return STAGES[name] if name in STAGES else task(name)
 
 
 def shares(size: int, weights: Sequence[float]) -> list[int]:
-    """`size` split in proportion to the weights, of which some are above 0: whole numbers, the largest remainders rounded up,
-    the first ones first.
+    """Split `size` into integers in proportion to the weights, which must not all be 0, by the largest-remainder method.
+
+    Of equal remainders, the first are rounded up.
     """
     exact = [size * weight / sum(weights) for weight in weights]
     whole = [int(part) for part in exact]
@@ -55,17 +56,17 @@ def generate_examples(
     exclude: AbstractSet[str] = frozenset(),
     weights: Mapping[str, float] | None = None,
 ) -> list[Example]:
-    """`size` examples with different prompts, none of them in `exclude`, in a shuffled order that the seed fixes.
+    """Generate `size` examples with distinct prompts, none of them in `exclude`, in a shuffled order that the seed fixes.
 
-    Args: weights: by task, what its share is in proportion to, 0 for those it does not name; None gives equal ones. Where that
-          makes no whole numbers, see `shares`.
-    Raises: DataError where a task has fewer different prompts than its share.
+    Args: weights: relative share of each task, 0 for tasks it does not name; None gives equal shares. They are rounded as in
+          `shares`.
+    Raises: DataError if a task has fewer distinct prompts than its share.
     """
     names = list(dict.fromkeys(tasks))
     examples: list[Example] = []
     parts = shares(size, [1.0 if weights is None else weights.get(name, 0.0) for name in names])
     for name, share in zip(names, parts, strict=True):
-        # A stream of its own: a task's examples do not depend on which tasks stand beside it.
+        # A separate random stream, so that a task's examples do not depend on the other tasks.
         rng = np.random.default_rng([seed, difficulty, *name.encode()])
         examples += _distinct(name, rng, difficulty, share, exclude)
     order = np.random.default_rng([seed, difficulty]).permutation(len(examples))

@@ -1,4 +1,4 @@
-"""Assembly of a run's samplers and scorers: its teachers and student-only replicas, as its route wants them."""
+"""Assembly of a run's samplers and scorers: its teachers and student-only replicas, according to its route."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ async def open_pools(
     teacher_weights: Mapping[str, Any] | None = None,
     canary: tuple[int, ...] | None = None,
 ) -> AsyncIterator[Pools]:
-    """Start every teacher, and the student-only replicas where the route has some; end them whatever happens.
+    """Start every teacher, and the student-only replicas if the route has some; shut them down in any case.
 
-    Args: run: the run's actors, whose end is the pools' end; teacher_weights: the WeightStore of each teacher that changes
+    Args: run: the run's actors; the pools end with them; teacher_weights: the WeightStore of each teacher that changes
           during the run, by name; canary: ids by which the teachers' replicas are compared, in place of the held-out prompts'.
-    Raises: ConfigError where a remote teacher cannot be used; EngineError where replicas do not start.
+    Raises: ConfigError if a remote teacher cannot be used; EngineError if replicas do not start.
     """
     config, route = context.config, context.route
     settings = config.rollout
@@ -55,7 +55,7 @@ async def open_pools(
     def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
         missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
         live = (teacher_weights or {}).get(name)
-        # Replicas of a teacher that changes differ by its version, and nothing is wrong with that.
+        # Replicas of a changing teacher legitimately differ by its version.
         handles = run if live is None else replace(run, registry=None, teacher_weights=live)
         return ReplicaPool(name, spec, engine, config.cluster, handles, settings.retries, missing_after_s, on_event)
 
@@ -101,13 +101,13 @@ async def open_pools(
     finally:
         for watcher in watchers:
             watcher.cancel()
-        # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
+        # A deployment in progress cannot be cancelled inside its thread; deleting the application ends it.
         deleting = (asyncio.to_thread(pool.delete) for pool in pools)
         await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
 
 
 def _scorer(context: RunContext, teachers: Scorer, served: Sequence[ReplicaPool]) -> Scorer:
-    """The teachers as a scorer of the student's rollouts, whatever they read."""
+    """The teachers as a scorer of the student's rollouts, whatever their input."""
     if context.route.teacher_reads == "own_ids":
         return _cross_tokenizer(context, served[0])
     if context.route.teacher_reads == "own_prompts":
@@ -120,8 +120,8 @@ async def deployed(
 ) -> None:
     """Start the replicas of all pools and wait until they serve.
 
-    Args: wanted: the run's bundles, with those of the pools among them.
-    Raises: EngineError where they do not start; CapacityError where others took their room, after `cluster.wait_s`.
+    Args: wanted: the run's bundles, including those of the pools.
+    Raises: EngineError if they do not start; CapacityError if others took their capacity, after `cluster.wait_s`.
     """
     by_role = {bundle.role: bundle for bundle in wanted}
     asked = {pool: by_role["rollout pool" if pool.spec.role == "student" else f"teacher {pool.name}"] for pool in pools}
@@ -147,7 +147,7 @@ async def deployed(
 def _program(
     context: RunContext, settings: ProgramSettings, teacher: Teacher | TeacherTeam, pools: Sequence[ReplicaPool]
 ) -> ProgramSampler:
-    """The System-2 program around the one teacher or the team."""
+    """The System-2 program around the single teacher or the team."""
     config, tokenizer = context.config, context.tokenizer
 
     def awaited(calls: Sequence[int]) -> None:
@@ -174,7 +174,7 @@ def _cross_tokenizer(context: RunContext, pool: ReplicaPool) -> CrossTokenizerSc
 
 
 def training_sources(checked: Checked, pools: Pools) -> tuple[Sampler, Scorer | None]:
-    """Sampler and scorer of what is trained on: the pools', and the data where it has a share of the responses."""
+    """Sampler and scorer of the training samples: the pools', and the data if it provides a share of the responses."""
     if not checked.route.data_responds:
         return pools.sampler, pools.scorer
     scorer: Scorer | None = (pools.team or pools.named[0]) if checked.route.scores_references else None

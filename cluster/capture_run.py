@@ -1,6 +1,6 @@
-"""The command `kdray capture`: the config's own teacher, started alone, asked for every answer that the folder lacks.
+"""Command `kdray capture`: starts only the config's teacher, and requests every answer that the folder lacks.
 
-No student rank and no student replica runs: what is recorded depends on the teacher and the tokenizer alone.
+No student rank and no student replica runs: the recorded answers depend only on the teacher and the tokenizer.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from kdray.types import SampleRequest
 
 @dataclass(frozen=True)
 class Captured:
-    """Findings and doings of a start of `kdray capture`."""
+    """Results of a start of `kdray capture`."""
 
     path: str
     wanted: int
-    """Answers that this config asks for."""
+    """Answers that this config requests."""
     held_before: int
     """Answers that the folder had when this start began."""
     asked: int
-    """Answers that this start asked of the teacher."""
+    """Answers that this start requested from the teacher."""
     held: int
     """Answers that the folder has now."""
     asked_ever: int
-    """Answers asked of the teacher over all starts."""
+    """Answers requested from the teacher over all starts."""
     asked_again: int
-    """Of these, what was in flight when a start ended early: asked for, never kept, and asked for once more."""
+    """Of these, answers in flight when a start ended early: requested, never stored, and requested once more."""
     retried: int
-    """Answers that this start's pools sent again by themselves, because a replica died or an endpoint failed."""
+    """Answers that this start's pools retried by themselves, because a replica died or an endpoint failed."""
     seconds: float
 
 
 def check_capturable(config: Config) -> None:
-    """Raises: ConfigError where the config's answers are not one teacher's alone."""
+    """Raises: ConfigError if the config's answers do not come from a single teacher alone."""
     names = ", ".join(config.teachers)
     if len(config.teachers) > 1:
         raise ConfigError(
@@ -88,7 +88,7 @@ def check_capturable(config: Config) -> None:
 
 
 def asking(context: RunContext) -> Asking:
-    """All that decides what an answer is, beside its prompt and its seed."""
+    """Everything that determines an answer, except its prompt and its seed."""
     config = context.config
     (name,) = config.teachers
     kind, rollout = kind_of(config, name), config.rollout
@@ -104,7 +104,7 @@ def asking(context: RunContext) -> Asking:
 
 
 def first_requests(checked: Checked, epochs: int) -> list[SampleRequest]:
-    """Requests of a run in its first passes over the training prompts, in its order."""
+    """Requests of a run in its first epochs over the training prompts, in its order."""
     config = checked.config
     settings, prompts = LoopSettings.of(config), PromptStream(checked.dataset.train, config.run.seed)
     count = len(checked.dataset.train) * config.rollout.samples_per_prompt * epochs
@@ -122,12 +122,12 @@ async def capture_answers(
     missing: dict[bytes, SampleRequest],
     on_progress: Callable[[int, int], None],
 ) -> Captured:
-    """Ask for what the folder lacks.
+    """Request the answers that the folder lacks.
 
-    Args: wanted, missing: by key, what the config asks for, and what of it has to be asked; on_progress: called with the
-          answers held and wanted.
-    Raises: DataError where the teacher is not the one whose answers are there; Interrupted when asked to stop, with all that
-    came kept.
+    Args: wanted, missing: by key, the answers that the config needs, and those of them to be requested; on_progress: called
+    with the numbers of answers held and wanted.
+    Raises: DataError if the stored answers are another teacher's; Interrupted if the user stops it, with all received answers
+    stored.
     """
     with _stoppable(folder):
         started, held_before, asked_before = time.monotonic(), folder.held, folder.asked
@@ -169,7 +169,7 @@ async def capture_answers(
 
 @contextlib.contextmanager
 def _stoppable(folder: CaptureFolder) -> Iterator[None]:
-    """SIGINT and SIGTERM cancel the running task, which then ends with Interrupted."""
+    """Let SIGINT and SIGTERM cancel the running task, which then ends with Interrupted."""
     main = asyncio.current_task()
     assert main is not None
     with on_interrupt(main.cancel):
@@ -192,15 +192,15 @@ async def _fingerprint(context: RunContext, pools: Pools, registry: Any, compare
 
 
 def _joined(found: Fingerprint | None, known: Fingerprint | None) -> Fingerprint | None:
-    """The fingerprint found, over as much of the canary as the one before."""
+    """The fingerprint found, extended to the previous one's canary length."""
     if found is None or known is None or len(found.canary) >= len(known.canary):
         return found
-    # This run's sequences are shorter. What follows a token changes nothing of its score: the rest is as it was.
+    # This run's sequences are shorter. A token's score does not depend on the tokens after it: the remainder is unchanged.
     return replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
 
 
 def _in_flight(config: Config) -> int:
-    """Answers that keep the teacher busy while others travel: twice what it works on at once."""
+    """Number of answers that keeps the teacher busy while others are in transit: twice its concurrency."""
     (name,) = config.teachers
     return 2 * kind_of(config, name).in_flight
 

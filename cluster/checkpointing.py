@@ -1,4 +1,4 @@
-"""Checkpoints of a run: how they are numbered, and the student group that writes what a resume needs beside each."""
+"""Checkpoints of a run: their numbering, and the student group that writes the resume state with each."""
 
 from __future__ import annotations
 
@@ -32,57 +32,57 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Numbering:
-    """Numbers of checkpoints and student versions beyond distillation's own, which are its steps."""
+    """Numbers of checkpoints and student versions beyond those of distillation, which are its steps."""
 
     steps: int
-    """Of distillation."""
+    """Steps of distillation."""
 
     def finetune_checkpoint(self, done: int) -> int:
-        """Of fine-tuning, with so many of its own steps done: distillation's last checkpoint has the number `steps`."""
+        """Checkpoint of fine-tuning after `done` of its own steps: distillation's last checkpoint has the number `steps`."""
         return self.steps + 1 + done
 
     def finetune_done(self, checkpoint: int) -> int:
-        """Steps of fine-tuning that such a checkpoint has done."""
+        """Number of fine-tuning steps done at such a checkpoint."""
         return checkpoint - self.steps - 1
 
     @property
     def finetuned_version(self) -> int:
-        """Version of the student that fine-tuning made."""
+        """Version of the student produced by fine-tuning."""
         return self.steps + 1
 
     @property
     def control_version(self) -> int:
-        """Version of the SFT control, beyond fine-tuning's whether there was one or not."""
+        """Version of the SFT control, after fine-tuning's, whether there was fine-tuning or not."""
         return self.steps + 2
 
 
 @dataclass(frozen=True)
 class Renewal:
-    """Renewal of a teacher that is the student's average."""
+    """Periodic update of a teacher that is the student's average."""
 
     every: int
-    """Steps from one renewal to the next."""
+    """Steps between renewals."""
     decay: float
-    """Share of the average that stays."""
+    """Share of the average that is kept."""
 
 
 @dataclass(frozen=True)
 class CheckpointedStudent:
-    """A StudentGroup (`kdray.interfaces`) over the ranks, which writes the run's progress beside every checkpoint."""
+    """A StudentGroup (`kdray.interfaces`) over the ranks, which writes the run's progress with every checkpoint."""
 
     ranks: StudentGroup
     folder: RunFolder
     stored: StoredRun | None
     keep: int
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     progress: dict[str, Any]
-    """Entries of every checkpoint's marker, as they are when it is written."""
+    """Entries of every checkpoint's marker, with their values at the time of writing."""
     live: Mapping[str, Callable[[], Any]]
-    """Entries that are asked for when it is written."""
+    """Entries computed at the time of writing."""
     renewal: Renewal | None
     on_event: Callable[..., None]
     on_retry: Callable[..., None]
-    """Called for every operation on the storage that a rank repeated."""
+    """Called for every operation on the storage that a rank retried."""
 
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
@@ -91,13 +91,13 @@ class CheckpointedStudent:
 
     async def publish(self, version: int) -> None:
         if self.renewal is not None and version % self.renewal.every == 0:
-            # Before the student's: a replica that has this version of the student finds the teacher that belongs to it.
+            # Before the student's: a replica that has this version of the student finds the matching teacher.
             await self.ranks.renew(version, self.renewal.decay)
         await self.ranks.publish(version)
 
     async def save_checkpoint(self, step: int) -> None:
         started = time.monotonic()
-        # First: the files have what a resume from this checkpoint needs by the time that it is committed.
+        # First: once the checkpoint is committed, the files have everything that a resume from it needs.
         sent = 0 if self.stored is None else await in_daemon_thread(self.stored.send)
         send_s = time.monotonic() - started
         progress = self.progress | {name: entry() for name, entry in self.live.items()}

@@ -1,4 +1,4 @@
-"""The command `kdray`. Parses first; each command imports what it needs, so that `--help` stays instant.
+"""Command `kdray`. Parses first; each command imports its dependencies itself, so that `--help` stays fast.
 
 Exit codes: 0 done; 1 the run failed; 2 the config or an input is wrong; 130 interrupted.
 """
@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Distributed online distillation of language models: vLLM teachers, DeepSpeed students, on Ray.",
     add_completion=False,
     no_args_is_help=True,
-    # A traceback is for the log; what a user reads names the setting and the remedy.
+    # A traceback belongs in the log; the message to the user names the setting and the remedy.
     pretty_exceptions_enable=False,
 )
 
@@ -47,12 +47,12 @@ def main() -> None:
 
 
 def _give_up_output() -> None:
-    """Drop output that cannot be written any more, as to a file on a full disk: Python would make 120 of the exit code."""
+    """Discard output that can no longer be written, as to a file on a full disk: Python would exit with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            # What is still buffered is flushed once more at the end.
+            # The remaining buffer is flushed once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -127,7 +127,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
         settings = load(config, overrides)
         from kdray.checks.preflight import check
 
-        # Findings as comments: the output as a whole is a config again.
+        # Findings as comments, so that the whole output is again a valid config.
         for line in check(settings).lines:
             typer.echo(f"# {line}")
         typer.echo(settings.dump(), nl=False)
@@ -185,19 +185,19 @@ def evaluate(
             config, student = folder.config, _finished_student(folder.path)
         settings = load(config, overrides)
         if student is not None:
-            # A copy's is gone when its reader looks.
+            # A copy's log folder is deleted before anyone can read it.
             outcome.log_folder = path / "logs" if "://" not in source else None
         plain = None
         if other is not None:
             from kdray.models.quantization import plain_weights
 
-            # Where run folders lie, every node can read.
+            # Run folders are readable from every node.
             plain = opened.enter_context(plain_weights(other, settings.run.output / ".models"))
         from cluster.launch import evaluate as launch
 
         columns = {"student": launch(settings, student)}
         if plain is not None:
-            # With the slash it is a folder's name, whatever the folder is called.
+            # With a trailing slash it is always a folder's name.
             columns[f"{other}/"] = launch(settings, plain)
         _print_columns("held-out", columns)
 
@@ -271,7 +271,7 @@ def export(
         typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
 
 
-# Here, so that `--help` lists them in the order of a run's life.
+# Here, so that `--help` lists the commands in the order of a run's life cycle.
 for command in (submit, status, stop, logs):
     app.command()(command)
 
@@ -311,7 +311,7 @@ def doctor(
 
 
 def _progress() -> Callable[[int, int], None]:
-    """Prints answers held and wanted, at most every few seconds."""
+    """Callback that prints the numbers of answers held and wanted, at most every few seconds."""
     printed = time.monotonic()
 
     def show(held: int, wanted: int) -> None:
@@ -325,7 +325,7 @@ def _progress() -> Callable[[int, int], None]:
 
 @contextlib.contextmanager
 def _here(source: str) -> Iterator[Path]:
-    """What `source` names, on this machine: a path as it is, a URL as a copy that is removed afterwards. Raises: DataError."""
+    """Local path of `source`: a path as it is, a URL as a copy that is deleted afterwards. Raises: DataError."""
     if "://" not in source:
         yield Path(source)
         return
@@ -341,7 +341,7 @@ def _here(source: str) -> Iterator[Path]:
 
 
 def _finished_student(run_folder: Path) -> Path:
-    """The student of a run that has ended. Raises: DataError when there is none yet, or not the one that was written."""
+    """The student of a finished run. Raises: DataError if there is none yet, or it is not the one that was written."""
     from kdray.runs.checkpoints import FILES, differing, read_marker
     from kdray.runs.storage import Storage
 
@@ -360,12 +360,12 @@ def _finished_student(run_folder: Path) -> Path:
 
 
 def _print_columns(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """A table with a row for each key and a column for each mapping."""
+    """Print a table with a row for each key and a column for each mapping."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    # Text, not markup: a path may hold square brackets.
+    # Text, not markup: a path may contain square brackets.
     table = Table(title, *(Column(Text(name)) for name in columns))
     for key in dict.fromkeys(key for values in columns.values() for key in values):
         table.add_row(key, *(Text(_cell(values.get(key))) for values in columns.values()))

@@ -1,4 +1,4 @@
-"""Base of the command's files: the arguments that they share, and what is raised as messages and exit codes.
+"""Shared base of the command-line modules: common arguments, and the mapping of exceptions to messages and exit codes.
 
 Exit codes: 0 done; 1 the run failed; 2 the config or an input is wrong; 130 interrupted.
 """
@@ -27,14 +27,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Outcome:
-    """Place for the log of a failure, once the command has written a run folder."""
+    """Location of a failure's log, once the command has written a run folder."""
 
     def __init__(self) -> None:
         self.log_folder: Path | None = None
         self._watched: tuple[Path, object] | None = None
 
     def watch(self, run_folder: Path) -> None:
-        """A folder that already was there belongs to another run until its config.yaml is written again."""
+        """Watch a folder; an existing one belongs to another run until its config.yaml is written again."""
         self._watched = (run_folder, _stamp(run_folder))
 
     def logs(self) -> Path | None:
@@ -53,7 +53,7 @@ def _stamp(run_folder: Path) -> object:
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[Outcome]:
-    """Turn what a command raises into a message on stderr and the exit code that design and README promise."""
+    """Convert exceptions of a command to a message on stderr and the documented exit code (design and README)."""
     outcome = Outcome()
     try:
         yield outcome
@@ -69,7 +69,7 @@ def exit_codes() -> Iterator[Outcome]:
 
 
 def _explain(error: BaseException, outcome: Outcome) -> int:
-    """Print why the command ends, and give its exit code."""
+    """Print the reason why the command ends, and return its exit code."""
     logs = outcome.logs()
     where = f"\nlogs: {logs}" if logs is not None else ""
     if isinstance(error, KeyboardInterrupt | Interrupted):
@@ -87,7 +87,7 @@ def _explain(error: BaseException, outcome: Outcome) -> int:
         return 1
     text = "".join(traceback.format_exception(error))
     if logs is not None:
-        # The log may be what cannot be written.
+        # The log itself may be what cannot be written.
         with contextlib.suppress(OSError):
             logs.mkdir(parents=True, exist_ok=True)
             with (logs / "driver.log").open("a", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
-"""Diagnosis of this machine: what kdray needs, what is missing, and the remedy.
+"""Diagnosis of this machine: kdray's requirements, missing ones, and the remedy.
 
-Packages are located, not imported; plugins are both.
+Packages are located but not imported; plugins are located and imported.
 """
 
 from __future__ import annotations

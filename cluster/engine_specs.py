@@ -1,4 +1,4 @@
-"""Specifications of a run's engines: which models a replica holds, and with what limits."""
+"""Specifications of a run's engines: the models that a replica holds, and its limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdray.runs.context import Checked, RunContext
 
 _CANARY_TOKENS = 64
 _TEACHER_TOKENS = 4
-"""Times as many tokens as the student that a teacher with another tokenizer may need for a text; longer ones get no rows."""
+"""Maximum ratio of a text's tokens between a teacher with another tokenizer and the student; longer texts get no rows."""
 
 
 def teacher_tokenizer(config: Config, name: str) -> Any:
@@ -25,7 +25,7 @@ def teacher_tokenizer(config: Config, name: str) -> Any:
 
 
 def _own_vocabulary_spec(context: RunContext, name: str) -> EngineSpec:
-    """A teacher alone, over its own vocabulary; its tokens for a text may be several times the student's."""
+    """Spec of a teacher alone, over its own vocabulary; its tokens for a text may be several times the student's."""
     config = context.config
     teacher = config.served_teachers[name]
     tokenizer = teacher_tokenizer(config, name)
@@ -49,7 +49,7 @@ def _own_vocabulary_spec(context: RunContext, name: str) -> EngineSpec:
 
 
 def _privileged_spec(context: RunContext, name: str) -> EngineSpec:
-    """A teacher alone, whose prompts are longer than the student's."""
+    """Spec of a teacher alone, whose prompts are longer than the student's."""
     config = context.config
     teacher = config.served_teachers[name]
     longest = max(len(ids) for ids in privileged_prompts(context, name).values()) + config.rollout.max_new_tokens
@@ -73,7 +73,7 @@ def _privileged_spec(context: RunContext, name: str) -> EngineSpec:
 
 
 def teacher_spec(context: RunContext, name: str) -> EngineSpec:
-    """Of a served teacher, by what it reads, and with the student where the route wants it there."""
+    """Spec of a served teacher, according to its input, and with the student if the route places it there."""
     own = {"own_ids": _own_vocabulary_spec, "own_prompts": _privileged_spec}.get(context.route.teacher_reads)
     if own is not None:
         return own(context, name)
@@ -101,7 +101,7 @@ def student_spec(context: RunContext) -> EngineSpec:
 
 
 def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
-    """Specification that the engines of a run have in common, and their size; as a student-only one without its model."""
+    """Specification shared by the run's engines, with their size; the spec of a student-only engine except for its model."""
     config = context.config
     return EngineSpec(
         role="student",
@@ -126,7 +126,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
 
 
 def canary(checked: Checked) -> tuple[int, ...]:
-    """Ids that every teacher replica scores at its start: held-out prompts, one after the other."""
+    """Ids that every teacher replica scores at its start: held-out prompts, concatenated."""
     ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
     return tuple(ids[: min(_CANARY_TOKENS, checked.config.max_model_len)])
 

@@ -22,24 +22,24 @@ _SIGNAL_TOKENS = 16
 
 
 def held_out(checked: Checked, pools: Pools) -> HeldOut:
-    """The measurement of a run's student."""
+    """The evaluation of a run's student."""
     route = checked.route
-    # The team's metrics are those of training.
+    # The team's own metrics are for training.
     team = None if pools.team is None else pools.team.with_fresh_metrics()
     sampling = pools.sampler if pools.program is None else pools.program.teacher
     sampler = team if team is not None and sampling is pools.team else sampling
     scorer = team if team is not None and pools.scorer is pools.team else pools.scorer
     if route.measures_on_students:
-        # Exact KLs need both models in one replica; without them, what the student writes is graded.
+        # Exact KLs need both models in one replica; without them, the student's responses are graded.
         assert pools.students is not None
         sampler, scorer = pools.students, None
     return _held_out(checked, sampler=sampler, scorer=scorer, exact=route.measures_exact)
 
 
 async def measure_program(checked: Checked, pools: Pools) -> dict[str, float] | None:
-    """Numbers of what the System-2 program answers to the held-out prompts; None without one.
+    """Metrics of the System-2 program's answers to the held-out prompts; None without a program.
 
-    By the names of `kdray.runs.metrics` and `kdray.evaluation`; an answer that could not be read is wrong.
+    Named as in `kdray.runs.metrics` and `kdray.evaluation`; an unreadable answer counts as wrong.
     """
     if pools.program is None:
         return None
@@ -64,10 +64,11 @@ def _held_out(checked: Checked, **how: Any) -> HeldOut:
 
 
 async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:
-    """Draw from the teacher alone, score what it drew by prefill, and give both to the checks of `kdray.checks.teacher_signal`.
+    """Sample from the teacher alone, score the samples by prefill, and pass both to the checks of
+    `kdray.checks.teacher_signal`.
 
-    A teacher that gives text alone, reads other ids, or recorded its answers earlier has nothing to check.
-    Raises: SignalError with what is wrong.
+    A teacher that returns only text, reads other ids, or has recorded its answers earlier needs no check.
+    Raises: SignalError with the reason.
     """
     settings = checked.config.teachers[teacher.name]
     if checked.route.teacher_reads == "own_ids" or settings.replays:
@@ -94,7 +95,7 @@ async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) ->
     pool = cast(ReplicaPool, teacher)
     asked = [unscored(rollout) for rollout in sampled]
     scored = [rollout async for part in pool.score(asked) for rollout in part]
-    # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
+    # Half-precision kernels round each layer in their own way; float32 ones differ only in the order of summation.
     tolerance = 1e-3 if pool.dtype == "float32" else 0.25
     recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]
     if recorded:

@@ -1,4 +1,4 @@
-"""Interrupts of a run: SIGINT and SIGTERM, as calls in its event loop; and the loop itself, inside a running one too."""
+"""Interrupts of a run: SIGINT and SIGTERM as calls in its event loop; and the loop itself, also inside a running one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Result = TypeVar("Result")
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _ELSEWHERE: list[tuple[asyncio.AbstractEventLoop, Callable[[], object]]] = []
-"""Interrupts of loops outside the main thread, which Python gives no signals."""
+"""Interrupts of loops outside the main thread, to which Python delivers no signals."""
 
 
 @contextlib.contextmanager
 def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` in the running loop for every SIGINT or SIGTERM that comes within the block.
+    """Call `act` in the running loop for every SIGINT or SIGTERM received within the block.
 
-    Outside the main thread, for every one that comes while the main thread waits in `run_coroutine`.
+    Outside the main thread, for every one received while the main thread waits in `run_coroutine`.
     """
     loop = asyncio.get_running_loop()
     if threading.current_thread() is not threading.main_thread():
@@ -42,7 +42,8 @@ def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
 
 
 def run_coroutine(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run to the end, blocking: as `asyncio.run`, or in another thread where this one runs a loop, as a notebook does."""
+    """Run a coroutine to the end, blocking: as `asyncio.run`, or in another thread if this one runs a loop, as in a
+    notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -53,7 +54,7 @@ def run_coroutine(work: Coroutine[Any, Any, Result]) -> Result:
 
 @contextlib.contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Give signals that this thread gets to the loops outside it; other threads than the main one get none."""
+    """Forward this thread's signals to the loops outside it; only the main thread receives any."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

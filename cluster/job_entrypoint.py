@@ -1,8 +1,8 @@
 """Entry point of a submitted job, `python -m cluster.job_entrypoint run config.yaml`: the command `kdray` after a check of the
 environment.
 
-Imports nothing but the standard library and `packaging` (which Ray brings) before it knows that the rest is installed: on a
-node without kdray's requirements the job's log then holds one message, and no traceback.
+Before it has checked that the rest is installed, it imports only the standard library and `packaging` (which Ray installs): on
+a node without kdray's requirements the job's log then has one message, and no traceback.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PLUGIN_REMEDY = "the config uses it: install it on every node, or start the clu
 
 
 def main() -> None:
-    """The command; 2 and a message where packages are missing. The log's last line is the exit code, which Ray forgets."""
-    # Until a run has its own handler, and for commands that have none: what Ray sends first means what Ctrl-C means.
+    """Run the command; 2 and a message if packages are missing. The last log line is the exit code, which Ray does not keep."""
+    # Until a run installs its own handler, and for commands without one: the first signal that Ray sends acts like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = _command()
@@ -58,13 +58,13 @@ def _command() -> int:
     try:
         command()
     except SystemExit as end:
-        # Ray's own handler, in force while it connects, exits with the signal's number.
+        # Ray's own handler, installed while it connects, exits with the signal's number.
         return _INTERRUPTED if end.code == signal.SIGTERM else int(end.code or 0)
     return 0
 
 
 def requirements(distribution: str = "kdray") -> tuple[list[str], list[str]]:
-    """What is missing of a distribution's requirements, extras left out, and a line for each that has another version."""
+    """Missing requirements of a distribution, extras excluded, and a line for each that is installed in another version."""
     from packaging.requirements import Requirement
 
     lacking, other = [], []

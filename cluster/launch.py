@@ -1,6 +1,6 @@
 """Entry points of the commands: check a config, connect, place, and run, capture, evaluate or test its teachers.
 
-Nothing is left behind: replicas, ranks and stores end with the run, and so does a Ray that the run started.
+Nothing is left running: replicas, ranks and stores end with the run, and so does a Ray that the run started.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from kdray.teachers.peers import peer_configs
 
 
 def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = None) -> dict[str, Any]:
-    """The whole job; returns the contents of summary.json.
+    """Run the whole job; returns the contents of summary.json.
 
     Args: prompts: texts or records, for `data.prompts.type: iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
@@ -72,10 +72,10 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         plans: dict[str, RunPlan] = {}
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
-                # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
+                # Only now: a config that cannot run leaves no folder that would block the corrected one.
                 fetched = _fetch(each, stored[name], checkpoints[name]) if resume else False
                 folder = RunFolder.create(each, resume)
-                # Peers report to their folders alone: a terminal shows one run at a time.
+                # Peers report to their folders only: a terminal shows one run at a time.
                 console = Console(quiet=True) if name else None
                 decode = decoder(checked[name].tokenizer)
                 trackers = Trackers(each, folder.path)
@@ -92,7 +92,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
             except StorageError:
                 raise
             except Exception:
-                # What happened is told there, too, where the machine itself may not stay.
+                # The events go to the storage, too, since the machine itself may not persist.
                 for plan in plans.values():
                     _send_last(plan)
                 raise
@@ -104,7 +104,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
 
 
 def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:
-    """Bring the run folder from the storage, to go on from the checkpoint in it; False where it was here already."""
+    """Download the run folder from the storage, to continue from the checkpoint in it; False if it was already here."""
     step = 0 if checkpoint is None else min(checkpoint.step, config.training.steps)
     return stored is not None and stored.fetch(step)
 
@@ -112,7 +112,7 @@ def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | No
 def _send_last(plan: RunPlan) -> None:
     if plan.stored is None:
         return
-    # A run that ends with another reason does not wait for its storage.
+    # A run that ends for another reason does not wait for its storage.
     plan.stored.storage.patience_s = 0.0
     try:
         plan.stored.send()
@@ -121,7 +121,7 @@ def _send_last(plan: RunPlan) -> None:
 
 
 def _quieten() -> None:
-    """Leave the terminal to the run: libraries' notices and progress bars of single files tell a user nothing."""
+    """Silence libraries' notices and progress bars of single files: they tell a user nothing, and the terminal is the run's."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -132,11 +132,11 @@ def _quieten() -> None:
 
 
 def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Checkpoint | None, list[NotWhole]]:
-    """The newest whole checkpoint of the config's run, None where there is none yet; and newer ones that are not whole.
+    """The newest complete checkpoint of the config's run, None if there is none yet; and newer ones that are incomplete.
 
-    Raises: ConfigError where the config's steps do not fit to it, or a run that was trained has no checkpoint; DataError.
+    Raises: ConfigError if the config's steps do not match it, or a trained run has no checkpoint; DataError.
     """
-    # A run may have begun without a storage, or in another one's reach.
+    # A run may have begun without a storage, or with another one.
     places = ([] if stored is None else [stored.storage]) + [Storage.local(config.run_folder)]
     found, passed_over = newest_checkpoint(places)
     if found is None:
@@ -172,8 +172,8 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
 
 
 def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
-    """Measure a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model."""
-    # A teacher that is the student itself stays the recipe's, whoever is measured.
+    """Evaluate a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model."""
+    # If the teacher is the student itself, it remains the recipe's model, whichever student is evaluated.
     teachers = resolve_models(config).teachers
     if student is not None:
         config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(student)})})
@@ -193,10 +193,10 @@ def capture(
 ) -> dict[str, Any]:
     """Record the teacher's answers to every training prompt; returns `cluster.capture_run.Captured` as a dict.
 
-    Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with draws of its own; reuse:
+    Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with its own samples; reuse:
           see `kdray.capturing.collect.lacking`; prompts: as for `run`; on_progress: called with the answers held and wanted.
-    Raises: ConfigError or DataError before anything starts, and for another teacher than the one whose answers are there;
-    Interrupted with all kept that came.
+    Raises: ConfigError or DataError before anything starts, and for another teacher than that of the stored answers;
+    Interrupted with all received answers stored.
     """
     _quieten()
     check_capturable(config)
@@ -208,7 +208,7 @@ def capture(
         wanted = wanted_answers(checked, folder, requests)
         missing = lacking(folder, wanted, reuse)
         with contextlib.ExitStack() as stack:
-            # A teacher in this process or elsewhere needs no cluster, and answers that are all there need nobody.
+            # A teacher in this process or on an external endpoint needs no cluster, and a complete folder needs no teacher.
             if config.served_teachers and missing:
                 stack.enter_context(connected(config))
                 _await_room(config, lambda role: role.startswith("teacher"))
@@ -216,7 +216,7 @@ def capture(
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:
-    """Start the teachers alone and check their signals; returns the numbers of `kdray.checks.teacher_signal` by teacher.
+    """Start only the teachers and check their signals; returns the numbers of `kdray.checks.teacher_signal` by teacher.
 
     Raises: SignalError.
     """
@@ -239,7 +239,7 @@ async def _evaluate(context: RunContext) -> dict[str, Any]:
 
 
 def _await_room(config: Config, starts: Callable[[str], bool]) -> None:
-    """Wait until there is room for the roles that are about to start."""
+    """Wait for enough capacity for the roles that are about to start."""
     with reserved([bundle for bundle in bundles(config) if starts(bundle.role)], config.cluster, _tell):
         pass
 

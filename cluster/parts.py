@@ -1,4 +1,4 @@
-"""Pools of a run, as the driver holds them: its teachers of every kind, and its student-only replicas."""
+"""Pools of a run, as held by the driver: its teachers of every kind, and its student-only replicas."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kdray.teachers.team import TeacherTeam
 
 @dataclass(frozen=True)
 class Pools:
-    """The sampler and the scorer of a run, and all pools behind."""
+    """Sampler and scorer of a run, and all pools that they use."""
 
     sampler: Sampler
     scorer: Scorer | None
     all: list[ReplicaPool]
     others: list[LocalTeacher]
-    """Teachers that are no pool of replicas."""
+    """Teachers that are not a pool of replicas."""
     team: TeacherTeam | None = None
-    """The teachers as one, where there are several."""
+    """The teachers combined, if there are several."""
     program: ProgramSampler | None = None
-    """The System-2 program around the one teacher or the team, where there is one: the sampler then."""
+    """The System-2 program around the single teacher or the team, if any: it is then the sampler."""
 
     @property
     def teachers(self) -> list[ReplicaPool]:
-        """Teachers that replicas serve."""
+        """Teachers served by replicas."""
         return [pool for pool in self.all if pool.spec.role != "student"]
 
     @property
@@ -38,21 +38,21 @@ class Pools:
 
     @property
     def students(self) -> ReplicaPool | None:
-        """The student-only replicas, where there are some."""
+        """The student-only replicas, if any."""
         return next((pool for pool in self.all if pool.spec.role == "student"), None)
 
     @property
     def retried(self) -> int:
-        """Rollouts asked for again after a failure."""
+        """Number of rollouts requested again after a failure."""
         return sum(pool.retried for pool in self.all) + sum(other.retried for other in self.others)
 
     @property
     def hedged(self) -> int:
-        """Rollouts that a second replica was asked for too."""
+        """Number of rollouts also requested from a second replica."""
         return sum(pool.hedged for pool in self.all)
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
-        """Tell every pool which samples the trainer waits for."""
+        """Pass the samples that the trainer waits for to every pool."""
         if self.program is not None:
             self.program.awaited(sample_ids)
             return

@@ -1,4 +1,4 @@
-"""Runs side by side, whose students teach each other (mutual learning); most runs are alone."""
+"""Concurrent runs whose students teach each other (mutual learning); most runs are alone."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from kdray.teachers.peers import MAIN_STUDENT
 
 
 async def run_together(plans: Mapping[str, RunPlan]) -> dict[str, dict[str, Any]]:
-    """Run one run, or several whose students teach each other; their summaries, by name.
+    """Run one run, or several whose students teach each other; returns their summaries, by name.
 
-    The first signal asks all to stop after a checkpoint, a second one means now. Weight stores outlive every run: a student
-    that is done goes on teaching.
+    The first signal stops all after a checkpoint, a second one immediately. Weight stores outlive every run: a student that has
+    finished keeps teaching.
     """
     main = asyncio.current_task()
     assert main is not None
@@ -59,7 +59,7 @@ async def _all_of(runners: Mapping[str, Runner]) -> dict[str, dict[str, Any]]:
         while running:
             ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for error in (task.exception() for task in ended):
-                # One that was interrupted has its checkpoint; the others are writing theirs.
+                # An interrupted run has its checkpoint; the others are still writing theirs.
                 if error is not None and not isinstance(error, Interrupted):
                     raise error
         return {name: task.result() for name, task in tasks.items()}
@@ -67,7 +67,7 @@ async def _all_of(runners: Mapping[str, Runner]) -> dict[str, dict[str, Any]]:
         raise Interrupted("stopped at once, without a new checkpoint") from error
     except BaseException as error:
         for runner in runners.values():
-            # A disk that is full may be the error; it is the one to tell.
+            # A full disk may be the cause; that error is the one to report.
             with contextlib.suppress(OSError):
                 runner.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
         raise
@@ -78,7 +78,7 @@ async def _all_of(runners: Mapping[str, Runner]) -> dict[str, dict[str, Any]]:
 
 
 def _stores(runs: Mapping[str, Checked], make: Callable[[type[Any]], Any]) -> dict[str, RunStores]:
-    """The stores of every run. Args: make: starts an actor of a class."""
+    """Stores of every run. Args: make: starts an actor of a class."""
     weights = {
         name: make(WeightStore if run.config.training.weight_transfer == "object_store" else TransferStore)
         for name, run in runs.items()

@@ -1,7 +1,6 @@
 """Runner of a run, from its first phase to its summary: supervised warm-up, distillation, fine-tuning, the control.
 
-This is the one place that knows every part: it starts them, hands them to the loop, which knows none, and closes them in
-reverse order.
+Only this module knows every part: it starts them, passes them to the loop, which knows none, and closes them in reverse order.
 """
 
 from __future__ import annotations
@@ -55,42 +54,42 @@ _CLEAN_UP_S = 30.0
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that is about to start: its config, its files, and where it goes on."""
+    """Plan of a run that is about to start: its config, its files, and its starting point."""
 
     checked: Checked
     folder: RunFolder
     reporter: RunReporter
     checkpoint: Checkpoint | None
-    """Start of a resumed run; None for one that begins."""
+    """Checkpoint to resume from; None for a new run."""
     stored: StoredRun | None
-    """The run in `run.storage`, where it has one."""
+    """The run in `run.storage`, if it has one."""
     on_start: Callable[[], None]
     """Called when the first replica or rank is about to start."""
 
 
 @dataclass(frozen=True)
 class RunStores:
-    """Actors of a run that outlive its replicas and ranks; its caller makes and ends them."""
+    """Actors of a run that outlive its replicas and ranks; the caller creates and ends them."""
 
     weights: Any
     """The WeightStore of the student."""
     board: Any
-    """The ScalingBoard; None where no pool is autoscaled."""
+    """The ScalingBoard; None if no pool is autoscaled."""
     average: Any
-    """The WeightStore of the student's average; None where that is no teacher."""
+    """The WeightStore of the student's average; None if the average is not a teacher."""
     teacher_weights: Mapping[str, Any]
     """The WeightStores of teachers that change during the run, by name."""
 
 
 class SideBySide:
-    """Notes that runs which share a cluster, and teach each other, read of one another."""
+    """Shared state of concurrent runs that use one cluster and teach each other."""
 
     def __init__(self, runs: Sequence[str]) -> None:
         self._measured = {run: asyncio.Event() for run in runs}
         self._with_ranks: set[str] = set()
 
     def ranks_start(self, run: str) -> None:
-        """The run's ranks wait for a place from now on, or have one."""
+        """Register that the run's ranks are placed or waiting for placement."""
         self._with_ranks.add(run)
 
     def ranks_end(self, run: str) -> None:
@@ -98,11 +97,11 @@ class SideBySide:
 
     @property
     def rank_groups(self) -> int:
-        """Runs whose ranks wait for a place, or have one."""
+        """Number of runs whose ranks are placed or waiting for placement."""
         return len(self._with_ranks)
 
     def measured(self, run: str) -> None:
-        """The run's student is trained, measured and exported."""
+        """Register that the run's student is trained, evaluated and exported."""
         self._measured[run].set()
 
     async def others_measured(self, run: str) -> None:
@@ -115,10 +114,10 @@ class Runner:
     """A run from its first phase to its summary."""
 
     def __init__(self, name: str, plan: RunPlan, stores: RunStores, beside: SideBySide) -> None:
-        """Args: name: among the runs side by side."""
+        """Args: name: among the concurrent runs."""
         self.reporter = plan.reporter
         self.stop = asyncio.Event()
-        """Set to end after a checkpoint."""
+        """Event that ends the run after a checkpoint."""
         self._name = name
         self._checked = plan.checked
         self._config = plan.checked.config
@@ -137,7 +136,7 @@ class Runner:
         self._started = time.monotonic()
 
     async def run(self) -> dict[str, Any]:
-        """The summary of the run, once its parts were started, have run and are ended."""
+        """Start the run's parts, run them, shut them down; returns the run's summary."""
         config, stores = self._config, self._stores
         self.reporter.event("start", resumed_step=self._checkpoint.step if self._checkpoint else None)
         context: RunContext = await self._or_stop(in_daemon_thread(self._checked.with_models))
@@ -173,10 +172,10 @@ class Runner:
             self._beside.ranks_end(self._name)
 
     def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
-        """Ranks that no node has taken yet, while none of the student's has come; blocks."""
+        """Ranks not yet placed on a node, as long as none of the student's has started; blocks."""
         if not student.awaits_ranks():
             return []
-        # Those of the runs beside this one count along: Ray does not tell whose they are.
+        # Those of concurrent runs are included: Ray does not tell whose they are.
         here = ray.get_runtime_context().get_job_id()
         placed = sum(actor["ActorClassName"] == "RayTrainWorker" and actor["JobID"] == here for actor in living_actors())
         (ranks,) = (bundle for bundle in bundles(self._config) if bundle.role == "student")
@@ -236,11 +235,11 @@ class Runner:
         control = None
         if config.evaluation.control and not self.stop.is_set():
             try:
-                # What the control publishes is no teacher for peers that still learn.
+                # The control's published weights must not teach peers that are still training.
                 await self._or_stop(self._beside.others_measured(self._name))
                 control = await self._or_stop(self._control(student, pools, base, revision))
             except Interrupted:
-                # The run itself is complete; its summary says that there is no control.
+                # The run itself is complete; its summary states that there is no control.
                 self.reporter.event("interrupted", phase="control")
         return self._summarise(progress, after, control, await student.restarts(), pools)
 
@@ -253,19 +252,19 @@ class Runner:
         schedules: Schedules,
         start_step: int,
     ) -> None:
-        """The phase that the run is for; its measurements go into the progress of every checkpoint."""
+        """Run the distillation phase; its measurements are stored in the progress of every checkpoint."""
         config, checked = self._config, self._checked
         training, steps, progress = config.training, config.training.steps, recoverable.progress
         await self._or_stop(student.start_phase(phase, self._checkpoint.folder if self._checkpoint else None))
         if self._stores.average is not None:
-            # What a checkpoint holds of the average is published as it is.
+            # The average stored in a checkpoint is published unchanged.
             await student.renew(0, decay=0.0 if self._checkpoint is None else 1.0)
         await student.publish(start_step)
         await self._or_stop(self._check_signals(pools, start_step))
         if self._checkpoint is None:
             progress["before"] = await self._or_stop(self._measure(pools, 0, "before"))
             progress |= {"program": await self._or_stop(self._measure_program(pools)), "distilled": None}
-            # From here on a resume repeats neither the supervised phase nor the first measurement.
+            # From here on a resume repeats neither the supervised phase nor the first evaluation.
             await recoverable.save_checkpoint(0)
         sampler, scorer = training_sources(checked, pools)
         self.reporter.phase("distill", steps)
@@ -298,7 +297,7 @@ class Runner:
         return next((Renewal(*renewal) for renewal in found if renewal is not None), None)
 
     def _weights(self) -> Callable[[Sequence[Rollout]], dict[int, float] | None]:
-        """Weights of the rows of a batch, where a program makes rows of two kinds."""
+        """Weights of the rows of a batch, if a program makes two kinds of rows."""
         program, siblings = self._config.rollout.program, self._config.rollout.samples_per_prompt
         weight = None if program is None else program.second_row_weight
         if weight is None:
@@ -314,7 +313,7 @@ class Runner:
         return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, prompts)
 
     async def _finetune(self, student: StudentGroup, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
-        """The second stage, on the reference answers; a resume continues it where its last checkpoint stands."""
+        """Run the second stage, on the reference answers; a resume continues it from its last checkpoint."""
         training, distilled = self._config.training, self._folder.checkpoints / "distilled"
         number = self._numbers.finetune_checkpoint
         resumed = recoverable.progress["stage"] == "finetune"
@@ -329,10 +328,10 @@ class Runner:
         await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
         done = self._numbers.finetune_done(checkpoint.step) if checkpoint else 0
         if resumed and self._stores.average is not None:
-            # Replicas that start anew wait for their teacher.
+            # Replicas that start later wait for their teacher.
             await student.renew(0, decay=1.0)
         if not resumed:
-            # From here on a resume repeats nothing of distillation.
+            # From here on a resume repeats no part of distillation.
             await recoverable.save_checkpoint(number(0))
         examples = self._examples(training.sft.steps * training.sft.batch_size)
         self.reporter.phase("finetune", settings.steps)
@@ -353,7 +352,7 @@ class Runner:
         return await self._measure(pools, version, "after")
 
     def _examples(self, first: int) -> Callable[[int, int], TrainBatch]:
-        """Batches of reference answers by (step from 0, size), from the `first`-th example of the run's order on."""
+        """Batches of reference answers by (step from 0, size), starting at example `first` of the run's order."""
         prompts = [prompt for prompt in self._checked.dataset.train if prompt.answer]
         stream = PromptStream(prompts, self._config.run.seed)
 
@@ -364,13 +363,13 @@ class Runner:
         return batch
 
     async def _check_signals(self, pools: Pools, version: int) -> None:
-        """Every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""
+        """Check every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""
         for teacher in pools.named:
             found = await check_signals(self._checked, teacher, version)
             self.reporter.event("signals", teacher=teacher.name, **found)
 
     def _teacher_of_head(self, models: Models) -> tuple[str, str | None] | None:
-        """Model and revision of the output head that the ranks need, where teachers return hidden states."""
+        """Model and revision of the output head that the ranks need, if teachers return hidden states."""
         if self._config.rollout.teacher_signal != "hidden":
             return None
         (name,) = self._config.teachers
@@ -379,14 +378,14 @@ class Runner:
         return models.teachers[name], found[1]
 
     def _teacher_of_features(self, models: Models) -> tuple[str, str | None] | None:
-        """Model and revision of the layers that the student is compared with, where the config asks for that."""
+        """Model and revision of the teacher whose layers the student is compared with, if the config enables it."""
         if self._config.training.features is None or self._config.white_box_teacher is None:
             return None
         name, _ = self._config.white_box_teacher
         return models.teachers[name], self._config.source(name)[1]
 
     def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
-        """The pretraining text of a step, where the config mixes some in."""
+        """The pretraining text of a step, if the config mixes in any."""
         settings = self._config.training.pretraining
         if settings is None:
             return None
@@ -410,7 +409,7 @@ class Runner:
         return trained
 
     async def _control(self, student: StudentGroup, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
-        """The same student, trained further by SFT alone on at least as many student tokens as distillation trained."""
+        """Train the same student further by SFT alone, on at least as many student tokens as distillation used."""
         sft = self._config.training.sft
         answered = [prompt for prompt in self._checked.dataset.train if prompt.answer]
         tokens = sum(len(encode_answer(self._checked.tokenizer, prompt)) for prompt in answered) / len(answered)
@@ -429,19 +428,19 @@ class Runner:
         return numbers
 
     async def _measure_program(self, pools: Pools) -> dict[str, float] | None:
-        """The System-2 program itself on the held-out prompts, where there is one."""
+        """Evaluate the System-2 program itself on the held-out prompts, if there is one."""
         numbers = await measure_program(self._checked, pools)
         if numbers is not None:
             self.reporter.event("evaluation", name="program", **numbers)
         return numbers
 
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
-        """Give what `work` gives; where the user asks to stop first, end it: nothing that it does is worth a checkpoint.
+        """Return the result of `work`; if the user stops the run first, cancel it: nothing that it does is worth a checkpoint.
 
         Raises: Interrupted.
         """
         try:
-            # Its own clean-up comes first, but not at the price of a run that does not end.
+            # Its own clean-up comes first, but must not keep the run from ending.
             return await first_of(work, self.stop.wait(), clean_up_s=_CLEAN_UP_S)
         except Stopped:
             raise Interrupted("stopped before there was anything new to save") from None
@@ -472,6 +471,6 @@ class Runner:
         }
         self._folder.write_summary(summary)
         self.reporter.finish(summary)
-        # After the summary: what stands before it in the file is of a run that had not ended.
+        # After the summary: anything before it in the file is from a run that had not ended.
         self.reporter.event("finished", steps=steps)
         return summary

@@ -4,18 +4,18 @@
                 ^                                                                                                      |
                 +---------------------------------- slots of the next batch <-----------------------------------------+
 
-produce   consumes the sample ids that the buffer admits; produces their requests, each lot given to a `_fill` of its own;
-          waits for a free slot and a version that may draw it, and goes on when train publishes the next one.
-_fill     consumes a lot of requests; produces scored rollouts in the buffer; waits for the sampler, and for the scorer where
-          there is one; goes on with every answer, in whatever order they come.
-train     consumes one complete batch a step; produces the student's next version and a line of ledger and metrics; waits for
-          the slowest rollout of the batch, and goes on when `_fill` puts it in or `stop` is set; then waits for the ranks.
+produce   consumes the sample ids that the buffer admits; produces their requests, each group passed to its own `_fill`;
+          waits for a free slot and a version that may sample it, and continues when train publishes the next one.
+_fill     consumes a group of requests; produces scored rollouts in the buffer; waits for the sampler, and for the scorer if
+          there is one; continues with every answer, in whatever order they arrive.
+train     consumes one complete batch per step; produces the student's next version and a line of ledger and metrics; waits
+          for the slowest rollout of the batch, and continues when `_fill` adds it or `stop` is set; then waits for the ranks.
 
-Nothing waits for train but the admission of samples, so that step s + 1 is sampled while step s is trained, where
-`max_staleness` allows. `stop` ends train's wait for a batch, or takes effect after the running step: a checkpoint is written
-either way. The first coroutine that fails cancels the others, and its error alone rises out of `run`.
+Only the admission of samples waits for train, so that step s + 1 is sampled while step s is trained, as far as `max_staleness`
+allows. `stop` ends train's wait for a batch, or takes effect after the running step: a checkpoint is written in both cases. The
+first coroutine that fails cancels the others, and only its error is raised from `run`.
 
-The loop is given every collaborator and imports no Ray.
+The loop receives all collaborators and imports no Ray.
 """
 
 from __future__ import annotations
@@ -42,40 +42,40 @@ from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 @dataclass(frozen=True)
 class Hooks:
-    """Calls that the loop makes on its way; each has a default that does nothing."""
+    """Callbacks of the loop; each defaults to a no-op."""
 
     evaluate: Callable[[int], Awaitable[dict[str, float]]] | None = None
-    """Called with a version after every `evaluate_every` steps; its numbers join the step's metrics."""
+    """Called with a version after every `evaluate_every` steps; its numbers are added to the step's metrics."""
     pool_metrics: Callable[[], dict[str, float]] = dict
-    """Gives numbers of the pools for a step's metrics."""
+    """Returns numbers of the pools for a step's metrics."""
     text: Callable[[int], Awaitable[TrainBatch]] | None = None
-    """Gives the pretraining text of an optimizer step, counted from 1; asked for beside the rollouts of that step."""
+    """Returns the pretraining text of an optimizer step, counted from 1; requested concurrently with the step's rollouts."""
     on_wait: Callable[[Sequence[int]], None] = lambda missing: None
-    """Called with the sample ids that training begins to wait for, and with none when the wait ends."""
+    """Called with the sample ids that training starts to wait for, and with none when the wait ends."""
     filters: Callable[[Sequence[Rollout]], dict[int, str]] = lambda rollouts: {}
-    """Gives the rule by which each rollout of a batch is left out of training, by sample id."""
+    """Returns the rule by which each rollout of a batch is excluded from training, by sample id."""
     weights: Callable[[Sequence[Rollout]], dict[int, float] | None] = lambda rollouts: None
-    """Gives the weights of the rollouts of a batch in the loss, by sample id; None where all count alike."""
+    """Returns the loss weights of the rollouts of a batch, by sample id; None if all have equal weight."""
 
 
 @dataclass
 class Distillation:
-    """Steps [start_step, settings.steps) of a run. Version `start_step` of the student is published already."""
+    """Steps [start_step, settings.steps) of a run. Version `start_step` of the student is already published."""
 
     settings: LoopSettings
     prompts: PromptStream
     sampler: Sampler
     scorer: Scorer | None
-    """Scores what the sampler did not; None where the sampler's rollouts come back scored."""
+    """Scores what the sampler did not; None if the sampler's rollouts are already scored."""
     student: Student
     reporter: Reporter
     ledger: Ledger
     totals: Totals = field(default_factory=Totals)
     schedules: Schedules | None = None
-    """Values of settings that change from step to step; None where none does."""
+    """Values of settings that change from step to step; None if none does."""
     hooks: Hooks = Hooks()
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set to end after the running step; a checkpoint is written."""
+    """Event that ends the run after the running step; a checkpoint is written."""
     start_step: int = 0
 
     def __post_init__(self) -> None:
@@ -87,22 +87,22 @@ class Distillation:
         """Step of the newest checkpoint."""
 
     async def run(self) -> None:
-        """Produce and train until the last step is done, or the run is asked to stop.
+        """Produce and train until the last step is done, or `stop` is set.
 
-        Raises: Interrupted after `stop`; what any part raised, alone, if one part failed.
+        Raises: Interrupted after `stop`; if a part failed, its exception alone.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._producer = tasks.create_task(self.produce(), name="produce")
                 tasks.create_task(self.train(), name="train")
         except BaseExceptionGroup as group:
-            # One reason is what a user can act on: the first failure; the others are its consequences.
+            # A user can act on one reason: the first failure; the others are its consequences.
             raise first_reason(group) from group
 
     # ---------------------------------------------------------------------------------------------------- rollouts
 
     async def produce(self) -> None:
-        """Ask for every sample as soon as it is admitted."""
+        """Request every sample as soon as it is admitted."""
         settings, buffer = self.settings, self._buffer
         async with asyncio.TaskGroup() as calls:
             while admitted := await buffer.admit():
@@ -119,7 +119,7 @@ class Distillation:
                 calls.create_task(self._fill(requests))
 
     async def _fill(self, requests: Sequence[SampleRequest]) -> None:
-        """Draw the requests into the buffer, scoring each group as soon as it ends."""
+        """Sample the requests into the buffer, scoring each group as soon as it finishes."""
         drawn = draw_scored(self.sampler, self.scorer, requests, on_sampled=self._buffer.sampled)
         async with aclosing(drawn) as stream:
             async for rollouts in stream:
@@ -131,7 +131,7 @@ class Distillation:
     # ---------------------------------------------------------------------------------------------------- training
 
     async def train(self) -> None:
-        """Train batch after batch, each as soon as its last rollout is there."""
+        """Train batch after batch, each as soon as its last rollout has arrived."""
         settings = self.settings
         for step in range(self.start_step, settings.steps):
             started = time.perf_counter()
@@ -153,7 +153,7 @@ class Distillation:
             await self._save(settings.steps)
 
     async def _inputs(self, step: int) -> tuple[ReadyBatch, TrainBatch | None]:
-        """The rollouts and the text of a step, made side by side."""
+        """The rollouts and the pretraining text of a step, produced concurrently."""
         text = None if self.hooks.text is None else asyncio.ensure_future(self.hooks.text(step + 1))
         try:
             return await self._buffer.batch(step, self.hooks.on_wait), None if text is None else await text
@@ -164,9 +164,9 @@ class Distillation:
     async def _step(
         self, step: int, started: float, ready: ReadyBatch, text: TrainBatch | None
     ) -> tuple[StepReport, dict[str, Any]]:
-        """Train one batch, publish the version that it makes, and note it; the ranks' report and the step's metrics.
+        """Train one batch, publish the resulting version, and record it; returns the ranks' report and the step's metrics.
 
-        Args: started: when the wait for the batch began.
+        Args: started: start of the wait for the batch.
         """
         rollouts, done = ready.rollouts, step + 1
         dropped, values = self.hooks.filters(rollouts), self._schedules.at(step)
@@ -174,7 +174,7 @@ class Distillation:
         report = await self.student.train_step(batch, text, values)
         trained = time.perf_counter()
         measured = batch_metrics(rollouts, trained_version=step)
-        # Before anything can be admitted that this step's signals decide.
+        # Before anything is admitted that depends on this step's signals.
         self._schedules.observe(done, measured)
         await self.student.publish(done)
         await self._buffer.published(done)
@@ -200,7 +200,7 @@ class Distillation:
         self.reporter.event("checkpoint", step=step)
 
     async def _interrupt(self, step: int) -> NoReturn:
-        """Write a checkpoint, unless that of this step is there, and end; what was in flight is drawn again after a resume."""
+        """Write a checkpoint, unless this step already has one, and end; samples in flight are drawn again after a resume."""
         if self._producer is not None:
             self._producer.cancel()
         if step > self._saved or step == 0:

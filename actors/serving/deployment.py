@@ -1,4 +1,4 @@
-"""Deployment of pools on Ray Serve: their replicas are started side by side, and waited for until they serve."""
+"""Deployment of pools on Ray Serve: starts their replicas concurrently and waits until they serve."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from actors.serving.pool import ReplicaPool
 
 DEPLOYING = threading.Lock()
-"""Held while Ray Serve is asked to run something: it cannot be asked in two threads at once (Ray 2.60)."""
+"""Lock around Ray Serve's run call, which is not thread-safe (Ray 2.60)."""
 _LOOK_EVERY_S = 0.5
 _MISSING_PACKAGE = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
 def deploy(pools: Sequence[ReplicaPool]) -> None:
-    """Start the replicas of all pools side by side and wait until they serve; blocks.
+    """Start the replicas of all pools concurrently and wait until they serve; blocks.
 
-    Raises: EngineError when some do not start, or are deleted meanwhile.
+    Raises: EngineError if some do not start, or are deleted meanwhile.
     """
     from ray import serve
 
@@ -40,7 +40,7 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
         raise
     except RuntimeError as error:
         names = ", ".join(pool.name for pool in pools)
-        # Serve's error names the deployments; why a replica failed stands in their status.
+        # Serve's error names the deployments; the reason of a replica's failure is in their status.
         found = serve.status().applications
         details = [
             each.message for pool in pools if pool.application in found for each in found[pool.application].deployments.values()
@@ -56,9 +56,10 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
 
 
 def _await_serving(pools: Sequence[ReplicaPool]) -> None:
-    """Wait until all serve. Raises: RuntimeError where one fails; EngineError where one is deleted.
+    """Wait until all pools serve. Raises: RuntimeError if one fails; EngineError if one is deleted.
 
-    Serve's own wait never ends for what was deleted (Ray 2.60); it would go on after Ray has ended, and start another.
+    Serve's own wait never ends for a deleted application (Ray 2.60); it would continue after Ray has shut down, and start
+    another.
     """
     from ray import serve
 
@@ -80,12 +81,12 @@ def _check_wanted(pools: Sequence[ReplicaPool]) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Filter of Ray Serve's log: that calls wait for a free replica is how a busy pool works, and not worth a warning each."""
+    """Filter for Ray Serve's log: calls that wait for a free replica are normal in a busy pool, and need no warning each."""
     return not record.getMessage().startswith("Failed to route request after")
 
 
 def actor_options(settings: EngineSettings) -> dict[str, Any]:
-    """Ray actor options of one replica: what it reserves, and the threads that it may use."""
+    """Ray actor options of one replica: its resource reservation, and its number of threads."""
     # Ray sets one thread for an actor that reserves a fraction of a CPU; the reservation is the intended number.
     threads = str(max(1, int(settings.num_cpus)))
     options: dict[str, Any] = {
@@ -104,7 +105,8 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _job_variables() -> dict[str, str]:
-    """Variables that this process's Ray job was given. Serve's controller, which may be another job's, hands on its own."""
+    """Environment variables of this process's Ray job. Serve's controller, possibly started by another job, passes on its
+    own."""
     if not ray.is_initialized():
         return {}
     return dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})

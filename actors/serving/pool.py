@@ -1,4 +1,4 @@
-"""TeacherPool over Ray Serve: split a call over replicas, stream what comes back, send again what a dead replica lost."""
+"""Pool of replicas on Ray Serve: splits a call over replicas, streams the results, and resends what a dead replica lost."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from kdray.types import Rollout, SampleRequest
 
 logger = logging.getLogger(__name__)
 
-# Rollouts that one call carries at most: large enough that calls cost nothing, small enough to spread over replicas.
+# Maximum rollouts per call: large enough for negligible call overhead, small enough to spread over replicas.
 _MAX_PER_CALL = 256
-# Calls that a replica holds where replicas come and go or differ in speed. Those beyond wait at the caller, and whoever is free
-# takes the next: a call once sent to a replica stays there. Enough that small calls of a scorer fill an engine's step.
+# Calls that a replica holds if replicas come and go or differ in speed. The others wait at the caller, and the next free
+# replica takes them: a call once sent to a replica stays there. Enough for a scorer's small calls to fill an engine's step.
 _CALLS_PER_REPLICA = 8
 _ROUTING_STATS_PERIOD_S = 2.0
 _LOOK_FOR_SLOW_EVERY_S = 0.5
@@ -42,19 +42,19 @@ _LOOK_FOR_SLOW_EVERY_S = 0.5
 
 @dataclass
 class _Part:
-    """The samples of one call."""
+    """Samples of one call."""
 
     kind: str
     call: Callable[[list[int], CallRoute], Any]
-    """Asks a replica for such samples; gives Serve's stream of the answer."""
+    """Sends the samples to a replica; returns Serve's stream of results."""
     arrived: asyncio.Queue[list[Rollout]]
     missing: dict[int, int]
-    """Samples, and the tokens that each may take to draw or has to score."""
+    """Samples, and the number of tokens that each may take to sample or has to score."""
     sent: float
-    """When; parts that are sent side by side have one time, so that each may overtake the others."""
+    """Time of the call; calls sent together share one time, so that each may overtake the others."""
 
     async def ask(self, route: CallRoute) -> None:
-        """Ask one replica; hand on the rollouts that are still missing, and take them from there."""
+        """Send the call to one replica; pass on the rollouts that are still missing, and remove them here."""
         response = self.call(list(self.missing), route)
         try:
             async for table in response:
@@ -64,7 +64,7 @@ class _Part:
                 if rollouts:
                     self.arrived.put_nowait(rollouts)
         except asyncio.CancelledError:
-            # Nobody waits for the answer any more: the replica may stop drawing.
+            # Nobody waits for the results any more: the replica may stop sampling.
             response.cancel()
             raise
 
@@ -84,17 +84,16 @@ class ReplicaPool:
         on_event: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
         """Args: run: the actors that this pool's replicas talk to; missing_after_s: time without a replica until an outage
-        begins.
-        """
+        begins."""
         self.name = name
         self.spec = spec
         self.retried = 0
         self.hedged = 0
-        """Rollouts that a second replica was asked for too, because the first was slow."""
+        """Rollouts that were also sent to a second replica, because the first was slow."""
         self.availability = Availability()
         self.replicas_serving = 0
         self.ended = False
-        """It was deleted: nothing of it may start any more."""
+        """Set by `delete`: nothing of the pool may start any more."""
         self._application_id = uuid.uuid4().hex[:12]
         self._settings = settings
         self._cluster = cluster
@@ -118,11 +117,11 @@ class ReplicaPool:
 
     @property
     def dtype(self) -> str:
-        """Of the engines' arithmetic; `auto` is float32 on CPUs, and stays `auto` on GPUs, where it is the checkpoint's own."""
+        """Dtype of the engines' arithmetic; `auto` is float32 on CPUs, and remains `auto` (the checkpoint's own) on GPUs."""
         return "float32" if self.spec.dtype == "auto" and not self._settings.num_gpus else self.spec.dtype
 
     def target(self) -> Any:
-        """The application that Ray Serve is to run."""
+        """The application for Ray Serve to run."""
         from ray import serve
 
         settings = self._settings
@@ -157,53 +156,54 @@ class ReplicaPool:
         return serve.RunTarget(application, name=self.application, route_prefix=None)
 
     def connect(self, handle: Any) -> None:
-        """Take Serve's handle of the deployment, which serves from now on."""
+        """Store Serve's handle of the deployment, which serves from now on."""
         self._handle = handle
 
     @property
     def _several(self) -> bool:
-        """There may be more than one replica."""
+        """True if there may be more than one replica."""
         scaling = self._settings.autoscaling
         return (self._settings.replicas if scaling is None else scaling.max_replicas) > 1
 
     @property
     def _uneven(self) -> bool:
-        """Replicas come and go, or differ in speed: then calls are small, and wait for whoever is free."""
+        """True if replicas come and go, or differ in speed: calls are then small, and wait for a free replica."""
         return self._settings.autoscaling is not None or self._settings.mixed_hardware
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
-        """The trainer waits for these samples from now on, whichever pools were asked for them; for none when it goes on."""
+        """Set the samples that the trainer waits for from now on, from any pool; none when it continues."""
         self._awaited.misses(sample_ids, time.monotonic())
 
     def take_waited_s(self) -> float:
-        """Seconds that the trainer waited for this pool since the last call of this."""
+        """Seconds that the trainer waited for this pool since the last call of this method."""
         return self._awaited.take_s(time.monotonic())
 
     def _note_waiting(self, waits: bool) -> None:
-        # The board counts the seconds: it need only be told of both ends of a wait.
+        # The board counts the seconds: it needs only the start and end of a wait.
         if self._scale is not None and self._run.board is not None:
             self._run.board.note_waiting.remote(self.name, 0.0 if waits else None)
 
     def delete(self) -> None:
-        """Take the replicas down, waiting until they are gone."""
+        """Delete the replicas, waiting until they are gone."""
         from ray import serve
 
         self.ended = True
-        # A deployment under way either sees that, or is there to be deleted.
+        # A deployment in progress either sees the flag, or exists and can be deleted.
         with DEPLOYING:
             if self._handle is not None:
-                # Its router goes on reporting to Serve, and would start a Ray of its own once this one has ended.
+                # Its router would continue reporting to Serve, and start a new Ray once this one has shut down.
                 self._handle.shutdown()
                 self._handle = None
             serve.delete(self.application)
 
     async def watch_replicas(self, period_s: float = 2.0) -> None:
-        """Keep `replicas_serving` current, and write an event when it or the size asked for changes; never returns."""
+        """Keep `replicas_serving` current, and write an event when it or the target size changes; never returns."""
         while True:
             try:
                 await self._watch()
             except Exception as error:
-                # Serve's controller may be away for a moment; a watcher that ended would never see a teacher go or come back.
+                # Serve's controller may be unreachable for a moment; if the watcher ended, outages and recoveries would go
+                # unnoticed.
                 logger.warning("%s: its replicas could not be watched: %r", self.name, error)
                 self._on_event("watch_failed", pool=self.name, reason=repr(error)[:500])
             await asyncio.sleep(period_s)
@@ -218,7 +218,7 @@ class ReplicaPool:
             await self._watch_availability(serving)
 
     async def _watch_target(self, serving: int) -> None:
-        """Write an event when the size asked for changes (`scale`), and one when it does not come (`scale_stuck`)."""
+        """Write an event when the target size changes (`scale`), and when it is not reached (`scale_stuck`)."""
         if self._scale is None or self._run.board is None:
             return
         found = await self._run.board.target.remote(self.name)
@@ -229,12 +229,12 @@ class ReplicaPool:
 
     @property
     def _patience_s(self) -> float:
-        """Time without a replica until an outage begins; a pool that grows from nothing is given the time to place one."""
+        """Time without a replica until an outage begins; a pool that grows from zero also gets the time to place one."""
         autoscaling = self._settings.autoscaling
         return self._missing_after_s if autoscaling is None else max(self._missing_after_s, autoscaling.placement_timeout_s)
 
     async def _watch_availability(self, serving: int) -> None:
-        """Begin the outage where no replica serves for long, or none but such that were turned away; end it when one does."""
+        """Begin an outage if no replica has served for long, or all were rejected; end it when one serves."""
         registry = self._run.registry
         refused = [] if registry is None else await registry.refused.remote(self.name)
         for reason in refused[self._refusals :]:
@@ -242,7 +242,7 @@ class ReplicaPool:
         turned_away, self._refusals = refused[self._refusals :], len(refused)
         now = time.monotonic()
         if serving or not self._awaited.owes:
-            # A pool that scaled to zero and has no work is not missing.
+            # A pool scaled to zero without work is not missing.
             self._served_at = now
         if serving:
             if self.availability.reason is not None:
@@ -267,7 +267,7 @@ class ReplicaPool:
         return int(application.deployments[self.name].replica_states.get("RUNNING", 0))
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`. A request that is sent again draws the same tokens under the same weights."""
+        """See `kdray.interfaces.Sampler`. A resent request samples the same tokens under the same weights."""
         by_id = {request.sample_id: request for request in requests}
 
         def call(missing: list[int], route: CallRoute) -> Any:
@@ -280,7 +280,7 @@ class ReplicaPool:
                 yield rollouts
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`. Exact KLs are taken under the newest version that sampled, or a newer one."""
+        """See `kdray.interfaces.Scorer`. Exact KLs are computed under the newest version that sampled, or a newer one."""
         by_id = {rollout.sample_id: rollout for rollout in rollouts}
         min_version = max(int(rollout.student_versions.max()) for rollout in rollouts)
 
@@ -296,13 +296,13 @@ class ReplicaPool:
     async def _stream(
         self, tokens: dict[int, int], kind: str, call: Callable[[list[int], CallRoute], Any]
     ) -> AsyncGenerator[list[Rollout]]:
-        """Split samples over calls that run side by side, and yield whatever any of them gives; each sample exactly once.
+        """Split samples over concurrent calls, and yield the results as they arrive; each sample exactly once.
 
-        Args: tokens: by sample, those that it may take to draw, or has to score.
+        Args: tokens: by sample, the number that it may take to sample, or has to score.
         """
         ids = list(tokens)
         if self._uneven:
-            # Two calls fill an engine, and a new or faster replica takes the next one soon.
+            # Two calls fill an engine, and a new or faster replica soon takes the next one.
             size = max(1, self._settings.max_num_seqs // 2)
         else:
             size = min(_MAX_PER_CALL, -(-len(ids) // self._settings.replicas))
@@ -334,7 +334,7 @@ class ReplicaPool:
             await asyncio.gather(over, *tasks, return_exceptions=True)
 
     async def _persist(self, part: _Part) -> None:
-        """Send a call, and again for what is still missing while replicas die; bounded and backed off."""
+        """Send a call, and resend what is missing while replicas die; with bounded retries and backoff."""
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self._retries + 1),
             wait=wait_exponential(multiplier=0.5, max=30),
@@ -354,7 +354,7 @@ class ReplicaPool:
             ) from cause
 
     async def _once(self, part: _Part) -> None:
-        """Ask one replica for what is missing, and a second one too where that is slow; whatever comes first counts."""
+        """Send what is missing to one replica, and also to a second if that is slow; the first result counts."""
         ticket, times = uuid.uuid4().hex, self._times.get(part.kind)
         if times is not None:
             times.begin(ticket, sum(part.missing.values()), part.sent)
@@ -371,7 +371,7 @@ class ReplicaPool:
                     self._note_hedge(part)
                     asked.add(asyncio.create_task(part.ask(CallRoute(uuid.uuid4().hex, instead_of=ticket))))
             if part.missing:
-                # All have ended, and none answered everything: the first tells why.
+                # All have ended, and none returned everything: the first gives the reason.
                 first.result()
                 raise EngineError(f"a replica ended its answer with {len(part.missing)} rollouts missing")
         finally:

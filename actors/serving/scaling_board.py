@@ -1,7 +1,7 @@
-"""Board on which autoscaling notes what its parts tell each other; an actor beside the driver.
+"""Board through which the parts of autoscaling communicate; an actor on the driver's node.
 
-The driver notes how long the trainer waits for each pool, which the replicas report to Ray Serve with their load; the policy in
-Serve's controller notes the size that it asked for, which the driver tells as events.
+The driver records how long the trainer waits for each pool, which the replicas report to Ray Serve with their load; the policy
+in Serve's controller records the target size, for which the driver writes events.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from actors.serving.load_stats import TimeShare
 
 
 class ScalingBoard:
-    """Waits and sizes by pool; an actor with async methods."""
+    """Waiting times and target sizes by pool; an actor with async methods."""
 
     def __init__(self) -> None:
         self._waits: dict[str, TimeShare] = {}
         self._targets: dict[str, tuple[int, str]] = {}
 
     async def note_waiting(self, pool: str, seconds: float | None) -> None:
-        """The trainer has waited for answers of a pool for so long; None when it does not wait for it any more."""
+        """Record how long the trainer has waited for responses of a pool; None when it no longer waits for it."""
         now = time.monotonic()
         self._waits.setdefault(pool, TimeShare(now)).switch(seconds is not None, now, seconds or 0.0)
 
     async def waiting(self, pool: str) -> float:
-        """Seconds of the last `kdray.config.teachers.WAITING_WINDOW_S` in which the trainer waited for a pool."""
+        """Seconds of the last `kdray.config.teachers.WAITING_WINDOW_S` during which the trainer waited for a pool."""
         return self._waits[pool].seconds(time.monotonic()) if pool in self._waits else 0.0
 
     async def note_target(self, pool: str, target: int, reason: str) -> None:
-        """The size that a pool is to have from now on, and why."""
+        """Record the target size of a pool from now on, and the reason."""
         self._targets[pool] = target, reason
 
     async def target(self, pool: str) -> tuple[int, str] | None:
-        """The size that a pool is to have, and why; None before anybody decided."""
+        """Target size of a pool, and the reason; None before the first decision."""
         return self._targets.get(pool)

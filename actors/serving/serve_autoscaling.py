@@ -1,8 +1,8 @@
 """`actors.serving.autoscaling.decide` as Ray Serve's autoscaling policy: it runs in Serve's controller, ten times a second.
 
-The controller knows of a pool only what its replicas report (`TeacherReplica.record_autoscaling_stats`), every
-`report_every_s`. Serve offers the reports averaged over its look-back window, which costs a merge for each number and replica
-on every call; the newest point of each is fresher and free, and the numbers cover a window of their own already.
+The controller knows only what a pool's replicas report (`TeacherReplica.record_autoscaling_stats`), every `report_every_s`.
+Serve offers the reports averaged over its look-back window, which costs a merge per number and replica on every call; the
+newest point of each is fresher and free, and the numbers already cover a window of their own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from actors.serving.autoscaling import Load, ScalingRules, State, decide
 from kdray.config import AutoscalingSettings
 
 _DECIDE_EVERY_S = 1.0
-# Serve reads a replica five times in a look-back window, and sends once a metrics interval; this makes both the same.
+# Serve polls a replica five times per look-back window, and sends once per metrics interval; this makes both equal.
 _POINTS = 5
 
 
 class PoolPolicy:
-    """The policy of one pool; Serve makes one and calls it."""
+    """Policy of one pool; Serve instantiates and calls it."""
 
     def __init__(self, pool: str, rules: dict[str, Any], board: str | None) -> None:
-        """Args: board: the ScalingBoard's handle, pickled, in hexadecimal; it is told every change of the target."""
+        """Args: board: the ScalingBoard's handle, pickled, in hexadecimal; it receives every change of the target."""
         self._pool = pool
         self._rules = ScalingRules(**rules)
         self._board = cloudpickle.loads(bytes.fromhex(board)) if board is not None else None
@@ -47,7 +47,7 @@ class PoolPolicy:
         )
         target, state, reason = decide(load, self._rules, State.from_dict(before), now)
         if target != self._told and self._board is not None:
-            # A pool of none that is asked for something is started by Serve itself, before it asks a policy.
+            # Serve itself starts a pool scaled to zero on a request, before it calls a policy.
             if target == load.target and self._told == 0:
                 reason = "work for a pool without replicas"
             self._board.note_target.remote(self._pool, target, reason)
@@ -56,10 +56,10 @@ class PoolPolicy:
 
 
 def summarise(metrics: Mapping[str, Mapping[Any, Any]], running: list[str], target: int, queued: float) -> Load:
-    """One pool's load out of the newest report of each replica that serves.
+    """Load of one pool from the newest report of each serving replica.
 
-    Args: metrics: by name and replica, the points (timestamp, value) reported, oldest first; queued: calls that no replica
-    has taken yet. While a new replica has not reported, the pool counts as fully busy: nothing is taken from it.
+    Args: metrics: by name and replica, the points (timestamp, value) reported, oldest first; queued: calls not yet taken by a
+    replica. Until a new replica has reported, the pool counts as fully busy, so that it does not shrink.
     """
     newest = {
         name: {str(replica): points[-1].value for replica, points in series.items() if points}
@@ -83,14 +83,14 @@ def summarise(metrics: Mapping[str, Mapping[Any, Any]], running: list[str], targ
 
 
 def scaling_rules(settings: AutoscalingSettings) -> ScalingRules:
-    """The settings that the decision reads, as plain values: the decision travels without pydantic."""
+    """Settings that the decision reads, as plain values: the decision is shipped without pydantic."""
     return ScalingRules(**{rule.name: getattr(settings, rule.name) for rule in fields(ScalingRules)})
 
 
 def serve_config(pool: str, settings: AutoscalingSettings, board: Any | None) -> Any:
-    """Ray Serve's AutoscalingConfig with the policy in it; Serve's own delays are 0, since the policy has its own.
+    """Ray Serve's AutoscalingConfig with the policy; Serve's own delays are 0, since the policy has its own.
 
-    Args: board: the ScalingBoard's handle, None where there is none.
+    Args: board: the ScalingBoard's handle, None without one.
     """
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
@@ -99,14 +99,14 @@ def serve_config(pool: str, settings: AutoscalingSettings, board: Any | None) ->
         "rules": asdict(scaling_rules(settings)),
         "board": None if board is None else cloudpickle.dumps(board).hex(),
     }
-    # The controller belongs to whoever started Serve in the cluster, and may have no kdray: ship what the policy needs.
+    # The controller belongs to whoever started Serve in the cluster, and may not have kdray: ship what the policy needs.
     cloudpickle.register_pickle_by_value(actors.serving.autoscaling)
     try:
         policy = AutoscalingPolicy(policy_function=PoolPolicy, policy_kwargs=arguments)
     finally:
         cloudpickle.unregister_pickle_by_value(actors.serving.autoscaling)
     with warnings.catch_warnings():
-        # The interval's announced successor, an environment variable, is not read by this version of Serve.
+        # The interval's announced replacement, an environment variable, is not read by this version of Serve.
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=settings.min_replicas,

@@ -1,4 +1,4 @@
-"""Specification of a replica: what its engine holds and how large it is, and the actors of the run that it talks to."""
+"""Specification of a replica: the contents and size of its engine, and the actors of the run that it talks to."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class EngineSpec:
     student: str | None
     """Folder or hub id of the student beside the teacher (role `mixture`)."""
     vocab_size: int
-    """Ids that teacher and student share; rows beyond are cut before the softmax."""
+    """Ids that teacher and student share; rows beyond are cut off before the softmax."""
     stop_ids: tuple[int, ...]
-    """End-of-sequence ids; drawing one ends the rollout, and it is the rollout's last token."""
+    """End-of-sequence ids; sampling one ends the rollout, and it is the rollout's last token."""
     max_model_len: int
     """Longest prompt plus response, in tokens."""
     revision: str | None = None
@@ -34,9 +34,9 @@ class EngineSpec:
     tokenizer: str = ""
     """Hash of the teacher's tokenizer."""
     scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
-    """Reading of prefill: by the recorder, or by vLLM's own `prompt_logprobs`."""
+    """Method of scoring prefill: by the recorder, or by vLLM's own `prompt_logprobs`."""
     record_hidden: bool = False
-    """The teacher's last hidden state is recorded for every token."""
+    """Record the teacher's last hidden state for every token."""
     teacher_top_k: int = 32
     student_top_k: int = 16
     dtype: str = "auto"
@@ -47,26 +47,26 @@ class EngineSpec:
     gpu_memory_utilization: float = 0.85
     seed: int = 0
     stuck_after_s: float = 300.0
-    """Longest time that the engine may take to answer between two steps."""
+    """Maximum time that the engine may take to respond between two steps."""
     weight_transfer: str | None = None
-    """Backend of vLLM that brings the student's weights from rank 0; None where they come as files."""
+    """vLLM backend that transfers the student's weights from rank 0; None if they come as files."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunHandles:
-    """Handles of the run's actors that its pools and replicas talk to; None for those that a run does without."""
+    """Handles of the run's actors that its pools and replicas talk to; None for those that a run does not have."""
 
     weights: Any = None
-    """The WeightStore of the student; None where the student never changes."""
+    """The WeightStore of the student; None if the student never changes."""
     teacher_weights: Any = None
     """The WeightStore of a teacher that changes during the run."""
     registry: Any = None
-    """The TeacherRegistry; None where nobody compares the replicas of a teacher."""
+    """The TeacherRegistry; None if replicas of a teacher are not compared."""
     board: Any = None
-    """The ScalingBoard; None where no pool is autoscaled."""
+    """The ScalingBoard; None if no pool is autoscaled."""
 
     @property
     def owner(self) -> Any:
-        """An actor that lives as long as the run's driver: its end is the run's. None where there is none."""
+        """An actor that lives as long as the run's driver: the run ends with it. None if there is none."""
         return next((each for each in (self.weights, self.registry, self.board) if each is not None), None)

@@ -1,8 +1,8 @@
-"""Recorded columns on their way from the vLLM worker to the engine: arrays while they are recorded, then an Arrow table that is
-read by name. Both ends of the way are here; neither imports vLLM.
+"""Recorded columns on their way from the vLLM worker to the engine: arrays while recording, then an Arrow table that is read by
+name. Writer and reader are both here; neither imports vLLM.
 
-`kdray.rollouts.columns` says which columns there are. The recorder keeps few arrays for all rows of a step, since each costs a
-copy from the device: columns of one type side by side, those of one number a token first.
+`kdray.rollouts.columns` defines the columns. The recorder keeps few arrays for all rows of a step, since each costs a
+device-to-host copy: columns of the same type are concatenated, scalar columns first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COLUMNS = recorded_columns()
 
 
 class Layout(NamedTuple):
-    """Order of the columns in an array [rows, one a column of `single` + K a column of `wide`]."""
+    """Order of the columns in an array [rows, one per column of `single` + K per column of `wide`]."""
 
     single: tuple[Column, ...]
     wide: tuple[Column, ...]
@@ -30,11 +30,11 @@ class Layout(NamedTuple):
         return tuple(column.name for column in (*self.single, *self.wide))
 
     def empty(self) -> np.ndarray:
-        """An array without rows, its wide columns of one number."""
+        """An array without rows, with wide columns of width 1."""
         return np.empty((0, len(self.names)), dtype=(*self.single, *self.wide)[0].dtype)
 
     def named(self, arrays: Sequence[np.ndarray], wanted: Collection[Column]) -> dict[str, pa.Array]:
-        """The wanted columns of arrays as rows of Arrow, one an array, and how wide they are."""
+        """The wanted columns of the arrays as Arrow rows, one per array, and their widths."""
         first, lengths = len(self.single), np.array([len(array) for array in arrays])
         found: dict[str, pa.Array] = {}
         ends, joined = _ends(lengths), np.concatenate([array[:, :first] for array in arrays])
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
                 parts = [
                     array[:, start : start + width] for array, start, width in zip(arrays, starts, widths.tolist(), strict=True)
                 ]
-                # Those of one width are joined without a copy of each.
+                # Arrays of equal width are concatenated without copying each.
                 flat = np.concatenate(parts if (widths == widths[0]).all() else [part.ravel() for part in parts]).ravel()
                 found[column.name] = pa.ListArray.from_arrays(_ends(lengths * widths), pa.array(flat))
                 found[WIDTHS[column.width]] = pa.array(widths.astype(np.int32))
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
 
 def _ends(lengths: np.ndarray) -> pa.Array:
-    """Offsets of rows that lie one after the other."""
+    """Offsets of consecutive rows."""
     ends = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=ends[1:])
     return pa.array(ends, pa.int32())
@@ -74,7 +74,7 @@ assert {*FLOATS.names, *INTS.names, *HIDDEN.names} == {column.name for column in
 
 
 class Slab(NamedTuple):
-    """Recorded positions as arrays [rows, columns]: those of one step, or of one request."""
+    """Recorded positions as arrays [rows, columns], of a step or of a request."""
 
     floats: np.ndarray  # float32, as FLOATS
     ints: np.ndarray  # int32, as INTS
@@ -86,7 +86,7 @@ Record = Mapping[str, np.ndarray]
 
 
 def write_records(slabs: Sequence[Slab], columns: Collection[Column]) -> bytes:
-    """An Arrow stream of these columns, one row a request."""
+    """An Arrow stream of these columns, one row per request."""
     found: dict[str, pa.Array] = {}
     for layout, arrays in zip((FLOATS, INTS, HIDDEN), zip(*slabs, strict=True), strict=True):
         found |= layout.named(arrays, columns)

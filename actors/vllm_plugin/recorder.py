@@ -1,14 +1,14 @@
-"""The logits processor that draws from the mixture and records what both models thought of it.
+"""Logits processor that samples from the mixture and records both models' statistics of every token.
 
-vLLM hands every step's rows to `apply`. For a sampling request the recorder forms m = alpha p + (1 - alpha) q with the
-request's own alpha, draws the token from a hash of (seed, position), pins the engine's choice to it, and records log m,
-log p, log q, the teacher's logprobs on a support (teacher top-k and student top-k), its tail mass, and both exact KLs.
-For a scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass, at the ids that the
-request names too.
+vLLM passes every step's rows to `apply`. For a sampling request the recorder forms m = alpha p + (1 - alpha) q with the
+request's own alpha, samples the token from a hash of (seed, position), forces the engine to choose it, and records log m, log
+p, log q, the teacher's logprobs on a support (teacher top-k and student top-k), its tail mass, and both exact KLs. For a
+scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass, also at the ids that the
+request lists.
 
 Records are keyed by request and indexed by position, because vLLM evaluates positions more than once: partial prefills,
-preemption and surplus rows after the last token. A later evaluation of a position replaces the earlier one; the reader cuts
-to the output's length.
+preemption and surplus rows after the last token. A later evaluation of a position replaces the earlier one; the reader
+truncates to the output's length.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from kdray.rollouts.seeds import uniforms
 
 register()
 
-# Rows that scoring turns into logprobs at once: bounds the transient of a long prefill to this many vocabulary rows.
+# Rows that scoring converts to logprobs at once: bounds the temporary memory of a long prefill to this many vocabulary rows.
 _SCORE_ROWS = 512
 
 
 class Cell(NamedTuple):
-    """One recorded position: a row of a step's arrays, shared with the other requests of that step."""
+    """Recorded position: a row of a step's arrays, which the requests of that step share."""
 
     arrays: Slab
     row: int
@@ -56,10 +56,10 @@ class _Request(NamedTuple):
 
 
 class Recorder(LogitsProcessor):
-    """vLLM loads this by name: `logits_processors=["actors.vllm_plugin.recorder:Recorder"]`."""
+    """Logits processor, loaded by vLLM by name: `logits_processors=["actors.vllm_plugin.recorder:Recorder"]`."""
 
     active: Recorder | None = None
-    """The one recorder of this process; the worker extension hands out what it holds."""
+    """The only recorder of this process; the worker extension returns its records."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         limits = vllm_config.additional_config["kdray"]
@@ -94,7 +94,7 @@ class Recorder(LogitsProcessor):
         args: dict[str, Any] | None = (params.extra_args or {}).get("kdray")
         if args is None:
             return None
-        # A request that returns after preemption keeps the positions it recorded before.
+        # A request that returns after preemption keeps the positions recorded before.
         self.readmitted += args["key"] in self.cells
         self.cells.setdefault(args["key"], {})
         return _Request(
@@ -111,7 +111,8 @@ class Recorder(LogitsProcessor):
         )
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Pin every sampling request's row of `logits` [rows, vocab] to the token drawn for it; record both kinds."""
+        """Force every sampling request's row of `logits` [rows, vocab] to its sampled token; record sampling and scoring
+        requests."""
         model = MixtureForCausalLM.active
         assert model is not None
         here = [(row, request) for row, request in self.requests.items() if row < logits.shape[0]]
@@ -132,7 +133,7 @@ class Recorder(LogitsProcessor):
         if teacher is not None and student is not None:
             mixture = log_mixture(teacher, student, alpha)
         else:
-            # The engine refuses any alpha but the one at which the missing model drops out.
+            # The engine rejects any alpha except the one at which the missing model drops out.
             mixture = _either(teacher, student)
         seeds = np.array([request.seed for _, request in sampling], dtype=np.uint64)
         positions = np.array([len(request.output_ids) for _, request in sampling])
@@ -144,12 +145,12 @@ class Recorder(LogitsProcessor):
         logits[index, tokens] = 0.0
 
     def _score(self, model: MixtureForCausalLM, row: int, request: _Request) -> None:
-        """Record the tokens of one scoring request whose predictions stand in this step's chunk of its prefill."""
+        """Record the tokens of one scoring request that are predicted in this step's prefill chunk."""
         step = model.step
         assert step is not None
         begin, end = int(step.starts[row]), int(step.starts[row + 1])
         first = int(step.positions[begin])
-        # The row at position t - 1 predicts token t; tokens before `start` are the prompt's and not wanted.
+        # The row at position t - 1 predicts token t; tokens before `start` belong to the prompt and are not recorded.
         skip = max(0, request.start - 1 - first)
         targets = [*request.prompt_ids[1:], request.last_id]
         for chunk in range(begin + skip, end, _SCORE_ROWS):
@@ -178,9 +179,9 @@ class Recorder(LogitsProcessor):
         asked: torch.Tensor | None = None,
         top_k: bool = True,
     ) -> Slab:
-        """All recorded columns of rows [n, vocab] at tokens [n]; nan where a model that is not here would have to be asked.
+        """All recorded columns of rows [n, vocab] at tokens [n]; nan for columns of a model that this engine does not hold.
 
-        Args: asked: [n, M] ids that the support holds first; top_k: whether it also holds the models' own top ids.
+        Args: asked: [n, M] ids that come first in the support; top_k: whether the support also holds the models' own top ids.
         """
         teacher, student = rows.teacher, rows.student
         count = len(mixture)
@@ -214,7 +215,8 @@ class Recorder(LogitsProcessor):
     def _support(
         self, teacher: torch.Tensor, student: torch.Tensor | None, asked: torch.Tensor | None, top_k: bool
     ) -> torch.Tensor:
-        """Ids asked for, then the teacher's top-k, then the student's; -1 where an id stands further to the left: [n, K]."""
+        """Support [n, K]: requested ids, then the teacher's top-k, then the student's; -1 for an id that already occurs to the
+        left."""
         vocab = teacher.shape[-1]
         parts = [] if asked is None else [asked]
         if top_k:
@@ -228,7 +230,7 @@ class Recorder(LogitsProcessor):
         return support
 
     def take(self, wanted: list[tuple[str, int]]) -> list[Slab]:
-        """Give away the first `length` positions of each (key, length).
+        """Remove and return the first `length` positions of each (key, length).
 
         Raises: KeyError naming the request, if a position was never evaluated.
         """
@@ -248,7 +250,7 @@ class Recorder(LogitsProcessor):
         return taken
 
     def drop(self, keys: list[str]) -> None:
-        """Forget requests that were aborted."""
+        """Discard the records of aborted requests."""
         for key in keys:
             self.cells.pop(key, None)
 
@@ -260,13 +262,13 @@ def _either(teacher: torch.Tensor | None, student: torch.Tensor | None) -> torch
 
 
 def _named(ids: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Which ids of the vocabulary a row [n, K] names, [n, vocab] bool; -1 names none."""
-    # Unused slots land in a further column, which is cut off again.
+    """Mask [n, vocab] bool of the vocabulary ids that a row of `ids` [n, K] contains; -1 is no id."""
+    # Unused slots are scattered into an extra column, which is dropped afterwards.
     flags = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
     return flags.scatter_(-1, ids.where(ids >= 0, vocab), True)[:, :vocab]
 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """KL(first || second) of log-softmax rows [n, vocab], nats, [n, 1]; a zero probability of `first` counts nothing."""
+    """KL(first || second) of log-softmax rows [n, vocab], nats, [n, 1]; a zero probability of `first` contributes nothing."""
     mass = first.exp()
     return torch.where(mass > 0, mass * (first - second), 0.0).sum(-1, keepdim=True)

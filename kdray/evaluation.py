@@ -11,6 +11,7 @@ import numpy as np
 from kdray.data.graders import Grading
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer
+from kdray.rollouts.columns import at_targets
 from kdray.rollouts.draw import draw_scored
 from kdray.rollouts.seeds import sample_seed
 from kdray.types import Prompt, Rollout, SampleRequest
@@ -64,7 +65,7 @@ class HeldOut:
             rollouts = [rollout async for part in stream for rollout in part]
         rollouts.sort(key=lambda rollout: rollout.sample_id)
         numbers = {
-            "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+            "response_tokens": float(np.mean([rollout.num_targets for rollout in rollouts])),
             "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
             "prompts": float(len(rollouts)),
         }
@@ -89,8 +90,6 @@ class HeldOut:
 
 
 def _kls(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    reverse = [rollout.reverse_kl for rollout in rollouts if rollout.reverse_kl is not None]
-    forward = [rollout.forward_kl for rollout in rollouts if rollout.forward_kl is not None]
-    if len(reverse) != len(rollouts) or len(forward) != len(rollouts):
+    if any(rollout.reverse_kl is None or rollout.forward_kl is None for rollout in rollouts):
         raise EngineError("held-out KL needs replicas that hold teacher and student together")
-    return {"reverse_kl": float(np.concatenate(reverse).mean()), "forward_kl": float(np.concatenate(forward).mean())}
+    return {name: float(at_targets(rollouts, name).mean()) for name in ("reverse_kl", "forward_kl")}

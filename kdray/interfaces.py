@@ -69,7 +69,7 @@ class Teacher(Sampler, Scorer, Protocol):
     """Availability of the teacher, and the reason while it is lost."""
 
 
-class StudentGroup(Protocol):
+class Student(Protocol):
     """All ranks of the student as a unit: a call reaches every rank, and a failure of one rank fails the call."""
 
     async def train_step(

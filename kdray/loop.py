@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from kdray.data.dataset import PromptStream
 from kdray.errors import Interrupted, first_reason
-from kdray.interfaces import Reporter, Sampler, Scorer, StudentGroup
+from kdray.interfaces import Reporter, Sampler, Scorer, Student
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
 from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
@@ -67,7 +67,7 @@ class Distillation:
     sampler: Sampler
     scorer: Scorer | None
     """Scores what the sampler did not; None where the sampler's rollouts come back scored."""
-    student: StudentGroup
+    student: Student
     reporter: Reporter
     ledger: Ledger
     totals: Totals = field(default_factory=Totals)
@@ -123,7 +123,7 @@ class Distillation:
         drawn = draw_scored(self.sampler, self.scorer, requests, on_sampled=self._buffer.sampled)
         async with aclosing(drawn) as stream:
             async for rollouts in stream:
-                tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+                tokens = sum(rollout.num_targets for rollout in rollouts)
                 self.totals.tokens_generated += tokens
                 self.totals.tokens_scored += tokens
                 await self._buffer.put(rollouts)

@@ -7,10 +7,33 @@ All logprobs are natural logarithms (nats), float32: `logprobs[t] = log p(token_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+Writer = Literal["mixture", "student", "teacher", "data", "environment"]
+"""Writer of a token: a model, drawing from its own distribution or from the mixture of both; the data, as part of a reference
+answer; or the environment, in answer to what was written before."""
+
+WRITERS: tuple[Writer, ...] = get_args(Writer)
+"""By code, as the column `writer` holds them. Files hold the codes too, so the order never changes."""
+
+_ENVIRONMENT = WRITERS.index("environment")
+_ENVIRONMENT_BYTE = bytes([_ENVIRONMENT])
+_AS_DRAWN = np.empty(0, dtype=np.int8)
+"""Stands for a column `writer` that was not given."""
+
+
+def drawn_by(alpha: float) -> Writer:
+    """The writer of what is drawn with the teacher's share `alpha`."""
+    return "student" if alpha == 0.0 else "teacher" if alpha == 1.0 else "mixture"
+
+
+def written_by(writer: Writer, count: int) -> np.ndarray:
+    """The column `writer` of `count` tokens by one writer, int8."""
+    return np.full(count, WRITERS.index(writer), dtype=np.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +62,7 @@ class SampleRequest:
     prompt_id: int
     prompt_ids: np.ndarray  # [P] int32
     alpha: float
-    """Teacher's share of every next-token draw: 0 is the student alone, 1 the teacher alone."""
+    """Teacher's share of every next-token draw: 0 is the student alone, 1 the teacher alone. 0 too where nothing is drawn."""
     seed: int
     """Unsigned 64-bit seed of this sample's draws; see `kdray.rollouts.seeds.sample_seed`."""
     max_new_tokens: int
@@ -48,6 +71,12 @@ class SampleRequest:
     question: str | None = None
     """What is asked, before any chat template, where that is not the prompt's own question: a call of a program. For teachers
     that read text; replicas read `prompt_ids`."""
+    writer: Writer = "mixture"
+    """The one asked to write: `data` for the prompt's reference answer; else it follows from `alpha`, whatever is given."""
+
+    def __post_init__(self) -> None:
+        if self.writer != "data":
+            object.__setattr__(self, "writer", drawn_by(self.alpha))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +105,59 @@ class Rollout:
     reverse_kl: np.ndarray | None = None  # [T] KL(student || teacher) over full rows
     forward_kl: np.ndarray | None = None  # [T] KL(teacher || student) over full rows
     teacher_hidden: np.ndarray | None = None  # [T, d] float16: what the teacher's output head turns into its logits
+    writer: np.ndarray = field(default_factory=lambda: _AS_DRAWN)
+    """[T] int8, codes of WRITERS. Default: all by the one that `alpha` names. Tokens of the environment are context: never a
+    target, never counted as drawn; the other columns may hold anything there."""
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Columns of `kdray.rollouts.columns` that have no field here, by name."""
 
-    def unscored(self, support_ids: np.ndarray | None = None) -> Rollout:
-        """The rollout without a teacher's columns, as it is sent to be scored. Args: support_ids: [T, K] ids to ask for."""
-        return replace(
-            self,
-            support_ids=support_ids,
-            support_logprobs=None,
-            teacher_logprobs=None,
-            tail_logprobs=None,
-            reverse_kl=None,
-            forward_kl=None,
-            teacher_hidden=None,
-        )
+    def __post_init__(self) -> None:
+        if self.writer is None or self.writer is _AS_DRAWN:
+            object.__setattr__(self, "writer", written_by(drawn_by(self.alpha), len(self.token_ids)))
+
+    def has_writer(self, writer: Writer) -> bool:
+        """True if it has a token by this writer."""
+        return bool((self.writer == WRITERS.index(writer)).any())
+
+    @property
+    def writers(self) -> tuple[Writer, ...]:
+        """Writers of its tokens, in their order; of a response without one, the writer that alpha names."""
+        return tuple(WRITERS[code] for code in dict.fromkeys(self.writer.tolist())) or (drawn_by(self.alpha),)
+
+    @property
+    def is_target(self) -> np.ndarray:
+        """[T] bool: tokens that may be trained, all but the environment's."""
+        return self.writer != _ENVIRONMENT
+
+    @property
+    def has_context(self) -> bool:
+        """True if it has a token by the environment."""
+        # Asked of every rollout of a step, several times: a search in bytes takes a tenth of a comparison.
+        return _ENVIRONMENT_BYTE in self.writer.tobytes()
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens that may be trained."""
+        return int(np.count_nonzero(self.is_target)) if self.has_context else len(self.token_ids)
+
+    @property
+    def target_versions(self) -> np.ndarray:
+        """`student_versions` of the tokens that may be trained."""
+        return self.student_versions[self.is_target] if self.has_context else self.student_versions
 
     @property
     def oldest_version(self) -> int:
         """The student version that staleness counts from."""
-        return int(self.student_versions.min()) if len(self.student_versions) else 0
+        versions = self.target_versions
+        return int(versions.min()) if len(versions) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
     """The rollouts (or supervised rows) of one optimizer step, right-padded. Row b holds prompt then response.
 
-    `loss_mask[b, s]` is True where token s is a response token, that is, a target; its prediction stands at s - 1.
+    `loss_mask[b, s]` is True where token s is a target; its prediction stands at s - 1. Targets are response tokens, not
+    always all of them, and may have gaps between them.
     All per-token columns are aligned with the token they describe. Unused rows and positions hold 0 (ids) and False.
     """
 
@@ -110,12 +167,12 @@ class TrainBatch:
     lengths: np.ndarray  # [B] int32 prompt + response tokens; 0 marks a padding row
     loss_mask: np.ndarray  # [B, S] bool
     num_target_tokens: int
-    """Response tokens of the whole step, over all ranks and micro-batches: what every loss is divided by."""
+    """Targets of the whole step, over all ranks and micro-batches: what every loss is divided by."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per-token columns by Rollout field name: [B, S] or [B, S, K]."""
-    group: np.ndarray | None = None  # [B, S] int32: index of a token in `groups`, -1 where there is no response token
+    """Per-token columns by their names in `kdray.rollouts.columns`: [B, S] or [B, S, K]."""
     groups: tuple[str, ...] = ()
-    """Where metrics are told apart: `teacher/<name>/staleness_<steps>`, those of the whole step, the same on every rank."""
+    """Names of the places that the column `group` holds, where metrics are told apart: `teacher/<name>/staleness_<steps>`,
+    those of the whole step, the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,31 +10,22 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from actors.serving import prompt_logprobs
 from actors.serving.spec import EngineSpec
+from actors.vllm_plugin.record_table import Record, read_records
 from kdray.errors import EngineError, RequestRefused
 from kdray.models.resolve import model_name
+from kdray.rollouts.columns import scored_columns, with_columns
 from kdray.rollouts.race import all_of, first_of
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import Rollout, SampleRequest
 
-# Width of the fixed part of the recorder's columns, which `actors.vllm_plugin.recorder` names (it needs vLLM to be imported).
-_FLOATS, _INTS = 6, 2
-
-
-class Recorded(NamedTuple):
-    """What the recorder kept of one request; the columns are its."""
-
-    floats: np.ndarray  # [T, 6 + K] float32
-    ints: np.ndarray  # [T, 2 + K] int32
-    hidden: np.ndarray  # [T, d] float16; d is 0 where hidden states are not recorded
+_SCORED = frozenset(column.name for column in scored_columns())
 
 
 class TeacherEngine:
@@ -211,10 +202,7 @@ class TeacherEngine:
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         async with aclosing(self._finish(jobs, lengths)) as finished:
             async for ended in finished:
-                yield [
-                    replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(record))
-                    for index, _, record in ended
-                ]
+                yield [with_columns(rollouts[index], _scores(record), teacher=self.spec.teacher) for index, _, record in ended]
 
     async def _score_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[Rollout]]:
         if not top_k or any(rollout.support_ids is not None for rollout in rollouts):
@@ -229,7 +217,7 @@ class TeacherEngine:
                 scored = []
                 for index, output in ended:
                     found = prompt_logprobs.columns(output, len(rollouts[index].prompt_ids), self.spec.vocab_size)
-                    scored.append(replace(rollouts[index], teacher=self.spec.teacher, **found))
+                    scored.append(with_columns(rollouts[index], found, teacher=self.spec.teacher))
                 yield scored
 
     async def fingerprint(self) -> Fingerprint:
@@ -258,7 +246,7 @@ class TeacherEngine:
 
     async def _finish(
         self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
-    ) -> AsyncGenerator[list[tuple[int, Any, Recorded]]]:
+    ) -> AsyncGenerator[list[tuple[int, Any, Record]]]:
         """Run jobs (key, ids, params) and stream (index, output, record) of those that ended since the last item."""
         complete = False
         try:
@@ -269,8 +257,8 @@ class TeacherEngine:
                         for index, output in batch
                     ]
                     (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
-                    arrays = _arrays(answer, [length for _, length in wanted])
-                    yield [(index, output, record) for (index, output), record in zip(batch, arrays, strict=True)]
+                    records = read_records(answer)
+                    yield [(index, output, record) for (index, output), record in zip(batch, records, strict=True)]
             complete = True
         finally:
             if not complete and self._engine is not None:
@@ -307,6 +295,8 @@ class TeacherEngine:
             await asyncio.gather(all_ended, *tasks, return_exceptions=True)
 
     def _check(self, request: SampleRequest) -> None:
+        if request.writer == "data":
+            raise RequestRefused(f"sample {request.sample_id} is to be the data's own answer, which no replica holds")
         only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)
         if only is not None and request.alpha != only:
             raise RequestRefused(f"a {self.spec.role}-only replica samples at alpha {only:g}, not {request.alpha:g}")
@@ -322,40 +312,23 @@ class TeacherEngine:
         self._counter += 1
         return f"{sample_id}-{self._counter}"
 
-    def _sampled(self, request: SampleRequest, output: Any, record: Recorded) -> Rollout:
-        floats, ints = record.floats, record.ints
-        completion = output.outputs[0]
-        tokens = np.asarray(completion.token_ids, dtype=np.int32)
-        if not np.array_equal(tokens, ints[:, 0]):
+    def _sampled(self, request: SampleRequest, output: Any, record: Record) -> Rollout:
+        tokens = np.asarray(output.outputs[0].token_ids, dtype=np.int32)
+        if not np.array_equal(tokens, record["token_ids"]):
             raise EngineError(f"sample {request.sample_id}: the engine returned other tokens than the recorder drew")
         rollout = Rollout(
             sample_id=request.sample_id,
             prompt_id=request.prompt_id,
             prompt_ids=request.prompt_ids,
             token_ids=tokens,
-            mixture_logprobs=floats[:, 0],
-            student_logprobs=floats[:, 1],
-            student_versions=ints[:, 1],
+            mixture_logprobs=None,
+            student_logprobs=None,
+            student_versions=record["student_versions"],
             alpha=request.alpha,
             finish_reason="stop" if len(tokens) and int(tokens[-1]) in self.spec.stop_ids else "length",
+            teacher="" if self.spec.role == "student" else self.spec.teacher,
         )
-        if self.spec.role == "student":
-            return rollout
-        return replace(rollout, teacher=self.spec.teacher, **self._teacher_columns(record))
-
-    def _teacher_columns(self, record: Recorded) -> dict[str, Any]:
-        floats, ints = record.floats, record.ints
-        columns: dict[str, Any] = {
-            "teacher_logprobs": floats[:, 2],
-            "tail_logprobs": floats[:, 3],
-            "support_logprobs": floats[:, _FLOATS:],
-            "support_ids": ints[:, _INTS:],
-        }
-        if self.spec.role == "mixture":
-            columns |= {"reverse_kl": floats[:, 4], "forward_kl": floats[:, 5]}
-        if self.spec.record_hidden:
-            columns["teacher_hidden"] = record.hidden
-        return columns
+        return with_columns(rollout, {**record, "token_ids": tokens})
 
     async def stats(self) -> dict[str, int]:
         """Counters since the start: prompt tokens answered by the prefix cache, requests preempted, records held."""
@@ -425,13 +398,9 @@ class TeacherEngine:
         self.student_version = version
 
 
-def _arrays(answer: bytes, lengths: list[int]) -> list[Recorded]:
-    table = pa.ipc.open_stream(answer).read_all().combine_chunks()
-    records = []
-    for row, length in enumerate(lengths):
-        arrays = (table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in Recorded._fields)
-        records.append(Recorded(*(array.reshape(length, -1) for array in arrays)))
-    return records
+def _scores(record: Record) -> Record:
+    """The teacher's part of a record; how given tokens were drawn stays as it is."""
+    return {name: values for name, values in record.items() if name in _SCORED}
 
 
 def _architectures(model: str, revision: str | None) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.student.engine import Phase, StudentEngine
+from actors.student.trainer import Phase, StudentTrainer
 from kdray.errors import DataError, StorageError, TrainingError
 from kdray.runs.checkpoints import COMMITTED, FILES, commit, differing, read_marker
 from kdray.runs.storage import Storage
@@ -42,16 +42,16 @@ class Saved:
 class RankFiles:
     """One rank's way to the files of its run. `close` at the end."""
 
-    def __init__(self, engine: StudentEngine, run_folder: Path, storage: str | None) -> None:
+    def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None) -> None:
         """Args: storage: URL of the run in `run.storage`; None where the run folder is all that there is."""
-        self._engine = engine
+        self._trainer = trainer
         self._run_folder = run_folder
         self._retried: list[dict[str, Any]] = []
         self._storage = Storage.local(run_folder) if storage is None else Storage(storage)
-        self._storage.on_retry = lambda retry: self._retried.append({"rank": engine.rank, **asdict(retry)})
+        self._storage.on_retry = lambda retry: self._retried.append({"rank": trainer.rank, **asdict(retry)})
         # Beside the checkpoints, a rename hands over; where they are elsewhere, Ray Train's folder on this node does as well.
         beside = run_folder / "checkpoints" if storage is None else Path.cwd()
-        self._scratch = beside / f".rank-{engine.rank}"
+        self._scratch = beside / f".rank-{trainer.rank}"
         # What a killed rank of this number left.
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
@@ -63,7 +63,7 @@ class RankFiles:
 
     def save(self, folder: Path, progress: dict[str, Any]) -> Saved:
         """Write a checkpoint that counts whole or not at all; one that is there already (a replay) is left alone."""
-        key, first = self._key(folder), self._engine.rank == 0
+        key, first = self._key(folder), self._trainer.rank == 0
 
         def prepared() -> bool:
             if not first:
@@ -78,7 +78,7 @@ class RankFiles:
             return Saved()
         started = time.perf_counter()
         with self._own_folder() as own:
-            self._write(own, lambda: self._engine.save(own))
+            self._write(own, lambda: self._trainer.save(own))
             written = time.perf_counter()
             parts = self._together(lambda: self._storage.put_tree(own, key, move=True))
         self._together(lambda: commit(self._storage, key, progress, parts) if first else None)
@@ -87,7 +87,7 @@ class RankFiles:
             bytes=sum(digest.size for part in parts for digest in part.values()),
             write_s=written - started,
             store_s=time.perf_counter() - written,
-            retries=[each for rank in self._engine.gather(told) for each in rank],
+            retries=[each for rank in self._trainer.gather(told) for each in rank],
         )
 
     def export(self, folder: Path, tokenizer: str) -> None:
@@ -95,12 +95,12 @@ class RankFiles:
         key = self._key(folder)
 
         def store(own: Path) -> None:
-            if self._engine.rank == 0:
+            if self._trainer.rank == 0:
                 self._storage.delete(key)
                 commit(self._storage, key, {}, [self._storage.put_tree(own, key, move=True)])
 
         with self._own_folder() as own:
-            self._write(own, lambda: self._engine.export(own, tokenizer))
+            self._write(own, lambda: self._trainer.export(own, tokenizer))
             self._together(lambda: store(own))
 
     # ----------------------------------------------------------------------------------------------------- reading
@@ -110,18 +110,18 @@ class RankFiles:
         base = Path(phase.model)
         if base.is_relative_to(self._run_folder / "checkpoints"):
             with self._fetched(base) as here:
-                self._engine.start_phase(replace(phase, model=str(here)))
+                self._trainer.start_phase(replace(phase, model=str(here)))
         else:
-            self._engine.start_phase(phase)
+            self._trainer.start_phase(phase)
         if checkpoint is not None:
             with self._fetched(checkpoint) as here:
-                self._engine.load(here)
+                self._trainer.load(here)
 
     @contextmanager
     def _fetched(self, folder: Path) -> Iterator[Path]:
         """A folder on this node with what this rank needs of one that the run wrote: checked to be what was written."""
         with self._own_folder() as own:
-            yield self._together(lambda: self._fetch(folder, own))[self._engine.rank]
+            yield self._together(lambda: self._fetch(folder, own))[self._trainer.rank]
 
     def _fetch(self, folder: Path, into: Path) -> Path:
         storage, key = self._storage, folder.name
@@ -136,7 +136,7 @@ class RankFiles:
         if marker is None:
             raise DataError(f"{folder}: was not committed, neither there nor in {self._storage.url}")
         # What other ranks wrote is theirs alone to read, but for rank 0's: it writes what is everybody's.
-        mine = {name: file for name, file in marker[FILES].items() if file["rank"] in (0, self._engine.rank)}
+        mine = {name: file for name, file in marker[FILES].items() if file["rank"] in (0, self._trainer.rank)}
         needed = {name: f"{key}/{name}" for name in mine}
         if storage.is_local:
             found, here = storage.digests(needed.values()), storage.path(key)
@@ -172,7 +172,7 @@ class RankFiles:
             reason = _unwritable(own)
             if reason is None:
                 raise
-            raise StorageError(f"rank {self._engine.rank}: {own} cannot be written: {reason}") from error
+            raise StorageError(f"rank {self._trainer.rank}: {own} cannot be written: {reason}") from error
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """What `work` gave on every rank, in their order.
@@ -185,7 +185,7 @@ class RankFiles:
             result = work()
         except (StorageError, DataError, OSError) as error:
             problem = isinstance(error, StorageError), str(error)
-        answers = self._engine.gather((result, problem))
+        answers = self._trainer.gather((result, problem))
         for rank, (_, failed) in enumerate(answers):
             if failed is not None:
                 kind = StorageError if failed[0] else TrainingError

@@ -1,7 +1,7 @@
 """The white-box teacher beside the student: both read the same tokens, and what lies between their layers is compared.
 
 The teacher is a plain model that no optimizer, checkpoint or export sees. The learned maps between the models' widths are
-trained with the student: wrapped together they are one module for DeepSpeed, which clips, shards and saves both alike.
+trained with the student: wrapped together they are one module for the backend, which clips, shards and saves both alike.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def attention_implementation(settings: FeatureSettings | None) -> dict[str, str]
 class StudentWithFeatures(torch.nn.Module):
     """The student and the maps into the teacher's widths; its output has the terms where response tokens are named.
 
-    Everything happens in `forward`: at ZeRO stage 3 the maps are whole nowhere else, and DeepSpeed has to see the terms among
-    the outputs, or its backward pass would reach the maps before it is prepared.
+    Everything happens in `forward`: a backend that shards weights has the maps whole nowhere else, and may have to see the
+    terms among the outputs, to be prepared when the backward pass reaches the maps.
     """
 
     def __init__(self, student: Any, teacher: Any, settings: FeatureSettings, seed: int) -> None:
@@ -75,8 +75,8 @@ class StudentWithFeatures(torch.nn.Module):
 
         if response_mask is None:
             output = self.student(**inputs)
-            # ZeRO adds up a weight's gradient from an update's first part on and reduces it with the last: every part, text
-            # too, has to pass the maps, or the gradient of another step stays in theirs.
+            # A backend may add up a weight's gradient from an update's first part on and reduce it with the last: every part,
+            # text too, has to pass the maps, or the gradient of another step stays in theirs.
             for projection in self.projections:
                 output.logits = output.logits + 0.0 * projection(output.logits.new_zeros(1, projection.in_features)).sum()
             return output
@@ -136,6 +136,20 @@ def _all_maps(output: Any, model: Any) -> tuple[torch.Tensor, ...]:
 def unwrapped(module: Any) -> Any:
     """The student alone, whose weights have the names that replicas and exports know."""
     return module.student if isinstance(module, StudentWithFeatures) else module
+
+
+def parameter_groups(module: Any) -> list[dict[str, Any]]:
+    """What is trained, as an optimizer's groups: the student, and the maps at a learning rate of their own."""
+    groups: list[dict[str, Any]] = [{"params": [each for each in unwrapped(module).parameters() if each.requires_grad]}]
+    if isinstance(module, StudentWithFeatures) and module.settings.hidden is not None:
+        groups.append({"params": list(module.projections.parameters()), "lr": module.settings.hidden.projection_learning_rate})
+    return groups
+
+
+def place_teacher(module: Any, device: torch.device) -> None:
+    """Move the teacher beside the student to where that went."""
+    if isinstance(module, StudentWithFeatures):
+        module.place_teacher(device)
 
 
 def feature_inputs(module: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,9 +13,9 @@ import ray
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import on_driver_node
 from actors.student.checkpoint_io import Saved
-from actors.student.engine import Phase
-from actors.student.mailbox import Mailbox, Order
+from actors.student.mailbox import Command, Mailbox
 from actors.student.rank import RankConfig, run_rank
+from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
 from kdray.errors import KdrayError, TrainingError
 from kdray.rollouts.batching import shard
@@ -23,8 +23,8 @@ from kdray.types import StepReport, TrainBatch
 
 
 @dataclass
-class StudentRanks:
-    """The student's ranks as one thing (`kdray.interfaces.StudentGroup`). `start` first, `close` last, whatever happened."""
+class StudentGroup:
+    """The student's ranks as one thing (`kdray.interfaces.Student`). `start` first, `close` last, whatever happened."""
 
     training: TrainingSettings
     vocab_size: int
@@ -98,7 +98,7 @@ class StudentRanks:
         if self._fit is None:
             return
         if not self._fit.done():
-            await self._mailbox.post.remote(Order("stop"))
+            await self._mailbox.post.remote(Command("stop"))
             await asyncio.wait({self._fit}, timeout=timeout_s)
         if self._fit.done() and not self._fit.cancelled():
             # Looked at, so that asyncio does not report it as forgotten: a failure was told by the call that met it.
@@ -108,13 +108,13 @@ class StudentRanks:
 
     async def start_phase(self, phase: Phase, checkpoint: Path | None = None) -> None:
         """Fresh optimizer and the phase's own weights; or the state of a checkpoint that the same phase wrote."""
-        await self._call(Order("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
+        await self._call(Command("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
 
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
         return await self._call(
-            Order(
+            Command(
                 "train",
                 shards=self._shards(batch),
                 text_shards=None if text is None else self._shards(text),
@@ -127,22 +127,22 @@ class StudentRanks:
         return [ray.put(shard(batch, rank, world_size)) for rank in range(world_size)]
 
     async def publish(self, version: int) -> None:
-        await self._call(Order("publish", version=version))
+        await self._call(Command("publish", version=version))
         if self.training.weight_transfer != "object_store":
             for reason in await self.weights.take_failures.remote():
                 self.on_event("transfer_failed", reason=reason)
 
     async def renew(self, version: int, decay: float) -> None:
         """Move the average of the student's weights towards them, and publish it as a teacher's: decay 1 leaves it as it is."""
-        await self._call(Order("renew", version=version, decay=decay))
+        await self._call(Command("renew", version=version, decay=decay))
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Saved:
         folder = self.checkpoints / f"step-{step:06d}"
-        return await self._call(Order("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
+        return await self._call(Command("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
 
     async def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face folder; an absolute path, since ranks work in folders of their own."""
-        await self._call(Order("export", folder=str(folder)))
+        await self._call(Command("export", folder=str(folder)))
 
     async def restarts(self) -> int:
         """Times the ranks were started again after one was lost."""
@@ -153,12 +153,12 @@ class StudentRanks:
         assert self._fit is not None
         return not self._fit.done() and not ray.get(self._mailbox.num_entered.remote())
 
-    async def _call(self, order: Order) -> Any:
-        """Post an order and wait for its answer, or for the end of the ranks, whichever comes first."""
+    async def _call(self, command: Command) -> Any:
+        """Post a command and wait for its answer, or for the end of the ranks, whichever comes first."""
         assert self._fit is not None
-        index = await self._mailbox.post.remote(order)
+        index = await self._mailbox.post.remote(command)
         answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
-        setting = "stuck_loading_after_s" if order.kind in ("phase", "export") else "stuck_after_s"
+        setting = "stuck_loading_after_s" if command.kind in ("phase", "export") else "stuck_after_s"
         patience: float = getattr(self.training, setting)
         left, killed = patience, False
         while True:
@@ -174,12 +174,12 @@ class StudentRanks:
                         f"the student ranks did not start again within training.{setting}={patience:g}: no node may have "
                         "room for them any more (kdray plan says what they need); continue with --resume once there is"
                     )
-                self.on_event("ranks_stuck", order=order.kind, silent_s=round(silent, 1))
+                self.on_event("ranks_stuck", order=command.kind, silent_s=round(silent, 1))
                 await self._mailbox.kill_ranks.remote()
                 left, killed = patience, True
         if not answer.done():
             answer.cancel()
-            raise TrainingError(f"the student ranks ended during `{order.kind}`: {_reason(self._fit)}")
+            raise TrainingError(f"the student ranks ended during `{command.kind}`: {_reason(self._fit)}")
         result = answer.result()
         if isinstance(result, KdrayError):
             raise result

@@ -1,8 +1,8 @@
 """A divergence from both models' hidden states, computed inside the student's output head.
 
-The head's own `forward` is where its weight is whole (ZeRO stage 3 gathers it around that call) and where the hidden states
-are what the model really feeds it. So for the duration of one forward pass the head gives the loss instead of logits, and
-logits of tokens x vocabulary never exist.
+The head's own `forward` is where its weight is whole (a backend that shards weights gathers it around that call) and where the
+hidden states are what the model really feeds it. So for the duration of one forward pass the head gives the loss instead of
+logits, and logits of tokens x vocabulary never exist.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from actors.student.backend import Forward
 from actors.student.features import feature_inputs, with_features
 from kdray.config import LossSettings
 from kdray.errors import ConfigError, TrainingError
@@ -92,18 +93,19 @@ def model_inputs(part: TrainBatch, device: torch.device) -> tuple[torch.Tensor, 
 
 
 def hidden_state_loss(
-    engine: Any, part: TrainBatch, settings: LossSettings | None, teacher_head: OutputHead, vocab_size: int
+    forward: Forward, module: Any, part: TrainBatch, settings: LossSettings | None, teacher_head: OutputHead, vocab_size: int
 ) -> LossOutput:
     """Sum of the divergence that `settings` name over the masked tokens of a micro-batch, over the whole vocabulary.
 
-    Args: engine: the DeepSpeed engine around the student; part: with the column `teacher_hidden`.
+    Args: forward: runs the student by way of its backend; module: the student, on the teacher's head's device; part: with the
+    column `teacher_hidden`.
     The sum `teacher_head_error` tells how far the head's log p at the recorded tokens is from what the teacher recorded.
     Raises: TrainingError where the batch has no hidden states.
     """
     assert settings is not None
     if "teacher_hidden" not in part.columns:
         raise TrainingError("the batch has no column teacher_hidden; set rollout.teacher_signal=hidden for the run")
-    device = engine.device
+    device = teacher_head.weight.device
     mask = torch.from_numpy(part.loss_mask).to(device)
     tokens = torch.from_numpy(part.token_ids).to(device, torch.long)[mask]
     teacher_hidden = torch.from_numpy(part.columns["teacher_hidden"]).to(device)[mask].to(teacher_head.weight.dtype)
@@ -139,10 +141,10 @@ def hidden_state_loss(
         return total.reshape(1)
 
     ids, attention = model_inputs(part, device)
-    with _replaced_head(engine.module.get_output_embeddings(), loss):
-        inputs = feature_inputs(engine.module, mask)
-        output = engine(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
-    return with_features(LossOutput(total=output.logits.reshape(()), sums=sums), output, engine.module)
+    with _replaced_head(module.get_output_embeddings(), loss):
+        inputs = feature_inputs(module, mask)
+        output = forward(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
+    return with_features(LossOutput(total=output.logits.reshape(()), sums=sums), output, module)
 
 
 @contextmanager

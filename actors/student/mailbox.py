@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import ray
 
-from actors.student.engine import Phase
+from actors.student.trainer import Phase
 
 
 @dataclass(frozen=True)
-class Order:
-    """One thing that every rank does. Fields that an order does not use are None."""
+class Command:
+    """One thing that every rank does. Fields that a command does not use are None."""
 
     kind: Literal["phase", "train", "publish", "renew", "save", "export", "stop"]
     phase: Phase | None = None
@@ -38,11 +38,11 @@ class Order:
 
 
 class Mailbox:
-    """The log of orders and the answers to them; an actor with async methods. The driver writes, ranks read."""
+    """The log of commands and the answers to them; an actor with async methods. The driver writes, ranks read."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
-        self._orders: dict[int, Order] = {}
+        self._commands: dict[int, Command] = {}
         self._answers: dict[int, dict[int, Any]] = {}
         self._next = 0
         self._start: tuple[int, int | None, str | None] = (0, None, None)
@@ -52,43 +52,43 @@ class Mailbox:
         self._heard_at = time.monotonic()
         self._changed = asyncio.Condition()
 
-    async def post(self, order: Order) -> int:
-        """Append an order; returns its index."""
+    async def post(self, command: Command) -> int:
+        """Append a command; returns its index."""
         async with self._changed:
             index = self._next
-            self._orders[index] = order
+            self._commands[index] = command
             self._next += 1
             self._changed.notify_all()
             return index
 
-    async def order(self, index: int) -> Order:
-        """The order at `index`, once there is one."""
+    async def command(self, index: int) -> Command:
+        """The command at `index`, once there is one."""
         async with self._changed:
-            await self._changed.wait_for(lambda: index in self._orders)
-            return self._orders[index]
+            await self._changed.wait_for(lambda: index in self._commands)
+            return self._commands[index]
 
     async def answer(self, index: int, rank: int, result: Any) -> None:
-        """A rank did the order. The first answer of a rank counts; those of a replay are the same and are dropped."""
+        """A rank did the command. The first answer of a rank counts; those of a replay are the same and are dropped."""
         async with self._changed:
             self._heard_at = time.monotonic()
-            if index not in self._orders:
+            if index not in self._commands:
                 return
             self._answers.setdefault(index, {}).setdefault(rank, result)
-            order = self._orders[index]
-            if order.kind == "save" and len(self._answers[index]) == self._world_size and not self._failure(index):
-                self._commit(index, order)
+            command = self._commands[index]
+            if command.kind == "save" and len(self._answers[index]) == self._world_size and not self._failure(index):
+                self._commit(index, command)
             self._changed.notify_all()
 
-    def _commit(self, index: int, order: Order) -> None:
-        """From here on a restart begins after this order; what lies before is not needed again."""
-        phase_index = max(i for i in self._orders if i <= index and self._orders[i].kind == "phase")
-        self._start = (index + 1, phase_index, order.checkpoint)
-        for old in [i for i in self._orders if i < index and i != phase_index]:
-            del self._orders[old]
+    def _commit(self, index: int, command: Command) -> None:
+        """From here on a restart begins after this command; what lies before is not needed again."""
+        phase_index = max(i for i in self._commands if i <= index and self._commands[i].kind == "phase")
+        self._start = (index + 1, phase_index, command.checkpoint)
+        for old in [i for i in self._commands if i < index and i != phase_index]:
+            del self._commands[old]
             self._answers.pop(old, None)
 
     async def result(self, index: int) -> Any:
-        """Rank 0's answer to an order, once every rank has answered; or the first error, which others may never get to."""
+        """Rank 0's answer to a command, once every rank has answered; or the first error, which others may never get to."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._failure(index) or len(self._answers.get(index, ())) == self._world_size)
             return self._failure(index) or self._answers[index][0]
@@ -97,11 +97,11 @@ class Mailbox:
         return next((each for each in self._answers.get(index, {}).values() if isinstance(each, Exception)), None)
 
     async def start(self, rank: int) -> tuple[int, Phase | None, str | None]:
-        """Where a rank that just started begins: next order, phase to restore, checkpoint to load."""
+        """Where a rank that just started begins: next command, phase to restore, checkpoint to load."""
         if rank == 0:
             self._starts += 1
         index, phase_index, checkpoint = self._start
-        phase = self._orders[phase_index].phase if phase_index is not None else None
+        phase = self._commands[phase_index].phase if phase_index is not None else None
         return index, phase, checkpoint
 
     async def silent_s(self) -> float:

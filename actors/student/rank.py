@@ -1,7 +1,7 @@
-"""The Ray Train worker loop around one DeepSpeed rank, and the mailbox it pulls its orders from.
+"""Ray Train worker loop around one rank's `StudentTrainer`, which pulls commands from the group's mailbox.
 
-Control is inverted: Ray Train owns the ranks and blocks until they end, so they fetch what to do. Orders form a log; each
-rank walks it by index and answers every order. After a rank is lost Ray Train restarts the whole group, and the ranks walk
+Control is inverted: Ray Train owns the ranks and blocks until they end, so they fetch what to do. Commands form a log; each
+rank walks it by index and answers every command. After a rank is lost Ray Train restarts the whole group, and the ranks walk
 the log again from the last committed checkpoint: the same batches, the same order, answers that nobody waits for any more.
 """
 
@@ -17,8 +17,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.student.checkpoint_io import RankFiles
-from actors.student.engine import StudentEngine
-from actors.student.mailbox import Order
+from actors.student.mailbox import Command
+from actors.student.trainer import StudentTrainer
 from actors.weights.sender import WeightServer
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
@@ -54,51 +54,52 @@ def run_rank(given: dict[str, RankConfig]) -> None:
     config = given["config"]
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
-    engine = StudentEngine(config.training, config.vocab_size, config.seed)
-    files = RankFiles(engine, config.run_folder, config.storage)
+    trainer = StudentTrainer(config.training, config.vocab_size, config.seed)
+    files = RankFiles(trainer, config.run_folder, config.storage)
     server = None
-    if config.training.weight_transfer != "object_store" and engine.rank == 0:
+    if config.training.weight_transfer != "object_store" and trainer.rank == 0:
         server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
     try:
-        _walk(config, engine, files, server)
+        run_log(config, trainer, files, server)
     finally:
         files.close()
         if server is not None:
             server.close()
 
 
-def _walk(config: RankConfig, engine: StudentEngine, files: RankFiles, server: WeightServer | None) -> None:
-    mailbox, rank = config.mailbox, engine.rank
+def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, server: WeightServer | None) -> None:
+    """Execute the log's commands one after the other, from the last committed checkpoint on, until it says stop."""
+    mailbox, rank = config.mailbox, trainer.rank
     ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
         files.start_phase(phase, None if checkpoint is None else Path(checkpoint))
         if config.training.weight_transfer != "object_store" and phase.loss is not None:
             # Replicas that start now ask for the version that was published before the checkpoint: distillation's versions are
-            # its steps. No order of the log publishes it again.
-            _offer(engine, engine.steps_done, config.weights, server)
+            # its steps. No command of the log publishes it again.
+            announce(trainer, trainer.steps_done, config.weights, server)
     while True:
         try:
-            order: Order = _asked(lambda: mailbox.order.remote(index))  # noqa: B023 - asked within the turn
+            command: Command = call_with_retry(lambda: mailbox.command.remote(index))  # noqa: B023 - asked within the turn
         except RayActorError:
             # The driver took the mailbox away: the run is over, and a restart would find nobody either.
             return
         try:
-            result = _obey(order, engine, files, config, server)
+            result = execute(command, trainer, files, config, server)
         except (TrainingError, StorageError) as error:
             # A restart would meet it again: it is an answer, not a lost rank.
             result = error
         try:
-            _asked(lambda: mailbox.answer.remote(index, rank, result))  # noqa: B023 - asked within the turn
+            call_with_retry(lambda: mailbox.answer.remote(index, rank, result))  # noqa: B023 - asked within the turn
         except RayActorError:
             return
-        if order.kind == "stop":
+        if command.kind == "stop":
             return
         index += 1
 
 
-def _asked(call: Callable[[], Any]) -> Any:
-    """The mailbox's answer, asked for again while the driver's node is out of reach for a moment. Raises: RayActorError."""
+def call_with_retry(call: Callable[[], Any]) -> Any:
+    """The answer to a call of an actor, made again while its node is out of reach for a moment. Raises: RayActorError."""
     while True:
         try:
             return ray.get(call())
@@ -106,30 +107,33 @@ def _asked(call: Callable[[], Any]) -> Any:
             time.sleep(_UNREACHABLE_S)
 
 
-def _obey(order: Order, engine: StudentEngine, files: RankFiles, config: RankConfig, server: WeightServer | None = None) -> Any:
-    if order.kind == "phase":
-        assert order.phase is not None
-        files.start_phase(order.phase, None if order.checkpoint is None else Path(order.checkpoint))
-    elif order.kind == "train":
-        assert order.shards is not None
-        text = None if order.text_shards is None else ray.get(order.text_shards[engine.rank])
-        return engine.train_step(ray.get(order.shards[engine.rank]), text, order.scheduled)
-    elif order.kind == "publish":
-        assert order.version is not None
+def execute(
+    command: Command, trainer: StudentTrainer, files: RankFiles, config: RankConfig, server: WeightServer | None = None
+) -> Any:
+    """Do one command, together with the other ranks. Returns: what rank 0 answers."""
+    if command.kind == "phase":
+        assert command.phase is not None
+        files.start_phase(command.phase, None if command.checkpoint is None else Path(command.checkpoint))
+    elif command.kind == "train":
+        assert command.shards is not None
+        text = None if command.text_shards is None else ray.get(command.text_shards[trainer.rank])
+        return trainer.train_step(ray.get(command.shards[trainer.rank]), text, command.scheduled)
+    elif command.kind == "publish":
+        assert command.version is not None
         if config.training.weight_transfer == "object_store":
-            _publish(engine.weight_buckets(), order.version, config.weights, engine.rank)
+            _publish(trainer.weight_buckets(), command.version, config.weights, trainer.rank)
         else:
-            _offer(engine, order.version, config.weights, server)
-    elif order.kind == "renew":
-        assert order.version is not None
-        assert order.decay is not None
-        _publish(engine.averaged_buckets(order.decay), order.version, config.average, engine.rank)
-    elif order.kind == "save":
-        assert order.checkpoint is not None
-        return files.save(Path(order.checkpoint), order.progress or {})
-    elif order.kind == "export":
-        assert order.folder is not None
-        files.export(Path(order.folder), config.tokenizer)
+            announce(trainer, command.version, config.weights, server)
+    elif command.kind == "renew":
+        assert command.version is not None
+        assert command.decay is not None
+        _publish(trainer.averaged_buckets(command.decay), command.version, config.average, trainer.rank)
+    elif command.kind == "save":
+        assert command.checkpoint is not None
+        return files.save(Path(command.checkpoint), command.progress or {})
+    elif command.kind == "export":
+        assert command.folder is not None
+        files.export(Path(command.folder), config.tokenizer)
     return None
 
 
@@ -149,12 +153,12 @@ def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: 
         ray.get(weights.commit.remote(version, count))
 
 
-def _offer(engine: StudentEngine, version: int, weights: Any, server: WeightServer | None) -> None:
+def announce(trainer: StudentTrainer, version: int, weights: Any, server: WeightServer | None) -> None:
     """Let replicas know of a version that rank 0 sends to those who ask. Every rank takes part in the gathering."""
     if server is not None:
         server.withdraw()
     tensors: dict[str, torch.Tensor] = {}
-    for bucket in engine.weight_buckets(engine.device):
+    for bucket in trainer.weight_buckets(trainer.device):
         tensors |= bucket
     if server is not None:
         server.publish(version, tensors)

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints are pickles, which it opens whatever they hold: here they hold what is listed, or are refused."""
+"""Weights-only unpickling of checkpoints, also inside libraries that would open a pickle whatever it holds."""
 
 from __future__ import annotations
 
@@ -15,20 +15,16 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
-def tensors_alone() -> Iterator[None]:
-    """Every `torch.load` inside gives tensors, plain values and DeepSpeed's own records of them, and calls nothing else.
+def tensors_alone(*records: type) -> Iterator[None]:
+    """Every `torch.load` inside gives tensors, plain values and instances of `records`, and calls nothing else.
 
     Raises: TrainingError where a file names anything beyond; nothing of it has run then.
     """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    # DeepSpeed asks for everything by argument; torch's own variable is what overrules that.
+    # A library may ask for everything by argument; torch's own variable is what overrules that.
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(list(records)):
             yield
     except pickle.UnpicklingError as error:
         raise TrainingError(

@@ -13,6 +13,7 @@ to the output's length.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,14 +24,12 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, Rows, register
+from actors.vllm_plugin.record_table import FLOATS, HIDDEN, INTS, Slab
+from kdray.rollouts.columns import Column, recorded_columns
 from kdray.rollouts.mixture import draw, log_mixture
 from kdray.rollouts.seeds import uniforms
 
 register()
-
-# Columns of one recorded position. The support's ids and logprobs follow the fixed ones.
-FLOATS = ("mixture", "student", "teacher", "tail", "reverse_kl", "forward_kl")
-INTS = ("token", "version")
 
 # Rows that scoring turns into logprobs at once: bounds the transient of a long prefill to this many vocabulary rows.
 _SCORE_ROWS = 512
@@ -39,9 +38,7 @@ _SCORE_ROWS = 512
 class Cell(NamedTuple):
     """One recorded position: a row of a step's arrays, shared with the other requests of that step."""
 
-    floats: np.ndarray  # [rows, 6 + K]
-    ints: np.ndarray  # [rows, 2 + K]
-    hidden: np.ndarray  # [rows, d] float16; d is 0 where hidden states are not recorded
+    arrays: Slab
     row: int
 
 
@@ -73,6 +70,19 @@ class Recorder(LogitsProcessor):
         self.cells: dict[str, dict[int, Cell]] = {}
         self.readmitted = 0
         Recorder.active = self
+
+    @cached_property
+    def measured(self) -> tuple[Column, ...]:
+        """Columns that the models of this engine can fill."""
+        model = MixtureForCausalLM.active
+        assert model is not None
+        return tuple(
+            column
+            for column in recorded_columns()
+            if (model.student is not None or not column.of_student)
+            and (model.teacher is not None or column.stage != "scoring")
+            and (self.record_hidden or column not in HIDDEN.wide)
+        )
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -129,7 +139,7 @@ class Recorder(LogitsProcessor):
         tokens = draw(mixture, torch.from_numpy(uniforms(seeds, positions)).to(logits.device))
         arrays = self._measure(chosen, mixture, tokens, student_version)
         for cell_row, (_, request) in enumerate(sampling):
-            self.cells[request.key][len(request.output_ids)] = Cell(*arrays, cell_row)
+            self.cells[request.key][len(request.output_ids)] = Cell(arrays, cell_row)
         logits[index] = -torch.inf
         logits[index, tokens] = 0.0
 
@@ -157,7 +167,7 @@ class Recorder(LogitsProcessor):
             arrays = self._measure(rows, mixture, tokens, model.student_version, asked, request.top_k)
             cells = self.cells[request.key]
             for offset in range(len(tokens)):
-                cells[first_token + offset] = Cell(*arrays, offset)
+                cells[first_token + offset] = Cell(arrays, offset)
 
     def _measure(
         self,
@@ -167,8 +177,8 @@ class Recorder(LogitsProcessor):
         student_version: int,
         asked: torch.Tensor | None = None,
         top_k: bool = True,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K], ints [n, 2 + K], hidden [n, d].
+    ) -> Slab:
+        """All recorded columns of rows [n, vocab] at tokens [n]; nan where a model that is not here would have to be asked.
 
         Args: asked: [n, M] ids that the support holds first; top_k: whether it also holds the models' own top ids.
         """
@@ -176,25 +186,30 @@ class Recorder(LogitsProcessor):
         count = len(mixture)
         nothing = torch.full((count, 1), torch.nan, device=mixture.device)
         at = tokens.unsqueeze(-1)
-        floats = [mixture.gather(-1, at)]
-        floats.append(nothing if student is None else student.gather(-1, at))
-        floats.append(nothing if teacher is None else teacher.gather(-1, at))
-        if teacher is None:
-            floats += [nothing] * 3
-            support = torch.empty((count, 0), dtype=torch.long, device=mixture.device)
-        else:
+        floats = {column.name: nothing for column in FLOATS.single if column not in self.measured}
+        floats |= {column.name: nothing[:, :0] for column in FLOATS.wide if column not in self.measured}
+        floats["mixture_logprobs"] = mixture.gather(-1, at)
+        if student is not None:
+            floats["student_logprobs"] = student.gather(-1, at)
+        support = torch.empty((count, 0), dtype=torch.long, device=mixture.device)
+        if teacher is not None:
             support = self._support(teacher, student, asked, top_k)
-            used = support >= 0
-            floats.append(teacher.masked_fill(_named(support, teacher.shape[-1]), -torch.inf).logsumexp(-1, keepdim=True))
-            floats += [nothing] * 2 if student is None else [_kl(student, teacher), _kl(teacher, student)]
-            floats.append(teacher.gather(-1, support.clamp(min=0)).masked_fill_(~used, -torch.inf))
-        version = torch.full_like(at, student_version)
-        ints = torch.cat([at, version, support], dim=-1).to(torch.int32)
+            outside = teacher.masked_fill(_named(support, teacher.shape[-1]), -torch.inf)
+            floats["teacher_logprobs"] = teacher.gather(-1, at)
+            floats["tail_logprobs"] = outside.logsumexp(-1, keepdim=True)
+            floats["support_logprobs"] = teacher.gather(-1, support.clamp(min=0)).masked_fill_(support < 0, -torch.inf)
+            if student is not None:
+                floats |= {"reverse_kl": _kl(student, teacher), "forward_kl": _kl(teacher, student)}
+        ints = {"token_ids": at, "student_versions": torch.full_like(at, student_version), "support_ids": support}
         hidden = torch.empty((count, 0), dtype=torch.float16)
         if self.record_hidden:
             assert rows.hidden is not None
             hidden = rows.hidden.to(torch.float16)
-        return torch.cat(floats, dim=-1).cpu().numpy(), ints.cpu().numpy(), hidden.cpu().numpy()
+        return Slab(
+            torch.cat([floats[name] for name in FLOATS.names], dim=-1).cpu().numpy(),
+            torch.cat([ints[name] for name in INTS.names], dim=-1).to(torch.int32).cpu().numpy(),
+            hidden.cpu().numpy(),
+        )
 
     def _support(
         self, teacher: torch.Tensor, student: torch.Tensor | None, asked: torch.Tensor | None, top_k: bool
@@ -212,8 +227,8 @@ class Recorder(LogitsProcessor):
             support = torch.cat([support, part.masked_fill(taken, -1)], dim=-1)
         return support
 
-    def take(self, wanted: list[tuple[str, int]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Give away the first `length` positions of each (key, length): floats [T, 6 + K], ints [T, 2 + K], hidden [T, d].
+    def take(self, wanted: list[tuple[str, int]]) -> list[Slab]:
+        """Give away the first `length` positions of each (key, length).
 
         Raises: KeyError naming the request, if a position was never evaluated.
         """
@@ -224,12 +239,12 @@ class Recorder(LogitsProcessor):
             if missing:
                 raise KeyError(f"request {key}: positions {missing[:8]} of {length} were never recorded")
             rows = [cells[position] for position in range(length)]
-            floats = np.stack([cell.floats[cell.row] for cell in rows]) if rows else np.empty((0, len(FLOATS)))
-            ints = np.stack([cell.ints[cell.row] for cell in rows]) if rows else np.empty((0, len(INTS)))
-            hidden = np.stack([cell.hidden[cell.row] for cell in rows]) if rows else np.empty((0, 0))
+            floats = np.stack([cell.arrays.floats[cell.row] for cell in rows]) if rows else FLOATS.empty()
+            ints = np.stack([cell.arrays.ints[cell.row] for cell in rows]) if rows else INTS.empty()
+            hidden = np.stack([cell.arrays.hidden[cell.row] for cell in rows]) if rows else HIDDEN.empty()
             if not np.isfinite(hidden).all():
                 raise ValueError(f"request {key}: the teacher's hidden states do not fit half precision")
-            taken.append((floats.astype(np.float32), ints.astype(np.int32), hidden.astype(np.float16)))
+            taken.append(Slab(floats.astype(np.float32), ints.astype(np.int32), hidden.astype(np.float16)))
         return taken
 
     def drop(self, keys: list[str]) -> None:

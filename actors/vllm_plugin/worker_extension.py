@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from typing import Any
 
-import pyarrow as pa
 import torch
 from safetensors import safe_open
 from vllm.config import WeightTransferConfig, set_current_vllm_config
@@ -20,6 +19,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
+from actors.vllm_plugin.record_table import write_records
 from actors.vllm_plugin.recorder import Recorder
 
 register()
@@ -31,20 +31,10 @@ class WorkerExtension:
     """Methods of the vLLM worker, all prefixed with `kdray_`; `self` is the worker."""
 
     def kdray_take(self, wanted: list[tuple[str, int]]) -> bytes:
-        """Recorded arrays of finished requests, in the order asked: Arrow IPC with list columns `floats`, `ints`, `hidden`."""
-        assert Recorder.active is not None
-        taken = Recorder.active.take([(key, length) for key, length in wanted])
-        table = pa.table(
-            {
-                "floats": pa.array([floats.ravel() for floats, _, _ in taken], pa.list_(pa.float32())),
-                "ints": pa.array([ints.ravel() for _, ints, _ in taken], pa.list_(pa.int32())),
-                "hidden": pa.array([hidden.ravel() for _, _, hidden in taken], pa.list_(pa.float16())),
-            }
-        )
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        return sink.getvalue().to_pybytes()
+        """Recorded columns of finished requests, in the order asked, for `actors.vllm_plugin.record_table.read_records`."""
+        recorder = Recorder.active
+        assert recorder is not None
+        return write_records(recorder.take([(key, length) for key, length in wanted]), recorder.measured)
 
     def kdray_drop(self, keys: list[str]) -> None:
         """Forget aborted requests."""

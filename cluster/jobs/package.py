@@ -9,7 +9,6 @@ regardless of who started Serve.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cluster.jobs import PLUGINS
+from cluster.jobs import plugin_list
 from kdray.config import Config, parse_config
 from kdray.config.plugins import plugins_of
 from kdray.errors import ConfigError, DataError, KdrayError
@@ -139,8 +138,7 @@ def write_folder(package: JobPackage, folder: Path) -> None:
             shutil.copyfile(source, target)
     (folder / "config.yaml").write_text(package.config.dump(), encoding="utf-8")
     # Plugins are not uploaded, like all packages except kdray: the job's driver reports those missing on its node.
-    used = [asdict(plugin) for plugin in plugins_of(package.config)]
-    (folder / PLUGINS).write_text(json.dumps(used), encoding="utf-8")
+    plugin_list.write(folder, map(asdict, plugins_of(package.config)))
 
 
 def unpack_distribution(folder: Path) -> None:

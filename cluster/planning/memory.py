@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kdray.config import TrainingSettings
+
 GIB = 2**30
 _FLOAT32 = 4
 # Rows alive at once while log-probabilities are computed: of teacher, student, their mixture, and one working copy.
@@ -148,45 +150,25 @@ class Lengths:
     response: int
 
 
-@dataclass(frozen=True)
-class RankLayout:
-    """Distribution of training over ranks: the settings of `training` with the same names."""
+def rank_memory(model: ModelShape, training: TrainingSettings, lengths: Lengths, teacher_bytes: float = 0.0) -> RankMemory:
+    """Memory of one rank with AdamW; the backend states the bytes per parameter.
 
-    precision: str
-    zero_stage: int
-    ranks: int
-    micro_batch_size: int
-    gradient_checkpointing: bool
-
-
-def rank_memory(
-    model: ModelShape,
-    layout: RankLayout,
-    lengths: Lengths,
-    teacher_bytes: float = 0.0,
-    device: str = "GPU",
-    copies: int = 0,
-) -> RankMemory:
-    """Memory of one rank with AdamW under DeepSpeed.
-
-    Weights, gradients and optimizer states take 2 + 2 + 12 bytes per parameter in bfloat16 (a float32 copy and two moments) and
-    4 + 4 + 8 in float32; ZeRO divides the last by the number of ranks from stage 1 on, the second from stage 2, the first at
-    stage 3 (Rajbhandari et al., 2020, section 3).
-
-    Args: lengths: of the longest prompt and response; teacher_bytes: parts of a teacher held by the rank; copies: number of
-    full copies of the weights, for sending.
+    Args: lengths: of the longest prompt and response; teacher_bytes: parts of a teacher held by the rank.
     """
-    element = 2 if layout.precision == "bf16" else 4
-    optimizer = 12 if layout.precision == "bf16" else 8
-    tokens = layout.micro_batch_size * (lengths.prompt + lengths.response)
+    element = 2 if training.precision == "bf16" else 4
+    each = training.backend.parameter_bytes(training.precision, training.ranks)
+    sequences = training.micro_batch_size
+    # Weights sent by rank 0 exist twice more: the version being sent, and the next one.
+    copies = 0 if training.weight_transfer == "object_store" else 2
+    tokens = sequences * (lengths.prompt + lengths.response)
     return RankMemory(
-        weights=model.parameters * element / (layout.ranks if layout.zero_stage >= 3 else 1),
-        gradients=model.parameters * element / (layout.ranks if layout.zero_stage >= 2 else 1),
-        optimizer=model.parameters * optimizer / (layout.ranks if layout.zero_stage >= 1 else 1),
-        activations=activation_bytes(model, tokens, element, layout.gradient_checkpointing),
-        logprobs=_TRAINING_ROWS * layout.micro_batch_size * lengths.response * model.vocab * _FLOAT32,
+        weights=model.parameters * each.weights,
+        gradients=model.parameters * each.gradients,
+        optimizer=model.parameters * each.optimizer,
+        activations=activation_bytes(model, tokens, element, training.gradient_checkpointing),
+        logprobs=_TRAINING_ROWS * sequences * lengths.response * model.vocab * _FLOAT32,
         teacher=teacher_bytes,
-        base=ENGINE_BASE_BYTES[device],
+        base=ENGINE_BASE_BYTES["GPU" if training.gpus_per_rank > 0 else "CPU"],
         sent=copies * model.parameters * element,
     )
 

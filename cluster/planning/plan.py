@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import yaml
 from pydantic import Field, ValidationError
 
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, EngineMemory, Lengths, ModelShape, RankLayout, RankMemory, engine_memory, rank_memory
+from cluster.planning.memory import GIB, EngineMemory, Lengths, ModelShape, RankMemory, engine_memory, rank_memory
 from cluster.planning.placement import (
     ACCELERATOR_LABEL,
     Bundle,
@@ -28,6 +29,7 @@ from kdray.config import (
     Config,
     EngineSettings,
     ModelSource,
+    TrainingSettings,
     load_config,
 )
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
@@ -332,25 +334,16 @@ def _student_role(
     if training.features is not None and config.white_box_teacher is not None:
         held = shapes[config.white_box_teacher[0]].parameters * element
 
-    layout = RankLayout(
-        training.precision,
-        training.zero_stage,
-        training.ranks,
-        training.micro_batch_size,
-        training.gradient_checkpointing,
-    )
+    def memory(settings: TrainingSettings) -> RankMemory:
+        return rank_memory(student, settings, lengths, held)
 
-    def memory(layout: RankLayout) -> RankMemory:
-        copies = 0 if training.weight_transfer == "object_store" else 2
-        return rank_memory(student, layout, lengths, held, "GPU" if on_gpu else "CPU", copies)
-
-    found = memory(layout)
+    found = memory(training)
     if on_gpu and limit is not None and found.total > limit:
         raise CapacityError(
             f"training: a rank needs {found.total / GIB:.1f} GiB (optimizer {found.optimizer / GIB:.1f}, gradients "
             f"{found.gradients / GIB:.1f}, weights {found.weights / GIB:.1f}, activations {found.activations / GIB:.1f}, "
             f"log-probabilities {found.logprobs / GIB:.1f}), and the smallest GPU that it may be placed on has "
-            f"{limit / GIB:.1f} GiB; {_smaller(layout, memory, limit)}"
+            f"{limit / GIB:.1f} GiB; {_smaller(training, memory, limit)}"
         )
     rate = None
     if gpu is not None and on_gpu:
@@ -361,25 +354,23 @@ def _student_role(
         found,
         limit if on_gpu else None,
         rate,
-        f"trains, ZeRO {training.zero_stage}, {training.precision}",
+        f"trains, {training.backend.description}, {training.precision}",
     )
 
 
-def _smaller(layout: RankLayout, memory: Callable[[RankLayout], RankMemory], limit: float) -> str:
-    """The smallest change of the training settings that makes a rank fit."""
-    sizes = [layout.micro_batch_size // 2**power for power in range(layout.micro_batch_size.bit_length())]
-    for ranks in (layout.ranks * 2**power for power in range(6)):
-        for stage in range(layout.zero_stage, 4):
-            for checkpointing in sorted({layout.gradient_checkpointing, True}):
-                for size in sizes:
-                    wanted = RankLayout(layout.precision, stage, ranks, size, checkpointing)
-                    if size and memory(wanted).total <= limit:
-                        changed = [
-                            f"training.{name}={str(value).lower()}"
-                            for name in ("ranks", "zero_stage", "gradient_checkpointing", "micro_batch_size")
-                            if (value := getattr(wanted, name)) != getattr(layout, name)
-                        ]
-                        return f"it fits with {', '.join(changed)}"
+def _smaller(training: TrainingSettings, memory: Callable[[TrainingSettings], RankMemory], limit: float) -> str:
+    """The smallest change of the training's settings with which a rank fits."""
+    backend, most = training.backend, training.backend.max_ranks
+    numbers = [ranks for ranks in (training.ranks * 2**power for power in range(6)) if most is None or ranks <= most]
+    micros = [training.micro_batch_size // 2**power for power in range(training.micro_batch_size.bit_length())]
+    for ranks, leaner in product(numbers, (backend, *backend.leaner())):
+        for checkpointing, micro in product(sorted({training.gradient_checkpointing, True}), micros):
+            wanted = {"ranks": ranks, "gradient_checkpointing": checkpointing, "micro_batch_size": micro}
+            if memory(training.model_copy(update={**wanted, "backend": leaner})).total <= limit:
+                changed = {name: value for name, value in wanted.items() if value != getattr(training, name)}
+                changed |= {f"backend.{name}": value for name, value in leaner if value != getattr(backend, name)}
+                described = ", ".join(f"training.{name}={str(value).lower()}" for name, value in changed.items())
+                return f"it fits with {described}"
     return "use GPUs with more memory, or a smaller student"
 
 

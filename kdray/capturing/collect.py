@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan
 
 import numpy as np
 
@@ -28,7 +27,7 @@ _CHUNKS = 4
 def check_alone(requests: Sequence[SampleRequest]) -> None:
     """Raises: ConfigError where a student would write some of an answer."""
     for request in requests:
-        if request.alpha != 1.0 and not isnan(request.alpha):
+        if request.writer not in ("teacher", "data"):
             raise ConfigError(
                 f"rollout.alpha={request.alpha:g}: a capture holds what the teacher writes alone, and a student would write "
                 "some of it; set rollout.alpha=1, with a loss that learns from the teacher's samples (loss.type=forward_kl or "
@@ -41,11 +40,11 @@ def by_key(
 ) -> dict[bytes, SampleRequest]:
     """The requests by the key of their answer; of those with the same one, the first.
 
-    Args: references: by prompt id, the data's answer: what a request with alpha nan is given.
+    Args: references: by prompt id, the data's answer: what a request for it is given.
     """
     wanted: dict[bytes, SampleRequest] = {}
     for request in requests:
-        reference = references(request.prompt_id) if isnan(request.alpha) else None
+        reference = references(request.prompt_id) if request.writer == "data" else None
         wanted.setdefault(folder.key(request, reference), request)
     return wanted
 
@@ -58,12 +57,12 @@ def lacking(folder: CaptureFolder, wanted: Mapping[bytes, SampleRequest], reuse:
     missing = {key: request for key, request in wanted.items() if key not in folder}
     if not reuse:
         return missing
-    owed = Counter(digest(request.prompt_ids) for request in wanted.values() if not isnan(request.alpha)) - folder.draws()
+    owed = Counter(digest(request.prompt_ids) for request in wanted.values() if request.writer != "data") - folder.draws()
     chosen = {}
     for key, request in missing.items():
         prompt = digest(request.prompt_ids)
-        if isnan(request.alpha) or owed[prompt] > 0:
-            owed[prompt] -= not isnan(request.alpha)
+        if request.writer == "data" or owed[prompt] > 0:
+            owed[prompt] -= request.writer != "data"
             chosen[key] = request
     return chosen
 
@@ -106,7 +105,7 @@ async def ask(
                 owed[number].remove(rollout.sample_id)
             folder.add(
                 [
-                    (key, None if isnan(rollout.alpha) else missing[key].seed, rollout)
+                    (key, None if missing[key].writer == "data" else missing[key].seed, rollout)
                     for rollout in rollouts
                     for key in [keys[rollout.sample_id]]
                 ]

@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 from kdray.config import ModelSource, PrunedModel
 from kdray.errors import DataError
 from kdray.models.resolve import model_name, weights_hash
-from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table
+from kdray.rollouts.arrow import ABSENT_IN_OLD_FILES, ROLLOUT_SCHEMA, rollouts_to_table, row_writers, writer_columns
+from kdray.rollouts.columns import signal_columns
 from kdray.runs.folder import write_atomically
 from kdray.teachers.fingerprint import Fingerprint, difference
-from kdray.types import Rollout
+from kdray.types import WRITERS, Rollout
 
 MANIFEST = "manifest.json"
 
@@ -35,11 +36,7 @@ Signal = Literal["text", "references", "sampled", "top_k", "hidden"]
 """`text`: responses that the teacher drew. `references`: the data's reference answers, as the teacher scored them. The others
 are what every row has; a teacher's words for them: `kdray.checks.capabilities.Capability`."""
 
-SIGNAL_COLUMNS: dict[Signal, tuple[str, ...]] = {
-    "sampled": ("teacher_logprobs",),
-    "top_k": ("support_ids", "support_logprobs", "tail_logprobs"),
-    "hidden": ("teacher_hidden",),
-}
+SIGNAL_COLUMNS = signal_columns()
 
 _GROUP_BYTES = 4 * 2**20
 """Size of a written row group in memory: prompts are asked for in any order, and each may cost the read of one."""
@@ -123,7 +120,7 @@ def write_capture(
 def check_unmixed(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Raises: DataError where a student wrote some of a rollout."""
     for rollout in rollouts:
-        if rollout.alpha != 1.0 and not np.isnan(rollout.alpha):
+        if not {*rollout.writers} <= {"teacher", "data", "environment"}:
             raise DataError(
                 f"capture {path}: sample {rollout.sample_id} was drawn at alpha {rollout.alpha:g}, so that a student wrote "
                 "some of it; capture with rollout.alpha=1"
@@ -219,6 +216,8 @@ def find_shards(path: Path) -> list[Path]:
         with reading(shard):
             schema = pq.read_schema(shard)
         for column in ROLLOUT_SCHEMA:
+            if column.name in ABSENT_IN_OLD_FILES and column.name not in schema.names:
+                continue
             found = schema.field(column.name).type if schema.names.count(column.name) == 1 else "absent"
             if found != column.type:
                 raise DataError(
@@ -245,16 +244,16 @@ def signals(path: Path) -> set[Signal]:
     columns = []
     for shard in shards:
         with reading(shard):
-            columns.append(pq.read_table(shard, columns=["alpha"]).column("alpha").to_numpy())
-    alphas = np.concatenate(columns)
-    if not len(alphas):
+            columns.append(row_writers(pq.read_table(shard, columns=writer_columns(pq.read_schema(shard)))))
+    writers = np.concatenate(columns)
+    if not len(writers):
         return set()
     found: set[Signal] = {
         signal
         for signal, columns in SIGNAL_COLUMNS.items()
         if all(_never_null(shard, name) for shard in shards for name in columns)
     }
-    references = np.isnan(alphas)
+    references = writers == WRITERS.index("data")
     if references.any() and "sampled" in found:
         found.add("references")
     if not references.all():

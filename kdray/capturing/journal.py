@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import struct
 import time
+import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,9 +28,10 @@ _SYNC_S = 1.0
 class Journal:
     """Opened by one process at a time; `close` at the end."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, upgrade: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> None:
         """Open the journal at `path`, new where there is none, and cut off a torn tail.
 
+        Args: upgrade: gives rows of an older schema the columns that they lack.
         Raises: DataError where it holds rows of another schema.
         """
         self.path = path
@@ -38,17 +40,17 @@ class Journal:
         whole = 0
         self.batches: list[pa.RecordBatch] = []
         """All that it holds."""
+        found = schema
         for number, (end, message) in enumerate(_frames(content)):
-            if number == 0 and message != schema.serialize().to_pybytes():
-                raise DataError(
-                    f"{path}: holds rows of another version of kdray; let that version end the capture, or remove the file "
-                    "and ask for its rows again"
-                )
             if number:
-                self.batches.append(pa.ipc.read_record_batch(pa.py_buffer(message), schema))
+                self.batches.append(pa.ipc.read_record_batch(pa.py_buffer(message), found))
+            elif message != schema.serialize().to_pybytes():
+                found = self._older(message, upgrade)
             whole = end
         self.torn_bytes = len(content) - whole
         """Bytes that were cut off when it was opened."""
+        if found != schema:
+            whole = self._rewrite(upgrade(pa.Table.from_batches(self.batches, found)).select(schema.names))
         # Unbuffered: what `append` returned from is the operating system's.
         self._file = path.open("ab", buffering=0)
         self._file.truncate(whole)
@@ -81,13 +83,42 @@ class Journal:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def _older(self, message: bytes, upgrade: Callable[[pa.Table], pa.Table]) -> pa.Schema:
+        """The older schema that a journal begins with. Raises: DataError where its rows cannot become those of this one."""
+        try:
+            found = pa.ipc.read_schema(pa.py_buffer(message))
+            known = upgrade(found.empty_table()).schema
+        except (pa.ArrowInvalid, KeyError):
+            known = pa.schema([])
+        if {field.name: field.type for field in known} != {field.name: field.type for field in self._schema}:
+            raise DataError(
+                f"{self.path}: holds rows of another version of kdray; let that version end the capture, or remove the file "
+                "and ask for its rows again"
+            )
+        return found
+
+    def _rewrite(self, rows: pa.Table) -> int:
+        """Replace the file by one of these rows, whole or not at all. Returns: its size in bytes."""
+        self.batches = rows.cast(self._schema).combine_chunks().to_batches()
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        with temporary.open("wb") as file:
+            file.writelines(_framed(each.serialize().to_pybytes()) for each in (self._schema, *self.batches))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.path)
+        return self.path.stat().st_size
+
     def _write(self, message: bytes) -> None:
-        frame = memoryview(_HEADER.pack(len(message), zlib.crc32(message)) + message)
+        frame = memoryview(_framed(message))
         while frame:
             frame = frame[self._file.write(frame) :]
         if time.monotonic() - self._synced > _SYNC_S:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
+
+
+def _framed(message: bytes) -> bytes:
+    return _HEADER.pack(len(message), zlib.crc32(message)) + message
 
 
 def _frames(content: bytes) -> Iterator[tuple[int, bytes]]:

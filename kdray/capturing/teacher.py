@@ -23,14 +23,15 @@ from kdray.config.signals import Signal
 from kdray.errors import ConfigError, DataError, RequestRefused, VocabError
 from kdray.interfaces import Availability
 from kdray.models.vocab import tokenizer_hash
-from kdray.rollouts.arrow import ROLLOUT_SCHEMA, table_to_rollouts
+from kdray.rollouts.arrow import ROLLOUT_SCHEMA, row_writers, table_to_rollouts
+from kdray.rollouts.columns import rollout_columns, value_of, with_columns
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.teachers.kind import Found, TeacherContext, TeacherKind
 from kdray.teachers.team import prompts_of
-from kdray.types import Prompt, Rollout, SampleRequest
+from kdray.types import WRITERS, Prompt, Rollout, SampleRequest
 
-_ALWAYS_READ = ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher", "prompt_ids", "token_ids", "mixture_logprobs")
-_WIDTHS = ("support_width", "hidden_width")
+_SAID = frozenset(column.name for column in rollout_columns() if column.stage == "scoring" or column.of_student)
+"""Columns that are read where they are part of a signal that every row has, and of the capturing run's student, never."""
 _INDEXED = ["sample_id", "alpha", "prompt_ids", "token_ids"]
 
 CACHED_GROUPS = 4
@@ -118,7 +119,7 @@ class CapturedTeacher:
         self.signals = signals(path)
         """What the capture says, and every row has."""
         self._said = [column for signal, columns in SIGNAL_COLUMNS.items() if signal in self.signals for column in columns]
-        self._read = [*dict.fromkeys([*_ALWAYS_READ, *_WIDTHS, *self._said])]
+        self._read = [name for name in ROLLOUT_SCHEMA.names if name not in _SAID or name in self._said]
         self._drawn: dict[bytes, list[_Place]] = {digest(prompt.token_ids): [] for prompt in prompts}
         """What the teacher drew, by the hash of the prompt's ids."""
         self._by_seed: dict[bytes, _Place] = {}
@@ -200,22 +201,30 @@ class CapturedTeacher:
         for number, path in enumerate(self._shards):
             with reading(path), pq.ParquetFile(path) as shard:
                 # Captures made by `kdray capture` know what each draw was seeded with.
-                names = [*_INDEXED, *(["seed"] if "seed" in shard.schema_arrow.names else [])]
+                names = [name for name in (*_INDEXED, "writer", "seed") if name in shard.schema_arrow.names]
                 for group in range(shard.num_row_groups):
                     table = shard.read_row_group(group, columns=names)
                     columns = [table.column(name) for name in _INDEXED]
+                    writers = [WRITERS[code] for code in row_writers(table)]
                     seeds = table.column("seed").to_pylist() if "seed" in names else [None] * table.num_rows
-                    for row, (seed, sample_id, alpha, prompt_ids, token_ids) in enumerate(zip(seeds, *columns, strict=True)):
+                    for row, (seed, writer, sample_id, alpha, prompt_ids, token_ids) in enumerate(
+                        zip(seeds, writers, *columns, strict=True)
+                    ):
                         if not prompt_ids.is_valid or not token_ids.is_valid:
                             raise DataError(f"{path}: row {row} of row group {group} has no prompt or no answer; capture again")
                         prompt = digest(_ids(prompt_ids))
                         if prompt not in self._drawn:
                             continue
                         answered.add(prompt)
-                        self._check_answer(path, sample_id.as_py(), alpha.as_py(), _ids(token_ids))
+                        if writer not in ("teacher", "data"):
+                            raise DataError(
+                                f"{path}: sample {sample_id} was drawn at alpha {alpha.as_py():g}, so that a student wrote "
+                                "some of it; capture with rollout.alpha=1"
+                            )
+                        self._check_ids(path, sample_id.as_py(), _ids(token_ids))
                         place = _Place(sample_id.as_py(), number, group, row, len(token_ids.values))
                         self._by_tokens[prompt + digest(_ids(token_ids))] = place
-                        if alpha.as_py() == 1.0:
+                        if writer == "teacher":
                             self._drawn[prompt].append(place)
                             if seed is not None:
                                 self._by_seed[_seeded(prompt, seed)] = place
@@ -231,12 +240,7 @@ class CapturedTeacher:
                 + ", or take them out of data.prompts"
             )
 
-    def _check_answer(self, path: Path, sample_id: int, alpha: float, token_ids: np.ndarray) -> None:
-        if alpha != 1.0 and not np.isnan(alpha):
-            raise DataError(
-                f"{path}: sample {sample_id} was drawn at alpha {alpha:g}, so that a student wrote some of it; capture with "
-                "rollout.alpha=1"
-            )
+    def _check_ids(self, path: Path, sample_id: int, token_ids: np.ndarray) -> None:
         strange = token_ids[(token_ids < 0) | (token_ids >= self._vocab_size)]
         if len(strange):
             raise VocabError(
@@ -245,7 +249,7 @@ class CapturedTeacher:
             )
 
     def _place(self, request: SampleRequest) -> _Place:
-        if request.alpha != 1.0:
+        if request.writer != "teacher":
             raise RequestRefused(
                 f"teachers.{self.name}.type=capture: recorded answers are the teacher's alone, at alpha 1, not "
                 f"{request.alpha:g}; set rollout.alpha=1"
@@ -294,12 +298,8 @@ class CapturedTeacher:
     def _read_group(self, shard: int, group: int) -> pa.Table:
         path = self._shards[shard]
         with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read_row_group(group, columns=self._read)
-        columns = [
-            table.column(field.name) if field.name in self._read else pa.nulls(table.num_rows, field.type)
-            for field in ROLLOUT_SCHEMA
-        ]
-        return pa.table(columns, schema=ROLLOUT_SCHEMA)
+            there = set(file.schema_arrow.names)
+            return file.read_row_group(group, columns=[name for name in self._read if name in there])
 
     def _rows(self, shard: int, group: int, places: list[_Place]) -> list[Rollout]:
         # Rows are copied: a view of one would keep its whole row group for as long as the rollout waits.
@@ -329,11 +329,10 @@ class CapturedTeacher:
 
     def _scored(self, rollout: Rollout, stored: Rollout, path: Path) -> Rollout:
         self._check_row(rollout.prompt_ids, stored, path)
-        return replace(rollout, teacher=self.name, **{name: getattr(stored, name) for name in self._said})
+        return with_columns(rollout, {name: value_of(stored, name) for name in self._said}, teacher=self.name)
 
     def _check_row(self, prompt_ids: np.ndarray, stored: Rollout, path: Path) -> None:
-        columns: dict[str, Any] = {name: getattr(stored, name) for each in SIGNAL_COLUMNS.values() for name in each}
-        columns["mixture_logprobs"] = stored.mixture_logprobs
+        columns = {column.name: value_of(stored, column.name) for column in rollout_columns()}
         lengths = {name: len(values) for name, values in columns.items() if values is not None}
         problems = [
             f"its {name} does not fit its tokens" for name, length in lengths.items() if length != len(stored.token_ids)

@@ -36,10 +36,11 @@ from kdray.capturing.format import (
 )
 from kdray.capturing.journal import Journal
 from kdray.errors import ConfigError, DataError
-from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table
+from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table, row_writers, upgraded, writer_columns
+from kdray.rollouts.columns import rollout_columns, with_columns
 from kdray.runs.folder import RunFolder, drop_torn_line, read_lines
 from kdray.teachers.fingerprint import Fingerprint
-from kdray.types import Rollout, SampleRequest
+from kdray.types import WRITERS, Rollout, SampleRequest
 
 CAPTURE_SCHEMA = ROLLOUT_SCHEMA.append(pa.field("key", pa.binary(16), nullable=False)).append(pa.field("seed", pa.uint64()))
 """Rollouts, each with its key and, where the teacher drew it, the seed of its draws."""
@@ -92,14 +93,14 @@ class CaptureFolder:
             self._lock.close()
             raise ConfigError(f"capture {self.path}: another process writes to it; wait for its end") from None
         try:
-            for name in (".part-*", f".{MANIFEST}.*"):
+            for name in (".part-*", f".{MANIFEST}.*", ".journal.*"):
                 for leftover in self.path.glob(name):
                     leftover.unlink()
             drop_torn_line(self._events.events)
             if before is not None:
                 self._manifest, self._begun = before, True
             self._held = self._sealed_keys()
-            self._journal = Journal(self.path / "journal", CAPTURE_SCHEMA)
+            self._journal = Journal(self.path / "journal", CAPTURE_SCHEMA, upgraded)
             if self._journal.num_rows and not self._begun:
                 raise DataError(f"capture {self.path}: a journal without its {MANIFEST}; restore that, or remove the journal")
             self._recover()
@@ -148,11 +149,12 @@ class CaptureFolder:
     def draws(self) -> Counter[bytes]:
         """Answers that the teacher drew, by the digest of the prompt's ids."""
         found: Counter[bytes] = Counter()
-        columns = ["prompt_ids", "alpha"]
-        tables = [pq.read_table(shard, columns=columns) for shard in self._shards()]
-        for part in (*tables, *(batch.select(columns) for batch in self._journal.batches)):
-            ids, alphas = part.column("prompt_ids"), part.column("alpha").to_pylist()
-            found.update(digest(np.array(row)) for row, alpha in zip(ids.to_pylist(), alphas, strict=True) if alpha == 1.0)
+        names = {shard: ["prompt_ids", *writer_columns(pq.read_schema(shard))] for shard in self._shards()}
+        tables = [pq.read_table(shard, columns=columns) for shard, columns in names.items()]
+        for part in (*tables, pa.Table.from_batches(self._journal.batches, CAPTURE_SCHEMA)):
+            drawn = row_writers(part) == WRITERS.index("teacher")
+            ids = part.column("prompt_ids").filter(pa.array(drawn)).to_pylist()
+            found.update(digest(np.array(row)) for row in ids)
         return found
 
     # --------------------------------------------------------------------------------------------------- what is added
@@ -184,7 +186,8 @@ class CaptureFolder:
         if not new:
             return
         # What a student that happens to stand beside the teacher says is no part of the teacher's answer.
-        rows = [replace(rollout, student_logprobs=None, reverse_kl=None, forward_kl=None) for _, rollout in new.values()]
+        of_student = {column.name: None for column in rollout_columns() if column.of_student}
+        rows = [with_columns(rollout, of_student) for _, rollout in new.values()]
         table = rollouts_to_table(rows)
         table = table.append_column(CAPTURE_SCHEMA.field("key"), pa.array(list(new), pa.binary(16)))
         table = table.append_column(CAPTURE_SCHEMA.field("seed"), pa.array([seed for seed, _ in new.values()], pa.uint64()))

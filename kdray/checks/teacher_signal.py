@@ -19,6 +19,7 @@ from kdray.losses import LossBatch, loss_function
 from kdray.losses.batch import log_rows
 from kdray.losses.support import buckets
 from kdray.rollouts.batching import rollouts_to_batch
+from kdray.rollouts.columns import scored_columns, values_of
 from kdray.types import Rollout
 
 _MASS_TOLERANCE = 2e-3
@@ -168,9 +169,9 @@ def _sampled_by(
 
 def _stacked(rollouts: Sequence[Rollout], name: str) -> np.ndarray:
     """Stack a recorded column over all rollouts, token after token; supports of unequal width are padded."""
-    values = [getattr(rollout, name) for rollout in rollouts]
-    if values[0].ndim == 1:
+    (column,) = (column for column in scored_columns() if column.name == name)
+    values = [value for value in values_of(rollouts, name) if value is not None]
+    if column.width == "token":
         return np.concatenate(values)
-    width = max(value.shape[1] for value in values)
-    fill = -1 if values[0].dtype == np.int32 else -np.inf
+    width, fill = max(value.shape[1] for value in values), column.fill
     return np.concatenate([np.pad(value, ((0, 0), (0, width - value.shape[1])), constant_values=fill) for value in values])

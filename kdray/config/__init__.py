@@ -1,5 +1,6 @@
 """Settings of a run: one file per section, assembled by `run_config`. Defaults are the vetted values."""
 
+from kdray.config.backends import DeepSpeedSettings, StudentBackendSettings, TorchSettings
 from kdray.config.base import Settings
 from kdray.config.data import (
     DataSettings,
@@ -81,6 +82,7 @@ __all__ = [
     "ClusterSettings",
     "Config",
     "DataSettings",
+    "DeepSpeedSettings",
     "DirectProgram",
     "EngineSettings",
     "EnsembleSettings",
@@ -130,6 +132,7 @@ __all__ = [
     "SkewForwardKLLoss",
     "SkewReverseKLLoss",
     "StalenessHandling",
+    "StudentBackendSettings",
     "StudentSettings",
     "System2AttentionProgram",
     "TVDLoss",
@@ -142,6 +145,7 @@ __all__ = [
     "TextSource",
     "TinyModel",
     "TinyTraining",
+    "TorchSettings",
     "TrainingSettings",
     "ULDLoss",
     "UniversalSettings",

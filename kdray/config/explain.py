@@ -18,10 +18,11 @@ def explain(item: Any, root: type[BaseModel]) -> str:
     setting = ".".join(location)
     kind = item["type"]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _keys_at(root, tuple(location[:-1])), n=1, cutoff=0.5)
-        hint = (
-            f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(sorted(_keys_at(root, tuple(location[:-1]))))}"
-        )
+        known = _keys_at(root, tuple(location[:-1]))
+        if location[-1] in known:
+            return f"{setting}: a key of another `type` than the one chosen; remove it, or choose that one"
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(known)}"
         return f"{setting}: unknown key; {hint}"
     if kind == "missing":
         return f"{setting}: required, but not set"

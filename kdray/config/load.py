@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from kdray.config import strict_yaml
+from kdray.config.backends import backend_keys, with_backend
 from kdray.config.explain import explain
 from kdray.config.roles import role_keys
 from kdray.config.run_config import Config
@@ -33,6 +34,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, found {type(tree).__name__}")
+    try:
+        # Before the overrides, which may say the same settings by their newer names.
+        tree = {**tree, "training": with_backend(tree["training"])} if "training" in tree else tree
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree, source=str(path))
@@ -59,7 +65,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node: Any = tree
-    parts = key.split(".")
+    parts = backend_keys(key.split("."))
     if parts[:2] == ["cluster", "roles"] and len(parts) > 2:
         parts[2:] = role_keys(parts[2:])
     *parents, leaf = parts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdray.config.backends import STUDENT_BACKENDS, with_backend
 from kdray.config.teachers import TEACHERS, EngineSettings
 
 ENGINE_PLACE = frozenset(EngineSettings.model_fields) - {"dtype", "engine_args"}
@@ -22,11 +23,10 @@ TRAINING_PLACE = frozenset(
         "labels",
         "placement",
         "micro_batch_size",
-        "zero_stage",
         "gradient_checkpointing",
     )
 )
-"""Settings of the student ranks' size and placement."""
+"""Settings of the student ranks' size and placement; a backend adds its own (`StudentBackendSettings.placement`)."""
 
 
 def role_keys(keys: list[str]) -> list[str]:
@@ -62,16 +62,11 @@ def with_roles(tree: Any) -> Any:
         else:
             known = ", ".join(["teachers", *(f"teachers.{name}" for name in served), "rollout.pool", "training"])
             raise ValueError(f"cluster.roles.{role}: no role of this run; there are {known}")
-        allowed = TRAINING_PLACE if role == "training" else ENGINE_PLACE
-        for key in values:
-            if key not in allowed:
-                raise ValueError(
-                    f"cluster.roles.{role}.{key}: says nothing about size or place; set it in the recipe itself, or use "
-                    f"{', '.join(sorted(allowed))}"
-                )
         if role == "training":
-            tree = {**tree, "training": {**(tree.get("training") or {}), **values}}
-        elif role == "rollout.pool":
+            tree = {**tree, "training": _training(tree.get("training") or {}, values)}
+            continue
+        _check_place(role, list(values), ENGINE_PLACE)
+        if role == "rollout.pool":
             rollout = tree.get("rollout") or {}
             tree = {**tree, "rollout": {**rollout, "pool": {**(rollout.get("pool") or {}), **values}}}
         else:
@@ -88,3 +83,30 @@ def _is_served(teacher: Any) -> bool:
     except ValueError:
         # Validation of the teacher reports the error.
         return False
+
+
+def _training(section: Any, values: dict[str, Any]) -> Any:
+    """The training section with the role's settings over it, those of the student's backend one by one.
+
+    A section or a backend that is none is left to the check of its own.
+    """
+    section, values = with_backend(section), with_backend(values)
+    backend = (section.get("backend") or {}) if isinstance(section, dict) else None
+    name = backend.get("type", STUDENT_BACKENDS.default) if isinstance(backend, dict) else None
+    if not isinstance(backend, dict) or name not in STUDENT_BACKENDS.names():
+        return section
+    kind: Any = STUDENT_BACKENDS.get(name)
+    given = values.get("backend")
+    keys = [key for key in values if key != "backend" or not isinstance(given, dict)]
+    keys += [f"backend.{key}" for key in given] if isinstance(given, dict) else []
+    _check_place("training", keys, TRAINING_PLACE | {f"backend.{name}" for name in kind.placement})
+    return {**section, **values, **({"backend": {**backend, **given}} if isinstance(given, dict) else {})}
+
+
+def _check_place(role: str, keys: list[str], allowed: frozenset[str]) -> None:
+    for key in keys:
+        if key not in allowed:
+            raise ValueError(
+                f"cluster.roles.{role}.{key}: says nothing about size or place; set it in the recipe itself, or use "
+                f"{', '.join(sorted(allowed))}"
+            )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdray.config.backends import Backend, DeepSpeedSettings, Precision, with_backend
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.data import TextSource
 from kdray.config.features import FeatureSettings
@@ -38,18 +39,6 @@ class PretrainingSettings(Settings):
     teacher_share: Fraction = 0.0
     """Share of the forward KL to the teacher on the text; the rest is cross entropy. MiniLLM's reference code uses 0.5, its
     paper 0. Above 0 the teacher scores every window."""
-
-
-_DEEPSPEED_TAKEN = {
-    "train_batch_size": "batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "micro_batch_size",
-    "gradient_clipping": "gradient_clipping",
-    "optimizer": "learning_rate, betas and weight_decay",
-    "scheduler": "schedule and warmup_steps",
-    "bf16": "precision",
-    "fp16": "precision",
-}
 
 
 class TrainingSettings(Settings):
@@ -86,15 +75,13 @@ class TrainingSettings(Settings):
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """Placement of ranks on few nodes (`pack`, the fastest links) or many (`spread`); `strict_pack` requires a single node,
     `strict_spread` a node per rank."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and parameters)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    backend: Backend = DeepSpeedSettings()
+    """Training backend of the student; the keys depend on `type`: deepspeed (the default), torch (one rank), or one that an
+    installed distribution adds."""
+    precision: Precision = "fp32"
     """Arithmetic of forward and backward; losses are reduced in float32 in either case."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-    deepspeed: dict[str, Any] = Field(default={})
-    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes); those that kdray sets
-    itself are refused."""
     checkpoint_every: NonNegative = 50
     """Steps between checkpoints; 0 writes one only at the end and on interruption. The batches since the last one are kept in
     Ray's object store, which spills them to disk when it is full: restarted ranks replay them."""
@@ -133,6 +120,11 @@ class TrainingSettings(Settings):
     """Hidden states, attention maps and relations of a white-box teacher that the student matches in addition to the loss; None
     disables them."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _former_keys(cls, tree: Any) -> Any:
+        return with_backend(tree)
+
     @model_validator(mode="after")
     def _split(self) -> TrainingSettings:
         sizes = {"batch_size": self.batch_size, "sft.batch_size": self.sft.batch_size}
@@ -159,11 +151,12 @@ class TrainingSettings(Settings):
                     f"training.{name}={size} is not a multiple of ranks x micro_batch_size = {self.ranks} x "
                     f"{self.micro_batch_size}; choose {name} so that every rank gets whole micro-batches"
                 )
-        for name in self.deepspeed:
-            if name in _DEEPSPEED_TAKEN:
-                raise ValueError(f"training.deepspeed.{name}: set by kdray; use training.{_DEEPSPEED_TAKEN[name]}")
-        if "stage" in self.deepspeed.get("zero_optimization", {}):
-            raise ValueError("training.deepspeed.zero_optimization.stage: set by kdray; use training.zero_stage")
+        most = self.backend.max_ranks
+        if most is not None and self.ranks > most:
+            raise ValueError(
+                f"training.ranks={self.ranks} with training.backend.type={self.backend.type}: it trains on {most} at most; "
+                f"set training.ranks={most}, or choose another backend"
+            )
         if self.warmup_steps > self.steps:
             raise ValueError(f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}")
         return self

@@ -35,9 +35,8 @@ def minillm(
     if settings.whitening:
         returns = whitened_returns(batch, settings, whitening, tokens.current.dtype)
     else:
-        rewards = tokens.spread(tokens.rewards)
         returns_of = returns_after if settings.single_step else returns_from
-        returns = returns_of(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]
+        returns = returns_of(tokens.rewards, batch.mask, settings.gamma, settings.length_norm)
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
     policy_gradient = -(tokens.mixing * staleness * returns * tokens.logprobs).sum()
 

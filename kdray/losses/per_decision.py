@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from kdray.config import PerDecisionLoss
 from kdray.losses.batch import LossBatch, LossOutput
-from kdray.losses.policy_gradient import sampled_tokens
+from kdray.losses.policy_gradient import by_response, of_tokens, sampled_tokens
 from kdray.losses.reverse_kl import reverse_kl
 from kdray.losses.support import buckets
 
@@ -29,22 +29,21 @@ def per_decision(student_logits: torch.Tensor, batch: LossBatch, settings: PerDe
     """
     tokens = sampled_tokens(student_logits, batch)
     # Products of hundreds of ratios exceed the range of float32.
-    log_ratios = tokens.spread((tokens.current - tokens.mixture).double())  # [B, S]
-    rewards = tokens.spread(tokens.rewards.double())
-    length = batch.mask.shape[1]
+    log_ratios = by_response((tokens.current - tokens.mixture).double(), batch.mask)  # [B, T], one target after the other
+    rewards = by_response(tokens.rewards.double(), batch.mask)
+    length = log_ratios.shape[1]
     horizon = length if settings.horizon is None else min(settings.horizon, length)
 
     before = log_ratios.cumsum(-1) - log_ratios
     history = before - pad(before[:, : length - horizon], (horizon, 0))
     product, returns = torch.zeros_like(log_ratios), torch.zeros_like(log_ratios)
-    longest = int(batch.mask.sum(-1).max())
-    for ahead in range(1, min(horizon + 1, longest)):
+    for ahead in range(1, min(horizon + 1, length)):
         product = product + pad(log_ratios[:, ahead:], (0, ahead))
         returns = returns + product.exp() * pad(rewards[:, ahead:], (0, ahead))
 
-    history_weight = history[batch.mask].exp()
-    weight = (history + log_ratios)[batch.mask].exp()
-    policy_gradient = -((weight * returns[batch.mask]).to(tokens.current) * tokens.logprobs).sum()
+    history_weight = of_tokens(history, batch.mask).exp()
+    weight = of_tokens(history + log_ratios, batch.mask).exp()
+    policy_gradient = -((weight * of_tokens(returns, batch.mask)).to(tokens.current) * tokens.logprobs).sum()
     both = buckets(tokens.rows, batch)
     single_step = (history_weight.to(tokens.current) * reverse_kl(both)).sum()
     return LossOutput(

@@ -24,7 +24,6 @@ from kdray.types import TrainBatch
 class SampledTokens:
     """Log-probabilities of the N sampled tokens, row by row, all in the dtype of the student's rows."""
 
-    mask: torch.Tensor  # [B, S] bool
     rows: torch.Tensor  # [N, vocab] log q_theta, with gradient
     logprobs: torch.Tensor  # [N] log q_theta of the sampled token, with gradient
     current: torch.Tensor  # [N] the same, detached
@@ -42,10 +41,6 @@ class SampledTokens:
         """log p / q_theta, [N], detached."""
         return self.teacher - self.current
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Scatter `values` [N] to the positions of their tokens, 0 elsewhere: [B, S]."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
-
     def metric_sums(self) -> dict[str, torch.Tensor]:
         """Detached sums that every policy-gradient loss reports."""
         return {"log_ratio": self.rewards.sum()}
@@ -59,7 +54,6 @@ def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTok
     rows = batch.masked_rows(student_logits)
     logprobs = rows.gather(-1, batch.masked("token_ids").unsqueeze(-1)).squeeze(-1)
     return SampledTokens(
-        mask=batch.mask,
         rows=rows,
         logprobs=logprobs,
         current=logprobs.detach(),
@@ -72,8 +66,28 @@ def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTok
 # ------------------------------------------------------------------------------------------------------- returns
 
 
+def by_response(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Numbers of the N masked tokens, those of a row side by side, without the gaps between them: [B, T], 0 behind the last.
+
+    Args: values: [N], row by row; mask: [B, S]. The inverse: `of_tokens`.
+    """
+    there = _there(mask)
+    return values.new_zeros(there.shape).masked_scatter(there, values)
+
+
+def of_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The inverse of `by_response`, [N]."""
+    return rows[_there(mask)]
+
+
+def _there(mask: torch.Tensor) -> torch.Tensor:
+    """Places of `by_response` that hold a token, [B, T] bool."""
+    counts = mask.sum(-1, keepdim=True)
+    return torch.arange(max(1, int(counts.max())), device=mask.device) < counts
+
+
 def later_sums(values: torch.Tensor, gamma: float) -> torch.Tensor:
-    """out[b, t] = sum over t' > t of gamma^(t' - t - 1) values[b, t'], [B, S], in log2(S) passes."""
+    """out[b, t] = sum over t' > t of gamma^(t' - t - 1) values[b, t'], [B, T], in log2(T) passes."""
     total = pad(values[:, 1:], (0, 1))
     stride = 1
     # Each pass doubles the window: gamma^stride times the window that starts where this one ends.
@@ -86,21 +100,22 @@ def later_sums(values: torch.Tensor, gamma: float) -> torch.Tensor:
 def returns_after(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length_norm: bool) -> torch.Tensor:
     """R_{t+1}: the discounted rewards after each token; divided by their number under length_norm.
 
-    Args: rewards: [B, S], 0 outside `mask`; mask: [B, S] bool. Returns: [B, S]; 0 at the last token of a row.
+    Time runs over the targets of a row: context between them neither counts nor discounts.
+    Args: rewards: [N], of the masked tokens row by row; mask: [B, S] bool. Returns: [N]; 0 at the last token of a row.
     """
-    returns = later_sums(rewards, gamma)
+    returns = of_tokens(later_sums(by_response(rewards, mask), gamma), mask)
     return returns / tokens_after(mask).clamp(min=1) if length_norm else returns
 
 
 def returns_from(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length_norm: bool) -> torch.Tensor:
     """R_t: the discounted rewards of each token and those after it; arguments as in `returns_after`."""
-    returns = rewards + gamma * later_sums(rewards, gamma)
+    returns = rewards + gamma * returns_after(rewards, mask, gamma, length_norm=False)
     return returns / (tokens_after(mask) + 1) if length_norm else returns
 
 
 def tokens_after(mask: torch.Tensor) -> torch.Tensor:
-    """Number of response tokens after each response token, [B, S]."""
-    return mask.sum(-1, keepdim=True) - mask.cumsum(-1)
+    """Number of response tokens of its row after each response token, [N]."""
+    return (mask.sum(-1, keepdim=True) - mask.cumsum(-1))[mask]
 
 
 # ----------------------------------------------------------------------------------------------------- whitening
@@ -145,9 +160,8 @@ def recorded_returns(batch: LossBatch, settings: LossSettings, dtype: torch.dtyp
         recorded = recorded / form.reward_scaling
     if form.reward_clip is not None:
         recorded = recorded.clamp(-form.reward_clip, form.reward_clip)
-    rewards = recorded.new_zeros(batch.mask.shape).masked_scatter(batch.mask, recorded)
     returns_of = returns_from if form.own_reward else returns_after
-    return returns_of(rewards, batch.mask, form.gamma, form.length_norm)[batch.mask]
+    return returns_of(recorded, batch.mask, form.gamma, form.length_norm)
 
 
 def whitened_returns(batch: LossBatch, settings: LossSettings, whitening: Whitening | None, dtype: torch.dtype) -> torch.Tensor:

@@ -27,8 +27,7 @@ def vopd(student_logits: torch.Tensor, batch: LossBatch, settings: VOPDLoss) -> 
     """
     tokens = sampled_tokens(student_logits, batch)
     both = buckets(tokens.rows.detach(), batch)
-    rewards = tokens.spread(tokens.rewards)
-    returns = returns_from(rewards, batch.mask, settings.gamma, length_norm=False)[batch.mask]
+    returns = returns_from(tokens.rewards, batch.mask, settings.gamma, length_norm=False)
     advantages = returns + reverse_kl(both)
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
     policy_gradient = -(tokens.mixing * staleness * advantages * tokens.logprobs).sum()

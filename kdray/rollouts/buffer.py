@@ -76,7 +76,7 @@ class RolloutBuffer:
                 if sample_id in self._ready or not self._taken <= sample_id < self._next:
                     raise EngineError(f"sample {sample_id} arrived that was not asked for, or arrived twice")
                 # A black-box teacher may answer with nothing, which no version drew.
-                if len(rollout.token_ids) and rollout.oldest_version < self.min_version(sample_id):
+                if rollout.num_targets and rollout.oldest_version < self.min_version(sample_id):
                     raise EngineError(
                         f"sample {sample_id} was drawn by student version {rollout.oldest_version}, "
                         f"but needs {self.min_version(sample_id)} or newer"

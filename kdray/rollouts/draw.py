@@ -11,9 +11,8 @@ from kdray.data.dataset import PromptStream
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.merge import Merged
-from kdray.rollouts.reference_answers import DATA
 from kdray.rollouts.seeds import sample_seed, unit
-from kdray.types import Rollout, SampleRequest
+from kdray.types import Rollout, SampleRequest, Writer
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,9 @@ def sample_request(
     )
     # One draw decides who writes, so that a schedule moves as few samples as it must from one writer to another.
     chance = unit(settings.seed, "writer", sample_id)
+    writer: Writer = "mixture"
     if chance < data_share:
-        alpha = DATA
+        alpha, writer = 0.0, "data"
     elif chance < data_share + (1.0 - data_share) * teacher_share:
         alpha = 1.0
     prompt = prompts.at(sample_id // settings.samples_per_prompt)
@@ -78,6 +78,7 @@ def sample_request(
         seed=sample_seed(settings.seed, "train", sample_id),
         max_new_tokens=settings.max_new_tokens,
         min_version=min_version,
+        writer=writer,
     )
 
 

@@ -26,7 +26,6 @@ from kdray.config.filters import (
 from kdray.config.plugins import implemented
 from kdray.data.graders import Grading
 from kdray.errors import ResponseError
-from kdray.rollouts.reference_answers import from_data
 from kdray.types import Prompt, Rollout
 
 
@@ -160,7 +159,7 @@ class Filters:
         """
         groups: dict[int, list[Response]] = {}
         for rollout in rollouts:
-            if not from_data(rollout):
+            if not rollout.has_writer("data"):
                 text = self._decode(rollout.token_ids).strip()
                 response = Response(rollout, text, self._prompts[rollout.prompt_id], self._grade)
                 groups.setdefault(rollout.prompt_id, []).append(response)

@@ -8,7 +8,7 @@ from kdray.config import PretrainingSettings
 from kdray.data.dataset import PromptStream
 from kdray.interfaces import Scorer
 from kdray.rollouts.batching import examples_to_batch, rollouts_to_batch
-from kdray.types import Prompt, Rollout, TrainBatch
+from kdray.types import Prompt, Rollout, TrainBatch, written_by
 
 
 class PretrainingText:
@@ -47,4 +47,5 @@ def _as_rollout(window: Prompt, position: int) -> Rollout:
         student_versions=np.zeros(count, dtype=np.int32),
         alpha=0.0,
         finish_reason="length",
+        writer=written_by("data", count),
     )

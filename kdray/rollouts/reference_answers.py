@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -12,19 +11,11 @@ from kdray.data.dataset import encode_answer
 from kdray.errors import DataError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.merge import Merged
-from kdray.types import Prompt, Rollout, SampleRequest
-
-DATA = math.nan
-"""The alpha of a response that no model drew."""
-
-
-def from_data(sample: SampleRequest | Rollout) -> bool:
-    """Whether the response is the data's."""
-    return math.isnan(sample.alpha)
+from kdray.types import Prompt, Rollout, SampleRequest, written_by
 
 
 class WithReferences:
-    """A Sampler (`kdray.interfaces`) that answers requests with alpha DATA by the prompt's reference answer.
+    """A Sampler (`kdray.interfaces`) that answers requests to the data by the prompt's reference answer.
 
     The others go to the sampler behind. Nothing is known of how an answer was drawn, so its log q and log m are None.
     """
@@ -46,8 +37,8 @@ class WithReferences:
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         """See `kdray.interfaces.Sampler`."""
-        references = [self._reference(request) for request in requests if from_data(request)]
-        drawn = [request for request in requests if not from_data(request)]
+        references = [self._reference(request) for request in requests if request.writer == "data"]
+        drawn = [request for request in requests if request.writer != "data"]
         async with Merged[str, list[Rollout]]() as merged:
             if drawn:
                 merged.add("drawn", self._sampler.sample(drawn))
@@ -69,6 +60,7 @@ class WithReferences:
             student_logprobs=None,
             # As for a black box: staleness counts from when it was asked for.
             student_versions=np.full(len(token_ids), request.min_version, dtype=np.int32),
-            alpha=DATA,
+            alpha=0.0,
             finish_reason="stop",
+            writer=written_by("data", len(token_ids)),
         )

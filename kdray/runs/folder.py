@@ -42,8 +42,8 @@ _MAY_DIFFER = (
     "run.output",
     "run.storage",
     "run.trackers",
-    # DeepSpeed's checkpoints are cut by ranks and ZeRO stage.
-    *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks", "zero_stage"})),
+    # Checkpoints are cut by the ranks, and by what the student's backend shards.
+    *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks"})),
     *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
 )
 """Settings that a resumed run may change: how long, how it is measured, and where its parts run. `run.output` and `run.storage`

@@ -28,6 +28,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("prompt", pa.string()),
         pa.field("response", pa.string()),
         pa.field("alpha", pa.float64(), nullable=False),
+        pa.field("writer", pa.string()),  # who wrote the response, several in their order
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("reverse_kl", pa.float64()),  # mean over the response, nats per token; null where it was not recorded
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
@@ -173,7 +174,7 @@ class RunReporter:
         def text(token_ids: np.ndarray) -> str | None:
             return None if self._decode is None else self._decode(token_ids)
 
-        measured = rollout.reverse_kl is not None and len(rollout.reverse_kl) > 0
+        kls = rollout.reverse_kl if rollout.reverse_kl is None else rollout.reverse_kl[rollout.is_target]
         return {
             "source": source,
             "step": step,
@@ -182,8 +183,9 @@ class RunReporter:
             "prompt": text(rollout.prompt_ids),
             "response": text(rollout.token_ids),
             "alpha": rollout.alpha,
+            "writer": ", ".join(rollout.writers),
             "finish_reason": rollout.finish_reason,
-            "reverse_kl": float(np.mean(rollout.reverse_kl)) if measured else None,  # type: ignore[arg-type]
+            "reverse_kl": float(np.mean(kls)) if kls is not None and len(kls) else None,
             "token_ids": rollout.token_ids,
         }
 

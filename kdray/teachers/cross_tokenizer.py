@@ -17,6 +17,7 @@ import numpy as np
 from kdray.errors import ConfigError
 from kdray.interfaces import Scorer
 from kdray.losses.uld import UNMATCHED
+from kdray.rollouts.columns import unscored
 from kdray.teachers.alignment import Group, align, boundaries, offset_boundaries
 from kdray.types import Rollout
 
@@ -163,12 +164,13 @@ class CrossTokenizerScorer:
         groups[rollout.sample_id] = align(ends, teacher_ends)
         tokens = np.array(teacher_ids, dtype=np.int32)
         return replace(
-            rollout.unscored(),
+            unscored(rollout),
             prompt_ids=prompt_ids,
             token_ids=tokens,
             mixture_logprobs=None,
             student_logprobs=None,
             student_versions=np.full(len(tokens), rollout.oldest_version, dtype=np.int32),
+            writer=np.full(len(tokens), rollout.writer[0]),
         )
 
     def _answer(self, rollout: Rollout, scored: Rollout | None, groups: Sequence[Group]) -> Rollout:

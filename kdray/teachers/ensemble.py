@@ -22,7 +22,7 @@ Source: arithmetic and geometric opinion pools; products of experts, Hinton 2002
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -34,12 +34,14 @@ Kind = Literal["arithmetic", "geometric"]
 
 @dataclass(frozen=True, slots=True)
 class TeacherColumns:
-    """Columns of one teacher for one rollout. Values in unused slots of `support_logprobs` are never read.
+    """Columns of one teacher for one rollout, by the names of `kdray.rollouts.columns`.
+
+    Values in unused slots of `support_logprobs` are never read.
 
     Raises: ValueError if the shapes disagree, or a position contains an id twice.
     """
 
-    token_logprobs: np.ndarray  # [T] log p of the sampled token
+    teacher_logprobs: np.ndarray  # [T] log p of the sampled token
     support_ids: np.ndarray  # [T, K] int32; -1 is an unused slot
     support_logprobs: np.ndarray  # [T, K] log p at support_ids; -inf if unused
     tail_logprobs: np.ndarray  # [T] log of the mass outside the support; -inf if it covers all
@@ -49,15 +51,19 @@ class TeacherColumns:
         if (
             self.support_ids.ndim != 2
             or self.support_logprobs.shape != self.support_ids.shape
-            or self.token_logprobs.shape != rows
+            or self.teacher_logprobs.shape != rows
             or self.tail_logprobs.shape != rows
         ):
             raise ValueError(
-                f"columns of one rollout do not fit together: token_logprobs {self.token_logprobs.shape}, support_ids "
+                f"columns of one rollout do not fit together: teacher_logprobs {self.teacher_logprobs.shape}, support_ids "
                 f"{self.support_ids.shape}, support_logprobs {self.support_logprobs.shape}, tail_logprobs "
                 f"{self.tail_logprobs.shape}; expected [T], [T, K], [T, K], [T]"
             )
         _refuse_duplicates("support_ids", self.support_ids)
+
+    def named(self) -> dict[str, np.ndarray | None]:
+        """Columns of a rollout, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(TeacherColumns)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ def at_union(columns: TeacherColumns, union: np.ndarray) -> TeacherColumns:
     # An extra column is the target of slots that are -1.
     padded = np.concatenate([columns.support_logprobs, np.full((len(union), 1), -np.inf)], axis=1)
     logprobs = np.take_along_axis(padded, np.where(slots >= 0, slots, padded.shape[1] - 1), axis=1)
-    return TeacherColumns(columns.token_logprobs, union, logprobs, columns.tail_logprobs)
+    return TeacherColumns(columns.teacher_logprobs, union, logprobs, columns.tail_logprobs)
 
 
 def _unknown(columns: TeacherColumns, union: np.ndarray) -> np.ndarray:
@@ -162,7 +168,7 @@ def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) 
         raise ValueError("the teachers' columns are on different supports; bring each to their union with at_union")
     logprobs = np.where(ids >= 0, np.stack([one.support_logprobs for one in columns]).astype(np.float64), -np.inf)
     tails = np.stack([one.tail_logprobs for one in columns]).astype(np.float64)
-    tokens = np.stack([one.token_logprobs for one in columns]).astype(np.float64)  # [n, T]
+    tokens = np.stack([one.teacher_logprobs for one in columns]).astype(np.float64)  # [n, T]
     if kind == "arithmetic":
         support, tail = arithmetic(logprobs, tails, weights)
         token, log_z = _log_mean(tokens, _checked(weights, tails.shape)), np.zeros(len(ids))
@@ -172,7 +178,7 @@ def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) 
     else:
         raise ValueError(f"kind={kind!r} of an ensemble's target; choose arithmetic or geometric")
     return Target(
-        token_logprobs=token.astype(np.float32),
+        teacher_logprobs=token.astype(np.float32),
         support_ids=ids,
         support_logprobs=support.astype(np.float32),
         tail_logprobs=tail.astype(np.float32),

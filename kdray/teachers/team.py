@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import cast
 
 import numpy as np
@@ -25,6 +25,7 @@ import numpy as np
 from kdray.config import Config, EnsembleSettings, LossSettings, RouteSettings, TeachersSettings
 from kdray.errors import EngineError, TeacherGone, first_reason
 from kdray.interfaces import Teacher
+from kdray.rollouts.columns import at_targets, unscored, value_of, with_columns
 from kdray.rollouts.merge import Merged
 from kdray.teachers.ensemble import (
     Kind,
@@ -138,7 +139,7 @@ class TeacherTeam:
         for rollout in rollouts:
             for name in choices[rollout.sample_id].scorers:
                 if name not in answers[rollout.sample_id]:
-                    wanted[name].append(rollout.unscored(rollout.support_ids if of_sampler else None))
+                    wanted[name].append(unscored(rollout, rollout.support_ids if of_sampler else None))
         await self._ask(wanted, answers, top_k=top_k and not of_sampler)
         unions: dict[int, np.ndarray] = {}
         again: dict[str, list[Rollout]] = defaultdict(list)
@@ -151,7 +152,7 @@ class TeacherTeam:
             unions[rollout.sample_id] = union_ids(supports if of_sampler else [*supports, rollout.token_ids[:, None]])
             for name, answer in given.items():
                 if not knows(_columns(answer), unions[rollout.sample_id]):
-                    again[name].append(rollout.unscored(unions[rollout.sample_id]))
+                    again[name].append(unscored(rollout, unions[rollout.sample_id]))
         await self._ask(again, answers, top_k=False)
         yield [
             self._combined(rollout, choices[rollout.sample_id], answers[rollout.sample_id], unions.get(rollout.sample_id))
@@ -239,14 +240,12 @@ class TeacherTeam:
             weights = confidence_weights(logprobs, tails, self._ensemble.confidence_temperature, outside)
         target = combine(columns, weights, self._mean)
         if self._mean == "geometric":
-            self._add("teacher_disagreement", -float(target.log_z.sum()), len(target.log_z))
-        return replace(
+            log_z = target.log_z[rollout.is_target]
+            self._add("teacher_disagreement", -float(log_z.sum()), len(log_z))
+        return with_columns(
             rollout,
+            target.named(),
             teacher=teacher,
-            teacher_logprobs=target.token_logprobs,
-            support_ids=target.support_ids,
-            support_logprobs=target.support_logprobs,
-            tail_logprobs=target.tail_logprobs,
             reverse_kl=_mean_kl([answer.reverse_kl for answer in kept], weights),
             forward_kl=_mean_kl([answer.forward_kl for answer in kept], weights),
         )
@@ -254,8 +253,8 @@ class TeacherTeam:
     def _note(self, name: str, rollouts: Sequence[Rollout]) -> None:
         for rollout in rollouts:
             for metric in ("reverse_kl", "forward_kl"):
-                values = getattr(rollout, metric)
-                if values is not None:
+                values = at_targets([rollout], metric)
+                if len(values):
                     self._add(f"teacher/{name}/{metric}", float(values.sum(dtype=np.float64)), len(values))
 
     def _add(self, metric: str, total: float, tokens: int) -> None:
@@ -265,14 +264,11 @@ class TeacherTeam:
 
 
 def _columns(answer: Rollout) -> TeacherColumns:
-    if (
-        answer.teacher_logprobs is None
-        or answer.support_ids is None
-        or answer.support_logprobs is None
-        or answer.tail_logprobs is None
-    ):
+    said = {each.name: value_of(answer, each.name) for each in fields(TeacherColumns)}
+    given = {name: values for name, values in said.items() if values is not None}
+    if len(given) < len(said):
         raise EngineError(f"sample {answer.sample_id}: teacher {answer.teacher} returned no support; an ensemble needs one")
-    return TeacherColumns(answer.teacher_logprobs, answer.support_ids, answer.support_logprobs, answer.tail_logprobs)
+    return TeacherColumns(**given)
 
 
 def _mean_kl(values: Sequence[np.ndarray | None], weights: np.ndarray) -> np.ndarray | None:

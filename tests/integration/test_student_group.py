@@ -16,8 +16,8 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.student.engine import Phase
-from actors.student.group import StudentRanks
+from actors.student.group import StudentGroup
+from actors.student.trainer import Phase
 from actors.weights.store import WeightStore, pull
 from cluster.connect import start_local
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
@@ -90,11 +90,11 @@ def _training(**settings: Any) -> TrainingSettings:
 @asynccontextmanager
 async def _ranks(
     training: TrainingSettings, folder: Path, stored: str | None = None
-) -> AsyncIterator[tuple[StudentRanks, Any]]:
+) -> AsyncIterator[tuple[StudentGroup, Any]]:
     task_tokenizer().save_pretrained(folder / "tokenizer")
     weights, average = (ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote() for _ in range(2))
     checkpoints, storage = folder / "checkpoints", folder / "ray"
-    ranks = StudentRanks(training, VOCAB, 0, str(folder / "tokenizer"), weights, checkpoints, storage, average, stored)
+    ranks = StudentGroup(training, VOCAB, 0, str(folder / "tokenizer"), weights, checkpoints, storage, average, stored)
     await ranks.start()
     try:
         yield ranks, weights

@@ -21,8 +21,8 @@ import torch
 from actors.serving.deployment import deploy
 from actors.serving.pool import ReplicaPool
 from actors.serving.spec import RunHandles
-from actors.student.engine import Phase
-from actors.student.group import StudentRanks
+from actors.student.group import StudentGroup
+from actors.student.trainer import Phase
 from actors.weights.transfer import TransferStore
 from cluster.connect import start_local
 from kdray.config import ReverseKLLoss
@@ -39,7 +39,7 @@ STUCK_S = 25.0
 
 @dataclass
 class Run:
-    ranks: StudentRanks
+    ranks: StudentGroup
     pool: ReplicaPool
     store: Any
     folder: Path
@@ -95,7 +95,7 @@ async def run(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
     sizes = {"batch_size": 8, "micro_batch_size": 4, "sft": {"batch_size": 8}, "cpus_per_rank": 1}
     training = GlooTraining.model_validate(sizes | {"ranks": 2, "zero_stage": 3, "sync_bucket_mib": 0.03, "max_restarts": 1})
     tokenizer, checkpoints = str(folder / "tokenizer"), folder / "checkpoints"
-    ranks = StudentRanks(training, VOCAB, 0, tokenizer, store, checkpoints, folder / "ray", on_event=on_event)
+    ranks = StudentGroup(training, VOCAB, 0, tokenizer, store, checkpoints, folder / "ray", on_event=on_event)
     spec = engine_spec(teacher, student, stuck_after_s=STUCK_S, weight_transfer="gloo", engine_args=EXTENSION)
     pool = replica_pool(spec, events, RunHandles(weights=store), retries=20)
     await ranks.start()

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from kdray.config.programs import RationaleProgram
-from kdray.rollouts.reference_answers import from_data
 from kdray.teachers.programs.ask import Answer, Ask, Question, Unparsable
 from kdray.types import Rollout
 
@@ -25,12 +24,12 @@ def row_weights(rollouts: Sequence[Rollout], samples_per_prompt: int, rationale_
     The data's own answers are labels. Source: Hsieh et al. 2023 (arXiv 2305.02301), eq. 3.
     """
     kinds = {
-        rollout.sample_id: "label" if from_data(rollout) else row_kind(rollout.sample_id, samples_per_prompt)
+        rollout.sample_id: "label" if rollout.has_writer("data") else row_kind(rollout.sample_id, samples_per_prompt)
         for rollout in rollouts
     }
     tokens = Counter[str]()
     for rollout in rollouts:
-        tokens[kinds[rollout.sample_id]] += len(rollout.token_ids)
+        tokens[kinds[rollout.sample_id]] += rollout.num_targets
     share = {"label": 1.0, "rationale": rationale_weight}
     return {sample_id: share[kind] * tokens.total() / max(1, tokens[kind]) for sample_id, kind in kinds.items()}
 

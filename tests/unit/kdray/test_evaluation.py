@@ -76,6 +76,21 @@ async def test_numbers_against_hand_computation() -> None:
     assert [rollout.prompt_id for rollout in rollouts] == [40, 7, 9]
 
 
+async def test_context_of_the_environment_is_not_measured() -> None:
+    class WithTurns(ScriptedSampler):
+        def _rollout(self, request: SampleRequest) -> Rollout:
+            made = super()._rollout(request)
+            names = ("token_ids", "mixture_logprobs", "student_logprobs", "student_versions", "reverse_kl", "forward_kl")
+            longer = {name: np.append(getattr(made, name), getattr(made, name).dtype.type(99)) for name in names}
+            return replace(made, **longer, writer=np.append(made.writer, np.int8(4)))
+
+    found = [
+        (await HeldOut(PROMPTS, sampler, None, decode, None, max_new_tokens=5, seed=3).measure(version=2))[0]
+        for sampler in (ScriptedSampler(), WithTurns())
+    ]
+    assert found[0] == found[1]
+
+
 async def test_requests_are_fixed_by_seed_and_prompt() -> None:
     sampler = ScriptedSampler()
     await HeldOut(PROMPTS, sampler, None, decode, None, max_new_tokens=8, seed=5).measure(version=3)

@@ -26,7 +26,7 @@ ALLOWED = {
     "kdray.data": "kdray.errors kdray.types kdray.config",
     "kdray.models": "kdray.errors kdray.config kdray.data",
     "kdray.rollouts": "kdray.errors kdray.types kdray.config kdray.interfaces kdray.data",
-    "kdray.losses": "kdray.errors kdray.types kdray.config",
+    "kdray.losses": "kdray.errors kdray.types kdray.config kdray.rollouts",
     "kdray.teachers": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.data kdray.models kdray.rollouts kdray.losses"
     ),
@@ -68,9 +68,9 @@ ALLOWED = {
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
     "cluster.runner": (
-        "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs "
-        "kdray.loop actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
-        "cluster.parts cluster.evaluation cluster.assembly cluster.checkpointing"
+        "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
+        "actors.background_call actors.driver_actor actors.serving actors.student cluster.planning cluster.parts "
+        "cluster.evaluation cluster.assembly cluster.checkpointing"
     ),
     "cluster.cli_base": "kdray.errors kdray.config",
     "cluster.interrupt": "",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 
 from actors.student.checkpoint_io import RankFiles, Saved
-from actors.student.engine import Phase
+from actors.student.trainer import Phase
 from kdray.errors import StorageError, TrainingError
 from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.storage import Storage
@@ -30,8 +30,8 @@ class Meeting:
 
 
 @dataclass
-class FileEngine:
-    """What `RankFiles` asks of an engine: its state is one text."""
+class FileTrainer:
+    """What `RankFiles` asks of a trainer: its state is one text."""
 
     rank: int
     meeting: Meeting
@@ -67,7 +67,7 @@ class FileEngine:
 class Group:
     """Two ranks, each with a folder that it works in."""
 
-    engines: list[FileEngine]
+    trainers: list[FileTrainer]
     files: list[RankFiles]
     storage: Storage
 
@@ -99,9 +99,9 @@ def group(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         url = (tmp_path / "shared" / "run").as_uri()
     monkeypatch.chdir(tmp_path)
     meeting = Meeting(threading.Barrier(2, timeout=10))
-    engines = [FileEngine(rank, meeting, state=f"of {rank}") for rank in range(2)]
-    files = [RankFiles(engine, run, url) for engine in engines]  # type: ignore[arg-type]
-    return Group(engines, files, Storage.local(run) if url is None else Storage(url))
+    trainers = [FileTrainer(rank, meeting, state=f"of {rank}") for rank in range(2)]
+    files = [RankFiles(trainer, run, url) for trainer in trainers]  # type: ignore[arg-type]
+    return Group(trainers, files, Storage.local(run) if url is None else Storage(url))
 
 
 def step(group: Group, tmp_path: Path, number: int) -> Path:
@@ -114,12 +114,12 @@ def test_what_is_saved_is_loaded(group: Group, tmp_path: Path) -> None:
         assert isinstance(saved, Saved)
         assert saved.bytes == len("of 0") + len("of 1") + len("everybody's")
     group.all(lambda files: files.export(tmp_path / "run" / "checkpoints" / "sft", "unused"))
-    for engine in group.engines:
-        engine.state = "lost"
+    for trainer in group.trainers:
+        trainer.state = "lost"
     phase = Phase("distill", str(tmp_path / "run" / "checkpoints" / "sft"), None, None, 1e-3, 1)
     assert group.all(lambda files: files.start_phase(phase, folder)) == [None, None]
-    assert [engine.state for engine in group.engines] == ["of 0", "of 1"]
-    assert [engine.base for engine in group.engines] == ["weights of 0"] * 2
+    assert [trainer.state for trainer in group.trainers] == ["of 0", "of 1"]
+    assert [trainer.base for trainer in group.trainers] == ["weights of 0"] * 2
     names = {f"checkpoints/step-000004/state/{name}.pt" for name in ("rank-0", "rank-1", "model")}
     assert set(group.storage.list("checkpoints")) == {
         *names,
@@ -135,8 +135,8 @@ def test_what_is_saved_is_loaded(group: Group, tmp_path: Path) -> None:
 def test_a_replayed_save_leaves_the_first_one_alone(group: Group, tmp_path: Path) -> None:
     folder = step(group, tmp_path, 4)
     group.all(lambda files: files.save(folder, {"step": 4}))
-    for engine in group.engines:
-        engine.state = "of the replay"
+    for trainer in group.trainers:
+        trainer.state = "of the replay"
     assert group.all(lambda files: files.save(folder, {"step": 4})) == [Saved(), Saved()]
     assert group.storage.read("checkpoints/step-000004/state/rank-1.pt") == b"of 1"
 
@@ -183,7 +183,7 @@ def test_a_checkpoint_of_the_run_folder_serves_a_run_that_has_a_storage_since(tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shared" / "run").mkdir(parents=True)
     folder = tmp_path / "run" / "checkpoints" / "step-000004"
-    alone = [FileEngine(0, Meeting(threading.Barrier(1)), state="before") for _ in range(2)]
+    alone = [FileTrainer(0, Meeting(threading.Barrier(1)), state="before") for _ in range(2)]
     RankFiles(alone[0], tmp_path / "run", None).save(folder, {"step": 4})  # type: ignore[arg-type]
     later = RankFiles(alone[1], tmp_path / "run", (tmp_path / "shared" / "run").as_uri())  # type: ignore[arg-type]
     with later._fetched(folder) as here:
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_the_run_folder_serves_a_run_that_has_a_storage_since(tm
     assert alone[1].state == "before"
 
 
-class FailingEngine(FileEngine):
+class FailingTrainer(FileTrainer):
     """Whose writer raises what torch's does where a disk is full, which is no OSError."""
 
     def save(self, folder: Path) -> None:
@@ -217,7 +217,7 @@ def room(request: pytest.FixtureRequest) -> Iterator[bool]:
 @pytest.mark.parametrize("work", ["save", "export"])
 def test_only_a_full_disk_is_called_one(tmp_path: Path, room: bool, work: str) -> None:
     run = tmp_path / "run"
-    files = RankFiles(FailingEngine(0, Meeting(threading.Barrier(1))), run, None)  # type: ignore[arg-type]
+    files = RankFiles(FailingTrainer(0, Meeting(threading.Barrier(1))), run, None)  # type: ignore[arg-type]
     calls = {
         "save": lambda: files.save(run / "checkpoints" / "step-000004", {"step": 4}),
         "export": lambda: files.export(run / "student", "unused"),

@@ -32,17 +32,6 @@ def llama(width=32, rows=VOCAB, tied=False, seed=0, **settings):
     return LlamaForCausalLM(config).eval()
 
 
-class Plain:
-    """What the loss uses of DeepSpeed's engine: the module, its device, the call."""
-
-    def __init__(self, module):
-        self.module = module
-        self.device = torch.device("cpu")
-
-    def __call__(self, **inputs):
-        return self.module(**inputs)
-
-
 def batch_with_hidden(teacher, lengths=((3, 5), (1, 8), (6, 2)), seed=0):
     """Rows of unequal length, the teacher's states where the tokens that they predict stand."""
     rng = np.random.default_rng(seed)
@@ -79,7 +68,7 @@ def test_value_and_every_gradient_equal_those_of_full_rows(loss, tied, tmp_path)
     teacher, student = llama(64, VOCAB + 3, seed=1), llama(32, VOCAB + 7, tied=tied, seed=2)
     teacher.save_pretrained(tmp_path)
     batch, _ = batch_with_hidden(teacher)
-    output = hidden_state_loss(Plain(student), batch, loss, load_output_head(str(tmp_path)), VOCAB)
+    output = hidden_state_loss(student, student, batch, loss, load_output_head(str(tmp_path)), VOCAB)
     output.total.backward()
     found = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
 
@@ -108,7 +97,7 @@ def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient(tmp_path):
     teacher.save_pretrained(tmp_path)
     batch, _ = batch_with_hidden(teacher)
     loss = ReverseKLLoss(type="reverse_kl")
-    output = hidden_state_loss(Plain(teacher), batch, loss, load_output_head(str(tmp_path)), VOCAB)
+    output = hidden_state_loss(teacher, teacher, batch, loss, load_output_head(str(tmp_path)), VOCAB)
     output.total.backward()
     assert output.total.item() / batch.num_target_tokens < 1e-5
     assert max(parameter.grad.abs().max().item() for parameter in teacher.parameters()) < 0.05
@@ -118,8 +107,9 @@ def test_another_models_head_shows(tmp_path):
     teacher = llama(32, seed=1)
     llama(32, seed=5).save_pretrained(tmp_path)
     batch, _ = batch_with_hidden(teacher)
+    student = llama(32, seed=2)
     output = hidden_state_loss(
-        Plain(llama(32, seed=2)), batch, ReverseKLLoss(type="reverse_kl"), load_output_head(str(tmp_path)), VOCAB
+        student, student, batch, ReverseKLLoss(type="reverse_kl"), load_output_head(str(tmp_path)), VOCAB
     )
     assert output.sums["teacher_head_error"].item() / batch.num_target_tokens > 0.25
 
@@ -130,7 +120,7 @@ def test_a_batch_without_states_is_refused(tmp_path):
     batch, _ = batch_with_hidden(teacher)
     batch.columns.pop("teacher_hidden")
     with pytest.raises(TrainingError, match="teacher_signal=hidden"):
-        hidden_state_loss(Plain(teacher), batch, ReverseKLLoss(type="reverse_kl"), load_output_head(str(tmp_path)), VOCAB)
+        hidden_state_loss(teacher, teacher, batch, ReverseKLLoss(type="reverse_kl"), load_output_head(str(tmp_path)), VOCAB)
 
 
 @pytest.mark.parametrize("shards", [1, 4])

@@ -1,4 +1,4 @@
-"""The mailbox of the student ranks: a log of orders, and what is left of it after a checkpoint. No Ray is started."""
+"""The mailbox of the student ranks: a log of commands, and what is left of it after a checkpoint. No Ray is started."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from actors.student.engine import Phase
-from actors.student.group import StudentRanks
-from actors.student.mailbox import Mailbox, Order
+from actors.student.group import StudentGroup
+from actors.student.mailbox import Command, Mailbox
+from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 
@@ -28,39 +28,39 @@ async def within_turns(task: asyncio.Task[Any], number: int = 10) -> bool:
 
 async def answer_all(mailbox: Mailbox, index: int, world_size: int = 2) -> None:
     for rank in range(world_size):
-        await mailbox.answer(index, rank, f"order {index} of rank {rank}")
+        await mailbox.answer(index, rank, f"command {index} of rank {rank}")
 
 
 async def saved_mailbox() -> tuple[Mailbox, int]:
     """A mailbox after phase, train, save, all answered by two ranks; and the index of the save."""
     mailbox = Mailbox(world_size=2)
-    for order in (Order("phase", phase=WARMUP), Order("train"), Order("save", checkpoint="step-1")):
-        index = await mailbox.post(order)
+    for command in (Command("phase", phase=WARMUP), Command("train"), Command("save", checkpoint="step-1")):
+        index = await mailbox.post(command)
         await answer_all(mailbox, index)
     return mailbox, index
 
 
-async def test_orders_are_served_in_order_to_every_rank_at_its_own_pace() -> None:
+async def test_commands_are_served_in_order_to_every_rank_at_its_own_pace() -> None:
     mailbox = Mailbox(world_size=2)
-    orders = [Order("phase", phase=WARMUP), Order("train"), Order("publish", version=1)]
-    assert [await mailbox.post(order) for order in orders] == [0, 1, 2]
-    assert [await mailbox.order(index) for index in range(3)] == orders
-    assert await mailbox.order(0) is orders[0]  # the other rank has only begun
+    commands = [Command("phase", phase=WARMUP), Command("train"), Command("publish", version=1)]
+    assert [await mailbox.post(command) for command in commands] == [0, 1, 2]
+    assert [await mailbox.command(index) for index in range(3)] == commands
+    assert await mailbox.command(0) is commands[0]  # the other rank has only begun
 
 
 async def test_an_order_is_waited_for() -> None:
     mailbox = Mailbox(world_size=1)
-    waiting = asyncio.ensure_future(mailbox.order(1))
-    await mailbox.post(Order("phase", phase=WARMUP))
+    waiting = asyncio.ensure_future(mailbox.command(1))
+    await mailbox.post(Command("phase", phase=WARMUP))
     assert not await within_turns(waiting)
-    order = Order("publish", version=1)
-    await mailbox.post(order)
-    assert await asyncio.wait_for(waiting, 1) is order
+    command = Command("publish", version=1)
+    await mailbox.post(command)
+    assert await asyncio.wait_for(waiting, 1) is command
 
 
 async def test_a_result_is_rank_0_s_once_all_ranks_have_answered() -> None:
     mailbox = Mailbox(world_size=3)
-    index = await mailbox.post(Order("train"))
+    index = await mailbox.post(Command("train"))
     waiting = asyncio.ensure_future(mailbox.result(index))
     await mailbox.answer(index, 0, "report")
     await mailbox.answer(index, 2, None)
@@ -72,9 +72,9 @@ async def test_a_result_is_rank_0_s_once_all_ranks_have_answered() -> None:
 
 
 async def test_the_error_of_one_rank_is_the_result_at_once() -> None:
-    """The other one may wait for it inside the order, for ever."""
+    """The other one may wait for it inside the command, for ever."""
     mailbox = Mailbox(world_size=2)
-    index = await mailbox.post(Order("save", checkpoint="step-1"))
+    index = await mailbox.post(Command("save", checkpoint="step-1"))
     await mailbox.answer(index, 1, StorageError("rank 1: full"))
     result = await asyncio.wait_for(mailbox.result(index), 1)
     assert isinstance(result, StorageError)
@@ -84,7 +84,7 @@ async def test_the_error_of_one_rank_is_the_result_at_once() -> None:
 
 async def test_the_first_answer_wins_in_a_replay() -> None:
     mailbox = Mailbox(world_size=2)
-    index = await mailbox.post(Order("train"))
+    index = await mailbox.post(Command("train"))
     await mailbox.answer(index, 0, "first")
     await mailbox.answer(index, 0, "replayed")
     await mailbox.answer(index, 1, None)
@@ -95,16 +95,16 @@ async def test_the_first_answer_wins_in_a_replay() -> None:
 
 async def test_before_any_save_the_start_is_the_beginning() -> None:
     mailbox = Mailbox(world_size=2)
-    await mailbox.post(Order("phase", phase=WARMUP))
-    await mailbox.post(Order("train"))
+    await mailbox.post(Command("phase", phase=WARMUP))
+    await mailbox.post(Command("train"))
     await answer_all(mailbox, 0)
     assert await mailbox.start(0) == (0, None, None)
 
 
 async def test_a_save_that_not_all_ranks_answered_moves_nothing() -> None:
     mailbox = Mailbox(world_size=2)
-    await mailbox.post(Order("phase", phase=WARMUP))
-    index = await mailbox.post(Order("save", checkpoint="step-0"))
+    await mailbox.post(Command("phase", phase=WARMUP))
+    index = await mailbox.post(Command("save", checkpoint="step-0"))
     await mailbox.answer(index, 0, None)
     await mailbox.answer(index, 0, None)
     assert await mailbox.start(0) == (0, None, None)
@@ -113,16 +113,16 @@ async def test_a_save_that_not_all_ranks_answered_moves_nothing() -> None:
 async def test_after_a_save_the_start_is_behind_it_with_its_phase_and_checkpoint() -> None:
     mailbox, save = await saved_mailbox()
     assert await mailbox.start(1) == (save + 1, WARMUP, "step-1")
-    assert await mailbox.result(save) == f"order {save} of rank 0"
+    assert await mailbox.result(save) == f"command {save} of rank 0"
     # Orders after it count on, and are there for whoever starts from it.
-    after = Order("publish", version=2)
+    after = Command("publish", version=2)
     assert await mailbox.post(after) == save + 1
-    assert await mailbox.order(save + 1) is after
+    assert await mailbox.command(save + 1) is after
 
 
-async def test_orders_before_a_save_are_dropped_and_late_answers_to_them_ignored() -> None:
+async def test_commands_before_a_save_are_dropped_and_late_answers_to_them_ignored() -> None:
     mailbox, save = await saved_mailbox()
-    dropped = asyncio.ensure_future(mailbox.order(save - 1))
+    dropped = asyncio.ensure_future(mailbox.command(save - 1))
     assert not await within_turns(dropped)
     dropped.cancel()
     await mailbox.answer(save - 1, 0, "late")
@@ -133,30 +133,30 @@ async def test_orders_before_a_save_are_dropped_and_late_answers_to_them_ignored
 
 async def test_the_phase_of_a_save_is_the_last_one_before_it() -> None:
     mailbox, _ = await saved_mailbox()
-    await answer_all(mailbox, await mailbox.post(Order("phase", phase=DISTILL)))
-    # Until a save in the new phase, a restart walks from the old save, through the new phase's order.
+    await answer_all(mailbox, await mailbox.post(Command("phase", phase=DISTILL)))
+    # Until a save in the new phase, a restart walks from the old save, through the new phase's command.
     assert (await mailbox.start(0))[1:] == (WARMUP, "step-1")
-    save = await mailbox.post(Order("save", checkpoint="step-2"))
-    await mailbox.post(Order("phase", phase=WARMUP))  # posted after it: not its phase
+    save = await mailbox.post(Command("save", checkpoint="step-2"))
+    await mailbox.post(Command("phase", phase=WARMUP))  # posted after it: not its phase
     await answer_all(mailbox, save)
     assert await mailbox.start(0) == (save + 1, DISTILL, "step-2")
 
 
-async def test_replaying_after_a_loss_walks_the_same_orders() -> None:
+async def test_replaying_after_a_loss_walks_the_same_commands() -> None:
     mailbox, save = await saved_mailbox()
-    orders = [Order("train", version=number) for number in range(3)]
-    for order in orders:
-        await mailbox.post(order)
+    commands = [Command("train", version=number) for number in range(3)]
+    for command in commands:
+        await mailbox.post(command)
     await answer_all(mailbox, save + 1)
     await mailbox.answer(save + 2, 0, "from before the loss")  # rank 1 is lost here
     index, phase, checkpoint = await mailbox.start(0)
     assert (phase, checkpoint) == (WARMUP, "step-1")
-    for order in orders:
-        assert await mailbox.order(index) is order
+    for command in commands:
+        assert await mailbox.command(index) is command
         await answer_all(mailbox, index)
         index += 1
     assert await mailbox.result(save + 2) == "from before the loss"
-    assert await mailbox.result(save + 3) == f"order {save + 3} of rank 0"
+    assert await mailbox.result(save + 3) == f"command {save + 3} of rank 0"
 
 
 async def test_restarts_count_groups_not_ranks() -> None:
@@ -192,10 +192,10 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def _ranks_of(
     mailbox: Mailbox, stuck_after_s: float, loading_s: float = 60.0
-) -> tuple[StudentRanks, list[tuple[str, dict[str, Any]]]]:
+) -> tuple[StudentGroup, list[tuple[str, dict[str, Any]]]]:
     events: list[tuple[str, dict[str, Any]]] = []
     training = TrainingSettings(stuck_after_s=stuck_after_s, stuck_loading_after_s=loading_s)
-    ranks = StudentRanks(
+    ranks = StudentGroup(
         training,
         8,
         0,
@@ -215,14 +215,14 @@ async def test_ranks_that_hang_are_killed_and_the_order_is_answered_after_their_
     ranks, events = _ranks_of(mailbox, 0.2)
     rank = _Rank()
     await mailbox.enter(0, rank)
-    order = asyncio.ensure_future(ranks._call(Order("train")))
+    command = asyncio.ensure_future(ranks._call(Command("train")))
     for _ in range(100):
         if not killed:
             await asyncio.sleep(0.02)
     assert killed == [rank]
     await mailbox.enter(0, _Rank())
     await mailbox.answer(0, 0, "report")
-    assert await asyncio.wait_for(order, 1) == "report"
+    assert await asyncio.wait_for(command, 1) == "report"
     assert [kind for kind, _ in events] == ["ranks_stuck"]
     assert events[0][1]["order"] == "train"
 
@@ -230,12 +230,12 @@ async def test_ranks_that_hang_are_killed_and_the_order_is_answered_after_their_
 async def test_ranks_that_are_heard_of_are_not_stuck(killed: list[Any]) -> None:
     mailbox = Mailbox(world_size=2)
     ranks, events = _ranks_of(mailbox, 0.3)
-    order = asyncio.ensure_future(ranks._call(Order("train")))
+    command = asyncio.ensure_future(ranks._call(Command("train")))
     for _ in range(5):
         await asyncio.sleep(0.15)
         await mailbox.enter(0, _Rank())
     await answer_all(mailbox, 0)
-    await order
+    await command
     assert not killed
     assert not events
 
@@ -245,21 +245,21 @@ async def test_ranks_that_do_not_come_back_end_the_run_with_the_reason(killed: l
     await mailbox.enter(0, _Rank())
     ranks, _ = _ranks_of(mailbox, 0.1)
     with pytest.raises(TrainingError, match="did not start again within training.stuck_after_s=0.1"):
-        await asyncio.wait_for(ranks._call(Order("save", checkpoint="step-1")), 2)
+        await asyncio.wait_for(ranks._call(Command("save", checkpoint="step-1")), 2)
     assert len(killed) == 1
 
 
-@pytest.mark.parametrize("order", [Order("phase", phase=WARMUP), Order("export", folder="student")])
-async def test_loading_and_export_have_a_deadline_of_their_own(killed: list[Any], order: Order) -> None:
+@pytest.mark.parametrize("command", [Command("phase", phase=WARMUP), Command("export", folder="student")])
+async def test_loading_and_export_have_a_deadline_of_their_own(killed: list[Any], command: Command) -> None:
     mailbox = Mailbox(world_size=1)
     await mailbox.enter(0, _Rank())
     ranks, _ = _ranks_of(mailbox, 0.05, loading_s=60.0)
-    call = asyncio.ensure_future(ranks._call(order))
+    call = asyncio.ensure_future(ranks._call(command))
     await asyncio.sleep(0.3)
     await mailbox.answer(0, 0, None)
     await call
     assert not killed
     ranks, _ = _ranks_of(mailbox, 60.0, loading_s=0.1)
     with pytest.raises(TrainingError, match="did not start again within training.stuck_loading_after_s=0.1"):
-        await asyncio.wait_for(ranks._call(order), 2)
+        await asyncio.wait_for(ranks._call(command), 2)
     assert len(killed) == 1

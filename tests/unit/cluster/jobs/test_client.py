@@ -14,9 +14,10 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.job_entrypoint import PLUGINS, plugins, requirements
+from cluster.job_entrypoint import requirements
 from cluster.jobs import client as jobs_client
 from cluster.jobs import package as jobs_package
+from cluster.jobs import plugin_list
 from cluster.jobs.client import (
     JobServer,
     JobState,
@@ -304,15 +305,15 @@ def test_a_node_without_the_plugins_of_the_config_gives_one_message_and_2(here, 
     )
     assert done.stdout == "kdray ended with exit code 2\n"
     # Where they are installed, they are no matter.
-    assert plugins(folder / PLUGINS) == ([], [])
-    listed = json.loads((folder / PLUGINS).read_text())
-    (folder / PLUGINS).write_text(json.dumps([listed[0] | {"version": "0.2"}]))
-    assert plugins(folder / PLUGINS) == (
+    assert plugin_list.compare(folder) == ([], [])
+    listed = json.loads((folder / plugin_list.FILE).read_text())
+    (folder / plugin_list.FILE).write_text(json.dumps([listed[0] | {"version": "0.2"}]))
+    assert plugin_list.compare(folder) == (
         [],
         ["kdray-example 0.1.0 is installed here; the job was submitted with 0.2"],
     )
     write_folder(pack(config()), tmp_path / "plain")
-    assert plugins(tmp_path / "plain" / PLUGINS) == plugins(tmp_path / "none.json") == ([], [])
+    assert plugin_list.compare(tmp_path / "plain") == plugin_list.compare(tmp_path) == ([], [])
 
 
 def test_the_entry_hands_on_the_commands_exit_code(tmp_path):

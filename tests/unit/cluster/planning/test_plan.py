@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, Lengths, ModelShape, RankLayout, activation_bytes, engine_memory, rank_memory
+from cluster.planning.memory import GIB, Lengths, ModelShape, activation_bytes, engine_memory, rank_memory
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
 from cluster.planning.plan import described_nodes, plan
 from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
-from kdray.config import Config, parse_config
+from kdray.config import Config, TrainingSettings, parse_config
 from kdray.errors import CapacityError, DataError
 
 LLAMA_8B = {
@@ -109,19 +109,25 @@ def test_optimizer_gradients_and_weights_are_what_adamw_holds() -> None:
         if name.startswith("exp_avg")
     )
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-    found = rank_memory(ModelShape.of(model.config), RankLayout("fp32", 0, 1, 2, False), Lengths(4, 4))
+    found = rank_memory(ModelShape.of(model.config), TrainingSettings(micro_batch_size=2), Lengths(4, 4))
     assert (found.optimizer, found.gradients, found.weights) == (moments, gradients, gradients)
 
 
-@pytest.mark.parametrize(("stage", "divided"), [(0, ()), (1, ("optimizer",)), (2, ("optimizer", "gradients"))])
+@pytest.mark.parametrize(
+    ("stage", "divided"),
+    [(0, ()), (1, ("optimizer",)), (2, ("optimizer", "gradients")), (3, ("optimizer", "gradients", "weights"))],
+)
 def test_zero_stages_divide_by_ranks(stage: int, divided: tuple[str, ...]) -> None:
     shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
-    whole = rank_memory(shape, RankLayout("bf16", 0, 8, 2, False), Lengths(32, 32))
-    found = rank_memory(shape, RankLayout("bf16", stage, 8, 2, False), Lengths(32, 32))
+    sizes = {"precision": "bf16", "ranks": 8, "micro_batch_size": 2}
+    whole = rank_memory(shape, TrainingSettings.model_validate(sizes), Lengths(32, 32))
+    found = rank_memory(shape, TrainingSettings.model_validate(sizes | {"zero_stage": stage}), Lengths(32, 32))
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(found, part) == getattr(whole, part) / (8 if part in divided else 1)
     # Whoever sends weights has them whole, twice.
-    sending = rank_memory(shape, RankLayout("bf16", stage, 8, 2, False), Lengths(32, 32), copies=2)
+    sending = rank_memory(
+        shape, TrainingSettings.model_validate(sizes | {"zero_stage": stage, "weight_transfer": "nccl"}), Lengths(32, 32)
+    )
     assert sending.total - found.total == 4 * shape.parameters
     # 2 + 2 + 12 bytes a parameter, the ZeRO paper's count.
     assert whole.weights + whole.gradients + whole.optimizer == 16 * shape.parameters
@@ -214,7 +220,7 @@ def test_a_teacher_far_larger_than_its_student_is_warned_of(models: dict[str, st
             {"teacher": {"tensor_parallel_size": 1, "num_gpus": 1}},
             r"teachers.main: a replica needs 1\d\d\.\d GiB .* set teachers.main.tensor_parallel_size=4 and num_gpus=4",
         ),
-        ({"training": {"zero_stage": 0}}, r"training: a rank needs 1\d\d.*it fits with training.zero_stage=1"),
+        ({"training": {"zero_stage": 0}}, r"training: a rank needs 1\d\d.*it fits with training.backend.zero_stage=1"),
         (
             {"training": {"ranks": 1, "micro_batch_size": 64}},
             r"training: a rank needs .*it fits with training.ranks=2, training.micro_batch_size=\d+",

@@ -32,7 +32,7 @@ def all_settings() -> list[type[Settings]]:
     found, todo = [], [Settings]
     while todo:
         todo += (children := todo.pop().__subclasses__())
-        found += [child for child in children if child.__module__.startswith(("kdray.config", "kdray.settings"))]
+        found += [child for child in children if child.__module__.startswith("kdray.config")]
     return found
 
 
@@ -194,7 +194,7 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(sections, message):
         ({"training": {"batch_size": 60}}, ["training.batch_size=60", "1 x 16", "whole micro-batches"]),
         ({"training": {"ranks": 3, "batch_size": 96}}, ["training.sft.batch_size=64", "3 x 16"]),
         ({"training": {"warmup_steps": 101}}, ["training.warmup_steps=101", "training.steps=100"]),
-        ({"training": {"zero_stage": 4}}, ["training.zero_stage=4"]),
+        ({"training": {"zero_stage": 4}}, ["training.backend.zero_stage=4"]),
         ({"training": {"learning_rate": 0}}, ["training.learning_rate=0"]),
         ({"training": {"steps": 0}}, ["training.steps=0"]),
         ({"training": {"precision": "fp8"}}, ["training.precision='fp8'", "bf16"]),
@@ -281,7 +281,7 @@ def test_locations_keep_keys_that_are_also_tags(sections, message):
         ({"teachers": {"main": {"model": "t", "tensor_parallel_size": 4, "num_gpus": 2}}}, "set num_gpus=4"),
         ({"teachers": {"rollout": {"model": "t"}}}, "name of the rollout pool"),
         ({"training": {"deepspeed": {"gradient_accumulation_steps": 4}}}, "use training.micro_batch_size"),
-        ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "use training.zero_stage"),
+        ({"training": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "use training.backend.zero_stage"),
         ({"loss": {"type": "forward_kl_sampled"}, "rollout": {"alpha": 0.0}}, "p/m is unbounded"),
         ({"loss": {"type": "vopd"}, "rollout": {"alpha": 1.0}}, "q/m is unbounded"),
         ({"training": {"features": {}}}, "training.features names no term"),
@@ -365,4 +365,4 @@ def test_nccl_is_accepted_where_everyone_who_takes_weights_has_a_gpu(sections: d
 
 def test_pass_through_settings_pass() -> None:
     config = parse_config(tree(training={"deepspeed": {"zero_optimization": {"overlap_comm": True}}}))
-    assert config.training.deepspeed["zero_optimization"] == {"overlap_comm": True}
+    assert config.training.backend.model_dump()["options"]["zero_optimization"] == {"overlap_comm": True}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdray.config import parse_config
+from kdray.config import load_config, parse_config
 from kdray.config.graders import GRADERS
 from kdray.config.plugins import implemented
 from kdray.data.dataset import load_dataset
@@ -218,6 +218,18 @@ def test_files_are_graded_where_the_config_says_how(tmp_path: Path) -> None:
     data.grade.check(data.train + data.heldout)
 
 
+def test_the_recipe_for_gsm8k_grades_as_gsm8k_does(tmp_path: Path) -> None:
+    row = {"question": "How much?", "answer": "She has 3 * 400 = <<3*400=1200>>1200 left.\n#### 1,200"}
+    path = tmp_path / "train.jsonl"
+    path.write_text(3 * (json.dumps(row) + "\n"))
+    overrides = [f"data.prompts.path={path}", "data.heldout_size=1"]
+    recipe = load_config(Path(__file__).parents[4] / "configs" / "gsm8k.yaml", overrides)
+    data = load_dataset(recipe, task_tokenizer())
+    assert data.grade is not None
+    assert data.grade(data.heldout[0], "3 times 400 is 1200, so $1200.00.")
+    assert not data.grade(data.heldout[0], "3 times 400 is 1200, so 3.")
+
+
 def test_generated_tasks_grade_themselves_unless_the_config_says_otherwise(example_plugin: Path) -> None:
     source = {"type": "task", "tasks": ["arithmetic"], "transfer_tasks": ["reversal"], "size": 4}
     own = grading_of(config(source))
@@ -233,8 +245,9 @@ def test_generated_tasks_grade_themselves_unless_the_config_says_otherwise(examp
 def test_a_tasks_own_grader_is_asked(example_plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kdray.config.tasks import TASKS
 
-    grading = grading_of(config({"type": "task", "tasks": ["reversal"]}))
+    grading = grading_of(config({"type": "task", "tasks": ["arithmetic", "reversal"]}))
     assert grading is not None
     monkeypatch.setattr(TASKS.get("reversal"), "grade", lambda self, response, answer: response == "told")
     assert grading(prompt("ba", domain="reversal"), "told")
     assert not grading(prompt("ba", domain="reversal"), "ba")
+    assert grading(prompt("ba", domain="arithmetic"), "ba")

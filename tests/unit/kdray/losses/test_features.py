@@ -191,16 +191,6 @@ def llama(layers=2, width=32, heads=2, seed=0):
     return LlamaForCausalLM(config).eval()
 
 
-class Plain:
-    """What the losses use of DeepSpeed's engine: the module, its device, the call."""
-
-    def __init__(self, module):
-        self.module, self.device = module, torch.device("cpu")
-
-    def __call__(self, **inputs):
-        return self.module(**inputs)
-
-
 def rollouts(lengths=((3, 5), (1, 8), (6, 2), (4, 1)), width=None, seed=0):
     rng = np.random.default_rng(seed)
     rows, needed = len(lengths), max(sum(length) for length in lengths)
@@ -343,8 +333,8 @@ def test_hidden_states_in_the_output_head_and_features_together(teacher_folder):
     batch.columns["teacher_logprobs"] = np.zeros(batch.token_ids.shape, np.float32)
     loss = ReverseKLLoss(type="reverse_kl")
     head = load_output_head(str(teacher_folder))
-    both = hidden_state_loss(Plain(module), batch, loss, head, VOCAB)
-    alone = hidden_state_loss(Plain(module.student), batch, loss, head, VOCAB)
+    both = hidden_state_loss(module, module, batch, loss, head, VOCAB)
+    alone = hidden_state_loss(module.student, module.student, batch, loss, head, VOCAB)
     terms = loss_of(module, batch).sums
     added = sum(ALL[name.removeprefix("feature_")]["weight"] * terms[name] for name in terms if name.startswith("feature_"))
     assert both.total.item() == pytest.approx(alone.total.item() + added.item(), rel=1e-5)

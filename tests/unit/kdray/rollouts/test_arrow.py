@@ -19,7 +19,7 @@ from kdray.rollouts.arrow import (
     table_to_requests,
     table_to_rollouts,
 )
-from kdray.types import Rollout, SampleRequest
+from kdray.types import WRITERS, Rollout, SampleRequest
 
 INT32 = st.integers(-1, 2**31 - 1)
 FLOAT32 = st.floats(width=32)  # NaN and the infinities included
@@ -60,6 +60,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         reverse_kl=maybe(),
         forward_kl=maybe(),
         teacher_hidden=draw(halves) if has_hidden else None,
+        writer=draw(arrays.arrays(np.int8, length, elements=st.integers(0, len(WRITERS) - 1))),
     )
 
 
@@ -73,6 +74,7 @@ def requests(draw: st.DrawFn) -> SampleRequest:
         seed=draw(st.integers(0, 2**64 - 1)),
         max_new_tokens=draw(st.integers(1, 2**31 - 1)),
         min_version=draw(st.integers(0, 2**31 - 1)),
+        writer=draw(st.sampled_from(["mixture", "data"])),
     )
 
 
@@ -125,7 +127,8 @@ def test_requests_round_trip(given_requests: list[SampleRequest], start: int) ->
 
 
 def test_every_field_of_a_rollout_is_in_the_schema() -> None:
-    assert {field.name for field in fields(Rollout)} | {"support_width", "hidden_width"} == set(ROLLOUT_SCHEMA.names)
+    widths = {"support_width", "hidden_width"}
+    assert ({field.name for field in fields(Rollout)} | widths) - {"more"} == set(ROLLOUT_SCHEMA.names)
     # Replicas read ids; a question is for teachers that read text, which live in the run's own process.
     assert {field.name for field in fields(SampleRequest)} - {"question"} == set(REQUEST_SCHEMA.names)
 

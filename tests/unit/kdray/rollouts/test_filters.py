@@ -16,8 +16,7 @@ from kdray.losses import LossBatch
 from kdray.losses.sft import sft
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.filters import Distinct, Filters
-from kdray.rollouts.reference_answers import DATA
-from kdray.types import Prompt, Rollout
+from kdray.types import Prompt, Rollout, Writer, written_by
 
 PROMPTS = {number: Prompt(number, np.array([7], np.int32), answer=answer) for number, answer in ((0, "ab"), (1, "cd"))}
 
@@ -26,7 +25,7 @@ def decode(token_ids: np.ndarray) -> str:
     return "".join(chr(token) for token in token_ids)
 
 
-def rollout(sample_id: int, text: str, prompt_id: int = 0, finish: str = "stop", alpha: float = 1.0) -> Rollout:
+def rollout(sample_id: int, text: str, prompt_id: int = 0, finish: str = "stop", by: Writer = "teacher") -> Rollout:
     ids = np.array([ord(letter) for letter in text], dtype=np.int32)
     return Rollout(
         sample_id,
@@ -36,8 +35,9 @@ def rollout(sample_id: int, text: str, prompt_id: int = 0, finish: str = "stop",
         None,
         None,
         np.zeros(len(ids), np.int32),
-        alpha,
+        alpha=1.0 if by == "teacher" else 0.0,
         finish_reason=finish,
+        writer=written_by(by, len(ids)),
     )
 
 
@@ -87,7 +87,7 @@ def test_prompts_vote_apart_and_one_of_equal_answers_is_kept():
 
 
 def test_the_datas_answers_pass_and_have_no_vote():
-    batch = [rollout(0, "ab"), rollout(1, "xy"), rollout(2, "ab", alpha=DATA), rollout(3, "xy", alpha=DATA)]
+    batch = [rollout(0, "ab"), rollout(1, "xy"), rollout(2, "ab", by="data"), rollout(3, "xy", by="data")]
     assert dropped(batch, agreement="majority") == {0: "agreement", 1: "agreement"}
 
 
@@ -110,7 +110,7 @@ def test_weighted_rows_count_by_their_weight_in_cross_entropy():
 
 
 def test_one_answer_drawn_beside_the_datas_agrees_with_nobody():
-    batch = [rollout(0, "xy"), rollout(1, "ab", alpha=DATA)]
+    batch = [rollout(0, "xy"), rollout(1, "ab", by="data")]
     for agreement in ("plurality", "majority", "unanimous"):
         assert dropped(batch, agreement=agreement) == {0: "agreement"}
 
@@ -134,7 +134,7 @@ def test_a_rule_sees_what_is_left_of_a_prompt_and_how_many_were_drawn(monkeypatc
         return {responses[0].sample_id}
 
     monkeypatch.setattr(Distinct, "failing", failing)
-    batch = [rollout(0, "ab"), rollout(1, "xb"), rollout(2, "cd", 1), rollout(3, "ab"), rollout(4, "xb", alpha=DATA)]
+    batch = [rollout(0, "ab"), rollout(1, "xb"), rollout(2, "cd", 1), rollout(3, "ab"), rollout(4, "xb", by="data")]
     assert dropped(batch, pattern="^[ac]", distinct=True) == {0: "distinct", 1: "pattern", 2: "distinct"}
     assert seen == [([0, 3], ["ab", "ab"], 3), ([2], ["cd"], 1)]
 

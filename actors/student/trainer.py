@@ -1,37 +1,34 @@
-"""DeepSpeed around the student: forward, backward, step, weights out, save, load. Knows no Ray.
+"""One rank's training of the student, whatever the backend: updates, losses, refusals, reports, publication, checkpoints.
 
-One instance a rank, inside a torch process group that somebody else made. Every public method is a collective: all ranks
-call it, in the same order.
+Needs no Ray, and with a backend of one process no process group: `StudentTrainer(training, vocab_size, seed)` trains in a
+notebook as it does on a rank. One instance a rank; every public method is a collective: all ranks call it, in the same order.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from actors.student.backend import Forward, Optimization, StudentBackend, open_backend
 from actors.student.features import (
     StudentWithFeatures,
     attention_implementation,
     feature_inputs,
     load_feature_teacher,
+    place_teacher,
     unwrapped,
     weigh_features,
     with_features,
 )
 from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
-from actors.student.safe_load import tensors_alone
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossBatch, LossFunction, LossOutput, loss_function
@@ -79,100 +76,81 @@ class _Update(NamedTuple):
     learning_rate: float
 
 
-class StudentEngine:
-    """One rank's share of the student. `start_phase` before anything else."""
+class StudentTrainer:
+    """One rank's share of training the student. `start_phase` before anything else."""
 
-    def __init__(self, training: TrainingSettings, vocab_size: int, seed: int) -> None:
+    def __init__(self, training: TrainingSettings, vocab_size: int, seed: int, backend: StudentBackend | None = None) -> None:
+        """Args: vocab_size: token ids that teacher and student share; backend: None opens the one of `training.backend`."""
         self.training = training
         self.vocab_size = vocab_size
         self.seed = seed
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.backend = open_backend(training) if backend is None else backend
+        self.rank = self.backend.rank
+        self.world_size = self.backend.world_size
         self.steps_done = 0
         self.phase: Phase | None = None
-        self._engine: Any = None
         self._loss: LossSettings | None = None
         self._average: dict[str, torch.Tensor] = {}
         self._teacher_head: OutputHead | None = None
 
     def start_phase(self, phase: Phase) -> None:
         """Load the phase's weights and start a fresh optimizer and schedule."""
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        import deepspeed
-        from transformers import AutoModelForCausalLM, get_scheduler
-        from transformers.integrations import HfDeepSpeedConfig
-
-        # DeepSpeed would compile it at the first start on CPUs, for reductions that training has none of. A rank that is killed
-        # meanwhile leaves torch's lock on it behind, for which every later rank of the machine waits without end.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine = None
-            gc.collect()
-        torch.manual_seed(self.seed)
         training = self.training
-        config = self._deepspeed_config()
-        # At stage 3 transformers loads each weight straight into its shards while this object is alive.
-        sharded_loading = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
-        features = training.features if phase.feature_teacher is not None else None
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            phase.model,
-            revision=phase.revision,
-            dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **attention_implementation(features),
+        self.backend.close()
+        module = self._load(phase)
+        optimization = Optimization(
+            phase.learning_rate,
+            training.betas,
+            training.weight_decay,
+            phase.schedule,
+            phase.warmup_steps,
+            phase.steps,
         )
-        del sharded_loading
-        model.config.use_cache = False
-        if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        # Dropout would make the trained law differ from the one that the replicas sample from.
-        without_dropout(model)
-        trained: list[dict[str, Any]] = [{"params": [each for each in model.parameters() if each.requires_grad]}]
-        if features is not None and phase.feature_teacher is not None:
-            teacher = load_feature_teacher(*phase.feature_teacher, features, model.dtype)
-            model = StudentWithFeatures(model, teacher, features, self.seed)
-            if features.hidden is not None:
-                trained.append({"params": list(model.projections.parameters()), "lr": features.hidden.projection_learning_rate})
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=phase.learning_rate,
-            betas=training.betas,
-            weight_decay=training.weight_decay,
-        )
-        schedule = "constant_with_warmup" if phase.schedule == "constant" else phase.schedule
-        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=phase.warmup_steps, num_training_steps=phase.steps)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
-        )
+        self.backend.start(module, optimization)
         # Transformers recomputes activations in training mode alone.
-        self._engine.module.train(training.gradient_checkpointing)
-        if isinstance(model, StudentWithFeatures):
-            model.place_teacher(self._engine.device)
+        self.backend.module.train(training.gradient_checkpointing)
+        place_teacher(module, self.device)
         self._teacher_head = None
         if phase.teacher is not None:
-            dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-            self._teacher_head = load_output_head(*phase.teacher).to(self._engine.device, dtype)
+            self._teacher_head = load_output_head(*phase.teacher).to(self.device, self._dtype)
         if phase.loss is not None:
             # Supervised phases keep it: their checkpoints hold the teacher that distillation had.
             self._average = {}
         self.phase = phase
         self.steps_done = 0
 
-    def _deepspeed_config(self) -> dict[str, Any]:
-        training = self.training
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": training.micro_batch_size,
-            # The number of micro-batches of a step is set by hand, boundary by boundary.
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": training.gradient_clipping,
-            "zero_optimization": {"stage": training.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": training.precision == "bf16"},
-            "steps_per_print": 10**9,
-        }
-        return _merge(config, training.deepspeed)
+    def _load(self, phase: Phase) -> torch.nn.Module:
+        """The phase's student, in a wrapper where a white-box teacher is beside it."""
+        from transformers import AutoModelForCausalLM
+
+        features = self.training.features if phase.feature_teacher is not None else None
+        with self.backend.loading():
+            torch.manual_seed(self.seed)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                phase.model,
+                revision=phase.revision,
+                dtype=self._dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **attention_implementation(features),
+            )
+        model.config.use_cache = False
+        if self.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        # Dropout would make the trained distribution differ from the one that the replicas sample from.
+        without_dropout(model)
+        if features is None or phase.feature_teacher is None:
+            return model
+        teacher = load_feature_teacher(*phase.feature_teacher, features, model.dtype)
+        return StudentWithFeatures(model, teacher, features, self.seed)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.training.precision == "bf16" else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.backend.device
 
     # -------------------------------------------------------------------------------------------------- training
 
@@ -194,7 +172,7 @@ class StudentEngine:
         self._loss = self.phase.loss
         if self._loss is not None:
             self._loss = self._loss.model_copy(update=of_section("loss", scheduled or {}))
-        weigh_features(self._engine.module, scheduled or {})
+        weigh_features(self.backend.module, scheduled or {})
         updates = list(self._updates(batch, text))
         loss_fn = loss_function(self._loss, self._whitening(batch))
         done = [self._update(part, text_part, loss_fn, number) for number, (part, text_part) in enumerate(updates)]
@@ -241,41 +219,30 @@ class StudentEngine:
     def _part(self, batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
         """Some rows of every rank's shard, with the number of target tokens that all ranks hold there."""
         part = take_rows(batch, np.sort(rows))
-        tokens = torch.tensor([int(part.loss_mask.sum())], device=self._engine.device)
-        dist.all_reduce(tokens)
+        (tokens,) = self.backend.reduce([float(part.loss_mask.sum())])
         return replace(part, num_target_tokens=int(tokens))
 
     def _update(self, batch: TrainBatch, text: TrainBatch | None, loss_fn: LossFunction, number: int) -> _Update:
         """One optimizer update. Args: number: updates made before it in this step."""
-        assert self.phase is not None
-        engine = self._engine
-        settings = self.training.pretraining
         size = self.training.micro_batch_size
         parts = [(part, False) for part in micro_batches(batch, size)]
         parts += [] if text is None else [(part, True) for part in micro_batches(text, size)]
-        # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
+        # Backends average gradients over ranks; the loss is a sum over all of them.
         scale = self.world_size / max(batch.num_target_tokens, 1)
         text_scale = 0.0
-        if text is not None and settings is not None:
-            text_scale = settings.weight * self.world_size / max(text.num_target_tokens, 1)
+        if text is not None and self.training.pretraining is not None:
+            text_scale = self.training.pretraining.weight * self.world_size / max(text.num_target_tokens, 1)
         total = torch.zeros((), dtype=torch.float64)
         sums: dict[str, float] = {}
         text_sums: dict[str, float] = {}
         bad: list[str] = []
         for index, (part, is_text) in enumerate(parts):
-            engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
-            if is_text:
-                assert settings is not None
-                tensors = LossBatch.from_train_batch(part, self.vocab_size, engine.device)
-                output = pretraining(_aligned(self._forward(part)), tensors, settings)
-            else:
-                output = self._distillation_loss(part, loss_fn)
+            last = index == len(parts) - 1
+            output, weighted = self._micro_batch(part, is_text, loss_fn, text_scale if is_text else scale, last)
             if not bool(torch.isfinite(output.total)):
                 what = "window" if is_text else "sample"
                 samples = [str(sample) for sample in part.sample_ids if sample >= 0]
                 bad.append(f"it is not finite for {what} {', '.join(samples)}")
-            weighted = output.total * (text_scale if is_text else scale)
-            engine.backward(weighted, scale_wrt_gas=False)
             total += weighted.detach().double().cpu()
             into = text_sums if is_text else sums
             for name, value in output.sums.items():
@@ -288,63 +255,63 @@ class StudentEngine:
                 "way from hidden state to logits: set rollout.teacher_signal=support"
             )
         self._refuse(bad, batch.step, number)
-        plain_norm = self._plain_grad_norm()
-        if plain_norm is not None and not math.isfinite(plain_norm):
-            raise TrainingError(f"{_not_finite(batch)}; {_what_now(number)}")
-        learning_rate = float(engine.get_lr()[0])
-        engine.step()
-        grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
-        if not math.isfinite(grad_norm):
-            raise TrainingError(f"{_not_finite(batch)}; continue from the last checkpoint")
+        moved = self.backend.step()
+        if not math.isfinite(moved.grad_norm):
+            remedy = "continue from the last checkpoint" if moved.applied else _what_now(number)
+            raise TrainingError(f"{_not_finite(batch)}; {remedy}")
         reduced = self._reduce({"": float(total), **sums})
         return _Update(
             loss=reduced.pop("") / self.world_size,
             sums=reduced,
             text_sums=self._reduce(text_sums),
             text_tokens=0 if text is None else text.num_target_tokens,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
+            grad_norm=moved.grad_norm,
+            learning_rate=moved.learning_rate,
         )
 
-    def _distillation_loss(self, part: TrainBatch, loss_fn: LossFunction) -> LossOutput:
+    def _micro_batch(
+        self, part: TrainBatch, is_text: bool, loss_fn: LossFunction, scale: float, last: bool
+    ) -> tuple[LossOutput, torch.Tensor]:
+        """Forward and backward pass of a micro-batch. Returns: its sums, and its scaled share of the update's loss."""
+        done: list[tuple[LossOutput, torch.Tensor]] = []
+
+        def loss(forward: Forward) -> torch.Tensor:
+            output = self._pretraining_loss(forward, part) if is_text else self._distillation_loss(forward, part, loss_fn)
+            done.append((output, output.total * scale))
+            return done[0][1]
+
+        self.backend.forward_backward(loss, last)
+        return done[0]
+
+    def _pretraining_loss(self, forward: Forward, part: TrainBatch) -> LossOutput:
+        assert self.training.pretraining is not None
+        tensors = LossBatch.from_train_batch(part, self.vocab_size, self.device)
+        return pretraining(_aligned(self._run(forward, part)), tensors, self.training.pretraining)
+
+    def _distillation_loss(self, forward: Forward, part: TrainBatch, loss_fn: LossFunction) -> LossOutput:
         """The phase's loss on one micro-batch: from logits, or from hidden states where the phase has the teacher's head."""
-        assert self.phase is not None
+        module = self.backend.module
         if self._teacher_head is not None:
-            return hidden_state_loss(self._engine, part, self._loss, self._teacher_head, self.vocab_size)
-        tensors = LossBatch.from_train_batch(part, self.vocab_size, self._engine.device)
-        module = self._engine.module
-        output = self._forward(part, **feature_inputs(module, tensors.mask))
+            return hidden_state_loss(forward, module, part, self._loss, self._teacher_head, self.vocab_size)
+        tensors = LossBatch.from_train_batch(part, self.vocab_size, self.device)
+        output = self._run(forward, part, **feature_inputs(module, tensors.mask))
         return with_features(loss_fn(_aligned(output), tensors, self._loss), output, module)
 
     def _whitening(self, batch: TrainBatch) -> Whitening | None:
         """Mean and deviation of the whole step's returns, for the losses that whiten them; the same on all ranks."""
-        assert self.phase is not None
         sums = return_sums(batch, self._loss)
-        if sums is None:
-            return None
-        totals = torch.from_numpy(sums).to(self._engine.device)
-        dist.all_reduce(totals)
-        return Whitening.from_sums(totals.tolist())
+        return None if sums is None else Whitening.from_sums(self.backend.reduce(sums.tolist()))
 
-    def _forward(self, part: TrainBatch, **inputs: torch.Tensor) -> Any:
+    def _run(self, forward: Forward, part: TrainBatch, **inputs: torch.Tensor) -> Any:
         """The model's output for a micro-batch."""
-        ids, attention = model_inputs(part, self._engine.device)
-        return self._engine(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
-
-    def _plain_grad_norm(self) -> float | None:
-        """The gradient norm before clipping, where DeepSpeed has no optimizer of its own that would tell it."""
-        if self.training.zero_stage or self.training.precision != "fp32":
-            return None
-        gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        ids, attention = model_inputs(part, self.device)
+        return forward(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
 
     def _refuse(self, reasons: list[str], step: int, number: int) -> None:
         """Raises: TrainingError on all ranks if any of them has a reason."""
-        flag = torch.tensor([len(reasons)], device=self._engine.device)
-        dist.all_reduce(flag)
-        if int(flag):
-            named: list[list[str]] = [[] for _ in range(self.world_size)]
-            dist.all_gather_object(named, reasons)
+        (count,) = self.backend.reduce([float(len(reasons))])
+        if count:
+            named: list[list[str]] = self.backend.gather(reasons)
             found = sorted(reason for rank in named for reason in rank)
             raise TrainingError(
                 f"step {step}: the loss of the batch cannot be used: {'; '.join(found[:8])}. {_what_now(number).capitalize()}. "
@@ -354,37 +321,31 @@ class StudentEngine:
     def _reduce(self, sums: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, which all have the same names."""
         names = sorted(sums)
-        values = torch.tensor([sums[name] for name in names], dtype=torch.float64).to(self._engine.device)
-        if names:
-            dist.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
+        return dict(zip(names, self.backend.reduce([sums[name] for name in names]), strict=True))
 
     # --------------------------------------------------------------------------------------------------- weights
-
-    @property
-    def device(self) -> torch.device:
-        return self._engine.device
 
     def weight_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
         """The weights under their checkpoint names, in buckets of `training.sync_bucket_mib`: copies on `device`.
 
         Rank 0 gets the tensors; other ranks get empty buckets, in the same number: gathering is collective.
         """
-        import deepspeed
-
         limit = self.training.sync_bucket_mib * 2**20
         bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0.0
-        named = list(unwrapped(self._engine.module).named_parameters())
-        for name, parameter in named:
-            count = getattr(parameter, "ds_numel", parameter.numel())
-            if bucket and size + count * parameter.element_size() > limit:
-                yield self._gather(bucket, deepspeed, device)
+        for name, parameter in unwrapped(self.backend.module).named_parameters():
+            needed = self.backend.numel(parameter) * parameter.element_size()
+            if bucket and size + needed > limit:
+                yield self._whole(bucket, device)
                 bucket, size = [], 0.0
             bucket.append((name, parameter))
-            size += count * parameter.element_size()
+            size += needed
         if bucket:
-            yield self._gather(bucket, deepspeed, device)
+            yield self._whole(bucket, device)
+
+    def _whole(self, bucket: list[tuple[str, torch.nn.Parameter]], device: torch.device | str) -> dict[str, torch.Tensor]:
+        tensors = self.backend.whole([parameter for _, parameter in bucket], device)
+        return {name: tensor for (name, _), tensor in zip(bucket, tensors, strict=False)}
 
     def averaged_buckets(self, decay: float) -> Iterator[dict[str, torch.Tensor]]:
         """The exponential average of the weights, moved towards them: average <- decay average + (1 - decay) weights.
@@ -400,16 +361,6 @@ class StudentEngine:
                 averaged[name] = self._average[name].to(tensor.dtype)
             yield averaged
 
-    def _gather(
-        self, bucket: list[tuple[str, torch.nn.Parameter]], deepspeed: Any, device: torch.device | str
-    ) -> dict[str, torch.Tensor]:
-        sharded = self.training.zero_stage == 3
-        parameters = [parameter for _, parameter in bucket]
-        with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext():
-            if self.rank != 0:
-                return {}
-            return {name: parameter.detach().to(device, copy=True).contiguous() for name, parameter in bucket}
-
     def export(self, folder: Path, tokenizer: str | None = None) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it."""
         state: dict[str, torch.Tensor] = {}
@@ -419,41 +370,43 @@ class StudentEngine:
             from transformers import AutoTokenizer
 
             folder.mkdir(parents=True, exist_ok=True)
-            module = unwrapped(self._engine.module)
+            module = unwrapped(self.backend.module)
             module.config.use_cache = True
             module.save_pretrained(folder, state_dict=state, safe_serialization=True)
             module.config.use_cache = False
             if tokenizer is not None:
                 AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
-        dist.barrier()
+        self._meet()
 
     # ----------------------------------------------------------------------------------------------- checkpoints
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in order of rank, on all ranks."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return self.backend.gather(value)
+
+    def _meet(self) -> None:
+        """Wait until every rank has come here."""
+        self.backend.gather(None)
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint into `folder`; complete once every rank returned."""
-        self._engine.save_checkpoint(str(folder), tag="state", client_state={"steps_done": self.steps_done})
+        self.backend.save(folder, {"steps_done": self.steps_done})
         if self._average:
             save_file(self._average, folder / _AVERAGE)
-        dist.barrier()
+        self._meet()
 
     def load(self, folder: Path) -> None:
         """Continue from `folder`, after `start_phase` with the same phase.
 
         Raises: TrainingError if it cannot be read, or holds more than tensors and plain values.
         """
-        with tensors_alone():
-            loaded, state = self._engine.load_checkpoint(str(folder), tag="state")
-        if loaded is None or state is None:
-            raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
-        self.steps_done = int(state["steps_done"])
+        self.steps_done = int(self.backend.load(folder)["steps_done"])
         if self.rank == 0 and (folder / _AVERAGE).exists():
             self._average = load_file(folder / _AVERAGE)
+
+    def close(self) -> None:
+        """Let go of the model and its optimizer; another `start_phase` may follow."""
+        self.backend.close()
 
 
 def without_dropout(model: torch.nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Implementations of `actors.student.backend.StudentBackend`, one a file, named by the settings in `kdray.config.backends`."""

@@ -1,0 +1,148 @@
+"""PyTorch alone in one process, without a process group: the student whole on one device, AdamW as torch has it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+from actors.student.backend import Forward, Optimization, StudentBackend, Update
+from kdray.config import TrainingSettings
+from kdray.errors import TrainingError
+
+_WEIGHTS = "weights.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_PLAIN = "state.json"
+_MASTER = "master"
+
+
+class TorchBackend(StudentBackend):
+    """The whole student in this process, on its GPU where it has one.
+
+    With `training.precision=bf16` the optimizer moves float32 copies of the weights, to which gradients are added up in float32
+    as they arrive. An update that was given up leaves nothing behind: training may go on with another batch.
+    """
+
+    def __init__(self, training: TrainingSettings) -> None:
+        super().__init__(training)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._module: torch.nn.Module | None = None
+        self._optimizer: Any = None
+        self._scheduler: Any = None
+        self._masters: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
+        """Parameters of lower precision, and their float32 copies."""
+        self._accumulating = False
+
+    # ----------------------------------------------------------------------------------------------------- a phase
+
+    def start(self, module: torch.nn.Module, optimization: Optimization) -> None:
+        self._module = module.to(self._device)
+        self._optimizer = optimization.optimizer(module)
+        self._masters = []
+        for group in self._optimizer.param_groups:
+            group["params"] = [self._master(parameter) for parameter in group["params"]]
+        self._scheduler = optimization.scheduler(self._optimizer)
+        self._accumulating = False
+
+    def _master(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        """What the optimizer moves for a parameter: itself, or a float32 copy that takes its gradients as they arrive."""
+        if parameter.dtype == torch.float32:
+            return parameter
+        master = torch.nn.Parameter(parameter.detach().float())
+
+        def take(given: torch.Tensor) -> None:
+            assert given.grad is not None
+            arrived = given.grad.float()
+            master.grad = arrived if master.grad is None else master.grad.add_(arrived)
+            given.grad = None
+
+        parameter.register_post_accumulate_grad_hook(take)
+        self._masters.append((parameter, master))
+        return master
+
+    def close(self) -> None:
+        if self._module is not None:
+            self._module = self._optimizer = self._scheduler = None
+            self._masters = []
+            gc.collect()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        assert self._module is not None
+        return self._module
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    # ---------------------------------------------------------------------------------------------------- an update
+
+    def forward_backward(self, loss: Callable[[Forward], torch.Tensor], last: bool) -> None:
+        if not self._accumulating:
+            self._optimizer.zero_grad()
+        # What a pass that raises has added belongs to no update.
+        self._accumulating = False
+        loss(self.module).backward()
+        self._accumulating = not last
+
+    def step(self) -> Update:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        learning_rate = float(self._scheduler.get_last_lr()[0])
+        norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        if not math.isfinite(norm):
+            return Update(float(norm), learning_rate, applied=False)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.training.gradient_clipping, norm)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        self._give_back()
+        return Update(float(norm), learning_rate, applied=True)
+
+    def _give_back(self) -> None:
+        """Round the float32 copies to the parameters."""
+        with torch.no_grad():
+            for parameter, master in self._masters:
+                parameter.copy_(master)
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def whole(self, parameters: Sequence[torch.nn.Parameter], device: torch.device | str) -> list[torch.Tensor]:
+        return [parameter.detach().to(device, copy=True).contiguous() for parameter in parameters]
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        optimizer = self._optimizer.state_dict()
+        tensors = {f"{number}.{name}": value for number, values in optimizer["state"].items() for name, value in values.items()}
+        tensors |= {f"{number}.{_MASTER}": master.detach() for number, (_, master) in enumerate(self._masters)}
+        save_model(self.module, str(folder / _WEIGHTS))
+        save_file(tensors, folder / _OPTIMIZER)
+        plain = {"state": state, "groups": optimizer["param_groups"], "scheduler": self._scheduler.state_dict()}
+        (folder / _PLAIN).write_text(json.dumps(plain), encoding="utf-8")
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        try:
+            plain = json.loads((folder / _PLAIN).read_text(encoding="utf-8"))
+            tensors = load_file(folder / _OPTIMIZER)
+            masters = [tensors.pop(f"{number}.{_MASTER}") for number in range(len(self._masters))]
+            load_model(self.module, str(folder / _WEIGHTS), device=str(self._device))
+            saved, groups, scheduler = plain["state"], plain["groups"], plain["scheduler"]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise TrainingError(f"{folder}: no checkpoint that training.backend.type=torch wrote: {error}") from error
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            moments.setdefault(int(number), {})[name] = tensor
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._scheduler.load_state_dict(scheduler)
+        with torch.no_grad():
+            for (_, master), tensor in zip(self._masters, masters, strict=True):
+                master.copy_(tensor)
+        return saved

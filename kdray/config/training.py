@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.config.backends import Backend, DeepSpeedSettings, Precision, with_backend
+from kdray.config.backends import Backend, Precision, default_backend, with_backend
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.data import TextSource
 from kdray.config.features import FeatureSettings
@@ -74,9 +74,9 @@ class TrainingSettings(Settings):
     """Labels that a node must have for a rank to be placed on it: `value`, `!value`, `in(a, b)` or `!in(a, b)` by label."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """Ranks on few nodes (`pack`, the fastest links) or many; `strict_pack` wants one node, `strict_spread` one each."""
-    backend: Backend = DeepSpeedSettings()
-    """What holds the student on the ranks and moves its weights; the keys depend on `type`: deepspeed (the default), torch (one
-    rank), or one that an installed distribution adds."""
+    backend: Backend = Field(default_factory=default_backend)
+    """What holds the student on the ranks and moves its weights; the keys depend on `type` (docs/architecture.md says which
+    there are). `kdray.config.backends` has those of kdray; installed distributions may add others."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward; losses reduce in float32 either way."""
     gradient_checkpointing: bool = False

@@ -1,4 +1,5 @@
-# `make quickstart` is the first thing to run; `make test` is what CI runs.
+# `make quickstart` is the first thing to run; `make test` is what CI runs. With LOCKED=1, a new environment gets the exact versions
+# of requirements/*.lock.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -6,17 +7,19 @@ STAMP := $(VENV)/.installed
 # Two at a time, a file's tests together: they wait for starting engines more than they compute.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-unit test-full chaos soak lint format fuzz bench clean
+.PHONY: quickstart test test-unit test-integration test-full chaos soak lint format fuzz bench lock clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
 	rm -rf runs/quickstart
 	$(BIN)/kdray run configs/quickstart.yaml
 
-test: $(STAMP) lint test-unit  ## what CI runs
-	$(PYTEST) tests/integration -m "not full"
+test: lint test-unit test-integration  ## what CI runs
 
 test-unit: $(STAMP)  ## seconds, no Ray
 	$(PYTEST) tests/unit
+
+test-integration: $(STAMP)  ## real engines on tiny models, minutes
+	$(PYTEST) tests/integration -m "not full"
 
 test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
 	$(PYTEST) tests/integration
@@ -42,7 +45,10 @@ fuzz: $(STAMP)  ## new mutations of configs and files, twenty times as many as t
 bench: $(STAMP)  ## engine throughput against its parts; writes benchmarks/results/
 	$(BIN)/python benchmarks/engine_throughput.py
 
-$(STAMP): pyproject.toml setup.sh
+lock:  ## write requirements/*.lock anew; LOCK_FLAGS=--upgrade takes the newest versions that pyproject.toml admits
+	PYTHON=$(PYTHON) requirements/lock.sh $(LOCK_FLAGS)
+
+$(STAMP): pyproject.toml setup.sh $(if $(LOCKED),$(wildcard requirements/*.lock))
 	PYTHON=$(PYTHON) ./setup.sh $(VENV)
 	touch $@
 

@@ -1,1 +1,1 @@
-"""How it runs: serving and training engines, and the thin Ray actors around them."""
+"""Execution: serving and training engines, and the thin Ray actors around them."""

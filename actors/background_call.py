@@ -1,7 +1,7 @@
-"""A blocking call beside an asyncio loop, in a thread that the end of the process does not wait for.
+"""Blocking calls next to an asyncio loop, in a daemon thread that does not keep the process alive.
 
-`asyncio.to_thread` uses the loop's executor, which `asyncio.run` joins without a time limit: a call that waits for a cluster
-to place something would keep a failed or interrupted run alive.
+`asyncio.to_thread` uses the loop's executor, which `asyncio.run` joins without a timeout: a call that waits for a cluster to
+place something would keep a failed or interrupted run alive.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def in_daemon_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-    """Run `function(*arguments)` in a daemon thread; the future holds what it returns or raises."""
+    """Run `function(*arguments)` in a daemon thread; the future resolves to its result or exception."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -32,7 +32,7 @@ def in_daemon_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.F
             result = function(*arguments)
         except BaseException as raised:
             error = raised
-        # The loop may be gone by now: then nobody waits for the answer.
+        # The loop may be closed by now; then nobody waits for the result.
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, error)
 

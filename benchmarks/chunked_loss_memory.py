@@ -22,11 +22,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 from torch.nn.functional import linear
 
-from kdray.config import LossSettings
-from kdray.losses import DIVERGENCES, chunked_divergence, divergence_of
+from kdray.config.losses import LOSSES
+from kdray.config.registry import name_of
+from kdray.losses import chunked_divergence, divergence_of
 from kdray.losses.support import full_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +61,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--loss", default="forward_kl", choices=sorted(DIVERGENCES))
+    divergences = sorted(name_of(kind) for kind in LOSSES.known() if kind.divergence)
+    parser.add_argument("--loss", default="forward_kl", choices=divergences)
     parser.add_argument("--rows", type=int, default=2048, help="tokens")
     parser.add_argument("--vocab", type=int, default=151_936, help="ids")
     parser.add_argument("--width", type=int, default=64, help="hidden size of both models")
@@ -107,7 +108,7 @@ def inputs(rows: int, vocab: int, width: int) -> dict[str, torch.Tensor]:
 
 
 def run(way: str, tensors: dict[str, torch.Tensor], options: argparse.Namespace) -> float:
-    divergence = divergence_of(TypeAdapter(LossSettings).validate_python({"type": options.loss} | soft_only(options.loss)))
+    divergence = divergence_of(LOSSES.parse({"type": options.loss} | soft_only(options.loss)))
     vocab = len(tensors["student_head"])
     if way == "chunked":
         total = chunked_divergence(**tensors, divergence=divergence, vocab_size=vocab, chunk_rows=options.chunk_rows)

@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from actors.serving.engine import EngineSpec, Role, TeacherEngine
+from actors.serving.engine import TeacherEngine
+from actors.serving.spec import EngineSpec, Role
 from kdray.config import TinyModel
 from kdray.models.resolve import build_tiny_model
 from kdray.types import Rollout, SampleRequest

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from kdray.data.dataset import PromptStream
-from kdray.loop import distill
+from kdray.loop import Distillation
 from kdray.rollouts.draw import LoopSettings
-from kdray.runs.ledger import Ledger, Totals
+from kdray.runs.ledger import Ledger
 from kdray.types import Prompt, Rollout, SampleRequest, StepReport, TrainBatch
 
 SLOTS, TOKENS, TOP_K, SECONDS = 32, 64, 32, 2.0
@@ -119,7 +119,7 @@ async def rate(replicas: int, folder: Path) -> dict[str, float]:
     )
     prompts = PromptStream([Prompt(index, np.arange(32, dtype=np.int32)) for index in range(1000)], 0)
     started, used = time.perf_counter(), time.process_time()
-    await distill(
+    await Distillation(
         settings,
         prompts,
         StubReplicas(replicas),
@@ -127,9 +127,7 @@ async def rate(replicas: int, folder: Path) -> dict[str, float]:
         StubStudent(),  # type: ignore[arg-type]
         Quiet(),  # type: ignore[arg-type]
         Ledger(folder / f"{replicas}.jsonl"),
-        Totals(),
-        asyncio.Event(),
-    )
+    ).run()
     seconds = time.perf_counter() - started
     done = batch * STEPS
     return {

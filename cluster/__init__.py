@@ -1,1 +1,1 @@
-"""Where it runs: the command line, launching, placement."""
+"""Cluster side: the command line, launching, placement."""

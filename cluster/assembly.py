@@ -1,4 +1,4 @@
-"""Who samples and who scores: the teachers and student-only replicas of a run, from its config, as the loop sees them."""
+"""Assembly of a run's samplers and scorers: its teachers and student-only replicas, according to its route."""
 
 from __future__ import annotations
 
@@ -10,94 +10,72 @@ from dataclasses import replace
 from typing import Any
 
 from actors.background_call import in_daemon_thread
-from actors.serving.engine import EngineSpec
-from actors.serving.pool import ReplicaPool, deploy
+from actors.serving.deployment import deploy
+from actors.serving.pool import ReplicaPool
+from actors.serving.spec import EngineSpec, RunHandles
 from cluster.engine_specs import privileged_prompts, student_spec, teacher_spec, teacher_tokenizer
-from cluster.parts import Models, OtherTeacher, Pools
+from cluster.parts import Pools
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
-from kdray.capturing.teacher import CapturedTeacher
-from kdray.checks.preflight import Checked
 from kdray.config import (
-    CaptureTeacherSettings,
     ClusterSettings,
-    Config,
     EngineSettings,
-    HFTeacherSettings,
-    OtherTeacherSettings,
     ProgramSettings,
-    SequenceLoss,
-    ULDLoss,
 )
-from kdray.data.dataset import asked_text, question_encoder, reencode, response_encoder
+from kdray.data.dataset import question_encoder, reencode, response_encoder
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models.inspect import decoder
-from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.reference_answers import WithReferences
+from kdray.runs.context import Checked, RunContext
 from kdray.teachers.cross_tokenizer import CrossTokenizerScorer
-from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.openai import RemoteTeacher
+from kdray.teachers.kind import kind_of
 from kdray.teachers.privileged import PrivilegedScorer
-from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
-from kdray.teachers.team import TeacherTeam, prompts_of
+from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
+from kdray.teachers.team import TeacherTeam
 
 
 @contextlib.asynccontextmanager
 async def open_pools(
-    config: Config,
-    checked: Checked,
-    models: Models,
-    weights: Any | None,
-    registry: Any | None,
+    context: RunContext,
+    run: RunHandles,
     on_event: Callable[..., None] = lambda kind, **fields: None,
     teacher_weights: Mapping[str, Any] | None = None,
-    alone: tuple[int, ...] | None = None,
+    canary: tuple[int, ...] | None = None,
 ) -> AsyncIterator[Pools]:
-    """Start every teacher, and the student-only replicas where something needs them; end them whatever happens.
+    """Start every teacher, and the student-only replicas if the route has some; shut them down in any case.
 
-    Args: registry: the TeacherRegistry's handle, whose end is the pools' end; None where nothing is served;
-          teacher_weights: the WeightStore of each teacher that changes during the run, by name; alone: given, the teachers run
-          without any student, at alpha 1, and their replicas are compared by this canary.
-    Raises: ConfigError where a remote teacher cannot be used; EngineError where replicas do not start.
+    Args: run: the run's actors; the pools end with them; teacher_weights: the WeightStore of each teacher that changes
+          during the run, by name; canary: ids by which the teachers' replicas are compared, in place of the held-out prompts'.
+    Raises: ConfigError if a remote teacher cannot be used; EngineError if replicas do not start.
     """
+    config, route = context.config, context.route
     settings = config.rollout
 
     def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
         missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
         live = (teacher_weights or {}).get(name)
-        # Replicas of a teacher that changes differ by its version, and nothing is wrong with that.
-        compared = registry if live is None else None
-        return ReplicaPool(
-            name, spec, engine, config.cluster, weights, settings.retries, on_event, compared, missing_after_s, live
-        )
+        # Replicas of a changing teacher legitimately differ by its version.
+        handles = run if live is None else replace(run, registry=None, teacher_weights=live)
+        return ReplicaPool(name, spec, engine, config.cluster, handles, settings.retries, missing_after_s, on_event)
 
     def spec_of(name: str) -> EngineSpec:
-        spec = teacher_spec(config, checked, models, name)
-        if alone is None:
-            return spec
-        return replace(spec, role="teacher", student=None, student_revision=None, canary=alone)
+        spec = teacher_spec(context, name)
+        return spec if canary is None else replace(spec, canary=canary)
 
     served = [pool(name, spec_of(name), each) for name, each in config.served_teachers.items()]
-    others = {name: _other_teacher(config, checked, name, each) for name, each in config.other_teachers.items()}
-    students = (
-        [pool("rollout", student_spec(config, checked, models), settings.pool)]
-        if config.has_rollout_pool and alone is None
-        else []
-    )
+    others = {name: kind_of(config, name).open(context) for name in config.other_teachers}
+    students = [pool("rollout", student_spec(context), settings.pool)] if route.student_pool else []
     pools = [*served, *students]
     by_name: dict[str, Teacher] = {**{pool.name: pool for pool in served}, **others}
     teachers = [by_name[name] for name in config.teachers]
-    team = None
-    if settings.teachers is not None:
-        team = TeacherTeam(config, teachers, [*checked.dataset.train, *checked.dataset.heldout], checked.vocab_size)
+    team = None if settings.teachers is None else TeacherTeam(config, teachers, context.prompts, context.vocab_size)
     one = team or teachers[0]
-    scorer: Scorer = one
-    if isinstance(config.loss, ULDLoss):
-        scorer = _cross_tokenizer(config, checked, served[0])
-    elif config.teacher_apart:
-        scorer = PrivilegedScorer(served[0], privileged_prompts(config, checked, served[0].name))
-    student_samples = settings.sampler == "student"
+    program = None if settings.program is None else _program(context, settings.program, one, pools)
+    samplers: dict[str, Sampler | None] = {"teachers": one, "program": program, "students": next(iter(students), None)}
+    sampler = samplers[route.sampler]
+    assert sampler is not None
+    scorer = _scorer(context, one, served) if route.scored_later else None
     watchers: list[asyncio.Task[None]] = []
     try:
         for other in others.values():
@@ -107,15 +85,14 @@ async def open_pools(
                 await deployed(pools, bundles(config), config.cluster, on_event)
         except EngineError as error:
             for name in config.served_teachers:
-                if registry is not None and (reasons := await registry.refused.remote(name)):
+                if run.registry is not None and (reasons := await run.registry.refused.remote(name)):
                     raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
             raise
         watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
         on_event("serving", pools=[pool.name for pool in pools])
-        program = None if settings.program is None else _program(config, checked, settings.program, one, pools)
         yield Pools(
-            sampler=program or (students[0] if student_samples else one),
-            scorer=scorer if student_samples or (team is not None and team.scores) else None,
+            sampler=sampler,
+            scorer=scorer,
             all=pools,
             others=list(others.values()),
             team=team,
@@ -124,9 +101,18 @@ async def open_pools(
     finally:
         for watcher in watchers:
             watcher.cancel()
-        # A deploy in progress cannot be cancelled inside its thread; deleting the application ends it.
+        # A deployment in progress cannot be cancelled inside its thread; deleting the application ends it.
         deleting = (asyncio.to_thread(pool.delete) for pool in pools)
         await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
+
+
+def _scorer(context: RunContext, teachers: Scorer, served: Sequence[ReplicaPool]) -> Scorer:
+    """The teachers as a scorer of the student's rollouts, whatever their input."""
+    if context.route.teacher_reads == "own_ids":
+        return _cross_tokenizer(context, served[0])
+    if context.route.teacher_reads == "own_prompts":
+        return PrivilegedScorer(served[0], privileged_prompts(context, served[0].name))
+    return teachers
 
 
 async def deployed(
@@ -134,8 +120,8 @@ async def deployed(
 ) -> None:
     """Start the replicas of all pools and wait until they serve.
 
-    Args: wanted: the run's bundles, with those of the pools among them.
-    Raises: EngineError where they do not start; CapacityError where others took their room, after `cluster.wait_s`.
+    Args: wanted: the run's bundles, including those of the pools.
+    Raises: EngineError if they do not start; CapacityError if others took their capacity, after `cluster.wait_s`.
     """
     by_role = {bundle.role: bundle for bundle in wanted}
     asked = {pool: by_role["rollout pool" if pool.spec.role == "student" else f"teacher {pool.name}"] for pool in pools}
@@ -159,9 +145,10 @@ async def deployed(
 
 
 def _program(
-    config: Config, checked: Checked, settings: ProgramSettings, teacher: Teacher | TeacherTeam, pools: Sequence[ReplicaPool]
+    context: RunContext, settings: ProgramSettings, teacher: Teacher | TeacherTeam, pools: Sequence[ReplicaPool]
 ) -> ProgramSampler:
-    """The System-2 program around the one teacher or the team."""
+    """The System-2 program around the single teacher or the team."""
+    config, tokenizer = context.config, context.tokenizer
 
     def awaited(calls: Sequence[int]) -> None:
         for pool in pools:
@@ -171,57 +158,25 @@ def _program(
         settings,
         teacher,
         teacher.name,
-        [*checked.dataset.train, *checked.dataset.heldout],
-        TextCodec(question_encoder(config, checked.tokenizer), response_encoder(checked.tokenizer), decoder(checked.tokenizer)),
-        config.rollout.samples_per_prompt,
-        config.data.prefix,
-        config.data.max_prompt_tokens,
-        config.run.seed,
+        context.prompts,
+        TextCodec(question_encoder(config, tokenizer), response_encoder(tokenizer), decoder(tokenizer)),
+        Rows.of(config),
         awaited,
     )
 
 
-def _other_teacher(config: Config, checked: Checked, name: str, settings: OtherTeacherSettings) -> OtherTeacher:
-    """A teacher that lives in this process."""
-    if isinstance(settings, HFTeacherSettings):
-        cache = config.run.output / ".models"
-        return HFTeacher(name, settings, checked.vocab_size, checked.stop_ids, config.rollout.teacher_top_k, cache)
-    if isinstance(settings, CaptureTeacherSettings):
-        asked = prompts_of(config, name, checked.dataset.train)
-        return CapturedTeacher(name, settings.path, asked, checked.vocab_size, tokenizer_hash(checked.tokenizer))
-    prompts = [*checked.dataset.train, *checked.dataset.heldout]
-    return RemoteTeacher(
-        name,
-        settings,
-        checked.tokenizer,
-        # A chat endpoint applies its own template, to the question before the student's.
-        asked_text(config, checked.tokenizer, prompts, settings.chat),
-        checked.vocab_size,
-        checked.stop_ids,
-    )
-
-
-def _cross_tokenizer(config: Config, checked: Checked, pool: ReplicaPool) -> CrossTokenizerScorer:
+def _cross_tokenizer(context: RunContext, pool: ReplicaPool) -> CrossTokenizerScorer:
     """The pool of a teacher with another tokenizer, as a scorer of the student's rollouts."""
-    tokenizer = teacher_tokenizer(config, pool.name)
-    prompts = reencode(config, tokenizer, [*checked.dataset.train, *checked.dataset.heldout])
+    tokenizer = teacher_tokenizer(context.config, pool.name)
+    prompts = reencode(context.config, tokenizer, context.prompts)
     spec = pool.spec
-    return CrossTokenizerScorer(pool, checked.tokenizer, tokenizer, prompts, spec.vocab_size, spec.max_model_len)
+    return CrossTokenizerScorer(pool, context.tokenizer, tokenizer, prompts, spec.vocab_size, spec.max_model_len)
 
 
-def training_route(config: Config, checked: Checked, pools: Pools) -> tuple[Sampler, Scorer | None]:
-    """Who samples and who scores what is trained on: the pools, and the data where it has a share of the responses."""
-    share = max((config.rollout.data_share, *_scheduled(config, "rollout.data_share")))
-    if not share:
+def training_sources(checked: Checked, pools: Pools) -> tuple[Sampler, Scorer | None]:
+    """Sampler and scorer of the training samples: the pools', and the data if it provides a share of the responses."""
+    if not checked.route.data_responds:
         return pools.sampler, pools.scorer
-    # Where the sampler's rollouts come back scored, nobody else would score the data's.
-    scorer: Scorer | None = None
-    if pools.scorer is None and not isinstance(config.loss, SequenceLoss):
-        scorer = pools.team or pools.named[0]
-    prompts, limit = checked.dataset.train, config.rollout.max_new_tokens
+    scorer: Scorer | None = (pools.team or pools.named[0]) if checked.route.scores_references else None
+    prompts, limit = checked.dataset.train, checked.config.rollout.max_new_tokens
     return WithReferences(pools.sampler, scorer, prompts, checked.tokenizer, limit), pools.scorer
-
-
-def _scheduled(config: Config, name: str) -> tuple[float, ...]:
-    schedule = config.training.schedules.get(name)
-    return () if schedule is None else schedule.extremes

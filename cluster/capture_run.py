@@ -1,13 +1,12 @@
-"""The command `kdray capture`: the config's own teacher, started alone, asked for every answer that the folder lacks.
+"""Command `kdray capture`: starts only the config's teacher, and requests every answer that the folder lacks.
 
-No student rank and no student replica runs: what is recorded depends on the teacher and the tokenizer alone.
+No student rank and no student replica runs: the recorded answers depend only on the teacher and the tokenizer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,51 +16,51 @@ from typing import Any
 
 import numpy as np
 
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
-from cluster.assembly import open_pools, training_route
+from actors.serving.spec import RunHandles
+from cluster.assembly import open_pools, training_sources
 from cluster.engine_specs import canary
-from cluster.parts import Models, Pools
+from cluster.interrupt import on_interrupt
+from cluster.parts import Pools
 from kdray.capturing.collect import ask, by_key
 from kdray.capturing.writer import Asking, CaptureFolder
-from kdray.checks.preflight import Checked
-from kdray.config import Config, HFTeacherSettings, OpenAITeacherSettings, RationaleProgram, TeacherSettings
-from kdray.config.schedules import SignalSchedule
+from kdray.config import Config
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
-from kdray.models.resolve import model_name, weights_hash
 from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.rollouts.schedules import Schedules
+from kdray.runs.context import Checked, RunContext
 from kdray.teachers.fingerprint import Fingerprint
-from kdray.teachers.huggingface import HFTeacher
-from kdray.types import Rollout, SampleRequest
+from kdray.teachers.kind import kind_of
+from kdray.types import SampleRequest
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What a start of `kdray capture` found and did."""
+    """Results of a start of `kdray capture`."""
 
     path: str
     wanted: int
-    """Answers that this config asks for."""
+    """Answers that this config requests."""
     held_before: int
     """Answers that the folder had when this start began."""
     asked: int
-    """Answers that this start asked of the teacher."""
+    """Answers that this start requested from the teacher."""
     held: int
     """Answers that the folder has now."""
     asked_ever: int
-    """Answers asked of the teacher over all starts."""
+    """Answers requested from the teacher over all starts."""
     asked_again: int
-    """Of these, what was in flight when a start ended early: asked for, never kept, and asked for once more."""
+    """Of these, answers in flight when a start ended early: requested, never stored, and requested once more."""
     retried: int
-    """Answers that this start's pools sent again by themselves, because a replica died or an endpoint failed."""
+    """Answers that this start's pools retried by themselves, because a replica died or an endpoint failed."""
     seconds: float
 
 
 def check_capturable(config: Config) -> None:
-    """Raises: ConfigError where the config's answers are not one teacher's alone."""
+    """Raises: ConfigError if the config's answers do not come from a single teacher alone."""
     names = ", ".join(config.teachers)
     if len(config.teachers) > 1:
         raise ConfigError(
@@ -69,44 +68,44 @@ def check_capturable(config: Config) -> None:
             "the captures to rollout.teachers.type=route"
         )
     (name,) = config.teachers
-    teacher = config.teachers[name]
-    if not isinstance(teacher, TeacherSettings | HFTeacherSettings | OpenAITeacherSettings):
+    if not kind_of(config, name).capturable:
         raise ConfigError(
-            f"teachers.{name}.type={teacher.type}: its answers cannot be captured; use a teacher of type vllm, hf or openai"
+            f"teachers.{name}.type={config.teachers[name].type}: its answers cannot be captured; use a teacher of type "
+            "vllm, hf or openai"
         )
-    if isinstance(config.rollout.program, RationaleProgram):
+    program = config.rollout.program
+    if program is not None and program.paired_rows:
         raise ConfigError(
-            "rollout.program.type=rationale: its rows have prompts of their own, and a capture finds answers by the data's; "
-            "run it with the teacher"
+            f"rollout.program.type={program.type}: its rows have prompts of their own, and a capture finds answers by "
+            "the data's; run it with the teacher"
         )
     for setting, schedule in config.training.schedules.items():
-        if isinstance(schedule, SignalSchedule) and setting.startswith("rollout."):
+        if schedule.follows is not None and setting.startswith("rollout."):
             raise ConfigError(
-                f"training.schedules.{setting}.type=signal: a capture has no student whose signals it could follow; use linear "
-                "or cosine"
+                f"training.schedules.{setting}.type={schedule.type}: a capture has no student whose signals it could "
+                "follow; use linear or cosine"
             )
 
 
-def asking(config: Config, checked: Checked, models: Models) -> Asking:
-    """All that decides what an answer is, beside its prompt and its seed."""
-    ((name, teacher),) = config.teachers.items()
-    rollout = config.rollout
-    how: dict[str, Any] = {"type": teacher.type, "max_new_tokens": rollout.max_new_tokens, "stop_ids": list(checked.stop_ids)}
+def asking(context: RunContext) -> Asking:
+    """Everything that determines an answer, except its prompt and its seed."""
+    config = context.config
+    (name,) = config.teachers
+    kind, rollout = kind_of(config, name), config.rollout
+    how: dict[str, Any] = {
+        "type": kind.settings.type,
+        "max_new_tokens": rollout.max_new_tokens,
+        "stop_ids": list(context.stop_ids),
+    }
     if rollout.program is not None:
         how["program"] = rollout.program.model_dump(mode="json")
-    if isinstance(teacher, OpenAITeacherSettings):
-        asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
-        how |= {setting: getattr(teacher, setting) for setting in asked}
-    elif isinstance(teacher, TeacherSettings | HFTeacherSettings):
-        model = models.teachers[name]
-        how |= {"model": model_name(model), "revision": teacher.revision, "weights": weights_hash(model)}
-        how |= {"teacher_top_k": min(rollout.teacher_top_k, checked.vocab_size), "teacher_signal": rollout.teacher_signal}
-        how |= {"temperature": rollout.temperature, "top_p": rollout.top_p}
-    return Asking(tokenizer_hash(checked.tokenizer), checked.vocab_size, how)
+    how |= kind.identity(context.models.teachers.get(name), context.vocab_size)
+    return Asking(tokenizer_hash(context.tokenizer), context.vocab_size, how)
 
 
-def first_requests(config: Config, checked: Checked, epochs: int) -> list[SampleRequest]:
-    """What a run of the config asks for in its first passes over the training prompts, in its order."""
+def first_requests(checked: Checked, epochs: int) -> list[SampleRequest]:
+    """Requests of a run in its first epochs over the training prompts, in its order."""
+    config = checked.config
     settings, prompts = LoopSettings.of(config), PromptStream(checked.dataset.train, config.run.seed)
     count = len(checked.dataset.train) * config.rollout.samples_per_prompt * epochs
     schedules = Schedules.of(config)
@@ -117,20 +116,18 @@ def first_requests(config: Config, checked: Checked, epochs: int) -> list[Sample
 
 
 async def capture_answers(
-    config: Config,
-    checked: Checked,
-    models: Models,
+    context: RunContext,
     folder: CaptureFolder,
     wanted: dict[bytes, SampleRequest],
     missing: dict[bytes, SampleRequest],
     on_progress: Callable[[int, int], None],
 ) -> Captured:
-    """Ask for what the folder lacks.
+    """Request the answers that the folder lacks.
 
-    Args: wanted, missing: by key, what the config asks for, and what of it has to be asked; on_progress: called with the
-          answers held and wanted.
-    Raises: DataError where the teacher is not the one whose answers are there; Interrupted when asked to stop, with all that
-    came kept.
+    Args: wanted, missing: by key, the answers that the config needs, and those of them to be requested; on_progress: called
+    with the numbers of answers held and wanted.
+    Raises: DataError if the stored answers are another teacher's; Interrupted if the user stops it, with all received answers
+    stored.
     """
     with _stoppable(folder):
         started, held_before, asked_before = time.monotonic(), folder.held, folder.asked
@@ -144,13 +141,14 @@ async def capture_answers(
                 there += count
                 on_progress(there, len(wanted))
 
-            registry = beside_driver(TeacherRegistry).remote({}) if config.served_teachers else None
+            config = context.config
+            alone = replace(context, route=context.route.without_student())
+            registry = on_driver_node(TeacherRegistry).remote({}) if config.served_teachers else None
             known = folder.fingerprint
-            compared = canary(config, checked) if known is None else known.canary[: config.max_model_len]
-            on_event = folder.note
-            async with open_pools(config, checked, models, None, registry, on_event, alone=compared) as pools:
-                folder.begin(await _fingerprint(config, checked, models, pools, registry, compared, known))
-                sampler, scorer = training_route(config, checked, pools)
+            compared = canary(context) if known is None else known.canary[: config.max_model_len]
+            async with open_pools(alone, RunHandles(registry=registry), folder.note, canary=compared) as pools:
+                folder.begin(_joined(await _fingerprint(context, pools, registry, compared), known))
+                sampler, scorer = training_sources(alone, pools)
                 await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)
                 retried = pools.retried
         manifest = folder.complete()
@@ -171,83 +169,45 @@ async def capture_answers(
 
 @contextlib.contextmanager
 def _stoppable(folder: CaptureFolder) -> Iterator[None]:
-    """SIGINT and SIGTERM cancel the running task, which then ends with Interrupted."""
-    loop, main = asyncio.get_running_loop(), asyncio.current_task()
+    """Let SIGINT and SIGTERM cancel the running task, which then ends with Interrupted."""
+    main = asyncio.current_task()
     assert main is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, main.cancel)
-    try:
-        yield
-    except asyncio.CancelledError as error:
-        folder.note("interrupted", held=folder.held)
-        raise Interrupted(
-            f"stopped with {folder.held} answers in {folder.path}; the same command goes on from there"
-        ) from error
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    with on_interrupt(main.cancel):
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            folder.note("interrupted", held=folder.held)
+            raise Interrupted(
+                f"stopped with {folder.held} answers in {folder.path}; the same command goes on from there"
+            ) from error
 
 
-async def _fingerprint(
-    config: Config,
-    checked: Checked,
-    models: Models,
-    pools: Pools,
-    registry: Any,
-    compared: tuple[int, ...],
-    known: Fingerprint | None,
-) -> Fingerprint | None:
-    """What the teacher says of itself, over as much of the canary as the one before; None for a black box."""
-    ((name, teacher),) = config.teachers.items()
-    if isinstance(teacher, TeacherSettings):
-        found = Fingerprint.from_dict((await registry.known.remote())[name])
-    elif isinstance(teacher, HFTeacherSettings):
-        (own,) = pools.others
-        assert isinstance(own, HFTeacher)
-        found = await _local_fingerprint(own, teacher, checked, models.teachers[name], compared)
-    else:
-        return None
-    if known is not None and len(compared) < len(known.canary):
-        # This run's sequences are shorter. What follows a token changes nothing of its score: the rest is as it was.
-        found = replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
-    return found
+async def _fingerprint(context: RunContext, pools: Pools, registry: Any, compared: tuple[int, ...]) -> Fingerprint | None:
+    """The teacher's fingerprint, over the canary; None for a black box."""
+    (name,) = context.config.teachers
+    if context.config.teachers[name].served:
+        return Fingerprint.from_dict((await registry.known.remote())[name])
+    (teacher,) = pools.others
+    return await teacher.fingerprint(compared)
 
 
-async def _local_fingerprint(
-    teacher: HFTeacher, settings: HFTeacherSettings, checked: Checked, model: str, compared: tuple[int, ...]
-) -> Fingerprint:
-    """As a replica's, of a model in this process."""
-    ids = np.array(compared, dtype=np.int32)
-    versions = np.zeros(len(ids) - 1, dtype=np.int32)
-    sequence = Rollout(-1, -1, ids[:1], ids[1:], None, None, versions, alpha=0.0, finish_reason="length")
-    ((scored,),) = [part async for part in teacher.score([sequence])]
-    assert scored.teacher_logprobs is not None
-    return Fingerprint(
-        model=model_name(model),
-        revision=settings.revision,
-        tokenizer=tokenizer_hash(checked.tokenizer),
-        vocab_size=checked.vocab_size,
-        dtype="float32",
-        canary=compared,
-        scores=tuple(scored.teacher_logprobs.tolist()),
-    )
+def _joined(found: Fingerprint | None, known: Fingerprint | None) -> Fingerprint | None:
+    """The fingerprint found, extended to the previous one's canary length."""
+    if found is None or known is None or len(found.canary) >= len(known.canary):
+        return found
+    # This run's sequences are shorter. A token's score does not depend on the tokens after it: the remainder is unchanged.
+    return replace(found, canary=known.canary, scores=found.scores + known.scores[len(found.scores) :])
 
 
 def _in_flight(config: Config) -> int:
-    """Answers that keep the teacher busy while others travel: twice what it works on at once."""
-    (teacher,) = config.teachers.values()
-    if isinstance(teacher, TeacherSettings):
-        replicas = teacher.replicas if teacher.autoscaling is None else teacher.autoscaling.max_replicas
-        return 2 * replicas * teacher.max_num_seqs
-    if isinstance(teacher, HFTeacherSettings):
-        return 2 * teacher.batch_size
-    assert isinstance(teacher, OpenAITeacherSettings)
-    return 2 * teacher.max_concurrency
+    """Number of answers that keeps the teacher busy while others are in transit: twice its concurrency."""
+    (name,) = config.teachers
+    return 2 * kind_of(config, name).in_flight
 
 
-def capture_folder(config: Config, checked: Checked, models: Models, path: Path) -> CaptureFolder:
+def capture_folder(context: RunContext, path: Path) -> CaptureFolder:
     """The folder of this config's answers, not yet opened."""
-    return CaptureFolder(path, asking(config, checked, models))
+    return CaptureFolder(path, asking(context))
 
 
 def wanted_answers(checked: Checked, folder: CaptureFolder, requests: Sequence[SampleRequest]) -> dict[bytes, SampleRequest]:

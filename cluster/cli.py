@@ -1,4 +1,4 @@
-"""The command `kdray`. Parses first; each command imports what it needs, so that `--help` stays instant.
+"""Command `kdray`. Parses first; each command imports its dependencies itself, so that `--help` stays fast.
 
 Exit codes: 0 done; 1 the run failed; 2 the config or an input is wrong; 130 interrupted.
 """
@@ -6,49 +6,32 @@ Exit codes: 0 done; 1 the run failed; 2 the config or an input is wrong; 130 int
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, first_reason
-
-if TYPE_CHECKING:
-    from cluster.jobs.client import JobServer, JobState
-    from kdray.config import Config
+from cluster.cli_base import ConfigPath, Overrides, exit_codes, load
+from cluster.jobs.commands import logs, status, stop, submit
+from kdray.errors import DataError
 
 app = typer.Typer(
     name="kdray",
     help="Distributed online distillation of language models: vLLM teachers, DeepSpeed students, on Ray.",
     add_completion=False,
     no_args_is_help=True,
-    # A traceback is for the log; what a user reads names the setting and the remedy.
+    # A traceback belongs in the log; the message to the user names the setting and the remedy.
     pretty_exceptions_enable=False,
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as training.learning_rate=1e-5.")
-]
 _PROGRESS_S = 5.0
 _STUDENT = "student"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-Address = Annotated[
-    str | None,
-    typer.Option(
-        "--address", metavar="URL", help="The cluster's dashboard, such as http://head:8265; else RAY_API_SERVER_ADDRESS."
-    ),
-]
-JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or the id of one of its jobs.")]
 
 RunPath = Annotated[
     str, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or its URL in the run's storage.")
@@ -64,12 +47,12 @@ def main() -> None:
 
 
 def _give_up_output() -> None:
-    """Drop output that cannot be written any more, as to a file on a full disk: Python would make 120 of the exit code."""
+    """Discard output that can no longer be written, as to a file on a full disk: Python would exit with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            # What is still buffered is flushed once more at the end.
+            # The remaining buffer is flushed once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -97,8 +80,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its checkpoint.")] = False,
 ) -> None:
     """Run the whole job: on a local Ray, or on the cluster that RAY_ADDRESS names."""
-    with _exit_codes() as outcome:
-        settings = _load(config, overrides)
+    with exit_codes() as outcome:
+        settings = load(config, overrides)
         outcome.watch(settings.run_folder)
         from cluster.launch import run as launch
 
@@ -127,8 +110,8 @@ def capture(
     ] = False,
 ) -> None:
     """Record the teacher's answers to every training prompt, to train later without it; a killed start is gone on with."""
-    with _exit_codes():
-        settings = _load(config, overrides)
+    with exit_codes():
+        settings = load(config, overrides)
         from cluster.launch import capture as launch
 
         found = launch(settings, to, epochs, reuse, on_progress=_progress())
@@ -140,11 +123,11 @@ def capture(
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Resolve a config, check it, print it; exit 2 and say what is wrong otherwise."""
-    with _exit_codes():
-        settings = _load(config, overrides)
+    with exit_codes():
+        settings = load(config, overrides)
         from kdray.checks.preflight import check
 
-        # Findings as comments: the output as a whole is a config again.
+        # Findings as comments, so that the whole output is again a valid config.
         for line in check(settings).lines:
             typer.echo(f"# {line}")
         typer.echo(settings.dump(), nl=False)
@@ -162,8 +145,8 @@ def plan(
     ] = None,
 ) -> None:
     """Show what goes where, its memory, and which part will wait for which; exit 2 for what can never fit."""
-    with _exit_codes():
-        settings = _load(config, overrides)
+    with exit_codes():
+        settings = load(config, overrides)
         from cluster.planning.plan import described_nodes, rates_of, table
         from cluster.planning.plan import plan as lay_out
 
@@ -191,7 +174,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a student against its teacher on the held-out prompts."""
-    with _exit_codes() as outcome, contextlib.ExitStack() as opened:
+    with exit_codes() as outcome, contextlib.ExitStack() as opened:
         student = None
         path = opened.enter_context(_here(source))
         config = path
@@ -200,21 +183,21 @@ def evaluate(
 
             folder = RunFolder.open(path)
             config, student = folder.config, _finished_student(folder.path)
-        settings = _load(config, overrides)
+        settings = load(config, overrides)
         if student is not None:
-            # A copy's is gone when its reader looks.
+            # A copy's log folder is deleted before anyone can read it.
             outcome.log_folder = path / "logs" if "://" not in source else None
         plain = None
         if other is not None:
             from kdray.models.quantization import plain_weights
 
-            # Where run folders lie, every node can read.
+            # Run folders are readable from every node.
             plain = opened.enter_context(plain_weights(other, settings.run.output / ".models"))
         from cluster.launch import evaluate as launch
 
         columns = {"student": launch(settings, student)}
         if plain is not None:
-            # With the slash it is a folder's name, whatever the folder is called.
+            # With a trailing slash it is always a folder's name.
             columns[f"{other}/"] = launch(settings, plain)
         _print_columns("held-out", columns)
 
@@ -222,7 +205,7 @@ def evaluate(
 @app.command()
 def report(run: RunPath) -> None:
     """Write report.html, one file that opens without a network, into the run folder."""
-    with _exit_codes(), _here(run) as folder:
+    with exit_codes(), _here(run) as folder:
         from kdray.runs.report import write_report
 
         written = write_report(folder)
@@ -239,7 +222,7 @@ def report(run: RunPath) -> None:
 @app.command()
 def verify(run: RunPath) -> None:
     """Prove from a run's files that every sample was trained once or left out by a rule; exit 1 and the list where not."""
-    with _exit_codes(), _here(run) as folder:
+    with exit_codes(), _here(run) as folder:
         from kdray.runs.verify import verify as prove
 
         proof = prove(folder)
@@ -265,7 +248,7 @@ def export(
     ] = None,
 ) -> None:
     """Copy a run's final student to a folder of its own (Hugging Face format, safetensors), quantised if asked."""
-    with _exit_codes(), _here(run) as folder:
+    with exit_codes(), _here(run) as folder:
         from kdray.runs.folder import RunFolder
 
         student = _finished_student(RunFolder.open(folder).path)
@@ -288,106 +271,9 @@ def export(
         typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
 
 
-@app.command()
-def submit(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Follow the log; end with the job's exit code.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its checkpoint.")] = False,
-    name: Annotated[str | None, typer.Option("--name", metavar="JOB", help="The job's name; the run's if not given.")] = None,
-    check_here: Annotated[
-        bool, typer.Option("--check/--no-check", help="Check models and data here, where they can be reached, before sending.")
-    ] = True,
-) -> None:
-    """Send a run to a Ray cluster as a job: kdray itself, the config, and the small files that it names."""
-    with _exit_codes():
-        settings = _load(config, overrides)
-        from cluster.jobs.client import JobServer, check_name
-        from cluster.jobs.package import forwarded, pack, unchecked
-
-        cargo, environment = pack(settings), forwarded(settings)
-        name = check_name(name or settings.run.name)
-        server = JobServer(address)
-        reasons = unchecked(settings, cargo) if check_here else ["--no-check"]
-        if reasons:
-            typer.echo(f"models and data are checked when the job starts, not here: {'; '.join(reasons)}")
-        else:
-            from kdray.checks.preflight import check
-
-            for line in check(settings).lines:
-                typer.echo(line)
-        for place, path in cargo.files.items():
-            typer.echo(f"sent along: {path} as {place}")
-        job = server.submit(settings, cargo, environment, resume, name)
-        typer.echo(f"job {job.id}: submitted to {server.address}; run folder {job.run_folder}")
-        if follow:
-            _follow(server, job)
-        else:
-            typer.echo(_hints(server, job))
-
-
-@app.command()
-def status(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A run's name or a job's id; all jobs if not given.")
-    ] = None,
-    address: Address = None,
-) -> None:
-    """Show the jobs of a cluster, or one: state, how far it is, and how it ended."""
-    with _exit_codes():
-        from cluster.jobs.client import TABLE, JobServer, outcome, table_rows
-
-        server = JobServer(address)
-        found = server.logs_of([server.job(name)] if name is not None else server.jobs())
-        if not found:
-            typer.echo(f"no jobs of kdray at {server.address}")
-            return
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*TABLE)
-        for row in table_rows(found):
-            table.add_row(*row)
-        Console().print(table, markup=False)
-        for job, log in found.items():
-            if job.ended or isinstance(log, KdrayError):
-                typer.echo(outcome(job, log))
-
-
-@app.command()
-def stop(name: JobName, address: Address = None) -> None:
-    """Ask a job to write a checkpoint and end, wait, and tell how it ended; exit 1 when it was killed without."""
-    with _exit_codes():
-        from cluster.jobs.client import JobServer, job_exit_code, outcome
-
-        server = JobServer(address)
-        job = server.job(name)
-        if not job.ended:
-            typer.echo(f"{job.id}: asked to write a checkpoint and end; it is killed after {job.stop_wait_s} s")
-            job = server.stop(job)
-        log = server.logs(job)
-        typer.echo(outcome(job, log))
-        if not job.ended or (job.state == "STOPPED" and job_exit_code(job, log) is None):
-            raise typer.Exit(1)
-
-
-@app.command()
-def logs(
-    name: JobName,
-    address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends; end with its exit code.")] = False,
-) -> None:
-    """Print a job's log."""
-    with _exit_codes():
-        from cluster.jobs.client import JobServer
-
-        server = JobServer(address)
-        job = server.job(name)
-        if follow:
-            _follow(server, job)
-        else:
-            typer.echo(server.logs(job), nl=False)
+# Here, so that `--help` lists the commands in the order of a run's life cycle.
+for command in (submit, status, stop, logs):
+    app.command()(command)
 
 
 @app.command()
@@ -399,7 +285,7 @@ def doctor(
 
     With a recipe: start its teachers and check that they carry a signal that the recipe's loss reads.
     """
-    with _exit_codes():
+    with exit_codes():
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -424,84 +310,8 @@ def doctor(
                 Console().print(told, highlight=False)
 
 
-class _Outcome:
-    """Where the log of a failure belongs, once the command has written a run folder."""
-
-    def __init__(self) -> None:
-        self.log_folder: Path | None = None
-        self._watched: tuple[Path, object] | None = None
-
-    def watch(self, run_folder: Path) -> None:
-        """A folder that already was there belongs to another run until its config.yaml is written again."""
-        self._watched = (run_folder, _stamp(run_folder))
-
-    def logs(self) -> Path | None:
-        if self._watched is not None and _stamp(self._watched[0]) != self._watched[1]:
-            return self._watched[0] / "logs"
-        return self.log_folder
-
-
-def _stamp(run_folder: Path) -> object:
-    try:
-        stat = (run_folder / "config.yaml").stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns
-
-
-@contextlib.contextmanager
-def _exit_codes() -> Iterator[_Outcome]:
-    """Turn what a command raises into a message on stderr and the exit code that design and README promise."""
-    outcome = _Outcome()
-    try:
-        yield outcome
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(130) from None
-    except BaseExceptionGroup as group:
-        raise typer.Exit(_explain(first_reason(group), outcome)) from None
-    except Exception as error:
-        raise typer.Exit(_explain(error, outcome)) from None
-
-
-def _explain(error: BaseException, outcome: _Outcome) -> int:
-    """Print why the command ends, and give its exit code."""
-    logs = outcome.logs()
-    where = f"\nlogs: {logs}" if logs is not None else ""
-    if isinstance(error, KeyboardInterrupt | Interrupted):
-        typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
-        return 130
-    if isinstance(error, ConfigError | DataError):
-        typer.echo(f"kdray: {error}", err=True)
-        return 2
-    if isinstance(error, KdrayError):
-        typer.echo(f"kdray: {error}{where}", err=True)
-        return 1
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        remedy = "make room where run.output lies, then continue with --resume"
-        typer.echo(f"kdray: a file could not be written: {error}; {remedy}{where}", err=True)
-        return 1
-    text = "".join(traceback.format_exception(error))
-    if logs is not None:
-        # The log may be what cannot be written.
-        with contextlib.suppress(OSError):
-            logs.mkdir(parents=True, exist_ok=True)
-            with (logs / "driver.log").open("a", encoding="utf-8") as file:
-                file.write(text)
-    typer.echo(f"{text}kdray: failed unexpectedly: {type(error).__name__}: {error}{where}", err=True)
-    return 1
-
-
-def _load(path: Path, overrides: list[str] | None) -> Config:
-    from kdray.config import load_config
-
-    return load_config(path, overrides or [])
-
-
 def _progress() -> Callable[[int, int], None]:
-    """Prints answers held and wanted, at most every few seconds."""
+    """Callback that prints the numbers of answers held and wanted, at most every few seconds."""
     printed = time.monotonic()
 
     def show(held: int, wanted: int) -> None:
@@ -515,7 +325,7 @@ def _progress() -> Callable[[int, int], None]:
 
 @contextlib.contextmanager
 def _here(source: str) -> Iterator[Path]:
-    """What `source` names, on this machine: a path as it is, a URL as a copy that is removed afterwards. Raises: DataError."""
+    """Local path of `source`: a path as it is, a URL as a copy that is deleted afterwards. Raises: DataError."""
     if "://" not in source:
         yield Path(source)
         return
@@ -530,29 +340,8 @@ def _here(source: str) -> Iterator[Path]:
         yield fetch_results(url, Path(folder) / "run")
 
 
-def _follow(server: JobServer, job: JobState) -> None:
-    """Print a job's log until it ends, then how it ended. Raises: typer.Exit with its exit code."""
-    from cluster.jobs.client import job_exit_code, outcome
-
-    try:
-        ended = server.follow(job, lambda text: typer.echo(text, nl=False))
-    except KeyboardInterrupt:
-        raise Interrupted(f"the job runs on: {_hints(server, job)}") from None
-    log = server.logs(ended)
-    typer.echo(outcome(ended, log), err=True)
-    code = job_exit_code(ended, log)
-    # A job that was killed, or that never started, has no code of its own.
-    raise typer.Exit(1 if code is None else code)
-
-
-def _hints(server: JobServer, job: JobState) -> str:
-    """The commands for a job that runs."""
-    where = f"{job.id} --address {server.address}"
-    return f"kdray logs {where} --follow; kdray status {where}; kdray stop {where}"
-
-
 def _finished_student(run_folder: Path) -> Path:
-    """The student of a run that has ended. Raises: DataError when there is none yet, or not the one that was written."""
+    """The student of a finished run. Raises: DataError if there is none yet, or it is not the one that was written."""
     from kdray.runs.checkpoints import FILES, differing, read_marker
     from kdray.runs.storage import Storage
 
@@ -571,12 +360,12 @@ def _finished_student(run_folder: Path) -> Path:
 
 
 def _print_columns(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """A table with a row for each key and a column for each mapping."""
+    """Print a table with a row for each key and a column for each mapping."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    # Text, not markup: a path may hold square brackets.
+    # Text, not markup: a path may contain square brackets.
     table = Table(title, *(Column(Text(name)) for name in columns))
     for key in dict.fromkeys(key for values in columns.values() for key in values):
         table.add_row(key, *(Text(_cell(values.get(key))) for values in columns.values()))

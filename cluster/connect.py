@@ -1,4 +1,4 @@
-"""A Ray of this machine alone, for a run that joins no cluster."""
+"""Connection to Ray: join the cluster of the config, or start a local Ray."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SLOW = "The current node timed out during startup.*"
 
 
 def start_local(**options: Any) -> None:
-    """Start it, with all of its ports on the loopback interface; `ray.shutdown` ends it.
+    """Start a local Ray with all ports on the loopback interface; `ray.shutdown` ends it.
 
     Args: options: of `ray.init`.
-    Raises: KdrayError where a part of it does not come up, time and again.
+    Raises: KdrayError if a component repeatedly fails to start.
     """
-    # Ray gives a part of itself 15 s to come up, and ends where it did not; a busy machine needs longer now and then.
+    # Ray gives each component 15 s to start, and fails otherwise; a busy machine occasionally needs longer.
     slow = retry_if_exception_message(match=_SLOW)
     try:
         for attempt in Retrying(retry=slow, stop=stop_after_attempt(_STARTS)):
@@ -45,10 +45,10 @@ def start_local(**options: Any) -> None:
 
 @contextlib.contextmanager
 def _loopback() -> Iterator[None]:
-    """A Ray that is started inside is on loopback.
+    """Bind a Ray that is started inside the block to loopback.
 
-    Ray does so by itself where clusters are not supported, by this variable's default there. It is read when Ray is imported,
-    which may have been long ago.
+    Ray does so by default on platforms without cluster support, through this variable. It is read when Ray is imported, which
+    may have happened earlier.
     """
     variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
     told = os.environ.get(variable)
@@ -64,20 +64,20 @@ def _loopback() -> Iterator[None]:
 
 
 def connected_nodes(config: Config) -> list[Node]:
-    """The nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
+    """Nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
     with connected(config, serving=False):
         return live_nodes()
 
 
 @contextlib.contextmanager
 def connected(config: Config, serving: bool = True) -> Iterator[None]:
-    """Join the named cluster or start a local Ray, with Ray Serve unless nothing is served. Ends only what it started."""
+    """Join the named cluster or start a local Ray, with Ray Serve if `serving`. Shuts down only what it started."""
     setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     already = ray.is_initialized()
     if not already:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        # `local` is a Ray of one's own in Ray's words.
+        # In Ray, `local` means a new local instance.
         if address and address != "local":
             remedy = CLUSTER_REMEDY.format(setting=setting)
             if address != "auto" and (problem := unreachable(address)):
@@ -92,12 +92,12 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
         if serving:
             from ray import serve
 
-            # Handles alone reach the replicas: no HTTP proxy, no open port.
+            # Replicas are called through handles only: no HTTP proxy, no open port.
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
         yield
     finally:
-        # A local Ray takes its Serve with it. On a cluster Serve stays: other runs may have come to use it.
+        # Stopping a local Ray also stops its Serve. On a cluster Serve keeps running: other runs may be using it by now.
         if not already:
             ray.shutdown()
 
@@ -109,7 +109,7 @@ CLUSTER_REMEDY = "start the cluster, correct {setting} (host:6379 or ray://host:
 
 
 def unreachable(address: str) -> str | None:
-    """Why nothing answers at a Ray address, or None if something does. Ray itself would try for minutes."""
+    """Describe why nothing answers at a Ray address; None if something does. Ray itself would retry for minutes."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port or {"ray": 10001, "http": 80, "https": 443}.get(parts.scheme, 6379)

@@ -1,4 +1,7 @@
-"""What this machine has and lacks for kdray, and what to do about it. The packages are found, never imported."""
+"""Diagnosis of this machine: kdray's requirements, missing ones, and the remedy.
+
+Packages are located but not imported; plugins are located and imported.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.connect import CLUSTER_REMEDY, unreachable
+from kdray.config.registry import REGISTRIES, all_plugins
 
 GIB = 2**30
 
@@ -26,30 +30,31 @@ _TESTED = {
     "deepspeed": ("0.19", ("deepspeed",)),
     "pyarrow": ("26", ("pyarrow",)),
 }
-"""Package -> the version that the tests ran with (pyproject.toml pins the same), and distributions that bring it."""
+"""Package -> the version that the tests ran with (the one pinned in pyproject.toml), and distributions that provide it."""
 
 _STRAY = ("torchvision", "torchaudio", "torchcodec")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """Result of one check."""
 
     name: str
     ok: bool | None
-    """True: fine; False: required and missing or broken; None: worth knowing, a run may still work."""
+    """True: fine; False: required and missing or broken; None: a warning, runs may still work."""
     found: str
     remedy: str = ""
-    """What to do; empty where there is nothing to do."""
+    """Remedy; empty if none is needed."""
 
 
 def checks() -> list[Check]:
-    """Look at everything; takes seconds at most."""
+    """Run all checks; takes seconds at most."""
     return [
         _python(),
         *(_package(name, tested, distributions) for name, (tested, distributions) in _TESTED.items()),
         *_stray_builds(),
         _plugin(),
+        *_plugins(),
         _cpus(),
         _gpus(),
         _memory(),
@@ -84,7 +89,7 @@ def _named(distribution: str, name: str, found: str) -> str:
 
 
 def _stray_builds() -> list[Check]:
-    """CUDA builds of torch's companions beside a CPU torch break `import` of transformers models; kdray needs none."""
+    """Find CUDA builds of torch's companion packages next to a CPU torch: they break importing transformers models."""
     if not _torch_is_cpu_build():
         return []
     stray = []
@@ -104,7 +109,7 @@ def _torch_is_cpu_build() -> bool:
         return False
     if "+" in found:
         return found.endswith("+cpu")
-    # No label: the build says it itself, in a file that can be read without importing torch.
+    # Without a version label, the build is read from a file of the package, without importing torch.
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -113,10 +118,34 @@ def _torch_is_cpu_build() -> bool:
 
 
 def _plugin() -> Check:
-    """vLLM's engine processes find the mixture model through this entry point."""
+    """Check the entry point through which vLLM's engine processes find the mixture model."""
     if any(point.name == "kdray" for point in entry_points(group="vllm.general_plugins")):
         return Check("vLLM plugin", True, "registered")
     return Check("vLLM plugin", None, "kdray is not an installed distribution", "pip install . (or pip install -e .)")
+
+
+def _plugins() -> list[Check]:
+    """List the kinds that other distributions add, a line per distribution, and a line for each that no config can use."""
+    installed: dict[str, list[str]] = {}
+    broken = []
+    for plugin in all_plugins():
+        registry = REGISTRIES[plugin.group]
+        installed.setdefault(f"{plugin.distribution} {plugin.version}", []).append(f"{registry.noun} {plugin.name}")
+        try:
+            registry.get(plugin.name)
+        except ValueError as error:
+            broken.append(Check("plugin", None, str(error), "a config that names it is refused"))
+    known = [Check("plugins", True, f"{owner}: {', '.join(kinds)}") for owner, kinds in installed.items()]
+    misplaced = [
+        Check(
+            "plugin", None, f"{point.value}: nothing reads the entry points of {group}", f"groups are {', '.join(REGISTRIES)}"
+        )
+        for group in sorted(entry_points().groups)
+        if group.startswith("kdray.") and group not in REGISTRIES
+        for point in entry_points(group=group)
+    ]
+    # Two distributions with the same name are both rejected.
+    return [*(known or [Check("plugins", True, "none installed")]), *dict.fromkeys(broken), *misplaced]
 
 
 def _cpus() -> Check:
@@ -142,10 +171,10 @@ def _gpus() -> Check:
 
 def _memory() -> Check:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
+    limit = Path("/sys/fs/cgroup/memory.max")  # limit of the container
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    # A CPU engine is resident with 2 to 2.5 GB, and a rank and Ray itself come on top.
+    # A CPU engine takes 2 to 2.5 GB of resident memory; a rank and Ray itself are added to that.
     ok = total >= 8 * GIB
     return Check("memory", True if ok else None, _gib(total), "" if ok else "one engine and one rank want 8 GiB")
 
@@ -175,7 +204,7 @@ def _open_files() -> Check:
 
 
 def _ray_cluster(address: str | None) -> Check:
-    """Whether the cluster that RAY_ADDRESS names answers; without the variable a run starts its own."""
+    """Check that the cluster named by RAY_ADDRESS answers; without the variable a run starts a local Ray."""
     name = "Ray cluster"
     if not address or address == "local":
         return Check(name, True, "RAY_ADDRESS names none; a run starts a local Ray and ends it")

@@ -1,4 +1,4 @@
-"""Specifications of a run's engines: which models a replica holds, and with what limits."""
+"""Specifications of a run's engines: the models that a replica holds, and its limits."""
 
 from __future__ import annotations
 
@@ -7,38 +7,36 @@ from typing import Any
 
 import numpy as np
 
-from actors.serving.engine import EngineSpec
-from cluster.parts import Models
-from kdray.checks.preflight import Checked
-from kdray.config import Config, EngineSettings, ULDLoss
+from actors.serving.spec import EngineSpec
+from kdray.config import Config, EngineSettings
 from kdray.data.dataset import reencode, templated
 from kdray.errors import ConfigError
 from kdray.models.inspect import load_tokenizer, shape
 from kdray.models.vocab import tokenizer_hash
+from kdray.runs.context import Checked, RunContext
 
 _CANARY_TOKENS = 64
-
-
 _TEACHER_TOKENS = 4
-"""Times as many tokens as the student that a teacher with another tokenizer may need for a text; longer ones get no rows."""
+"""Maximum ratio of a text's tokens between a teacher with another tokenizer and the student; longer texts get no rows."""
 
 
 def teacher_tokenizer(config: Config, name: str) -> Any:
     return load_tokenizer(*config.source(name))
 
 
-def _own_vocabulary_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
-    """A teacher alone, over its own vocabulary; its tokens for a text may be several times the student's."""
+def _own_vocabulary_spec(context: RunContext, name: str) -> EngineSpec:
+    """Spec of a teacher alone, over its own vocabulary; its tokens for a text may be several times the student's."""
+    config = context.config
     teacher = config.served_teachers[name]
     tokenizer = teacher_tokenizer(config, name)
     rows, positions = shape(*config.source(name))
-    heldout = reencode(config, tokenizer, checked.dataset.heldout[:_CANARY_TOKENS])
+    heldout = reencode(config, tokenizer, context.dataset.heldout[:_CANARY_TOKENS])
     canary = [int(token_id) for ids in heldout.values() for token_id in ids][:_CANARY_TOKENS]
     longest = _TEACHER_TOKENS * config.max_model_len
     return replace(
-        _spec(config, checked, teacher),
+        _spec(context, teacher),
         role="teacher",
-        model=models.teachers[name],
+        model=context.models.teachers[name],
         revision=config.source(name)[1],
         teacher=name,
         scoring=teacher.scoring,
@@ -50,10 +48,11 @@ def _own_vocabulary_spec(config: Config, checked: Checked, models: Models, name:
     )
 
 
-def _privileged_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
-    """A teacher alone, whose prompts are longer than the student's."""
+def _privileged_spec(context: RunContext, name: str) -> EngineSpec:
+    """Spec of a teacher alone, whose prompts are longer than the student's."""
+    config = context.config
     teacher = config.served_teachers[name]
-    longest = max(len(ids) for ids in privileged_prompts(config, checked, name).values()) + config.rollout.max_new_tokens
+    longest = max(len(ids) for ids in privileged_prompts(context, name).values()) + config.rollout.max_new_tokens
     positions = shape(*config.source(name))[1]
     if positions is not None and longest > positions:
         raise ConfigError(
@@ -61,51 +60,55 @@ def _privileged_spec(config: Config, checked: Checked, models: Models, name: str
             f"{config.rollout.max_new_tokens}, and the model holds {positions}; shorten one of them"
         )
     return replace(
-        _spec(config, checked, teacher),
+        _spec(context, teacher),
         role="teacher",
-        model=models.teachers[name],
+        model=context.models.teachers[name],
         revision=config.source(name)[1],
         teacher=name,
         scoring=teacher.scoring,
         max_model_len=max(longest, config.max_model_len),
-        canary=canary(config, checked),
-        tokenizer=tokenizer_hash(checked.tokenizer),
+        canary=canary(context),
+        tokenizer=tokenizer_hash(context.tokenizer),
     )
 
 
-def teacher_spec(config: Config, checked: Checked, models: Models, name: str) -> EngineSpec:
+def teacher_spec(context: RunContext, name: str) -> EngineSpec:
+    """Spec of a served teacher, according to its input, and with the student if the route places it there."""
+    own = {"own_ids": _own_vocabulary_spec, "own_prompts": _privileged_spec}.get(context.route.teacher_reads)
+    if own is not None:
+        return own(context, name)
+    config = context.config
     teacher = config.served_teachers[name]
-    if isinstance(config.loss, ULDLoss):
-        return _own_vocabulary_spec(config, checked, models, name)
-    if config.teacher_apart:
-        return _privileged_spec(config, checked, models, name)
-    return replace(
-        _spec(config, checked, teacher),
-        role="mixture",
-        model=models.teachers[name],
-        student=models.student,
+    spec = replace(
+        _spec(context, teacher),
+        role="teacher",
+        model=context.models.teachers[name],
         revision=config.source(name)[1],
-        student_revision=config.student.revision,
         teacher=name,
         record_hidden=config.rollout.teacher_signal == "hidden",
         scoring=teacher.scoring,
-        canary=canary(config, checked),
+        canary=canary(context),
         tokenizer=tokenizer_hash(teacher_tokenizer(config, name)),
     )
+    if not context.route.student_in_replicas:
+        return spec
+    return replace(spec, role="mixture", student=context.models.student, student_revision=config.student.revision)
 
 
-def student_spec(config: Config, checked: Checked, models: Models) -> EngineSpec:
-    return replace(_spec(config, checked, config.rollout.pool), model=models.student, revision=config.student.revision)
+def student_spec(context: RunContext) -> EngineSpec:
+    config = context.config
+    return replace(_spec(context, config.rollout.pool), model=context.models.student, revision=config.student.revision)
 
 
-def _spec(config: Config, checked: Checked, engine: EngineSettings) -> EngineSpec:
-    """What the engines of a run have in common, and their size; as a student-only one without its model."""
+def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
+    """Specification shared by the run's engines, with their size; the spec of a student-only engine except for its model."""
+    config = context.config
     return EngineSpec(
         role="student",
         model="",
         student=None,
-        vocab_size=checked.vocab_size,
-        stop_ids=checked.stop_ids,
+        vocab_size=context.vocab_size,
+        stop_ids=context.stop_ids,
         max_model_len=config.max_model_len,
         teacher_top_k=config.rollout.teacher_top_k,
         student_top_k=config.rollout.student_top_k,
@@ -122,15 +125,14 @@ def _spec(config: Config, checked: Checked, engine: EngineSettings) -> EngineSpe
     )
 
 
-def canary(config: Config, checked: Checked) -> tuple[int, ...]:
-    """Ids that every teacher replica scores at its start: held-out prompts, one after the other."""
+def canary(checked: Checked) -> tuple[int, ...]:
+    """Ids that every teacher replica scores at its start: held-out prompts, concatenated."""
     ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
-    return tuple(ids[: min(_CANARY_TOKENS, config.max_model_len)])
+    return tuple(ids[: min(_CANARY_TOKENS, checked.config.max_model_len)])
 
 
-def privileged_prompts(config: Config, checked: Checked, name: str) -> dict[int, np.ndarray]:
-    """What a teacher with a template of its own reads, by prompt id."""
-    template = config.served_teachers[name].prompt_template
+def privileged_prompts(context: RunContext, name: str) -> dict[int, np.ndarray]:
+    """Prompts of a teacher with a template of its own, by prompt id."""
+    template = context.config.served_teachers[name].prompt_template
     assert template is not None
-    prompts = [*checked.dataset.train, *checked.dataset.heldout]
-    return templated(config, checked.tokenizer, prompts, template)
+    return templated(context.config, context.tokenizer, context.prompts, template)

@@ -1,11 +1,10 @@
-"""What the commands call: check a config, connect, place, and run, capture, evaluate or test its teachers.
+"""Entry points of the commands: check a config, connect, place, and run, capture, evaluate or test its teachers.
 
-Nothing is left behind: replicas, ranks and stores end with the run, and so does a Ray that the run started.
+Nothing is left running: replicas, ranks and stores end with the run, and so does a Ray that the run started.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -16,34 +15,37 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.serving.registry import TeacherRegistry
+from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools
 from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
+from cluster.checkpointing import Checkpoint
 from cluster.connect import connected
-from cluster.evaluation import check_signals, measure_arguments
-from cluster.parts import resolve_models
+from cluster.evaluation import check_signals, held_out
+from cluster.interrupt import run_coroutine
 from cluster.peer_runs import run_together
 from cluster.planning.placement import bundles
 from cluster.planning.reservation import reserved
-from cluster.runner import Checkpoint, Job
+from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
-from kdray.checks.preflight import Checked, check
+from kdray.checks.preflight import check
 from kdray.config import Config
 from kdray.errors import ConfigError, StorageError
-from kdray.evaluation import evaluate as measure
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
+from kdray.runs.context import RunContext, resolve_models
 from kdray.runs.folder import CAPTURE, RunFolder
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
 from kdray.runs.storage import Storage
+from kdray.runs.trackers import Trackers
 from kdray.teachers.peers import peer_configs
 
 
 def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = None) -> dict[str, Any]:
-    """The whole job; returns the contents of summary.json.
+    """Run the whole job; returns the contents of summary.json.
 
     Args: prompts: texts or records, for `data.prompts.type: iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
@@ -67,59 +69,59 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
             held.refuse_another()
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     with connected(config), reserved(wanted, config.cluster, _tell) as room:
-        jobs: dict[str, Job] = {}
+        plans: dict[str, RunPlan] = {}
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
-                # Only now: a config that cannot run leaves no folder behind that the corrected one would stumble over.
+                # Only now: a config that cannot run leaves no folder that would block the corrected one.
                 fetched = _fetch(each, stored[name], checkpoints[name]) if resume else False
                 folder = RunFolder.create(each, resume)
-                # Peers report to their folders alone: a terminal shows one run at a time.
+                # Peers report to their folders only: a terminal shows one run at a time.
                 console = Console(quiet=True) if name else None
                 decode = decoder(checked[name].tokenizer)
-                reporter = RunReporter(folder, each.training.steps, console, decode=decode)
+                trackers = Trackers(each, folder.path)
+                reporter = RunReporter(folder, each.training.steps, console, decode=decode, trackers=trackers)
                 reporters.callback(reporter.close)
                 if fetched:
                     reporter.event("fetched", storage=each.run.storage)
                 for bad in passed_over[name]:
                     reporter.event("checkpoint_not_whole", checkpoint=bad.key, reason=bad.reason)
                     discard(bad)
-                jobs[name] = Job(each, checked[name], folder, reporter, checkpoints[name], stored[name])
-                jobs[name].on_start = room.release
+                plans[name] = RunPlan(checked[name], folder, reporter, checkpoints[name], stored[name], on_start=room.release)
             try:
-                summaries = asyncio.run(run_together(jobs))
+                summaries = run_coroutine(run_together(plans))
             except StorageError:
                 raise
             except Exception:
-                # What happened is told there, too, where the machine itself may not stay.
-                for job in jobs.values():
-                    _send_last(job)
+                # The events go to the storage, too, since the machine itself may not persist.
+                for plan in plans.values():
+                    _send_last(plan)
                 raise
-    for job in jobs.values():
-        write_report(job.folder.path)
-        if job.stored is not None:
-            job.stored.send_results()
+    for plan in plans.values():
+        write_report(plan.folder.path)
+        if plan.stored is not None:
+            plan.stored.send_results()
     return summaries[""]
 
 
 def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:
-    """Whether the run folder had to be brought from the storage, to go on from the checkpoint in it."""
+    """Download the run folder from the storage, to continue from the checkpoint in it; False if it was already here."""
     step = 0 if checkpoint is None else min(checkpoint.step, config.training.steps)
     return stored is not None and stored.fetch(step)
 
 
-def _send_last(job: Job) -> None:
-    if job.stored is None:
+def _send_last(plan: RunPlan) -> None:
+    if plan.stored is None:
         return
-    # A run that ends with another reason does not wait for its storage.
-    job.stored.storage.patience_s = 0.0
+    # A run that ends for another reason does not wait for its storage.
+    plan.stored.storage.patience_s = 0.0
     try:
-        job.stored.send()
+        plan.stored.send()
     except StorageError as error:
-        job.reporter.event("storage_failed", reason=str(error))
+        plan.reporter.event("storage_failed", reason=str(error))
 
 
 def _quieten() -> None:
-    """Leave the terminal to the run: libraries' notices and progress bars of single files tell a user nothing."""
+    """Silence libraries' notices and progress bars of single files: they tell a user nothing, and the terminal is the run's."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -130,11 +132,11 @@ def _quieten() -> None:
 
 
 def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Checkpoint | None, list[NotWhole]]:
-    """The newest whole checkpoint of the config's run, None where there is none yet; and newer ones that are not whole.
+    """The newest complete checkpoint of the config's run, None if there is none yet; and newer ones that are incomplete.
 
-    Raises: ConfigError where the config's steps do not fit to it, or a run that was trained has no checkpoint; DataError.
+    Raises: ConfigError if the config's steps do not match it, or a trained run has no checkpoint; DataError.
     """
-    # A run may have begun without a storage, or in another one's reach.
+    # A run may have begun without a storage, or with another one.
     places = ([] if stored is None else [stored.storage]) + [Storage.local(config.run_folder)]
     found, passed_over = newest_checkpoint(places)
     if found is None:
@@ -170,15 +172,15 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
 
 
 def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
-    """Measure a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model."""
-    # A teacher that is the student itself stays the recipe's, whoever is measured.
+    """Evaluate a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model."""
+    # If the teacher is the student itself, it remains the recipe's model, whichever student is evaluated.
     teachers = resolve_models(config).teachers
     if student is not None:
         config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(student)})})
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_evaluate(config, checked, teachers))
+        return run_coroutine(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
 
 
 def capture(
@@ -191,30 +193,30 @@ def capture(
 ) -> dict[str, Any]:
     """Record the teacher's answers to every training prompt; returns `cluster.capture_run.Captured` as a dict.
 
-    Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with draws of its own; reuse:
+    Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with its own samples; reuse:
           see `kdray.capturing.collect.lacking`; prompts: as for `run`; on_progress: called with the answers held and wanted.
-    Raises: ConfigError or DataError before anything starts, and for another teacher than the one whose answers are there;
-    Interrupted with all kept that came.
+    Raises: ConfigError or DataError before anything starts, and for another teacher than that of the stored answers;
+    Interrupted with all received answers stored.
     """
     _quieten()
     check_capturable(config)
     checked = check(config, prompts)
-    requests = first_requests(config, checked, epochs)
+    requests = first_requests(checked, epochs)
     check_alone(requests)
-    models = resolve_models(config)
-    with capture_folder(config, checked, models, to or config.run_folder / CAPTURE) as folder:
+    context = checked.with_models()
+    with capture_folder(context, to or config.run_folder / CAPTURE) as folder:
         wanted = wanted_answers(checked, folder, requests)
         missing = lacking(folder, wanted, reuse)
         with contextlib.ExitStack() as stack:
-            # A teacher in this process or elsewhere needs no cluster, and answers that are all there need nobody.
+            # A teacher in this process or on an external endpoint needs no cluster, and a complete folder needs no teacher.
             if config.served_teachers and missing:
                 stack.enter_context(connected(config))
                 _await_room(config, lambda role: role.startswith("teacher"))
-            return asdict(asyncio.run(capture_answers(config, checked, models, folder, wanted, missing, on_progress)))
+            return asdict(run_coroutine(capture_answers(context, folder, wanted, missing, on_progress)))
 
 
 def check_teachers(config: Config) -> dict[str, dict[str, float]]:
-    """Start the teachers alone and check their signals; returns the numbers of `kdray.checks.teacher_signal` by teacher.
+    """Start only the teachers and check their signals; returns the numbers of `kdray.checks.teacher_signal` by teacher.
 
     Raises: SignalError.
     """
@@ -222,24 +224,22 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")
-        return asyncio.run(_check_teachers(config, checked))
+        return run_coroutine(_check_teachers(checked.with_models()))
 
 
-async def _check_teachers(config: Config, checked: Checked) -> dict[str, dict[str, float]]:
-    models = resolve_models(config)
-    async with open_pools(config, checked, models, None, beside_driver(TeacherRegistry).remote({})) as pools:
-        return {each.name: await check_signals(config, checked, each) for each in pools.named}
+async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
+    async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
+        return {each.name: await check_signals(context, each) for each in pools.named}
 
 
-async def _evaluate(config: Config, checked: Checked, teachers: dict[str, str]) -> dict[str, Any]:
-    models = replace(resolve_models(config), teachers=teachers)
-    async with open_pools(config, checked, models, None, beside_driver(TeacherRegistry).remote({})) as pools:
-        numbers, _ = await measure(**measure_arguments(config, checked, pools), version=0)
+async def _evaluate(context: RunContext) -> dict[str, Any]:
+    async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
+        numbers, _ = await held_out(context, pools).measure(version=0)
         return numbers
 
 
 def _await_room(config: Config, starts: Callable[[str], bool]) -> None:
-    """Wait until there is room for the roles that are about to start."""
+    """Wait for enough capacity for the roles that are about to start."""
     with reserved([bundle for bundle in bundles(config) if starts(bundle.role)], config.cluster, _tell):
         pass
 

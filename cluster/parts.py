@@ -1,50 +1,34 @@
-"""The parts of a run that the driver holds: where its models lie, and its pools."""
+"""Pools of a run, as held by the driver: its teachers of every kind, and its student-only replicas."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from actors.serving.pool import ReplicaPool
-from kdray.capturing.teacher import CapturedTeacher
-from kdray.config import CaptureTeacherSettings, Config, HFTeacherSettings, ModelSource
 from kdray.interfaces import Sampler, Scorer, Teacher
-from kdray.models.resolve import resolve_model
-from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.openai import RemoteTeacher
+from kdray.teachers.kind import LocalTeacher
 from kdray.teachers.programs.sampler import ProgramSampler
 from kdray.teachers.team import TeacherTeam
-
-OtherTeacher = RemoteTeacher | HFTeacher | CapturedTeacher
-"""Teachers that are no pool of replicas."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """Where the weights lie: folders or hub ids."""
-
-    student: str
-    teachers: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Who samples and who scores, as the loop sees them, and all pools behind."""
+    """Sampler and scorer of a run, and all pools that they use."""
 
     sampler: Sampler
     scorer: Scorer | None
     all: list[ReplicaPool]
-    others: list[OtherTeacher]
-    """Teachers that are no pool of replicas."""
+    others: list[LocalTeacher]
+    """Teachers that are not a pool of replicas."""
     team: TeacherTeam | None = None
-    """The teachers as one, where there are several."""
+    """The teachers combined, if there are several."""
     program: ProgramSampler | None = None
-    """The System-2 program around the one teacher or the team, where there is one: the sampler then."""
+    """The System-2 program around the single teacher or the team, if any: it is then the sampler."""
 
     @property
     def teachers(self) -> list[ReplicaPool]:
-        """Those served by replicas."""
+        """Teachers served by replicas."""
         return [pool for pool in self.all if pool.spec.role != "student"]
 
     @property
@@ -54,23 +38,21 @@ class Pools:
 
     @property
     def students(self) -> ReplicaPool | None:
-        """The student-only replicas, where there are some."""
+        """The student-only replicas, if any."""
         return next((pool for pool in self.all if pool.spec.role == "student"), None)
 
     @property
     def retried(self) -> int:
-        """Rollouts asked for again after a failure."""
-        return sum(pool.retried for pool in self.all) + sum(
-            other.retried for other in self.others if isinstance(other, RemoteTeacher)
-        )
+        """Number of rollouts requested again after a failure."""
+        return sum(pool.retried for pool in self.all) + sum(other.retried for other in self.others)
 
     @property
     def hedged(self) -> int:
-        """Rollouts that a second replica was asked for too."""
+        """Number of rollouts also requested from a second replica."""
         return sum(pool.hedged for pool in self.all)
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
-        """Tell every pool which samples the trainer waits for."""
+        """Pass the samples that the trainer waits for to every pool."""
         if self.program is not None:
             self.program.awaited(sample_ids)
             return
@@ -87,29 +69,3 @@ class Pools:
             **(self.team.metrics() if self.team is not None else {}),
             **(self.program.metrics() if self.program is not None else {}),
         }
-
-
-def resolve_models(config: Config) -> Models:
-    """Build the tiny models, where the config asks for some."""
-    cache = config.run.output / ".models"
-    return Models(
-        student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(config.source(name)[0], cache)) for name in config.served_teachers}
-        | {name: _absolute(resolve_model(model, cache)) for name, model in _other_models(config).items()},
-    )
-
-
-def _other_models(config: Config) -> dict[str, ModelSource]:
-    """Models of teachers that no replica holds, as far as this run needs their weights."""
-    found: dict[str, ModelSource] = {}
-    for name, teacher in config.other_teachers.items():
-        if isinstance(teacher, HFTeacherSettings):
-            found[name] = teacher.model
-        if isinstance(teacher, CaptureTeacherSettings) and teacher.model and config.rollout.teacher_signal == "hidden":
-            found[name] = teacher.model
-    return found
-
-
-def _absolute(model: str) -> str:
-    """Folders as absolute paths: replicas and ranks work in other folders."""
-    return str(Path(model).absolute()) if Path(model).exists() else model

@@ -1,81 +1,101 @@
-"""Jobs that run side by side, because their students teach each other; most runs are one."""
+"""Concurrent runs whose students teach each other (mutual learning); most runs are alone."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
+from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
-from cluster.runner import Job
-from kdray.config import PeerTeacherSettings, SelfTeacherSettings
+from cluster.interrupt import on_interrupt
+from cluster.runner import Runner, RunPlan, RunStores, SideBySide
 from kdray.errors import Interrupted
+from kdray.runs.context import Checked
 from kdray.teachers.peers import MAIN_STUDENT
 
 
-async def run_together(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
-    """Run a job, or several whose students teach each other; their summaries, by name.
+async def run_together(plans: Mapping[str, RunPlan]) -> dict[str, dict[str, Any]]:
+    """Run one run, or several whose students teach each other; returns their summaries, by name.
 
-    The first signal asks all to stop after a checkpoint, a second one means now. Weight stores outlive every job: a student
-    that is done goes on teaching.
+    The first signal stops all after a checkpoint, a second one immediately. Weight stores outlive every run: a student that has
+    finished keeps teaching.
     """
     main = asyncio.current_task()
     assert main is not None
-    loop = asyncio.get_running_loop()
+    actors: list[Any] = []
+
+    def make(kind: type[Any]) -> Any:
+        actors.append(on_driver_node(kind, max_concurrency=1000).remote())
+        return actors[-1]
 
     def on_signal() -> None:
-        if any(job.stop.is_set() for job in jobs.values()):
+        if any(runner.stop.is_set() for runner in runners.values()):
             main.cancel()
-        for job in jobs.values():
-            job.stop.set()
-            job.reporter.event("interrupt_requested")
+        for runner in runners.values():
+            runner.stop.set()
+            runner.reporter.event("interrupt_requested")
 
-    stores = []
+    try:
+        beside = SideBySide(list(plans))
+        stores = _stores({name: plan.checked for name, plan in plans.items()}, make)
+        runners = {name: Runner(name, plan, stores[name], beside) for name, plan in plans.items()}
+        with on_interrupt(on_signal):
+            return await _all_of(runners)
+    finally:
+        for each in actors:
+            ray.kill(each)
 
-    def store(kind: type[WeightStore] = WeightStore) -> Any:
-        stores.append(beside_driver(kind, max_concurrency=1000).remote())
-        return stores[-1]
 
-    for job in jobs.values():
-        job.weights = store(WeightStore if job.config.training.weight_transfer == "object_store" else TransferStore)
-    for name, job in jobs.items():
-        job.beside = [other for other in jobs.values() if other is not job]
-        for teacher, settings in job.config.teachers.items():
-            if isinstance(settings, SelfTeacherSettings):
-                job.average = job.teacher_weights[teacher] = store()
-            elif isinstance(settings, PeerTeacherSettings):
-                job.teacher_weights[teacher] = jobs["" if name and teacher == MAIN_STUDENT else teacher].weights
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    tasks = {name: asyncio.create_task(job.run()) for name, job in jobs.items()}
+async def _all_of(runners: Mapping[str, Runner]) -> dict[str, dict[str, Any]]:
+    tasks = {name: asyncio.create_task(runner.run()) for name, runner in runners.items()}
     try:
         running = set(tasks.values())
         while running:
             ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for error in (task.exception() for task in ended):
-                # One that was interrupted has its checkpoint; the others are writing theirs.
+                # An interrupted run has its checkpoint; the others are still writing theirs.
                 if error is not None and not isinstance(error, Interrupted):
                     raise error
         return {name: task.result() for name, task in tasks.items()}
     except asyncio.CancelledError as error:
         raise Interrupted("stopped at once, without a new checkpoint") from error
     except BaseException as error:
-        for job in jobs.values():
-            # A disk that is full may be the error; it is the one to tell.
+        for runner in runners.values():
+            # A full disk may be the cause; that error is the one to report.
             with contextlib.suppress(OSError):
-                job.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
+                runner.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
         raise
     finally:
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-        for each in stores:
-            ray.kill(each)
+
+
+def _stores(runs: Mapping[str, Checked], make: Callable[[type[Any]], Any]) -> dict[str, RunStores]:
+    """Stores of every run. Args: make: starts an actor of a class."""
+    weights = {
+        name: make(WeightStore if run.config.training.weight_transfer == "object_store" else TransferStore)
+        for name, run in runs.items()
+    }
+    found = {}
+    for name, run in runs.items():
+        average, teachers = None, {}
+        for teacher, settings in run.config.teachers.items():
+            if settings.follows_student:
+                average = teachers[teacher] = make(WeightStore)
+            elif settings.learns:
+                teachers[teacher] = weights["" if name and teacher == MAIN_STUDENT else teacher]
+        board = make(ScalingBoard) if _is_autoscaled(run) else None
+        found[name] = RunStores(weights[name], board, average, teachers)
+    return found
+
+
+def _is_autoscaled(run: Checked) -> bool:
+    engines = [*run.config.served_teachers.values(), *([run.config.rollout.pool] if run.route.student_pool else [])]
+    return any(engine.autoscaling is not None for engine in engines)

@@ -14,39 +14,43 @@ class ConfigError(KdrayError, ValueError):
 
 
 class DataError(KdrayError, ValueError):
-    """An input file, dataset or tokenizer is wrong: the command exits with 2 before anything starts."""
+    """An input file, dataset or tokenizer is invalid: the command exits with 2 before anything starts."""
 
 
 class VocabError(DataError):
-    """Teacher and student do not agree on what a token id means."""
+    """Teacher and student disagree on the meaning of a token id."""
 
 
 class CapacityError(ConfigError):
-    """The cluster can never give what the config asks for."""
+    """The cluster can never provide what the config requires."""
 
 
 class EngineError(KdrayError, RuntimeError):
-    """A serving engine failed, or answered something that cannot be trusted."""
+    """A serving engine failed, or returned a result that cannot be trusted."""
 
 
 class RequestRefused(EngineError):
-    """A request that no replica could ever serve; sending it again would not help."""
+    """A request that no replica can serve; retrying would not help."""
 
 
 class TeacherGone(EngineError):
-    """A teacher has no replica left that could answer, or none that may: its canary no longer matches."""
+    """A teacher has no replica left that can answer, or none that may, because its canary no longer matches."""
 
 
 class SignalError(EngineError):
-    """A teacher's answers teach nothing, or the loss does not read them."""
+    """A teacher's answers carry no signal, or the loss does not read them."""
+
+
+class ResponseError(KdrayError, RuntimeError):
+    """A grader or a filter failed on a response, which is then neither right nor wrong."""
 
 
 class TrainingError(KdrayError, RuntimeError):
-    """The student group failed, or its loss stopped being a finite number."""
+    """The student group failed, or its loss was no longer finite."""
 
 
 class StorageError(KdrayError, OSError):
-    """`run.storage` could not be read or written, and waiting did not help."""
+    """`run.storage` could not be read or written, even after retries."""
 
 
 class Interrupted(KdrayError):
@@ -54,7 +58,7 @@ class Interrupted(KdrayError):
 
 
 def first_reason(error: BaseException) -> BaseException:
-    """The first error inside nested exception groups: the others followed from it."""
+    """Return the first error inside nested exception groups, which caused the others."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

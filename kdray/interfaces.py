@@ -1,4 +1,4 @@
-"""The verbs that the loop may use. Everything the loop is given implements one of these; none of them mentions Ray."""
+"""Protocols of everything that the training loop is given. None of them mentions Ray."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 
 class Availability:
-    """State of a teacher: available, or lost with a reason while it has no replica that could answer.
+    """State of a teacher: available, or lost with a reason while no replica can answer.
 
-    A final loss does not pass by itself: a replica that came back was refused, and the next one will be too.
+    A final loss is not transient: a replica that came back was rejected, and so would be the next.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,9 @@ class Sampler(Protocol):
     """Draws rollouts: a teacher pool that co-samples with the student, or a student-only rollout pool."""
 
     def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """Stream every request's rollout exactly once, in the order they end, those that ended together as one item.
+        """Stream each request's rollout exactly once, in completion order; rollouts that finish together form one item.
 
-        Raises: EngineError when a request could not be served within the pool's retries.
+        Raises: EngineError if a request could not be served within the pool's retries.
         """
         ...
 
@@ -57,43 +57,42 @@ class Scorer(Protocol):
     def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
         """Stream each rollout exactly once with this teacher's columns filled in.
 
-        The new support begins with the rollout's `support_ids`, where it has some; with `top_k` the teacher's own top ids
-        follow.
+        The new support starts with the rollout's `support_ids`, if any; with `top_k`, the teacher's own top ids follow.
         """
         ...
 
 
 class Teacher(Sampler, Scorer, Protocol):
-    """A named pool that samples beside the student and scores what others sampled."""
+    """A named pool that samples together with the student and scores rollouts sampled elsewhere."""
 
     availability: Availability
-    """Whether the teacher can be asked now, and the reason where it cannot."""
+    """Availability of the teacher, and the reason while it is lost."""
 
 
 class Student(Protocol):
-    """All ranks of the student as one thing: a call reaches every rank, and one rank's failure fails the call."""
+    """All ranks of the student as a unit: a call reaches every rank, and a failure of one rank fails the call."""
 
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
-        """One step, with the pretraining text that joins it.
+        """Run one optimizer step on a batch, together with a batch of pretraining text if given.
 
-        Args: scheduled: settings that differ in this step, by full name, such as loss.beta.
-        Raises: TrainingError naming the samples, before the optimizer makes the update, if a loss is not finite.
+        Args: scheduled: settings whose values differ in this step, by full name, such as loss.beta.
+        Raises: TrainingError naming the samples, before the optimizer updates the weights, if a loss is not finite.
         """
         ...
 
     async def publish(self, version: int) -> None:
-        """Give the current weights to every replica that asks, as `version`. Returns once they can be pulled."""
+        """Offer the current weights to all replicas as `version`. Returns once they can be pulled."""
         ...
 
     async def save_checkpoint(self, step: int) -> None:
-        """Write a checkpoint that a later run can resume from; returns once it is committed."""
+        """Write a checkpoint that a later run can resume from. Returns once it is committed."""
         ...
 
 
 class Reporter(Protocol):
-    """Where numbers and events go: files, terminal, TensorBoard."""
+    """Sink for numbers and events: files, terminal, trackers."""
 
     def step(self, report: StepReport, metrics: Mapping[str, float]) -> None: ...
 

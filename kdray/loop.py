@@ -1,15 +1,21 @@
-"""The distillation loop.
+"""The distillation loop: two coroutines around one buffer.
 
     prompts --admit--> sampler --rollouts--> (scorer) --scored--> RolloutBuffer --batch s--> student --version s + 1--+
                 ^                                                                                                      |
                 +---------------------------------- slots of the next batch <-----------------------------------------+
 
-produce   consumes admitted sample ids, makes rollouts in the buffer; waits for published versions; never for the trainer
-          itself, so that sampling step s + 1 overlaps training step s when max_staleness allows.
-train     consumes one complete batch a step, makes the next student version; waits for the batch's slowest rollout.
+produce   consumes the sample ids that the buffer admits; produces their requests, each group passed to its own `_fill`;
+          waits for a free slot and a version that may sample it, and continues when train publishes the next one.
+_fill     consumes a group of requests; produces scored rollouts in the buffer; waits for the sampler, and for the scorer if
+          there is one; continues with every answer, in whatever order they arrive.
+train     consumes one complete batch per step; produces the student's next version and a line of ledger and metrics; waits
+          for the slowest rollout of the batch, and continues when `_fill` adds it or `stop` is set; then waits for the ranks.
 
-The first task that fails cancels the others, and its error rises out of `distill`. The loop is given every collaborator and
-imports no Ray.
+Only the admission of samples waits for train, so that step s + 1 is sampled while step s is trained, as far as `max_staleness`
+allows. `stop` ends train's wait for a batch, or takes effect after the running step: a checkpoint is written in both cases. The
+first coroutine that fails cancels the others, and only its error is raised from `run`.
+
+The loop receives all collaborators and imports no Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from kdray.data.dataset import PromptStream
 from kdray.errors import Interrupted, first_reason
@@ -26,152 +33,157 @@ from kdray.interfaces import Reporter, Sampler, Scorer, Student
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
 from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
+from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.ledger import Ledger, Totals, fates
 from kdray.runs.metrics import batch_metrics, filter_metrics
-from kdray.types import Rollout, SampleRequest, TrainBatch
+from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 
-async def distill(
-    settings: LoopSettings,
-    prompts: PromptStream,
-    sampler: Sampler,
-    scorer: Scorer | None,
-    student: Student,
-    reporter: Reporter,
-    ledger: Ledger,
-    totals: Totals,
-    stop: asyncio.Event,
-    start_step: int = 0,
-    evaluate: Callable[[int], Awaitable[dict[str, float]]] | None = None,
-    pool_metrics: Callable[[], dict[str, float]] = dict,
-    text: Callable[[int], Awaitable[TrainBatch]] | None = None,
-    on_wait: Callable[[Sequence[int]], None] = lambda missing: None,
-    schedules: Schedules | None = None,
-    filters: Callable[[Sequence[Rollout]], dict[int, str]] = lambda rollouts: {},
-    weights: Callable[[Sequence[Rollout]], dict[int, float] | None] = lambda rollouts: None,
-) -> None:
-    """Run steps [start_step, settings.steps). Version `start_step` of the student is published already.
+@dataclass(frozen=True)
+class Hooks:
+    """Callbacks of the loop; each defaults to a no-op."""
 
-    Args: scorer: scores what the sampler did not; None where the sampler's rollouts come back scored.
-          stop: set to end after the running step; a checkpoint is written.
-          text: gives the pretraining text of an optimizer step, counted from 1; asked for beside the rollouts of that step.
-          evaluate: called with a version after every `evaluate_every` steps; its numbers join the step's metrics.
-          on_wait: called with the sample ids that training begins to wait for, and with none when the wait ends.
-          schedules: values of settings that change from step to step.
-          filters: gives the rule by which each rollout of a batch is left out of training, by sample id.
-          weights: gives the weights of the rollouts of a batch in the loss, by sample id; None where all count alike.
-    Raises: Interrupted after `stop`; what any part raised, alone, if one part failed.
-    """
-    buffer = RolloutBuffer(settings.batch_size, settings.max_staleness, settings.steps, start_step)
-    schedules = schedules or Schedules({}, {}, settings.steps, settings.max_staleness)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            producer = tasks.create_task(
-                _produce(settings, buffer, prompts, sampler, scorer, totals, schedules), name="produce"
-            )
-            tasks.create_task(
-                _train(
-                    settings,
-                    buffer,
-                    student,
-                    reporter,
-                    ledger,
-                    totals,
-                    stop,
-                    start_step,
-                    evaluate,
-                    pool_metrics,
-                    text,
-                    on_wait,
-                    schedules,
-                    filters,
-                    weights,
-                    producer,
-                ),
-                name="train",
-            )
-    except BaseExceptionGroup as group:
-        # One reason is what a user can act on: the first failure; the others are its consequences.
-        raise first_reason(group) from group
+    evaluate: Callable[[int], Awaitable[dict[str, float]]] | None = None
+    """Called with a version after every `evaluate_every` steps; its numbers are added to the step's metrics."""
+    pool_metrics: Callable[[], dict[str, float]] = dict
+    """Returns numbers of the pools for a step's metrics."""
+    text: Callable[[int], Awaitable[TrainBatch]] | None = None
+    """Returns the pretraining text of an optimizer step, counted from 1; requested concurrently with the step's rollouts."""
+    on_wait: Callable[[Sequence[int]], None] = lambda missing: None
+    """Called with the sample ids that training starts to wait for, and with none when the wait ends."""
+    filters: Callable[[Sequence[Rollout]], dict[int, str]] = lambda rollouts: {}
+    """Returns the rule by which each rollout of a batch is excluded from training, by sample id."""
+    weights: Callable[[Sequence[Rollout]], dict[int, float] | None] = lambda rollouts: None
+    """Returns the loss weights of the rollouts of a batch, by sample id; None if all have equal weight."""
 
 
-async def _produce(
-    settings: LoopSettings,
-    buffer: RolloutBuffer,
-    prompts: PromptStream,
-    sampler: Sampler,
-    scorer: Scorer | None,
-    totals: Totals,
-    schedules: Schedules,
-) -> None:
-    async with asyncio.TaskGroup() as calls:
-        while admitted := await buffer.admit():
-            requests = [
-                sample_request(settings, prompts, each, buffer.min_version(each), schedules.at(each // settings.batch_size))
-                for each in admitted
-            ]
-            calls.create_task(_fill(buffer, sampler, scorer, requests, totals))
+@dataclass
+class Distillation:
+    """Steps [start_step, settings.steps) of a run. Version `start_step` of the student is already published."""
 
+    settings: LoopSettings
+    prompts: PromptStream
+    sampler: Sampler
+    scorer: Scorer | None
+    """Scores what the sampler did not; None if the sampler's rollouts are already scored."""
+    student: Student
+    reporter: Reporter
+    ledger: Ledger
+    totals: Totals = field(default_factory=Totals)
+    schedules: Schedules | None = None
+    """Values of settings that change from step to step; None if none does."""
+    hooks: Hooks = Hooks()
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Event that ends the run after the running step; a checkpoint is written."""
+    start_step: int = 0
 
-async def _fill(
-    buffer: RolloutBuffer,
-    sampler: Sampler,
-    scorer: Scorer | None,
-    requests: Sequence[SampleRequest],
-    totals: Totals,
-) -> None:
-    """Draw the requests into the buffer, scoring each group as soon as it ends."""
-    async with aclosing(draw_scored(sampler, scorer, requests, on_sampled=buffer.sampled)) as stream:
-        async for rollouts in stream:
-            tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-            totals.tokens_generated += tokens
-            totals.tokens_scored += tokens
-            await buffer.put(rollouts)
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self._buffer = RolloutBuffer(settings.batch_size, settings.max_staleness, settings.steps, self.start_step)
+        self._schedules = self.schedules or Schedules({}, {}, settings.steps, settings.max_staleness)
+        self._producer: asyncio.Task[None] | None = None
+        self._saved = self.start_step
+        """Step of the newest checkpoint."""
 
+    async def run(self) -> None:
+        """Produce and train until the last step is done, or `stop` is set.
 
-async def _train(
-    settings: LoopSettings,
-    buffer: RolloutBuffer,
-    student: Student,
-    reporter: Reporter,
-    ledger: Ledger,
-    totals: Totals,
-    stop: asyncio.Event,
-    start_step: int,
-    evaluate: Callable[[int], Awaitable[dict[str, float]]] | None,
-    pool_metrics: Callable[[], dict[str, float]],
-    text: Callable[[int], Awaitable[TrainBatch]] | None,
-    on_wait: Callable[[Sequence[int]], None],
-    schedules: Schedules,
-    filters: Callable[[Sequence[Rollout]], dict[int, str]],
-    weights: Callable[[Sequence[Rollout]], dict[int, float] | None],
-    producer: asyncio.Task[None],
-) -> None:
-    saved = start_step
-    for step in range(start_step, settings.steps):
-        started = time.perf_counter()
-        wanted = await _unless(stop, _both(buffer.batch(step, on_wait), text(step + 1) if text is not None else None))
-        if wanted is None:
-            await _interrupt(student, reporter, step, saved, producer)
-        ready, windows = wanted
-        rollouts = ready.rollouts
-        dropped = filters(rollouts)
-        values = schedules.at(step)
-        batch = rollouts_to_batch(rollouts, step + 1, dropped, weights(rollouts))
-        report = await student.train_step(batch, windows, values)
+        Raises: Interrupted after `stop`; if a part failed, its exception alone.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._producer = tasks.create_task(self.produce(), name="produce")
+                tasks.create_task(self.train(), name="train")
+        except BaseExceptionGroup as group:
+            # A user can act on one reason: the first failure; the others are its consequences.
+            raise first_reason(group) from group
+
+    # ---------------------------------------------------------------------------------------------------- rollouts
+
+    async def produce(self) -> None:
+        """Request every sample as soon as it is admitted."""
+        settings, buffer = self.settings, self._buffer
+        async with asyncio.TaskGroup() as calls:
+            while admitted := await buffer.admit():
+                requests = [
+                    sample_request(
+                        settings,
+                        self.prompts,
+                        each,
+                        buffer.min_version(each),
+                        self._schedules.at(each // settings.batch_size),
+                    )
+                    for each in admitted
+                ]
+                calls.create_task(self._fill(requests))
+
+    async def _fill(self, requests: Sequence[SampleRequest]) -> None:
+        """Sample the requests into the buffer, scoring each group as soon as it finishes."""
+        drawn = draw_scored(self.sampler, self.scorer, requests, on_sampled=self._buffer.sampled)
+        async with aclosing(drawn) as stream:
+            async for rollouts in stream:
+                tokens = sum(rollout.num_targets for rollout in rollouts)
+                self.totals.tokens_generated += tokens
+                self.totals.tokens_scored += tokens
+                await self._buffer.put(rollouts)
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    async def train(self) -> None:
+        """Train batch after batch, each as soon as its last rollout has arrived."""
+        settings = self.settings
+        for step in range(self.start_step, settings.steps):
+            started = time.perf_counter()
+            try:
+                ready, text = await first_of(self._inputs(step), self.stop.wait())
+            except Stopped:
+                await self._interrupt(step)
+            report, metrics = await self._step(step, started, ready, text)
+            done = step + 1
+            if self.hooks.evaluate is not None and settings.evaluate_every and done % settings.evaluate_every == 0:
+                metrics |= {f"heldout/{name}": value for name, value in (await self.hooks.evaluate(done)).items()}
+            self.reporter.step(report, metrics)
+            self.reporter.samples(ready.rollouts, done)
+            if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.steps:
+                await self._save(done)
+            if self.stop.is_set() and done < settings.steps:
+                await self._interrupt(done)
+        if self._saved < settings.steps:
+            await self._save(settings.steps)
+
+    async def _inputs(self, step: int) -> tuple[ReadyBatch, TrainBatch | None]:
+        """The rollouts and the pretraining text of a step, produced concurrently."""
+        text = None if self.hooks.text is None else asyncio.ensure_future(self.hooks.text(step + 1))
+        try:
+            return await self._buffer.batch(step, self.hooks.on_wait), None if text is None else await text
+        finally:
+            if text is not None:
+                text.cancel()
+
+    async def _step(
+        self, step: int, started: float, ready: ReadyBatch, text: TrainBatch | None
+    ) -> tuple[StepReport, dict[str, Any]]:
+        """Train one batch, publish the resulting version, and record it; returns the ranks' report and the step's metrics.
+
+        Args: started: start of the wait for the batch.
+        """
+        rollouts, done = ready.rollouts, step + 1
+        dropped, values = self.hooks.filters(rollouts), self._schedules.at(step)
+        batch = rollouts_to_batch(rollouts, done, dropped, self.hooks.weights(rollouts))
+        report = await self.student.train_step(batch, text, values)
         trained = time.perf_counter()
         measured = batch_metrics(rollouts, trained_version=step)
-        # Before anything can be admitted that this step's signals decide.
-        schedules.observe(step + 1, measured)
-        await student.publish(step + 1)
-        await buffer.published(step + 1)
+        # Before anything is admitted that depends on this step's signals.
+        self._schedules.observe(done, measured)
+        await self.student.publish(done)
+        await self._buffer.published(done)
         now = time.perf_counter()
         facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens}
-        ledger.append(step + 1, [rollout.sample_id for rollout in rollouts], dropped, facts)
-        totals.prompts_consumed += len(rollouts) // settings.samples_per_prompt
-        totals.trained_tokens += report.num_target_tokens
-        metrics: dict[str, Any] = {
+        self.ledger.append(done, [rollout.sample_id for rollout in rollouts], dropped, facts)
+        self.totals.prompts_consumed += len(rollouts) // self.settings.samples_per_prompt
+        self.totals.trained_tokens += report.num_target_tokens
+        return report, {
             **measured,
             **filter_metrics(dropped, len(rollouts)),
             **{f"schedule/{name}": value for name, value in values.items()},
@@ -179,52 +191,19 @@ async def _train(
             "wait_rollout_s": ready.wait_rollout_s,
             "wait_teacher_s": ready.wait_teacher_s,
             "wait_sync_s": now - trained,
-            **pool_metrics(),
+            **self.hooks.pool_metrics(),
         }
-        done = step + 1
-        if evaluate is not None and settings.evaluate_every and done % settings.evaluate_every == 0:
-            metrics |= {f"heldout/{name}": value for name, value in (await evaluate(done)).items()}
-        reporter.step(report, metrics)
-        reporter.samples(rollouts, done)
-        if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.steps:
-            await student.save_checkpoint(done)
-            saved = done
-            reporter.event("checkpoint", step=done)
-        if stop.is_set() and done < settings.steps:
-            await _interrupt(student, reporter, done, saved, producer)
-    if saved < settings.steps:
-        await student.save_checkpoint(settings.steps)
-        reporter.event("checkpoint", step=settings.steps)
 
+    async def _save(self, step: int) -> None:
+        await self.student.save_checkpoint(step)
+        self._saved = step
+        self.reporter.event("checkpoint", step=step)
 
-async def _interrupt(student: Student, reporter: Reporter, step: int, saved: int, producer: asyncio.Task[None]) -> None:
-    """Write a checkpoint, unless that of this step is there, and end; what was in flight is drawn again after a resume."""
-    producer.cancel()
-    if step > saved or step == 0:
-        await student.save_checkpoint(step)
-        reporter.event("checkpoint", step=step)
-    reporter.event("interrupted", step=step)
-    raise Interrupted(f"stopped at step {step} after writing a checkpoint; continue with --resume")
-
-
-async def _both(ready: Awaitable[ReadyBatch], text: Awaitable[TrainBatch] | None) -> tuple[ReadyBatch, TrainBatch | None]:
-    """The rollouts and the text of a step, made side by side."""
-    windows = None if text is None else asyncio.ensure_future(text)
-    try:
-        return await ready, None if windows is None else await windows
-    finally:
-        if windows is not None:
-            windows.cancel()
-
-
-async def _unless(stop: asyncio.Event, wanted: Awaitable[Any]) -> Any:
-    """What `wanted` gives, or None if `stop` is set first."""
-    work = asyncio.ensure_future(wanted)
-    stopped = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else None
-    finally:
-        stopped.cancel()
-        if not work.done():
-            work.cancel()
+    async def _interrupt(self, step: int) -> NoReturn:
+        """Write a checkpoint, unless this step already has one, and end; samples in flight are drawn again after a resume."""
+        if self._producer is not None:
+            self._producer.cancel()
+        if step > self._saved or step == 0:
+            await self._save(step)
+        self.reporter.event("interrupted", step=step)
+        raise Interrupted(f"stopped at step {step} after writing a checkpoint; continue with --resume")

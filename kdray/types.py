@@ -1,4 +1,4 @@
-"""Records that travel between the parts: plain frozen dataclasses of ids and numpy arrays.
+"""Records passed between components: plain frozen dataclasses of ids and numpy arrays.
 
 Dimensions used in comments: T response tokens of one rollout, P prompt tokens, K width of the recorded support,
 B rollouts of a batch, S tokens of the longest row of a batch.
@@ -7,100 +7,157 @@ All logprobs are natural logarithms (nats), float32: `logprobs[t] = log p(token_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+Writer = Literal["mixture", "student", "teacher", "data", "environment"]
+"""Writer of a token: a model, sampling from its own distribution or from the mixture of both; the data, as part of a reference
+answer; or the environment, in response to the tokens before it."""
+
+WRITERS: tuple[Writer, ...] = get_args(Writer)
+"""Writers by their code in the column `writer`. Files store the codes, so the order must never change."""
+
+_ENVIRONMENT = WRITERS.index("environment")
+_ENVIRONMENT_BYTE = bytes([_ENVIRONMENT])
+_AS_DRAWN = np.empty(0, dtype=np.int8)
+"""Sentinel for a column `writer` that was not given."""
+
+
+def drawn_by(alpha: float) -> Writer:
+    """Return the writer of tokens sampled with mixing coefficient `alpha`."""
+    return "student" if alpha == 0.0 else "teacher" if alpha == 1.0 else "mixture"
+
+
+def written_by(writer: Writer, count: int) -> np.ndarray:
+    """Return the column `writer` for `count` tokens by one writer, int8."""
+    return np.full(count, WRITERS.index(writer), dtype=np.int8)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a rollout continues."""
+    """A prompt, with the metadata needed to route and grade its responses."""
 
     prompt_id: int
     """Position in the source, stable across epochs, runs and restarts."""
     token_ids: np.ndarray  # [P] int32
     text: str = ""
-    """The text that was tokenized (after the chat template, where one applies)."""
+    """The tokenized text (after the chat template, if one applies)."""
     answer: str | None = None
-    """The reference completion: target of supervised fine-tuning and of the exact-match grader. None where unknown."""
+    """Reference completion: target of supervised fine-tuning and of the exact-match grader. None if unknown."""
     domain: str | None = None
-    """What the prompt is about, by which it may be routed to a teacher: the task's name, or a column of its source."""
+    """Domain by which the prompt may be routed to a teacher: the task's name, or a column of its source."""
     question: str | list[dict[str, Any]] = ""
-    """The prompt before any chat template: a text, or chat messages."""
+    """The prompt before any chat template: text or chat messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One sequence to draw. The same request, under the same weights, draws the same sequence."""
+    """Request to sample a sequence. The same request under the same weights gives the same sequence."""
 
     sample_id: int
     """Unique within a run; the admission number of the rollout buffer."""
     prompt_id: int
     prompt_ids: np.ndarray  # [P] int32
     alpha: float
-    """Teacher's share of every next-token draw: 0 is the student alone, 1 the teacher alone."""
+    """Teacher's weight in the next-token mixture: 0 is the student alone, 1 the teacher alone. 0 also if nothing is sampled."""
     seed: int
-    """Unsigned 64-bit seed of this sample's draws; see `kdray.rollouts.seeds.sample_seed`."""
+    """Unsigned 64-bit seed of this sample's random draws; see `kdray.rollouts.seeds.sample_seed`."""
     max_new_tokens: int
     min_version: int = 0
-    """Oldest student version that may sample this request; a replica that holds an older one updates first."""
+    """Oldest student version that may sample this request; a replica with an older one updates first."""
     question: str | None = None
-    """What is asked, before any chat template, where that is not the prompt's own question: a call of a program. For teachers
-    that read text; replicas read `prompt_ids`."""
+    """Question before any chat template, if it is not the prompt's own but that of a program's call. For teachers that read
+    text; replicas read `prompt_ids`."""
+    writer: Writer = "mixture"
+    """Writer of the response: `data` for the prompt's reference answer; any other value is replaced by what `alpha` implies."""
+
+    def __post_init__(self) -> None:
+        if self.writer != "data":
+            object.__setattr__(self, "writer", drawn_by(self.alpha))
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled sequence with everything its sampling evaluated. Arrays the route did not produce are None."""
+    """A sampled sequence with all values computed while sampling it. Arrays that the route did not produce are None."""
 
     sample_id: int
     prompt_id: int
     prompt_ids: np.ndarray  # [P] int32
     token_ids: np.ndarray  # [T] int32, end-of-sequence token included when it was drawn
-    # Log-densities are None where a black-box teacher wrote the response: nothing is known of how it was drawn.
-    mixture_logprobs: np.ndarray | None  # [T] log m: the density each token was really drawn from
+    # Log-densities are None if a black-box teacher wrote the response: its sampling distribution is unknown.
+    mixture_logprobs: np.ndarray | None  # [T] log m: the density that each token was actually sampled from
     student_logprobs: np.ndarray | None  # [T] log q of the student version that was sampling
     # [T] int32: a rollout can span a weight update. A black-box teacher's response does not depend on the student; every token
-    # has the oldest version that its request allows, so that staleness counts from when it was asked for.
+    # gets the oldest version that its request allows, so that staleness counts from the time of the request.
     student_versions: np.ndarray
     alpha: float
     finish_reason: str
-    """`stop` when the end-of-sequence token was drawn, `length` when max_new_tokens cut the sequence."""
+    """`stop` if the end-of-sequence token was sampled, `length` if the sequence was truncated at max_new_tokens."""
     teacher: str = ""
-    """Name of the teacher whose columns follow; empty before scoring."""
+    """Name of the teacher that filled in the columns below; empty before scoring."""
     teacher_logprobs: np.ndarray | None = None  # [T] log p
     support_ids: np.ndarray | None = None  # [T, K] int32: teacher top-k, then student top-k not among them; -1 is unused
     support_logprobs: np.ndarray | None = None  # [T, K] teacher log p at support_ids; -inf where unused
     tail_logprobs: np.ndarray | None = None  # [T] log of the teacher's mass outside the support; -inf if it covers all
     reverse_kl: np.ndarray | None = None  # [T] KL(student || teacher) over full rows
     forward_kl: np.ndarray | None = None  # [T] KL(teacher || student) over full rows
-    teacher_hidden: np.ndarray | None = None  # [T, d] float16: what the teacher's output head turns into its logits
+    teacher_hidden: np.ndarray | None = None  # [T, d] float16: input of the teacher's output head
+    writer: np.ndarray = field(default_factory=lambda: _AS_DRAWN)
+    """[T] int8, codes of WRITERS. Default: the writer that follows from `alpha`. Environment tokens are context: never a
+    target, never counted as sampled; the other columns may hold arbitrary values there."""
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Columns of `kdray.rollouts.columns` without a field of their own, by name."""
 
-    def unscored(self, support_ids: np.ndarray | None = None) -> Rollout:
-        """The rollout without a teacher's columns, as it is sent to be scored. Args: support_ids: [T, K] ids to ask for."""
-        return replace(
-            self,
-            support_ids=support_ids,
-            support_logprobs=None,
-            teacher_logprobs=None,
-            tail_logprobs=None,
-            reverse_kl=None,
-            forward_kl=None,
-            teacher_hidden=None,
-        )
+    def __post_init__(self) -> None:
+        if self.writer is None or self.writer is _AS_DRAWN:
+            object.__setattr__(self, "writer", written_by(drawn_by(self.alpha), len(self.token_ids)))
+
+    def has_writer(self, writer: Writer) -> bool:
+        """Return True if any token is by this writer."""
+        return bool((self.writer == WRITERS.index(writer)).any())
+
+    @property
+    def writers(self) -> tuple[Writer, ...]:
+        """Writers of the tokens, in order of appearance; for an empty response, the writer that follows from alpha."""
+        return tuple(WRITERS[code] for code in dict.fromkeys(self.writer.tolist())) or (drawn_by(self.alpha),)
+
+    @property
+    def is_target(self) -> np.ndarray:
+        """[T] bool: tokens that may be trained on, all but the environment's."""
+        return self.writer != _ENVIRONMENT
+
+    @property
+    def has_context(self) -> bool:
+        """True if any token is by the environment."""
+        # Called several times per rollout and step: a byte search takes a tenth of the time of a comparison.
+        return _ENVIRONMENT_BYTE in self.writer.tobytes()
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens that may be trained on."""
+        return int(np.count_nonzero(self.is_target)) if self.has_context else len(self.token_ids)
+
+    @property
+    def target_versions(self) -> np.ndarray:
+        """`student_versions` of the tokens that may be trained on."""
+        return self.student_versions[self.is_target] if self.has_context else self.student_versions
 
     @property
     def oldest_version(self) -> int:
-        """The student version that staleness counts from."""
-        return int(self.student_versions.min()) if len(self.student_versions) else 0
+        """Oldest student version of any target, from which staleness counts; 0 without targets."""
+        versions = self.target_versions
+        return int(versions.min()) if len(versions) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
     """The rollouts (or supervised rows) of one optimizer step, right-padded. Row b holds prompt then response.
 
-    `loss_mask[b, s]` is True where token s is a response token, that is, a target; its prediction stands at s - 1.
+    `loss_mask[b, s]` is True where token s is a target; its prediction is at s - 1. Targets are response tokens, not
+    necessarily all of them nor contiguous.
     All per-token columns are aligned with the token they describe. Unused rows and positions hold 0 (ids) and False.
     """
 
@@ -110,17 +167,17 @@ class TrainBatch:
     lengths: np.ndarray  # [B] int32 prompt + response tokens; 0 marks a padding row
     loss_mask: np.ndarray  # [B, S] bool
     num_target_tokens: int
-    """Response tokens of the whole step, over all ranks and micro-batches: what every loss is divided by."""
+    """Number of targets of the whole step, over all ranks and micro-batches: the denominator of every loss."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per-token columns by Rollout field name: [B, S] or [B, S, K]."""
-    group: np.ndarray | None = None  # [B, S] int32: index of a token in `groups`, -1 where there is no response token
+    """Per-token columns by their names in `kdray.rollouts.columns`: [B, S] or [B, S, K]."""
     groups: tuple[str, ...] = ()
-    """Where metrics are told apart: `teacher/<name>/staleness_<steps>`, those of the whole step, the same on every rank."""
+    """Names of the metric groups that the column `group` indexes: `teacher/<name>/staleness_<steps>`. They cover the whole step
+    and are the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step gives back, already reduced over ranks and micro-batches."""
+    """Result of one optimizer step, already reduced over ranks and micro-batches."""
 
     step: int
     """Optimizer steps completed, this one included."""

@@ -1,13 +1,13 @@
-"""How many replicas a pool should have: a pure function of what its replicas report, of the rules, and of the clock.
+"""Autoscaling decision of a pool: a pure function of its replicas' reports, the rules, and the clock.
 
-    the trainer starves, for a while            -> grow, as far as what was asked for before is placed
-    the replicas were idle for a share of time  -> one less, after a while
-    no work at all, for a while                 -> down to the minimum, or to none where that is 0
-    work for a pool of none                     -> 1, at once
-    what was asked for is not placed            -> stay
+    the trainer starves for a while             -> grow, once all replicas requested before are placed
+    the replicas idle for a share of the time   -> one replica less, after a while
+    no work at all for a while                  -> down to the minimum, or to zero if that is 0
+    work for a pool scaled to zero              -> 1, at once
+    requested replicas are not placed           -> stay
 
-`actors.serving.serve_autoscaling` hands it to Ray Serve; the tests run it over whole traces. It imports the standard library
-alone: it is shipped to a controller that may have no kdray.
+`actors.serving.serve_autoscaling` plugs it into Ray Serve; the tests run it over whole traces. It imports only the standard
+library: it is shipped to a controller that may not have kdray installed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 CANNOT_BE_PLACED = "cannot be placed"
-"""Reason of a decision to stay where replicas asked for have not come for `placement_timeout_s`."""
+"""Reason for keeping the size when requested replicas have not been placed within `placement_timeout_s`."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What all replicas of a pool together report; sums and means run over the window of `actors.serving.load_stats`."""
+    """Combined report of a pool's replicas; sums and means run over the window of `actors.serving.load_stats`."""
 
     running: int
     """Replicas that serve."""
     target: int
-    """Replicas that were asked for last."""
+    """Replicas requested last."""
     waiting_s: float = 0.0
-    """Seconds of the last window in which the trainer waited for answers of this pool."""
+    """Seconds of the last window in which the trainer waited for responses of this pool."""
     queue_age_s: float = 0.0
-    """Age of the oldest request that no engine slot is free for; 0 without one."""
+    """Age of the oldest request without a free engine slot; 0 without one."""
     ongoing: float = 0.0
-    """Rollouts asked for and not yet answered, now."""
+    """Rollouts requested and not yet returned, now."""
     idle_s: float = 0.0
     """Time since the pool last had work."""
     busy: float = 0.0
@@ -42,7 +42,7 @@ class Load:
 
 @dataclass(frozen=True)
 class ScalingRules:
-    """When to grow and to shrink; `kdray.config.AutoscalingSettings` says what each number means."""
+    """Thresholds for growing and shrinking; `kdray.config.AutoscalingSettings` documents each."""
 
     min_replicas: int
     max_replicas: int
@@ -59,27 +59,28 @@ class ScalingRules:
 
 @dataclass(frozen=True)
 class State:
-    """What one decision tells the next: since when a condition holds without a break, None where it does not hold."""
+    """State passed from one decision to the next: the time since which a condition has held continuously, None if it does
+    not."""
 
     starving_since: float | None = None
     calm_since: float | None = None
-    """The opposite of starving: while replicas start, nothing of that kind; else so little work that one less would do."""
+    """The opposite of starving: no starvation while replicas start; otherwise so little work that one replica less would do."""
     pending_since: float | None = None
-    """Replicas were asked for that do not serve yet."""
+    """Requested replicas do not serve yet."""
 
     def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float | None]) -> State:
-        """The state in a mapping that may hold other things too."""
+        """The state from a mapping that may have other keys too."""
         return cls(**{name: values.get(name) for name in cls.__dataclass_fields__})
 
 
 def decide(load: Load, rules: ScalingRules, state: State, now: float) -> tuple[int, State, str]:
-    """The number of replicas to ask for, between the rules' bounds; the next call's state; and the reason in words.
+    """Number of replicas to request, within the rules' bounds; the state for the next call; and the reason as text.
 
-    Args: now: seconds of any clock that does not go back, the same in all calls of a pool.
+    Args: now: seconds of any monotonic clock, the same in all calls for a pool.
     """
     bounded = min(max(load.target, rules.min_replicas), rules.max_replicas)
     if bounded != load.target:
@@ -87,14 +88,14 @@ def decide(load: Load, rules: ScalingRules, state: State, now: float) -> tuple[i
     if load.target == 0:
         return (1, State(), "work for a pool without replicas") if load.ongoing else (0, State(), "no work")
     if load.running and load.idle_s >= rules.downscale_idle_s:
-        # Ray Serve takes the last replica alone: to none only from 1.
+        # Ray Serve removes the last replica only by itself: zero is reached only from 1.
         least = rules.min_replicas if load.target == 1 else max(rules.min_replicas, 1)
         return least, State(), f"no work for {load.idle_s:.0f} s"
     if load.target > load.running:
         return _while_pending(load, rules, replace(state, starving_since=None), now)
     if _starving(load, rules):
         since = now if state.starving_since is None else state.starving_since
-        # Waiting for the last few rollouts of a batch is no reason: nobody else could work on those.
+        # Waiting for the last few rollouts of a batch is no reason: other replicas could not work on those.
         enough = load.ongoing >= rules.upscale_ongoing * load.running
         if enough and load.target < rules.max_replicas and now - since >= rules.upscale_delay_s:
             grown = max(load.target + 1, math.floor(load.target * rules.upscale_factor))
@@ -109,7 +110,7 @@ def decide(load: Load, rules: ScalingRules, state: State, now: float) -> tuple[i
 
 
 def _while_pending(load: Load, rules: ScalingRules, state: State, now: float) -> tuple[int, State, str]:
-    """Replicas that were asked for do not serve yet: never ask for more on top; withdraw what nobody needs any more."""
+    """Decision while requested replicas do not serve yet: never request more on top; withdraw requests no longer needed."""
     pending = now if state.pending_since is None else state.pending_since
     calm = None if _starving(load, rules) else now if state.calm_since is None else state.calm_since
     if load.running and calm is not None and now - calm >= rules.downscale_delay_s:
@@ -129,10 +130,10 @@ def _complaint(load: Load, rules: ScalingRules) -> str:
 
 
 def _spare(load: Load, rules: ScalingRules) -> bool:
-    """Whether one replica less could do the work.
+    """Check that the work would fit into one replica less.
 
-    Between half the threshold of growing and the threshold lies a band in which nothing happens, or a pool that needs two and
-    a half replicas would swing between two and three.
+    Nothing happens in the band between half the growth threshold and the threshold; otherwise a pool that needs two and a half
+    replicas would oscillate between two and three.
     """
     quiet = load.waiting_s <= rules.upscale_wait_s / 2 and load.queue_age_s <= rules.upscale_queue_age_s / 2
     left = load.target - 1
@@ -140,7 +141,7 @@ def _spare(load: Load, rules: ScalingRules) -> bool:
 
 
 class ScaleWatch:
-    """Turns what a watcher sees of a pool into events: each change of the target, and each stall once."""
+    """Converts observations of a pool to events: each change of the target size, and each stall once."""
 
     def __init__(self, placement_timeout_s: float) -> None:
         self._timeout_s = placement_timeout_s
@@ -149,7 +150,7 @@ class ScaleWatch:
         self._told = False
 
     def see(self, serving: int, target: int, reason: str, now: float) -> list[tuple[str, dict[str, int | str]]]:
-        """Events (kind, fields) due now. The first target seen is where the pool started, no change."""
+        """Events (kind, fields) due now. The first target seen is the initial size, not a change."""
         events: list[tuple[str, dict[str, int | str]]] = []
         if self._target is not None and target != self._target:
             events.append(("scale", {"before": self._target, "now": target, "reason": reason}))

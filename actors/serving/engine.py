@@ -1,95 +1,41 @@
-"""vLLM around the mixture model: ids in, arrays out. Knows no Ray.
+"""vLLM engine around the mixture model: token ids in, arrays out. Independent of Ray.
 
-One class for the three kinds of replica: `mixture` (teacher and student, samples and scores in one pass), `teacher` (scores,
-or samples alone at alpha 1), `student` (samples alone at alpha 0). All calls belong to one asyncio loop.
+One class for the three kinds of replica: `mixture` (teacher and student, samples and scores in one pass), `teacher` (scores, or
+samples alone at alpha 1), `student` (samples alone at alpha 0). All calls belong to one asyncio loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from actors.serving import prompt_logprobs
+from actors.serving.spec import EngineSpec
+from actors.vllm_plugin.record_table import Record, read_records
 from kdray.errors import EngineError, RequestRefused
 from kdray.models.resolve import model_name
+from kdray.rollouts.columns import scored_columns, with_columns
+from kdray.rollouts.race import all_of, first_of
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import Rollout, SampleRequest
 
-Role = Literal["mixture", "teacher", "student"]
-
-# Width of the fixed part of the recorder's columns, which `actors.vllm_plugin.recorder` names (it needs vLLM to be imported).
-_FLOATS, _INTS = 6, 2
-
-
-class Recorded(NamedTuple):
-    """What the recorder kept of one request; the columns are its."""
-
-    floats: np.ndarray  # [T, 6 + K] float32
-    ints: np.ndarray  # [T, 2 + K] int32
-    hidden: np.ndarray  # [T, d] float16; d is 0 where hidden states are not recorded
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What one engine holds and how large it is; picklable."""
-
-    role: Role
-    model: str
-    """Folder or hub id of the engine's own checkpoint: the teacher's, or the student's for role `student`."""
-    student: str | None
-    """Folder or hub id of the student beside the teacher (role `mixture`)."""
-    vocab_size: int
-    """Ids that teacher and student share; rows beyond are cut before the softmax."""
-    stop_ids: tuple[int, ...]
-    """End-of-sequence ids; drawing one ends the rollout, and it is the rollout's last token."""
-    max_model_len: int
-    """Longest prompt plus response, in tokens."""
-    revision: str | None = None
-    """Commit or tag of `model` on the hub."""
-    student_revision: str | None = None
-    """Commit or tag of `student` on the hub."""
-    teacher: str = ""
-    """Name of the teacher, written into every rollout it scored."""
-    canary: tuple[int, ...] = ()
-    """Token ids that the teacher scores at its start, so that every replica can be compared with the first one."""
-    tokenizer: str = ""
-    """Hash of the teacher's tokenizer."""
-    scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
-    """How prefill is read: by the recorder, or by vLLM's own `prompt_logprobs`."""
-    record_hidden: bool = False
-    """Whether the teacher's last hidden state is recorded for every token."""
-    teacher_top_k: int = 32
-    student_top_k: int = 16
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 4096
-    kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.85
-    seed: int = 0
-    stuck_after_s: float = 300.0
-    """Longest time that the engine may take to answer between two steps."""
-    weight_transfer: str | None = None
-    """Backend of vLLM that brings the student's weights from rank 0; None where they come as files."""
-    engine_args: dict[str, Any] = field(default_factory=dict)
+_SCORED = frozenset(column.name for column in scored_columns())
 
 
 class TeacherEngine:
-    """One vLLM engine. `start` before anything else, `close` at the end."""
+    """A vLLM engine. Call `start` before anything else, and `close` at the end."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.student_version = 0
         self.teacher_version = -1
-        """Newest weights that a teacher which changes has taken; -1 where it has those it was started with."""
+        """Newest version of a changing teacher's weights; -1 for the weights loaded at start."""
         self._engine: Any = None
         self._update = asyncio.Lock()
         self._broken: str | None = None
@@ -97,11 +43,11 @@ class TeacherEngine:
         self._cached_tokens = 0
 
     async def start(self) -> None:
-        """Load the models and start the engine process; seconds to minutes. Raises what vLLM raises."""
-        # The first model runner of vLLM is the one whose logits processors carry request state; the newer one has another
+        """Load the models and start the engine process; seconds to minutes. Propagates vLLM's exceptions."""
+        # vLLM's first model runner is the one whose logits processors carry request state; the newer one has a different
         # interface.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        # Only inside one process does the single-worker executor hold on CPUs; AsyncLLM keeps its engine-core process.
+        # The single-worker executor works on CPUs only within one process; AsyncLLM keeps its engine-core process.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -143,7 +89,7 @@ class TeacherEngine:
             "tensor_parallel_size": spec.tensor_parallel_size,
             "enable_prefix_caching": True,
             "trust_remote_code": False,
-            # Never a pickle, which can run code.
+            # Never a pickle, which can execute code.
             "load_format": "safetensors",
             "disable_log_stats": True,
             "max_logprobs": max(20, spec.teacher_top_k),
@@ -158,7 +104,7 @@ class TeacherEngine:
             }
         else:
             arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
-            # A full graph would replay the layers without this model's Python, which keeps what scoring reads.
+            # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
             arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
         arguments |= spec.engine_args
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -171,15 +117,15 @@ class TeacherEngine:
             self._engine = None
 
     async def check_health(self) -> None:
-        """Raises: EngineError when the engine died or a weight update left it in an unknown state."""
+        """Check the engine. Raises: EngineError if it died or a weight update left it in an undefined state."""
         if self._broken:
             raise EngineError(self._broken)
         await self._engine.check_health()
 
     async def check_progress(self) -> None:
-        """Return once the engine's worker has answered, as it does between two steps.
+        """Return once the engine's worker responds, which it does between two steps.
 
-        Raises: EngineError when it does not in `stuck_after_s`. An engine process that hangs looks alive otherwise.
+        Raises: EngineError if it does not within `stuck_after_s`. A hung engine process looks alive otherwise.
         """
         try:
             await asyncio.wait_for(self._engine.collective_rpc("kdray_stats"), self.spec.stuck_after_s)
@@ -189,10 +135,10 @@ class TeacherEngine:
     # ------------------------------------------------------------------------------------------- sample and score
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """Draw every request, streaming those that ended together as one item.
+        """Sample every request; each item holds the rollouts that finished together.
 
-        The rollouts carry the teacher's columns where the engine holds one.
-        Raises: EngineError for an alpha that this engine's role cannot draw, or a request that does not fit.
+        The rollouts carry the teacher's columns if the engine holds a teacher.
+        Raises: EngineError for an alpha that this engine's role cannot sample with, or a request that does not fit.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -219,9 +165,8 @@ class TeacherEngine:
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
         """Fill in the teacher's columns of sequences sampled elsewhere, by prefill; streams like `sample`.
 
-        The new support holds the rollout's `support_ids`, where it has some, in their order, and then the models' own top ids
-        unless `top_k` is False. Where the engine also holds the student, both exact KLs are filled in, under the version that
-        it holds.
+        The new support holds the rollout's `support_ids`, if any, in their order, and then the models' own top ids unless
+        `top_k` is False. If the engine also holds the student, both exact KLs are filled in, under the version that it holds.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -240,7 +185,7 @@ class TeacherEngine:
             start = len(rollout.prompt_ids)
             extra = {"key": key, "mode": "score", "start": start, "last_id": sequence[-1], "top_k": top_k}
             if rollout.support_ids is not None and rollout.support_ids.shape[1]:
-                # Bytes pass vLLM's encoding as they are; a list of so many numbers would be slow.
+                # Bytes pass vLLM's encoding unchanged; a list of so many numbers would be slow.
                 extra |= {"asked": rollout.support_ids.astype(np.int32).tobytes(), "width": rollout.support_ids.shape[1]}
             params = SamplingParams(
                 temperature=0.0,
@@ -248,7 +193,7 @@ class TeacherEngine:
                 detokenize=False,
                 ignore_eos=True,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                # Rows that the prefix cache answers are never computed, and so never seen.
+                # Rows served from the prefix cache are never computed, and so never recorded.
                 skip_reading_prefix_cache=True,
                 extra_args={"kdray": extra},
             )
@@ -256,10 +201,7 @@ class TeacherEngine:
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         async with aclosing(self._finish(jobs, lengths)) as finished:
             async for ended in finished:
-                yield [
-                    replace(rollouts[index], teacher=self.spec.teacher, **self._teacher_columns(record))
-                    for index, _, record in ended
-                ]
+                yield [with_columns(rollouts[index], _scores(record), teacher=self.spec.teacher) for index, _, record in ended]
 
     async def _score_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[Rollout]]:
         if not top_k or any(rollout.support_ids is not None for rollout in rollouts):
@@ -274,11 +216,11 @@ class TeacherEngine:
                 scored = []
                 for index, output in ended:
                     found = prompt_logprobs.columns(output, len(rollouts[index].prompt_ids), self.spec.vocab_size)
-                    scored.append(replace(rollouts[index], teacher=self.spec.teacher, **found))
+                    scored.append(with_columns(rollouts[index], found, teacher=self.spec.teacher))
                 yield scored
 
     async def fingerprint(self) -> Fingerprint:
-        """What this engine's teacher is, and its scores of the canary."""
+        """Identity of this engine's teacher, and its scores of the canary."""
         ids = np.asarray(self.spec.canary, dtype=np.int32)
         blank = np.zeros(len(ids) - 1, dtype=np.float32)
         versions = np.zeros(len(ids) - 1, dtype=np.int32)
@@ -291,7 +233,7 @@ class TeacherEngine:
                 f"try teachers.{self.spec.teacher}.dtype=float32"
             )
         return Fingerprint(
-            # Folders move, and what lies in them is what the canary tells.
+            # Folders may move; the canary identifies their contents.
             model=model_name(self.spec.model),
             revision=self.spec.revision,
             tokenizer=self.spec.tokenizer,
@@ -303,8 +245,8 @@ class TeacherEngine:
 
     async def _finish(
         self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
-    ) -> AsyncGenerator[list[tuple[int, Any, Recorded]]]:
-        """Run jobs (key, ids, params) and stream (index, output, record) of those that ended since the last item."""
+    ) -> AsyncGenerator[list[tuple[int, Any, Record]]]:
+        """Run jobs (key, ids, params) and stream (index, output, record) of those that finished since the last item."""
         complete = False
         try:
             async with aclosing(self._outputs(jobs)) as outputs:
@@ -314,16 +256,16 @@ class TeacherEngine:
                         for index, output in batch
                     ]
                     (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
-                    arrays = _arrays(answer, [length for _, length in wanted])
-                    yield [(index, output, record) for (index, output), record in zip(batch, arrays, strict=True)]
+                    records = read_records(answer)
+                    yield [(index, output, record) for (index, output), record in zip(batch, records, strict=True)]
             complete = True
         finally:
             if not complete and self._engine is not None:
-                # The reader went away or a request failed: let the worker forget what it recorded of the rest.
+                # The reader was closed or a request failed: the worker discards the remaining records.
                 await self._engine.collective_rpc("kdray_drop", args=([key for key, _, _ in jobs],))
 
     async def _outputs(self, jobs: list[tuple[str, list[int], Any]]) -> AsyncGenerator[list[tuple[int, Any]]]:
-        """Run jobs (key, ids, params) and stream (index, output) of those that ended since the last item."""
+        """Run jobs (key, ids, params) and stream (index, output) of those that finished since the last item."""
         ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
         async def follow(index: int) -> None:
@@ -334,22 +276,26 @@ class TeacherEngine:
             ended.put_nowait((index, final))
 
         tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+        # Kept for the whole stream: a failure while the reader is busy must not be missed.
+        all_ended = asyncio.ensure_future(all_of(tasks))
         taken = 0
         try:
             while taken < len(jobs):
-                batch = [await _first(ended.get(), tasks)]
+                batch = [await first_of(ended.get(), all_ended)]
                 while not ended.empty():
                     batch.append(ended.get_nowait())
                 taken += len(batch)
                 self._cached_tokens += sum(output.num_cached_tokens or 0 for _, output in batch)
                 yield batch
         finally:
-            # Aborted where the reader went away or a request failed.
-            for task in tasks:
+            # Aborted if the reader was closed or a request failed.
+            for task in (all_ended, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(all_ended, *tasks, return_exceptions=True)
 
     def _check(self, request: SampleRequest) -> None:
+        if request.writer == "data":
+            raise RequestRefused(f"sample {request.sample_id} is to be the data's own answer, which no replica holds")
         only = {"teacher": 1.0, "student": 0.0}.get(self.spec.role)
         if only is not None and request.alpha != only:
             raise RequestRefused(f"a {self.spec.role}-only replica samples at alpha {only:g}, not {request.alpha:g}")
@@ -361,56 +307,39 @@ class TeacherEngine:
             )
 
     def _key(self, sample_id: int) -> str:
-        # The same sample may be asked twice at once (a retry overtaking a lost stream); each is a request of its own.
+        # The same sample may be requested twice at once (a retry overtaking a lost stream); each is a separate request.
         self._counter += 1
         return f"{sample_id}-{self._counter}"
 
-    def _sampled(self, request: SampleRequest, output: Any, record: Recorded) -> Rollout:
-        floats, ints = record.floats, record.ints
-        completion = output.outputs[0]
-        tokens = np.asarray(completion.token_ids, dtype=np.int32)
-        if not np.array_equal(tokens, ints[:, 0]):
+    def _sampled(self, request: SampleRequest, output: Any, record: Record) -> Rollout:
+        tokens = np.asarray(output.outputs[0].token_ids, dtype=np.int32)
+        if not np.array_equal(tokens, record["token_ids"]):
             raise EngineError(f"sample {request.sample_id}: the engine returned other tokens than the recorder drew")
         rollout = Rollout(
             sample_id=request.sample_id,
             prompt_id=request.prompt_id,
             prompt_ids=request.prompt_ids,
             token_ids=tokens,
-            mixture_logprobs=floats[:, 0],
-            student_logprobs=floats[:, 1],
-            student_versions=ints[:, 1],
+            mixture_logprobs=None,
+            student_logprobs=None,
+            student_versions=record["student_versions"],
             alpha=request.alpha,
             finish_reason="stop" if len(tokens) and int(tokens[-1]) in self.spec.stop_ids else "length",
+            teacher="" if self.spec.role == "student" else self.spec.teacher,
         )
-        if self.spec.role == "student":
-            return rollout
-        return replace(rollout, teacher=self.spec.teacher, **self._teacher_columns(record))
-
-    def _teacher_columns(self, record: Recorded) -> dict[str, Any]:
-        floats, ints = record.floats, record.ints
-        columns: dict[str, Any] = {
-            "teacher_logprobs": floats[:, 2],
-            "tail_logprobs": floats[:, 3],
-            "support_logprobs": floats[:, _FLOATS:],
-            "support_ids": ints[:, _INTS:],
-        }
-        if self.spec.role == "mixture":
-            columns |= {"reverse_kl": floats[:, 4], "forward_kl": floats[:, 5]}
-        if self.spec.record_hidden:
-            columns["teacher_hidden"] = record.hidden
-        return columns
+        return with_columns(rollout, {**record, "token_ids": tokens})
 
     async def stats(self) -> dict[str, int]:
-        """Counters since the start: prompt tokens answered by the prefix cache, requests preempted, records held."""
+        """Counters since the start: prompt tokens served from the prefix cache, requests preempted, records held."""
         (worker,) = (await self._engine.collective_rpc("kdray_stats"))[:1]
         return {"cached_tokens": self._cached_tokens, **worker}
 
     # --------------------------------------------------------------------------------------------------- weights
 
     async def update_student(self, paths: Sequence[Path], version: int) -> None:
-        """Replace the student's weights by those in safetensors files; requests in flight go on under the new ones.
+        """Replace the student's weights by those in safetensors files; requests in flight continue under the new ones.
 
-        Raises: EngineError, and the engine is unhealthy from then on, if any step fails.
+        Raises: EngineError if any step fails; the engine is unhealthy from then on.
         """
         if self.spec.role == "teacher":
             raise EngineError("a teacher-only replica holds no student")
@@ -420,7 +349,7 @@ class TeacherEngine:
                 self.student_version = version
 
     async def update_teacher(self, paths: Sequence[Path], version: int) -> None:
-        """The same for a teacher that changes during a run: an average of the student, or another student."""
+        """Replace the weights of a teacher that changes during a run: an average of the student, or another student."""
         if self.spec.role == "student":
             raise EngineError("a student-only replica holds no teacher")
         async with self._update:
@@ -430,15 +359,15 @@ class TeacherEngine:
 
     @property
     def num_workers(self) -> int:
-        """Processes that hold a share of the weights."""
+        """Number of processes that hold a shard of the weights."""
         return self._engine.vllm_config.parallel_config.world_size
 
     async def connect_student(self, info: dict[str, Any]) -> None:
-        """Have the workers join rank 0's communicator. Args: info: vLLM's init info of `spec.weight_transfer`."""
+        """Make the workers join rank 0's communicator. Args: info: vLLM's init info of `spec.weight_transfer`."""
         await self._engine.collective_rpc("kdray_connect", args=(self.spec.weight_transfer, info))
 
     async def receive_student(self, info: dict[str, Any], version: int) -> None:
-        """As `update_student`, from the communicator. Args: info: vLLM's update info."""
+        """Same as `update_student`, from the communicator. Args: info: vLLM's update info."""
         async with self._update:
             await self._reload("student", version, "kdray_receive", (info, version))
             self.student_version = version
@@ -446,8 +375,8 @@ class TeacherEngine:
     async def _reload(self, which: Literal["student", "teacher"], version: int, method: str, args: tuple[Any, ...]) -> None:
         """Load new weights between two forward passes, by a method of the worker. The caller holds the lock.
 
-        Every step matters: without the pause a forward pass meets half-loaded weights, and without dropping cached and running
-        KV, new weights read keys and values of the old.
+        Every step is needed: without the pause a forward pass sees half-loaded weights, and without dropping cached and running
+        KV, new weights attend to keys and values of the old ones.
         """
         try:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
@@ -463,32 +392,14 @@ class TeacherEngine:
             raise EngineError(self._broken) from error
 
     async def set_initial_version(self, version: int) -> None:
-        """Name the version of the weights loaded at start."""
+        """Set the version of the weights loaded at start."""
         await self._engine.collective_rpc("kdray_set_version", args=(version,))
         self.student_version = version
 
 
-async def _first(wanted: Awaitable[Any], tasks: list[asyncio.Task[None]]) -> Any:
-    """Await `wanted`, but raise what any of the tasks raises first."""
-    getter = asyncio.ensure_future(wanted)
-    pending: set[asyncio.Future[Any]] = {getter, *(task for task in tasks if not task.done())}
-    try:
-        while not getter.done():
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {getter}:
-                task.result()
-        return getter.result()
-    finally:
-        getter.cancel()
-
-
-def _arrays(answer: bytes, lengths: list[int]) -> list[Recorded]:
-    table = pa.ipc.open_stream(answer).read_all().combine_chunks()
-    records = []
-    for row, length in enumerate(lengths):
-        arrays = (table.column(name)[row].values.to_numpy(zero_copy_only=False) for name in Recorded._fields)
-        records.append(Recorded(*(array.reshape(length, -1) for array in arrays)))
-    return records
+def _scores(record: Record) -> Record:
+    """The teacher's columns of a record; the sampling columns of given tokens stay unchanged."""
+    return {name: values for name, values in record.items() if name in _SCORED}
 
 
 def _architectures(model: str, revision: str | None) -> list[str]:

@@ -1,6 +1,6 @@
-"""Load statistics of a pool: the work of its replicas, and the trainer's waiting for it.
+"""Load statistics of a pool: the work of its replicas, and the time that the trainer waits for it.
 
-Pure counters on a clock that the caller reads (seconds, never going back). Replica and driver report them;
+Pure counters on a monotonic clock that the caller reads (seconds). Replicas and driver report them;
 `actors.serving.autoscaling` and `actors.serving.replica_choice` decide by them.
 """
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from kdray.config.teachers import WAITING_WINDOW_S
 
 _RATE_MEMORY_S = 60.0
-"""Working time after which an answer counts 1/e in the measured rate: long against a rollout, or the rate would jump whenever
-one ends."""
+"""Working time after which a response's weight in the measured rate decays to 1/e: long compared with a rollout, otherwise the
+rate would jump at the end of each."""
 
 
 class TimeShare:
-    """How long something was on within the last window."""
+    """Time that something was on within the last window."""
 
     def __init__(self, now: float, window_s: float = WAITING_WINDOW_S) -> None:
         self._born = now
@@ -28,7 +28,7 @@ class TimeShare:
         self._ended: deque[tuple[float, float]] = deque()
 
     def switch(self, on: bool, now: float, already_s: float = 0.0) -> None:
-        """Note that it is on or off from now on; `already_s` that it has been on for a while before."""
+        """Record the state from now on; `already_s`: it has already been on for this long."""
         if on and self._since is None:
             self._since = now - already_s
         elif not on and self._since is not None:
@@ -36,7 +36,7 @@ class TimeShare:
             self._since = None
 
     def seconds(self, now: float) -> float:
-        """Seconds of the window before `now` in which it was on."""
+        """Seconds of the window before `now` during which it was on."""
         start = now - self._window_s
         while self._ended and self._ended[0][1] <= start:
             self._ended.popleft()
@@ -44,7 +44,7 @@ class TimeShare:
         return ended + (0.0 if self._since is None else now - max(self._since, start))
 
     def share(self, now: float) -> float:
-        """The same as a share of the window, or of the time since the start where that is shorter."""
+        """Share of the window in which it was on, or of the time since the start if that is shorter."""
         length = min(self._window_s, now - self._born)
         return min(1.0, self.seconds(now) / length) if length > 0 else 0.0
 
@@ -56,22 +56,22 @@ class _Call:
 
 
 class Workload:
-    """The calls that a replica works on."""
+    """Calls that a replica is working on."""
 
     def __init__(self, slots: int, now: float) -> None:
-        """Args: slots: sequences that the engine works on at once; what exceeds them queues."""
+        """Args: slots: sequences that the engine processes at once; the excess queues."""
         self._slots = slots
         self._calls: dict[int, _Call] = {}
         self._next = 0
         self._busy = TimeShare(now)
         self._idle_since = now
         self._clock = now
-        # Tokens answered and seconds worked, both fading with the seconds worked: their quotient is the rate.
+        # Tokens returned and seconds worked, both decaying with the seconds worked; their quotient is the rate.
         self._tokens = 0.0
         self._worked_s = 0.0
 
     def begin(self, rollouts: int, now: float) -> int:
-        """A call of so many rollouts came; returns its number."""
+        """Register a call of this many rollouts; returns its number."""
         self._advance(now)
         self._busy.switch(True, now)
         self._next += 1
@@ -79,13 +79,13 @@ class Workload:
         return self._next
 
     def done(self, call: int, rollouts: int, tokens: int, now: float) -> None:
-        """Some rollouts of a call are answered."""
+        """Register finished rollouts of a call."""
         self._advance(now)
         self._calls[call].remaining -= rollouts
         self._tokens += tokens
 
     def end(self, call: int, now: float) -> None:
-        """A call is over: answered, failed or given up."""
+        """Register the end of a call: finished, failed or abandoned."""
         self._advance(now)
         del self._calls[call]
         if not self._calls:
@@ -102,7 +102,7 @@ class Workload:
         }
 
     def tokens_per_s(self, now: float) -> float | None:
-        """Tokens answered per second of work; None before the first answer."""
+        """Tokens returned per second of work; None before the first response."""
         self._advance(now)
         return self._tokens / self._worked_s if self._tokens and self._worked_s else None
 
@@ -111,12 +111,12 @@ class Workload:
             elapsed = now - self._clock
             fade = math.exp(-elapsed / _RATE_MEMORY_S)
             self._tokens *= fade
-            # The seconds just worked fade among themselves, or a steady rate would depend on how often the clock is read.
+            # The seconds just worked decay continuously, otherwise a steady rate would depend on how often the clock is read.
             self._worked_s = self._worked_s * fade + _RATE_MEMORY_S * (1.0 - fade)
         self._clock = now
 
     def _queue_age(self, now: float) -> float:
-        """Age of the oldest call with a rollout beyond the engine's slots, which it fills in the order of arrival."""
+        """Age of the oldest call with a rollout beyond the engine's slots, which are filled in order of arrival."""
         ahead = 0
         for call in self._calls.values():
             ahead += call.remaining
@@ -126,29 +126,29 @@ class Workload:
 
 
 class Awaited:
-    """Whether the trainer waits for answers of one pool: for samples that it misses and that this pool was asked for."""
+    """Time that the trainer waits for responses of one pool: for missing samples that were requested from this pool."""
 
     def __init__(self, on_change: Callable[[bool], None] = lambda waits: None) -> None:
-        """Args: on_change: told whenever a wait begins or ends."""
+        """Args: on_change: called at the start and end of each wait."""
         self._on_change = on_change
         self._missed: frozenset[int] = frozenset()
-        # Counted: one sample may be asked for twice at once, for training and for a measurement.
+        # Counted: a sample may be requested twice at once, for training and for a measurement.
         self._asked: Counter[int] = Counter()
         self._since: float | None = None
         self._waited_s = 0.0
 
     def misses(self, ids: Iterable[int], now: float) -> None:
-        """The samples that the trainer waits for from now on, whoever was asked for them; none when it goes on."""
+        """Set the samples that the trainer waits for from now on, from any pool; none when it continues."""
         self._missed = frozenset(ids)
         self._update(now)
 
     def asked(self, ids: Iterable[int], now: float) -> None:
-        """The pool is to answer these."""
+        """Register samples requested from the pool."""
         self._asked.update(ids)
         self._update(now)
 
     def answered(self, ids: Iterable[int], now: float) -> None:
-        """The pool answered these, or is not to answer them any more."""
+        """Register samples that the pool returned, or no longer has to return."""
         for sample_id in ids:
             self._asked[sample_id] -= 1
             if not self._asked[sample_id]:
@@ -157,11 +157,11 @@ class Awaited:
 
     @property
     def owes(self) -> bool:
-        """Whether some sample was asked for and not answered yet."""
+        """Check for samples that were requested and not yet returned."""
         return bool(self._asked)
 
     def take_s(self, now: float) -> float:
-        """Seconds waited since the last call of this, a running wait included."""
+        """Seconds waited since the last call of this method, a running wait included."""
         waited = self._waited_s
         if self._since is not None:
             waited += now - self._since

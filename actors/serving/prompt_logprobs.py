@@ -1,7 +1,7 @@
 """Scoring by vLLM's own `prompt_logprobs`: for engines whose prefill rows the recorder does not see.
 
-It gives the teacher's log p of the tokens and its top ids, and no more: no ids that the caller names, no hidden states, no
-divergences from the student. The mass outside is what its top logprobs leave of 1, where the recorder sums it.
+It gives only the teacher's log p of the tokens and its top ids: no ids listed by the caller, no hidden states, no divergences
+from the student. The tail mass is 1 minus the mass of its top logprobs, where the recorder sums it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 _TAIL_FLOOR = 1e-7
-"""Least mass of a tail: what float32 logprobs leave of 1 below this is their rounding."""
+"""Smallest tail mass: below this, the remainder of float32 logprobs is rounding error."""
 
 
 def sampling_params(top_k: int, last_id: int) -> Any:
     """vLLM's parameters of a request that scores all of its prompt but the first token, and `last_id` after it.
 
-    The last token is generated, from a set of one: a prompt of full length leaves no room for another.
+    The last token is generated, from an allowed set of one: a prompt of full length leaves no room for another.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -39,7 +39,7 @@ def columns(output: Any, start: int, vocab_size: int) -> dict[str, Any]:
     """The teacher's columns at the tokens from `start` on. Args: output: vLLM's RequestOutput; vocab_size: of its rows."""
     rows = [_row(output.prompt_logprobs, position) for position in range(start, len(output.prompt_token_ids))]
     rows.append(_row(output.outputs[0].logprobs, 0))
-    # A token stands first, and again among the top ids where it is one of them.
+    # A token comes first, and again among the top ids if it is one of them.
     logprobs = np.array([logprobs for _, logprobs in rows], dtype=np.float32)
     ids = np.array([ids for ids, _ in rows], dtype=np.int32)
     support_ids, support_logprobs = ids[:, 1:], logprobs[:, 1:]

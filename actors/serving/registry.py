@@ -1,4 +1,4 @@
-"""Where every teacher replica introduces itself at its start, and is turned away if it is not the teacher of this run."""
+"""Registry of teacher replicas: each registers at its start, and is rejected if it is not the teacher of this run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from kdray.teachers.fingerprint import Fingerprint, difference
 
 
 class TeacherRegistry:
-    """What each teacher of a run is, from the first replica on; an actor.
+    """Fingerprint of each teacher of a run, from the first replica on; an actor.
 
-    A replica that is turned away ends, so nothing of it is ever trained on; Ray Serve starts it again, and it introduces itself
-    again: a teacher whose weights are put back returns by itself.
+    A rejected replica ends, so nothing of it is ever trained on; Ray Serve restarts it, and it registers again: a teacher whose
+    weights are restored returns by itself.
     """
 
     def __init__(self, known: dict[str, dict[str, Any]]) -> None:
@@ -20,7 +20,8 @@ class TeacherRegistry:
         self._refused: list[tuple[str, str]] = []
 
     def enter(self, teacher: str, found: Fingerprint) -> str | None:
-        """Take a replica in, the first one of a teacher as what the others are compared with; or the reason not to."""
+        """Register a replica, the first one of a teacher as the reference for the others; returns the reason if it is
+        rejected."""
         reason = difference(self._known.setdefault(teacher, found), found)
         if reason is not None:
             self._refused.append((teacher, reason))
@@ -31,5 +32,5 @@ class TeacherRegistry:
         return {name: fingerprint.to_dict() for name, fingerprint in self._known.items()}
 
     def refused(self, teacher: str) -> list[str]:
-        """Why replicas of a teacher were turned away so far, oldest first."""
+        """Reasons for which replicas of a teacher were rejected so far, oldest first."""
         return [reason for name, reason in self._refused if name == teacher]

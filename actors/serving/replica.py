@@ -1,7 +1,7 @@
-"""The Ray Serve deployment that owns one engine: sample, score, health, the student version that it holds.
+"""Ray Serve deployment that owns one engine: sampling, scoring, health, and the student version that it holds.
 
-Tables of Arrow go in and out. A replica pulls new student weights by itself as soon as they are published, and before it
-serves a request that asks for newer ones than it holds.
+Input and output are Arrow tables. A replica pulls new student weights as soon as they are published, and before it serves a
+request that requires a newer version than it holds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import psutil
 import pyarrow as pa
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from actors.serving.engine import EngineSpec, TeacherEngine
+from actors.serving.engine import TeacherEngine
 from actors.serving.load_stats import Workload
-from actors.serving.replica_choice import Route
+from actors.serving.replica_choice import CallRoute
+from actors.serving.spec import EngineSpec, RunHandles
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
 from kdray.errors import EngineError
@@ -36,55 +37,45 @@ _WATCH_PERIOD_S = 0.5
 
 
 class TeacherReplica:
-    """One engine behind Ray Serve; a student-only engine of a rollout pool too."""
+    """An engine behind Ray Serve; also a student-only engine of a rollout pool."""
 
-    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self,
-        spec: EngineSpec,
-        weights: Any | None,
-        registry: Any | None = None,
-        teacher_weights: Any | None = None,
-    ) -> None:
-        """Start the engine.
-
-        Args: weights: the WeightStore's handle, None where the student never changes; registry: the TeacherRegistry's, None
-              where nobody checks; teacher_weights: the WeightStore of a teacher that changes during the run.
-        Raises: EngineError where the registry turns this replica away.
-        """
+    async def __init__(self, spec: EngineSpec, run: RunHandles) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        """Start the engine. Raises: EngineError if the registry rejects this replica."""
         self._spec = spec
-        self._weights = weights if spec.role != "teacher" else None
-        self._store = weights
-        # Either lives as long as the run's driver.
-        self._owner = weights if weights is not None else registry
-        self._teacher_weights = teacher_weights
+        self._weights = run.weights if spec.role != "teacher" else None
+        """Version of the student; None if this engine holds none, or it never changes."""
+        self._teacher_weights = run.teacher_weights
+        self._board = run.board
+        self._owner = run.owner
         self._workload = Workload(spec.max_num_seqs, time.monotonic())
         self._engine = TeacherEngine(spec)
         self._sync_lock = asyncio.Lock()
         self._receiving: asyncio.Task[None] | None = None
         await self._engine.start()
-        if registry is not None and spec.role != "student":
-            reason = await registry.enter.remote(spec.teacher, await self._engine.fingerprint())
+        if run.registry is not None and spec.role != "student":
+            reason = await run.registry.enter.remote(spec.teacher, await self._engine.fingerprint())
             if reason is not None:
                 await self._engine.close()
                 raise EngineError(f"teacher {spec.teacher}: this replica is turned away: {reason}")
-        # The weights on disk are older than anything published: version 0 is the student at the start of the phase.
+        # The weights on disk are older than any published version: version 0 is the student at the start of the phase.
         if spec.role != "teacher":
             await self._engine.set_initial_version(-1 if self._weights is not None else 0)
-        follows = self._weights is not None or teacher_weights is not None
+        follows = self._weights is not None or self._teacher_weights is not None
         self._follower = asyncio.create_task(self._follow()) if follows else None
         self._watcher = asyncio.create_task(self._watch())
 
     async def check_health(self) -> None:
-        """Ray Serve replaces the replica when this raises."""
+        """Health check: Ray Serve replaces the replica when this raises."""
         if self._follower is not None and self._follower.done():
             self._follower.result()
             raise EngineError("the replica stopped following student weights")
         await self._engine.check_health()
 
-    async def sample(self, requests: pa.Table, route: Route | None = None) -> AsyncGenerator[pa.Table]:
-        """Draw every request of a table (`kdray.rollouts.arrow.REQUEST_SCHEMA`); each item holds what ended since the last.
+    async def sample(self, requests: pa.Table, route: CallRoute | None = None) -> AsyncGenerator[pa.Table]:
+        """Sample every request of a table (`kdray.rollouts.arrow.REQUEST_SCHEMA`); each item holds the rollouts that finished
+        since the last.
 
-        Args: route: for Serve's router alone.
+        Args: route: for Serve's router only.
         """
         wanted: list[SampleRequest] = table_to_requests(requests)
         await self._reach(max(request.min_version for request in wanted))
@@ -98,12 +89,12 @@ class TeacherReplica:
             self._workload.end(call, time.monotonic())
 
     async def score(
-        self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True, route: Route | None = None
+        self, rollouts: pa.Table, min_version: int = -1, top_k: bool = True, route: CallRoute | None = None
     ) -> AsyncGenerator[pa.Table]:
         """Fill in the teacher's columns of rollouts sampled elsewhere.
 
-        Args: min_version: oldest student version under which the exact KLs may be taken, where the engine holds a student;
-              top_k: as for `TeacherEngine.score`; route: for Serve's router alone.
+        Args: min_version: oldest student version under which the exact KLs may be computed, if the engine holds a student;
+              top_k: as for `TeacherEngine.score`; route: for Serve's router only.
         """
         await self._reach(min_version)
         call = self._workload.begin(rollouts.num_rows, time.monotonic())
@@ -119,21 +110,21 @@ class TeacherReplica:
         self._workload.done(call, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts), time.monotonic())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy knows of this replica; Ray Serve asks where its pool is autoscaled."""
+        """Load statistics of this replica for the autoscaling policy; called by Ray Serve if the pool is autoscaled."""
         from ray import serve
 
         waiting_s = 0.0
-        if self._store is not None:
-            waiting_s = await self._store.waiting.remote(serve.get_replica_context().deployment)
+        if self._board is not None:
+            waiting_s = await self._board.waiting.remote(serve.get_replica_context().deployment)
         return {"waiting_s": waiting_s, **self._workload.stats(time.monotonic())}
 
     async def student_version(self) -> int:
         return self._engine.student_version
 
     async def _reach(self, version: int) -> None:
-        """Return once the engine holds at least `version` of the student, and a teacher that changes as it was by then.
+        """Return once the engine holds at least `version` of the student, and the matching version of a changing teacher.
 
-        A teacher's weights are published before those of the student that they belong to, so the newest are enough.
+        A teacher's weights are published before the student's that they belong to, so the newest are sufficient.
         """
         async with self._sync_lock:
             if self._weights is not None and self._engine.student_version < version:
@@ -146,7 +137,7 @@ class TeacherReplica:
                 await self._renew_teacher()
 
     async def _renew_teacher(self) -> None:
-        """Take the newest weights of a teacher that changes, waiting for its first."""
+        """Load the newest weights of a changing teacher, waiting for its first."""
         if self._teacher_weights is None:
             return
         newest, _ = await self._teacher_weights.newest.remote(0)
@@ -163,12 +154,12 @@ class TeacherReplica:
     async def _receive(self, store: Any, at_least: int) -> None:
         await store.newest.remote(at_least)
         while self._engine.student_version < at_least:
-            # One that a transfer left in an unknown state ends soon, and rank 0 is not to wait for it.
+            # A replica left in an undefined state by a transfer ends soon, and rank 0 should not wait for it.
             await self._engine.check_health()
             if self._receiving is None or self._receiving.done():
                 ask = Ask(at_least, self._engine.num_workers, self._spec.stuck_after_s)
                 self._receiving = asyncio.create_task(receive(store, ask, self._obey))
-            # A caller that goes away must not cut a transfer off: half the weights would be new.
+            # A cancelled caller must not interrupt a transfer: half the weights would be new.
             await asyncio.shield(self._receiving)
 
     async def _obey(self, turn: Turn) -> None:
@@ -178,7 +169,7 @@ class TeacherReplica:
             await self._engine.receive_student(turn.info, turn.version)
 
     async def _follow(self) -> None:
-        """Take every new version as soon as it is published."""
+        """Load every new version as soon as it is published."""
         async with asyncio.TaskGroup() as tasks:
             if self._weights is not None:
                 tasks.create_task(self._follow_student(self._weights))
@@ -187,7 +178,7 @@ class TeacherReplica:
 
     async def _follow_student(self, weights: Any) -> None:
         while True:
-            # The wait holds no lock: requests that already have what they need go on meanwhile.
+            # The wait holds no lock: requests that already have the version they need continue meanwhile.
             await weights.newest.remote(self._engine.student_version + 1)
             await self._reach(self._engine.student_version + 1)
 
@@ -198,10 +189,10 @@ class TeacherReplica:
                 await self._renew_teacher()
 
     async def _watch(self) -> None:
-        """End this process as soon as its engine is dead, stuck or in an unknown state.
+        """End this process as soon as its engine is dead, stuck or in an undefined state.
 
-        A replica that lives on around a dead engine would fail every call for as many health checks as Serve wants to see;
-        a dead one is replaced at once, and its callers ask the next.
+        A replica that outlives its engine would fail every call until Serve's threshold of failed health checks is reached; a
+        dead one is replaced at once, and its callers use the next.
         """
         progress = asyncio.create_task(self._engine.check_progress())
         while True:
@@ -214,14 +205,14 @@ class TeacherReplica:
                     progress = asyncio.create_task(self._engine.check_progress())
             except Exception:
                 logger.exception("the engine of this replica failed; the replica ends")
-                # A process that is stopped does not notice that its parent has gone.
+                # A stopped process does not notice that its parent has ended.
                 for child in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         child.kill()
                 os._exit(1)
 
     async def _check_owner(self) -> None:
-        """Take the whole pool down where the run that it belongs to is gone: a driver that was killed could not.
+        """Delete the whole pool if the run that it belongs to is gone: a killed driver could not.
 
         Without it, replicas on a cluster would hold their GPUs until somebody noticed.
         """
@@ -233,10 +224,10 @@ class TeacherReplica:
             from ray import serve
 
             serve.delete(serve.get_replica_context().app_name, _blocking=False)
-            # Serve ends this replica now, gently; until then it has nothing to watch.
+            # Serve now ends this replica gracefully; until then it has nothing to watch.
             await asyncio.Event().wait()
         except ActorUnavailableError:
-            # The driver's node is out of reach for a moment.
+            # The driver's node is temporarily unreachable.
             return
 
     async def __del__(self) -> None:
@@ -247,12 +238,12 @@ class TeacherReplica:
 
 
 class RatedReplica(TeacherReplica):
-    """A replica of a pool on mixed hardware, which tells the router how fast it is.
+    """Replica of a pool on mixed hardware, which reports its speed to the router.
 
-    A class of its own: Ray Serve asks every deployment that has this method, and tells all callers whenever an answer changed.
+    A separate class: Ray Serve polls every deployment that has this method, and notifies all callers whenever a result changed.
     """
 
     async def record_routing_stats(self) -> dict[str, float]:
-        """Measured tokens/s to two digits, so that noise alone is not sent around; empty before the first answer."""
+        """Measured tokens/s to two digits, so that noise alone is not broadcast; empty before the first response."""
         rate = self._workload.tokens_per_s(time.monotonic())
         return {} if rate is None else {"tokens_per_s": float(f"{rate:.2g}")}

@@ -1,4 +1,4 @@
-"""Which replica of a pool answers a call soonest. Pure."""
+"""Choice of the replica of a pool that will finish a call soonest. Pure."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """What a router knows of one replica."""
+    """Load of one replica, as known to a router."""
 
     calls: int
-    """Calls sent to it and not yet ended."""
+    """Calls sent to it and not yet finished."""
     tokens_per_s: float | None
-    """Its measured rate; None before it answered anything, or where nobody measures."""
+    """Measured rate; None before its first response, or if rates are not measured."""
 
 
 @dataclass(frozen=True)
-class Route:
-    """What a call tells the router of itself; replicas do not read it."""
+class CallRoute:
+    """Routing information of a call; read by the router, not by replicas."""
 
     ticket: str
     """Name of the call."""
     instead_of: str | None = None
-    """Ticket of a running call of which this is a copy: its replica is slow, and another is to be asked."""
+    """Ticket of the running call that this one duplicates: its replica is slow, and another is to be chosen."""
 
 
 def soonest(replicas: Sequence[ReplicaLoad]) -> list[int]:
-    """Indices of the replicas, the one with the least expected time for one more call first; ties keep their order.
+    """Indices of the replicas by increasing expected time for one more call; ties keep their order.
 
-    The expected time is (calls + 1) / rate: calls are of like size, and a busy replica shares its rate among them. A replica
+    The expected time is (calls + 1) / rate: calls are of similar size, and a busy replica shares its rate among them. A replica
     without a rate counts with the mean of those that have one, so that it is tried and measured.
     """
     known = [replica.tokens_per_s for replica in replicas if replica.tokens_per_s]

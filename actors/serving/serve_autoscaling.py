@@ -1,8 +1,8 @@
 """`actors.serving.autoscaling.decide` as Ray Serve's autoscaling policy: it runs in Serve's controller, ten times a second.
 
-The controller knows of a pool only what its replicas report (`TeacherReplica.record_autoscaling_stats`), every
-`report_every_s`. Serve offers the reports averaged over its look-back window, which costs a merge for each number and replica
-on every call; the newest point of each is fresher and free, and the numbers cover a window of their own already.
+The controller knows only what a pool's replicas report (`TeacherReplica.record_autoscaling_stats`), every `report_every_s`.
+Serve offers the reports averaged over its look-back window, which costs a merge per number and replica on every call; the
+newest point of each is fresher and free, and the numbers already cover a window of their own.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from actors.serving.autoscaling import Load, ScalingRules, State, decide
 from kdray.config import AutoscalingSettings
 
 _DECIDE_EVERY_S = 1.0
-# Serve reads a replica five times in a look-back window, and sends once a metrics interval; this makes both the same.
+# Serve polls a replica five times per look-back window, and sends once per metrics interval; this makes both equal.
 _POINTS = 5
 
 
 class PoolPolicy:
-    """The policy of one pool; Serve makes one and calls it."""
+    """Policy of one pool; Serve instantiates and calls it."""
 
-    def __init__(self, pool: str, rules: dict[str, Any], store: str | None) -> None:
-        """Args: store: the WeightStore's handle, pickled, in hexadecimal; it is told every change of the target."""
+    def __init__(self, pool: str, rules: dict[str, Any], board: str | None) -> None:
+        """Args: board: the ScalingBoard's handle, pickled, in hexadecimal; it receives every change of the target."""
         self._pool = pool
         self._rules = ScalingRules(**rules)
-        self._store = cloudpickle.loads(bytes.fromhex(store)) if store is not None else None
+        self._board = cloudpickle.loads(bytes.fromhex(board)) if board is not None else None
         self._told: int | None = None
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
@@ -46,20 +46,20 @@ class PoolPolicy:
             context.total_queued_requests or 0.0,
         )
         target, state, reason = decide(load, self._rules, State.from_dict(before), now)
-        if target != self._told and self._store is not None:
-            # A pool of none that is asked for something is started by Serve itself, before it asks a policy.
+        if target != self._told and self._board is not None:
+            # Serve itself starts a pool scaled to zero on a request, before it calls a policy.
             if target == load.target and self._told == 0:
                 reason = "work for a pool without replicas"
-            self._store.note_target.remote(self._pool, target, reason)
+            self._board.note_target.remote(self._pool, target, reason)
         self._told = target
         return target, {**state.to_dict(), "next_s": now + _DECIDE_EVERY_S}
 
 
 def summarise(metrics: Mapping[str, Mapping[Any, Any]], running: list[str], target: int, queued: float) -> Load:
-    """One pool's load out of the newest report of each replica that serves.
+    """Load of one pool from the newest report of each serving replica.
 
-    Args: metrics: by name and replica, the points (timestamp, value) reported, oldest first; queued: calls that no replica
-    has taken yet. While a new replica has not reported, the pool counts as fully busy: nothing is taken from it.
+    Args: metrics: by name and replica, the points (timestamp, value) reported, oldest first; queued: calls not yet taken by a
+    replica. Until a new replica has reported, the pool counts as fully busy, so that it does not shrink.
     """
     newest = {
         name: {str(replica): points[-1].value for replica, points in series.items() if points}
@@ -83,30 +83,30 @@ def summarise(metrics: Mapping[str, Mapping[Any, Any]], running: list[str], targ
 
 
 def scaling_rules(settings: AutoscalingSettings) -> ScalingRules:
-    """The settings that the decision reads, as plain values: the decision travels without pydantic."""
+    """Settings that the decision reads, as plain values: the decision is shipped without pydantic."""
     return ScalingRules(**{rule.name: getattr(settings, rule.name) for rule in fields(ScalingRules)})
 
 
-def serve_config(pool: str, settings: AutoscalingSettings, store: Any | None) -> Any:
-    """Ray Serve's AutoscalingConfig with the policy in it; Serve's own delays are 0, since the policy has its own.
+def serve_config(pool: str, settings: AutoscalingSettings, board: Any | None) -> Any:
+    """Ray Serve's AutoscalingConfig with the policy; Serve's own delays are 0, since the policy has its own.
 
-    Args: store: the WeightStore's handle, None where there is none.
+    Args: board: the ScalingBoard's handle, None without one.
     """
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     arguments = {
         "pool": pool,
         "rules": asdict(scaling_rules(settings)),
-        "store": None if store is None else cloudpickle.dumps(store).hex(),
+        "board": None if board is None else cloudpickle.dumps(board).hex(),
     }
-    # The controller belongs to whoever started Serve in the cluster, and may have no kdray: ship what the policy needs.
+    # The controller belongs to whoever started Serve in the cluster, and may not have kdray: ship what the policy needs.
     cloudpickle.register_pickle_by_value(actors.serving.autoscaling)
     try:
         policy = AutoscalingPolicy(policy_function=PoolPolicy, policy_kwargs=arguments)
     finally:
         cloudpickle.unregister_pickle_by_value(actors.serving.autoscaling)
     with warnings.catch_warnings():
-        # The interval's announced successor, an environment variable, is not read by this version of Serve.
+        # The interval's announced replacement, an environment variable, is not read by this version of Serve.
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=settings.min_replicas,

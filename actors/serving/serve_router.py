@@ -1,4 +1,5 @@
-"""Ray Serve's request router for pools of several replicas: `actors.serving.replica_choice.soonest`, run beside the caller."""
+"""Ray Serve request router for pools of several replicas: `actors.serving.replica_choice.soonest`, run in the caller's
+process."""
 
 from __future__ import annotations
 
@@ -12,14 +13,15 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from actors.serving.replica_choice import ReplicaLoad, soonest
 
 SLOW_FOR_S = 60.0
-"""Time for which a replica that was found slow gets calls only where no other is left. Then it is tried again."""
+"""Time for which a slow replica gets calls only if no other is available. Then it is tried again."""
 
 
 class ThroughputRouter(RequestRouter):
-    """Sends each call to the replica that is expected to answer it soonest.
+    """Sends each call to the replica that is expected to finish it soonest.
 
-    Rates come from the replicas where these may differ (`RatedReplica.record_routing_stats`); calls in flight are counted here,
-    from the choice on: a burst is chosen for in one go, before any of it is sent, and would else go to one replica as a whole.
+    Rates are reported by the replicas if they may differ (`RatedReplica.record_routing_stats`); calls in flight are counted
+    here, from the choice on: the replicas for a burst are chosen before any call is sent, and otherwise the whole burst would
+    go to one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -27,17 +29,17 @@ class ThroughputRouter(RequestRouter):
         self._assigned: dict[str, ReplicaID] = {}
         self._choosing: dict[str, asyncio.Future[Any]] = {}
         self._requests: dict[str, str] = {}
-        """By ticket."""
+        """Request by ticket."""
         self._tickets: dict[str, str] = {}
-        """By request: the same the other way round, for calls end often."""
+        """Ticket by request: the inverse mapping, since calls end often."""
         self._slow_until: dict[ReplicaID, float] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The best replica, and the others as the second rank, for when Serve finds the best one full.
+        """The best replica, and the others as second choice in case Serve finds the best one full.
 
-        Those found slow are left out while there are others, and so is the one that a copy is to be drawn instead of.
+        Slow replicas are left out while there are others, and so is the one whose call is duplicated.
         """
         for request in [request for request, future in self._choosing.items() if future.cancelled()]:
             self._forget(request)
@@ -48,7 +50,7 @@ class ThroughputRouter(RequestRouter):
         if first is not None:
             slow.add(first)
             self._slow_until[first] = now + SLOW_FOR_S
-        # Where all are slow, all but the first one of a copy; where that is the only one, that.
+        # If all are slow: all except the one whose call is duplicated; if that is the only one, that one.
         left_out: tuple[set[ReplicaID | None], ...] = (slow, {first}, set())
         candidates = next(
             (found for out in left_out if (found := [each for each in candidate_replicas if each.replica_id not in out])), []
@@ -63,14 +65,14 @@ class ThroughputRouter(RequestRouter):
             if route is not None:
                 self._requests[route.ticket] = request
                 self._tickets[request] = route.ticket
-            # Where all are full, Serve is to sleep before it asks again.
+            # If all are full, Serve should sleep before the next choice.
             pending_request.routing_context.should_backoff = True
         return [ranked[:1], ranked[1:]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         request = pending_request.metadata.internal_request_id
         self._choosing.pop(request, None)
-        # A short call may be over before Serve says so here.
+        # A short call may have ended before Serve reports it here.
         if request in self._assigned:
             self._assigned[request] = replica_id
 
@@ -78,7 +80,7 @@ class ThroughputRouter(RequestRouter):
         self._forget(internal_request_id)
 
     def _replica_of(self, ticket: str) -> ReplicaID | None:
-        """Who works on a call; None where it has ended, or waits for a replica."""
+        """Replica that works on a call; None if the call has ended, or waits for a replica."""
         request = self._requests.get(ticket, "")
         return None if request in self._choosing else self._assigned.get(request)
 

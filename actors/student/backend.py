@@ -1,8 +1,9 @@
-"""Interface between training and what computes it: one rank's share of the student's weights, gradients and optimizer.
+"""Interface between training and its backend, which computes one rank's share of the student's weights, gradients and
+optimizer.
 
-`StudentTrainer` (`actors.student.trainer`) is the one caller. To add a backend: derive `StudentBackend`, derive its settings
+`StudentTrainer` (`actors.student.trainer`) is the only caller. To add a backend: derive `StudentBackend`, derive its settings
 from `kdray.config.backends.StudentBackendSettings`, and register those under the entry-point group `kdray.student_backends`.
-`tests/unit/actors/student/test_backend_contract.py` holds any backend to what stands here.
+`tests/unit/actors/student/test_backend_contract.py` tests any backend against this contract.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from actors.student.features import parameter_groups
 from kdray.config import TrainingSettings
 
 Forward = Callable[..., Any]
-"""The module's forward pass by way of the backend: Hugging Face's keyword arguments in, its output out."""
+"""The module's forward pass through the backend: takes Hugging Face's keyword arguments, returns the module's output."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a phase moves the weights: AdamW, and the course of its learning rate."""
+    """Optimizer of a phase: AdamW and its learning-rate schedule."""
 
     learning_rate: float
     betas: tuple[float, float]
     weight_decay: float
     schedule: str
-    """A schedule's name in transformers."""
+    """Name of a schedule in transformers."""
     warmup_steps: int
-    """Updates over which the learning rate rises."""
+    """Warm-up length of the learning rate, in updates."""
     steps: int
     """Length of the schedule, in updates."""
 
@@ -45,7 +46,7 @@ class Optimization:
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """A torch scheduler, to be stepped once an update."""
+        """A torch scheduler, to be stepped once per update."""
         from transformers import get_scheduler
 
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
@@ -56,22 +57,22 @@ class Update(NamedTuple):
     """Outcome of `StudentBackend.step`, the same on all ranks."""
 
     grad_norm: float
-    """Global norm of the gradient before clipping; not finite where the gradient is not."""
+    """Global norm of the gradient before clipping; not finite if the gradient is not."""
     learning_rate: float
-    """Of this update."""
+    """Learning rate of this update."""
     applied: bool
-    """Whether the optimizer was stepped: with a gradient that is not finite, a backend may know it only afterwards."""
+    """True if the optimizer was stepped: a backend may detect a non-finite gradient only afterwards."""
 
 
 class StudentBackend(ABC):
-    """One rank's share of the student. Every method is a collective: all ranks call it, in the same order.
+    """A rank's share of the student. Every method is a collective: all ranks call it, in the same order.
 
     A phase is `close`, `loading`, `start`, then for each update `forward_backward` for every micro-batch and `step`; between
-    updates `whole` (publication, export), `save` and `load`. What has a body here is right for one process.
+    updates `whole` (publication, export), `save` and `load`. Methods with a body have the right default for one process.
     """
 
     def __init__(self, training: TrainingSettings) -> None:
-        """Args: training: its `backend` is of the class of settings that names this backend."""
+        """Args: training: the class of its `backend` settings selects this backend."""
         self.training = training
         self.rank = 0
         self.world_size = 1
@@ -79,30 +80,30 @@ class StudentBackend(ABC):
     # ----------------------------------------------------------------------------------------------------- a phase
 
     def loading(self) -> AbstractContextManager[None]:
-        """Context in which transformers loads the student's weights, for backends that shard them while they are read."""
+        """Context in which transformers loads the student's weights, for backends that shard them while loading."""
         return nullcontext()
 
     @abstractmethod
     def start(self, module: torch.nn.Module, optimization: Optimization) -> None:
-        """Take over a module that was loaded, with a fresh optimizer and schedule, and move it to `device`.
+        """Take over a loaded module, with a fresh optimizer and schedule, and move it to `device`.
 
-        Args: module: the Hugging Face model, or what wraps it (`actors.student.features`), in the dtype of
-        `training.precision`, its mode not yet set.
+        Args: module: the Hugging Face model, or its wrapper (`actors.student.features`), in the dtype of `training.precision`,
+        with its mode not yet set.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the phase's module, optimizer and memory; `start` may follow. Does nothing where nothing was started."""
+        """Release the phase's module, optimizer and memory; `start` may follow. No-op if nothing was started."""
 
     @property
     @abstractmethod
     def module(self) -> torch.nn.Module:
-        """The module that `start` was given. Its parameters may be shards or empty outside of a forward pass."""
+        """The module passed to `start`. Its parameters may be shards or empty outside a forward pass."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where inputs of the module have to be."""
+        """Device on which the module expects its inputs."""
 
     # ---------------------------------------------------------------------------------------------------- an update
 
@@ -110,17 +111,17 @@ class StudentBackend(ABC):
     def forward_backward(self, loss: Callable[[Forward], torch.Tensor], last: bool) -> None:
         """Add the gradient of one micro-batch to the update's.
 
-        Gradients are averaged over ranks: the trainer's losses carry the factor `world_size`. After an update that was given up
-        (an exception, or no `step` after its last micro-batch), a backend may need `start` again.
-        Args: loss: runs the forward pass that it is given, exactly once, and returns the scalar to be minimised, not scaled any
-        further; last: whether `step` follows.
+        Gradients are averaged over ranks: the trainer's losses contain the factor `world_size`. After an abandoned update (an
+        exception, or no `step` after its last micro-batch), a backend may need `start` again.
+        Args: loss: runs the forward pass that it receives, exactly once, and returns the scalar to be minimised, without
+        further scaling; last: true if `step` follows.
         """
 
     @abstractmethod
     def step(self) -> Update:
         """Clip the gradient to a global norm of `training.gradient_clipping`, update the weights, advance the schedule.
 
-        A gradient that is known not to be finite before the update leaves weights and optimizer as they are.
+        A gradient known to be non-finite before the update leaves weights and optimizer unchanged.
         """
 
     # -------------------------------------------------------------------------------------------------- across ranks
@@ -130,18 +131,18 @@ class StudentBackend(ABC):
         return list(values)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, any picklable one, in order of rank, on all ranks. No rank returns before all have called."""
+        """Every rank's value (any picklable one), in rank order, on all ranks. No rank returns before all have called."""
         return [value]
 
     # ------------------------------------------------------------------------------------------------------- weights
 
     def numel(self, parameter: torch.nn.Parameter) -> int:
-        """Elements of a whole parameter of the module."""
+        """Number of elements of a full (unsharded) parameter of the module."""
         return parameter.numel()
 
     @abstractmethod
     def whole(self, parameters: Sequence[torch.nn.Parameter], device: torch.device | str) -> list[torch.Tensor]:
-        """Contiguous copies on `device` of whole parameters of the module, in their own dtype; on rank 0 alone.
+        """Contiguous copies on `device` of full parameters of the module, in their own dtype; on rank 0 only.
 
         Other ranks take part and return nothing. The parameters of one call fit into memory together.
         """
@@ -152,22 +153,23 @@ class StudentBackend(ABC):
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write this rank's share of weights, optimizer and schedule into an existing folder, with `state`.
 
-        Files' names differ between ranks, but for what rank 0 writes for all. Writing `average.safetensors` is the trainer's.
+        File names differ between ranks, except for files that rank 0 writes for all. `average.safetensors` is written by the
+        trainer.
         Args: state: plain values by name, the same on all ranks.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from what `save` wrote, after `start`: the next updates are the same bits. Returns: the `state` of then.
+        """Restore the output of `save`, after `start`: the next updates are bit-identical. Returns: the saved `state`.
 
-        The folder has this rank's files and rank 0's. Nothing that a file may hold can be run: no pickles, or those that hold
-        tensors and plain values alone (`actors.student.safe_load`).
-        Raises: TrainingError where there is none of this backend's, or it holds more than that.
+        The folder has this rank's files and rank 0's. Nothing in a file may be executed: no pickles, or only those that contain
+        just tensors and plain values (`actors.student.safe_load`).
+        Raises: TrainingError if there is no checkpoint of this backend, or it contains anything else.
         """
 
 
 def open_backend(training: TrainingSettings) -> StudentBackend:
-    """The backend that the settings name, with nothing loaded."""
+    """The backend selected by the settings, with nothing loaded."""
     module, _, name = training.backend.implementation.partition(":")
     backend: StudentBackend = getattr(import_module(module), name)(training)
     return backend

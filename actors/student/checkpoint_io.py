@@ -1,7 +1,7 @@
-"""What a rank writes of a run, and how it finds it again: in the run folder, or in the storage where nodes share no folder.
+"""Files that a rank writes for a run, and reads again: in the run folder, or in the storage if nodes share no folder.
 
-Every rank writes its part to a folder of its own and hands it over; once all have, rank 0 writes the marker. Ranks fail
-together: an error of one is raised by all, so that none waits for it.
+Every rank writes its part to a folder of its own and uploads it; once all have, rank 0 writes the marker. Ranks fail together:
+an error on one is raised on all, so that none waits for it.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ _PROBE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint cost; nothing where it was there already."""
+    """Cost of a checkpoint; zero if it already existed."""
 
     bytes: int = 0
-    """Of all ranks."""
+    """Total over all ranks."""
     write_s: float = 0.0
-    """Rank 0: state to its own folder."""
+    """Rank 0: time to write the state to its own folder."""
     store_s: float = 0.0
-    """Rank 0: from there to where it stays, with the slowest rank's."""
+    """Rank 0: time to move it to its final place, including the slowest rank's."""
     retries: list[dict[str, Any]] = field(default_factory=list)
-    """Operations on the storage that were repeated since the last checkpoint, of all ranks: rank, what, attempt, reason."""
+    """Operations on the storage that were retried since the last checkpoint, of all ranks: rank, what, attempt, reason."""
 
 
 class RankFiles:
-    """One rank's way to the files of its run. `close` at the end."""
+    """A rank's access to the files of its run. Call `close` at the end."""
 
     def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None) -> None:
-        """Args: storage: URL of the run in `run.storage`; None where the run folder is all that there is."""
+        """Args: storage: URL of the run in `run.storage`; None if there is only the run folder."""
         self._trainer = trainer
         self._run_folder = run_folder
         self._retried: list[dict[str, Any]] = []
         self._storage = Storage.local(run_folder) if storage is None else Storage(storage)
         self._storage.on_retry = lambda retry: self._retried.append({"rank": trainer.rank, **asdict(retry)})
-        # Beside the checkpoints, a rename hands over; where they are elsewhere, Ray Train's folder on this node does as well.
+        # Next to the checkpoints, a rename publishes a folder; if they are elsewhere, Ray Train's folder on this node will do.
         beside = run_folder / "checkpoints" if storage is None else Path.cwd()
         self._scratch = beside / f".rank-{trainer.rank}"
-        # What a killed rank of this number left.
+        # Remains of a killed rank with this number.
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
 
@@ -62,7 +62,7 @@ class RankFiles:
     # ----------------------------------------------------------------------------------------------------- writing
 
     def save(self, folder: Path, progress: dict[str, Any]) -> Saved:
-        """Write a checkpoint that counts whole or not at all; one that is there already (a replay) is left alone."""
+        """Write a checkpoint atomically; an existing one (from a replay) is left unchanged."""
         key, first = self._key(folder), self._trainer.rank == 0
 
         def prepared() -> bool:
@@ -70,7 +70,7 @@ class RankFiles:
                 return False
             if self._storage.read(f"{key}/{COMMITTED}") is not None:
                 return True
-            # What a save left that was interrupted here is not to be mixed with this one.
+            # Remains of an interrupted save must not be mixed with this one.
             self._storage.delete(key)
             return False
 
@@ -91,7 +91,7 @@ class RankFiles:
         )
 
     def export(self, folder: Path, tokenizer: str) -> None:
-        """Write the student as a Hugging Face folder, with a marker that tells it from one that was interrupted."""
+        """Write the student as a Hugging Face folder, with a marker that distinguishes it from an interrupted one."""
         key = self._key(folder)
 
         def store(own: Path) -> None:
@@ -106,7 +106,7 @@ class RankFiles:
     # ----------------------------------------------------------------------------------------------------- reading
 
     def start_phase(self, phase: Phase, checkpoint: Path | None) -> None:
-        """Start a phase, from a model that is fetched where this run wrote it; then take the checkpoint's state."""
+        """Start a phase, from a model that is fetched from the run's storage if this run wrote it; then load the checkpoint."""
         base = Path(phase.model)
         if base.is_relative_to(self._run_folder / "checkpoints"):
             with self._fetched(base) as here:
@@ -119,7 +119,8 @@ class RankFiles:
 
     @contextmanager
     def _fetched(self, folder: Path) -> Iterator[Path]:
-        """A folder on this node with what this rank needs of one that the run wrote: checked to be what was written."""
+        """A folder on this node with the files that this rank needs of one that the run wrote, verified against their
+        record."""
         with self._own_folder() as own:
             yield self._together(lambda: self._fetch(folder, own))[self._trainer.rank]
 
@@ -130,12 +131,12 @@ class RankFiles:
             key = self._key(folder)
             marker = read_marker(storage, key)
         if marker is None:
-            # Of a run that had no storage then, or of another one.
+            # From a run that had no storage then, or from another run.
             storage, key = Storage.local(folder.parent), folder.name
             marker = read_marker(storage, key)
         if marker is None:
             raise DataError(f"{folder}: was not committed, neither there nor in {self._storage.url}")
-        # What other ranks wrote is theirs alone to read, but for rank 0's: it writes what is everybody's.
+        # Other ranks' files are read by those ranks only, except rank 0's: it writes the files shared by all.
         mine = {name: file for name, file in marker[FILES].items() if file["rank"] in (0, self._trainer.rank)}
         needed = {name: f"{key}/{name}" for name in mine}
         if storage.is_local:
@@ -161,21 +162,22 @@ class RankFiles:
             shutil.rmtree(own, ignore_errors=True)
 
     def _write(self, own: Path, work: Callable[[], None]) -> None:
-        """Write into a folder of this node, with the other ranks. Raises: StorageError, on this rank alone, where it is full.
+        """Write into a folder of this node, together with the other ranks. Raises: StorageError, on this rank only, if it is
+        full.
 
-        The others may be waiting for this one then, inside `work`.
+        The others may then be waiting for this rank, inside `work`.
         """
         try:
             work()
         except Exception as error:
-            # Writers have errors of their own for a full disk, and so have lost ranks: only the disk can tell.
+            # Writers raise their own errors for a full disk, and so do lost ranks: only the disk itself can tell.
             reason = _unwritable(own)
             if reason is None:
                 raise
             raise StorageError(f"rank {self._trainer.rank}: {own} cannot be written: {reason}") from error
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gave on every rank, in their order.
+        """Results of `work` on every rank, in rank order.
 
         Raises: TrainingError or StorageError on all ranks if it failed on any.
         """
@@ -194,7 +196,7 @@ class RankFiles:
 
 
 def _unwritable(folder: Path) -> str | None:
-    """Why no more can be written into a folder; None where it can."""
+    """Reason why a folder cannot be written to; None if it can."""
     probe = folder / ".probe"
     try:
         probe.write_bytes(bytes(_PROBE_BYTES))

@@ -1,7 +1,7 @@
-"""The white-box teacher beside the student: both read the same tokens, and what lies between their layers is compared.
+"""White-box teacher next to the student: both read the same tokens, and the outputs of their layers are compared.
 
-The teacher is a plain model that no optimizer, checkpoint or export sees. The learned maps between the models' widths are
-trained with the student: wrapped together they are one module for the backend, which clips, shards and saves both alike.
+The teacher is a plain model that is in no optimizer, checkpoint or export. The learned projections between the models' widths
+are trained with the student: wrapped together they are one module for the backend, which clips, shards and saves both alike.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ def load_feature_teacher(model: str, revision: str | None, settings: FeatureSett
 
 
 def attention_implementation(settings: FeatureSettings | None) -> dict[str, str]:
-    """How models are loaded: fused attention has no maps to show."""
+    """Arguments for loading models: fused attention does not return attention maps."""
     return {"attn_implementation": "eager"} if settings is not None and settings.attention is not None else {}
 
 
 class StudentWithFeatures(torch.nn.Module):
-    """The student and the maps into the teacher's widths; its output has the terms where response tokens are named.
+    """The student and the projections to the teacher's widths; its output has the feature terms if response tokens are given.
 
-    Everything happens in `forward`: a backend that shards weights has the maps whole nowhere else, and may have to see the
-    terms among the outputs, to be prepared when the backward pass reaches the maps.
+    Everything happens in `forward`: a backend that shards weights has the projections whole only there, and may need the terms
+    among the outputs, to be prepared when the backward pass reaches the projections.
     """
 
     def __init__(self, student: Any, teacher: Any, settings: FeatureSettings, seed: int) -> None:
-        """Args: student: the Hugging Face model; teacher: from `load_feature_teacher`; seed: of the maps' first weights."""
+        """Args: student: the Hugging Face model; teacher: from `load_feature_teacher`; seed: of the projections' initial
+        weights."""
         super().__init__()
         self.student = student
         self.settings = settings
-        # In a tuple: a module that is not registered is not trained, sharded, saved or moved.
+        # In a tuple: an unregistered module is not trained, sharded, saved or moved.
         self._teacher = (teacher,)
         student_width, teacher_width = (model.config.get_text_config().hidden_size for model in (student, teacher))
         layers = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
@@ -61,22 +62,22 @@ class StudentWithFeatures(torch.nn.Module):
         self.projections = torch.nn.ModuleList(maps)
 
     def place_teacher(self, device: torch.device) -> None:
-        """Move the teacher to where the student went."""
+        """Move the teacher to the student's device."""
         self._teacher[0].to(device)
 
     def get_output_embeddings(self) -> Any:
         return self.student.get_output_embeddings()
 
     def forward(self, response_mask: torch.Tensor | None = None, **inputs: Any) -> Any:
-        """The student's output. Args: response_mask: [B, S], False in column 0; with it the output has `feature_terms`, their
-        sums over these tokens, by metric name and not yet weighted.
+        """The student's output. Args: response_mask: [B, S], False in column 0; if given, the output has `feature_terms`, their
+        sums over these tokens, by metric name and unweighted.
         """
         from transformers.modeling_outputs import CausalLMOutput
 
         if response_mask is None:
             output = self.student(**inputs)
-            # A backend may add up a weight's gradient from an update's first part on and reduce it with the last: every part,
-            # text too, has to pass the maps, or the gradient of another step stays in theirs.
+            # A backend may accumulate a weight's gradient from the first part of an update and reduce it with the last: every
+            # part, text too, has to pass through the projections, or they keep the gradient of another step.
             for projection in self.projections:
                 output.logits = output.logits + 0.0 * projection(output.logits.new_zeros(1, projection.in_features)).sum()
             return output
@@ -85,7 +86,7 @@ class StudentWithFeatures(torch.nn.Module):
         with torch.no_grad():
             teacher = self._teacher[0](**inputs, **wanted)
         terms = self._terms(output, teacher, response_mask)
-        # Nobody reads the states further; what the backward pass needs of them, it holds.
+        # The states are not read any further; the backward pass holds those that it needs.
         bare = CausalLMOutput(logits=output.logits)
         bare["feature_terms"] = terms
         return bare
@@ -112,7 +113,7 @@ class StudentWithFeatures(torch.nn.Module):
 
 
 def _linear(student_width: int, teacher_width: int, generator: torch.Generator, dtype: torch.dtype) -> torch.nn.Linear:
-    """A map that changes nothing where the widths are equal, else one that keeps lengths on average."""
+    """A projection: the identity if the widths are equal, otherwise one that preserves norms on average."""
     linear = torch.nn.Linear(student_width, teacher_width, bias=False, dtype=dtype)
     with torch.no_grad():
         if student_width == teacher_width:
@@ -134,12 +135,12 @@ def _all_maps(output: Any, model: Any) -> tuple[torch.Tensor, ...]:
 
 
 def unwrapped(module: Any) -> Any:
-    """The student alone, whose weights have the names that replicas and exports know."""
+    """The student alone, with the weight names that replicas and exports use."""
     return module.student if isinstance(module, StudentWithFeatures) else module
 
 
 def parameter_groups(module: Any) -> list[dict[str, Any]]:
-    """What is trained, as an optimizer's groups: the student, and the maps at a learning rate of their own."""
+    """Parameter groups for the optimizer: the student, and the projections with a learning rate of their own."""
     groups: list[dict[str, Any]] = [{"params": [each for each in unwrapped(module).parameters() if each.requires_grad]}]
     if isinstance(module, StudentWithFeatures) and module.settings.hidden is not None:
         groups.append({"params": list(module.projections.parameters()), "lr": module.settings.hidden.projection_learning_rate})
@@ -147,25 +148,25 @@ def parameter_groups(module: Any) -> list[dict[str, Any]]:
 
 
 def place_teacher(module: Any, device: torch.device) -> None:
-    """Move the teacher beside the student to where that went."""
+    """Move the white-box teacher to the student's device."""
     if isinstance(module, StudentWithFeatures):
         module.place_teacher(device)
 
 
 def feature_inputs(module: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the forward pass of a micro-batch of rollouts is given beside ids. Args: mask: [B, S], the response tokens."""
+    """Inputs of a forward pass on rollouts besides the ids. Args: mask: [B, S], the response tokens."""
     return {"response_mask": mask} if isinstance(module, StudentWithFeatures) else {}
 
 
 def weigh_features(module: Any, scheduled: Mapping[str, float]) -> None:
-    """Give the terms the weights of a step. Args: scheduled: values by full name; a term that is not there has its own."""
+    """Set the weights of the terms for a step. Args: scheduled: values by full name; a term without an entry keeps its own."""
     if isinstance(module, StudentWithFeatures):
         for term in module.settings.terms:
             module.weights[term.setting] = scheduled.get(f"{term.setting}.weight", term.weight)
 
 
 def with_features(loss: LossOutput, output: Any, module: Any) -> LossOutput:
-    """`loss` plus the weighted terms that the module's `output` has, and their sums for the metrics."""
+    """`loss` plus the weighted terms in the module's `output`, and their sums for the metrics."""
     if not isinstance(module, StudentWithFeatures):
         return loss
     total, sums = loss.total, dict(loss.sums)

@@ -1,4 +1,4 @@
-"""StudentGroup over a Ray Train TorchTrainer: one call reaches every rank, and one failure fails the call."""
+"""StudentGroup over a Ray Train TorchTrainer: a call reaches every rank, and a failure of any rank fails the call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from actors.background_call import in_daemon_thread
-from actors.driver_actor import beside_driver
+from actors.driver_actor import on_driver_node
 from actors.student.checkpoint_io import Saved
 from actors.student.mailbox import Command, Mailbox
 from actors.student.rank import RankConfig, run_rank
@@ -24,7 +24,7 @@ from kdray.types import StepReport, TrainBatch
 
 @dataclass
 class StudentGroup:
-    """The student's ranks as one thing (`kdray.interfaces.Student`). `start` first, `close` last, whatever happened."""
+    """The student's ranks as a unit (`kdray.interfaces.Student`). Call `start` first, and `close` last in any case."""
 
     training: TrainingSettings
     vocab_size: int
@@ -35,14 +35,14 @@ class StudentGroup:
     checkpoints: Path
     """`checkpoints/` of the run folder; one subfolder each."""
     storage: Path
-    """Folder that Ray Train keeps its own state in; the driver's alone."""
+    """Folder for Ray Train's own state; used only by the driver."""
     average: Any = None
-    """Actor handle of the WeightStore of a teacher that is this student's average; None where there is none."""
+    """Actor handle of the WeightStore of a teacher that is this student's average; None if there is none."""
     stored: str | None = None
-    """URL of the run in `run.storage`, where checkpoints and exports then go; None for the run folder itself."""
+    """URL of the run in `run.storage`, to which checkpoints and exports then go; None for the run folder itself."""
 
     on_event: Callable[..., None] = lambda kind, **fields: None
-    """Called with what happens to the ranks: kind, and fields by name."""
+    """Called with events of the ranks: kind, and fields by name."""
 
     def __post_init__(self) -> None:
         # Ranks work in folders of their own.
@@ -51,12 +51,12 @@ class StudentGroup:
         self._fit: asyncio.Future[Any] | None = None
 
     async def start(self) -> None:
-        """Start the ranks; returns at once, and the first call waits until they are there."""
+        """Start the ranks; returns at once, and the first call waits until they are up."""
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
         training = self.training
-        self._mailbox = beside_driver(Mailbox, max_concurrency=1000).remote(training.ranks)
+        self._mailbox = on_driver_node(Mailbox, max_concurrency=1000).remote(training.ranks)
         use_gpu = training.gpus_per_rank > 0
         resources = {"CPU": training.cpus_per_rank, **training.resources}
         if use_gpu:
@@ -94,20 +94,21 @@ class StudentGroup:
         self._fit = in_daemon_thread(trainer.fit)
 
     async def close(self, timeout_s: float = 30.0) -> None:
-        """Let the ranks end by themselves and wait for that, but not longer than `timeout_s`."""
+        """Wait for the ranks to end by themselves, for at most `timeout_s`."""
         if self._fit is None:
             return
         if not self._fit.done():
             await self._mailbox.post.remote(Command("stop"))
             await asyncio.wait({self._fit}, timeout=timeout_s)
         if self._fit.done() and not self._fit.cancelled():
-            # Looked at, so that asyncio does not report it as forgotten: a failure was told by the call that met it.
+            # Retrieved, so that asyncio does not report it as never retrieved: the call that met a failure has already raised
+            # it.
             self._fit.exception()
-        # Ranks that did not end find nobody to ask, and end then.
+        # Ranks that did not end lose their mailbox, and end then.
         ray.kill(self._mailbox)
 
     async def start_phase(self, phase: Phase, checkpoint: Path | None = None) -> None:
-        """Fresh optimizer and the phase's own weights; or the state of a checkpoint that the same phase wrote."""
+        """Start a phase with a fresh optimizer and the phase's own weights, or with a checkpoint written by the same phase."""
         await self._call(Command("phase", phase=phase, checkpoint=None if checkpoint is None else str(checkpoint)))
 
     async def train_step(
@@ -133,7 +134,7 @@ class StudentGroup:
                 self.on_event("transfer_failed", reason=reason)
 
     async def renew(self, version: int, decay: float) -> None:
-        """Move the average of the student's weights towards them, and publish it as a teacher's: decay 1 leaves it as it is."""
+        """Update the average of the student's weights, and publish it as a teacher's: decay 1 leaves it unchanged."""
         await self._call(Command("renew", version=version, decay=decay))
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Saved:
@@ -145,16 +146,16 @@ class StudentGroup:
         await self._call(Command("export", folder=str(folder)))
 
     async def restarts(self) -> int:
-        """Times the ranks were started again after one was lost."""
+        """Number of times that the ranks were restarted after one was lost."""
         return await self._mailbox.restarts.remote()
 
     def awaits_ranks(self) -> bool:
-        """Whether no rank has come yet, and some still may; blocks."""
+        """True while no rank has started yet, and some still may; blocks."""
         assert self._fit is not None
         return not self._fit.done() and not ray.get(self._mailbox.num_entered.remote())
 
     async def _call(self, command: Command) -> Any:
-        """Post a command and wait for its answer, or for the end of the ranks, whichever comes first."""
+        """Post a command and wait for its result, or for the end of the ranks, whichever comes first."""
         assert self._fit is not None
         index = await self._mailbox.post.remote(command)
         answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))
@@ -165,7 +166,7 @@ class StudentGroup:
             done, _ = await asyncio.wait({answer, self._fit}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if done:
                 break
-            # Ranks that start again, or repeat what a lost one had done, are not stuck.
+            # Ranks that restart, or replay the work of a lost one, are not stuck.
             silent = await self._mailbox.silent_s.remote()
             left = patience - silent
             if left <= 0:

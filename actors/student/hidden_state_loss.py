@@ -1,8 +1,8 @@
-"""A divergence from both models' hidden states, computed inside the student's output head.
+"""Divergence from both models' hidden states, computed inside the student's output head.
 
-The head's own `forward` is where its weight is whole (a backend that shards weights gathers it around that call) and where the
-hidden states are what the model really feeds it. So for the duration of one forward pass the head gives the loss instead of
-logits, and logits of tokens x vocabulary never exist.
+The head's weight is whole only in its own `forward` (a backend that shards weights gathers it around that call), which also
+receives the hidden states that the model really passes to it. So for the duration of a forward pass the head returns the loss
+instead of logits, and logits of tokens x vocabulary are never materialised.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kdray.losses.support import Buckets, at_tokens
 from kdray.types import TrainBatch
 
 HEAD_TOLERANCE = 0.25
-"""Largest mean of `teacher_head_error`, nats: half precision and other kernels move a logprob by hundredths, another head
+"""Maximum mean of `teacher_head_error`, nats: half precision and other kernels shift a logprob by hundredths, a different head
 by whole nats."""
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The matrix that turns a model's last hidden state into logits."""
+    """Matrix that maps a model's last hidden state to logits."""
 
     weight: torch.Tensor  # [vocab, d]
     bias: torch.Tensor | None = None  # [vocab]
@@ -40,9 +40,9 @@ class OutputHead:
 
 
 def load_output_head(model: str, revision: str | None = None) -> OutputHead:
-    """Read the head alone out of a model's safetensors files; the rest of the model is not loaded.
+    """Read only the head from a model's safetensors files; the rest of the model is not loaded.
 
-    Raises: ConfigError where the model scales or bends its logits after the head, or the files lack it.
+    Raises: ConfigError if the model scales or caps its logits after the head, or the files lack it.
     """
     import transformers
     from safetensors import safe_open
@@ -59,7 +59,7 @@ def load_output_head(model: str, revision: str | None = None) -> OutputHead:
         empty = transformers.AutoModelForCausalLM.from_config(config)
     head = empty.get_output_embeddings()
     names = [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.weight]
-    # A tied matrix lies in the files under any one of its names.
+    # A tied matrix may be stored under any one of its names.
     empty.tie_weights()
     names += [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.weight]
     biases = [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.bias]
@@ -95,12 +95,13 @@ def model_inputs(part: TrainBatch, device: torch.device) -> tuple[torch.Tensor, 
 def hidden_state_loss(
     forward: Forward, module: Any, part: TrainBatch, settings: LossSettings | None, teacher_head: OutputHead, vocab_size: int
 ) -> LossOutput:
-    """Sum of the divergence that `settings` name over the masked tokens of a micro-batch, over the whole vocabulary.
+    """Sum of the divergence selected by `settings` over the masked tokens of a micro-batch, over the whole vocabulary.
 
-    Args: forward: runs the student by way of its backend; module: the student, on the teacher's head's device; part: with the
+    Args: forward: runs the student through its backend; module: the student, on the teacher's head's device; part: with the
     column `teacher_hidden`.
-    The sum `teacher_head_error` tells how far the head's log p at the recorded tokens is from what the teacher recorded.
-    Raises: TrainingError where the batch has no hidden states.
+    The sum `teacher_head_error` measures the difference between the head's log p at the recorded tokens and the teacher's
+    recorded one.
+    Raises: TrainingError if the batch has no hidden states.
     """
     assert settings is not None
     if "teacher_hidden" not in part.columns:
@@ -149,7 +150,7 @@ def hidden_state_loss(
 
 @contextmanager
 def _replaced_head(head: Any, function: Any) -> Iterator[None]:
-    """`head(x)` gives `function(head, x)`; its hooks, which gather and release its weight, run as ever."""
+    """Make `head(x)` return `function(head, x)`; its hooks, which gather and release its weight, run as usual."""
     head.forward = lambda hidden: function(head, hidden)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Commands to the student's ranks, and the actor that hands them out."""
+"""Commands to the student's ranks, and the actor that distributes them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from actors.student.trainer import Phase
 
 @dataclass(frozen=True)
 class Command:
-    """One thing that every rank does. Fields that a command does not use are None."""
+    """Command executed by every rank. Fields that a command does not use are None."""
 
     kind: Literal["phase", "train", "publish", "renew", "save", "export", "stop"]
     phase: Phase | None = None
     checkpoint: str | None = None
-    """phase: continue from this checkpoint. save: the folder to write."""
+    """phase: checkpoint to continue from. save: folder to write."""
     shards: Sequence[ray.ObjectRef] | None = None
-    """train: one TrainBatch for each rank."""
+    """train: one TrainBatch per rank."""
     text_shards: Sequence[ray.ObjectRef] | None = None
-    """train: the windows of pretraining text for each rank, where there are some."""
+    """train: windows of pretraining text for each rank, if any."""
     scheduled: dict[str, float] | None = None
     """train: settings that differ in this step, by full name."""
     version: int | None = None
-    """publish, renew: the number under which the weights, or their average, are published."""
+    """publish, renew: version number under which the weights, or their average, are published."""
     decay: float | None = None
-    """renew: how much of the average stays."""
+    """renew: share of the average that is kept."""
     folder: str | None = None
-    """export: the folder to write."""
+    """export: folder to write."""
     progress: dict[str, Any] | None = None
-    """save: what goes into the commit marker beside the weights."""
+    """save: contents of the commit marker written with the weights."""
 
 
 class Mailbox:
-    """The log of commands and the answers to them; an actor with async methods. The driver writes, ranks read."""
+    """Log of commands and their results; an actor with async methods. The driver writes, ranks read."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -68,7 +68,7 @@ class Mailbox:
             return self._commands[index]
 
     async def answer(self, index: int, rank: int, result: Any) -> None:
-        """A rank did the command. The first answer of a rank counts; those of a replay are the same and are dropped."""
+        """Record a rank's result of a command. A rank's first result counts; those of a replay are identical and dropped."""
         async with self._changed:
             self._heard_at = time.monotonic()
             if index not in self._commands:
@@ -80,7 +80,7 @@ class Mailbox:
             self._changed.notify_all()
 
     def _commit(self, index: int, command: Command) -> None:
-        """From here on a restart begins after this command; what lies before is not needed again."""
+        """Make restarts begin after this command; earlier ones are no longer needed."""
         phase_index = max(i for i in self._commands if i <= index and self._commands[i].kind == "phase")
         self._start = (index + 1, phase_index, command.checkpoint)
         for old in [i for i in self._commands if i < index and i != phase_index]:
@@ -88,7 +88,8 @@ class Mailbox:
             self._answers.pop(old, None)
 
     async def result(self, index: int) -> Any:
-        """Rank 0's answer to a command, once every rank has answered; or the first error, which others may never get to."""
+        """Rank 0's result of a command, once every rank has finished; or the first error, after which others may never
+        finish."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._failure(index) or len(self._answers.get(index, ())) == self._world_size)
             return self._failure(index) or self._answers[index][0]
@@ -97,7 +98,7 @@ class Mailbox:
         return next((each for each in self._answers.get(index, {}).values() if isinstance(each, Exception)), None)
 
     async def start(self, rank: int) -> tuple[int, Phase | None, str | None]:
-        """Where a rank that just started begins: next command, phase to restore, checkpoint to load."""
+        """Starting point of a new or restarted rank: next command, phase to restore, checkpoint to load."""
         if rank == 0:
             self._starts += 1
         index, phase_index, checkpoint = self._start
@@ -105,28 +106,28 @@ class Mailbox:
         return index, phase, checkpoint
 
     async def silent_s(self) -> float:
-        """Seconds since any rank was heard of."""
+        """Seconds since the last call from any rank."""
         return time.monotonic() - self._heard_at
 
     async def enter(self, rank: int, actor: Any) -> None:
-        """Note who a rank is, for `kill_ranks`."""
+        """Register a rank's actor, for `kill_ranks`."""
         self._ranks[rank] = actor
         self._heard_at = time.monotonic()
 
     async def num_entered(self) -> int:
-        """Ranks that were heard of at all."""
+        """Number of ranks that have ever called."""
         return len(self._ranks)
 
     async def kill_ranks(self) -> None:
-        """End every rank at once, whatever it does; Ray Train starts the group again."""
+        """Kill every rank at once; Ray Train restarts the group."""
         self._heard_at = self._killed_at = time.monotonic()
         for actor in self._ranks.values():
             ray.kill(actor)
 
     async def heard_since_kill(self) -> bool:
-        """Whether any rank was heard of after `kill_ranks`."""
+        """True if any rank has called since `kill_ranks`."""
         return self._heard_at > self._killed_at
 
     async def restarts(self) -> int:
-        """Times the whole group was started again after its first start."""
+        """Number of times that the whole group was restarted after its first start."""
         return max(0, self._starts - 1)

@@ -1,8 +1,9 @@
 """Ray Train worker loop around one rank's `StudentTrainer`, which pulls commands from the group's mailbox.
 
-Control is inverted: Ray Train owns the ranks and blocks until they end, so they fetch what to do. Commands form a log; each
-rank walks it by index and answers every command. After a rank is lost Ray Train restarts the whole group, and the ranks walk
-the log again from the last committed checkpoint: the same batches, the same order, answers that nobody waits for any more.
+Control is inverted: Ray Train owns the ranks and blocks until they end, so they fetch their work. Commands form a log; each
+rank reads it by index and reports a result for every command. After a rank is lost Ray Train restarts the whole group, and the
+ranks replay the log from the last committed checkpoint: the same batches in the same order, with results that nobody waits for
+any more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankConfig:
-    """What every rank is given; picklable."""
+    """Configuration passed to every rank; picklable."""
 
     training: TrainingSettings
     vocab_size: int
@@ -40,15 +41,15 @@ class RankConfig:
     weights: Any
     """Actor handle of the WeightStore (`actors.weights.store`)."""
     run_folder: Path
-    """Absolute."""
+    """Absolute path."""
     storage: str | None = None
-    """URL of the run in `run.storage`; None where it has the run folder alone."""
+    """URL of the run in `run.storage`; None if the run has only its run folder."""
     average: Any = None
     """Actor handle of the WeightStore of a teacher that is this student's average."""
 
 
 def run_rank(given: dict[str, RankConfig]) -> None:
-    """Ray Train's per-worker function: walk the mailbox until it says stop."""
+    """Ray Train's per-worker function: execute the commands of the mailbox until the stop command."""
     import torch
 
     config = given["config"]
@@ -68,29 +69,29 @@ def run_rank(given: dict[str, RankConfig]) -> None:
 
 
 def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, server: WeightServer | None) -> None:
-    """Execute the log's commands one after the other, from the last committed checkpoint on, until it says stop."""
+    """Execute the log's commands in order, from the last committed checkpoint on, until the stop command."""
     mailbox, rank = config.mailbox, trainer.rank
     ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
         files.start_phase(phase, None if checkpoint is None else Path(checkpoint))
         if config.training.weight_transfer != "object_store" and phase.loss is not None:
-            # Replicas that start now ask for the version that was published before the checkpoint: distillation's versions are
+            # Replicas that start now request the version that was published before the checkpoint: distillation's versions are
             # its steps. No command of the log publishes it again.
             announce(trainer, trainer.steps_done, config.weights, server)
     while True:
         try:
-            command: Command = call_with_retry(lambda: mailbox.command.remote(index))  # noqa: B023 - asked within the turn
+            command: Command = call_with_retry(lambda: mailbox.command.remote(index))  # noqa: B023 - called in this iteration
         except RayActorError:
-            # The driver took the mailbox away: the run is over, and a restart would find nobody either.
+            # The driver has removed the mailbox: the run is over, and a restart would not find it either.
             return
         try:
             result = execute(command, trainer, files, config, server)
         except (TrainingError, StorageError) as error:
-            # A restart would meet it again: it is an answer, not a lost rank.
+            # A restart would fail in the same way: it is a result, not a lost rank.
             result = error
         try:
-            call_with_retry(lambda: mailbox.answer.remote(index, rank, result))  # noqa: B023 - asked within the turn
+            call_with_retry(lambda: mailbox.answer.remote(index, rank, result))  # noqa: B023 - called in this iteration
         except RayActorError:
             return
         if command.kind == "stop":
@@ -99,7 +100,7 @@ def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, serve
 
 
 def call_with_retry(call: Callable[[], Any]) -> Any:
-    """The answer to a call of an actor, made again while its node is out of reach for a moment. Raises: RayActorError."""
+    """Result of an actor call, retried while the actor's node is temporarily unreachable. Raises: RayActorError."""
     while True:
         try:
             return ray.get(call())
@@ -110,7 +111,7 @@ def call_with_retry(call: Callable[[], Any]) -> Any:
 def execute(
     command: Command, trainer: StudentTrainer, files: RankFiles, config: RankConfig, server: WeightServer | None = None
 ) -> Any:
-    """Do one command, together with the other ranks. Returns: what rank 0 answers."""
+    """Execute a command, together with the other ranks. Returns: rank 0's result."""
     if command.kind == "phase":
         assert command.phase is not None
         files.start_phase(command.phase, None if command.checkpoint is None else Path(command.checkpoint))
@@ -138,14 +139,14 @@ def execute(
 
 
 def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: Any, rank: int) -> None:
-    """Send the weights to the store, bucket by bucket. Every rank takes part in the gathering, rank 0 sends."""
+    """Send the weights to the store, bucket by bucket. Every rank takes part in gathering, rank 0 sends."""
     import numpy as np
     from safetensors.torch import save
 
     count = 0
     for bucket in buckets:
         if rank == 0:
-            # Safetensors bytes: replicas write them to a file as they are.
+            # Safetensors bytes: replicas write them to a file unchanged.
             data = np.frombuffer(save(bucket), dtype=np.uint8)
             ray.get(weights.put_bucket.remote(version, count, data))
         count += 1
@@ -154,7 +155,7 @@ def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: 
 
 
 def announce(trainer: StudentTrainer, version: int, weights: Any, server: WeightServer | None) -> None:
-    """Let replicas know of a version that rank 0 sends to those who ask. Every rank takes part in the gathering."""
+    """Announce a version that rank 0 sends to replicas on request. Every rank takes part in gathering."""
     if server is not None:
         server.withdraw()
     tensors: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Weights-only unpickling of checkpoints, also inside libraries that would open a pickle whatever it holds."""
+"""Weights-only unpickling of checkpoints, also inside libraries that would load arbitrary pickles."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @contextmanager
 def tensors_alone(*records: type) -> Iterator[None]:
-    """Every `torch.load` inside gives tensors, plain values and instances of `records`, and calls nothing else.
+    """Restrict every `torch.load` inside to tensors, plain values and instances of `records`, without calling anything else.
 
-    Raises: TrainingError where a file names anything beyond; nothing of it has run then.
+    Raises: TrainingError if a file contains anything else; none of it has been executed by then.
     """
-    # A library may ask for everything by argument; torch's own variable is what overrules that.
+    # A library may request full unpickling by argument; torch's own environment variable overrides that.
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:

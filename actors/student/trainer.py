@@ -1,7 +1,7 @@
-"""One rank's training of the student, whatever the backend: updates, losses, refusals, reports, publication, checkpoints.
+"""Training of the student on one rank, with any backend: updates, losses, non-finite checks, reports, publication, checkpoints.
 
-Needs no Ray, and with a backend of one process no process group: `StudentTrainer(training, vocab_size, seed)` trains in a
-notebook as it does on a rank. One instance a rank; every public method is a collective: all ranks call it, in the same order.
+Needs no Ray and, with a single-process backend, no process group: `StudentTrainer(training, vocab_size, seed)` trains in a
+notebook as it does on a rank. One instance per rank; every public method is a collective: all ranks call it, in the same order.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ _AVERAGE = "average.safetensors"
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with its own optimizer: supervised warm-up, distillation, control."""
+    """Phase of training with its own optimizer: supervised warm-up, distillation, control."""
 
     name: str
     model: str
-    """Folder or hub id of the weights that the phase starts from."""
+    """Folder or hub id of the phase's initial weights."""
     revision: str | None
-    """Commit or tag, where `model` is a hub id."""
+    """Commit or tag, if `model` is a hub id."""
     loss: LossSettings | None
-    """What is minimised; None is supervised cross entropy."""
+    """Loss to minimise; None is supervised cross entropy."""
     learning_rate: float
     steps: int
     """Length of the learning-rate schedule, in optimizer updates."""
     warmup_steps: int = 0
     schedule: str = "constant"
     teacher: tuple[str, str | None] | None = None
-    """Folder or hub id, and revision, of the teacher whose output head makes rows out of hidden states; None where the
-    batches bring a support."""
+    """Folder or hub id, and revision, of the teacher whose output head turns hidden states into rows; None if the batches come
+    with a support."""
     feature_teacher: tuple[str, str | None] | None = None
-    """Folder or hub id, and revision, of the teacher that `training.features` compares with; None where the phase does not."""
+    """Folder or hub id, and revision, of the teacher that `training.features` compares with; None if the phase does not."""
 
 
 class _Update(NamedTuple):
-    """What one optimizer update gives, reduced over ranks."""
+    """Results of one optimizer update, reduced over ranks."""
 
     loss: float
     sums: dict[str, float]
@@ -77,7 +77,7 @@ class _Update(NamedTuple):
 
 
 class StudentTrainer:
-    """One rank's share of training the student. `start_phase` before anything else."""
+    """A rank's share of training the student. Call `start_phase` before anything else."""
 
     def __init__(self, training: TrainingSettings, vocab_size: int, seed: int, backend: StudentBackend | None = None) -> None:
         """Args: vocab_size: token ids that teacher and student share; backend: None opens the one of `training.backend`."""
@@ -107,20 +107,20 @@ class StudentTrainer:
             phase.steps,
         )
         self.backend.start(module, optimization)
-        # Transformers recomputes activations in training mode alone.
+        # Transformers recomputes activations only in training mode.
         self.backend.module.train(training.gradient_checkpointing)
         place_teacher(module, self.device)
         self._teacher_head = None
         if phase.teacher is not None:
             self._teacher_head = load_output_head(*phase.teacher).to(self.device, self._dtype)
         if phase.loss is not None:
-            # Supervised phases keep it: their checkpoints hold the teacher that distillation had.
+            # Supervised phases keep it: their checkpoints include distillation's averaged teacher.
             self._average = {}
         self.phase = phase
         self.steps_done = 0
 
     def _load(self, phase: Phase) -> torch.nn.Module:
-        """The phase's student, in a wrapper where a white-box teacher is beside it."""
+        """The phase's student, in a wrapper if there is a white-box teacher."""
         from transformers import AutoModelForCausalLM
 
         features = self.training.features if phase.feature_teacher is not None else None
@@ -157,14 +157,14 @@ class StudentTrainer:
     def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
-        """One step on this rank's shard; every rank gets the same report.
+        """Run one step on this rank's shard; every rank gets the same report.
 
-        That is one optimizer update, or several where the phase distils and the settings ask for mini-batches or inner epochs.
-        In an update every token's loss counts the same, whatever the split in micro-batches and ranks: sums are divided by
-        the target tokens of all ranks. Pretraining text joins every update with its own mean.
-        Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full name;
-        those of sampling are not read.
-        Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has not made that
+        A step is one optimizer update, or several if the phase distils and the settings use mini-batches or inner epochs.
+        Within an update every token's loss has the same weight, however the batch is split into micro-batches and ranks: sums
+        are divided by the number of target tokens of all ranks. Pretraining text contributes to every update with its own mean.
+        Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full name; those of
+        sampling are not read.
+        Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has then not made that
         update.
         """
         assert self.phase is not None
@@ -196,18 +196,18 @@ class StudentTrainer:
 
     @property
     def _parts(self) -> int:
-        """Mini-batches that the rows of a step make in this phase; supervised phases have one."""
+        """Number of mini-batches per step in this phase; supervised phases have one."""
         return self.training.mini_batches if self.phase is not None and self.phase.loss is not None else 1
 
     def _updates(self, batch: TrainBatch, text: TrainBatch | None) -> Iterator[tuple[TrainBatch, TrainBatch | None]]:
-        """The rows of each optimizer update of the step: mini-batches in a new order every inner epoch."""
+        """Rows of each optimizer update of the step: mini-batches in a new order every inner epoch."""
         distils = self.phase is not None and self.phase.loss is not None
         epochs = self.training.inner_epochs if distils else 1
         rows, count = np.arange(len(batch.lengths)), self._parts
         windows = None if text is None else np.arange(len(text.lengths))
         for epoch in range(epochs):
             if count > 1:
-                # The same on all ranks: rows of one number have like lengths on every rank (`kdray.rollouts.batching.shard`).
+                # The same on all ranks: rows of one index have similar lengths on every rank (`kdray.rollouts.batching.shard`).
                 rows = np.random.default_rng([self.seed, batch.step, epoch]).permutation(len(rows))
             for number in range(count):
                 part = batch if count == 1 else self._part(batch, rows[number::count])
@@ -217,13 +217,13 @@ class StudentTrainer:
                     yield part, text if count == 1 else self._part(text, windows[number::count])
 
     def _part(self, batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
-        """Some rows of every rank's shard, with the number of target tokens that all ranks hold there."""
+        """Some rows of every rank's shard, with the total number of target tokens that they have on all ranks."""
         part = take_rows(batch, np.sort(rows))
         (tokens,) = self.backend.reduce([float(part.loss_mask.sum())])
         return replace(part, num_target_tokens=int(tokens))
 
     def _update(self, batch: TrainBatch, text: TrainBatch | None, loss_fn: LossFunction, number: int) -> _Update:
-        """One optimizer update. Args: number: updates made before it in this step."""
+        """Run one optimizer update. Args: number: updates made before it in this step."""
         size = self.training.micro_batch_size
         parts = [(part, False) for part in micro_batches(batch, size)]
         parts += [] if text is None else [(part, True) for part in micro_batches(text, size)]
@@ -289,7 +289,7 @@ class StudentTrainer:
         return pretraining(_aligned(self._run(forward, part)), tensors, self.training.pretraining)
 
     def _distillation_loss(self, forward: Forward, part: TrainBatch, loss_fn: LossFunction) -> LossOutput:
-        """The phase's loss on one micro-batch: from logits, or from hidden states where the phase has the teacher's head."""
+        """The phase's loss on one micro-batch: from logits, or from hidden states if the phase has the teacher's head."""
         module = self.backend.module
         if self._teacher_head is not None:
             return hidden_state_loss(forward, module, part, self._loss, self._teacher_head, self.vocab_size)
@@ -298,7 +298,7 @@ class StudentTrainer:
         return with_features(loss_fn(_aligned(output), tensors, self._loss), output, module)
 
     def _whitening(self, batch: TrainBatch) -> Whitening | None:
-        """Mean and deviation of the whole step's returns, for the losses that whiten them; the same on all ranks."""
+        """Mean and deviation of the whole step's returns, for losses that whiten them; the same on all ranks."""
         sums = return_sums(batch, self._loss)
         return None if sums is None else Whitening.from_sums(self.backend.reduce(sums.tolist()))
 
@@ -319,7 +319,7 @@ class StudentTrainer:
             )
 
     def _reduce(self, sums: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks, which all have the same names."""
+        """Sums over ranks; all ranks have the same names."""
         names = sorted(sums)
         return dict(zip(names, self.backend.reduce([sums[name] for name in names]), strict=True))
 
@@ -328,7 +328,7 @@ class StudentTrainer:
     def weight_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
         """The weights under their checkpoint names, in buckets of `training.sync_bucket_mib`: copies on `device`.
 
-        Rank 0 gets the tensors; other ranks get empty buckets, in the same number: gathering is collective.
+        Rank 0 gets the tensors; other ranks get the same number of empty buckets: gathering is collective.
         """
         limit = self.training.sync_bucket_mib * 2**20
         bucket: list[tuple[str, torch.nn.Parameter]] = []
@@ -348,10 +348,10 @@ class StudentTrainer:
         return {name: tensor for (name, _), tensor in zip(bucket, tensors, strict=False)}
 
     def averaged_buckets(self, decay: float) -> Iterator[dict[str, torch.Tensor]]:
-        """The exponential average of the weights, moved towards them: average <- decay average + (1 - decay) weights.
+        """Exponential moving average of the weights, after an update: average <- decay average + (1 - decay) weights.
 
-        It starts as the weights themselves, lives on rank 0's CPU in float32, and is part of every checkpoint. Buckets as those
-        of `weight_buckets`, in the weights' own dtype. Source: Tarvainen & Valpola 2017, mean teacher (arXiv 1703.01780).
+        It is initialised with the weights, kept on rank 0's CPU in float32, and part of every checkpoint. Buckets as in
+        `weight_buckets`, in the weights' own dtype. Source: Tarvainen & Valpola 2017, mean teacher (arXiv 1703.01780).
         """
         for bucket in self.weight_buckets():
             averaged = {}
@@ -381,15 +381,15 @@ class StudentTrainer:
     # ----------------------------------------------------------------------------------------------- checkpoints
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in order of rank, on all ranks."""
+        """Every rank's value, in rank order, on all ranks."""
         return self.backend.gather(value)
 
     def _meet(self) -> None:
-        """Wait until every rank has come here."""
+        """Barrier: wait until every rank has called."""
         self.backend.gather(None)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share of a checkpoint into `folder`; complete once every rank returned."""
+        """Write this rank's share of a checkpoint into `folder`; complete once every rank has returned."""
         self.backend.save(folder, {"steps_done": self.steps_done})
         if self._average:
             save_file(self._average, folder / _AVERAGE)
@@ -398,23 +398,23 @@ class StudentTrainer:
     def load(self, folder: Path) -> None:
         """Continue from `folder`, after `start_phase` with the same phase.
 
-        Raises: TrainingError if it cannot be read, or holds more than tensors and plain values.
+        Raises: TrainingError if it cannot be read, or contains more than tensors and plain values.
         """
         self.steps_done = int(self.backend.load(folder)["steps_done"])
         if self.rank == 0 and (folder / _AVERAGE).exists():
             self._average = load_file(folder / _AVERAGE)
 
     def close(self) -> None:
-        """Let go of the model and its optimizer; another `start_phase` may follow."""
+        """Release the model and its optimizer; another `start_phase` may follow."""
         self.backend.close()
 
 
 def without_dropout(model: torch.nn.Module) -> None:
-    """Switch dropout off for good, so that the model computes the same in training mode as outside of it."""
+    """Disable dropout permanently, so that the model computes the same in training mode as in evaluation mode."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # Attention functions are told the rate by their layer.
+        # Attention functions receive the rate from their layer.
         for rate in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
@@ -431,12 +431,12 @@ def _not_finite(batch: TrainBatch) -> str:
 
 
 def _what_now(number: int) -> str:
-    """What became of the optimizer where an update failed. Args: number: updates made before it in its step."""
+    """State of the optimizer after a failed update. Args: number: updates made before it in its step."""
     return "the optimizer was not moved" if number == 0 else f"{number} updates of the step were made: go back to a checkpoint"
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `extra` laid over it, section by section."""
+    """Merge `extra` over `base`, section by section."""
     merged = dict(base)
     for key, value in extra.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -1,12 +1,12 @@
-"""The vLLM model of teacher and student side by side: one forward pass, both next-token laws.
+"""vLLM model that holds teacher and student: one forward pass gives both next-token distributions.
 
-An out-of-tree vLLM model with up to two sub-models, each vLLM's own implementation of its architecture, so that batching,
-paged KV and prefix caching stay vLLM's. `compute_logits` makes both log-softmax rows, cut to the shared vocabulary, keeps
-them in `self.rows` for the recorder (`actors.vllm_plugin.recorder`) and returns the teacher's log p, so that prompt logprobs of
-the engine are the teacher's. The recorder decides what is drawn, and from which mixture.
+An out-of-tree vLLM model with up to two sub-models, each vLLM's own implementation of its architecture, so batching, paged KV
+and prefix caching remain vLLM's. `compute_logits` computes both log-softmax rows, truncated to the shared vocabulary, keeps
+them in `self.rows` for the recorder (`actors.vllm_plugin.recorder`) and returns the teacher's log p, so that the engine's
+prompt logprobs are the teacher's. The recorder decides which token is sampled, and from which mixture.
 
 Registered with vLLM through the entry point group `vllm.general_plugins`, and on import by `actors.vllm_plugin.recorder` and
-`actors.vllm_plugin.worker_extension`, which vLLM loads by name where no entry point is installed.
+`actors.vllm_plugin.worker_extension`, which vLLM loads by name if no entry point is installed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _STUDENT = "student."
 
 
 def register() -> None:
-    """Make the architecture known to vLLM in this process; harmless when called again."""
+    """Register the architecture with vLLM in this process; idempotent."""
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MixtureForCausalLM)
 
 
 class Rows(NamedTuple):
-    """Log-softmax rows over the shared vocabulary, float32 [rows, vocab]; None for a model that this engine lacks."""
+    """Log-softmax rows over the shared vocabulary, float32 [rows, vocab]; None for a model that this engine does not hold."""
 
     teacher: torch.Tensor | None
     student: torch.Tensor | None
@@ -44,18 +44,18 @@ class Rows(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one forward pass leaves for scoring: every token's hidden states, and which request each belongs to."""
+    """Outputs of one forward pass that scoring needs: every token's hidden states, and the request of each token."""
 
     hidden: torch.Tensor  # [tokens, teacher width + student width]
     positions: torch.Tensor  # [tokens]
-    starts: torch.Tensor  # [requests + 1] first token of each request, in the order of the batch
+    starts: torch.Tensor  # [requests + 1] first token of each request, in batch order
 
 
 class MixtureForCausalLM(nn.Module):
     """Teacher and student in one engine; either may be absent (`kdray_role` teacher or student)."""
 
     active: MixtureForCausalLM | None = None
-    """The one model of this process; a logits processor is given no other way to find it."""
+    """The only model of this process: vLLM gives a logits processor no other access to it."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class MixtureForCausalLM(nn.Module):
         self.vocab_size: int = config.kdray_vocab_size
         self.declared_size: int = vllm_config.model_config.get_vocab_size()
         self.student_version = 0
-        # Typed as Any: sub-models have vLLM's interface of a text model, of which torch's Module knows nothing.
+        # Typed as Any: sub-models implement vLLM's text-model interface, which torch's Module does not declare.
         self.teacher: Any = None
         self.student: Any = None
         architectures = config.kdray_architectures
@@ -102,17 +102,17 @@ class MixtureForCausalLM(nn.Module):
         intermediate_tensors: object | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of both models side by side, [tokens, teacher width + student width]."""
+        """Hidden states of both models, concatenated: [tokens, teacher width + student width]."""
         models = [model for model in (self.teacher, self.student) if model is not None]
         hidden = torch.cat([model(input_ids, positions, None, None) for model in models], dim=-1)
         metadata = get_forward_context().attn_metadata
-        # No metadata while vLLM profiles memory: there are no requests then.
+        # No metadata while vLLM profiles memory: there are no requests yet.
         if isinstance(metadata, dict) and metadata:
             self.step = Step(hidden, positions, next(iter(metadata.values())).query_start_loc)
         return hidden
 
     def log_rows(self, hidden: torch.Tensor) -> Rows:
-        """Both models' log-softmax rows for hidden states as `forward` returns them."""
+        """Both models' log-softmax rows from hidden states as returned by `forward`."""
         halves = (hidden[..., : self.teacher_width], hidden[..., self.teacher_width :])
         rows: list[torch.Tensor | None] = []
         for model, half in zip((self.teacher, self.student), halves, strict=True):
@@ -120,20 +120,21 @@ class MixtureForCausalLM(nn.Module):
                 rows.append(None)
                 continue
             logits = model.compute_logits(half.contiguous())
-            # The cut comes before the softmax: rows that only pad one model's embedding must not take mass.
+            # Truncated before the softmax: padding rows of a model's embedding must not receive probability mass.
             rows.append(logits[:, : self.vocab_size].log_softmax(-1, dtype=torch.float32))
         return Rows(rows[0], rows[1], None if self.teacher is None else halves[0])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The teacher's log p (log q where there is no teacher), padded to the model's declared vocabulary with -inf."""
+        """The teacher's log p (log q without a teacher), padded to the model's declared vocabulary with -inf."""
         self.rows = self.log_rows(hidden_states)
         rows = self.rows.teacher if self.rows.teacher is not None else self.rows.student
         assert rows is not None
-        # A copy: the engine changes its logits in place. vLLM's own masks span the declared vocabulary.
+        # A copy: the engine modifies its logits in place. vLLM's own masks span the declared vocabulary.
         return torch.nn.functional.pad(rows, (0, self.declared_size - rows.shape[-1]), value=-torch.inf)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Weights of the engine's own checkpoint go to its one model (the teacher's, if both), `student.` to the student."""
+        """Load weights: the engine's own checkpoint goes to its main model (the teacher, if both), `student.` to the
+        student."""
         own, own_prefix = (self.student, _STUDENT) if self.teacher is None else (self.teacher, "teacher.")
         loaded: set[str] = set()
         for is_student, group in groupby(weights, key=lambda item: item[0].startswith(_STUDENT)):

@@ -1,18 +1,19 @@
-"""The logits processor that draws from the mixture and records what both models thought of it.
+"""Logits processor that samples from the mixture and records both models' statistics of every token.
 
-vLLM hands every step's rows to `apply`. For a sampling request the recorder forms m = alpha p + (1 - alpha) q with the
-request's own alpha, draws the token from a hash of (seed, position), pins the engine's choice to it, and records log m,
-log p, log q, the teacher's logprobs on a support (teacher top-k and student top-k), its tail mass, and both exact KLs.
-For a scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass, at the ids that the
-request names too.
+vLLM passes every step's rows to `apply`. For a sampling request the recorder forms m = alpha p + (1 - alpha) q with the
+request's own alpha, samples the token from a hash of (seed, position), forces the engine to choose it, and records log m, log
+p, log q, the teacher's logprobs on a support (teacher top-k and student top-k), its tail mass, and both exact KLs. For a
+scoring request it evaluates the rows of the sequence's own tokens as their prefill chunks pass, also at the ids that the
+request lists.
 
 Records are keyed by request and indexed by position, because vLLM evaluates positions more than once: partial prefills,
-preemption and surplus rows after the last token. A later evaluation of a position replaces the earlier one; the reader cuts
-to the output's length.
+preemption and surplus rows after the last token. A later evaluation of a position replaces the earlier one; the reader
+truncates to the output's length.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,25 +24,21 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, Rows, register
+from actors.vllm_plugin.record_table import FLOATS, HIDDEN, INTS, Slab
+from kdray.rollouts.columns import Column, recorded_columns
 from kdray.rollouts.mixture import draw, log_mixture
 from kdray.rollouts.seeds import uniforms
 
 register()
 
-# Columns of one recorded position. The support's ids and logprobs follow the fixed ones.
-FLOATS = ("mixture", "student", "teacher", "tail", "reverse_kl", "forward_kl")
-INTS = ("token", "version")
-
-# Rows that scoring turns into logprobs at once: bounds the transient of a long prefill to this many vocabulary rows.
+# Rows that scoring converts to logprobs at once: bounds the temporary memory of a long prefill to this many vocabulary rows.
 _SCORE_ROWS = 512
 
 
 class Cell(NamedTuple):
-    """One recorded position: a row of a step's arrays, shared with the other requests of that step."""
+    """Recorded position: a row of a step's arrays, which the requests of that step share."""
 
-    floats: np.ndarray  # [rows, 6 + K]
-    ints: np.ndarray  # [rows, 2 + K]
-    hidden: np.ndarray  # [rows, d] float16; d is 0 where hidden states are not recorded
+    arrays: Slab
     row: int
 
 
@@ -59,10 +56,10 @@ class _Request(NamedTuple):
 
 
 class Recorder(LogitsProcessor):
-    """vLLM loads this by name: `logits_processors=["actors.vllm_plugin.recorder:Recorder"]`."""
+    """Logits processor, loaded by vLLM by name: `logits_processors=["actors.vllm_plugin.recorder:Recorder"]`."""
 
     active: Recorder | None = None
-    """The one recorder of this process; the worker extension hands out what it holds."""
+    """The only recorder of this process; the worker extension returns its records."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         limits = vllm_config.additional_config["kdray"]
@@ -74,6 +71,19 @@ class Recorder(LogitsProcessor):
         self.readmitted = 0
         Recorder.active = self
 
+    @cached_property
+    def measured(self) -> tuple[Column, ...]:
+        """Columns that the models of this engine can fill."""
+        model = MixtureForCausalLM.active
+        assert model is not None
+        return tuple(
+            column
+            for column in recorded_columns()
+            if (model.student is not None or not column.of_student)
+            and (model.teacher is not None or column.stage != "scoring")
+            and (self.record_hidden or column not in HIDDEN.wide)
+        )
+
     def is_argmax_invariant(self) -> bool:
         return False
 
@@ -84,7 +94,7 @@ class Recorder(LogitsProcessor):
         args: dict[str, Any] | None = (params.extra_args or {}).get("kdray")
         if args is None:
             return None
-        # A request that returns after preemption keeps the positions it recorded before.
+        # A request that returns after preemption keeps the positions recorded before.
         self.readmitted += args["key"] in self.cells
         self.cells.setdefault(args["key"], {})
         return _Request(
@@ -101,7 +111,8 @@ class Recorder(LogitsProcessor):
         )
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Pin every sampling request's row of `logits` [rows, vocab] to the token drawn for it; record both kinds."""
+        """Force every sampling request's row of `logits` [rows, vocab] to its sampled token; record sampling and scoring
+        requests."""
         model = MixtureForCausalLM.active
         assert model is not None
         here = [(row, request) for row, request in self.requests.items() if row < logits.shape[0]]
@@ -122,24 +133,24 @@ class Recorder(LogitsProcessor):
         if teacher is not None and student is not None:
             mixture = log_mixture(teacher, student, alpha)
         else:
-            # The engine refuses any alpha but the one at which the missing model drops out.
+            # The engine rejects any alpha except the one at which the missing model drops out.
             mixture = _either(teacher, student)
         seeds = np.array([request.seed for _, request in sampling], dtype=np.uint64)
         positions = np.array([len(request.output_ids) for _, request in sampling])
         tokens = draw(mixture, torch.from_numpy(uniforms(seeds, positions)).to(logits.device))
         arrays = self._measure(chosen, mixture, tokens, student_version)
         for cell_row, (_, request) in enumerate(sampling):
-            self.cells[request.key][len(request.output_ids)] = Cell(*arrays, cell_row)
+            self.cells[request.key][len(request.output_ids)] = Cell(arrays, cell_row)
         logits[index] = -torch.inf
         logits[index, tokens] = 0.0
 
     def _score(self, model: MixtureForCausalLM, row: int, request: _Request) -> None:
-        """Record the tokens of one scoring request whose predictions stand in this step's chunk of its prefill."""
+        """Record the tokens of one scoring request that are predicted in this step's prefill chunk."""
         step = model.step
         assert step is not None
         begin, end = int(step.starts[row]), int(step.starts[row + 1])
         first = int(step.positions[begin])
-        # The row at position t - 1 predicts token t; tokens before `start` are the prompt's and not wanted.
+        # The row at position t - 1 predicts token t; tokens before `start` belong to the prompt and are not recorded.
         skip = max(0, request.start - 1 - first)
         targets = [*request.prompt_ids[1:], request.last_id]
         for chunk in range(begin + skip, end, _SCORE_ROWS):
@@ -157,7 +168,7 @@ class Recorder(LogitsProcessor):
             arrays = self._measure(rows, mixture, tokens, model.student_version, asked, request.top_k)
             cells = self.cells[request.key]
             for offset in range(len(tokens)):
-                cells[first_token + offset] = Cell(*arrays, offset)
+                cells[first_token + offset] = Cell(arrays, offset)
 
     def _measure(
         self,
@@ -167,39 +178,45 @@ class Recorder(LogitsProcessor):
         student_version: int,
         asked: torch.Tensor | None = None,
         top_k: bool = True,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All recorded columns of rows [n, vocab] at tokens [n]: floats [n, 6 + K], ints [n, 2 + K], hidden [n, d].
+    ) -> Slab:
+        """All recorded columns of rows [n, vocab] at tokens [n]; nan for columns of a model that this engine does not hold.
 
-        Args: asked: [n, M] ids that the support holds first; top_k: whether it also holds the models' own top ids.
+        Args: asked: [n, M] ids that come first in the support; top_k: whether the support also holds the models' own top ids.
         """
         teacher, student = rows.teacher, rows.student
         count = len(mixture)
         nothing = torch.full((count, 1), torch.nan, device=mixture.device)
         at = tokens.unsqueeze(-1)
-        floats = [mixture.gather(-1, at)]
-        floats.append(nothing if student is None else student.gather(-1, at))
-        floats.append(nothing if teacher is None else teacher.gather(-1, at))
-        if teacher is None:
-            floats += [nothing] * 3
-            support = torch.empty((count, 0), dtype=torch.long, device=mixture.device)
-        else:
+        floats = {column.name: nothing for column in FLOATS.single if column not in self.measured}
+        floats |= {column.name: nothing[:, :0] for column in FLOATS.wide if column not in self.measured}
+        floats["mixture_logprobs"] = mixture.gather(-1, at)
+        if student is not None:
+            floats["student_logprobs"] = student.gather(-1, at)
+        support = torch.empty((count, 0), dtype=torch.long, device=mixture.device)
+        if teacher is not None:
             support = self._support(teacher, student, asked, top_k)
-            used = support >= 0
-            floats.append(teacher.masked_fill(_named(support, teacher.shape[-1]), -torch.inf).logsumexp(-1, keepdim=True))
-            floats += [nothing] * 2 if student is None else [_kl(student, teacher), _kl(teacher, student)]
-            floats.append(teacher.gather(-1, support.clamp(min=0)).masked_fill_(~used, -torch.inf))
-        version = torch.full_like(at, student_version)
-        ints = torch.cat([at, version, support], dim=-1).to(torch.int32)
+            outside = teacher.masked_fill(_named(support, teacher.shape[-1]), -torch.inf)
+            floats["teacher_logprobs"] = teacher.gather(-1, at)
+            floats["tail_logprobs"] = outside.logsumexp(-1, keepdim=True)
+            floats["support_logprobs"] = teacher.gather(-1, support.clamp(min=0)).masked_fill_(support < 0, -torch.inf)
+            if student is not None:
+                floats |= {"reverse_kl": _kl(student, teacher), "forward_kl": _kl(teacher, student)}
+        ints = {"token_ids": at, "student_versions": torch.full_like(at, student_version), "support_ids": support}
         hidden = torch.empty((count, 0), dtype=torch.float16)
         if self.record_hidden:
             assert rows.hidden is not None
             hidden = rows.hidden.to(torch.float16)
-        return torch.cat(floats, dim=-1).cpu().numpy(), ints.cpu().numpy(), hidden.cpu().numpy()
+        return Slab(
+            torch.cat([floats[name] for name in FLOATS.names], dim=-1).cpu().numpy(),
+            torch.cat([ints[name] for name in INTS.names], dim=-1).to(torch.int32).cpu().numpy(),
+            hidden.cpu().numpy(),
+        )
 
     def _support(
         self, teacher: torch.Tensor, student: torch.Tensor | None, asked: torch.Tensor | None, top_k: bool
     ) -> torch.Tensor:
-        """Ids asked for, then the teacher's top-k, then the student's; -1 where an id stands further to the left: [n, K]."""
+        """Support [n, K]: requested ids, then the teacher's top-k, then the student's; -1 for an id that already occurs to the
+        left."""
         vocab = teacher.shape[-1]
         parts = [] if asked is None else [asked]
         if top_k:
@@ -212,8 +229,8 @@ class Recorder(LogitsProcessor):
             support = torch.cat([support, part.masked_fill(taken, -1)], dim=-1)
         return support
 
-    def take(self, wanted: list[tuple[str, int]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Give away the first `length` positions of each (key, length): floats [T, 6 + K], ints [T, 2 + K], hidden [T, d].
+    def take(self, wanted: list[tuple[str, int]]) -> list[Slab]:
+        """Remove and return the first `length` positions of each (key, length).
 
         Raises: KeyError naming the request, if a position was never evaluated.
         """
@@ -224,16 +241,16 @@ class Recorder(LogitsProcessor):
             if missing:
                 raise KeyError(f"request {key}: positions {missing[:8]} of {length} were never recorded")
             rows = [cells[position] for position in range(length)]
-            floats = np.stack([cell.floats[cell.row] for cell in rows]) if rows else np.empty((0, len(FLOATS)))
-            ints = np.stack([cell.ints[cell.row] for cell in rows]) if rows else np.empty((0, len(INTS)))
-            hidden = np.stack([cell.hidden[cell.row] for cell in rows]) if rows else np.empty((0, 0))
+            floats = np.stack([cell.arrays.floats[cell.row] for cell in rows]) if rows else FLOATS.empty()
+            ints = np.stack([cell.arrays.ints[cell.row] for cell in rows]) if rows else INTS.empty()
+            hidden = np.stack([cell.arrays.hidden[cell.row] for cell in rows]) if rows else HIDDEN.empty()
             if not np.isfinite(hidden).all():
                 raise ValueError(f"request {key}: the teacher's hidden states do not fit half precision")
-            taken.append((floats.astype(np.float32), ints.astype(np.int32), hidden.astype(np.float16)))
+            taken.append(Slab(floats.astype(np.float32), ints.astype(np.int32), hidden.astype(np.float16)))
         return taken
 
     def drop(self, keys: list[str]) -> None:
-        """Forget requests that were aborted."""
+        """Discard the records of aborted requests."""
         for key in keys:
             self.cells.pop(key, None)
 
@@ -245,13 +262,13 @@ def _either(teacher: torch.Tensor | None, student: torch.Tensor | None) -> torch
 
 
 def _named(ids: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Which ids of the vocabulary a row [n, K] names, [n, vocab] bool; -1 names none."""
-    # Unused slots land in a further column, which is cut off again.
+    """Mask [n, vocab] bool of the vocabulary ids that a row of `ids` [n, K] contains; -1 is no id."""
+    # Unused slots are scattered into an extra column, which is dropped afterwards.
     flags = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
     return flags.scatter_(-1, ids.where(ids >= 0, vocab), True)[:, :vocab]
 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """KL(first || second) of log-softmax rows [n, vocab], nats, [n, 1]; a zero probability of `first` counts nothing."""
+    """KL(first || second) of log-softmax rows [n, vocab], nats, [n, 1]; a zero probability of `first` contributes nothing."""
     mass = first.exp()
     return torch.where(mass > 0, mass * (first - second), 0.0).sum(-1, keepdim=True)

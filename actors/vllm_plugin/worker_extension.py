@@ -1,7 +1,7 @@
-"""What the vLLM worker answers beyond sampling: recorded arrays out, new student weights in.
+"""Extension of the vLLM worker: returns recorded arrays and loads new student weights.
 
-vLLM mixes this class into its worker (`worker_extension_cls`); the engine calls the methods by name through
-`collective_rpc`. Answers are Arrow IPC bytes: vLLM's own encoding mangles plain arrays unless insecure serialization is on.
+vLLM mixes this class into its worker (`worker_extension_cls`); the engine calls the methods by name through `collective_rpc`.
+Results are Arrow IPC bytes: vLLM's own encoding corrupts plain arrays unless insecure serialization is on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from typing import Any
 
-import pyarrow as pa
 import torch
 from safetensors import safe_open
 from vllm.config import WeightTransferConfig, set_current_vllm_config
@@ -20,6 +19,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
+from actors.vllm_plugin.record_table import write_records
 from actors.vllm_plugin.recorder import Recorder
 
 register()
@@ -28,44 +28,35 @@ _PARENT_PERIOD_S = 1.0
 
 
 class WorkerExtension:
-    """Methods of the vLLM worker, all prefixed with `kdray_`; `self` is the worker."""
+    """Methods added to the vLLM worker, all prefixed with `kdray_`; `self` is the worker."""
 
     def kdray_take(self, wanted: list[tuple[str, int]]) -> bytes:
-        """Recorded arrays of finished requests, in the order asked: Arrow IPC with list columns `floats`, `ints`, `hidden`."""
-        assert Recorder.active is not None
-        taken = Recorder.active.take([(key, length) for key, length in wanted])
-        table = pa.table(
-            {
-                "floats": pa.array([floats.ravel() for floats, _, _ in taken], pa.list_(pa.float32())),
-                "ints": pa.array([ints.ravel() for _, ints, _ in taken], pa.list_(pa.int32())),
-                "hidden": pa.array([hidden.ravel() for _, _, hidden in taken], pa.list_(pa.float16())),
-            }
-        )
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        return sink.getvalue().to_pybytes()
+        """Recorded columns of finished requests, in the order of `wanted`, for
+        `actors.vllm_plugin.record_table.read_records`."""
+        recorder = Recorder.active
+        assert recorder is not None
+        return write_records(recorder.take([(key, length) for key, length in wanted]), recorder.measured)
 
     def kdray_drop(self, keys: list[str]) -> None:
-        """Forget aborted requests."""
+        """Discard the records of aborted requests."""
         assert Recorder.active is not None
         Recorder.active.drop(keys)
 
     def kdray_stats(self) -> dict[str, int]:
-        """Counters of this worker: requests that came back after preemption, requests whose records are held."""
+        """Counters of this worker: requests resumed after preemption, requests with records held."""
         assert Recorder.active is not None
         return {"readmitted": Recorder.active.readmitted, "held": len(Recorder.active.cells)}
 
     def kdray_reload(self, which: str, paths: list[str], version: int) -> None:
-        """Replace the weights of one of both models by those in safetensors files (checkpoint names and layout).
+        """Replace the weights of one of the two models by those in safetensors files (checkpoint names and layout).
 
-        The caller has paused generation and drops cached and running KV afterwards; without that, old keys and values mix
-        with new weights. Args: which: `student` or `teacher`. Raises: KeyError naming the parameters that the files left out.
+        The caller has paused generation and drops cached and running KV afterwards; otherwise old keys and values would mix
+        with new weights. Args: which: `student` or `teacher`. Raises: KeyError naming the parameters missing from the files.
         """
         _replace(self, which, version, lambda load: load(_read(paths)))
 
     def kdray_connect(self, backend: str, info: dict[str, Any]) -> None:
-        """Join rank 0's communicator for one transfer of weights. Args: info: vLLM's init info of the backend."""
+        """Join rank 0's communicator for a single weight transfer. Args: info: vLLM's init info of the backend."""
         model = MixtureForCausalLM.active
         assert model is not None
         if (last := getattr(self, "_kdray_transfer", None)) is not None:
@@ -79,9 +70,9 @@ class WorkerExtension:
         self._kdray_transfer.init_transfer_engine(self._kdray_transfer.parse_init_info(info))
 
     def kdray_receive(self, info: dict[str, Any], version: int) -> None:
-        """Replace the student's weights by those that rank 0 sends, and leave its communicator; otherwise as `kdray_reload`.
+        """Replace the student's weights by those sent by rank 0, then leave its communicator; otherwise as `kdray_reload`.
 
-        Args: info: vLLM's update info, which names what comes.
+        Args: info: vLLM's update info, which lists the tensors to receive.
         """
         transfer = self._kdray_transfer
 
@@ -96,9 +87,9 @@ class WorkerExtension:
             self._kdray_transfer = None
 
     def kdray_end_with_parent(self) -> None:
-        """From now on, end this process within a second of its parent: a parent that was killed takes nobody along.
+        """Make this process end within a second of its parent, so that a killed parent leaves no orphan.
 
-        Ray cleans up behind a killed replica, but nobody is left to where its node's own daemon was killed too.
+        Ray cleans up after a killed replica, except when its node's own daemon was killed too.
         """
         parent = os.getppid()
 
@@ -110,7 +101,7 @@ class WorkerExtension:
         Thread(target=watch, name="kdray-parent", daemon=True).start()
 
     def kdray_set_version(self, version: int) -> None:
-        """Name the version of the weights that were loaded at start."""
+        """Set the version of the weights that were loaded at start."""
         assert MixtureForCausalLM.active is not None
         MixtureForCausalLM.active.student_version = version
 
@@ -119,7 +110,7 @@ Load = Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]]
 
 
 class _Target(torch.nn.Module):
-    """What a weight-transfer engine fills."""
+    """Module whose weights a weight-transfer engine loads."""
 
     def __init__(self, load: Load) -> None:
         super().__init__()
@@ -127,8 +118,8 @@ class _Target(torch.nn.Module):
 
 
 def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any]) -> None:
-    """Replace one of both models' weights. Args: fill: gives all of them to the function that it is given, in any number of
-    parts. Raises: KeyError naming the parameters that were left out."""
+    """Replace the weights of one of the two models. Args: fill: passes all of them to the function it receives, in any number
+    of parts. Raises: KeyError naming the missing parameters."""
     model = MixtureForCausalLM.active
     assert model is not None
     part = model.student if which == "student" else model.teacher
@@ -141,8 +132,8 @@ def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any])
         return names
 
     with set_current_vllm_config(worker.vllm_config), torch.inference_mode():
-        # vLLM packs linear weights for its kernels after the first load; only its layerwise reload unpacks, fills and
-        # packs them again in place. Plain load_weights would write into emptied tensors.
+        # vLLM packs linear weights for its kernels after the first load; only its layerwise reload unpacks, fills and repacks
+        # them in place. Plain load_weights would write into emptied tensors.
         initialize_layerwise_reload(part)
         fill(load)
         finalize_layerwise_reload(part, worker.model_config)
@@ -168,6 +159,6 @@ def _is_tied(part: Any) -> bool:
 
 
 def _pack_tied_head(part: Any) -> None:
-    """A tied head shares the embedding's weight but keeps its own packed copy, which no loader refreshes."""
+    """Repack a tied head: it shares the embedding's weight but keeps its own packed copy, which no loader refreshes."""
     if _is_tied(part) and hasattr(part, "lm_head"):
         part.lm_head.quant_method.process_weights_after_loading(part.lm_head)

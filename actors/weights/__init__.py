@@ -1,1 +1,1 @@
-"""Student weights on their way from the ranks to the replicas."""
+"""Transfer of student weights from the ranks to the replicas."""

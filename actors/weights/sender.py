@@ -1,8 +1,9 @@
-"""Rank 0's side of weight transfers: a snapshot of the published version, and a process that sends it to who asks.
+"""Rank 0's side of weight transfers: a snapshot of the published version, and a process that sends it to replicas.
 
-The sender is a process of its own because nothing else ends a transfer whose other side has died: vLLM's engines wait without
-a deadline, and a communication kernel that waits on the training process's GPU context would hold up training with it. The
-sender shares the snapshot (CUDA IPC on GPUs, shared memory on CPUs), and is killed with all it holds when a transfer fails.
+The sender is a separate process because a transfer whose other side has died can only be ended by killing it: vLLM's engines
+wait without a deadline, and a communication kernel that waits on the training process's GPU context would block training. The
+sender shares the snapshot (CUDA IPC on GPUs, shared memory on CPUs), and is killed with all its resources when a transfer
+fails.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ _START_S = 300.0
 
 
 class _Failed(Exception):
-    """One transfer."""
+    """Failure of a single transfer."""
 
 
 class WeightServer:
-    """Serves rank 0's newest snapshot from a thread and a process of its own; training never waits for either."""
+    """Serves rank 0's newest snapshot from a separate thread and process; training never waits for either."""
 
     def __init__(self, backend: str, store: Any, bucket_mib: float) -> None:
-        """Args: backend: of vLLM's weight transfer; store: the TransferStore's handle; bucket_mib: what is sent at once."""
+        """Args: backend: of vLLM's weight transfer; store: the TransferStore's handle; bucket_mib: bucket size, MiB."""
         self._backend = backend
         self._bucket_size = int(bucket_mib * 2**20)
         self._store = store
@@ -51,7 +52,7 @@ class WeightServer:
         self._version = -1
         self._tensors: dict[str, torch.Tensor] = {}
         self._sent: dict[str, torch.Tensor] = {}
-        """What the sender has; it has to live as long as that reads it."""
+        """Tensors shared with the sender; they must live as long as it reads them."""
         self._sender: Any = None
         self._pipe: Connection | None = None
         self._broken: Exception | None = None
@@ -60,26 +61,26 @@ class WeightServer:
         self._thread.start()
 
     def publish(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Serve these weights from now on; a transfer under way ends with those that it began with.
+        """Serve these weights from now on; a running transfer finishes with the version that it started with.
 
-        Raises: TrainingError where nobody serves any more.
+        Raises: TrainingError if the server has failed.
         """
         if self._broken is not None:
             raise TrainingError(f"rank 0 stopped serving weights: {type(self._broken).__name__}: {self._broken}")
         if torch.cuda.is_available():
-            # Another process reads them.
+            # They are read by another process.
             torch.cuda.synchronize()
         with self._published:
             self._version, self._tensors = version, tensors
             self._published.notify_all()
 
     def withdraw(self) -> None:
-        """Serve nobody until the next `publish`: only that one's copy of the weights and what is being sent then exist."""
+        """Stop serving and drop the snapshot until the next `publish`; only weights being sent are kept until then."""
         with self._published:
             self._version, self._tensors = -1, {}
 
     def close(self) -> None:
-        """Serve nobody any more; whoever is served just then hears nothing of it, and its run ends too."""
+        """Stop serving for good; a replica in a transfer is not notified, since its run ends too."""
         self._closed = True
         self._end_sender()
 
@@ -101,11 +102,11 @@ class WeightServer:
                         return
                     reason = str(error) or "the sending process ended"
                     logger.warning("a transfer of weights failed: %s", reason)
-                    # Its communicator is in an unknown state.
+                    # Its communicator is in an undefined state.
                     self._end_sender()
                 ray.get(self._store.end.remote(number, reason))
             except ActorUnavailableError:
-                # The driver's node is out of reach for a moment; a transfer that was under way begins again.
+                # The driver's node is temporarily unreachable; a running transfer is restarted.
                 self._end_sender()
                 time.sleep(_WAIT_S)
             except RayActorError:
@@ -113,16 +114,16 @@ class WeightServer:
                 self._end_sender()
                 return
             except Exception as error:
-                # Told by the next publication.
+                # Raised by the next publication.
                 logger.exception("rank 0 stops serving weights")
                 self._broken = error
                 self._end_sender()
                 return
 
     def _transfer(self, number: int, ask: Ask) -> None:
-        """Send the newest snapshot to one replica. Raises: _Failed, or what a broken pipe raises."""
+        """Send the newest snapshot to one replica. Raises: _Failed, or the errors of a broken pipe."""
         with self._published:
-            # Ranks that started again come back to the version that was published before.
+            # Restarted ranks first have to reach the version that was published before.
             self._published.wait_for(lambda: self._version >= ask.at_least)
             version, tensors = self._version, self._tensors
         pipe = self._pipe or self._start_sender(next(iter(tensors.values())).device)
@@ -156,7 +157,7 @@ class WeightServer:
         arguments = (theirs, TRAINER_INFO[self._backend], address, device, self._bucket_size)
         self._sender = context.Process(target=send_weights, args=arguments, name="weight-sender", daemon=True)
         self._sender.start()
-        # So that the pipe ends with the process.
+        # Closed here, so that the pipe ends with the process.
         theirs.close()
         if not pipe.poll(_START_S):
             raise _Failed(f"the sending process did not start within {_START_S:g} s")
@@ -164,7 +165,7 @@ class WeightServer:
         return pipe
 
     def _end_sender(self) -> None:
-        # Both threads may come here.
+        # Called from both threads.
         sender, self._sender = self._sender, None
         pipe, self._pipe = self._pipe, None
         self._sent = {}
@@ -179,7 +180,7 @@ class WeightServer:
 
 
 def send_weights(pipe: Connection, trainer_info: str, address: str, device: torch.device, bucket_size: int) -> None:
-    """The sender process: for each transfer that the pipe brings, open a communicator, send, close it.
+    """Main loop of the sender process: for each transfer received by the pipe, open a communicator, send, close it.
 
     Args: trainer_info: class of vLLM's trainer-side init info, `module:name`; address: of this node; bucket_size: bytes.
     """
@@ -220,14 +221,14 @@ def send_weights(pipe: Connection, trainer_info: str, address: str, device: torc
                 engine.send_weights()
                 engine.shutdown()
             except Exception as error:
-                # Told to rank 0, which ends this process.
+                # Reported to rank 0, which ends this process.
                 pipe.send(("failed", f"{type(error).__name__}: {error}"))
                 continue
             pipe.send(("done", None))
 
 
 class _Replica:
-    """The replica as vLLM's trainer engine sees it (`VLLMWeightSyncClient`); its calls come one at a time."""
+    """Replica in the role that vLLM's trainer engine expects (`VLLMWeightSyncClient`); calls are made one at a time."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -236,13 +237,13 @@ class _Replica:
         self._ask("connect", init_info)
 
     def start_weight_update(self) -> None:
-        """Part of `update_weights`."""
+        """No-op: part of `update_weights`."""
 
     def update_weights(self, update_info: Any) -> None:
         self._ask("receive", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Part of `update_weights`."""
+        """No-op: part of `update_weights`."""
 
     def _ask(self, kind: str, info: Any) -> None:
         self._pipe.send((kind, info))

@@ -1,10 +1,7 @@
-"""Student weights on their way to the replicas: published once by rank 0, pulled by every replica that is behind.
+"""Store of student weights: published once by rank 0, pulled by every replica that is behind.
 
-The store of them is what all replicas and the driver can reach, so it also carries the little that autoscaling has to tell:
-how long the trainer waits for each pool, and what size Ray Serve's controller asked for.
-
-The store keeps only the newest complete version. A replica that starts late or again holds an old version like any slow
-one, and catches up the same way; nothing is pushed, so nobody has to know who listens.
+The store keeps only the newest complete version. A replica that starts late or restarts holds an old version like any slow one,
+and catches up in the same way; nothing is pushed, so no list of replicas is needed.
 """
 
 from __future__ import annotations
@@ -12,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.serving.load_stats import TimeShare
-
 
 class WeightStore:
     """Newest published weights, bucket by bucket; an actor with async methods.
 
-    Buckets are answers to calls, not references to stored objects: a reference that the store handed out, and that a new
-    version made it drop, left a replica's get waiting for ever, once in some hundred updates (Ray 2.60).
+    Buckets are returned as results of calls, not as references to stored objects: a reference handed out by the store, and
+    dropped by it for a new version, left a replica's get waiting forever, once in a few hundred updates (Ray 2.60).
     """
 
     def __init__(self) -> None:
@@ -33,17 +27,15 @@ class WeightStore:
         self._version = -1
         self._buckets: list[np.ndarray] = []
         self._published = asyncio.Condition()
-        self._waits: dict[str, TimeShare] = {}
-        self._targets: dict[str, tuple[int, str]] = {}
 
     async def put_bucket(self, version: int, index: int, data: np.ndarray) -> None:
-        """Take one bucket: safetensors bytes as uint8 [size], which stay in the object store while the array lives."""
+        """Add a bucket: safetensors bytes as uint8 [size], which stay in the object store while the array is referenced."""
         self._pending.setdefault(version, {})[index] = data
 
     async def commit(self, version: int, num_buckets: int) -> None:
-        """Make `version` the newest, once all its buckets are here; a version already passed (a replay) is dropped.
+        """Make `version` the newest, once all its buckets are here; an older version (a replay) is dropped.
 
-        Raises: ValueError naming the buckets that are missing.
+        Raises: ValueError naming the missing buckets.
         """
         buckets = self._pending.pop(version, {})
         missing = sorted(set(range(num_buckets)) - set(buckets))
@@ -56,38 +48,21 @@ class WeightStore:
                 self._published.notify_all()
 
     async def newest(self, at_least: int) -> tuple[int, int]:
-        """The newest version and its number of buckets, once that is `at_least` this."""
+        """Wait until the newest version is `at_least` this; return it and its number of buckets."""
         async with self._published:
             await self._published.wait_for(lambda: self._version >= at_least)
             return self._version, len(self._buckets)
 
     async def bucket(self, version: int, index: int) -> np.ndarray | None:
-        """One bucket of the newest version; None where `version` is not the newest any more."""
+        """A bucket of the newest version; None if `version` is no longer the newest."""
         return self._buckets[index] if version == self._version else None
-
-    async def note_waiting(self, pool: str, seconds: float | None) -> None:
-        """The trainer has waited for answers of a pool for so long; None when it does not wait for it any more."""
-        now = time.monotonic()
-        self._waits.setdefault(pool, TimeShare(now)).switch(seconds is not None, now, seconds or 0.0)
-
-    async def waiting(self, pool: str) -> float:
-        """Seconds of the last `kdray.config.teachers.WAITING_WINDOW_S` in which the trainer waited for a pool."""
-        return self._waits[pool].seconds(time.monotonic()) if pool in self._waits else 0.0
-
-    async def note_target(self, pool: str, target: int, reason: str) -> None:
-        """The size that a pool is to have from now on, and why."""
-        self._targets[pool] = target, reason
-
-    async def target(self, pool: str) -> tuple[int, str] | None:
-        """The size that a pool is to have, and why; None before anybody decided."""
-        return self._targets.get(pool)
 
 
 async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
     """Fetch the newest weights into files: (version, folder to delete afterwards, safetensors files).
 
-    The engine that loads them is another process and no part of Ray, so weights reach it by path, in shared memory where
-    that has room for them twice. A version that is overtaken while it is fetched is given up for the newer one.
+    The engine that loads them is a separate process outside Ray, so it gets the weights by path, in shared memory if that has
+    room for them twice. If a newer version appears during the fetch, the fetch restarts with it.
     """
     while True:
         version, num_buckets = await store.newest.remote(at_least)
@@ -113,7 +88,7 @@ async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
 
 
 def _spacious_folder(size: int) -> Path:
-    """A new folder in shared memory where that has room for `size` bytes twice, else in the temporary folder."""
+    """Create a folder in shared memory if that has room for `size` bytes twice, else in the temporary folder."""
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * size
     return Path(tempfile.mkdtemp(prefix="kdray-weights-", dir=shared if roomy else None))

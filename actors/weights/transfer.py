@@ -1,9 +1,9 @@
-"""Student weights from rank 0's device to a replica's, without the store in between: who asks, who answers, who has gone.
+"""Direct transfer of student weights from rank 0's device to a replica's: requests, turns and failures.
 
-Pulling stays the protocol: a replica that is behind asks here, rank 0 (`actors.weights.sender`) serves one ask after the other
-with the newest version that it has published. Both talk through the store, since neither knows the other; the weights go from
-rank 0 to the replica's workers by vLLM's weight-transfer engines. Every transfer has a communicator of its own, so that a
-replica that is late, new or started again is like any other.
+The protocol remains a pull: a replica that is behind sends a request, and rank 0 (`actors.weights.sender`) serves the requests
+in order with its newest published version. Both communicate through the store, since neither knows the other; the weights go
+from rank 0 to the replica's workers by vLLM's weight-transfer engines. Every transfer has its own communicator, so late, new
+and restarted replicas need no special treatment.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from kdray.errors import EngineError
 
 _BEAT_S = 1.0
 _GONE_S = 20.0
-"""Silence after which a replica, which asks for its next turn every `_BEAT_S`, counts as gone."""
+"""Silence after which a replica, which polls for its next turn every `_BEAT_S`, counts as lost."""
 _ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A replica that wants weights."""
+    """Request of a replica for weights."""
 
     at_least: int
-    """Oldest version that will do."""
+    """Oldest acceptable version."""
     num_workers: int
-    """Processes that the weights go to."""
+    """Number of processes that receive the weights."""
     timeout_s: float
-    """Longest time that the transfer may take, once it has begun."""
+    """Maximum duration of the transfer once it has begun."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a replica is to do next."""
+    """Next action of a replica."""
 
     kind: Literal["connect", "receive", "end"]
     info: dict[str, Any] = field(default_factory=dict)
     """connect, receive: vLLM's init info or update info."""
     version: int = -1
-    """receive: of the weights that come."""
+    """receive: version of the weights to be received."""
     error: str | None = None
-    """end: why the transfer failed; None where it did not."""
+    """end: reason of failure; None if the transfer succeeded."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class _Talk:
     ask: Ask
     seen: float
     turn: Turn | None = None
-    """Given to the replica, or about to be."""
+    """Turn of the replica, fetched or about to be."""
     taken: bool = False
     answered: bool = False
     error: str | None = None
@@ -65,7 +65,7 @@ class _Talk:
 
 
 class TransferStore(WeightStore):
-    """A store of versions without buckets, through which replicas and rank 0 arrange each transfer."""
+    """Store of versions without buckets, through which replicas and rank 0 coordinate transfers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class TransferStore(WeightStore):
         self._moved = asyncio.Condition()
 
     async def ask(self, ask: Ask) -> int:
-        """A replica asks for weights; returns the number of the transfer."""
+        """Request weights, as a replica; returns the number of the transfer."""
         async with self._moved:
             self._asks += 1
             self._talks[self._asks] = _Talk(ask, time.monotonic())
@@ -83,7 +83,7 @@ class TransferStore(WeightStore):
             return self._asks
 
     async def turn(self, number: int) -> Turn | None:
-        """What the replica is to do next in a transfer; None where that is nothing yet: it asks again, as a sign of life."""
+        """Next turn of the replica in a transfer; None if there is none yet: polling it also serves as a heartbeat."""
         async with self._moved:
             talk = self._talks.get(number)
             if talk is None:
@@ -100,19 +100,19 @@ class TransferStore(WeightStore):
             return talk.turn
 
     async def answer(self, number: int, error: str | None) -> None:
-        """The replica has done its turn; or not, and why."""
+        """Report the replica's turn as done, or failed with a reason."""
         async with self._moved:
             if (talk := self._talks.get(number)) is not None:
                 talk.answered, talk.error = True, error
                 self._moved.notify_all()
 
     async def enter(self) -> None:
-        """Rank 0 has started, again perhaps: transfers that it had begun are over."""
+        """Register rank 0 after a start or restart: transfers that it had begun are aborted."""
         for number in [number for number, talk in self._talks.items() if talk.turn is not None]:
             await self.end(number, "the student's ranks started again")
 
     async def asked(self) -> tuple[int, Ask]:
-        """The oldest transfer that is not over, once there is one; rank 0 serves it and calls `end`."""
+        """Wait for the oldest unfinished transfer; rank 0 serves it and calls `end`."""
         async with self._moved:
             while True:
                 gone = [number for number, talk in self._talks.items() if talk.silent_s > _GONE_S]
@@ -124,7 +124,7 @@ class TransferStore(WeightStore):
                 await self._moved.wait()
 
     async def order(self, number: int, turn: Turn) -> str | None:
-        """Have the replica do something and wait until it has; returns what went wrong, None where nothing did."""
+        """Give the replica a turn and wait until it is done; returns the error, None if there is none."""
         async with self._moved:
             talk = self._talks.get(number)
             if talk is None:
@@ -140,7 +140,7 @@ class TransferStore(WeightStore):
             return talk.error
 
     async def end(self, number: int, error: str | None) -> None:
-        """A transfer is over."""
+        """End a transfer."""
         async with self._moved:
             if error is not None:
                 self._failures.append(error)
@@ -149,16 +149,16 @@ class TransferStore(WeightStore):
                 self._moved.notify_all()
 
     async def take_failures(self) -> list[str]:
-        """Why transfers failed since the last call."""
+        """Reasons of the transfers that failed since the last call."""
         failures, self._failures = self._failures, []
         return failures
 
 
 async def receive(store: Any, ask: Ask, do: Callable[[Turn], Awaitable[None]]) -> None:
-    """Get weights that are new enough, as a replica. Args: store: the TransferStore's handle; do: what obeys a turn.
+    """Receive weights that are new enough, as a replica. Args: store: the TransferStore's handle; do: executes a turn.
 
-    A transfer that failed before any weight came is asked for again.
-    Raises: EngineError where some weights may have come and others not, or after the last attempt.
+    A transfer that failed before any weight arrived is requested again.
+    Raises: EngineError if only some weights may have arrived, or after the last attempt.
     """
     reason: str | None = None
     for _ in range(_ATTEMPTS):
@@ -171,7 +171,7 @@ async def receive(store: Any, ask: Ask, do: Callable[[Turn], Awaitable[None]]) -
 
 
 async def _receive_once(store: Any, ask: Ask, do: Callable[[Turn], Awaitable[None]]) -> tuple[bool, str | None]:
-    """Whether weights were on their way, and why they did not arrive; None where they did."""
+    """Run a transfer; returns whether weights were already being sent, and the reason of failure, None on success."""
     number = await store.ask.remote(ask)
     begun, doing = False, None
     try:
@@ -182,7 +182,7 @@ async def _receive_once(store: Any, ask: Ask, do: Callable[[Turn], Awaitable[Non
             if turn.kind == "end":
                 return begun, turn.error
             begun = begun or turn.kind == "receive"
-            # Beside the signs of life.
+            # In addition to the heartbeats.
             doing = asyncio.create_task(_obey(store, number, turn, do))
     finally:
         if doing is not None and not doing.done():
@@ -194,6 +194,6 @@ async def _obey(store: Any, number: int, turn: Turn, do: Callable[[Turn], Awaita
     try:
         await do(turn)
     except Exception as error:
-        # Rank 0 ends the transfer with it, and the replica then fails or asks again.
+        # Rank 0 then ends the transfer, and the replica fails or requests again.
         reason = f"{type(error).__name__}: {error}"
     await store.answer.remote(number, reason)

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: a client of a cluster's job server that speaks of runs, and whose every failure is a message."""
+"""Client of a cluster's job server: submits runs as Ray jobs, and turns every failure into a message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.connect import unreachable
-from cluster.jobs.package import Cargo, write_folder
+from cluster.jobs.package import JobPackage, write_folder
 from kdray.config import Config
 from kdray.errors import ConfigError, KdrayError
 
@@ -27,7 +27,8 @@ _JOB_NAME = "kdray_job"
 _RUN_FOLDER = "kdray_run_folder"
 _STOP_WAIT = "kdray_stop_wait_s"
 
-# What the driver prints: `cluster.cli` why it ends, `cluster.entry` its exit code, the reporter how far it is.
+# Output of the driver: `cluster.cli` prints its reason to end, `cluster.job_entrypoint` its exit code, the reporter its
+# progress.
 _REASON = re.compile(r"^(?:kdray: .*|interrupted(?:: .*)?)$", re.MULTILINE)
 _EXIT_CODE = re.compile(r"^kdray ended with exit code (\d+)$", re.MULTILINE)
 _PROGRESS = re.compile(r"^([a-z]+) (\d+)/(\d+)\b", re.MULTILINE)
@@ -37,7 +38,7 @@ _RECONNECTS = 30
 
 
 def server_address(given: str | None) -> str:
-    """The job server's URL: what was given, or what Ray's own variables name. Raises: ConfigError."""
+    """The job server's URL: the given one, or the one from Ray's own variables. Raises: ConfigError."""
     setting, address = "--address", given
     if address is None:
         for setting in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
@@ -55,7 +56,7 @@ def server_address(given: str | None) -> str:
     if parts.scheme not in ("http", "https") or not host or parts.path not in ("", "/"):
         raise ConfigError(f"{setting}={address}: not the address of a job server; {hint}")
     if parts.username is not None or parts.password is not None:
-        # Not repeated: what stands there may be a secret.
+        # The value is not repeated, since it may be a secret.
         raise ConfigError(f"{setting}: holds a user or a password; give the token by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
     if port is None and parts.scheme == "http":
         url = f"http://{parts.netloc}:{_DASHBOARD_PORT}"
@@ -63,7 +64,7 @@ def server_address(given: str | None) -> str:
 
 
 def _token_source() -> str | None:
-    """Where Ray finds this user's token, None if nowhere."""
+    """Location where Ray finds this user's token; None if there is none."""
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         if os.environ.get(name):
             return name
@@ -72,20 +73,20 @@ def _token_source() -> str | None:
 
 @dataclass(frozen=True)
 class JobState:
-    """One job as its server tells of it."""
+    """State of a job as reported by its server."""
 
     id: str
     """Ray's submission id."""
     name: str
-    """The run's name, or what `--name` said; several jobs, one after the other, may share it."""
+    """Name of the run, or the value of `--name`; successive jobs may share it."""
     state: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     exit_code: int | None
-    """The driver's, where it ended by itself."""
+    """Exit code of the driver, if it ended by itself."""
     started_s: float
     ended_s: float | None
     message: str
-    """What Ray says of the state."""
+    """Ray's message about the state."""
     run_folder: str
     stop_wait_s: int
 
@@ -95,17 +96,17 @@ class JobState:
 
 
 class JobServer:
-    """Jobs of kdray on one cluster, by Ray's Jobs API. Every failure is a message; no message holds the token."""
+    """Jobs of kdray on one cluster, by Ray's Jobs API. Every failure becomes a message; no message contains the token."""
 
     def __init__(self, address: str | None) -> None:
-        """Raises: ConfigError where nothing answers, something else answers, or the token is not the cluster's."""
+        """Raises: ConfigError if nothing answers, something else answers, or the token is not the cluster's."""
         self.address = server_address(address)
         if problem := unreachable(self.address):
             raise ConfigError(
                 f"--address={problem}; give the URL of the cluster's dashboard, and make its port reachable from here (such as "
                 f"ssh -L {_DASHBOARD_PORT}:localhost:{_DASHBOARD_PORT} head)"
             )
-        # Ray lets its variables win over an address that is given, and sends a token that is there in this mode only.
+        # Ray's variables take precedence over a given address, and Ray sends an existing token only in this mode.
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             os.environ.pop(name, None)
         if _token_source() is not None:
@@ -117,8 +118,8 @@ class JobServer:
                 logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
             self._client = JobSubmissionClient(self.address)
 
-    def submit(self, config: Config, cargo: Cargo, environment: dict[str, str], resume: bool, name: str) -> JobState:
-        """Send a run. Raises: ConfigError where a job of this name, or one that writes the same folder, has not ended."""
+    def submit(self, config: Config, package: JobPackage, environment: dict[str, str], resume: bool, name: str) -> JobState:
+        """Submit a run. Raises: ConfigError if a job with this name, or one that writes the same folder, has not ended."""
         earlier = self.jobs()
         for job in earlier:
             if job.ended:
@@ -136,7 +137,7 @@ class JobServer:
                 )
         arguments = ["python", "-m", "cluster.job_entrypoint", "run", "config.yaml", *(["--resume"] if resume else [])]
         with self._explained(), tempfile.TemporaryDirectory(prefix="kdray-job-") as folder:
-            write_folder(cargo, Path(folder))
+            write_folder(package, Path(folder))
             used = {job.submission_id for job in self._client.list_jobs()}
             submission_id = self._client.submit_job(
                 entrypoint=shlex.join(arguments),
@@ -157,7 +158,7 @@ class JobServer:
         return sorted(found, key=lambda job: job.started_s, reverse=True)
 
     def job(self, name: str) -> JobState:
-        """The newest job of a run's name, or the one with this id. Raises: ConfigError where there is none."""
+        """The newest job of a run's name, or the one with this id. Raises: ConfigError if there is none."""
         jobs = self.jobs()
         for job in jobs:
             if job.name == name:
@@ -169,12 +170,12 @@ class JobServer:
         raise ConfigError(f"{name}: no such job at {self.address}; jobs of kdray there: {known}")
 
     def logs(self, job: JobState) -> str:
-        """What the job has written so far."""
+        """Log of the job so far."""
         with self._explained():
             return str(self._client.get_job_logs(job.id))
 
     def logs_of(self, jobs: Iterable[JobState]) -> dict[JobState, str | KdrayError]:
-        """What each job has written so far, or why that cannot be had: one lost log hides no other job."""
+        """Log of each job so far, or the error that prevents reading it: a lost log does not hide other jobs."""
         found: dict[JobState, str | KdrayError] = {}
         for job in jobs:
             try:
@@ -184,9 +185,9 @@ class JobServer:
         return found
 
     def follow(self, job: JobState, write: Callable[[str], None]) -> JobState:
-        """Hand on the job's log until it ends; the job as it ended. A connection that breaks is taken up again.
+        """Pass on the job's log until it ends, and return its final state. A broken connection is restored.
 
-        Raises: KdrayError when the server stays away for a minute; the job does not notice.
+        Raises: KdrayError if the server is unreachable for a minute; the job is not affected.
         """
         seen = failures = 0
 
@@ -194,7 +195,7 @@ class JobServer:
             nonlocal seen, failures
             position = 0
             async for text in self._client.tail_job_logs(job.id):
-                # With every connection the server begins at the start.
+                # The server starts each connection at the beginning of the log.
                 new = text[max(0, seen - position) :]
                 position += len(text)
                 if new:
@@ -205,13 +206,13 @@ class JobServer:
             try:
                 with self._explained():
                     asyncio.run(tail())
-                # Ray notes the state a moment after the log's last line.
+                # Ray updates the state a moment after the log's last line.
                 found = self.wait(job, limit_s=10.0)
                 if found.ended:
                     return found
                 failures = 0
             except ConfigError:
-                # Another token, or another server: neither comes back by itself.
+                # Another token, or another server: retrying helps with neither.
                 raise
             except KdrayError:
                 failures += 1
@@ -220,14 +221,14 @@ class JobServer:
                 time.sleep(_RECONNECT_S)
 
     def stop(self, job: JobState) -> JobState:
-        """Ask a job to write a checkpoint and end; the job as it is once it ended, or once the time for that is over."""
+        """Ask a job to write a checkpoint and end; return its state once it has ended, or the time for that is over."""
         with self._explained():
             self._client.stop_job(job.id)
-        # Ray kills it when the time is over; that needs a moment.
+        # Ray kills it after that time, which takes a moment.
         return self.wait(job, limit_s=job.stop_wait_s + 30.0)
 
     def wait(self, job: JobState, limit_s: float) -> JobState:
-        """The job once it has ended, or after `limit_s`."""
+        """Return the job's state once it has ended, or after `limit_s`."""
         deadline = time.monotonic() + limit_s
         while True:
             with self._explained():
@@ -238,7 +239,7 @@ class JobServer:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Ray's errors as ours."""
+        """Convert Ray's errors to kdray's."""
         try:
             yield
         except KdrayError:
@@ -276,7 +277,7 @@ class JobServer:
                 f"--address={self.address}: what answers there is no job server of Ray; give the dashboard's address, such as "
                 f"http://head:{_DASHBOARD_PORT}"
             )
-        # A server's error is a traceback at times; its last line says what it is.
+        # A server's error may be a traceback, whose last line holds the message.
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
         return KdrayError(f"the job server at {self.address} says: {message.replace(token, '***') if token else message}")
@@ -298,7 +299,7 @@ def _state(job: Any) -> JobState:
 
 
 def free_id(name: str, used: set[str | None]) -> str:
-    """`name`, or `name-2`, `name-3` and so on where earlier jobs have it: Ray gives an id once."""
+    """`name`, or `name-2`, `name-3` and so on if earlier jobs used it: Ray never reuses an id."""
     number, candidate = 1, name
     while candidate in used:
         number += 1
@@ -307,7 +308,7 @@ def free_id(name: str, used: set[str | None]) -> str:
 
 
 def check_name(name: str) -> str:
-    """A job's name. Raises: ConfigError where Ray or a shell would trip over it."""
+    """Check a job's name and return it. Raises: ConfigError for one that Ray or a shell cannot handle."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(f"--name {name!r}: use letters, digits, dot, dash and underscore, as in run.name")
     return name
@@ -317,7 +318,7 @@ TABLE = ("job", "state", "exit code", "progress", "started", "duration")
 
 
 def table_rows(jobs: Mapping[JobState, str | KdrayError]) -> Iterator[tuple[str, ...]]:
-    """The columns of `TABLE` for each job, from its log or the reason why there is none."""
+    """The columns of `TABLE` for each job, from its log or from the reason why it cannot be read."""
     for job, log in jobs.items():
         text = "" if isinstance(log, KdrayError) else log
         code = job_exit_code(job, text) if job.ended else None
@@ -334,21 +335,21 @@ def table_rows(jobs: Mapping[JobState, str | KdrayError]) -> Iterator[tuple[str,
 
 
 def reason(log: str) -> str | None:
-    """The line in which the driver said why it ended; None where it said nothing."""
+    """Line in which the driver gave its reason to end; None if there is none."""
     lines = _REASON.findall(log)
     return lines[-1] if lines else None
 
 
 def progress(log: str) -> str | None:
-    """The phase and how far it is, such as `distill 3/12`, by the newest line of progress."""
+    """Phase and progress, such as `distill 3/12`, from the last progress line."""
     found = _PROGRESS.findall(log)
     return "{} {}/{}".format(*found[-1]) if found else None
 
 
 def job_exit_code(job: JobState, log: str) -> int | None:
-    """The exit code that `kdray run` had: 0, 1, 2 or 130; None where it was killed, or has not ended.
+    """Exit code of `kdray run`: 0, 1, 2 or 130; None if it was killed, or has not ended.
 
-    Ray keeps none of a job that was asked to stop, but the log does.
+    Ray stores none for a job that was asked to stop, but the log contains it.
     """
     said = _EXIT_CODE.findall(log)
     if said:
@@ -357,20 +358,20 @@ def job_exit_code(job: JobState, log: str) -> int | None:
 
 
 def explanation(job: JobState, log: str) -> str:
-    """Why a job ended that is not complete."""
+    """Reason why a job ended incomplete."""
     if job.state == "STOPPED" and job_exit_code(job, log) is None:
         return (
             f"killed before it could write a checkpoint within cluster.job.stop_wait_s={job.stop_wait_s}; submit it with "
             "--resume to go on from its newest one"
         )
-    # Ray appends the log's end to its message.
+    # Ray appends the end of the log to its message.
     return reason(log) or job.message.partition(", last available logs")[0].strip()
 
 
 def outcome(job: JobState, log: str | KdrayError) -> str:
-    """How a job ended, in a line."""
+    """Outcome of a job in one line."""
     if isinstance(log, KdrayError):
-        # Ray's own word: whether there was a checkpoint, and why it ended, only the log says.
+        # Only Ray's own state: the existence of a checkpoint and the reason to end are known from the log alone.
         return f"{job.id}: {job.state}; its log cannot be had: {log}"
     code = job_exit_code(job, log)
     if not job.ended:

@@ -1,10 +1,10 @@
-"""What a submitted run takes along: one folder, the job's working directory.
+"""Package of a submitted run: one folder that becomes the job's working directory.
 
-In it lie kdray as an installed distribution (its wheel, unpacked, so that vLLM finds the plugin's entry point in every
-process), the resolved config, and the files that the config names by relative paths. No package is installed on the nodes:
-kdray's requirements are part of the cluster's image. Ray hands its working directory, and no other part of the environment, to
-replicas of Ray Serve as well, whoever started Serve; that is why kdray lies there and not among `py_modules`, whose wheels pip
-would install with all their requirements.
+It holds kdray as an installed distribution (its wheel, unpacked, so that vLLM finds the plugin's entry point in every process),
+the resolved config, and the files that the config names by relative paths. No package is installed on the nodes: kdray's
+requirements, and distributions that add kinds to it, are part of the cluster's image. kdray is not among `py_modules`, whose
+wheels pip would install with all their requirements, because only the working directory is also passed to Ray Serve's replicas,
+regardless of who started Serve.
 """
 
 from __future__ import annotations
@@ -17,43 +17,48 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from kdray.config import Config, OpenAITeacherSettings, parse_config
+from cluster.jobs import plugin_list
+from kdray.config import Config, parse_config
+from kdray.config.plugins import plugins_of
 from kdray.errors import ConfigError, DataError, KdrayError
+from kdray.teachers.kind import kind_of
 
 PACKAGES = ("kdray", "actors", "cluster")
 INPUTS = "inputs"
-"""Folder of shipped files inside the job's working directory."""
+"""Folder of uploaded files inside the job's working directory."""
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Cargo:
-    """A config as the job reads it, and what comes along."""
+class JobPackage:
+    """Config as the job reads it, and the files uploaded with it."""
 
     config: Config
     files: dict[str, Path]
-    """Place in the job's working directory -> file or folder here."""
-    elsewhere: dict[str, Path]
+    """Path in the job's working directory -> local file or folder."""
+    remote_paths: dict[str, Path]
     """Setting -> absolute path, which is read on the cluster."""
     size: int
-    """Bytes of all files."""
+    """Total size of the files, bytes."""
 
 
-def pack(config: Config) -> Cargo:
-    """What a job of this config takes along: a relative path is a file of this machine, an absolute one is the cluster's.
+def pack(config: Config) -> JobPackage:
+    """Collect what a job of this config needs: relative paths are local files to upload, absolute ones are on the cluster.
 
-    Raises: ConfigError for what would be lost or not found there, DataError for a file that is not here.
+    Raises: ConfigError for paths that would be lost or not found there, DataError for a missing local file.
     """
-    if config.data.prompts.type == "iterable":
-        raise ConfigError("data.prompts.type=iterable: a job has no caller to hand prompts over; write them to a file")
+    if config.data.prompts.from_caller:
+        raise ConfigError(
+            f"data.prompts.type={config.data.prompts.type}: a job has no caller to hand prompts over; write them to a file"
+        )
     output = str(config.run.output)
     if not _absolute(output):
         raise ConfigError(
@@ -61,11 +66,11 @@ def pack(config: Config) -> Cargo:
             "node reads, such as run.output=/shared/runs"
         )
     tree = config.model_dump(mode="json")
-    files, elsewhere, sizes = {}, {}, {}
+    files, remote_paths, sizes = {}, {}, {}
     for keys, path in _paths(config):
         setting = ".".join(keys)
         if _absolute(str(path)):
-            elsewhere[setting] = path
+            remote_paths[setting] = path
             continue
         if not path.exists():
             raise DataError(
@@ -78,7 +83,7 @@ def pack(config: Config) -> Cargo:
     for keys, model in _models(config):
         folder = Path(model).expanduser()
         if folder.is_absolute():
-            elsewhere[".".join(keys)] = folder
+            remote_paths[".".join(keys)] = folder
         elif folder.exists():
             raise ConfigError(
                 f"{'.'.join(keys)}={model}: a folder of this machine, and models do not travel with a job; put it on storage "
@@ -92,22 +97,25 @@ def pack(config: Config) -> Cargo:
             f"{largest}={files[_place_of(files, largest)]}: {sizes[largest] / _MIB:.1f} MiB{together}, more than "
             f"cluster.job.max_upload_mib={limit}; put it on storage that every node reads and give its absolute path"
         )
-    # Inside the job Ray says which cluster it is.
+    # Inside the job, Ray provides the cluster's address.
     tree["cluster"]["address"] = "auto"
-    return Cargo(parse_config(tree, source="the job's config"), files, elsewhere, total)
+    return JobPackage(parse_config(tree, source="the job's config"), files, remote_paths, total)
 
 
-def unchecked(config: Config, cargo: Cargo) -> list[str]:
-    """Why the models and data cannot be checked on this machine; nothing where they can."""
-    reasons = [f"{setting}={path} is not on this machine" for setting, path in cargo.elsewhere.items() if not path.exists()]
-    for name, teacher in config.teachers.items():
-        if isinstance(teacher, OpenAITeacherSettings) and teacher.api_key_env and not os.environ.get(teacher.api_key_env):
-            reasons.append(f"teachers.{name}.api_key_env={teacher.api_key_env} is not set on this machine")
+def unchecked(config: Config, package: JobPackage) -> list[str]:
+    """Reasons why models and data cannot be checked on this machine; empty if they can."""
+    reasons = [
+        f"{setting}={path} is not on this machine" for setting, path in package.remote_paths.items() if not path.exists()
+    ]
+    for name in config.teachers:
+        for setting, variable in kind_of(config, name).environment.items():
+            if not os.environ.get(variable):
+                reasons.append(f"teachers.{name}.{setting}={variable} is not set on this machine")
     return reasons
 
 
 def forwarded(config: Config) -> dict[str, str]:
-    """The job's environment: forwarded variables, and how long Ray waits after asking it to end.
+    """Environment of the job: forwarded variables, and how long Ray waits after asking it to end.
 
     Raises: ConfigError for a variable that is not set here.
     """
@@ -116,27 +124,29 @@ def forwarded(config: Config) -> dict[str, str]:
         if name not in os.environ:
             raise ConfigError(f"cluster.job.forward_env={name}: the variable is not set here; export it, or remove it")
         variables[name] = os.environ[name]
-    # The supervisor of a job reads it in its own environment, which is the job's.
+    # The job's supervisor reads it from its own environment, which is the job's.
     return variables | {"RAY_JOB_STOP_WAIT_TIME_S": str(config.cluster.job.stop_wait_s)}
 
 
-def write_folder(cargo: Cargo, folder: Path) -> None:
-    """Everything that travels, as the job's working directory."""
+def write_folder(package: JobPackage, folder: Path) -> None:
+    """Write the complete package to `folder`, the job's working directory."""
     unpack_distribution(folder)
-    for place, source in cargo.files.items():
+    for place, source in package.files.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target)
         else:
             shutil.copyfile(source, target)
-    (folder / "config.yaml").write_text(cargo.config.dump(), encoding="utf-8")
+    (folder / "config.yaml").write_text(package.config.dump(), encoding="utf-8")
+    # Plugins are not uploaded, like all packages except kdray: the job's driver reports those missing on its node.
+    plugin_list.write(folder, map(asdict, plugins_of(package.config)))
 
 
 def unpack_distribution(folder: Path) -> None:
-    """kdray as an installed distribution in `folder`: the working tree's wheel, or the installed version where there is none.
+    """Install kdray into `folder`: from the working tree's wheel, or else a copy of the installed version.
 
-    Raises: KdrayError when no wheel can be built.
+    Raises: KdrayError if no wheel can be built.
     """
     import kdray
 
@@ -159,10 +169,10 @@ def unpack_distribution(folder: Path) -> None:
 
 
 def build_wheel(root: Path, folder: Path) -> Path:
-    """A wheel of the working tree at `root`, built without a network. Raises: KdrayError with the builder's last line."""
+    """Build a wheel of the working tree at `root`, offline. Raises: KdrayError with the builder's last line."""
     copy = folder / "source"
     copy.mkdir()
-    # A copy of what the wheel is made from: a build leaves folders behind, and takes up stale ones.
+    # Built from a copy: a build leaves folders behind, and would pick up stale ones.
     for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
         if (root / name).is_dir():
             shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -178,22 +188,22 @@ def build_wheel(root: Path, folder: Path) -> Path:
 
 
 def _absolute(path: str) -> bool:
-    """Whether a path means the same on every machine: an absolute one, or an address such as s3://bucket."""
+    """True if a path is valid on every machine: an absolute one, or a URL such as s3://bucket."""
     return Path(path).is_absolute() or re.match(r"[a-z][a-z0-9+.-]*:/", path) is not None
 
 
 def _paths(config: Config) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """Every path that the config reads from, with the keys that lead to it."""
+    """Yield every path that the config reads from, with the keys that lead to it."""
     for keys, value in _leaves(config, ()):
         if isinstance(value, Path) and keys != ("run", "output"):
             yield keys, value
 
 
 def _models(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every model that is a folder or a hub id, with the keys that lead to it."""
+    """Yield every model that is a folder or a hub id, with the keys that lead to it."""
     for keys, value in _leaves(config, ()):
-        # What a black-box teacher's model is called is the endpoint's business.
-        ours = keys[0] != "teachers" or not isinstance(config.teachers[keys[1]], OpenAITeacherSettings)
+        # A remote teacher's model is a name at its endpoint.
+        ours = keys[0] != "teachers" or not config.teachers[keys[1]].remote
         if isinstance(value, str) and ours and (keys[-1] == "model" or keys[-2:] == ("model", "source")):
             yield keys, value
 

@@ -1,1 +1,1 @@
-"""Roles, bundles, memory and rates of a run on a cluster."""
+"""Planning of a run on a cluster: roles, bundles, memory and throughput."""

@@ -1,4 +1,4 @@
-"""What accelerators have and do, by Ray's names of the types: data sheets, dense bfloat16 (float16 where there is none)."""
+"""Memory, bandwidth and arithmetic of accelerators by Ray's type names: data sheets, dense bfloat16 (else float16)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One GPU."""
+    """A single GPU."""
 
     memory_gib: float
     tflops: float
-    """Dense half-precision arithmetic, TFLOP/s at its peak."""
+    """Peak dense half-precision arithmetic, TFLOP/s."""
     bandwidth_gb_s: float
-    """Of its memory, GB/s."""
+    """Memory bandwidth, GB/s."""
 
 
-# Types with several memory sizes stand with the smallest.
+# Types with several memory sizes are listed with the smallest.
 ACCELERATORS = {
     "V100": Accelerator(16, 125, 900),
     "T4": Accelerator(15, 65, 320),

@@ -1,7 +1,7 @@
-"""Memory of a replica and of a student rank, part by part, before anything is started.
+"""Memory of a replica and of a student rank, by component, estimated before anything is started.
 
-What is exact: weights, KV cache and optimizer states, which follow from shapes. What is modelled: activations (tensors that a
-Llama-like layer keeps for its backward pass, attention by a fused kernel) and the rows of log-probabilities.
+Exact: weights, KV cache and optimizer states, which follow from shapes. Modelled: activations (the tensors that a Llama-like
+layer keeps for its backward pass, with fused attention) and the rows of log-probabilities.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from kdray.config import TrainingSettings
 
 GIB = 2**30
 _FLOAT32 = 4
-# Rows that live at once where log-probabilities are made: of teacher, student, their mixture, and one working copy.
+# Rows alive at once while log-probabilities are computed: of teacher, student, their mixture, and one working copy.
 _ENGINE_ROWS = 4
-# The same in training: the student's logits, their log-softmax, its gradient.
+# The same during training: the student's logits, their log-softmax, its gradient.
 _TRAINING_ROWS = 3
-# What a process holds before any model: libraries, CUDA context or allocator.
+# Memory of a process before any model is loaded: libraries, CUDA context or allocator.
 ENGINE_BASE_BYTES = {"GPU": 1 * GIB, "CPU": 2 * GIB}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a decoder that its memory and speed follow from."""
+    """Dimensions of a decoder that determine its memory and speed."""
 
     parameters: int
     layers: int
     hidden: int
     kv_channels: int
-    """Key (or value) channels of a layer: key-value heads x head size."""
+    """Key (or value) channels of a layer: number of key-value heads x head size."""
     intermediate: int
     vocab: int
     heads: int
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """From a Hugging Face config; parameters are counted on a model without weights.
+        """Read the shape from a Hugging Face config; parameters are counted on a model without weights.
 
-        Args: config: as `kdray.models.resolve.model_config` gives it.
+        Args: config: from `kdray.models.resolve.model_config`.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -49,7 +49,7 @@ class ModelShape:
         heads = int(text.num_attention_heads)
         head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
         return cls(
-            # Tied weights are one parameter.
+            # Tied weights count as one parameter.
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             layers=int(text.num_hidden_layers),
             hidden=int(text.hidden_size),
@@ -60,32 +60,32 @@ class ModelShape:
         )
 
     def kv_bytes(self, element: int) -> int:
-        """KV cache of one token. Args: element: bytes of a number."""
+        """KV cache of one token, bytes. Args: element: bytes per number."""
         return 2 * self.layers * self.kv_channels * element
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes on each GPU of a replica (or in its process, on CPUs)."""
+    """Memory of each GPU of a replica (or of its process, on CPUs), bytes."""
 
     weights: float
     logprobs: float
-    """Rows of log-probabilities, the largest transient."""
+    """Rows of log-probabilities, the largest transient allocation."""
     activations: float
-    """Of one engine step's tokens."""
+    """Activations of one engine step's tokens."""
     base: float
     kv_per_token: float
     kv_room: float
-    """What is left for the KV cache; negative where the rest does not fit."""
+    """Memory left for the KV cache; negative if the rest does not fit."""
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose keys and values fit."""
+        """Number of tokens whose keys and values fit."""
         return max(0, int(self.kv_room / self.kv_per_token))
 
     @property
     def needed(self) -> float:
-        """Everything but the KV cache."""
+        """Memory without the KV cache."""
         return self.weights + self.logprobs + self.activations + self.base
 
 
@@ -99,10 +99,10 @@ def engine_memory(
     kv_cache: float | None = None,
     device: str = "GPU",
 ) -> EngineMemory:
-    """Of a replica that holds all of `models`.
+    """Memory of a replica that holds all of `models`.
 
-    Args: element: bytes of a weight; step_tokens: `max_num_batched_tokens`; budget: bytes that the engine may take on each
-          GPU; kv_cache: its size where that is set by hand (CPUs), else what is left of the budget.
+    Args: element: bytes of a weight; step_tokens: `max_num_batched_tokens`; budget: bytes that the engine may use on each
+          GPU; kv_cache: its size if set explicitly (CPUs), else the rest of the budget.
     """
     vocab = max(model.vocab for model in models)
     widest = max(2 * model.hidden + 3 * model.intermediate / tensor_parallel for model in models)
@@ -123,7 +123,7 @@ def engine_memory(
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one student rank."""
+    """Memory of one student rank, bytes."""
 
     weights: float
     gradients: float
@@ -131,10 +131,10 @@ class RankMemory:
     activations: float
     logprobs: float
     teacher: float
-    """What the rank holds of a teacher: its output head, or all of it."""
+    """Parts of a teacher held by the rank: its output head, or all of it."""
     base: float
     sent: float = 0.0
-    """Copies of the weights that replicas are sent from here; rank 0's alone."""
+    """Copies of the weights for sending to replicas; only on rank 0."""
 
     @property
     def total(self) -> float:
@@ -142,24 +142,31 @@ class RankMemory:
         return model + self.teacher + self.base + self.sent
 
 
-def rank_memory(
-    model: ModelShape, training: TrainingSettings, sequence_tokens: int, response_tokens: int, teacher_bytes: float = 0.0
-) -> RankMemory:
-    """Of one rank with AdamW; what it holds of a parameter is the backend's to say.
+@dataclass(frozen=True)
+class Lengths:
+    """Maximum numbers of tokens, from the config."""
 
-    Args: sequence_tokens: of prompt and response; teacher_bytes: of what it holds of a teacher.
+    prompt: int
+    response: int
+
+
+def rank_memory(model: ModelShape, training: TrainingSettings, lengths: Lengths, teacher_bytes: float = 0.0) -> RankMemory:
+    """Memory of one rank with AdamW; the backend states the bytes per parameter.
+
+    Args: lengths: of the longest prompt and response; teacher_bytes: parts of a teacher held by the rank.
     """
     element = 2 if training.precision == "bf16" else 4
     each = training.backend.parameter_bytes(training.precision, training.ranks)
     sequences = training.micro_batch_size
-    # Weights that rank 0 sends are there twice more: the version that is sent, and the next.
+    # Weights sent by rank 0 exist twice more: the version being sent, and the next one.
     copies = 0 if training.weight_transfer == "object_store" else 2
+    tokens = sequences * (lengths.prompt + lengths.response)
     return RankMemory(
         weights=model.parameters * each.weights,
         gradients=model.parameters * each.gradients,
         optimizer=model.parameters * each.optimizer,
-        activations=activation_bytes(model, sequences * sequence_tokens, element, training.gradient_checkpointing),
-        logprobs=_TRAINING_ROWS * sequences * response_tokens * model.vocab * _FLOAT32,
+        activations=activation_bytes(model, tokens, element, training.gradient_checkpointing),
+        logprobs=_TRAINING_ROWS * sequences * lengths.response * model.vocab * _FLOAT32,
         teacher=teacher_bytes,
         base=ENGINE_BASE_BYTES["GPU" if training.gpus_per_rank > 0 else "CPU"],
         sent=copies * model.parameters * element,
@@ -167,11 +174,11 @@ def rank_memory(
 
 
 def activation_bytes(model: ModelShape, tokens: int, element: int, gradient_checkpointing: bool) -> float:
-    """Tensors kept for the backward pass.
+    """Bytes of the tensors kept for the backward pass.
 
-    A layer keeps its input, both normalised inputs (and the float32 ones that normalisation worked on), queries, keys, values
-    (rotated), the attention's output, the residual, and the gate's four products of the intermediate width. With
-    checkpointing, every layer keeps its input and one layer the rest.
+    A layer keeps its input, both normalised inputs (and their float32 versions inside the normalisation), queries, keys, values
+    (rotated), the attention's output, the residual, and the gate's four products of the intermediate width. With checkpointing,
+    every layer keeps its input and one layer also the rest.
     """
     kept = 6 * model.hidden + 2 * model.kv_channels + 4 * model.intermediate
     layer = tokens * (element * kept + 2 * _FLOAT32 * model.hidden)

@@ -1,4 +1,4 @@
-"""What a run asks of a cluster, role by role, and whether the cluster can ever give it. The maths is pure."""
+"""Resource demand of a run, role by role, and a check that the cluster can ever satisfy it. Pure computation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from kdray.config import Config, EngineSettings
 from kdray.config.labels import ACCELERATOR_LABEL
+from kdray.config.route import Route
 from kdray.errors import CapacityError
 
 _ACCELERATOR_RESOURCE = "accelerator_type:"
@@ -17,19 +18,19 @@ _ACCELERATOR_RESOURCE = "accelerator_type:"
 
 @dataclass(frozen=True)
 class Node:
-    """One node: what it has in all, and the labels that Ray knows it by."""
+    """A node: its total resources, and its labels in Ray."""
 
     resources: Mapping[str, float]
-    """Such as {"CPU": 8, "GPU": 1}."""
+    """Total resources, such as {"CPU": 8, "GPU": 1}."""
     labels: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
 
     @classmethod
     def of_ray(cls, node: Mapping[str, Any]) -> Node:
-        """One entry of `ray.nodes()`."""
+        """Convert an entry of `ray.nodes()`."""
         labels = dict(node.get("Labels") or {})
         for resource in node["Resources"]:
-            # A node that was given the resource by hand has it without the label.
+            # A node whose resource was set by hand has it without the label.
             if resource.startswith(_ACCELERATOR_RESOURCE):
                 labels.setdefault(ACCELERATOR_LABEL, resource.removeprefix(_ACCELERATOR_RESOURCE))
         return cls(node["Resources"], labels, str(node.get("NodeManagerHostname") or node.get("NodeID", ""))[:24])
@@ -37,24 +38,24 @@ class Node:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Resources that have to be on one node, and how many times."""
+    """Resources required on a single node, and the number of such bundles."""
 
     role: str
     setting: str
-    """The setting to change where this cannot be had."""
+    """The setting to change if the resources are not available."""
     count: int
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     """Ray label selector that the node must match."""
     per_node: int | None = None
-    """Most bundles of this role on one node; None for as many as fit."""
+    """Maximum bundles of this role on one node; None is unlimited."""
     together: bool = False
-    """Whether all of them must be on one node."""
+    """All of them must be on the same node."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where the bundles of a run can go: for every bundle, on which node how many."""
+    """Placement of a bundle: the number of copies on each node."""
 
     bundle: Bundle
     nodes: Mapping[int, int]
@@ -62,11 +63,11 @@ class Placed:
 
 
 def bundles(config: Config) -> list[Bundle]:
-    """Every bundle of a run; autoscaled pools count with the size that they start with."""
+    """Every bundle of a run; autoscaled pools count with their initial size."""
     wanted = []
     for name, teacher in config.served_teachers.items():
         wanted.append(_engine_bundle(f"teacher {name}", f"teachers.{name}", teacher))
-    if config.has_rollout_pool:
+    if Route.of(config).student_pool:
         wanted.append(_engine_bundle("rollout pool", "rollout.pool", config.rollout.pool))
     training = config.training
     rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank} | training.resources
@@ -86,7 +87,7 @@ def bundles(config: Config) -> list[Bundle]:
 
 
 def _accelerator(kind: str | None) -> dict[str, float]:
-    """What Ray asks for an accelerator type: a sliver of a resource that every node of the type has once."""
+    """Ray's demand for an accelerator type: a small fraction of a resource that every node of the type has once."""
     return {} if kind is None else {f"{_ACCELERATOR_RESOURCE}{kind}": 0.001}
 
 
@@ -101,7 +102,7 @@ def _engine_bundle(role: str, setting: str, settings: EngineSettings) -> Bundle:
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Whether a node's labels satisfy a Ray label selector: `value`, `!value`, `in(a, b)` or `!in(a, b)` for each key."""
+    """True if a node's labels satisfy a Ray label selector: `value`, `!value`, `in(a, b)` or `!in(a, b)` for each key."""
     for key, condition in selector.items():
         excluded = condition.startswith("!")
         values = condition.removeprefix("!")
@@ -113,9 +114,9 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
 
 
 def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:
-    """Where the bundles can go; refuses what these nodes can never give: in sum, for one bundle, or all together.
+    """Place the bundles; reject what these nodes can never provide: in sum, for a single bundle, or for all together.
 
-    Raises: CapacityError naming the setting, what it asks and what is there.
+    Raises: CapacityError naming the setting, its demand and what is available.
     """
     for bundle in wanted:
         if bundle.count and not any(could_hold(node, bundle) for node in nodes):
@@ -141,10 +142,10 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Plac
 
 
 def pack(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:
-    """Put every bundle on a node, the pickiest roles first, each on nodes that the fewest other roles could use.
+    """Assign every bundle to a node, the most constrained roles first, each on nodes that the fewest other roles could use.
 
-    Bin packing is hard; this is first-fit in two orders, and may refuse what a search over all layouts would place.
-    Raises: CapacityError for the bundle that found no node.
+    Bin packing is NP-hard; this is first-fit in two orders, and may reject what an exhaustive search would place.
+    Raises: CapacityError for the bundle that fits on no node.
     """
     could = {id(bundle): [index for index, node in enumerate(nodes) if could_hold(node, bundle)] for bundle in wanted}
     usable = Counter(index for indices in could.values() for index in indices)
@@ -160,7 +161,7 @@ def pack(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:
     try:
         return fit(lambda bundle: (len(could[id(bundle)]), size(bundle)))
     except CapacityError:
-        # A picky role may be small, and leave a hole that a large one needed.
+        # A constrained role may be small, and fragment a node that a large one needed.
         return fit(lambda bundle: (size(bundle), len(could[id(bundle)])))
 
 
@@ -172,7 +173,7 @@ def _first_fit(
     for bundle in ordered:
         found: Counter[int] = Counter()
         missing = bundle.count
-        # What one role leaves of a node never grows, so that each node is looked at once for each role.
+        # A node's free resources never grow while a role is placed, so each node is tried once per role.
         for index in sorted(could[id(bundle)], key=lambda index: usable[index]):
             room = min(missing, _room(left[index], bundle))
             if bundle.together and room < bundle.count:
@@ -196,15 +197,15 @@ def _first_fit(
 
 
 def could_hold(node: Node, bundle: Bundle) -> bool:
-    """Whether the node, empty, is one for this bundle; for all of them where they must be together."""
+    """True if the empty node could hold this bundle; all of them if they must be together."""
     if not matches(node.labels, bundle.labels):
         return False
     return _room(node.resources, bundle) >= (bundle.count if bundle.together else 1)
 
 
 def _room(resources: Mapping[str, float], bundle: Bundle) -> int:
-    """How many of the bundle these resources hold."""
-    # Fractions of a GPU add up with rounding.
+    """Number of copies of the bundle that fit into these resources."""
+    # Sums of GPU fractions have rounding errors.
     fit = (int((resources.get(name, 0.0) + 1e-9) / amount) for name, amount in bundle.resources.items() if amount)
     room = min(fit, default=bundle.count)
     return room if bundle.per_node is None else min(room, bundle.per_node)
@@ -225,7 +226,7 @@ _SHOWN = 8
 
 
 def describe_nodes(nodes: Sequence[Node]) -> str:
-    """Nodes as a message shows them: equal ones once, with their number."""
+    """Describe nodes for a message: equal ones once, with their number."""
     kinds = Counter(
         describe_resources(node.resources)
         + (f" [{shown}]" if (shown := _labels({k: v for k, v in node.labels.items() if k != "ray.io/node-id"})) else "")
@@ -237,6 +238,6 @@ def describe_nodes(nodes: Sequence[Node]) -> str:
 
 
 def describe_resources(resources: Mapping[str, Any]) -> str:
-    """Resources as a message shows them, without Ray's own."""
+    """Describe resources for a message, without Ray's own."""
     shown = {name: amount for name, amount in resources.items() if not name.startswith(("node:", "memory", "object_store"))}
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

@@ -1,4 +1,4 @@
-"""`kdray plan`: what goes where, whether it fits into memory, and which part will wait for which, before anything starts."""
+"""`kdray plan`: placement of the roles, their memory, and the expected bottleneck, before anything starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, EngineMemory, ModelShape, RankMemory, engine_memory, rank_memory
+from cluster.planning.memory import GIB, EngineMemory, Lengths, ModelShape, RankMemory, engine_memory, rank_memory
 from cluster.planning.placement import (
     ACCELERATOR_LABEL,
     Bundle,
@@ -24,59 +24,56 @@ from cluster.planning.placement import (
     could_hold,
     describe_resources,
 )
-from cluster.planning.throughput import Lengths, Measured, measured, sampling_rate, scoring_rate, training_rate
+from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import (
-    CaptureTeacherSettings,
     Config,
     EngineSettings,
-    HFTeacherSettings,
     ModelSource,
-    PrunedModel,
     TrainingSettings,
-    ULDLoss,
     load_config,
 )
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
-from kdray.models.pruning import plan_pruning
-from kdray.models.resolve import model_config
+from kdray.models.inspect import architecture
 from kdray.runs.folder import RunFolder, read_lines
+from kdray.teachers.kind import kind_of
 
 _CAPACITY_GAP = 20.0
-"""Teacher parameters a student parameter beyond which students learn less from the teacher than from a smaller one (Mirzadeh
-et al., 2020; Busbridge et al., 2025)."""
+"""Ratio of teacher to student parameters beyond which students learn less from the teacher than from a smaller one (Mirzadeh et
+al., 2020; Busbridge et al., 2025)."""
 
 
 class NodeKind(Settings):
-    """Some equal nodes of a described cluster."""
+    """A group of identical nodes in a described cluster."""
 
     count: Positive = 1
-    """Nodes of this kind."""
+    """Number of nodes of this kind."""
     cpus: NonNegativeFloat = 1
-    """CPUs of each."""
+    """CPUs per node."""
     gpus: NonNegativeFloat = 0
-    """GPUs of each."""
+    """GPUs per node."""
     accelerator_type: str | None = None
     """Ray's name of the GPUs, such as `H100`."""
     gpu_memory_gib: PositiveFloat | None = None
-    """Memory of each GPU; None takes it from the type."""
+    """Memory of each GPU, GiB; None takes it from the type."""
     memory_gib: PositiveFloat | None = None
-    """Memory of each node; None leaves it out of account."""
+    """Memory of each node, GiB; None ignores it."""
     resources: dict[str, float] = Field(default={})
-    """Custom Ray resources of each."""
+    """Custom Ray resources per node."""
     labels: dict[str, str] = Field(default={})
-    """Labels of each."""
+    """Labels of each node."""
 
 
 class DescribedCluster(Settings):
-    """A cluster that is not there yet."""
+    """Description of a cluster that does not exist yet."""
 
     nodes: list[NodeKind] = Field(min_length=1)
-    """Its nodes by kind."""
+    """Nodes of the cluster, by kind."""
 
 
 def described_nodes(path: Path) -> list[Node]:
-    """The nodes of a cluster described in a YAML file. Raises: DataError naming the file and what is wrong in it."""
+    """Read the nodes of a cluster described in a YAML file. Raises: DataError naming the file and the fault."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         cluster = DescribedCluster.model_validate(tree)
@@ -102,7 +99,7 @@ def described_nodes(path: Path) -> list[Node]:
 
 
 def rates_of(run: Path) -> Measured:
-    """What a run's metrics say of its rates. Raises: DataError where the folder holds none."""
+    """Read the rates measured by a run from its metrics. Raises: DataError if the folder holds none."""
     folder = RunFolder.open(run)
     try:
         return measured(read_lines(folder.metrics), load_config(folder.config).training.batch_size)
@@ -111,21 +108,21 @@ def rates_of(run: Path) -> Measured:
 
 
 _GPU_MEMORY = "memory of a GPU, GiB"
-"""Kept beside a described node's resources; Ray has none of this name."""
+"""Stored among a described node's resources; Ray has no resource of this name."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """One role of the run, as planned."""
+    """A role of the run, as planned."""
 
     bundle: Bundle
     nodes: dict[str, int]
-    """What kind of node -> bundles there."""
+    """Description of a node kind -> bundles there."""
     memory: EngineMemory | RankMemory
     memory_limit: float | None
-    """Bytes of a GPU, or None where it is not known (or the role runs on CPUs)."""
+    """Memory of a GPU, bytes; None if unknown (or the role runs on CPUs)."""
     rate: float | None
-    """Response tokens a second of all of it together; None where nothing is known of its hardware."""
+    """Response tokens per second of the whole role; None if its hardware is unknown."""
     does: str
 
 
@@ -133,14 +130,14 @@ class Role:
 class Plan:
     roles: list[Role]
     lines: list[str] = field(default_factory=list)
-    """The bottleneck, the ratio, warnings."""
+    """Bottleneck, parameter ratio, warnings."""
 
 
 def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> Plan:
-    """Lay a run out over nodes, and say what it will wait for.
+    """Place a run on nodes, and predict its bottleneck.
 
-    Args: run: what a run with this config's models measured; None models the rates.
-    Raises: CapacityError for what can never fit, with what would.
+    Args: run: rates measured by a run with this config's models; None models them.
+    Raises: CapacityError for what can never fit, with an alternative that would.
     """
     wanted = bundles(config)
     try:
@@ -148,7 +145,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
     except CapacityError as error:
         if not config.cluster.may_grow:
             raise
-        # Nodes may come that hold it; which ones, only a description can say.
+        # Nodes that can hold it may be added; their type is known only from a description.
         return Plan(
             [], [f"note: not on these nodes, and cluster.may_grow=true asks for more: {error}; describe them: --cluster FILE"]
         )
@@ -157,7 +154,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
     lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     roles = []
     for item in placed:
-        # Ray may place it on any node that it matches, not on these alone.
+        # Ray may place it on any node that matches, not only on these.
         gpu, limit = _weakest([node for node in nodes if could_hold(node, item.bundle)])
         if item.bundle.role == "student":
             roles.append(_student_role(config, item, shapes, nodes, gpu, limit, lengths))
@@ -177,7 +174,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
 
 
 def table(found: Plan) -> dict[str, dict[str, str]]:
-    """The roles as columns of text: what each takes, where it goes, its memory part by part."""
+    """Format the roles as columns of text: resources, placement, and memory by component."""
     return {role.bundle.role: _column(role) for role in found.roles}
 
 
@@ -223,20 +220,16 @@ _STUDENT = ""
 
 
 def _shapes(config: Config) -> dict[str, ModelShape]:
-    """Of the student (key "") and of every teacher with weights, by name."""
+    """Shapes of the student (key "") and of every teacher with weights, by name."""
     sources: dict[str, tuple[ModelSource, str | None]] = {_STUDENT: (config.student.model, config.student.revision)}
-    for name, teacher in config.teachers.items():
-        if name in config.served_teachers:
-            sources[name] = config.source(name)
-        elif isinstance(teacher, HFTeacherSettings | CaptureTeacherSettings) and teacher.model is not None:
-            sources[name] = (teacher.model, teacher.revision)
+    for name in config.teachers:
+        model = kind_of(config, name).model
+        if model is not None:
+            sources[name] = model
     found: dict[str, ModelShape] = {}
     for name, (source, revision) in sources.items():
         try:
-            if isinstance(source, PrunedModel):
-                found[name] = ModelShape.of(plan_pruning(model_config(source.source, source.revision), source).config)
-            else:
-                found[name] = ModelShape.of(model_config(source, revision))
+            found[name] = ModelShape.of(architecture(source, revision))
         except (OSError, ValueError) as error:
             where = f"teachers.{name}.model" if name else "student.model"
             raise ConfigError(f"{where}={source}: no config could be loaded: {error}") from error
@@ -244,7 +237,7 @@ def _shapes(config: Config) -> dict[str, ModelShape]:
 
 
 def _weakest(hosts: Sequence[Node]) -> tuple[Accelerator | None, float | None]:
-    """The slowest GPU among these nodes and the least memory of one, in bytes; None where a type is not known."""
+    """The slowest GPU among these nodes and the smallest memory of one, in bytes; None if a type is unknown."""
     gpus = [ACCELERATORS.get(node.labels.get(ACCELERATOR_LABEL, "")) for node in hosts]
     known = [gpu for gpu in gpus if gpu is not None]
     slowest = min(known, key=lambda gpu: gpu.tflops) if known and len(known) == len(gpus) else None
@@ -266,15 +259,11 @@ def _engine_role(
     lengths: Lengths,
 ) -> Role:
     name = item.bundle.role.removeprefix("teacher ")
-    pool = item.bundle.role == "rollout pool"
+    pool, route = item.bundle.role == "rollout pool", Route.of(config)
     settings: EngineSettings = config.rollout.pool if pool else config.served_teachers[name]
-    if pool:
-        models = [shapes[_STUDENT]]
-    elif isinstance(config.loss, ULDLoss) or config.served_teachers[name].prompt_template is not None:
-        models = [shapes[name]]
-    else:
-        # A teacher's replicas hold the student, too: to sample the mixture with it, or for exact divergences.
-        models = [shapes[name], shapes[_STUDENT]]
+    models = [shapes[_STUDENT if pool else name]]
+    if not pool and route.student_in_replicas:
+        models.append(shapes[_STUDENT])
     on_gpu = settings.num_gpus > 0
     element = {"float32": 4}.get(settings.dtype, 2 if on_gpu else 4)
     parts = settings.tensor_parallel_size if on_gpu else 1
@@ -313,7 +302,7 @@ def _engine_role(
             f"GPU that it may be placed on gives {limit * settings.gpu_memory_utilization / GIB:.1f} GiB; {remedy}"
         )
     running = min(settings.max_num_seqs, max(1, found.kv_tokens // sequence))
-    samples = pool or config.rollout.sampler == "mixture"
+    samples = pool or route.sampler != "students"
     rate = None
     if gpu is not None and on_gpu:
         one = (
@@ -346,7 +335,7 @@ def _student_role(
         held = shapes[config.white_box_teacher[0]].parameters * element
 
     def memory(settings: TrainingSettings) -> RankMemory:
-        return rank_memory(student, settings, lengths.prompt + lengths.response, lengths.response, held)
+        return rank_memory(student, settings, lengths, held)
 
     found = memory(training)
     if on_gpu and limit is not None and found.total > limit:
@@ -395,7 +384,7 @@ def _where(item: Placed, nodes: Sequence[Node]) -> dict[str, int]:
 
 
 def _check_node_memory(placed: Sequence[Placed], roles: Sequence[Role], nodes: Sequence[Node]) -> None:
-    """Raises: CapacityError where the CPU roles of a node need more memory than Ray says it has."""
+    """Raises: CapacityError if the CPU roles of a node need more memory than Ray reports for it."""
     used: Counter[int] = Counter()
     for item, role in zip(placed, roles, strict=True):
         if role.bundle.resources.get("GPU"):
@@ -414,7 +403,7 @@ def _check_node_memory(placed: Sequence[Placed], roles: Sequence[Role], nodes: S
 
 
 def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
-    """Who waits for whom, by the modelled rates."""
+    """Describe the bottleneck, by modelled rates."""
     if any(role.rate is None for role in roles):
         unknown = ", ".join(role.bundle.role for role in roles if role.rate is None)
         return [
@@ -426,7 +415,7 @@ def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
     shared = len(config.served_teachers) > 1 and config.rollout.teachers is not None and config.rollout.teachers.type == "route"
     supply: dict[str, float] = {}
     if shared:
-        # Routed teachers share the prompts: what they give adds up, at best.
+        # Routed teachers share the prompts: at best, their rates add up.
         supply["the teachers together"] = sum(rate for role, rate in rates.items() if role.startswith("teacher"))
         rates = {role: rate for role, rate in rates.items() if not role.startswith("teacher")}
     supply |= rates
@@ -448,7 +437,7 @@ def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
 
 
 def _measured_balance(run: Measured) -> list[str]:
-    """Who waits for whom, as a run measured it."""
+    """Describe the bottleneck, as measured by a run."""
     lines = [
         f"measured response tokens/s: student {run.training:,.0f} while training, {run.supply:,.0f} with its waits "
         f"({100 * run.waits:.0f}% of the time), from {run.replicas:.1f} replicas"
@@ -462,7 +451,7 @@ def _measured_balance(run: Measured) -> list[str]:
 
 
 def _growth(wanted: Sequence[Bundle], config: Config, nodes: Sequence[Node]) -> list[str]:
-    """Pools that may grow to more than there is room for."""
+    """Warn of pools whose maximum size exceeds the free resources."""
     lines = []
     for name, engine in {**config.served_teachers, "": config.rollout.pool}.items():
         role = f"teacher {name}" if name else "rollout pool"

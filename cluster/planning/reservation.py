@@ -1,7 +1,7 @@
-"""Waiting for room on a cluster that others use, or that grows: a placement group asks for all of a run's parts at once.
+"""Reservation of capacity on a shared or autoscaled cluster: one placement group requests all parts of a run at once.
 
-Ray sees to it that the group gets everything or nothing, and a group that waits is what Ray's autoscaler reads as demand, with
-its labels. It only reserves: once there is room, the group is let go and the parts are started where it was.
+Ray grants the group everything or nothing, and Ray's autoscaler reads a pending group as demand, including its labels. The
+group only reserves: once it is placed, it is removed, and the parts are started on the freed resources.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from kdray.errors import CapacityError
 _TELL_EVERY_S = 15.0
 _LOOK_EVERY_S = 1.0
 _START_S = 60.0
-"""Time that a process may take to start where it was given room; what it has taken looks like what is missing meanwhile."""
+"""Time that a process may take to start after its resources were reserved; meanwhile its own resources look unavailable."""
 
 
 def live_nodes() -> list[Node]:
-    """Every living node with what it has in all."""
+    """Every living node with its total resources."""
     return [Node.of_ray(node) for node in ray.nodes() if node["Alive"]]
 
 
 def free_nodes(held: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> list[Node]:
-    """Every living node with what nobody else holds. Args: held: what this run has reserved, by node id."""
+    """Every living node with its free resources. Args: held: resources reserved by this run, by node id."""
     from ray._private.state import available_resources_per_node
 
-    # The one number that Ray shows nowhere else.
+    # Ray exposes this number nowhere else.
     free = available_resources_per_node()
     found = []
     for node in ray.nodes():
@@ -47,13 +47,13 @@ def free_nodes(held: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -
 
 
 class Reservation:
-    """Room for all parts of a run. `release` it when the first of them starts."""
+    """Reserved capacity for all parts of a run. `release` it when the first of them starts."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
 
     def release(self) -> None:
-        """Let the room go; only the first call does something."""
+        """Release the capacity; only the first call has an effect."""
         group, self._group = self._group, None
         if group is not None:
             ray.util.remove_placement_group(group)
@@ -61,11 +61,11 @@ class Reservation:
 
 @contextlib.contextmanager
 def reserved(wanted: Sequence[Bundle], settings: ClusterSettings, tell: Callable[[str], None]) -> Iterator[Reservation]:
-    """Check that the cluster can hold the bundles, and wait until it does.
+    """Check that the cluster can hold the bundles, and wait until they are reserved.
 
-    Args: tell: called with a line every few seconds while there is not enough room.
-    Raises: CapacityError at once for what it can never give (unless `cluster.may_grow`), and after `cluster.wait_s` with what
-    is missing and on which nodes.
+    Args: tell: called with a line every few seconds while capacity is missing.
+    Raises: CapacityError at once for what the cluster can never provide (unless `cluster.may_grow`), and after `cluster.wait_s`
+    with what is missing and on which nodes.
     """
     started = time.monotonic()
     if not settings.may_grow:
@@ -84,9 +84,9 @@ def reserved(wanted: Sequence[Bundle], settings: ClusterSettings, tell: Callable
         while True:
             waited = time.monotonic() - started
             left = settings.wait_s - waited
-            # Even without patience, Ray needs a moment to answer.
+            # Even with no waiting time set, Ray needs a moment to answer.
             if group.wait(max(2.0, min(_TELL_EVERY_S, left))):
-                # The group knows nothing of one node for all ranks, or of so many replicas a node.
+                # A placement group cannot express a single node for all ranks, or a limit of replicas per node.
                 missing = _missing(wanted, _held(group))
                 if missing is None:
                     break
@@ -102,8 +102,8 @@ def reserved(wanted: Sequence[Bundle], settings: ClusterSettings, tell: Callable
 
 
 def living_actors() -> list[dict[str, Any]]:
-    """Ray's entry for every actor that has a process on some node."""
-    # The state API would want a dashboard.
+    """Ray's entries of all actors that have a process on a node."""
+    # The public state API would require a dashboard.
     from ray._private.state import actors
 
     return [actor for actor in actors().values() if actor["State"] == "ALIVE"]
@@ -112,10 +112,10 @@ def living_actors() -> list[dict[str, Any]]:
 async def await_placed(
     unplaced: Callable[[], Sequence[Bundle]], settings: ClusterSettings, on_event: Callable[..., None]
 ) -> None:
-    """Wait until every part that was started has its place: since the reservation was let go, others may have taken it.
+    """Wait until every started part is placed: others may have taken the capacity since the reservation was released.
 
-    Args: unplaced: asks Ray which bundles no node has taken yet; blocks. on_event: told every few seconds what is missing.
-    Raises: CapacityError after `cluster.wait_s` (and not before a minute) with what is missing and on which nodes.
+    Args: unplaced: asks Ray which bundles are not placed yet; blocks. on_event: called every few seconds with what is missing.
+    Raises: CapacityError after `cluster.wait_s` (at least a minute) with what is missing and on which nodes.
     """
     started = told = time.monotonic()
     while waiting := await asyncio.to_thread(unplaced):
@@ -133,7 +133,7 @@ async def await_placed(
 
 
 def _held(group: Any) -> dict[str, Counter[str]]:
-    """What a placed group holds, by node id."""
+    """Resources held by a placed group, by node id."""
     table = ray.util.placement_group_table(group)
     held: dict[str, Counter[str]] = {}
     for bundle, node_id in table["bundles_to_node_id"].items():
@@ -142,7 +142,7 @@ def _held(group: Any) -> dict[str, Counter[str]]:
 
 
 def _missing(wanted: Sequence[Bundle], held: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> str | None:
-    """What is missing at the moment, and on which nodes; None where all have room. Args: held: what is reserved already."""
+    """Describe the missing resources and their nodes; None if everything fits. Args: held: what is reserved already."""
     try:
         check_capacity(wanted, free_nodes(held))
     except CapacityError as error:

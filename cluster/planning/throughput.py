@@ -1,7 +1,7 @@
-"""Tokens a second of each role: modelled from arithmetic and memory bandwidth, or measured in a run that was made.
+"""Throughput of each role, tokens per second: modelled from arithmetic and memory bandwidth, or measured in an earlier run.
 
-The model is a roofline: a decode step reads all weights and the running sequences' KV once, and does 2 FLOP a parameter and
-token; training does 6 (8 with recomputation). Both at a share of the peak that well-tuned systems reach.
+The model is a roofline: a decode step reads all weights and the running sequences' KV cache once, and takes 2 FLOP per
+parameter and token; training takes 6 (8 with recomputation). Both reach a fraction of the peak, as well-tuned systems do.
 """
 
 from __future__ import annotations
@@ -11,46 +11,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.planning.accelerators import Accelerator
-from cluster.planning.memory import ModelShape
+from cluster.planning.memory import Lengths, ModelShape
 
 DECODE_EFFICIENCY = 0.6
-"""Share of peak bandwidth or arithmetic that decoding and prefill are taken to reach."""
+"""Assumed fraction of peak bandwidth or arithmetic in decoding and prefill."""
 TRAINING_EFFICIENCY = 0.35
-"""Model FLOP utilisation that training is taken to reach."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a sequence, as the config bounds them."""
-
-    prompt: int
-    response: int
+"""Assumed model FLOP utilisation of training."""
 
 
 def sampling_rate(
     models: Sequence[ModelShape], gpu: Accelerator, gpus: int, sequences: int, lengths: Lengths, element: int
 ) -> float:
-    """Response tokens a second of one replica that evaluates all `models` at every token, with `sequences` running."""
+    """Response tokens per second of a replica that evaluates all `models` at every token, with `sequences` running."""
     flops = gpus * gpu.tflops * 1e12 * DECODE_EFFICIENCY
     bandwidth = gpus * gpu.bandwidth_gb_s * 1e9 * DECODE_EFFICIENCY
     step_s = 0.0
     for model in models:
         held = sequences * (lengths.prompt + lengths.response / 2) * model.kv_bytes(element)
         step_s += max((model.parameters * element + held) / bandwidth, 2 * model.parameters * sequences / flops)
-        # Every response token carries its share of the prompt's prefill.
+        # Every response token includes its share of the prompt's prefill.
         step_s += 2 * model.parameters * sequences * lengths.prompt / lengths.response / flops
     return sequences / step_s
 
 
 def scoring_rate(models: Sequence[ModelShape], gpu: Accelerator, gpus: int, lengths: Lengths) -> float:
-    """Response tokens a second that one replica scores by prefill."""
+    """Response tokens per second that a replica scores by prefill."""
     flops = gpus * gpu.tflops * 1e12 * DECODE_EFFICIENCY
     parameters = sum(model.parameters for model in models)
     return flops / (2 * parameters * (lengths.prompt + lengths.response) / lengths.response)
 
 
 def training_rate(model: ModelShape, gpu: Accelerator, ranks: int, lengths: Lengths, gradient_checkpointing: bool) -> float:
-    """Response tokens a second that the ranks train together."""
+    """Response tokens per second that the ranks train on together."""
     flops = ranks * gpu.tflops * 1e12 * TRAINING_EFFICIENCY
     each = (8 if gradient_checkpointing else 6) * model.parameters
     return flops / (each * (lengths.prompt + lengths.response) / lengths.response)
@@ -58,21 +50,21 @@ def training_rate(model: ModelShape, gpu: Accelerator, ranks: int, lengths: Leng
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run's metrics say."""
+    """Rates measured by a run."""
 
     training: float
-    """Response tokens a second of the ranks while they trained."""
+    """Response tokens per second of the ranks while training."""
     supply: float
-    """Response tokens a second that came from the replicas; the least they can give where the ranks never waited."""
+    """Response tokens per second from the replicas; a lower bound if the ranks never waited."""
     waits: float
     """Share of the time that the trainer waited for samples or scores."""
     replicas: float
 
 
 def measured(metrics: Sequence[Mapping[str, Any]], batch_size: int) -> Measured:
-    """Out of the lines of metrics.jsonl; the first quarter, in which engines warm up, is left out.
+    """Compute rates from the lines of metrics.jsonl, without the first quarter, in which engines warm up.
 
-    Raises: ValueError where there are fewer than four steps.
+    Raises: ValueError if there are fewer than four steps.
     """
     if len(metrics) < 4:
         raise ValueError(f"{len(metrics)} steps are too few to measure; at least 4 are needed")

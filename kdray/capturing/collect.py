@@ -1,15 +1,14 @@
-"""`kdray capture`: ask a teacher once for all that a run would, and keep every answer as it arrives.
+"""Collection of a capture (`kdray capture`): requests every answer that a run would need, and stores each as it arrives.
 
-The requests are those of a run of the same config, made by the same code, so that the same seed trains the same rollouts in the
-same order from the capture as from the teacher. What the folder has is not asked for again. A bounded number of answers is in
-flight: that many, at most, are lost to a kill and asked for again.
+The requests are those of a run with the same config, built by the same code, so that the same seed trains the same rollouts in
+the same order from the capture as from the teacher. Answers already in the folder are not requested again. The number of
+answers in flight is bounded: at most that many are lost if the process is killed, and requested again.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan
 
 import numpy as np
 
@@ -22,13 +21,13 @@ from kdray.rollouts.merge import Merged
 from kdray.types import Rollout, SampleRequest
 
 _CHUNKS = 4
-"""Calls that the answers in flight are asked in: the next one is sent when a quarter of them has ended."""
+"""Number of calls over which the answers in flight are spread: the next is sent when a quarter of them has ended."""
 
 
 def check_alone(requests: Sequence[SampleRequest]) -> None:
-    """Raises: ConfigError where a student would write some of an answer."""
+    """Check that the teacher alone writes each answer. Raises: ConfigError if a student would write part of one."""
     for request in requests:
-        if request.alpha != 1.0 and not isnan(request.alpha):
+        if request.writer not in ("teacher", "data"):
             raise ConfigError(
                 f"rollout.alpha={request.alpha:g}: a capture holds what the teacher writes alone, and a student would write "
                 "some of it; set rollout.alpha=1, with a loss that learns from the teacher's samples (loss.type=forward_kl or "
@@ -39,31 +38,31 @@ def check_alone(requests: Sequence[SampleRequest]) -> None:
 def by_key(
     folder: CaptureFolder, requests: Sequence[SampleRequest], references: Callable[[int], np.ndarray]
 ) -> dict[bytes, SampleRequest]:
-    """The requests by the key of their answer; of those with the same one, the first.
+    """The requests by the key of their answer; the first of those with equal keys.
 
-    Args: references: by prompt id, the data's answer: what a request with alpha nan is given.
+    Args: references: by prompt id, the data's reference answer, which a request for it receives.
     """
     wanted: dict[bytes, SampleRequest] = {}
     for request in requests:
-        reference = references(request.prompt_id) if isnan(request.alpha) else None
+        reference = references(request.prompt_id) if request.writer == "data" else None
         wanted.setdefault(folder.key(request, reference), request)
     return wanted
 
 
 def lacking(folder: CaptureFolder, wanted: Mapping[bytes, SampleRequest], reuse: bool = False) -> dict[bytes, SampleRequest]:
-    """Those of the wanted that have to be asked for.
+    """Wanted requests whose answers are not in the folder.
 
-    Args: reuse: let any draws that a prompt has count, whatever their seeds, so that new prompts alone are asked about.
+    Args: reuse: count any samples of a prompt, whatever their seeds, so that only new prompts are requested.
     """
     missing = {key: request for key, request in wanted.items() if key not in folder}
     if not reuse:
         return missing
-    owed = Counter(digest(request.prompt_ids) for request in wanted.values() if not isnan(request.alpha)) - folder.draws()
+    owed = Counter(digest(request.prompt_ids) for request in wanted.values() if request.writer != "data") - folder.draws()
     chosen = {}
     for key, request in missing.items():
         prompt = digest(request.prompt_ids)
-        if isnan(request.alpha) or owed[prompt] > 0:
-            owed[prompt] -= not isnan(request.alpha)
+        if request.writer == "data" or owed[prompt] > 0:
+            owed[prompt] -= request.writer != "data"
             chosen[key] = request
     return chosen
 
@@ -76,10 +75,11 @@ async def ask(
     in_flight: int,
     on_answers: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Ask for the missing answers and keep them.
+    """Request the missing answers and store them.
 
-    Args: in_flight: most answers asked for and not yet there; on_answers: called with the number of those that came.
-    Raises: EngineError where the teacher answers something else than it was asked; what the sampler and the scorer raise.
+    Args: in_flight: maximum number of answers requested and not yet received; on_answers: called with the number of answers
+    received.
+    Raises: EngineError if the teacher answers something other than what was requested; exceptions of sampler and scorer.
     """
     keys = {request.sample_id: key for key, request in missing.items()}
     waiting = deque(missing.values())
@@ -91,7 +91,7 @@ async def ask(
             chunk = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             if not chunk:
                 return
-            # Noted first: what a kill loses was asked for, too.
+            # Recorded first: answers lost to a kill were requested, too.
             folder.note("asked", answers=len(chunk))
             number = chunk[0].sample_id
             owed[number] = {request.sample_id for request in chunk}
@@ -106,7 +106,7 @@ async def ask(
                 owed[number].remove(rollout.sample_id)
             folder.add(
                 [
-                    (key, None if isnan(rollout.alpha) else missing[key].seed, rollout)
+                    (key, None if missing[key].writer == "data" else missing[key].seed, rollout)
                     for rollout in rollouts
                     for key in [keys[rollout.sample_id]]
                 ]

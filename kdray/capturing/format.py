@@ -1,8 +1,9 @@
-"""Storage format of a capture: a teacher's recorded answers, their origin, and the signals that they hold.
+"""Storage format of a capture: a teacher's recorded answers, their origin, and the signals that they contain.
 
 A capture is a folder of Parquet shards of `kdray.rollouts.arrow.ROLLOUT_SCHEMA` and a `manifest.json`, which describes the
-teacher and names no file: the shards are the folder's `*.parquet`, named by the hash of their content. One Parquet file alone
-is a capture without a manifest. `kdray.capturing.writer` writes one as answers arrive, `kdray.capturing.teacher` replays them.
+teacher and lists no files: the shards are the folder's `*.parquet`, named by the hash of their content. A single Parquet file
+is a capture without a manifest. `kdray.capturing.writer` writes captures as answers arrive, `kdray.capturing.teacher` replays
+them.
 """
 
 from __future__ import annotations
@@ -24,49 +25,46 @@ import pyarrow.parquet as pq
 from kdray.config import ModelSource, PrunedModel
 from kdray.errors import DataError
 from kdray.models.resolve import model_name, weights_hash
-from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table
+from kdray.rollouts.arrow import ABSENT_IN_OLD_FILES, ROLLOUT_SCHEMA, rollouts_to_table, row_writers, writer_columns
+from kdray.rollouts.columns import signal_columns
 from kdray.runs.folder import write_atomically
 from kdray.teachers.fingerprint import Fingerprint, difference
-from kdray.types import Rollout
+from kdray.types import WRITERS, Rollout
 
 MANIFEST = "manifest.json"
 
 Signal = Literal["text", "references", "sampled", "top_k", "hidden"]
-"""`text`: responses that the teacher drew. `references`: the data's reference answers, as the teacher scored them. The others
-are what every row has; a teacher's words for them: `kdray.checks.capabilities.Capability`."""
+"""`text`: responses sampled by the teacher. `references`: the data's reference answers, as scored by the teacher. The others
+are signals that every row has; a teacher calls them `kdray.checks.capabilities.Capability`."""
 
-SIGNAL_COLUMNS: dict[Signal, tuple[str, ...]] = {
-    "sampled": ("teacher_logprobs",),
-    "top_k": ("support_ids", "support_logprobs", "tail_logprobs"),
-    "hidden": ("teacher_hidden",),
-}
+SIGNAL_COLUMNS = signal_columns()
 
 _GROUP_BYTES = 4 * 2**20
-"""Size of a written row group in memory: prompts are asked for in any order, and each may cost the read of one."""
+"""In-memory size of a written row group: prompts are requested in any order, and each may cost reading one."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Whose answers a capture holds."""
+    """Origin of the answers in a capture."""
 
     fingerprint: Fingerprint | None
-    """Of the teacher that answered; None for a black box."""
+    """Fingerprint of the teacher; None for a black box."""
     tokenizer: str
-    """`kdray.models.vocab.tokenizer_hash` of the capturing run's student tokenizer, whose ids prompts and answers are."""
+    """`kdray.models.vocab.tokenizer_hash` of the capturing run's student tokenizer, whose ids prompts and answers use."""
     vocab_size: int
-    """Ids that the recorded laws cover."""
+    """Ids that the recorded distributions cover."""
     rollouts: int
-    """Rows of all shards, so that a lost one is noticed."""
+    """Rows of all shards, so that a missing shard is noticed."""
     asked_with: Mapping[str, Any] = field(default_factory=dict)
-    """By `kdray capture`: model, sampling and what was recorded, the same for all answers; see `cluster.capture`."""
+    """Written by `kdray capture`: model, sampling and recorded signals, the same for all answers; see `cluster.capture`."""
     asked: int = 0
-    """By `kdray capture`: answers asked of the teacher over all starts, as of the newest shard."""
+    """Written by `kdray capture`: answers requested from the teacher over all starts, as of the newest shard."""
     complete: bool = True
-    """Whether all that the newest `kdray capture` wanted is there."""
+    """True if everything that the newest `kdray capture` wanted is there."""
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of a capture; None where it is one file. Raises: DataError."""
+    """The manifest of a capture; None for a single file. Raises: DataError."""
     if not path.exists():
         raise DataError(f"capture {path}: no such file or folder; name the folder of a capture, or one Parquet file")
     if path.is_file():
@@ -100,11 +98,11 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def write_capture(
     path: Path, rollouts: Sequence[Rollout], fingerprint: Fingerprint | None, tokenizer: str, vocab_size: int
 ) -> Path:
-    """Add one shard to the capture in folder `path`, made where it is not there, and bring its manifest up to date.
+    """Add one shard to the capture in folder `path`, created if missing, and update its manifest.
 
-    Shard and manifest appear whole or not at all, the shard first. One process at a time writes to a folder.
+    Shard and manifest are written atomically, the shard first. Only one process at a time may write to a folder.
     Args: fingerprint, tokenizer, vocab_size: see `Manifest`. Returns: the shard.
-    Raises: DataError where the capture is another teacher's, or a rollout is neither the teacher's alone nor the data's.
+    Raises: DataError if the capture is another teacher's, or a rollout is neither the teacher's alone nor the data's.
     """
     check_unmixed(path, rollouts)
     path.mkdir(parents=True, exist_ok=True)
@@ -121,9 +119,9 @@ def write_capture(
 
 
 def check_unmixed(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Raises: DataError where a student wrote some of a rollout."""
+    """Raises: DataError if a student wrote part of a rollout."""
     for rollout in rollouts:
-        if rollout.alpha != 1.0 and not np.isnan(rollout.alpha):
+        if not {*rollout.writers} <= {"teacher", "data", "environment"}:
             raise DataError(
                 f"capture {path}: sample {rollout.sample_id} was drawn at alpha {rollout.alpha:g}, so that a student wrote "
                 "some of it; capture with rollout.alpha=1"
@@ -131,7 +129,7 @@ def check_unmixed(path: Path, rollouts: Sequence[Rollout]) -> None:
 
 
 def check_same_teacher(path: Path, before: Manifest, now: Manifest) -> None:
-    """Raises: DataError with the first difference that makes `now`'s answers others than those before."""
+    """Raises: DataError with the first difference that makes `now`'s answers incompatible with the earlier ones."""
     reason = _another(before, now)
     if reason is not None:
         raise DataError(f"capture {path}: holds answers of another teacher: {reason}; write to another folder")
@@ -148,9 +146,9 @@ def _another(before: Manifest, now: Manifest) -> str | None:
 
 
 def check_model(setting: str, manifest: Manifest | None, model: ModelSource, revision: str | None) -> None:
-    """Raises: DataError where the capture was not made by this model, or does not say by which.
+    """Raises: DataError if the capture was not made by this model, or does not record its model.
 
-    Weights are compared where both are known, so that a folder may have moved; else names and revisions.
+    Weights are compared if both are known, so that a folder may have moved; otherwise names and revisions.
     """
     if manifest is None:
         raise DataError(
@@ -176,16 +174,16 @@ def check_model(setting: str, manifest: Manifest | None, model: ModelSource, rev
 
 
 def write_shard(path: Path, table: pa.Table) -> Path:
-    """Write a table as a shard of the folder, named by its content: the same rows again are the same file.
+    """Write a table as a shard of the folder, named by its content: the same rows give the same file.
 
-    It is on the disk, and so is its name, when this returns. The name appears with the whole content or not at all.
+    File and name are synced to disk when this returns. The name appears atomically, with the whole content.
     """
     rows = max(1, table.num_rows * _GROUP_BYTES // max(1, table.nbytes))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=rows, compression="zstd", write_page_checksum=True)
     content = sink.getvalue()
     shard = path / f"part-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
-    # A name that no reader takes for a shard.
+    # A name that no reader treats as a shard.
     temporary = path / f".{shard.name}.{uuid.uuid4().hex}"
     try:
         with temporary.open("wb") as file:
@@ -200,7 +198,7 @@ def write_shard(path: Path, table: pa.Table) -> Path:
 
 
 def sync_folder(path: Path) -> None:
-    """Return once the names in a folder are on the disk."""
+    """Return once the names in a folder are synced to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -209,7 +207,7 @@ def sync_folder(path: Path) -> None:
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The Parquet files of a capture. Raises: DataError where there is none, or one has another schema."""
+    """The Parquet files of a capture. Raises: DataError if there is none, or one has another schema."""
     if not path.exists():
         raise DataError(f"capture {path}: no such file or folder; name the folder of a capture, or one Parquet file")
     shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -219,6 +217,8 @@ def find_shards(path: Path) -> list[Path]:
         with reading(shard):
             schema = pq.read_schema(shard)
         for column in ROLLOUT_SCHEMA:
+            if column.name in ABSENT_IN_OLD_FILES and column.name not in schema.names:
+                continue
             found = schema.field(column.name).type if schema.names.count(column.name) == 1 else "absent"
             if found != column.type:
                 raise DataError(
@@ -229,7 +229,7 @@ def find_shards(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def reading(shard: Path) -> Iterator[None]:
-    """Turns what a damaged shard leads to into a DataError that names it."""
+    """Convert errors caused by a damaged shard to a DataError that names it."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -237,24 +237,24 @@ def reading(shard: Path) -> Iterator[None]:
 
 
 def signals(path: Path) -> set[Signal]:
-    """What a capture says: whose responses it holds, and what every row has, from the columns that are never null.
+    """Signals of a capture: the source of its responses, and the signals that every row has, from the columns without nulls.
 
-    Raises: DataError for a missing path, no Parquet files, or a schema that does not fit.
+    Raises: DataError for a missing path, no Parquet files, or a schema that does not match.
     """
     shards = find_shards(path)
     columns = []
     for shard in shards:
         with reading(shard):
-            columns.append(pq.read_table(shard, columns=["alpha"]).column("alpha").to_numpy())
-    alphas = np.concatenate(columns)
-    if not len(alphas):
+            columns.append(row_writers(pq.read_table(shard, columns=writer_columns(pq.read_schema(shard)))))
+    writers = np.concatenate(columns)
+    if not len(writers):
         return set()
     found: set[Signal] = {
         signal
         for signal, columns in SIGNAL_COLUMNS.items()
         if all(_never_null(shard, name) for shard in shards for name in columns)
     }
-    references = np.isnan(alphas)
+    references = writers == WRITERS.index("data")
     if references.any() and "sampled" in found:
         found.add("references")
     if not references.all():
@@ -268,7 +268,7 @@ def _never_null(path: Path, column: str) -> bool:
         leaf = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)].index(column)
         for group in range(metadata.num_row_groups):
             counts = metadata.row_group(group).column(leaf).statistics
-            # The count is of values, where an answer without tokens counts like a null: only zero decides without a look.
+            # The count is of values, and an answer without tokens counts like a null: only zero is conclusive without reading.
             if counts is not None and counts.has_null_count and counts.null_count == 0:
                 continue
             if shard.read_row_group(group, columns=[column]).column(0).null_count:
@@ -277,5 +277,5 @@ def _never_null(path: Path, column: str) -> bool:
 
 
 def digest(token_ids: np.ndarray) -> bytes:
-    """16 bytes that stand for a sequence of ids."""
+    """16-byte digest of a sequence of ids."""
     return hashlib.blake2b(np.asarray(token_ids, dtype="<i4").tobytes(), digest_size=16).digest()

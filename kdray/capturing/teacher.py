@@ -1,6 +1,6 @@
-"""A teacher's answers recorded earlier: what it wrote and said of it, given again whenever its prompt is asked.
+"""Teacher that replays recorded outputs: the stored answers and scores of a prompt, whenever it is requested.
 
-Only row groups that are asked for are read, so that a capture may be larger than memory. The files: `kdray.capturing.format`.
+Only the row groups needed are read, so that a capture may be larger than memory. For the files, see `kdray.capturing.format`.
 """
 
 from __future__ import annotations
@@ -17,101 +17,156 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdray.capturing.format import MANIFEST, SIGNAL_COLUMNS, digest, find_shards, read_manifest, reading, signals
-from kdray.errors import DataError, RequestRefused, VocabError
+from kdray.capturing.format import MANIFEST, SIGNAL_COLUMNS, check_model, digest, find_shards, read_manifest, reading, signals
+from kdray.config import CaptureTeacherSettings, ModelSource
+from kdray.config.signals import Signal
+from kdray.errors import ConfigError, DataError, RequestRefused, VocabError
 from kdray.interfaces import Availability
-from kdray.rollouts.arrow import ROLLOUT_SCHEMA, table_to_rollouts
-from kdray.types import Prompt, Rollout, SampleRequest
+from kdray.models.vocab import tokenizer_hash
+from kdray.rollouts.arrow import ROLLOUT_SCHEMA, row_writers, table_to_rollouts
+from kdray.rollouts.columns import rollout_columns, value_of, with_columns
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.teachers.kind import Found, TeacherContext, TeacherKind
+from kdray.teachers.team import prompts_of
+from kdray.types import WRITERS, Prompt, Rollout, SampleRequest
 
-_ALWAYS_READ = ("sample_id", "prompt_id", "alpha", "finish_reason", "teacher", "prompt_ids", "token_ids", "mixture_logprobs")
-_WIDTHS = ("support_width", "hidden_width")
+_SAID = frozenset(column.name for column in rollout_columns() if column.stage == "scoring" or column.of_student)
+"""Columns read only if they belong to a signal that every row has; those of the capturing run's student are never read."""
 _INDEXED = ["sample_id", "alpha", "prompt_ids", "token_ids"]
 
 CACHED_GROUPS = 4
-"""Row groups that a teacher keeps."""
+"""Number of row groups that a teacher caches."""
 
 
 Asked = TypeVar("Asked")
 
 
 class _Place(NamedTuple):
-    """Where an answer stands, in the order in which those of one prompt take turns."""
+    """Location of an answer; places sort in the order in which the answers of a prompt take turns."""
 
     sample_id: int
-    """Of the run that captured: the order does not depend on how its rows were split over shards."""
+    """Sample id in the capturing run: the order does not depend on how its rows were split over shards."""
     shard: int
     group: int
     row: int
     num_tokens: int
 
 
-class CapturedTeacher:
-    """A Teacher (`kdray.interfaces`) that gives recorded answers, and scores the responses that it holds.
+class CaptureKind(TeacherKind[CaptureTeacherSettings]):
+    """Teacher kind that reads answers from disk."""
 
-    Left out of the answers: what the student of the capturing run said (its log q and KLs), and columns that only some have.
+    def offers(self) -> frozenset[Signal]:
+        # `sampled` must hold for any response, and nothing is known about one that was not recorded.
+        said: set[Signal] = {signal for signal in signals(self.settings.path) if signal != "sampled"}
+        return frozenset(said if self.settings.model is not None else said - {"hidden"})
+
+    def remedy(self, signal: Signal) -> str | None:
+        if signal in ("text", "references", "top_k"):
+            return "capture what the run needs (`kdray capture` with its settings), or use the teacher itself"
+        if signal == "hidden":
+            return "capture with rollout.teacher_signal=hidden, and name the teacher's model, whose output head the ranks take"
+        return None
+
+    def check(self, tokenizer: Any, student_rows: int) -> Found:
+        manifest = read_manifest(self.settings.path)
+        if self.settings.model is not None:
+            check_model(f"teachers.{self.name}.model", manifest, self.settings.model, self.settings.revision)
+        return Found(vocab_size=None if manifest is None else manifest.vocab_size)
+
+    def check_with_data(self, context: TeacherContext) -> str:
+        captured, limit = self.open(context), context.config.rollout.max_new_tokens
+        if captured.longest_answer > limit:
+            raise ConfigError(
+                f"rollout.max_new_tokens={limit}, but the longest answer of teachers.{self.name} has "
+                f"{captured.longest_answer} tokens; raise it to that"
+            )
+        return f"teacher {self.name}: recorded answers in {self.settings.path}, with {', '.join(sorted(captured.signals))}"
+
+    @property
+    def model(self) -> tuple[ModelSource, str | None] | None:
+        # Only its output head, which turns recorded states into rows.
+        if self.settings.model is None or self.config.rollout.teacher_signal != "hidden":
+            return None
+        return self.settings.model, self.settings.revision
+
+    def open(self, context: TeacherContext) -> CapturedTeacher:
+        asked = prompts_of(context.config, self.name, context.dataset.train)
+        return CapturedTeacher(self.name, self.settings.path, asked, context.vocab_size, tokenizer_hash(context.tokenizer))
+
+
+class CapturedTeacher:
+    """A Teacher (`kdray.interfaces`) that returns recorded answers, and scores the responses that it holds.
+
+    Answers omit the signals of the capturing run's student (its log q and KLs), and columns that only some rows have.
     """
 
     def __init__(self, name: str, path: Path, prompts: Sequence[Prompt], vocab_size: int, tokenizer: str) -> None:
-        """Args: prompts: all that may be asked for, found by their token ids; vocab_size: ids that teacher and student share;
+        """Args: prompts: all that may be requested, found by their token ids; vocab_size: ids that teacher and student share;
               tokenizer: `kdray.models.vocab.tokenizer_hash` of the student's.
-        Raises: DataError where the capture is missing, broken, of another tokenizer, or lacks a prompt; VocabError where it has
-        ids that the student has not.
+        Raises: DataError if the capture is missing, broken, of another tokenizer, or lacks a prompt; VocabError if it has ids
+        that the student lacks.
         """
         self.name = name
+        self.retried = 0
+        """Always 0: nothing is sent, so nothing is retried."""
         self.availability = Availability()
-        """Never begins: a file does not come back."""
+        """No outage ever begins: a missing file does not come back."""
         self._path = path
         self._vocab_size = vocab_size
         self.manifest = read_manifest(path)
         self._shards = find_shards(path)
         self._check_manifest(tokenizer)
         self.signals = signals(path)
-        """What the capture says, and every row has."""
+        """Signals that every row of the capture has."""
         self._said = [column for signal, columns in SIGNAL_COLUMNS.items() if signal in self.signals for column in columns]
-        self._read = [*dict.fromkeys([*_ALWAYS_READ, *_WIDTHS, *self._said])]
+        self._read = [name for name in ROLLOUT_SCHEMA.names if name not in _SAID or name in self._said]
         self._drawn: dict[bytes, list[_Place]] = {digest(prompt.token_ids): [] for prompt in prompts}
-        """What the teacher drew, by the hash of the prompt's ids."""
+        """Answers sampled by the teacher, by the digest of the prompt's ids."""
         self._by_seed: dict[bytes, _Place] = {}
-        """The same, by prompt and seed (`_seeded`), where the seeds were recorded."""
+        """The same answers by prompt and seed (`_seeded`), if the seeds were recorded."""
         self._by_tokens: dict[bytes, _Place] = {}
-        """Every row, by the hashes of prompt and response."""
+        """Every row, by the digests of prompt and response."""
         self._index(prompts)
         self._group = lru_cache(maxsize=CACHED_GROUPS)(self._read_group)
 
     @property
     def longest_answer(self) -> int:
-        """Tokens of the longest drawn answer to the prompts: the least `rollout.max_new_tokens` that refuses none."""
+        """Tokens of the longest sampled answer to the prompts: the smallest `rollout.max_new_tokens` that rejects none."""
         return max((place.num_tokens for places in self._drawn.values() for place in places), default=0)
 
     async def check(self) -> None:
-        """Nothing is left to prove: construction looked at all rows."""
+        """No-op: the constructor has checked all rows."""
+
+    async def fingerprint(self, canary: Sequence[int]) -> Fingerprint | None:
+        """The recorded teacher's fingerprint, over the recorded canary; None for a black box."""
+        return None if self.manifest is None else self.manifest.fingerprint
 
     async def close(self) -> None:
-        """Let the cached row groups go."""
+        """Release the cached row groups."""
         self._group.cache_clear()
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`: the answer that was drawn with the request's own seed, where there is one.
+        """See `kdray.interfaces.Sampler`: returns the answer sampled with the request's own seed, if there is one.
 
-        Else a prompt's answers take turns by sample id. Either way a repeated request gets the same.
+        Otherwise a prompt's answers take turns by sample id. In both cases a repeated request gets the same answer.
         Raises: RequestRefused for an alpha other than 1, an unknown prompt, or an answer longer than max_new_tokens; DataError
-        where the files changed or an answer does not fit its tokens.
+        if the files changed or an answer does not fit its tokens.
         """
         found = self._groups([(request, self._place(request)) for request in requests])
         for shard, asked in found:
             yield await asyncio.to_thread(self._answers, *shard, asked)
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`, for responses that were recorded, such as reference answers, found by their ids.
+        """See `kdray.interfaces.Scorer`, for recorded responses only, such as reference answers, found by their ids.
 
-        Raises: RequestRefused for another response, or for ids that the caller names; DataError as `sample`.
+        Raises: RequestRefused for another response, or for ids listed by the caller; DataError as for `sample`.
         """
         found = self._groups([(rollout, self._scored_place(rollout, top_k)) for rollout in rollouts])
         for shard, asked in found:
             yield await asyncio.to_thread(self._scores, *shard, asked)
 
     def _groups(self, asked: Sequence[tuple[Asked, _Place]]) -> Iterator[tuple[tuple[int, int], list[tuple[Asked, _Place]]]]:
-        """What is asked, by (shard, row group), so that each is read once."""
+        """Requested items by (shard, row group), so that each group is read once."""
         wanted: dict[tuple[int, int], list[tuple[Asked, _Place]]] = defaultdict(list)
         for each, place in asked:
             wanted[place.shard, place.group].append((each, place))
@@ -141,27 +196,35 @@ class CapturedTeacher:
             )
 
     def _index(self, prompts: Sequence[Prompt]) -> None:
-        """Find the place of every answer to the prompts."""
+        """Build the index of every answer to the prompts."""
         answered = set()
         for number, path in enumerate(self._shards):
             with reading(path), pq.ParquetFile(path) as shard:
-                # Captures made by `kdray capture` know what each draw was seeded with.
-                names = [*_INDEXED, *(["seed"] if "seed" in shard.schema_arrow.names else [])]
+                # Captures made by `kdray capture` record the seed of each sample.
+                names = [name for name in (*_INDEXED, "writer", "seed") if name in shard.schema_arrow.names]
                 for group in range(shard.num_row_groups):
                     table = shard.read_row_group(group, columns=names)
                     columns = [table.column(name) for name in _INDEXED]
+                    writers = [WRITERS[code] for code in row_writers(table)]
                     seeds = table.column("seed").to_pylist() if "seed" in names else [None] * table.num_rows
-                    for row, (seed, sample_id, alpha, prompt_ids, token_ids) in enumerate(zip(seeds, *columns, strict=True)):
+                    for row, (seed, writer, sample_id, alpha, prompt_ids, token_ids) in enumerate(
+                        zip(seeds, writers, *columns, strict=True)
+                    ):
                         if not prompt_ids.is_valid or not token_ids.is_valid:
                             raise DataError(f"{path}: row {row} of row group {group} has no prompt or no answer; capture again")
                         prompt = digest(_ids(prompt_ids))
                         if prompt not in self._drawn:
                             continue
                         answered.add(prompt)
-                        self._check_answer(path, sample_id.as_py(), alpha.as_py(), _ids(token_ids))
+                        if writer not in ("teacher", "data"):
+                            raise DataError(
+                                f"{path}: sample {sample_id} was drawn at alpha {alpha.as_py():g}, so that a student wrote "
+                                "some of it; capture with rollout.alpha=1"
+                            )
+                        self._check_ids(path, sample_id.as_py(), _ids(token_ids))
                         place = _Place(sample_id.as_py(), number, group, row, len(token_ids.values))
                         self._by_tokens[prompt + digest(_ids(token_ids))] = place
-                        if alpha.as_py() == 1.0:
+                        if writer == "teacher":
                             self._drawn[prompt].append(place)
                             if seed is not None:
                                 self._by_seed[_seeded(prompt, seed)] = place
@@ -177,12 +240,7 @@ class CapturedTeacher:
                 + ", or take them out of data.prompts"
             )
 
-    def _check_answer(self, path: Path, sample_id: int, alpha: float, token_ids: np.ndarray) -> None:
-        if alpha != 1.0 and not np.isnan(alpha):
-            raise DataError(
-                f"{path}: sample {sample_id} was drawn at alpha {alpha:g}, so that a student wrote some of it; capture with "
-                "rollout.alpha=1"
-            )
+    def _check_ids(self, path: Path, sample_id: int, token_ids: np.ndarray) -> None:
         strange = token_ids[(token_ids < 0) | (token_ids >= self._vocab_size)]
         if len(strange):
             raise VocabError(
@@ -191,7 +249,7 @@ class CapturedTeacher:
             )
 
     def _place(self, request: SampleRequest) -> _Place:
-        if request.alpha != 1.0:
+        if request.writer != "teacher":
             raise RequestRefused(
                 f"teachers.{self.name}.type=capture: recorded answers are the teacher's alone, at alpha 1, not "
                 f"{request.alpha:g}; set rollout.alpha=1"
@@ -210,7 +268,7 @@ class CapturedTeacher:
             )
         place = self._by_seed.get(_seeded(prompt, request.seed)) or places[request.sample_id % len(places)]
         if place.num_tokens > request.max_new_tokens:
-            # Cut, it would be a law of other sequences: the teacher did not stop there.
+            # Truncated, it would come from a different distribution over sequences: the teacher did not stop there.
             raise RequestRefused(
                 f"rollout.max_new_tokens={request.max_new_tokens}, but the answer of teachers.{self.name} to prompt "
                 f"{request.prompt_id} has {place.num_tokens} tokens; set it to {self.longest_answer}, the longest one's, or "
@@ -240,15 +298,11 @@ class CapturedTeacher:
     def _read_group(self, shard: int, group: int) -> pa.Table:
         path = self._shards[shard]
         with reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read_row_group(group, columns=self._read)
-        columns = [
-            table.column(field.name) if field.name in self._read else pa.nulls(table.num_rows, field.type)
-            for field in ROLLOUT_SCHEMA
-        ]
-        return pa.table(columns, schema=ROLLOUT_SCHEMA)
+            there = set(file.schema_arrow.names)
+            return file.read_row_group(group, columns=[name for name in self._read if name in there])
 
     def _rows(self, shard: int, group: int, places: list[_Place]) -> list[Rollout]:
-        # Rows are copied: a view of one would keep its whole row group for as long as the rollout waits.
+        # Rows are copied: a view of one would keep its whole row group in memory for as long as the rollout waits.
         return table_to_rollouts(self._group(shard, group).take([place.row for place in places]))
 
     def _answers(self, shard: int, group: int, asked: list[tuple[SampleRequest, _Place]]) -> list[Rollout]:
@@ -275,11 +329,10 @@ class CapturedTeacher:
 
     def _scored(self, rollout: Rollout, stored: Rollout, path: Path) -> Rollout:
         self._check_row(rollout.prompt_ids, stored, path)
-        return replace(rollout, teacher=self.name, **{name: getattr(stored, name) for name in self._said})
+        return with_columns(rollout, {name: value_of(stored, name) for name in self._said}, teacher=self.name)
 
     def _check_row(self, prompt_ids: np.ndarray, stored: Rollout, path: Path) -> None:
-        columns: dict[str, Any] = {name: getattr(stored, name) for each in SIGNAL_COLUMNS.values() for name in each}
-        columns["mixture_logprobs"] = stored.mixture_logprobs
+        columns = {column.name: value_of(stored, column.name) for column in rollout_columns()}
         lengths = {name: len(values) for name, values in columns.items() if values is not None}
         problems = [
             f"its {name} does not fit its tokens" for name, length in lengths.items() if length != len(stored.token_ids)
@@ -293,7 +346,7 @@ class CapturedTeacher:
 
 
 def _seeded(prompt: bytes, seed: int) -> bytes:
-    """A prompt's digest and a seed as one key: millions of them are kept."""
+    """A prompt's digest and a seed as one compact key: millions of them are kept."""
     return prompt + seed.to_bytes(8, "little")
 
 

@@ -1,10 +1,10 @@
-"""The one writer of a capture: answers are kept as they arrive, each once, and become shards.
+"""Writer of a capture: answers are stored as they arrive, each once, and become shards.
 
     answer --> journal (one write each) --rows of SHARD_BYTES--> shard by rename --> manifest --> journal cleared
 
-A process may be killed between any two of these. The folder is then opened again: the journal up to its last whole frame, less
-the rows that a shard already has, is what goes on. Every row has a key, the hash of all that makes an answer what it is, so
-that the folder can be extended by more prompts, samples or seeds, and holds nothing twice.
+A process may be killed between any two of these. When the folder is opened again, work continues from the journal up to its
+last whole frame, minus the rows that a shard already has. Every row has a key, the hash of everything that determines the
+answer, so that the folder can be extended by more prompts, samples or seeds, and holds nothing twice.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ from kdray.capturing.format import (
 )
 from kdray.capturing.journal import Journal
 from kdray.errors import ConfigError, DataError
-from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table
+from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table, row_writers, upgraded, writer_columns
+from kdray.rollouts.columns import rollout_columns, with_columns
 from kdray.runs.folder import RunFolder, drop_torn_line, read_lines
 from kdray.teachers.fingerprint import Fingerprint
-from kdray.types import Rollout, SampleRequest
+from kdray.types import WRITERS, Rollout, SampleRequest
 
 CAPTURE_SCHEMA = ROLLOUT_SCHEMA.append(pa.field("key", pa.binary(16), nullable=False)).append(pa.field("seed", pa.uint64()))
-"""Rollouts, each with its key and, where the teacher drew it, the seed of its draws."""
+"""Schema of rollouts, each with its key and, if the teacher sampled it, the seed of its sampling."""
 
 SHARD_BYTES = 64 * 2**20
-"""Rows in memory that make a shard: what a restart reads again, and the most that a reader's folder lags behind."""
+"""In-memory size of the rows of a shard: what a restart reads again, and the maximum that a reader of the folder lags
+behind."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Whose answers a folder holds, as far as that is known before the teacher has started."""
+    """Origin of a folder's answers, as far as it is known before the teacher has started."""
 
     tokenizer: str
     vocab_size: int
@@ -59,13 +61,13 @@ class Asking:
 
     @property
     def seal(self) -> bytes:
-        """The hash of all this."""
+        """Hash of all fields."""
         text = json.dumps([self.tokenizer, self.vocab_size, self.asked_with], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 class CaptureFolder:
-    """A capture that is being written, as a context manager: one process at a time has it."""
+    """A capture being written, as a context manager: one process at a time has it open."""
 
     def __init__(self, path: Path, asking: Asking, shard_bytes: int = SHARD_BYTES) -> None:
         self.path = path
@@ -78,13 +80,13 @@ class CaptureFolder:
         self._held: set[bytes] = set()
 
     def __enter__(self) -> CaptureFolder:
-        """Open the folder, new where there is none.
+        """Open the folder, creating it if missing.
 
-        Raises: DataError where it holds other answers than these, or no capture; ConfigError where another process writes it.
+        Raises: DataError if it holds other answers than these, or no capture; ConfigError if another process is writing it.
         """
         before = self._before()
         self.path.mkdir(parents=True, exist_ok=True)
-        # Held by this process alone, and let go by the system however it ends.
+        # Held by this process alone, and released by the system however the process ends.
         self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,14 +94,14 @@ class CaptureFolder:
             self._lock.close()
             raise ConfigError(f"capture {self.path}: another process writes to it; wait for its end") from None
         try:
-            for name in (".part-*", f".{MANIFEST}.*"):
+            for name in (".part-*", f".{MANIFEST}.*", ".journal.*"):
                 for leftover in self.path.glob(name):
                     leftover.unlink()
             drop_torn_line(self._events.events)
             if before is not None:
                 self._manifest, self._begun = before, True
             self._held = self._sealed_keys()
-            self._journal = Journal(self.path / "journal", CAPTURE_SCHEMA)
+            self._journal = Journal(self.path / "journal", CAPTURE_SCHEMA, upgraded)
             if self._journal.num_rows and not self._begun:
                 raise DataError(f"capture {self.path}: a journal without its {MANIFEST}; restore that, or remove the journal")
             self._recover()
@@ -116,25 +118,25 @@ class CaptureFolder:
 
     @property
     def fingerprint(self) -> Fingerprint | None:
-        """The teacher whose answers are there; None where there are none yet, or it is a black box."""
+        """Fingerprint of the teacher of the stored answers; None if there are none yet, or it is a black box."""
         return self._manifest.fingerprint
 
     @property
     def held(self) -> int:
-        """Answers that are there."""
+        """Number of stored answers."""
         return len(self._held)
 
     @property
     def asked(self) -> int:
-        """Answers asked of the teacher, over all starts."""
+        """Number of answers requested from the teacher, over all starts."""
         if not self._events.events.exists():
             return 0
         return sum(event["answers"] for event in read_lines(self._events.events) if event["kind"] == "asked")
 
     def key(self, request: SampleRequest, reference: np.ndarray | None = None) -> bytes:
-        """What stands for the answer to a request: teacher, tokenizer, sampling and what is recorded, prompt, and the seed.
+        """Key of the answer to a request: hash of teacher, tokenizer, sampling and recorded signals, prompt, and seed.
 
-        Args: reference: [T] ids of the data's answer, in place of a draw.
+        Args: reference: [T] ids of the data's reference answer, in place of a sampled one.
         """
         what = [b"drawn", str(request.seed).encode()] if reference is None else [b"data", reference.astype("<i4").tobytes()]
         content = hashlib.blake2b(self._seal, digest_size=16)
@@ -146,35 +148,36 @@ class CaptureFolder:
         return key in self._held
 
     def draws(self) -> Counter[bytes]:
-        """Answers that the teacher drew, by the digest of the prompt's ids."""
+        """Number of answers sampled by the teacher, by the digest of the prompt's ids."""
         found: Counter[bytes] = Counter()
-        columns = ["prompt_ids", "alpha"]
-        tables = [pq.read_table(shard, columns=columns) for shard in self._shards()]
-        for part in (*tables, *(batch.select(columns) for batch in self._journal.batches)):
-            ids, alphas = part.column("prompt_ids"), part.column("alpha").to_pylist()
-            found.update(digest(np.array(row)) for row, alpha in zip(ids.to_pylist(), alphas, strict=True) if alpha == 1.0)
+        names = {shard: ["prompt_ids", *writer_columns(pq.read_schema(shard))] for shard in self._shards()}
+        tables = [pq.read_table(shard, columns=columns) for shard, columns in names.items()]
+        for part in (*tables, pa.Table.from_batches(self._journal.batches, CAPTURE_SCHEMA)):
+            drawn = row_writers(part) == WRITERS.index("teacher")
+            ids = part.column("prompt_ids").filter(pa.array(drawn)).to_pylist()
+            found.update(digest(np.array(row)) for row in ids)
         return found
 
     # --------------------------------------------------------------------------------------------------- what is added
 
     def begin(self, fingerprint: Fingerprint | None) -> None:
-        """Name the teacher that will be asked, before it is. Raises: DataError where another one's answers are there."""
+        """Set the teacher before it is called. Raises: DataError if the folder has another teacher's answers."""
         now = replace(self._manifest, fingerprint=fingerprint, complete=False)
         if self._begun:
             check_same_teacher(self.path, self._manifest, now)
-        # The first one stays what others are compared with: what rounds a little differently must not drift away.
+        # The first fingerprint remains the reference: small rounding differences must not accumulate into a drift.
         self._manifest = replace(self._manifest, complete=False) if self._begun else now
         self._begun = True
         write_manifest(self.path, self._manifest)
 
     def note(self, kind: str, **fields: Any) -> None:
-        """Add a line to events.jsonl. `asked` with `answers`, written before they are asked for, is what `asked` counts."""
+        """Add a line to events.jsonl. `asked` with `answers`, written before they are requested, is what `asked` counts."""
         self._events.append_event(kind, **fields)
 
     def add(self, answers: Sequence[tuple[bytes, int | None, Rollout]]) -> None:
-        """Keep answers (key, seed, rollout): they are safe from a kill when this returns. One that is there stays as it is.
+        """Store answers (key, seed, rollout): they survive a kill once this returns. An existing answer stays unchanged.
 
-        Raises: DataError where a student wrote some of one.
+        Raises: DataError if a student wrote part of one.
         """
         check_unmixed(self.path, [rollout for _, _, rollout in answers])
         new: dict[bytes, tuple[int | None, Rollout]] = {}
@@ -183,8 +186,9 @@ class CaptureFolder:
                 new.setdefault(key, (seed, rollout))
         if not new:
             return
-        # What a student that happens to stand beside the teacher says is no part of the teacher's answer.
-        rows = [replace(rollout, student_logprobs=None, reverse_kl=None, forward_kl=None) for _, rollout in new.values()]
+        # Signals of a student that happens to run next to the teacher are not part of the teacher's answer.
+        of_student = {column.name: None for column in rollout_columns() if column.of_student}
+        rows = [with_columns(rollout, of_student) for _, rollout in new.values()]
         table = rollouts_to_table(rows)
         table = table.append_column(CAPTURE_SCHEMA.field("key"), pa.array(list(new), pa.binary(16)))
         table = table.append_column(CAPTURE_SCHEMA.field("seed"), pa.array([seed for seed, _ in new.values()], pa.uint64()))
@@ -194,7 +198,7 @@ class CaptureFolder:
             self.seal()
 
     def seal(self) -> None:
-        """Make a shard of what the journal holds."""
+        """Write the journal's rows as a shard."""
         if self._journal.num_rows:
             table = pa.Table.from_batches(self._journal.batches, CAPTURE_SCHEMA)
             write_shard(self.path, table.sort_by("sample_id"))
@@ -204,7 +208,7 @@ class CaptureFolder:
         self._journal.clear()
 
     def complete(self) -> Manifest:
-        """Say that all that was wanted is there. Returns: the manifest."""
+        """Mark the capture as complete. Returns: the manifest."""
         self._manifest = replace(self._manifest, complete=True)
         self.seal()
         return self._manifest
@@ -212,7 +216,7 @@ class CaptureFolder:
     # -------------------------------------------------------------------------------------------------------- opening
 
     def _before(self) -> Manifest | None:
-        """The manifest that is there, of these same answers."""
+        """The existing manifest, if it is of these same answers."""
         if not self.path.exists():
             return None
         if not (self.path / MANIFEST).is_file():
@@ -245,12 +249,12 @@ class CaptureFolder:
         return held
 
     def _recover(self) -> None:
-        """Keep of the journal what no shard has: a kill came between a shard's rename and the journal's end."""
+        """Keep the journal's rows that no shard has: a kill came between a shard's rename and clearing the journal."""
         if self._journal.torn_bytes:
             self.note("torn", bytes=self._journal.torn_bytes)
         batches = self._journal.batches
         fresh = [[key not in self._held for key in batch.column("key").to_pylist()] for batch in batches]
-        # Its file stays as it is until the next shard: a kill in between finds the same again.
+        # Its file stays unchanged until the next shard: after a kill in between, the next start finds the same state.
         self._journal.batches = [batch.filter(pa.array(new)) for batch, new in zip(batches, fresh, strict=True) if any(new)]
         for batch in self._journal.batches:
             self._held.update(batch.column("key").to_pylist())

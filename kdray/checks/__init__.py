@@ -1,1 +1,1 @@
-"""Checks of a run before it starts, and of a teacher's signal once it answers."""
+"""Checks of a run before it starts, and of a teacher's signal once its replicas are up."""

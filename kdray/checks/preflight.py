@@ -1,159 +1,127 @@
-"""Everything that can be found wrong before anything starts: data, tokenizers, models. No Ray, no engine, no training."""
+"""Checks of data, tokenizers and models that run before anything starts: no Ray, no engine, no training."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdray.capturing.format import check_model, read_manifest
-from kdray.capturing.teacher import CapturedTeacher
 from kdray.checks.capabilities import check_capabilities
-from kdray.config import (
-    CaptureTeacherSettings,
-    Config,
-    EngineSettings,
-    HFTeacherSettings,
-    ModelSource,
-    OpenAITeacherSettings,
-    PeerTeacherSettings,
-    SelfTeacherSettings,
-    TeacherSource,
-    ULDLoss,
-)
+from kdray.config import Config, EngineSettings
+from kdray.config.route import Route
 from kdray.data.dataset import Dataset, encode_answer, load_dataset
 from kdray.data.pretraining import load_windows
 from kdray.errors import ConfigError
 from kdray.models.inspect import depth, describe, load_tokenizer, origin, shape
 from kdray.models.resolve import model_config, resolve_model
-from kdray.models.vocab import check_vocab, tokenizer_hash
+from kdray.runs.context import Checked
+from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.teachers.programs import check_prompts
 from kdray.teachers.team import prompts_of
-from kdray.types import Prompt
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the checks found, ready for use."""
-
-    tokenizer: Any
-    """The student's tokenizer."""
-    dataset: Dataset
-    vocab_size: int
-    """Ids that every teacher and the student share."""
-    stop_ids: tuple[int, ...]
-    """End-of-sequence ids of the student."""
-    windows: list[Prompt] = field(default_factory=list)
-    """Windows of pretraining text, where the config mixes some in."""
-    lines: list[str] = field(default_factory=list)
-    """What a user should know, a line each."""
 
 
 def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
-    tokenizer = load_tokenizer(config.student.model, config.student.revision)
-    student_rows, student_positions = shape(config.student.model, config.student.revision)
-    if getattr(model_config(*origin(config.student.model, config.student.revision)), "quantization_config", None) is not None:
+    student = config.student
+    tokenizer = load_tokenizer(student.model, student.revision)
+    student_rows, student_positions = shape(student.model, student.revision)
+    _check_student(config)
+    check_capabilities(config)
+    _check_engines(config)
+    kinds = {name: kind_of(config, name) for name in config.teachers}
+    found = {name: kind.check(tokenizer, student_rows) for name, kind in kinds.items()}
+    vocab_size = min([student_rows, *(each.vocab_size for each in found.values() if each.vocab_size is not None)])
+    lines = [f"student: {describe(student.model)}, {student_rows} vocabulary rows"]
+    lines += [each.line for each in found.values() if each.line is not None]
+    if config.training.features is not None:
+        lines.append(_features(config))
+    positions = {f"teachers.{name}.model": each.positions for name, each in found.items()}
+    _check_lengths(config, {"student.model": student_positions, **positions})
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
+    dataset = load_dataset(config, tokenizer, prompts)
+    every = [*dataset.train, *dataset.heldout]
+    if config.rollout.program is not None:
+        check_prompts(config.rollout.program, every)
+        lines.append(f"program: {config.rollout.program.type}, of whose calls the final answer alone is trained on")
+    for name in config.teachers:
+        # Find a prompt that no teacher takes now, rather than when its turn comes.
+        if not prompts_of(config, name, every):
+            lines.append(f"teacher {name}: rollout.teachers sends it no prompt; it is started and never asked")
+    stop_ids = _stop_ids(config, tokenizer, vocab_size)
+    context = TeacherContext(config, tokenizer, dataset, vocab_size, stop_ids)
+    lines += [line for kind in kinds.values() if (line := kind.check_with_data(context)) is not None]
+    _check_references(config, dataset, tokenizer)
+    _check_grading(config, dataset)
+    _check_supervised(config, dataset, tokenizer, student_positions)
+    if unknown := _with_unknown_tokens(dataset, tokenizer):
+        lines.append(f"{unknown} prompts hold characters that the student's tokenizer reads as its unknown token")
+    text = config.training.pretraining
+    windows = [] if text is None else load_windows(text, tokenizer, config.run.seed)
+    if windows:
+        tokens = sum(len(window.token_ids) - 1 for window in windows)
+        lines.append(f"pretraining text: {len(windows)} windows, {tokens} target tokens")
+    dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
+    lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
+    if config.rollout.sampler == "student":
+        lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
+    return Checked(config, tokenizer, dataset, vocab_size, stop_ids, Route.of(config), windows, lines)
+
+
+def _check_student(config: Config) -> None:
+    student = config.student
+    if getattr(model_config(*origin(student.model, student.revision)), "quantization_config", None) is not None:
         raise ConfigError(
-            f"student.model={config.student.model}: its weights are quantised, and training moves plain numbers; name the "
+            f"student.model={student.model}: its weights are quantised, and training moves plain numbers; name the "
             "folder before quantisation (kdray eval --student measures a quantised one)"
         )
-    vocab_size = student_rows
-    lines = [f"student: {describe(config.student.model)}, {student_rows} vocabulary rows"]
-    positions = {"student.model": student_positions}
-    check_capabilities(config)
-    for setting, engine in {"rollout.pool": config.rollout.pool, **_engines(config)}.items():
+
+
+def _check_engines(config: Config) -> None:
+    engines: dict[str, EngineSettings] = {f"teachers.{name}": each for name, each in config.served_teachers.items()}
+    for setting, engine in {"rollout.pool": config.rollout.pool, **engines}.items():
         if engine.engine_args.get("pipeline_parallel_size", 1) > 1:
             raise ConfigError(
                 f"{setting}.engine_args.pipeline_parallel_size above 1: an engine here has all layers on one stage; remove it, "
                 f"and raise {setting}.tensor_parallel_size instead"
             )
-    captures = {}
-    for name, teacher in config.teachers.items():
-        if isinstance(teacher, OpenAITeacherSettings):
-            if teacher.api_key_env is not None and not os.environ.get(teacher.api_key_env, "").strip():
-                raise ConfigError(
-                    f"teachers.{name}.api_key_env={teacher.api_key_env}: the variable is not set; export it, or set "
-                    "api_key_env=null for an endpoint without keys"
-                )
-            lines.append(f"teacher {name}: {teacher.model} at {teacher.base_url}")
-            continue
-        if isinstance(teacher, CaptureTeacherSettings):
-            captures[name] = teacher.path
-            manifest = read_manifest(teacher.path)
-            if teacher.model is not None:
-                check_model(f"teachers.{name}.model", manifest, teacher.model, teacher.revision)
-            if manifest is not None:
-                vocab_size = min(vocab_size, manifest.vocab_size)
-            continue
-        model, revision = (teacher.model, teacher.revision) if isinstance(teacher, HFTeacherSettings) else config.source(name)
-        rows, teacher_positions = shape(model, revision)
-        if isinstance(config.loss, ULDLoss):
-            own = load_tokenizer(model, revision)
-            if own.eos_token_id is None or not own.is_fast:
-                raise ConfigError(
-                    f"teachers.{name}.model: loss.type=uld needs a fast tokenizer with an end-of-sequence token; "
-                    f"{'it is slow' if not own.is_fast else 'set its eos_token'}"
-                )
-            lines.append(f"teacher {name}: {describe(model)}, {rows} vocabulary rows of its own")
-            continue
-        positions[f"teachers.{name}.model"] = teacher_positions
-        shared = check_vocab(load_tokenizer(model, revision), tokenizer, rows, student_rows)
-        vocab_size = min(vocab_size, shared)
-        padded = f"; {max(rows, student_rows) - shared} padded rows are cut" if rows != student_rows else ""
-        lines.append(f"teacher {name}: {_describe_teacher(teacher, model)}, {rows} vocabulary rows{padded}")
-    if config.training.features is not None:
-        lines.append(_features(config))
+
+
+def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:
+    """Check that every sequence fits every model that reads it. Args: positions: limits by setting; None is unlimited."""
     needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    text = config.training.pretraining
+    text, program = config.training.pretraining, config.rollout.program
     for setting, longest in positions.items():
-        if longest is not None and needed > longest:
+        if longest is None:
+            continue
+        if needed > longest:
             raise ConfigError(
                 f"{setting} holds {longest} positions, but data.max_prompt_tokens={config.data.max_prompt_tokens} plus "
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens} need {needed}; lower one of them"
             )
-        program = config.rollout.program
-        if longest is not None and program is not None and program.max_stage_tokens > longest:
+        if program is not None and program.max_stage_tokens > longest:
             raise ConfigError(
                 f"{setting} holds {longest} positions, but rollout.program.max_stage_tokens={program.max_stage_tokens}; "
                 "lower it"
             )
         reads_text = text is not None and (setting == "student.model" or text.teacher_share > 0)
-        if longest is not None and reads_text and text is not None and text.window_tokens > longest:
+        if reads_text and text is not None and text.window_tokens > longest:
             raise ConfigError(
                 f"{setting} holds {longest} positions, but training.pretraining.window_tokens={text.window_tokens}; lower it"
             )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
-    dataset = load_dataset(config, tokenizer, prompts)
-    if config.rollout.program is not None:
-        check_prompts(config.rollout.program, [*dataset.train, *dataset.heldout])
-        lines.append(f"program: {config.rollout.program.type}, of whose calls the final answer alone is trained on")
-    for name in config.teachers:
-        # A prompt that no teacher takes is found here, not when its turn comes.
-        if not prompts_of(config, name, [*dataset.train, *dataset.heldout]):
-            lines.append(f"teacher {name}: rollout.teachers sends it no prompt; it is started and never asked")
-    for name, path in captures.items():
-        asked = prompts_of(config, name, dataset.train)
-        captured = CapturedTeacher(name, path, asked, vocab_size, tokenizer_hash(tokenizer))
-        if captured.longest_answer > config.rollout.max_new_tokens:
-            raise ConfigError(
-                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest answer of teachers.{name} has "
-                f"{captured.longest_answer} tokens; raise it to that"
-            )
-        lines.append(f"teacher {name}: recorded answers in {path}, with {', '.join(sorted(captured.signals))}")
-    _check_references(config, dataset, tokenizer)
-    if config.training.sft.steps and not any(prompt.answer for prompt in dataset.train):
+
+
+def _check_supervised(config: Config, dataset: Dataset, tokenizer: Any, student_positions: int | None) -> None:
+    """Check that phases on reference answers have some, and that the student's context fits them."""
+    answered = [prompt for prompt in dataset.train if prompt.answer]
+    if config.training.sft.steps and not answered:
         raise ConfigError(
             f"training.sft.steps={config.training.sft.steps}, but the prompts have no reference answers; "
             "set data.prompts.answer_column, or training.sft.steps=0"
         )
-    if config.evaluation.control and not any(prompt.answer for prompt in dataset.train):
+    if config.evaluation.control and not answered:
         raise ConfigError("evaluation.control=true, but the prompts have no reference answers to train the control on")
     if (config.training.sft.steps or config.evaluation.control) and student_positions is not None:
-        answered = [prompt for prompt in dataset.train if prompt.answer]
         lengths = [len(prompt.token_ids) + len(encode_answer(tokenizer, prompt)) for prompt in answered]
         if max(lengths) > student_positions:
             raise ConfigError(
@@ -161,27 +129,13 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
                 f"with their answers are longer (the longest has {max(lengths)} tokens); leave them out of the data, or set "
                 "training.sft.steps=0 and evaluation.control=false"
             )
-    dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
-    if unknown := _with_unknown_tokens(dataset, tokenizer):
-        lines.append(f"{unknown} prompts hold characters that the student's tokenizer reads as its unknown token")
-    windows = [] if text is None else load_windows(text, tokenizer, config.run.seed)
-    if windows:
-        tokens = sum(len(window.token_ids) - 1 for window in windows)
-        lines.append(f"pretraining text: {len(windows)} windows, {tokens} target tokens")
-    lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
-    if config.rollout.sampler == "student":
-        lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
-    return Checked(tokenizer, dataset, vocab_size, _stop_ids(config, tokenizer, vocab_size), windows, lines)
 
 
 def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
-    """Raises: ConfigError where a setting needs reference answers that the prompts have not, or that are too long."""
+    """Raises: ConfigError if a setting needs reference answers that the prompts lack, or that are too long."""
     schedule = config.training.schedules.get("rollout.data_share")
-    filters = config.rollout.filters
-    correct = filters is not None and filters.correct
     wanted = {
         f"rollout.data_share={config.rollout.data_share:g}": config.rollout.data_share > 0.0 or schedule is not None,
-        "rollout.filters.correct=true": correct,
         f"training.finetune.steps={config.training.finetune.steps}": config.training.finetune.steps > 0,
         **{
             f"teachers.{name}.prompt_template": "{answer}" in (teacher.prompt_template or "")
@@ -190,7 +144,7 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
     }
     lacking = sum(prompt.answer is None for prompt in dataset.train)
     for setting, asks in wanted.items():
-        # Fine-tuning takes the prompts that have one, as the first supervised phase does.
+        # Fine-tuning uses only the prompts that have an answer, as the first supervised phase does.
         if asks and (lacking == len(dataset.train) if setting.startswith("training") else lacking):
             raise ConfigError(
                 f"{setting}, but {lacking} of {len(dataset.train)} prompts have no reference answer; set "
@@ -203,16 +157,35 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest reference answer has {longest} "
                 "tokens; raise it to that"
             )
-    if correct and dataset.grade is None:
-        raise ConfigError("rollout.filters.correct=true: only generated tasks can be graded; use `pattern` or `agreement`")
 
 
-def _engines(config: Config) -> dict[str, EngineSettings]:
-    return {f"teachers.{name}": teacher for name, teacher in config.served_teachers.items()}
+def _check_grading(config: Config, dataset: Dataset) -> None:
+    """Raises: ConfigError or DataError if responses are to be graded but the prompts do not allow it."""
+    filters, grade = config.rollout.filters, dataset.grade
+    asking = [rule.setting for rule in ([] if filters is None else filters.in_order()) if rule.needs_grader]
+    if grade is None:
+        if asking:
+            raise ConfigError(f"{asking[0]}: nothing grades the responses; set data.grader, or use `pattern` or `agreement`")
+        return
+    measured = dataset.heldout[: config.evaluation.prompts]
+    if not any(map(grade.can_grade, measured)):
+        raise ConfigError(
+            f"{grade.name}, but none of the {len(measured)} held-out prompts has a reference answer; set "
+            "data.prompts.answer_column, or remove data.grader"
+        )
+    grade.check(measured)
+    if asking:
+        lacking = sum(not grade.can_grade(prompt) for prompt in dataset.train)
+        if lacking:
+            raise ConfigError(
+                f"{asking[0]}, but {lacking} of {len(dataset.train)} prompts have no reference answer; set "
+                "data.prompts.answer_column, or leave them out"
+            )
+        grade.check(dataset.train)
 
 
 def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """The tokenizer's end-of-sequence id, and those that the student's generation config adds (chat models have several)."""
+    """End-of-sequence id of the tokenizer, plus those of the student's generation config (chat models have several)."""
     ids = [int(tokenizer.eos_token_id)]
     source, revision = origin(config.student.model, config.student.revision)
     if isinstance(source, str):
@@ -221,7 +194,7 @@ def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...
         try:
             declared = GenerationConfig.from_pretrained(resolve_model(source, Path()), revision=revision).eos_token_id
         except OSError as error:
-            # A model need not have a generation config; one that is there says where a response ends.
+            # A model need not have a generation config; if it does, that config lists the stop ids.
             if (Path(source) / "generation_config.json").exists():
                 raise ConfigError(
                     f"student.model={source}: generation_config.json cannot be read: {error}; restore it"
@@ -237,18 +210,12 @@ def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...
     return tuple(dict.fromkeys(ids))
 
 
-def _describe_teacher(teacher: TeacherSource, model: ModelSource) -> str:
-    if isinstance(teacher, SelfTeacherSettings):
-        return "the student itself" + (f", renewed every {teacher.every} steps" if teacher.every else " as distillation begins")
-    return describe(model) + (", a student too" if isinstance(teacher, PeerTeacherSettings) else "")
-
-
 def _features(config: Config) -> str:
-    """The pairs of layers that are compared, as a line. Raises: ConfigError for a layer that is not there."""
+    """Describe the pairs of layers that are compared, in one line. Raises: ConfigError for a layer that does not exist."""
     assert config.training.features is not None
     assert config.white_box_teacher is not None
-    name, teacher = config.white_box_teacher
-    layers = depth(config.student.model, config.student.revision), depth(teacher.model, teacher.revision)
+    name, _ = config.white_box_teacher
+    layers = depth(config.student.model, config.student.revision), depth(*config.source(name))
     named = {term.setting.rpartition(".")[2]: term.pairs(*layers) for term in config.training.features.terms}
     pairs = "; ".join(f"{term} {', '.join(f'{s}-{t}' for s, t in each)}" for term, each in named.items())
     return f"features of teacher {name}, which every student rank holds too (student layer - teacher layer): {pairs}"

@@ -1,7 +1,7 @@
-"""Whether a teacher's answers carry a signal, and whether the run's loss reads it: asked before the first step.
+"""Checks that a teacher's answers carry a signal and that the run's loss reads it, made before the first step.
 
-A loss that is zero, or a teacher whose rows say nothing, looks like training for hours. What is checked here went through the
-real path: sampled and scored by the replicas, sent as Arrow, batched, and given to the loss of the run.
+A loss that is always zero, or a teacher whose rows are uninformative, looks like training for hours. The checked rollouts went
+through the real path: sampled and scored by the replicas, sent as Arrow, batched, and given to the run's loss.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kdray.config import ForwardKLSampledLoss, HintonLoss, LMOpsLoss, LossSettings, MiniLLMLoss, SequenceLoss, TVDLoss, ULDLoss
+from kdray.config.losses import LossSettings
 from kdray.errors import SignalError
 from kdray.losses import LossBatch, loss_function
 from kdray.losses.batch import log_rows
 from kdray.losses.support import buckets
 from kdray.rollouts.batching import rollouts_to_batch
+from kdray.rollouts.columns import scored_columns, values_of
 from kdray.types import Rollout
 
 _MASS_TOLERANCE = 2e-3
-"""Support and tail of float32 rows sum to 1 within rounding; half-precision rows too, since they are normalised in float32."""
+"""Support and tail of float32 rows sum to 1 up to rounding; so do half-precision rows, which are normalised in float32."""
 _UNIFORM_TOLERANCE = 1e-3
-"""A row whose most likely id is this near to 1 / vocabulary, in nats, prefers nothing."""
+"""A row whose most likely id is within this distance of 1 / vocabulary, in nats, counts as uniform."""
 _CONSTANT_TOLERANCE = 1e-4
-"""Rows after different prefixes that differ by less, in nats, do not depend on the prefix."""
+"""Rows after different prefixes that differ by less than this, in nats, count as independent of the prefix."""
 _ZERO = 1e-3
-"""Largest loss and gradient of a student that equals the teacher, a token; rounding alone gives some 1e-6."""
+"""Largest loss and gradient per token of a student that equals the teacher; rounding alone gives about 1e-6."""
 
 
 def check_rows(rollouts: Sequence[Rollout], vocab_size: int) -> dict[str, float]:
-    """Look at what a teacher recorded for the rollouts. Raises: SignalError naming the teacher and what is wrong.
+    """Check what a teacher recorded for the rollouts. Raises: SignalError naming the teacher and the fault.
 
     Returns: `tokens`, and `top_prob`, the mean probability of the teacher's most likely id.
     """
@@ -59,7 +60,7 @@ def check_rows(rollouts: Sequence[Rollout], vocab_size: int) -> dict[str, float]
             f"{float(np.exp(top.mean())):.3g}): it was never trained, or its output head was not loaded; "
             f"look at teachers.{teacher}.model"
         )
-    # The slots that are used everywhere hold the teacher's own top ids; those of the student follow.
+    # Slots used at every position hold the teacher's own top ids; the student's follow.
     width = int((ids >= 0).all(0).cumprod().sum())
     same_logprobs = (np.abs(support[:, :width] - support[0, :width]) < _CONSTANT_TOLERANCE).all()
     if len(ids) > 1 and same_logprobs and (ids[:, :width] == ids[0, :width]).all():
@@ -71,7 +72,7 @@ def check_rows(rollouts: Sequence[Rollout], vocab_size: int) -> dict[str, float]
 
 
 def check_prefill(sampled: Sequence[Rollout], scored: Sequence[Rollout], tolerance: float) -> float:
-    """Largest mean distance, over rollouts, of log p by decoding from log p by prefill, nats. Raises: SignalError above it."""
+    """Largest mean distance between decoded and prefilled log p of a rollout, nats. Raises: SignalError above `tolerance`."""
     by_id = {rollout.sample_id: rollout for rollout in scored}
     gaps = []
     for rollout in sampled:
@@ -89,32 +90,28 @@ def check_prefill(sampled: Sequence[Rollout], scored: Sequence[Rollout], toleran
 
 
 def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float, vocab_size: int) -> dict[str, float]:
-    """Give the run's loss two students made from the teacher's own rows: the teacher itself, and one mixed with chance.
+    """Evaluate the run's loss on two students built from the teacher's rows: the teacher itself, and a mixture with uniform.
 
-    The first must have no loss and no gradient, the second a divergence and a gradient: in the terms that vanish there, that
-    is, without hard labels and whitening. `sequence` reads the text alone and `uld` another vocabulary, so there is nothing to
-    ask: they get an empty answer, whatever columns the rollouts have.
-    Returns: `loss_equal`, `divergence_perturbed`, `gradient_perturbed`, a token. Raises: SignalError where they are not so.
+    The first must have zero loss and zero gradient, the second a positive divergence and gradient. Only terms that vanish at
+    the teacher count, so hard labels and whitening are left out. A loss without such terms returns an empty result, whatever
+    columns the rollouts have.
+    Returns: `loss_equal`, `divergence_perturbed`, `gradient_perturbed`, per token. Raises: SignalError if one is not as
+    expected.
     """
-    if isinstance(settings, SequenceLoss | ULDLoss):
+    soft = settings.soft_part()
+    if soft is None:
         return {}
-    if isinstance(settings, HintonLoss):
-        # The hard term is a cross entropy: no student makes it zero.
-        settings = settings.model_copy(update={"soft_share": 1.0})
-    if isinstance(settings, MiniLLMLoss | LMOpsLoss):
-        # Returns that are all zero would be divided by their own rounding.
-        settings = settings.model_copy(update={"whitening": False})
     batch = rollouts_to_batch(rollouts, step=1)
     tokens = batch.num_target_tokens
     equal = _rows_of(LossBatch.from_train_batch(batch, vocab_size))
-    # Half its mass spread over all ids: far from any teacher that is not uniform, however sure of itself.
+    # Half of the mass spread over all ids: far from any teacher that is not uniform, however confident it is.
     perturbed = torch.logaddexp(equal, torch.full((), -math.log(vocab_size))) - math.log(2.0)
     found = []
     for logits in (equal, perturbed):
         given = replace(batch, columns=batch.columns | _sampled_by(logits, batch.columns, batch.token_ids, alpha))
         tensors = LossBatch.from_train_batch(given, vocab_size)
         student = logits.clone().requires_grad_()
-        output = loss_function(settings)(student, tensors, settings)
+        output = loss_function(soft)(student, tensors, soft)
         output.total.backward()
         assert student.grad is not None
         divergence = float(buckets(tensors.masked_rows(logits), tensors).reverse_kl()) / tokens
@@ -122,8 +119,7 @@ def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float
         found.append((float(output.total.detach()) / tokens, gradient, divergence))
     (loss, gradient, divergence), (_, noisy_gradient, noisy_divergence) = found
     kind = settings.type
-    # The one has a kink where both are equal, the gradient of the other vanishes in the mean over samples alone.
-    expected_gradient = 0.0 if isinstance(settings, TVDLoss | ForwardKLSampledLoss) else gradient
+    expected_gradient = gradient if soft.zero_gradient_at_teacher else 0.0
     if not max(abs(loss), expected_gradient, abs(divergence)) < _ZERO:
         raise SignalError(
             f"loss.type={kind}: a student equal to teacher {rollouts[0].teacher} has loss {loss:.3g} and gradient "
@@ -138,7 +134,7 @@ def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float
 
 
 def _rows_of(batch: LossBatch) -> torch.Tensor:
-    """Logits [B, S, vocab] of a student that has the teacher's recorded probabilities; the rest of the tail spread evenly."""
+    """Logits [B, S, vocab] of a student with the teacher's recorded probabilities; the rest of the tail is spread evenly."""
     assert batch.support_ids is not None
     assert batch.support_logprobs is not None
     assert batch.tail_logprobs is not None
@@ -156,14 +152,14 @@ def _rows_of(batch: LossBatch) -> torch.Tensor:
     rows.scatter_(-1, at_token, batch.teacher_logprobs.double().unsqueeze(-1))
     padded = torch.cat([rows, rows[..., :1]], dim=-1)
     padded.scatter_(-1, batch.support_ids.where(used, batch.vocab_size), batch.support_logprobs.double())
-    # Positions without a token hold fill values, which no loss reads; finite keeps them harmless.
+    # Positions without a token hold fill values, which no loss reads; making them finite keeps them harmless.
     return padded[..., :-1].nan_to_num(nan=0.0, posinf=0.0, neginf=-80.0).float()
 
 
 def _sampled_by(
     logits: torch.Tensor, columns: dict[str, np.ndarray], token_ids: np.ndarray, alpha: float
 ) -> dict[str, np.ndarray]:
-    """Columns as if the student with these logits had been the sampler's."""
+    """Return the columns as if the student with these logits had sampled the tokens."""
     at = torch.from_numpy(token_ids).long().unsqueeze(-1)
     student = log_rows(logits).gather(-1, at).squeeze(-1).numpy()
     share = np.log([max(alpha, 1e-300), max(1.0 - alpha, 1e-300)])
@@ -172,10 +168,10 @@ def _sampled_by(
 
 
 def _stacked(rollouts: Sequence[Rollout], name: str) -> np.ndarray:
-    """A recorded column of all rollouts, token after token; supports of unequal width are filled up."""
-    values = [getattr(rollout, name) for rollout in rollouts]
-    if values[0].ndim == 1:
+    """Stack a recorded column over all rollouts, token after token; supports of unequal width are padded."""
+    (column,) = (column for column in scored_columns() if column.name == name)
+    values = [value for value in values_of(rollouts, name) if value is not None]
+    if column.width == "token":
         return np.concatenate(values)
-    width = max(value.shape[1] for value in values)
-    fill = -1 if values[0].dtype == np.int32 else -np.inf
+    width, fill = max(value.shape[1] for value in values), column.fill
     return np.concatenate([np.pad(value, ((0, 0), (0, width - value.shape[1])), constant_values=fill) for value in values])

@@ -1,4 +1,4 @@
-"""Settings of a run: one file a section, put together by `run_config`. Defaults are the vetted values."""
+"""Settings of a run: one file per section, assembled by `run_config`. Defaults are the vetted values."""
 
 from kdray.config.backends import DeepSpeedSettings, StudentBackendSettings, TorchSettings
 from kdray.config.base import Settings
@@ -12,16 +12,15 @@ from kdray.config.data import (
     ParquetPrompts,
     ParquetText,
     PromptSource,
-    TaskName,
     TaskPrompts,
     TaskText,
     TextSource,
 )
 from kdray.config.features import AttentionTerm, FeatureSettings, HiddenTerm, RelationTerm
+from kdray.config.filters import FilterSettings
 from kdray.config.job import JobSettings
 from kdray.config.load import load_config, parse_config
 from kdray.config.losses import (
-    DIVERGENCE_LOSSES,
     AdaptiveKLLoss,
     ForwardKLLoss,
     ForwardKLSampledLoss,
@@ -29,6 +28,7 @@ from kdray.config.losses import (
     JSDLoss,
     LMOpsLoss,
     LossSettings,
+    LossSource,
     MiniLLMLoss,
     MSELogitLoss,
     PerDecisionLoss,
@@ -52,26 +52,26 @@ from kdray.config.programs import (
     System2AttentionProgram,
     UniversalSettings,
 )
-from kdray.config.rollout import EnsembleSettings, FilterSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
+from kdray.config.rollout import EnsembleSettings, RolloutSettings, RouteRule, RouteSettings, TeachersSettings
 from kdray.config.run_config import Config
 from kdray.config.sections import ClusterSettings, EvaluationSettings, RunSettings
+from kdray.config.tasks import TaskName
 from kdray.config.teachers import (
     AutoscalingSettings,
     CaptureTeacherSettings,
     EngineSettings,
     HFTeacherSettings,
     OpenAITeacherSettings,
-    OtherTeacherSettings,
     PeerTeacherSettings,
     SelfTeacherSettings,
-    ServedTeacher,
+    ServedTeacherSettings,
     TeacherSettings,
     TeacherSource,
+    VLLMTeacherSettings,
 )
 from kdray.config.training import PretrainingSettings, SFTSettings, TrainingSettings
 
 __all__ = [
-    "DIVERGENCE_LOSSES",
     "AdaptiveKLLoss",
     "AttentionTerm",
     "AutoscalingSettings",
@@ -103,11 +103,11 @@ __all__ = [
     "JsonlText",
     "LMOpsLoss",
     "LossSettings",
+    "LossSource",
     "MSELogitLoss",
     "MiniLLMLoss",
     "ModelSource",
     "OpenAITeacherSettings",
-    "OtherTeacherSettings",
     "ParquetPrompts",
     "ParquetText",
     "PeerTeacherSettings",
@@ -127,7 +127,7 @@ __all__ = [
     "SFTSettings",
     "SelfTeacherSettings",
     "SequenceLoss",
-    "ServedTeacher",
+    "ServedTeacherSettings",
     "Settings",
     "SkewForwardKLLoss",
     "SkewReverseKLLoss",
@@ -149,6 +149,7 @@ __all__ = [
     "TrainingSettings",
     "ULDLoss",
     "UniversalSettings",
+    "VLLMTeacherSettings",
     "VOPDLoss",
     "load_config",
     "parse_config",

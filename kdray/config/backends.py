@@ -24,7 +24,9 @@ class ParameterBytes(NamedTuple):
     optimizer: float
 
 
-STUDENT_BACKENDS = SettingsRegistry("kdray.student_backends", "student backend", default="deepspeed")
+STUDENT_BACKENDS: SettingsRegistry[StudentBackendSettings] = SettingsRegistry(
+    "kdray.student_backends", "student backend", default="deepspeed"
+)
 
 
 @STUDENT_BACKENDS.root

@@ -1,7 +1,8 @@
-"""What every section is made of: strict models, and numbers with bounds."""
+"""Building blocks of every section: strict models, and bounded number types."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -22,20 +23,20 @@ class Settings(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        # A value that is refused may be a secret in the wrong place; messages name values themselves where they may.
+        # A rejected value may be a secret in the wrong place; messages quote values themselves where that is safe.
         hide_input_in_errors=True,
     )
 
 
 def with_default_type(tree: Any, key: str, default: str) -> Any:
-    """`tree` with the member of the union at `key` named, where only its other keys are given."""
+    """Return `tree` with the default `type` added to the union at `key` if only its other keys are given."""
     if isinstance(tree, dict) and isinstance(tree.get(key), dict):
         return {**tree, key: {"type": default} | tree[key]}
     return tree
 
 
 def check_weights(setting: str, weights: Mapping[str, float] | None, names: Sequence[str]) -> None:
-    """Raises: ValueError where weights name what is not among `names`, or leave nothing."""
+    """Raises: ValueError if weights name anything outside `names`, or are all zero."""
     if weights is None:
         return
     unknown = sorted(set(weights) - set(names))
@@ -43,3 +44,12 @@ def check_weights(setting: str, weights: Mapping[str, float] | None, names: Sequ
         raise ValueError(f"{setting} names {', '.join(unknown)}, but there are {', '.join(names)}")
     if not any(weights.values()):
         raise ValueError(f"{setting}: all are 0; give one of them a share")
+
+
+def regular_expression(setting: str, value: str) -> re.Pattern[str]:
+    """Compile the pattern. Raises: ValueError naming the setting and the fault."""
+    try:
+        return re.compile(value)
+    # A repetition count can be too large, and groups can be nested too deeply.
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{setting}={value!r:.200}: not a regular expression: {error}") from error

@@ -1,46 +1,46 @@
-"""Prompts, held-out prompts, plain text: where they come from and what may be too long."""
+"""Sources of prompts, held-out prompts and plain text, and what to do with prompts that are too long."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kdray.config.base import NonNegativeFloat, Positive, Settings, check_weights, with_default_type
-
-TaskName = Literal[
-    "last_letters", "coin_flip", "arithmetic", "backed_letters", "misled_letters", "judged_letters", "hinted_letters"
-]
-StageName = Literal[
-    "letters_rephrase",
-    "letters_join",
-    "letters_steps",
-    "coin_rephrase",
-    "coin_turns",
-    "sum_steps",
-    "rewrite_misled",
-    "rewrite_backed",
-    "judge_branch",
-    "judge_solve",
-    "judge_merge",
-]
-"""Calls of System-2 programs, as lessons for tiny models: `kdray.data.tasks.stages`."""
+from kdray.config.graders import GraderSource
+from kdray.config.tasks import TaskName
 
 
-class TaskPrompts(Settings):
+class PromptSettings(Settings):
+    """A source of prompts."""
+
+    type: str
+    """Name of the source; a subclass narrows it to `Literal` of its own."""
+    from_caller: ClassVar[bool] = False
+    """The prompts are passed by the caller of `run`, and stand in no file."""
+    local: ClassVar[bool] = True
+    """The prompts are generated, or lie on this machine: they can be read again without a network."""
+
+    @property
+    def graded_tasks(self) -> list[str]:
+        """Generated tasks that the prompts come from; each grades its own prompts."""
+        return []
+
+
+class TaskPrompts(PromptSettings):
     """Generated questions with an exact grader; no file, no network."""
 
     type: Literal["task"] = "task"
     tasks: list[TaskName] = Field(default=["last_letters"], min_length=1)
     """Tasks to draw from, in equal shares unless `weights` says otherwise."""
     weights: dict[str, NonNegativeFloat] | None = None
-    """Share of each task in training prompts, in proportion; None is equal ones. Held-out prompts have equal shares."""
+    """Relative share of each task in training prompts; None makes them equal. Held-out prompts always have equal shares."""
     transfer_tasks: list[TaskName] = Field(default=[])
-    """Tasks that are held out alone, never trained on: they share the held-out prompts with `tasks`, and the report tells them
-    apart by domain."""
+    """Tasks that are only held out, never trained on. They share the held-out prompts with `tasks`; the report separates them
+    by domain."""
     size: Positive = 4096
-    """Number of training prompts, all different where the task has that many."""
+    """Number of training prompts, all different if the task has that many."""
     difficulty: Positive = 2
     """Words to concatenate, people around the coin, or digits of each number."""
 
@@ -52,64 +52,73 @@ class TaskPrompts(Settings):
             raise ValueError(f"data.prompts.transfer_tasks: {', '.join(both)} would be trained on; name it once")
         return self
 
+    @property
+    def graded_tasks(self) -> list[str]:
+        return list(dict.fromkeys([*self.tasks, *self.transfer_tasks]))
 
-class JsonlPrompts(Settings):
-    """A file with one JSON object a line."""
+
+class JsonlPrompts(PromptSettings):
+    """A file with one JSON object per line."""
 
     type: Literal["jsonl"]
     path: Path
-    """The file; a relative path counts from the folder the command was started in."""
+    """The file; relative paths are resolved from the directory in which the command was started."""
     prompt_column: str | None = None
-    """Key that holds the prompt: a text, or a list of chat messages. Default: `prompt`, `question`, `instruction` or
-    `messages`, whichever the first line has."""
+    """Key of the prompt: a text, or a list of chat messages. Default: `prompt`, `question`, `instruction` or `messages`,
+    whichever the first line has."""
     answer_column: str | None = None
-    """Key that holds the reference answer. Default: `answer`, `completion`, `response` or `output`, where present."""
+    """Key of the reference answer. Default: `answer`, `completion`, `response` or `output`, if present."""
     domain_column: str | None = None
-    """Key that says what a prompt is about, for `rollout.teachers` and for metrics by domain."""
+    """Key of the prompt's domain, used by `rollout.teachers` and for metrics by domain."""
     heldout_path: Path | None = None
-    """A file of held-out prompts; without it the last `data.heldout_size` prompts are held out."""
+    """A file of held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
 
 
-class ParquetPrompts(Settings):
+class ParquetPrompts(PromptSettings):
     """A Parquet file, or a folder of them."""
 
     type: Literal["parquet"]
     path: Path
     """The file or folder."""
     prompt_column: str | None = None
-    """Column that holds the prompt; defaults as for JSONL."""
+    """Column of the prompt; defaults as for JSONL."""
     answer_column: str | None = None
-    """Column that holds the reference answer; defaults as for JSONL."""
+    """Column of the reference answer; defaults as for JSONL."""
     domain_column: str | None = None
-    """Column that says what a prompt is about; as for JSONL."""
+    """Column of the prompt's domain; as for JSONL."""
     heldout_path: Path | None = None
-    """A file or folder of held-out prompts; without it the last `data.heldout_size` prompts are held out."""
+    """A file or folder of held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
 
 
-class HubPrompts(Settings):
+class HubPrompts(PromptSettings):
     """A dataset on the Hugging Face hub (or in its local cache), loaded by the `datasets` library."""
+
+    local = False
 
     type: Literal["hub"]
     name: str
     """Dataset id, such as `openai/gsm8k`."""
     subset: str | None = None
-    """Configuration of the dataset, where it has several."""
+    """Configuration of the dataset, if it has several."""
     split: str = "train"
     """Split to train on."""
     heldout_split: str | None = None
-    """Split of the held-out prompts; without it the last `data.heldout_size` prompts are held out."""
+    """Split of the held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
     revision: str | None = None
-    """Commit or tag, so that a run can be repeated."""
+    """Commit or tag, for reproducibility."""
     prompt_column: str | None = None
-    """Column that holds the prompt; defaults as for JSONL."""
+    """Column of the prompt; defaults as for JSONL."""
     answer_column: str | None = None
-    """Column that holds the reference answer; defaults as for JSONL."""
+    """Column of the reference answer; defaults as for JSONL."""
     domain_column: str | None = None
-    """Column that says what a prompt is about; as for JSONL."""
+    """Column of the prompt's domain; as for JSONL."""
 
 
-class IterablePrompts(Settings):
-    """Prompts handed over by the caller of `cluster.launch.run(config, prompts=...)`; not usable from a file alone."""
+class IterablePrompts(PromptSettings):
+    """Prompts passed by the caller of `cluster.launch.run(config, prompts=...)`; not usable from a file alone."""
+
+    from_caller = True
+    local = False
 
     type: Literal["iterable"]
 
@@ -120,7 +129,7 @@ PromptSource = Annotated[
 
 
 class TaskText(Settings):
-    """Solved examples of the generated tasks, one a document; no file, no network."""
+    """Solved examples of the generated tasks, one per document; no file, no network."""
 
     type: Literal["task"] = "task"
     tasks: list[TaskName] = Field(default=["arithmetic"], min_length=1)
@@ -132,39 +141,39 @@ class TaskText(Settings):
 
 
 class JsonlText(Settings):
-    """A file with one JSON object a line, each holding one document."""
+    """A file with one JSON object per line, each holding one document."""
 
     type: Literal["jsonl"]
     path: Path
-    """The file; a relative path counts from the folder the command was started in."""
+    """The file; relative paths are resolved from the directory in which the command was started."""
     column: str = "text"
-    """Key that holds the document."""
+    """Key of the document."""
 
 
 class ParquetText(Settings):
-    """A Parquet file, or a folder of them, one document a row."""
+    """A Parquet file, or a folder of them, one document per row."""
 
     type: Literal["parquet"]
     path: Path
     """The file or folder."""
     column: str = "text"
-    """Column that holds the document."""
+    """Column of the document."""
 
 
 class HubText(Settings):
-    """A dataset on the Hugging Face hub (or in its local cache), one document a row."""
+    """A dataset on the Hugging Face hub (or in its local cache), one document per row."""
 
     type: Literal["hub"]
     name: str
     """Dataset id."""
     subset: str | None = None
-    """Configuration of the dataset, where it has several."""
+    """Configuration of the dataset, if it has several."""
     split: str = "train"
     """Split to read."""
     revision: str | None = None
-    """Commit or tag, so that a run can be repeated."""
+    """Commit or tag, for reproducibility."""
     column: str = "text"
-    """Column that holds the document."""
+    """Column of the document."""
 
 
 TextSource = Annotated[TaskText | JsonlText | ParquetText | HubText, Field(discriminator="type")]
@@ -172,20 +181,25 @@ TextSource = Annotated[TaskText | JsonlText | ParquetText | HubText, Field(discr
 
 class DataSettings(Settings):
     prompts: PromptSource = TaskPrompts()
-    """Where prompts come from; the keys depend on `type`: task, jsonl, parquet, hub, iterable."""
+    """Source of prompts; the keys depend on `type`: task, jsonl, parquet, hub, iterable."""
+    grader: GraderSource = None
+    """Comparison of a response with the reference answer: exact, last_number, regex, multiple_choice, or a grader of another
+    distribution; the keys depend on `type`, and a bare name suffices for a grader without any. `exact_match` is then measured,
+    and `rollout.filters.correct` and `agreement` use the grader. None: generated tasks grade themselves, other prompts are not
+    graded."""
     prefix: str = ""
-    """Text before every prompt, training and held-out, such as `[label] ` where a student is to tell tasks apart. Of chat
-    messages the last one begins with it."""
+    """Text put before every prompt, training and held-out, such as `[label] ` to let a student tell tasks apart. In chat
+    messages it is put before the last one."""
     heldout_size: Positive = 256
-    """Prompts kept out of training, on which before and after are measured."""
+    """Number of prompts kept out of training, on which the student is measured before and after."""
     max_prompt_tokens: Positive = 256
-    """Longest prompt, in tokens."""
+    """Maximum prompt length, tokens."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What happens to a longer prompt: `refuse` stops at start with the count, `drop` leaves it out and reports the count.
-    A prompt is never cut."""
+    """Handling of longer prompts: `refuse` stops at start with their number, `drop` leaves them out and reports their number. A
+    prompt is never truncated."""
     chat_template: Literal["auto", "always", "never"] = "auto"
-    """Whether a text prompt is wrapped as a user message by the student tokenizer's chat template: `auto` where it has one.
-    Chat messages always need one."""
+    """Wrap text prompts as a user message with the student tokenizer's chat template: `auto` does so if the tokenizer has one.
+    Chat messages always require one."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,19 +1,19 @@
-"""Pydantic's validation errors in the user's words: setting, value and remedy."""
+"""Pydantic's validation errors, translated to setting, value and remedy."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel
 
-from kdray.config.teachers import TeacherSource
+from kdray.config.registry import kinds_of
 
 _MAX_SHOWN = 200
 
 
 def explain(item: Any, root: type[BaseModel]) -> str:
-    """One pydantic error as setting, value and remedy. Args: root: the model that was validated."""
+    """Render a pydantic error as setting, value and remedy. Args: root: the model that was validated."""
     location = _written_keys(root, item["loc"], keep_last=item["type"] == "extra_forbidden")
     setting = ".".join(location)
     kind = item["type"]
@@ -28,6 +28,9 @@ def explain(item: Any, root: type[BaseModel]) -> str:
         return f"{setting}: required, but not set"
     if kind == "value_error":
         message = str(item["ctx"]["error"])
+        if message.startswith((".", "=")):
+            # The message begins with a key below the setting, or with its value.
+            return f"{setting}{message}"
         return message if not setting or message.startswith(setting) else f"{setting}: {message}"
     message = item["msg"][0].lower() + item["msg"][1:]
     if kind.startswith("union_tag") or isinstance(item.get("input"), dict):
@@ -36,20 +39,20 @@ def explain(item: Any, root: type[BaseModel]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message can hold it."""
+    """Render a value for a message, truncated."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _written_keys(root: type[BaseModel], location: tuple[int | str, ...], keep_last: bool) -> list[str]:
-    """The keys that the user wrote, out of a location of pydantic's, which names the members of unions too.
+    """Reduce a pydantic location, which also names union members, to the keys that the user wrote.
 
-    Args: keep_last: whether the last part is a key that no model knows.
+    Args: keep_last: the last part is an unknown key, and is kept.
     """
     models: list[type[BaseModel]] = [root]
     keys = []
     for depth, part in enumerate(location):
-        known = [model for model in models if part in model.model_fields or model is TeachersMap]
+        known = [model for model in models if part in model.model_fields or issubclass(model, _AnyName)]
         if known:
             models = _models_below(known, str(part))
         elif not isinstance(part, int) and not (keep_last and depth == len(location) - 1):
@@ -59,33 +62,33 @@ def _written_keys(root: type[BaseModel], location: tuple[int | str, ...], keep_l
 
 
 def _keys_at(root: type[BaseModel], location: tuple[str, ...]) -> list[str]:
-    """Names of the settings that the section at `location` knows; over all members where the section is a union."""
+    """Names of the settings in the section at `location`; over all members if the section is a union."""
     models: list[type[BaseModel]] = [root]
     for part in location:
         models = _models_below(models, part)
-    return sorted({name for model in models for name in model.model_fields if model is not TeachersMap})
+    return sorted({name for model in models for name in model.model_fields})
 
 
 def _models_below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
     following: list[type[BaseModel]] = []
     for model in models:
-        if model is TeachersMap:
-            following += _models_in(TeacherSource)
+        if issubclass(model, _AnyName):
+            following += model.values
         elif key in model.model_fields:
             following += _models_in(model.model_fields[key].annotation)
     return following
 
 
-class TeachersMap(BaseModel):
-    """Stands for the map of teachers in `_keys_at`: any name leads to the kinds of teacher."""
+class _AnyName(BaseModel):
+    """Placeholder for a mapping in `_keys_at`: every key leads to the models of its values."""
+
+    values: ClassVar[list[type[BaseModel]]]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        # The class that a registry's kinds derive from stands for all of them.
-        registry = vars(annotation).get("kinds")
-        return [annotation] if registry is None else registry.known()
-    arguments = getattr(annotation, "__args__", ())
-    if getattr(annotation, "__origin__", None) is dict:
-        return [TeachersMap]
+        return [*kinds_of(annotation)] or [annotation]
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return [type("_Map", (_AnyName,), {"values": _models_in(arguments[1]), "__annotations__": {}})]
     return [model for argument in arguments for model in _models_in(argument)]

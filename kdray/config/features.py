@@ -1,4 +1,4 @@
-"""Feature and relation terms: which layers of student and teacher are compared, how, and with what weight."""
+"""Feature and relation terms: the layers of student and teacher to compare, the distance, and its weight."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Layers = Literal["uniform", "last"] | Annotated[list[tuple[NonNegative, NonNegat
 
 
 class FeatureTerm(Settings):
-    """One kind of comparison; its value is a mean over pairs of layers and over response tokens."""
+    """A term of the loss; its value is a mean over pairs of layers and over response tokens."""
 
     setting: ClassVar[str] = "training.features"
     first_layer: ClassVar[int] = 0
 
     weight: NonNegativeFloat = 0.1
-    """Weight of the term beside the loss, which `training.schedules` may change; 0 only measures the term, and trains
-    no map. The terms' gradients are many times the loss's where the models are far apart."""
+    """Weight of the term relative to the loss; `training.schedules` may change it. 0 only measures the term, and trains no
+    projection. If the models are far apart, the terms' gradients are many times the loss's."""
     layers: Layers = "last"
     """Pairs [student layer, teacher layer], or `uniform`, or `last`."""
 
     def pairs(self, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
-        """(student layer, teacher layer) of models with so many layers. Raises: ConfigError for a layer that is not there."""
+        """Resolve `layers` to (student layer, teacher layer) pairs. Raises: ConfigError for a layer that does not exist."""
         if self.layers == "last":
             return [(student_layers, teacher_layers)]
         if self.layers == "uniform":
-            # Rounded to the nearest teacher layer, halves upwards.
+            # Rounded to the nearest teacher layer, halves up.
             count = 2 * student_layers
             nearest = [
                 (s, (2 * s * teacher_layers + student_layers) // count) for s in range(self.first_layer, student_layers + 1)
@@ -46,22 +46,23 @@ class FeatureTerm(Settings):
 
 
 class HiddenTerm(FeatureTerm):
-    """Hidden states of the student, through a learned linear map, against the teacher's."""
+    """Distance between the student's hidden states, through a learned linear projection, and the teacher's."""
 
     setting: ClassVar[str] = "training.features.hidden"
 
     layers: Layers = "uniform"
-    """Pairs [student layer, teacher layer]: 0 is what the embeddings give, the last is after the final norm. `uniform` pairs
-    every student layer with the teacher layer at the same share of the depth, `last` the last ones alone."""
+    """Pairs [student layer, teacher layer]: 0 is the embedding output, the last is after the final norm. `uniform` pairs every
+    student layer with the teacher layer at the same relative depth, `last` only the last ones."""
     distance: Literal["cosine", "mse"] = "cosine"
-    """`cosine`: 1 - cos, blind to the size of the states (PKD). `mse`: mean square difference over channels (FitNets,
-    TinyBERT); where a few channels of the teacher are huge, they are what it sees."""
+    """`cosine`: 1 - cos, independent of the states' magnitude (PKD). `mse`: mean squared difference over channels (FitNets,
+    TinyBERT); if a few channels of the teacher are huge, they dominate it."""
     projection_learning_rate: PositiveFloat = 1e-3
-    """Peak AdamW learning rate of the maps, which start at random unless the widths are equal; it follows the schedule."""
+    """Peak AdamW learning rate of the projections, which are initialised randomly unless the widths are equal; it follows the
+    schedule."""
 
 
 class AttentionTerm(FeatureTerm):
-    """Attention maps of the student against the teacher's, at the positions that predict response tokens."""
+    """Distance between the attention maps of student and teacher, at the positions that predict response tokens."""
 
     setting: ClassVar[str] = "training.features.attention"
     first_layer: ClassVar[int] = 1
@@ -69,30 +70,31 @@ class AttentionTerm(FeatureTerm):
     layers: Layers = "last"
     """As for hidden states; layers count from 1."""
     distance: Literal["kl", "mse"] = "kl"
-    """`kl`: KL(teacher || student) over keys, nats (MiniLM). `mse`: sum of square differences over keys (TinyBERT, on
-    probabilities). Heads are compared one by one where both models have as many, else as their mean."""
+    """`kl`: KL(teacher || student) over keys, nats (MiniLM). `mse`: sum of squared differences over keys (TinyBERT, on
+    probabilities). Heads are compared one by one if both models have the same number, otherwise by their mean."""
 
 
 class RelationTerm(FeatureTerm):
-    """How the states of one response's tokens lie to each other; needs no map between the models' widths."""
+    """Pairwise relations between the states of a response's tokens; needs no projection between the models' widths."""
 
     setting: ClassVar[str] = "training.features.relation"
 
     layers: Layers = "last"
     """As for hidden states."""
     distance: Literal["similarities", "distances"] = "similarities"
-    """`similarities`: square difference of cosine similarities. `distances`: Huber loss on distances over their mean (RKD)."""
+    """`similarities`: squared difference of cosine similarities. `distances`: Huber loss on distances divided by their mean
+    (RKD)."""
 
 
 class FeatureSettings(Settings):
-    """What the student learns from inside the teacher, beside the loss; every student rank holds a copy of the teacher."""
+    """Terms that match the teacher's internals, added to the loss; every student rank holds a copy of the teacher."""
 
     hidden: HiddenTerm | None = None
-    """Compare hidden states; None leaves it out."""
+    """Match hidden states; None disables the term."""
     attention: AttentionTerm | None = None
-    """Compare attention maps; both models then run without fused attention. None leaves it out."""
+    """Match attention maps; both models then run without fused attention. None disables the term."""
     relation: RelationTerm | None = None
-    """Compare relations among tokens; None leaves it out."""
+    """Match relations among tokens; None disables the term."""
 
     @model_validator(mode="after")
     def _some_term(self) -> FeatureSettings:
@@ -102,5 +104,5 @@ class FeatureSettings(Settings):
 
     @property
     def terms(self) -> list[HiddenTerm | AttentionTerm | RelationTerm]:
-        """Those that are asked for."""
+        """The enabled terms."""
         return [term for term in (self.hidden, self.attention, self.relation) if term is not None]

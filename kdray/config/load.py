@@ -1,4 +1,4 @@
-"""Configs from YAML: a recipe, and the overrides given on the command line."""
+"""Loading of configs: a YAML recipe plus overrides from the command line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validate a tree of plain values. Raises: ConfigError listing every problem, one a line."""
+    """Validate a tree of plain values. Raises: ConfigError listing every problem, one per line."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Where a model comes from: the hub, a folder, a recipe to build a small one, or a cut of a larger one."""
+"""Model sources: the hub, a folder, a recipe for a small model, or a pruned larger one."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdray.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings, check_weights
-from kdray.config.data import StageName, TaskName, TextSource
+from kdray.config.data import TextSource
+from kdray.config.tasks import LessonName
 
 
 class TinyTraining(Settings):
     """Supervised training that turns a tiny model into a teacher, in seconds on a CPU."""
 
-    tasks: list[TaskName | StageName] = Field(default=["last_letters"], min_length=1)
+    tasks: list[LessonName] = Field(default=["last_letters"], min_length=1)
     """Tasks to learn, and stages of System-2 programs."""
     weights: dict[str, NonNegativeFloat] | None = None
-    """Share of each task in a batch, in proportion; None is equal ones. What has a small share is learned badly."""
+    """Relative share of each task in a batch; None makes them equal. A task with a small share is learned badly."""
     difficulty: Positive = 2
     """As in `data.prompts.difficulty`."""
     steps: Positive = 600
     """Optimizer steps."""
     batch_size: Positive = 128
-    """Examples a step."""
+    """Examples per step."""
     learning_rate: PositiveFloat = 3e-3
     """Peak AdamW learning rate, with a short warm-up and cosine decay."""
 
@@ -34,23 +35,23 @@ class TinyTraining(Settings):
 
 
 class TinyModel(Settings):
-    """A small Llama over characters, built on the spot (and kept in `<output>/.models`): for recipes that run anywhere."""
+    """A small character-level Llama, built on first use (and kept in `<output>/.models`): for recipes that run anywhere."""
 
     type: Literal["tiny"]
     layers: Positive = 2
     """Transformer layers."""
     width: Positive = 64
-    """Hidden size; a multiple of 32, the size of an attention head (the smallest that vLLM has on CPUs)."""
+    """Hidden size; a multiple of 32, the head size (the smallest that vLLM supports on CPUs)."""
     tie_embeddings: bool = False
-    """Whether input and output embeddings share one matrix."""
+    """Share one matrix between input and output embeddings."""
     max_positions: Positive = 512
-    """Longest sequence, in tokens."""
+    """Maximum sequence length, tokens."""
     vocab_rows: Positive | None = None
-    """Rows of the embedding when more than the tokenizer has, as real model families pad theirs."""
+    """Rows of the embedding if more than the tokenizer needs, as real model families pad theirs."""
     seed: NonNegative = 0
     """Seed of the initial weights and of the training examples."""
     train: TinyTraining | None = None
-    """Training that the model gets before the run; None leaves it random."""
+    """Training of the model before the run; None leaves it randomly initialised."""
 
     @model_validator(mode="after")
     def _whole_heads(self) -> TinyModel:
@@ -77,35 +78,36 @@ UnprunedSource = Annotated[
 
 
 class Calibration(Settings):
-    """Texts that the source reads before it is cut, to rank neurons and heads by what they add on these."""
+    """Texts on which neurons and heads of the source are ranked by importance before pruning."""
 
     source: TextSource
-    """Where documents come from; the keys depend on `type`: jsonl, parquet, hub, task."""
+    """Source of documents; the keys depend on `type`: jsonl, parquet, hub, task."""
     documents: Positive = 128
-    """How many of them to read, the first ones."""
+    """Number of documents to read, from the first."""
     tokens: Positive = 512
-    """Tokens of each to read, from its start."""
+    """Tokens to read of each document, from its start."""
 
 
 class PrunedModel(Settings):
-    """Layers, neurons and heads of a larger model as the start of a smaller one (kept in `<output>/.models`).
+    """A larger model with some of its layers, neurons and heads removed (kept in `<output>/.models`).
 
-    What is not set stays as it is in the source; the hidden size and the vocabulary always do.
+    Unset dimensions stay as in the source, as hidden size and vocabulary always do.
     """
 
     type: Literal["pruned"]
     source: UnprunedSource
-    """Hugging Face id, local folder, or tiny model to cut: a Llama, Mistral, Qwen2 or Qwen3 with plain weights."""
+    """Hugging Face id, local folder or tiny model to prune: a Llama, Mistral, Qwen2 or Qwen3 with unquantised weights."""
     revision: str | None = None
     """Commit or tag of the source on the hub."""
     layers: Annotated[int, Field(ge=2)] | Annotated[list[NonNegative], Field(min_length=1)] | None = None
-    """Layers to keep: how many, evenly spaced with the first and the last among them, or which, counted from 0, ascending."""
+    """Layers to keep: their number, evenly spaced and including the first and last, or their indices, counted from 0,
+    ascending."""
     intermediate_size: Positive | None = None
-    """Neurons of each feed-forward block to keep, the most important ones."""
+    """Neurons to keep in each feed-forward block; the most important ones."""
     num_key_value_heads: Positive | None = None
-    """Key-value heads of each attention block to keep, each with all its query heads, the most important ones."""
+    """Key-value heads to keep in each attention block, each with all its query heads; the most important ones."""
     calibration: Calibration | None = None
-    """Texts on which importance is measured; None ranks by the norms of weights, which need no data and find less."""
+    """Texts on which importance is measured; None ranks by weight norms, which need no data and are less accurate."""
 
 
 ModelSource = Annotated[
@@ -120,6 +122,6 @@ ModelSource = Annotated[
 
 class StudentSettings(Settings):
     model: ModelSource
-    """Hugging Face id, local folder, a tiny model to build (`type: tiny`), or a part of a larger one (`type: pruned`)."""
+    """Hugging Face id, local folder, a tiny model to build (`type: tiny`), or a pruned larger model (`type: pruned`)."""
     revision: str | None = None
     """Commit or tag on the hub."""

@@ -1,7 +1,7 @@
-"""System-2 programs: chains of calls to the teacher that end in one answer, of which the student learns the answer alone.
+"""System-2 programs: chains of calls to the teacher that end in one answer; the student learns only that answer.
 
-A template is what a call asks, with names in braces for what the program knows; a literal brace is written twice. The default
-wording suits instructed models; the recipes' terse ones suit tiny models.
+A template is the text of a call, with placeholders in braces; a literal brace is written twice. The default wording suits
+instruction-tuned models; the recipes' terse templates suit tiny models.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pydantic import Field, model_validator
 from kdray.config.base import NonNegativeFloat, Positive, Settings
 
 FINAL_ANSWER = r"(?is)final answer\s*:\s*(.*)"
-"""What follows `Final answer:`."""
+"""Matches the text after `Final answer:`."""
 
 
 class UniversalSettings(Settings):
-    """Universal self-consistency: several answers, of which a further call chooses the one that agrees with most of them."""
+    """Universal self-consistency: several answers, of which a further call selects the one most consistent with the others."""
 
     answers: Annotated[int, Field(ge=2, le=64)]
-    """Times the program runs for one rollout."""
+    """Number of times the program runs for one rollout."""
     line: str = "Answer {number}: {answer}\n"
-    """How each answer is listed, numbered from 1."""
+    """Format of each listed answer, numbered from 1."""
     choose: str = (
         "Several answers to a question follow.\n\nQuestion: {question}\n\n{answers}\nWhich of them agrees best with the "
         "others? Reply with its number alone."
     )
-    """Template of the call that chooses."""
+    """Template of the selecting call."""
     choice: str = r"(\d+)"
-    """Regular expression whose first group is the number in the reply."""
+    """Regular expression whose first group is the selected number in the reply."""
 
     @model_validator(mode="after")
     def _valid(self) -> UniversalSettings:
@@ -43,25 +43,32 @@ class UniversalSettings(Settings):
 
 
 class ProgramBase(Settings):
-    """What all programs have. `stages` are the calls, `templates` the names that each template must and may use."""
+    """Settings common to all programs. The class variables are facts that the rest of the program needs."""
 
+    type: str
+    """Name of the program; a subclass narrows it to a `Literal` of its own."""
     stages: ClassVar[tuple[str, ...]]
+    """Names of the calls."""
     templates: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]]
+    """Template settings, with the placeholders that each must and may use."""
+    paired_rows: ClassVar[bool] = False
+    """A prompt's samples come in pairs: two training rows made from one response."""
 
     max_stage_tokens: Positive = 1024
-    """Most tokens of one call, prompt and response: what an engine must hold. A longer call makes the answer unparsable."""
+    """Maximum tokens of a call, prompt plus response; the engine must hold that many. A longer call makes the answer
+    unparsable."""
     max_new_tokens: Positive = 256
-    """Most tokens of a call's response; one that is cut there makes the answer unparsable."""
+    """Maximum tokens of a call's response; a truncated one makes the answer unparsable."""
     max_new_tokens_of: dict[str, Positive] = Field(default={})
-    """Another limit for single stages, by name."""
+    """Different limit for single stages, by name."""
     answer: str | None = None
     """Regular expression, searched in the last response, whose first group (or whole match, without a group) is the answer.
-    None takes the response. Without a match the answer is unparsable."""
+    None takes the whole response. Without a match the answer is unparsable."""
     perturb: list[str] = Field(default=[])
-    """Templates of the question that should not change its answer: sample i of a prompt asks by number i, again from the first
-    after the last. With several samples a prompt, answers that do not survive differ."""
+    """Templates of the question that should not change its answer: sample i of a prompt uses number i, cycling. With several
+    samples per prompt, answers that are not robust differ."""
     universal: UniversalSettings | None = None
-    """Universal self-consistency inside every rollout; None leaves it out."""
+    """Universal self-consistency within every rollout; None disables it."""
 
     @model_validator(mode="after")
     def _valid(self) -> ProgramBase:
@@ -86,13 +93,26 @@ class ProgramBase(Settings):
                 )
         return self
 
+    def check_question(self, question: str) -> None:
+        """Raises: ValueError with setting and remedy if the program cannot ask about this question."""
+
     def response_tokens(self, stage: str) -> int:
-        """Most tokens of a stage's response."""
+        """Maximum tokens of a stage's response."""
         return self.max_new_tokens_of.get(stage, self.max_new_tokens)
+
+    @property
+    def row_prefix(self) -> str | None:
+        """Text before the question in the second row of a pair, in place of `data.prefix`; None without pairs."""
+        return None
+
+    @property
+    def second_row_weight(self) -> float | None:
+        """Weight of the tokens in a pair's second row relative to the first; None without pairs."""
+        return None
 
 
 class DirectProgram(ProgramBase):
-    """One call with the question: the teacher's System 1, the control of the others."""
+    """A single call with the question: the teacher's System 1, as a control for the other programs."""
 
     stages: ClassVar = ("answer",)
     templates: ClassVar = {"ask": (("question",), ())}
@@ -116,7 +136,7 @@ class RephraseRespondProgram(ProgramBase):
 
     type: Literal["rephrase_respond"]
     steps: Literal[1, 2] = 2
-    """Calls: 2 rephrases by one and answers by another, 1 does both in one response."""
+    """Number of calls: 2 rephrases in one and answers in another, 1 does both in one response."""
     rephrase: str = (
         "{question}\n\nRewrite the question above in clearer and more detailed words, so that it is easier to answer well. "
         "Keep everything it says. Write the rewritten question alone."
@@ -130,21 +150,22 @@ class RephraseRespondProgram(ProgramBase):
         "{question}\n\nFirst rewrite the question in clearer and more detailed words, then answer it. End with a line that "
         "begins with `Final answer:`."
     )
-    """Template of the one call."""
+    """Template of the only call."""
 
     @model_validator(mode="before")
     @classmethod
     def _answer_of_steps(cls, tree: Any) -> Any:
-        # One response holds the rephrased question too; written down here, the default survives a dump.
+        # A single response also holds the rephrased question; setting the default here preserves it in a dump.
         if isinstance(tree, dict) and tree.get("steps") == 1:
             return {"answer": FINAL_ANSWER} | tree
         return tree
 
 
 class System2AttentionProgram(ProgramBase):
-    """The teacher rewrites the prompt without what should not matter, such as opinions, then answers what is left.
+    """The teacher rewrites the prompt without irrelevant parts, such as opinions, then answers the rewritten prompt.
 
-    Source: System 2 Attention, Weston and Sukhbaatar 2023 (arXiv 2311.11829)."""
+    Source: System 2 Attention, Weston and Sukhbaatar 2023 (arXiv 2311.11829).
+    """
 
     stages: ClassVar = ("rewrite", "respond")
     templates: ClassVar = {"rewrite": (("question",), ()), "respond": (("rewritten",), ())}
@@ -156,15 +177,16 @@ class System2AttentionProgram(ProgramBase):
     )
     """Template of the first call."""
     respond: str = "{rewritten}\n\nAnswer without bias. Write the answer alone."
-    """Template of the second call, which does not see the question as it was."""
+    """Template of the second call, which does not see the original question."""
 
 
 class BranchSolveMergeProgram(ProgramBase):
-    """A judge of two answers: lists criteria, scores both answers by each on its own, merges the scores to a verdict.
+    """A judge of two answers: lists criteria, scores both answers on each criterion, merges the scores into a verdict.
 
-    Samples with an odd number see the two answers swapped, and their verdict is mapped back: only one that does not depend on
-    the order is the same in all samples of a prompt.
-    Source: Branch-Solve-Merge, Saha et al. 2023 (arXiv 2310.15123)."""
+    Samples with an odd number see the two answers swapped, and their verdict is mapped back: only a verdict that does not
+    depend on the order is the same in all samples of a prompt.
+    Source: Branch-Solve-Merge, Saha et al. 2023 (arXiv 2310.15123).
+    """
 
     stages: ClassVar = ("branch", "solve", "merge")
     templates: ClassVar = {
@@ -177,23 +199,23 @@ class BranchSolveMergeProgram(ProgramBase):
 
     type: Literal["branch_solve_merge"]
     pair: str = r"(?is)\[answer a\](?P<a>.*?)\[answer b\](?P<b>.*?)(?:\[end\]|\Z)"
-    """Regular expression with the groups `a` and `b`: where the two answers stand in a question."""
+    """Regular expression with the groups `a` and `b`, which match the two answers in a question."""
     branch: str = (
         "{question}\n\nTwo answers are to be compared. List at most five criteria that matter for this question, one a line, "
         "each line beginning with `- `. Write the list alone."
     )
     """Template of the call that lists criteria."""
     criterion: str = r"(?m)^[ \t]*(?:-|\*|\d+[.)])[ \t]*(.+)$"
-    """Regular expression whose first group is one criterion of the list."""
+    """Regular expression whose first group is a criterion in the list."""
     max_criteria: Annotated[int, Field(ge=1, le=64)] = 5
-    """Criteria that are used, the first of the list."""
+    """Maximum number of criteria used, from the start of the list."""
     solve: str = (
         "{question}\n\nScore both answers from 1 to 5 by this criterion alone: {criterion}\nWrite a short reason, then the two "
         "scores as `A: <score>, B: <score>`."
     )
-    """Template of the call that scores by one criterion; the calls run side by side."""
+    """Template of the call that scores one criterion; these calls run concurrently."""
     line: str = "Criterion: {criterion}\n{scores}\n\n"
-    """How the scores of a criterion are put before the merging call."""
+    """Format of a criterion's scores in the merging call."""
     merge: str = (
         "{question}\n\nThe two answers were compared by several criteria:\n\n{evaluations}Which answer is better on the whole? "
         "Write [[A]], [[B]], or [[C]] for a tie."
@@ -202,9 +224,9 @@ class BranchSolveMergeProgram(ProgramBase):
     answer: str | None = r"\[\[([ABC])\]\]"
     """Regular expression, searched in the merging response, whose first group is the verdict."""
     swapped: dict[str, str] = Field(default={"A": "B", "B": "A", "C": "C"})
-    """What each verdict means where the answers were swapped; any other verdict is unparsable."""
+    """Meaning of each verdict if the answers were swapped; any other verdict is unparsable."""
     reply: str = "[[{verdict}]]"
-    """What the student learns to answer."""
+    """Response that the student learns."""
 
     @model_validator(mode="after")
     def _patterns(self) -> BranchSolveMergeProgram:
@@ -216,11 +238,37 @@ class BranchSolveMergeProgram(ProgramBase):
             raise ValueError(f"rollout.program.swapped={self.swapped}: swapping twice must give every verdict back")
         return self
 
+    def check_question(self, question: str) -> None:
+        try:
+            self.swap(question)
+        except ValueError as error:
+            raise ValueError(
+                f"rollout.program.pair={self.pair!r} finds {error}; set it to a pattern that finds both"
+            ) from error
+
+    def swap(self, question: str) -> str:
+        """Swap the two answers in the question, the groups `a` and `b` of `pair`.
+
+        Raises: ValueError if the pattern does not match.
+        """
+        match = re.search(self.pair, question)
+        if match is None or match.start("a") < 0 or match.start("b") < 0:
+            raise ValueError(f"no two answers in {question[:200]!r}")
+        first, second = sorted(("a", "b"), key=match.start)
+        return (
+            question[: match.start(first)]
+            + match[second]
+            + question[match.end(first) : match.start(second)]
+            + match[first]
+            + question[match.end(second) :]
+        )
+
 
 class ChainOfThoughtProgram(ProgramBase):
-    """One call that thinks step by step; what stands behind the thoughts is the answer.
+    """A single call that thinks step by step; the text after the reasoning is the answer.
 
-    Source: zero-shot chain of thought, Kojima et al. 2022 (arXiv 2205.11916)."""
+    Source: zero-shot chain of thought, Kojima et al. 2022 (arXiv 2205.11916).
+    """
 
     stages: ClassVar = ("think",)
     templates: ClassVar = {"think": (("question",), ())}
@@ -233,14 +281,16 @@ class ChainOfThoughtProgram(ProgramBase):
 
 
 class RationaleProgram(ProgramBase):
-    """Distilling step by step: one response gives a row that teaches the answer and a row that teaches the rationale.
+    """Distilling step by step: each response gives a row that teaches the answer and a row that teaches the rationale.
 
-    Of a prompt's samples, which come in pairs, the even one is the label row (the prompt as it is, then the answer) and the odd
-    one the rationale row (`rationale_prefix` in place of `data.prefix`, then the rationale).
-    Source: Distilling Step-by-Step, Hsieh et al. 2023 (arXiv 2305.02301)."""
+    A prompt's samples come in pairs: the even one is the label row (the unchanged prompt, then the answer), the odd one the
+    rationale row (`rationale_prefix` in place of `data.prefix`, then the rationale).
+    Source: Distilling Step-by-Step, Hsieh et al. 2023 (arXiv 2305.02301).
+    """
 
     stages: ClassVar = ("explain",)
     templates: ClassVar = {"explain": (("question",), ())}
+    paired_rows: ClassVar = True
 
     type: Literal["rationale"]
     explain: str = (
@@ -251,9 +301,9 @@ class RationaleProgram(ProgramBase):
     answer: str | None = r"(?is)\A\s*(?P<rationale>.+?)\s*final answer\s*:\s*(?P<answer>.*)"
     """Regular expression with the groups `rationale` and `answer`, searched in the response."""
     rationale_prefix: str = "[rationale] "
-    """Text before the question in a rationale row; `data.prefix` is the one of label rows."""
+    """Text before the question in a rationale row; label rows use `data.prefix`."""
     rationale_weight: NonNegativeFloat = 1.0
-    """Weight of a rationale row's tokens beside those of a label row."""
+    """Weight of a rationale row's tokens relative to a label row's."""
 
     @model_validator(mode="after")
     def _both(self) -> RationaleProgram:
@@ -265,6 +315,14 @@ class RationaleProgram(ProgramBase):
         if self.perturb:
             raise ValueError("rollout.program.perturb: the rows of a pair come from one response; remove it")
         return self
+
+    @property
+    def row_prefix(self) -> str:
+        return self.rationale_prefix
+
+    @property
+    def second_row_weight(self) -> float:
+        return self.rationale_weight
 
 
 ProgramSettings = Annotated[
@@ -279,7 +337,7 @@ ProgramSettings = Annotated[
 
 
 def check_template(setting: str, template: str, must: tuple[str, ...], may: tuple[str, ...] = ()) -> None:
-    """Raises: ValueError where the template lacks a name of `must`, or has one that is in neither."""
+    """Raises: ValueError if the template lacks a placeholder of `must`, or has one that is in neither."""
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
@@ -296,7 +354,7 @@ def check_template(setting: str, template: str, must: tuple[str, ...], may: tupl
 
 
 def check_pattern(setting: str, pattern: str, groups: int = 0) -> re.Pattern[str]:
-    """The compiled pattern. Raises: ValueError where it does not compile or has fewer groups."""
+    """Compile the pattern. Raises: ValueError if it does not compile or has fewer groups."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:

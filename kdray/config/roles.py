@@ -1,7 +1,7 @@
-"""Where the parts of a recipe run, said apart from the recipe: `cluster.roles` is laid over the sections that it names.
+"""Placement kept apart from the recipe: `cluster.roles` overrides size and place in the sections that it names.
 
-A recipe goes from a laptop to a cluster by its `cluster` section alone. Only settings of size and place can be laid over,
-never those that change what is computed.
+Only the `cluster` section has to change to move a recipe from a laptop to a cluster. Only settings of size and place can be
+overridden, never those that change what is computed.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from kdray.config.backends import STUDENT_BACKENDS, with_backend
-from kdray.config.teachers import EngineSettings
+from kdray.config.teachers import TEACHERS, EngineSettings
 
 ENGINE_PLACE = frozenset(EngineSettings.model_fields) - {"dtype", "engine_args"}
-"""Settings of an engine that say how large it is and where it runs."""
+"""Settings of an engine's size and placement."""
 TRAINING_PLACE = frozenset(
     (
         "ranks",
@@ -26,30 +26,29 @@ TRAINING_PLACE = frozenset(
         "gradient_checkpointing",
     )
 )
-"""The same of the student's ranks; those of their backend are its own to say (`StudentBackendSettings.placement`)."""
-_ENGINE_TYPES = ("vllm", "self", "peer")
+"""Settings of the student ranks' size and placement; a backend adds its own (`StudentBackendSettings.placement`)."""
 
 
 def role_keys(keys: list[str]) -> list[str]:
-    """The keys below `cluster.roles` that a dotted override names: a role's own name holds a dot where it is of one part.
+    """Join the first two keys below `cluster.roles` if they name the role of a single part, whose name contains a dot.
 
-    What follows `teachers` is a teacher's name unless it is one of the settings of all.
+    The part after `teachers` is a teacher's name unless it is a setting that applies to all teachers.
     """
     of_one = keys[:2] == ["rollout", "pool"] or (keys[0] == "teachers" and len(keys) > 1 and keys[1] not in ENGINE_PLACE)
     return [".".join(keys[:2]), *keys[2:]] if of_one else keys
 
 
 def with_roles(tree: Any) -> Any:
-    """A config's tree with `cluster.roles` laid over its sections, the more specific role last.
+    """Apply `cluster.roles` to the sections of a config tree, the most specific role last.
 
-    Raises: ValueError for a role or a setting that is none.
+    Raises: ValueError for an unknown role or setting.
     """
     cluster = tree.get("cluster") if isinstance(tree, dict) else None
     roles = cluster.get("roles") if isinstance(cluster, dict) else None
     teachers = tree.get("teachers") if isinstance(tree, dict) else None
     if not isinstance(roles, dict) or not isinstance(teachers, dict):
         return tree
-    served = [name for name, each in teachers.items() if isinstance(each, dict) and each.get("type", "vllm") in _ENGINE_TYPES]
+    served = [name for name, each in teachers.items() if _is_served(each)]
     for role in sorted(roles, key=lambda role: str(role).count(".")):
         values = roles[role]
         if not isinstance(values, dict):
@@ -73,6 +72,17 @@ def with_roles(tree: Any) -> Any:
         else:
             tree = {**tree, "teachers": {**tree["teachers"], **{name: {**tree["teachers"][name], **values} for name in names}}}
     return tree
+
+
+def _is_served(teacher: Any) -> bool:
+    """Return True if a teacher's settings, not yet validated, are of a kind that replicas serve."""
+    if not isinstance(teacher, dict):
+        return False
+    try:
+        return TEACHERS.get(str(teacher.get("type", TEACHERS.default))).served
+    except ValueError:
+        # Validation of the teacher reports the error.
+        return False
 
 
 def _training(section: Any, values: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What a storage URL may be, and how one is extended. Credentials are no part of it: it is written into config.yaml."""
+"""Syntax of storage URLs. They never contain credentials, because they are written into config.yaml."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OPTIONS: dict[str, frozenset[str]] = {
     "gs": frozenset({"endpoint_override", "project_id", "scheme"}),
     "file": frozenset(),
 }
-"""Schemes, and the options that each takes behind `?`; none of them holds a secret."""
+"""Schemes, and the options that each accepts after `?`; none of them holds a secret."""
 CREDENTIALS = (
     "credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role for "
     "s3, GOOGLE_APPLICATION_CREDENTIALS for gs"
@@ -17,14 +17,14 @@ CREDENTIALS = (
 
 
 def check_storage_url(url: str) -> str:
-    """The URL without a slash at its end. Raises: ValueError that names the remedy and repeats nothing that may be secret."""
+    """Return the URL without a trailing slash. Raises: ValueError with the remedy, without repeating possible secrets."""
     try:
         parts = urlsplit(url)
         options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError as error:
         raise ValueError("run.storage: not a URL; write it like s3://bucket/folder") from error
     known = _OPTIONS.get(parts.scheme)
-    # Anywhere: a secret key may hold slashes, and what follows one is no user part any more.
+    # Anywhere in the URL: a secret key may contain slashes, and the text after one is no longer parsed as user info.
     if "@" in url or (":" in parts.netloc and parts.scheme != "file"):
         raise ValueError(
             f"run.storage: the {parts.scheme} URL holds a user name or a key; remove it (an @ of a name is "
@@ -50,6 +50,6 @@ def check_storage_url(url: str) -> str:
 
 
 def below(url: str, *names: str) -> str:
-    """The URL of something below the folder that `url` names; its options stay."""
+    """Append path components to the folder of a URL; its options are kept."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *(quote(name) for name in names)])))

@@ -1,7 +1,7 @@
-"""YAML as plain values and nothing else: what would be taken for something that the writer did not mean is refused.
+"""Strict YAML loading: plain values only, and an error for anything that the author probably did not mean.
 
-Beyond what PyYAML's safe loader refuses: a key given twice (the first would be lost), tags, aliases that unfold into more than
-a config can hold, nesting without end, and characters that no file, name or terminal can carry.
+Rejected in addition to what PyYAML's safe loader rejects: duplicate keys (the first would be lost), tags, aliases that expand
+to more than a config can hold, unbounded nesting, and characters that no file, name or terminal can represent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
         self._depth = 0
         self._values = 0
         self._sizes: dict[int, int] = {}
-        """Values below a node that is there, aliases unfolded, by the node's identity."""
+        """Number of values below an existing node, with aliases expanded, by the node's identity."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            # Merged sections (<<) may be several, and what stands beside them wins: YAML says so.
+            # There may be several merge keys (<<), and explicit keys take precedence over them, as YAML specifies.
             if (key.tag, key.value) in keys and key.tag != "tag:yaml.org,2002:merge":
                 raise _refused(f"{key.value} stands there twice; keep one of them", key)
             keys.add((key.tag, key.value))
@@ -78,11 +78,11 @@ def _refused(what: str, place: Any) -> yaml.YAMLError:
 
 
 def load(text: str) -> Any:
-    """The value of a YAML text. Raises: yaml.YAMLError with what is wrong and where."""
+    """Parse a YAML text. Raises: yaml.YAMLError with the fault and its position."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
-    # A 13th month, minutes of minutes without end: plain in YAML, and no value.
+    # YAML accepts a 13th month or an endless number of minutes as a scalar, but neither has a value.
     except (ValueError, OverflowError) as error:
         raise yaml.YAMLError(str(error)) from error
     finally:

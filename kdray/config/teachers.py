@@ -1,18 +1,23 @@
-"""Teachers of every kind, and the size and place of vLLM replicas."""
+"""Teachers: a settings class for each kind, with the facts that the rest of the program needs about it; and vLLM replicas.
+
+A teacher kind from another distribution is a subclass of `TeacherSettings`, registered under its `type` in the entry-point
+group `kdray.teachers`; see docs/extending.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.labels import ACCELERATOR_LABEL, LabelSelector
 from kdray.config.models import ModelSource
+from kdray.config.registry import SettingsRegistry
 
 _ENGINE_ARGS_TAKEN = {
     "model": "use the teacher's `model`",
@@ -53,43 +58,45 @@ _ENGINE_ARGS_TAKEN = {
 
 
 WAITING_WINDOW_S = 30.0
-"""Time over which a pool's waiting and work are summed. A trainer that waits a little in every step starves as one does that
-waits long once; the sum over a window sees both alike, whatever the length of a step."""
+"""Window over which a pool's waiting and busy time are summed. A trainer that waits briefly in every step is starved as much as
+one that waits long once; the sum over a window treats both alike, whatever the length of a step."""
 
 
 class AutoscalingSettings(Settings):
-    """How a pool's size follows its work: it grows while the trainer waits for it, and shrinks when it has too little to do."""
+    """Autoscaling of a pool: it grows while the trainer waits for it, and shrinks when it is underused."""
 
     min_replicas: NonNegative = 1
-    """Fewest replicas. At 0 a pool without work holds nothing, and its next request waits for a replica to start."""
+    """Minimum number of replicas. At 0, an idle pool uses no resources, and its next request waits for a replica to start."""
     max_replicas: Positive
-    """Most replicas. What the cluster cannot place is waited for, and nothing more is asked for meanwhile."""
+    """Maximum number of replicas. While the cluster cannot place one, the pool waits and requests no more."""
     initial_replicas: Positive | None = None
-    """Replicas that a run starts with; None takes `min_replicas`, or 1 where that is 0."""
+    """Number of replicas at the start of a run; None takes `min_replicas`, or 1 if that is 0."""
     upscale_wait_s: PositiveFloat = 5.0
-    """The pool grows when the trainer waited for it longer than this in the last 30 seconds; below half it may shrink."""
+    """The pool grows if the trainer waited for it longer than this in the last 30 seconds; below half of it, the pool may
+    shrink."""
     upscale_queue_age_s: PositiveFloat = 300.0
-    """The pool also grows when a request has waited this long for a free place in an engine, whoever asks."""
+    """The pool also grows if any request has waited this long for a free slot in an engine."""
     upscale_delay_s: NonNegativeFloat = 30.0
-    """Seconds that such a condition must hold before the pool grows, counted anew once the last new replica serves. With less
-    than 30, waits from before that replica make it grow further."""
+    """Seconds that such a condition must hold before the pool grows, restarted once the last new replica serves. Below 30,
+    waits from before that replica cause further growth."""
     upscale_factor: Annotated[float, Field(ge=1.0)] = 1.5
-    """Growth at once, as a factor; at least one replica."""
+    """Growth factor of one step; at least one replica is added."""
     upscale_ongoing: NonNegativeFloat = 2.0
-    """Unanswered rollouts a replica below which the pool does not grow: nobody else can finish the last ones of a batch."""
+    """Unanswered rollouts per replica below which the pool does not grow: a new replica cannot take over the last ones of a
+    batch."""
     downscale_idle_s: PositiveFloat = 300.0
-    """Seconds without any work after which the pool falls to `min_replicas`. Longer than the trainer's step, or every step
-    starts the pool again."""
+    """Seconds without any work after which the pool drops to `min_replicas`. Choose it longer than the trainer's step, or every
+    step restarts the pool."""
     downscale_busy: Fraction = 0.7
-    """One replica goes when the others would then be at work for at most this share of the time."""
+    """A replica is removed if the others would then be busy for at most this share of the time."""
     downscale_delay_s: NonNegativeFloat = 300.0
-    """Seconds that this must hold."""
+    """Seconds that this condition must hold."""
     drain_s: PositiveFloat = 120.0
-    """Time that a replica to be removed has to finish what it was asked; the rest is drawn again elsewhere."""
+    """Time that a replica to be removed has to finish its requests; the rest is resampled on other replicas."""
     placement_timeout_s: PositiveFloat = 600.0
-    """Time after which a replica that does not come to serve is reported as an event; longer than loading its model takes."""
+    """Time after which a replica that is not yet serving is reported as an event; longer than its model takes to load."""
     report_every_s: PositiveFloat = 5.0
-    """Seconds between the reports of a replica to Ray Serve's controller, which decides by them."""
+    """Seconds between a replica's reports to Ray Serve's controller, which decides on them."""
 
     @model_validator(mode="after")
     def _bounds(self) -> AutoscalingSettings:
@@ -109,7 +116,7 @@ class AutoscalingSettings(Settings):
                 f"{WAITING_WINDOW_S:g} seconds, "
                 "and never reaches that; choose less"
             )
-        # Serve remembers requests of the last five reports, and would start an emptied pool again for them.
+        # Serve keeps the requests of the last five reports, and would restart an emptied pool for them.
         if self.min_replicas == 0 and self.downscale_idle_s < 5 * self.report_every_s:
             raise ValueError(
                 f"autoscaling.downscale_idle_s={self.downscale_idle_s:g} with min_replicas=0: a pool may be emptied after five "
@@ -119,56 +126,56 @@ class AutoscalingSettings(Settings):
 
     @property
     def starting_replicas(self) -> int:
-        """Replicas that a run starts with."""
+        """Number of replicas at the start of a run."""
         return max(1, self.min_replicas) if self.initial_replicas is None else self.initial_replicas
 
 
 class EngineSettings(Settings):
-    """One kind of vLLM replica: its size, its place, its limits."""
+    """A vLLM replica: its size, placement and limits."""
 
     replicas: Positive = 1
-    """Replicas, each one engine. Ignored where `autoscaling` is given."""
+    """Number of replicas, each with its own engine. Ignored if `autoscaling` is set."""
     autoscaling: AutoscalingSettings | None = None
-    """Let the number of replicas follow the work; None keeps `replicas`."""
+    """Adapt the number of replicas to the load; None keeps `replicas`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights and activations of the engine; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    """Dtype of the engine's weights and activations; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
     tensor_parallel_size: Positive = 1
     """GPUs that share one replica's layers."""
     num_cpus: NonNegativeFloat = 1.0
-    """CPUs that Ray reserves for a replica; also its compute threads when it runs on CPUs."""
+    """CPUs that Ray reserves for a replica; also its number of compute threads on CPUs."""
     num_gpus: NonNegativeFloat = 0.0
     """GPUs that Ray reserves for a replica: `tensor_parallel_size` on a GPU cluster, 0 on CPUs."""
     accelerator_type: str | None = None
-    """Ray accelerator type to be placed on, such as `H100`."""
+    """Ray accelerator type to place replicas on, such as `H100`."""
     accelerator_types: list[str] | None = None
     """Accelerator types that a replica may be placed on, whichever is free; with more than one, calls go to the replica that is
-    expected to answer soonest, by measured tokens/s. Instead of `accelerator_type`."""
+    expected to answer soonest, by measured tokens/s. Use instead of `accelerator_type`."""
     resources: dict[str, float] = Field(default={})
-    """Custom Ray resources that a replica takes, for placement."""
+    """Custom Ray resources that a replica requires, for placement."""
     labels: LabelSelector = Field(default={})
-    """Labels that a node must have for a replica to be placed on it: `value`, `!value`, `in(a, b)` or `!in(a, b)` by label."""
+    """Labels that a replica's node must have: `value`, `!value`, `in(a, b)` or `!in(a, b)` by label."""
     max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
-    """Most replicas on one node: 1 spreads them. None leaves it to Ray Serve, which fills nodes by what is free."""
+    """Maximum number of replicas per node: 1 spreads them. None leaves it to Ray Serve, which packs nodes by free resources."""
     max_num_seqs: Positive = 128
-    """Sequences that a replica decodes at once."""
+    """Maximum number of sequences that a replica decodes concurrently."""
     max_num_batched_tokens: Positive = 4096
-    """Tokens in one engine step; longer prefills are cut into chunks."""
+    """Maximum number of tokens per engine step; longer prefills are chunked."""
     kv_cache_gib: PositiveFloat = 1.0
-    """KV cache of a replica on CPUs, GiB."""
+    """Size of a replica's KV cache on CPUs, GiB."""
     gpu_memory_utilization: Fraction = 0.85
-    """Share of GPU memory that the engine may take; leave room for the log-probability rows."""
+    """Share of GPU memory that the engine may use; leave room for the rows of log-probabilities."""
     engine_args: dict[str, Any] = Field(default={})
-    """Further vLLM engine arguments, passed through by name; those that kdray sets itself are refused."""
+    """Further vLLM engine arguments, passed through by name; those that kdray sets itself are rejected."""
 
     @property
     def label_selector(self) -> dict[str, str]:
-        """Ray's, of a replica: the labels, and the accelerator types that it may be placed on."""
+        """Ray label selector of a replica: the labels, and the accelerator types that it may be placed on."""
         kinds = self.accelerator_types
         return {**self.labels, **({ACCELERATOR_LABEL: f"in({','.join(kinds)})"} if kinds else {})}
 
     @property
     def mixed_hardware(self) -> bool:
-        """Whether replicas may differ in speed."""
+        """True if replicas may differ in speed."""
         return self.accelerator_types is not None and len(self.accelerator_types) > 1
 
     @model_validator(mode="after")
@@ -198,15 +205,51 @@ class EngineSettings(Settings):
         return self
 
 
-class ServedTeacherSettings(EngineSettings):
-    """What every teacher served by vLLM replicas on the cluster has."""
+TEACHERS: SettingsRegistry[TeacherSettings] = SettingsRegistry("kdray.teachers", "teacher", default="vllm")
+
+
+@TEACHERS.root
+class TeacherSettings(Settings):
+    """A teacher. The class variables and properties are facts: where it runs, and how its weights change."""
+
+    type: str
+    """Name of the kind; a subclass narrows it to a `Literal` of its own."""
+
+    implementation: ClassVar[str]
+    """`module:name` of its `kdray.teachers.kind.TeacherKind`, which checks, opens and identifies teachers of this kind."""
+    served: ClassVar[bool] = False
+    """Served by vLLM replicas on the cluster; its settings include those of an engine. Otherwise it runs in, or is called from,
+    the run's own process."""
+    white_box: ClassVar[bool] = False
+    """The ranks can load its weights, which stay fixed during the run."""
+    follows_student: ClassVar[bool] = False
+    """Its weights are an earlier version of the student's."""
+    learns: ClassVar[bool] = False
+    """It is another student, trained in the same run."""
+    replays: ClassVar[bool] = False
+    """It replays recorded answers, and cannot answer new requests."""
+    remote: ClassVar[bool] = False
+    """It runs elsewhere: its `model` is a name there, and no part of it is loaded here."""
+
+    @property
+    def renewal(self) -> tuple[int, float] | None:
+        """Steps between updates from the student's weights, and the share of its weights that an update keeps; or None."""
+        return None
+
+
+class ServedTeacherSettings(TeacherSettings, EngineSettings):
+    """A teacher served by vLLM replicas on the cluster."""
+
+    implementation = "kdray.teachers.served:ServedKind"
+    served = True
 
     prompt_template: str | None = None
-    """What the teacher reads in place of a prompt: `{prompt}` stands for it, `{answer}` for its reference answer. Lets the
-    teacher know more than the student, such as the same model with the answer in front. Student-only replicas then sample."""
+    """Template of the teacher's prompt: `{prompt}` is replaced by the student's prompt, `{answer}` by its reference answer.
+    Gives the teacher privileged information, such as the same model with the answer in its prompt. Student-only replicas then
+    sample."""
     scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
-    """How given sequences are scored by prefill. `recorder`: at any ids, with hidden states and both exact KLs.
-    `prompt_logprobs`: vLLM's own, the teacher's top ids alone; for an engine whose prefill the recorder cannot read."""
+    """Method of scoring given sequences by prefill. `recorder`: at any ids, with hidden states and both exact KLs.
+    `prompt_logprobs`: vLLM's own, only the teacher's top ids; for an engine whose prefill the recorder cannot read."""
 
     @model_validator(mode="after")
     def _template(self) -> ServedTeacherSettings:
@@ -216,7 +259,7 @@ class ServedTeacherSettings(EngineSettings):
 
 
 def check_template(setting: str, template: str, required: Sequence[str], allowed: Sequence[str]) -> None:
-    """Raises: ValueError where a template cannot be filled in, lacks a field, or has one that nobody knows."""
+    """Raises: ValueError if a template cannot be filled in, lacks a required field, or has an unknown one."""
     try:
         found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as error:
@@ -228,8 +271,11 @@ def check_template(setting: str, template: str, required: Sequence[str], allowed
             raise ValueError(f"{setting}: lacks {{{name}}}")
 
 
-class TeacherSettings(ServedTeacherSettings):
-    """A teacher with weights of its own."""
+@TEACHERS.add("vllm")
+class VLLMTeacherSettings(ServedTeacherSettings):
+    """A teacher with its own weights."""
+
+    white_box = True
 
     type: Literal["vllm"] = "vllm"
     model: ModelSource
@@ -238,14 +284,19 @@ class TeacherSettings(ServedTeacherSettings):
     """Commit or tag on the hub."""
 
 
+@TEACHERS.add("self")
 class SelfTeacherSettings(ServedTeacherSettings):
-    """The student itself as it was earlier: a snapshot, or an exponential average of its versions. Self-distillation."""
+    """An earlier state of the student itself: a snapshot, or an exponential moving average of its versions.
+    Self-distillation."""
+
+    implementation = "kdray.teachers.served:SelfKind"
+    follows_student = True
 
     type: Literal["self"]
     every: Positive | None = None
-    """Steps between renewals; None keeps the student that distillation began with."""
+    """Steps between updates of the teacher; None keeps the student as of the start of distillation."""
     decay: Annotated[Fraction, Field(lt=1.0)] = 0.0
-    """Share of the teacher's weights that a renewal keeps: 0 copies the student, more averages over its versions."""
+    """Share of the teacher's weights that an update keeps: 0 copies the student; larger values average over its versions."""
 
     @model_validator(mode="after")
     def _renewed(self) -> SelfTeacherSettings:
@@ -253,10 +304,18 @@ class SelfTeacherSettings(ServedTeacherSettings):
             raise ValueError(f"decay={self.decay:g} without `every`: nothing is ever renewed; set every, or remove decay")
         return self
 
+    @property
+    def renewal(self) -> tuple[int, float] | None:
+        return None if self.every is None else (self.every, self.decay)
 
+
+@TEACHERS.add("peer")
 class PeerTeacherSettings(ServedTeacherSettings):
-    """Another student, which learns from this one while this one learns from it: mutual distillation. It is trained with the
-    run's own settings, in a run folder of its own below `peers/`."""
+    """Another student, trained in the same run: each learns from the other (mutual distillation). It uses the run's settings,
+    and has its own run folder below `peers/`."""
+
+    implementation = "kdray.teachers.served:PeerKind"
+    learns = True
 
     type: Literal["peer"]
     model: ModelSource
@@ -265,43 +324,44 @@ class PeerTeacherSettings(ServedTeacherSettings):
     """Commit or tag on the hub."""
 
 
-ServedTeacher = TeacherSettings | SelfTeacherSettings | PeerTeacherSettings
-"""Teachers that replicas on the cluster serve."""
+@TEACHERS.add("openai")
+class OpenAITeacherSettings(TeacherSettings):
+    """A remote endpoint with an OpenAI-compatible API, which writes whole responses; no part of it runs on the cluster."""
 
-
-class OpenAITeacherSettings(Settings):
-    """A remote endpoint with OpenAI's interface, which writes whole responses; nothing of it runs on the cluster."""
+    implementation = "kdray.teachers.openai:OpenAIKind"
+    remote = True
 
     type: Literal["openai"]
     base_url: str
-    """Address of the interface, usually ending in `/v1`."""
+    """Base URL of the API, usually ending in `/v1`."""
     model: str = Field(min_length=1)
     """Name of the model at the endpoint."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = "OPENAI_API_KEY"
-    """Environment variable that holds the key; the key itself stands in no file. None for an endpoint without keys."""
+    """Environment variable with the API key; the key itself is written to no file. None for an endpoint without keys."""
     chat: bool = True
-    """Ask by chat completions: the prompt's text is a user message, and the endpoint applies its own template. False asks by
-    plain completions, which continue the text as it is."""
+    """Use chat completions: the prompt is sent as a user message, and the endpoint applies its own template. False uses plain
+    completions, which continue the text as given."""
     system_prompt: str | None = None
-    """System message before every prompt; for `chat`."""
+    """System message before every prompt; only with `chat`."""
     temperature: NonNegativeFloat = 1.0
-    """Sampling temperature at the endpoint; 0 is greedy. 1 draws from the teacher's own law."""
+    """Sampling temperature at the endpoint; 0 is greedy, 1 samples from the teacher's own distribution."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus at the endpoint."""
+    """Nucleus probability at the endpoint."""
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    """Top logprobs that the endpoint gives for every token: a support for the losses that need one. 0 asks for text only."""
+    """Number of top logprobs that the endpoint returns per token: a support for the losses that need one. 0 requests text
+    only."""
     token_ids: bool = False
-    """The endpoint takes and names token ids, as vLLM's server does, and its tokenizer is the student's. Prompts and responses
-    then travel as ids, and nothing is tokenized again. Compared with the student's tokenizer at start."""
+    """The endpoint accepts and returns token ids, as vLLM's server does, and its tokenizer is the student's. Prompts and
+    responses are then sent as ids, and nothing is tokenized twice. Checked against the student's tokenizer at start."""
     max_concurrency: Positive = 8
-    """Requests in flight at once."""
+    """Maximum number of concurrent requests."""
     requests_per_minute: PositiveFloat | None = None
-    """Most requests started in a minute, evenly spread, repeated ones included; None sets no limit."""
+    """Maximum number of requests started per minute, evenly spaced, retries included; None sets no limit."""
     timeout_s: PositiveFloat = 120.0
-    """Longest silence of the endpoint before a request is sent again."""
+    """Longest time without data from the endpoint before a request is retried."""
     retries: NonNegative = 5
-    """Times a request is sent again after a timeout, a lost connection, a rate limit (429) or an error of the endpoint (5xx); a
-    pause that the endpoint asks for is kept, up to two minutes."""
+    """Maximum number of retries of a request after a timeout, a lost connection, a rate limit (429) or a server error (5xx); a
+    delay that the endpoint asks for is respected, up to two minutes."""
 
     @model_validator(mode="after")
     def _together(self) -> OpenAITeacherSettings:
@@ -309,7 +369,7 @@ class OpenAITeacherSettings(Settings):
             url = urlsplit(self.base_url)
         except ValueError as error:
             raise ValueError(f"base_url: not an address: {error}") from error
-        # Neither message repeats the address: what is wrong with it may be a key inside.
+        # Neither message quotes the address: the invalid part may be a key inside it.
         if url.username is not None or url.password is not None or url.query or url.fragment:
             raise ValueError("base_url: holds more than an address; give a key by `api_key_env`")
         if url.scheme not in ("http", "https") or not url.hostname:
@@ -326,8 +386,12 @@ class OpenAITeacherSettings(Settings):
         return self
 
 
-class HFTeacherSettings(Settings):
-    """A small Hugging Face model inside the run's own process, in float32 on the CPU: for tests and tiny teachers."""
+@TEACHERS.add("hf")
+class HFTeacherSettings(TeacherSettings):
+    """A small Hugging Face model in the run's own process, in float32 on the CPU: for tests and tiny teachers."""
+
+    implementation = "kdray.teachers.huggingface:HFKind"
+    white_box = True
 
     type: Literal["hf"]
     model: ModelSource
@@ -335,19 +399,24 @@ class HFTeacherSettings(Settings):
     revision: str | None = None
     """Commit or tag on the hub."""
     batch_size: Positive = 16
-    """Sequences of one forward pass, which holds a row of logits for each of their tokens."""
+    """Sequences per forward pass, which holds a row of logits for each of their tokens."""
 
 
-class CaptureTeacherSettings(Settings):
-    """Answers of a teacher that were recorded earlier: nobody is asked, and nothing else can be scored."""
+@TEACHERS.add("capture")
+class CaptureTeacherSettings(TeacherSettings):
+    """Recorded answers of a teacher, replayed: no model is called, and new responses cannot be scored."""
+
+    implementation = "kdray.capturing.teacher:CaptureKind"
+    replays = True
 
     type: Literal["capture"]
     path: Path
-    """Folder of a capture, or one Parquet file of rollouts. A relative path counts from the folder the command was started
-    in."""
+    """Folder of a capture, or a Parquet file of rollouts. Relative paths are resolved from the directory in which the command
+    was started."""
     model: ModelSource | None = None
-    """The teacher that must have answered: Hugging Face id, local folder, tiny model, or the name at an endpoint. A capture by
-    another is refused; None takes any. `rollout.teacher_signal=hidden` takes the output head from it."""
+    """The teacher that must have given the answers: Hugging Face id, local folder, tiny model, or the name at an endpoint. A
+    capture of a different teacher is rejected; None accepts any. `rollout.teacher_signal=hidden` loads the output head from
+    it."""
     revision: str | None = None
     """Commit or tag of `model` on the hub."""
 
@@ -358,21 +427,5 @@ class CaptureTeacherSettings(Settings):
         return self
 
 
-OtherTeacherSettings = OpenAITeacherSettings | HFTeacherSettings | CaptureTeacherSettings
-"""Teachers that are no pool of replicas."""
-
-
-def _teacher_tag(value: Any) -> str:
-    kind = value.get("type", "vllm") if isinstance(value, dict) else getattr(value, "type", None)
-    return str(kind)
-
-
-TeacherSource = Annotated[
-    Annotated[TeacherSettings, Tag("vllm")]
-    | Annotated[SelfTeacherSettings, Tag("self")]
-    | Annotated[PeerTeacherSettings, Tag("peer")]
-    | Annotated[OpenAITeacherSettings, Tag("openai")]
-    | Annotated[HFTeacherSettings, Tag("hf")]
-    | Annotated[CaptureTeacherSettings, Tag("capture")],
-    Discriminator(_teacher_tag),
-]
+TeacherSource = Annotated[SerializeAsAny[TeacherSettings], TEACHERS.member()]
+"""A teacher of any kind; its other keys depend on `type`."""

@@ -22,36 +22,36 @@ class SFTSettings(Settings):
     learning_rate: PositiveFloat = 1e-5
     """Peak AdamW learning rate."""
     batch_size: Positive = 64
-    """Examples a step, over all ranks."""
+    """Examples per step, over all ranks."""
 
 
 class PretrainingSettings(Settings):
-    """Plain text that the student keeps modelling beside distillation, so that it forgets less (MiniLLM's L_PT)."""
+    """Plain text that the student also trains on during distillation, to limit forgetting (MiniLLM's L_PT)."""
 
     source: TextSource
-    """Where documents come from; the keys depend on `type`: jsonl, parquet, hub, task."""
+    """Source of documents; the keys depend on `type`: jsonl, parquet, hub, task."""
     weight: PositiveFloat = 1.0
-    """Weight of the mean over text tokens beside the mean over response tokens."""
+    """Weight of the mean over text tokens relative to the mean over response tokens."""
     batch_size: Positive = 64
-    """Windows a step, over all ranks."""
+    """Windows per step, over all ranks."""
     window_tokens: Annotated[int, Field(ge=2)] = 512
-    """Longest window; a longer document is cut into several, none of its tokens is left out."""
+    """Maximum window length; a longer document is split into several windows, without dropping tokens."""
     teacher_share: Fraction = 0.0
-    """Share of the forward KL to the teacher on the text; the rest is the text's own cross entropy. The reference code of
-    MiniLLM has 0.5, its paper 0. Above 0 the teacher scores every window."""
+    """Share of the forward KL to the teacher on the text; the rest is cross entropy. MiniLLM's reference code uses 0.5, its
+    paper 0. Above 0 the teacher scores every window."""
 
 
 class TrainingSettings(Settings):
     steps: Positive = 100
-    """Steps of the distillation phase: each trains one batch of rollouts and publishes one version of the student."""
+    """Steps of the distillation phase: each trains on one batch of rollouts and publishes one version of the student."""
     batch_size: Positive = 64
-    """Rollouts a step, over all ranks."""
+    """Rollouts per step, over all ranks."""
     micro_batch_size: Positive = 16
-    """Rollouts that one rank holds in one forward pass; the gradient does not depend on it."""
+    """Rollouts per rank in one forward pass; the gradient does not depend on it."""
     learning_rate: PositiveFloat = 5e-6
     """Peak AdamW learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after warm-up."""
+    """Shape of the learning rate schedule after warm-up."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises linearly from 0."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -59,65 +59,66 @@ class TrainingSettings(Settings):
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
     gradient_clipping: PositiveFloat = 1.0
-    """Largest global gradient norm."""
+    """Maximum global gradient norm."""
     ranks: Positive = 1
-    """Student ranks, one process each (one GPU each on a GPU cluster)."""
+    """Number of student ranks, one process each (one GPU each on a GPU cluster)."""
     cpus_per_rank: PositiveFloat = 1.0
-    """CPUs that Ray reserves for a rank; also its compute threads when it runs on CPUs."""
+    """CPUs that Ray reserves for a rank; also its number of compute threads on CPUs."""
     gpus_per_rank: NonNegativeFloat = 0.0
     """GPUs that Ray reserves for a rank: 1 on a GPU cluster, 0 on CPUs."""
     accelerator_type: str | None = None
-    """Ray accelerator type that the ranks are placed on, such as `H100`."""
+    """Ray accelerator type to place the ranks on, such as `H100`."""
     resources: dict[str, float] = Field(default={})
-    """Custom Ray resources that a rank takes, for placement."""
+    """Custom Ray resources that a rank requires, for placement."""
     labels: LabelSelector = Field(default={})
-    """Labels that a node must have for a rank to be placed on it: `value`, `!value`, `in(a, b)` or `!in(a, b)` by label."""
+    """Labels that a rank's node must have: `value`, `!value`, `in(a, b)` or `!in(a, b)` by label."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
-    """Ranks on few nodes (`pack`, the fastest links) or many; `strict_pack` wants one node, `strict_spread` one each."""
+    """Placement of ranks on few nodes (`pack`, the fastest links) or many (`spread`); `strict_pack` requires a single node,
+    `strict_spread` a node per rank."""
     backend: Backend = Field(default_factory=default_backend)
-    """What holds the student on the ranks and moves its weights; the keys depend on `type` (docs/architecture.md says which
-    there are). `kdray.config.backends` has those of kdray; installed distributions may add others."""
+    """Training backend of the student; the keys depend on `type`: one of kdray's own (docs/architecture.md lists them), or one
+    that an installed distribution adds."""
     precision: Precision = "fp32"
-    """Arithmetic of forward and backward; losses reduce in float32 either way."""
+    """Arithmetic of forward and backward; losses are reduced in float32 in either case."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     checkpoint_every: NonNegative = 50
-    """Steps between checkpoints; 0 writes one only at the end and on interruption. The batches since the last one stay in Ray's
-    object store, which moves them to disk when it is full: ranks that are lost repeat them."""
+    """Steps between checkpoints; 0 writes one only at the end and on interruption. The batches since the last one are kept in
+    Ray's object store, which spills them to disk when it is full: restarted ranks replay them."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints that are kept."""
+    """Number of most recent checkpoints to keep."""
     max_restarts: NonNegative = 2
-    """Times the ranks may be restarted from the last checkpoint after one is lost."""
+    """Maximum number of restarts of the ranks from the last checkpoint after one is lost."""
     stuck_after_s: PositiveFloat = 1800.0
-    """Longest step, save or publication, and longest loading after a restart; beyond it the ranks are stuck (one that hangs
-    holds up all), and start again from the last checkpoint."""
+    """Longest step, save or publication, and longest loading after a restart; beyond it the ranks count as stuck (one hanging
+    rank blocks all) and are restarted from the last checkpoint."""
     stuck_loading_after_s: PositiveFloat = 7200.0
-    """Longest loading of a phase's model, the start of the ranks included, and longest export: `stuck_after_s` for these."""
+    """Longest loading of a phase's model, including the start of the ranks, and longest export: `stuck_after_s` for these."""
     sync_bucket_mib: PositiveFloat = 256.0
-    """Size of one bucket of weights on their way to the replicas, MiB."""
+    """Size of a bucket of weights sent to the replicas, MiB."""
     weight_transfer: Literal["object_store", "nccl"] = "object_store"
-    """How weights reach the replicas: through Ray's object store and files, which works everywhere; or `nccl`, from rank 0's
-    GPU to each replica's by vLLM's weight-transfer engine, one replica after the other. Untested: nccl has not run on GPUs,
-    only what is around NCCL has run, on CPUs. It takes whole GPUs for ranks and replicas, room for two more copies of the
-    weights on rank 0's GPU, and for two buckets of `sync_bucket_mib` at both ends."""
+    """Transport of weights to the replicas: `object_store` uses Ray's object store and files, and works everywhere; `nccl`
+    sends them from rank 0's GPU to each replica's with vLLM's weight-transfer engine, one replica at a time. Untested: nccl has
+    not run on GPUs; only the code around NCCL has run, on CPUs. It requires whole GPUs for ranks and replicas, memory for two
+    more copies of the weights on rank 0's GPU, and for two buckets of `sync_bucket_mib` on both sides."""
     mini_batch_size: Positive | None = None
-    """Rollouts of one optimizer update, over all ranks; None takes `batch_size`."""
+    """Rollouts per optimizer update, over all ranks; None takes `batch_size`."""
     inner_epochs: Positive = 1
-    """Passes over the rollouts of a step (PPO's inner epochs; MiniLLM has 4). The weights move meanwhile: the staleness ratio
-    of the policy-gradient losses corrects that, up to its cap."""
+    """Passes over the rollouts of a step (PPO's inner epochs; MiniLLM uses 4). The weights change meanwhile: the staleness
+    ratio of the policy-gradient losses corrects for that, up to its cap."""
     schedules: dict[str, ScheduleSettings] = Field(default={})
-    """Settings that change during distillation, by their full name: rollout.alpha, rollout.teacher_share, rollout.data_share,
-    a number of the loss, such as loss.temperature, or the weight of a term, such as training.features.hidden.weight. Their own
-    values are where they begin."""
+    """Settings that change during distillation, by their full name: rollout.alpha, rollout.teacher_share, rollout.data_share, a
+    number of the loss, such as loss.temperature, or the weight of a term, such as training.features.hidden.weight. Each starts
+    from the value of the setting itself."""
     sft: SFTSettings = SFTSettings()
-    """The supervised phase before distillation."""
+    """Supervised phase before distillation."""
     finetune: SFTSettings = SFTSettings()
-    """The supervised phase after distillation, on the task's reference answers: the second stage of two-stage distillation."""
+    """Supervised phase after distillation, on the task's reference answers: the second stage of two-stage distillation."""
     pretraining: PretrainingSettings | None = None
-    """Pretraining text mixed into every update; None leaves it out."""
+    """Pretraining text mixed into every update; None disables it."""
     features: FeatureSettings | None = None
-    """Hidden states, attention maps and relations of a white-box teacher that the student matches beside the loss; None leaves
-    them out."""
+    """Hidden states, attention maps and relations of a white-box teacher that the student matches in addition to the loss; None
+    disables them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -162,10 +163,10 @@ class TrainingSettings(Settings):
 
     @property
     def mini_batches(self) -> int:
-        """Mini-batches that the rollouts of one step make."""
+        """Number of mini-batches per step."""
         return self.batch_size // (self.mini_batch_size or self.batch_size)
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer updates of one step."""
+        """Number of optimizer updates per step."""
         return self.mini_batches * self.inner_epochs

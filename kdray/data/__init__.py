@@ -1,1 +1,1 @@
-"""Prompts and text: sources, tokenisation, order, generated tasks."""
+"""Prompts and text: sources, tokenisation, ordering, generated tasks."""

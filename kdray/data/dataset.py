@@ -1,5 +1,6 @@
-"""Prompts: from tasks, files, the hub or the caller to token ids, split in training and held-out, at a position that
-a resumed run can continue from. Shuffling lives in PromptStream; which prompts a run takes when lives in the loop.
+"""Prompts: loaded from tasks, files, the hub or the caller, tokenized, and split into training and held-out sets.
+
+`PromptStream` shuffles them, by a position that a resumed run can continue from; the loop decides when it uses which positions.
 """
 
 from __future__ import annotations
@@ -7,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from kdray.config import Config, HubPrompts, IterablePrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
+from kdray.config import Config, HubPrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
+from kdray.data.graders import Grading, grading_of
 from kdray.data.sources import check_text, hub_records, jsonl_records, kind, names, parquet_records
-from kdray.data.tasks import exact_match, generate_examples
+from kdray.data.tasks import generate_examples
 from kdray.errors import DataError
 from kdray.types import Prompt, SampleRequest
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages")
-"""Where a prompt is looked for when `prompt_column` is not set, in this order."""
+"""Columns tried for the prompt, in this order, if `prompt_column` is not set."""
 
 ANSWER_COLUMNS = ("answer", "completion", "response", "output")
-"""Where a reference answer is looked for when `answer_column` is not set, in this order."""
+"""Columns tried for the reference answer, in this order, if `answer_column` is not set."""
 
 _BATCH = 1024
 
@@ -33,29 +36,29 @@ class Dataset:
     """The prompts of a run."""
 
     train: list[Prompt]
-    """Prompts to draw rollouts for."""
+    """Prompts to sample rollouts for."""
     heldout: list[Prompt]
-    """Prompts for measuring; no training prompt shares a `prompt_id` with them."""
+    """Prompts for evaluation; no training prompt shares a `prompt_id` with them."""
     dropped: int
-    """Prompts left out as longer than `data.max_prompt_tokens`, training and held-out together."""
-    grade: Callable[[str, str], bool] | None
-    """`grade(response, answer)` tells whether a response is right; None where only generated tasks could tell."""
+    """Number of prompts dropped as longer than `data.max_prompt_tokens`, training and held-out together."""
+    grade: Grading | None
+    """`grade(prompt, response)` returns True for a correct response; None if the prompts have no grader."""
 
 
 class PromptStream:
-    """Training prompts without end: every epoch is a permutation of all of them, fixed by seed and epoch."""
+    """Infinite stream of training prompts: every epoch is a permutation of all of them, fixed by seed and epoch."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        """Raises: DataError where there are no prompts."""
+        """Raises: DataError if there are no prompts."""
         if not prompts:
             raise DataError("no training prompts to draw from")
         self._prompts = prompts
         self._seed = seed
-        # Two epochs: requests that straddle the border go back and forth.
+        # Two epochs: requests around an epoch boundary alternate between them.
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def at(self, position: int) -> Prompt:
-        """The prompt at a position >= 0, a function of position and seed alone: resume needs nothing but a position."""
+        """Return the prompt at a position >= 0, a function of position and seed alone, so resume needs only a position."""
         if position < 0:
             raise ValueError(f"position={position}: positions count from 0")
         epoch, index = divmod(position, len(self._prompts))
@@ -66,39 +69,28 @@ class PromptStream:
 
 
 def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None = None) -> Dataset:
-    """Read, check, tokenize and split the prompts that `data.prompts` names.
+    """Load, check, tokenize and split the prompts that `data.prompts` names.
 
-    `prompt_id` counts the rows of the training source from 0, dropped ones included; where held-out prompts have a
-    source of their own, its rows count on from there. A held-out file or split gives its first
-    `data.heldout_size` prompts.
+    `prompt_id` counts the rows of the training source from 0, dropped ones included; if held-out prompts have a
+    source of their own, its rows continue the count. Of a held-out file or split, the first `data.heldout_size`
+    prompts are used.
 
     Args: tokenizer: the student's. prompts: for `data.prompts.type: iterable`, texts or rows (dicts), finite.
     Raises: DataError with file, line, setting and remedy.
     """
     source = config.data.prompts
-    if (prompts is not None) != isinstance(source, IterablePrompts):
+    if (prompts is not None) != source.from_caller:
         raise DataError(
             "data.prompts.type=iterable takes its prompts from the caller: pass prompts=..., or choose another type"
             if prompts is None
             else f"prompts=... was passed, but data.prompts.type={source.type}; set data.prompts.type=iterable"
         )
     size = config.data.heldout_size
-    heldout_rows: list[_Row] | None = None
-    grade: Callable[[str, str], bool] | None = None
-    if isinstance(source, TaskPrompts):
-        rows, heldout_rows = _task_rows(source, size, config.run.seed)
-        grade = exact_match
-    elif isinstance(source, IterablePrompts):
-        rows = _rows(_iterable_records(prompts or ()), _Columns(), "prompts")
+    grade = grading_of(config)
+    if prompts is None:
+        rows, heldout_rows = _READERS[source.type](source, size, config.run.seed)
     else:
-        place = source.name if isinstance(source, HubPrompts) else str(source.path)
-        columns = _Columns(source.prompt_column, source.answer_column, source.domain_column)
-        rows = _rows(_records(source, heldout=False), columns, place)
-        wanted = source.heldout_split if isinstance(source, HubPrompts) else source.heldout_path
-        if wanted is not None:
-            place = f"{source.name} (split {wanted})" if isinstance(source, HubPrompts) else str(wanted)
-            heldout_rows = _rows(_records(source, heldout=True), columns, place)[:size]
-
+        rows, heldout_rows = _rows(_iterable_records(prompts), _Columns(), "prompts"), None
     encode = _Encoder(config, tokenizer)
     train, long_train = encode(_prefixed(rows, config.data.prefix), first_id=0)
     if heldout_rows is None:
@@ -120,17 +112,17 @@ def load_dataset(config: Config, tokenizer: Any, prompts: Iterable[Any] | None =
 
 
 def reencode(config: Config, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[int, np.ndarray]:
-    """The prompts as a teacher with another tokenizer reads them, of any length, by prompt id, under its own chat template.
+    """Tokenize the prompts for a teacher with another tokenizer and chat template: ids of any length, by prompt id.
 
-    Raises: DataError where its tokenizer has no chat template and needs one.
+    Raises: DataError if its tokenizer has no chat template and needs one.
     """
     return _encoded(config, tokenizer, prompts, [prompt.question for prompt in prompts])
 
 
 def templated(config: Config, tokenizer: Any, prompts: Sequence[Prompt], template: str) -> dict[int, np.ndarray]:
-    """What a teacher with `prompt_template` reads, ids by prompt id; of chat messages, the last one is put into the template.
+    """Tokenize the prompts for a teacher with `prompt_template`, ids by prompt id; of chat messages, it wraps the last one.
 
-    Raises: DataError where a prompt has no answer that the template asks for.
+    Raises: DataError if the template uses the answer and a prompt has none.
     """
     if "{answer}" in template and (lacking := [prompt for prompt in prompts if prompt.answer is None]):
         raise DataError(f"prompt_template asks for {{answer}}, and prompt {lacking[0].prompt_id} has none; leave it out")
@@ -146,7 +138,7 @@ def templated(config: Config, tokenizer: Any, prompts: Sequence[Prompt], templat
 def _encoded(
     config: Config, tokenizer: Any, prompts: Sequence[Prompt], questions: Sequence[str | Messages]
 ) -> dict[int, np.ndarray]:
-    """The ids of questions that stand in for prompts, of any length, by prompt id."""
+    """Tokenize questions that replace those of the prompts: ids of any length, by prompt id."""
     rows = [
         _Row(f"prompt {prompt.prompt_id}, as the teacher reads it", question, None)
         for prompt, question in zip(prompts, questions, strict=True)
@@ -156,9 +148,9 @@ def _encoded(
 
 
 def question_encoder(config: Config, tokenizer: Any) -> Callable[[str], Prompt]:
-    """Turns a text of any length into what a prompt with that question would be, under the config's chat template.
+    """Return a function that encodes a question of any length as a prompt, under the config's chat template.
 
-    Its `prompt_id` is 0. Raises: DataError where the tokenizer has no chat template and needs one.
+    Its `prompt_id` is 0. Raises: DataError if the tokenizer has no chat template and needs one.
     """
     encode = _unlimited(config, tokenizer)
 
@@ -172,9 +164,9 @@ def question_encoder(config: Config, tokenizer: Any) -> Callable[[str], Prompt]:
 def asked_text(
     config: Config, tokenizer: Any, prompts: Sequence[Prompt], chat: bool
 ) -> Callable[[SampleRequest], str | Messages]:
-    """What a teacher that reads text is asked by a request: the prompt's own question, or that of a program's call.
+    """Return a function from a request to the text for a text-only teacher: the prompt's question, or that of a program's call.
 
-    Args: chat: whether it applies a chat template of its own; otherwise the text after the student's is given.
+    Args: chat: True if the teacher applies its own chat template; otherwise it gets the text after the student's template.
     """
     questions = {prompt.prompt_id: prompt.question if chat else prompt.text for prompt in prompts}
     encode = question_encoder(config, tokenizer)
@@ -188,7 +180,7 @@ def asked_text(
 
 
 def response_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Turns a response's text into ids, end-of-sequence last. What looks like a special token is text, and ends nothing."""
+    """Return an encoder of response text, which appends end-of-sequence. Special tokens in the text are treated as text."""
 
     def encoded(text: str) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -198,9 +190,9 @@ def response_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def encode_answer(tokenizer: Any, prompt: Prompt) -> np.ndarray:
-    """The reference answer as ids, end-of-sequence last: the target of supervised fine-tuning, int32 [answer tokens].
+    """Encode the reference answer with end-of-sequence last: the target of supervised fine-tuning, int32 [answer tokens].
 
-    Raises: DataError where the prompt has no answer or the tokenizer no end-of-sequence token.
+    Raises: DataError if the prompt has no answer or the tokenizer no end-of-sequence token.
     """
     if prompt.answer is None:
         raise DataError(
@@ -217,8 +209,8 @@ def encode_answer(tokenizer: Any, prompt: Prompt) -> np.ndarray:
 
 
 def _task_rows(source: TaskPrompts, heldout_size: int, seed: int) -> tuple[list[_Row], list[_Row]]:
-    """(training, held-out) rows; held-out ones are drawn first, so that they do not depend on `size`."""
-    # Seeds apart from those of other uses of the run's seed, and from the examples that a tiny teacher trains on.
+    """Generate (training, held-out) rows; held-out ones come first, so that they do not depend on `size`."""
+    # Seeds distinct from other uses of the run's seed and from those of the examples that a tiny teacher trains on.
     streams = [int(word) for word in np.random.SeedSequence([seed, 0x6B6472]).generate_state(2, np.uint64)]
     heldout = generate_examples([*source.tasks, *source.transfer_tasks], source.difficulty, heldout_size, streams[0])
     taken = frozenset(example.prompt for example in heldout)
@@ -230,16 +222,39 @@ def _task_rows(source: TaskPrompts, heldout_size: int, seed: int) -> tuple[list[
     return made[0], made[1]
 
 
-def _records(source: JsonlPrompts | ParquetPrompts | HubPrompts, heldout: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) pairs of the training or held-out part."""
-    if isinstance(source, HubPrompts):
-        split = source.heldout_split if heldout else source.split
-        setting = "heldout_split" if heldout else "split"
-        return hub_records(source.name, source.subset, split or source.split, source.revision, f"data.prompts.{setting}")
-    path = source.heldout_path if heldout else source.path
-    setting = "data.prompts.heldout_path" if heldout else "data.prompts.path"
-    assert path is not None  # a held-out part is asked for only where it has a path
-    return jsonl_records(path, setting) if isinstance(source, JsonlPrompts) else parquet_records(path, setting)
+def _file_rows(
+    records: Callable[[Path, str], Iterator[tuple[str, dict[str, Any]]]], source: JsonlPrompts | ParquetPrompts, size: int
+) -> tuple[list[_Row], list[_Row] | None]:
+    """Rows of a file and of its held-out file. Args: records: reader of such files."""
+    columns = _Columns(source.prompt_column, source.answer_column, source.domain_column)
+    rows = _rows(records(source.path, "data.prompts.path"), columns, str(source.path))
+    if source.heldout_path is None:
+        return rows, None
+    heldout = records(source.heldout_path, "data.prompts.heldout_path")
+    return rows, _rows(heldout, columns, str(source.heldout_path))[:size]
+
+
+def _hub_rows(source: HubPrompts, size: int, seed: int) -> tuple[list[_Row], list[_Row] | None]:
+    """Rows of a split and of the held-out split."""
+    columns = _Columns(source.prompt_column, source.answer_column, source.domain_column)
+
+    def split(name: str, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        return hub_records(source.name, source.subset, name, source.revision, f"data.prompts.{setting}")
+
+    rows = _rows(split(source.split, "split"), columns, source.name)
+    wanted = source.heldout_split
+    if wanted is None:
+        return rows, None
+    return rows, _rows(split(wanted, "heldout_split"), columns, f"{source.name} (split {wanted})")[:size]
+
+
+_READERS: dict[str, Callable[[Any, int, int], tuple[list[_Row], list[_Row] | None]]] = {
+    "task": _task_rows,
+    "jsonl": lambda source, size, seed: _file_rows(jsonl_records, source, size),
+    "parquet": lambda source, size, seed: _file_rows(parquet_records, source, size),
+    "hub": _hub_rows,
+}
+"""Training rows, and held-out rows where a source has its own, by `data.prompts.type`; given source, held-out size and seed."""
 
 
 def _iterable_records(prompts: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -254,7 +269,7 @@ def _iterable_records(prompts: Iterable[Any]) -> Iterator[tuple[str, dict[str, A
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A checked row of any source."""
+    """A validated row of any source."""
 
     place: str
     prompt: str | Messages
@@ -264,7 +279,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Which columns of a source hold what, as the user named them."""
+    """Column names of a source, as set by the user; None if not set."""
 
     prompt: str | None = None
     answer: str | None = None
@@ -272,7 +287,7 @@ class _Columns:
 
 
 def _rows(records: Iterator[tuple[str, dict[str, Any]]], columns: _Columns, place: str) -> list[_Row]:
-    """Checked rows. Columns that are not set are chosen by the first record. Raises: DataError."""
+    """Validate records. Columns that are not set are chosen from the first record. Raises: DataError."""
     rows: list[_Row] = []
     prompt_column, answer_column = columns.prompt, columns.answer
     prompt_key, answer_key = prompt_column, answer_column
@@ -349,7 +364,7 @@ def _check_prompt(value: Any, where: str) -> str | Messages:
 
 
 def _prefixed(rows: list[_Row], prefix: str) -> list[_Row]:
-    """The rows with `data.prefix` before the question: the text, or the last chat message."""
+    """Prepend `data.prefix` to the question of every row: the text, or the last chat message."""
 
     def put(prompt: str | Messages) -> str | Messages:
         if isinstance(prompt, str):
@@ -360,13 +375,13 @@ def _prefixed(rows: list[_Row], prefix: str) -> list[_Row]:
 
 
 def _unlimited(config: Config, tokenizer: Any) -> _Encoder:
-    """The config's encoder, for texts of any length."""
+    """Return the config's encoder without a length limit."""
     unlimited = config.data.model_copy(update={"max_prompt_tokens": 2**31})
     return _Encoder(config.model_copy(update={"data": unlimited}), tokenizer)
 
 
 class _Encoder:
-    """Rows to prompts under the config's template and length rules."""
+    """Encoder of rows into prompts under the config's chat template and length limit."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self._limit = config.data.max_prompt_tokens
@@ -380,7 +395,7 @@ class _Encoder:
         self._wrap_text = wanted == "always" or (wanted == "auto" and has_template)
 
     def __call__(self, rows: Sequence[_Row], first_id: int) -> tuple[list[Prompt], int]:
-        """(prompts in the order of the rows, how many were dropped as too long). No text is ever cut."""
+        """Return (prompts in row order, number dropped as too long). Text is never truncated."""
         kept: list[Prompt] = []
         longer: list[Prompt] = []
         for start in range(0, len(rows), _BATCH):
@@ -402,7 +417,7 @@ class _Encoder:
         return kept, len(longer)
 
     def _tokenize(self, rows: Sequence[_Row]) -> tuple[list[str], list[list[int]]]:
-        """Texts after the chat template, and their ids."""
+        """Return the texts after the chat template, and their ids."""
         texts = [self._text(row) for row in rows]
         templated = [self._wrap_text or not isinstance(row.prompt, str) for row in rows]
         token_ids: list[list[int]] = [[] for _ in rows]
@@ -410,7 +425,7 @@ class _Encoder:
             chosen = [index for index, flag in enumerate(templated) if flag == wrapped]
             if not chosen:
                 continue
-            # A chat template writes its own special tokens; raw text gets those that the tokenizer puts around a text.
+            # A chat template adds its own special tokens; raw text gets the tokenizer's default ones.
             encoded = self._tokenizer(
                 [texts[index] for index in chosen], add_special_tokens=not wrapped, truncation=False, verbose=False
             )["input_ids"]
@@ -431,12 +446,12 @@ class _Encoder:
 
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        # Templates refuse what they cannot write (a system message, two user turns) by raising.
+        # Templates raise on messages that they do not support (a system message, two user turns).
         except jinja2.TemplateError as error:
             raise DataError(f"{row.place}: the student's chat template refuses these messages: {error}") from error
 
     def _without_eos(self, text: str, token_ids: list[int]) -> list[int]:
-        """Some tokenizers close every text; a response cannot follow a prompt that has ended."""
+        """Remove an end-of-sequence token that the tokenizer appended; a response cannot follow an ended prompt."""
         eos = self._tokenizer.eos_token
         if token_ids and eos is not None and token_ids[-1] == self._tokenizer.eos_token_id and not text.endswith(eos):
             return token_ids[:-1]

@@ -1,8 +1,8 @@
-"""Pretraining text: documents of a source, cut into windows of token ids."""
+"""Pretraining text: documents of a source, split into windows of token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ _SECTION = "training.pretraining.source"
 
 
 def load_windows(settings: PretrainingSettings, tokenizer: Any, seed: int) -> list[Prompt]:
-    """All windows of all documents, each document closed by the end-of-sequence token.
+    """Load all windows of all documents; every document ends with the end-of-sequence token.
 
-    Windows of a document overlap by one token, so that every token but a document's first is a target exactly once.
+    Windows of a document overlap by one token, so that every token except a document's first is a target exactly once.
     Raises: DataError with file, row and remedy.
     """
     if tokenizer.eos_token_id is None:
@@ -40,18 +40,19 @@ def load_windows(settings: PretrainingSettings, tokenizer: Any, seed: int) -> li
 
 
 def documents(source: TextSource, seed: int, section: str) -> Iterator[str]:
-    """The texts of a source, in its order. Args: section: the setting that holds `source`, for messages."""
-    if isinstance(source, TaskText):
-        for example in generate_examples(source.tasks, source.difficulty, source.size, seed):
-            yield example.prompt + example.answer
-        return
-    if isinstance(source, JsonlText):
-        records = jsonl_records(source.path, f"{section}.path")
-    elif isinstance(source, ParquetText):
-        records = parquet_records(source.path, f"{section}.path")
-    else:
-        assert isinstance(source, HubText)
-        records = hub_records(source.name, source.subset, source.split, source.revision, f"{section}.split")
+    """Yield the texts of a source in its order. Args: section: the setting that holds `source`, for messages."""
+    return _DOCUMENTS[source.type](source, seed, section)
+
+
+def _task_documents(source: TaskText, seed: int, section: str) -> Iterator[str]:
+    for example in generate_examples(source.tasks, source.difficulty, source.size, seed):
+        yield example.prompt + example.answer
+
+
+def _column(
+    records: Iterator[tuple[str, dict[str, Any]]], source: JsonlText | ParquetText | HubText, section: str
+) -> Iterator[str]:
+    """The column of each record that holds the document."""
     for where, record in records:
         if source.column not in record:
             raise DataError(f"{section}.column={source.column}: {where} has no such column; it has {names(record)}")
@@ -60,3 +61,17 @@ def documents(source: TextSource, seed: int, section: str) -> Iterator[str]:
             raise DataError(f"{where}, {source.column!r}: a document is a text, found {kind(text)}")
         check_text(text, f"{where}, {source.column!r}")
         yield text
+
+
+def _hub_documents(source: HubText, seed: int, section: str) -> Iterator[str]:
+    records = hub_records(source.name, source.subset, source.split, source.revision, f"{section}.split")
+    return _column(records, source, section)
+
+
+_DOCUMENTS: dict[str, Callable[[Any, int, str], Iterator[str]]] = {
+    "task": _task_documents,
+    "jsonl": lambda source, seed, section: _column(jsonl_records(source.path, f"{section}.path"), source, section),
+    "parquet": lambda source, seed, section: _column(parquet_records(source.path, f"{section}.path"), source, section),
+    "hub": _hub_documents,
+}
+"""Readers by the `type` of a text source; arguments: source, seed, section."""

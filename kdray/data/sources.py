@@ -1,4 +1,4 @@
-"""Rows of JSONL, Parquet and hub datasets: (where the row stands, row) pairs, read as they are asked for.
+"""Readers of JSONL, Parquet and hub datasets, which yield (location, row) pairs lazily.
 
 All raise DataError with the setting, the file and the row.
 """
@@ -16,7 +16,7 @@ _ROWS = 1024
 
 
 def jsonl_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a file with one JSON object a line. Args: setting: the one that names `path`, for messages."""
+    """Yield rows of a file with one JSON object per line. Args: setting: the one that names `path`, for messages."""
     _must_exist(path, setting)
     if not path.is_file():
         raise DataError(f"{setting}={path}: is a folder; name a file with one JSON object a line")
@@ -34,7 +34,7 @@ def jsonl_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any
                 raise DataError(
                     f"{place}: not valid JSON: {error.msg} at column {error.colno}; every line must be one JSON object"
                 ) from error
-            # Valid JSON that Python cannot hold: brackets without end, a number of thousands of digits.
+            # Valid JSON that Python cannot load: too deep a nesting, a number of thousands of digits.
             except RecursionError as error:
                 raise DataError(f"{place}: nested too deep; every line must be one JSON object of texts") from error
             except ValueError as error:
@@ -45,7 +45,7 @@ def jsonl_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any
 
 
 def parquet_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a Parquet file, or of all those below a folder in the order of their names."""
+    """Yield rows of a Parquet file, or of all Parquet files below a folder in order of their names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -68,12 +68,12 @@ def parquet_records(path: Path, setting: str) -> Iterator[tuple[str, dict[str, A
 def hub_records(
     name: str, subset: str | None, split: str, revision: str | None, setting: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a dataset that the `datasets` library loads. Args: setting: the one that names `split`."""
+    """Yield rows of a dataset that the `datasets` library loads. Args: setting: the one that names `split`."""
     import datasets
 
     try:
         table = datasets.load_dataset(name, subset, split=split, revision=revision)
-    # An unknown name, subset, split or revision, no network, no access: each comes as one of these.
+    # Raised for an unknown name, subset, split or revision, a missing network, or missing access.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{setting}={split}: {name} (subset {subset}) could not be loaded: {error}") from error
     for index, record in enumerate(table):
@@ -81,7 +81,7 @@ def hub_records(
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises: DataError where a text holds half of a character, as a cut or doubly escaped one leaves it."""
+    """Check for lone surrogates, which truncated or doubly escaped text contains. Raises: DataError."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -100,10 +100,10 @@ def _must_exist(path: Path, setting: str) -> None:
 
 
 def names(record: dict[str, Any]) -> str:
-    """The columns of a row, for messages."""
+    """Describe the columns of a row, for messages."""
     return f"columns {', '.join(map(str, record))}" if record else "no columns"
 
 
 def kind(value: Any) -> str:
-    """What a value is, for messages."""
+    """Describe the type and value of `value`, for messages."""
     return "null" if value is None else f"{type(value).__name__} {value!r:.60}"

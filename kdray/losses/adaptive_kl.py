@@ -1,4 +1,4 @@
-"""Adaptive KL: forward KL where the student misses the teacher's head, reverse KL where it misses the tail."""
+"""Adaptive KL: forward KL to the extent that the student misses the teacher's head, reverse KL that it misses the tail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdray.losses.support import Buckets
 
 
 def adaptive_kl(rows: Buckets, settings: AdaptiveKLLoss) -> torch.Tensor:
-    """h KL(p || q) + (1 - h) KL(q || p) of each position, nats, [N]; h = `head_share`, a number to the gradient.
+    """h KL(p || q) + (1 - h) KL(q || p) of each position, nats, [N]; h = `head_share`, without gradient.
 
     Source: AKL, Wu et al. 2024 (arXiv 2404.02657).
     """
@@ -23,8 +23,8 @@ def adaptive_kl(rows: Buckets, settings: AdaptiveKLLoss) -> torch.Tensor:
 def head_share(rows: Buckets, head_mass: float) -> torch.Tensor:
     """Share of the gap sum |p - q| that lies in the teacher's head, [N].
 
-    The head is the teacher's most likely id, and those after it for as long as they sum to at most `head_mass`, as in the
-    authors' code. The tail bucket is never of the head, whatever its mass: each of its ids is an unlikely one.
+    The head is the teacher's most likely id, and the following ones as long as they sum to at most `head_mass`, as in the
+    authors' code. The tail bucket is never part of the head, whatever its mass, since each of its ids is unlikely.
     """
     teacher = rows.filled(rows.teacher.exp(), 0.0)
     gap = (teacher - rows.filled(rows.student.exp(), 0.0)).abs()
@@ -35,5 +35,5 @@ def head_share(rows: Buckets, head_mass: float) -> torch.Tensor:
     in_head = teacher.gather(-1, order).cumsum(-1) <= head_mass
     in_head[:, 0] = True
     total = gap.sum(-1)
-    # Equal rows have no gap and no divergence either: any share will do, but not 0 / 0.
+    # Equal rows have no gap and no divergence: any share is correct, but 0 / 0 must be avoided.
     return (gap.gather(-1, order) * in_head).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny)

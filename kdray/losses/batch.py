@@ -1,13 +1,20 @@
-"""What every loss is given and gives back."""
+"""Input and output of a loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 
 from kdray.errors import TrainingError, VocabError
+from kdray.rollouts.columns import loss_columns
 from kdray.types import TrainBatch
+
+_COLUMNS = loss_columns()
+_INDICES = frozenset(column.name for column in _COLUMNS if column.width == "support" and issubclass(column.dtype, np.integer))
+"""Columns of ids, by which rows are indexed."""
 
 
 @dataclass(frozen=True)
@@ -15,10 +22,11 @@ class LossBatch:
     """Tensors of one micro-batch, aligned with the token that they describe.
 
     Only positions where `mask` is True are read; the others may hold anything. Columns that were not recorded are None.
+    They are those that `kdray.rollouts.columns` names for a loss.
     """
 
     token_ids: torch.Tensor  # [B, S] long
-    mask: torch.Tensor  # [B, S] bool, True at response tokens, which are contiguous; a row is one rollout
+    mask: torch.Tensor  # [B, S] bool, True at targets, which may have gaps between them; a row is one rollout
     vocab_size: int
     """Token ids that teacher and student share; further columns of the student's logits are embedding padding."""
     mixture_logprobs: torch.Tensor | None = None  # [B, S] log m of the sampler
@@ -29,24 +37,28 @@ class LossBatch:
     tail_logprobs: torch.Tensor | None = None  # [B, S] log of the teacher's mass outside the support; -inf if it covers all
     group: torch.Tensor | None = None  # [B, S] int, index in `groups`
     groups: tuple[str, ...] = ()
-    """Names under which `by_group` adds up."""
+    """Names under which `by_group` aggregates."""
     weights: torch.Tensor | None = None  # [B, S] weight of a token in the loss; None where all count alike
     teacher_logits: torch.Tensor | None = None  # [B, S, vocab >= vocab_size]; where given, read instead of the support
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Columns that have no field here, by name."""
 
     @classmethod
     def from_train_batch(cls, batch: TrainBatch, vocab_size: int, device: torch.device | str = "cpu") -> LossBatch:
-        """The same batch as tensors on `device`; columns that no loss reads are left behind."""
-        names = (*FLOAT_COLUMNS, "support_ids", "support_logprobs")
-        columns = {name: torch.from_numpy(batch.columns[name]).to(device) for name in names if name in batch.columns}
-        if "support_ids" in columns:
-            columns["support_ids"] = columns["support_ids"].long()
+        """Convert a batch to tensors on `device`, without columns that no loss reads."""
+        columns = {}
+        for column in _COLUMNS:
+            if column.name in batch.columns:
+                tensor = torch.from_numpy(batch.columns[column.name]).to(device)
+                columns[column.name] = tensor.long() if column.name in _INDICES else tensor
+        own = {each.name for each in fields(cls)}
         return cls(
             token_ids=torch.from_numpy(batch.token_ids).to(device, torch.long),
             mask=torch.from_numpy(batch.loss_mask).to(device),
             vocab_size=vocab_size,
-            group=None if batch.group is None else torch.from_numpy(batch.group).to(device),
             groups=batch.groups,
-            **columns,
+            more={name: tensor for name, tensor in columns.items() if name not in own},
+            **{name: tensor for name, tensor in columns.items() if name in own},
         )
 
     def masked(self, name: str) -> torch.Tensor:
@@ -54,7 +66,7 @@ class LossBatch:
 
         Raises: TrainingError if the sampler did not record it.
         """
-        column = getattr(self, name)
+        column = self.more[name] if name in self.more else getattr(self, name, None)
         if column is None:
             raise TrainingError(
                 f"the batch has no column {name}, which this loss needs; let a teacher sample or score the rollouts first"
@@ -62,10 +74,10 @@ class LossBatch:
         return column[self.mask]
 
     def shares(self, name: str, flags: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums of `flags` [N]: over all tokens, and over those of each group beside how many they are.
+        """Sums of `flags` [N] over all tokens, and over those of each group together with their number.
 
-        The names are `name`, `<group>/name` and `<group>/tokens`; every group of the step is there, the empty ones too, since
-        ranks add up by name.
+        The names are `name`, `<group>/name` and `<group>/tokens`; every group of the step is present, even if empty, since
+        ranks are summed by name.
         """
         sums = {name: flags.sum()}
         if self.group is not None:
@@ -101,15 +113,11 @@ def check_columns(what: str, columns: int, vocab_size: int) -> None:
         )
 
 
-FLOAT_COLUMNS = ("mixture_logprobs", "student_logprobs", "teacher_logprobs", "tail_logprobs", "weights")
-"""Columns with one number a token, by Rollout field name."""
-
-
 @dataclass(frozen=True)
 class LossOutput:
-    """Sums over the masked tokens, so that any split in micro-batches and ranks adds up to the same numbers."""
+    """Sums over the masked tokens, so that any split into micro-batches and ranks adds up to the same numbers."""
 
     total: torch.Tensor
-    """Scalar with gradient, nats; the caller divides it by the response tokens of the whole step."""
+    """Scalar with gradient, nats; the caller divides it by the number of response tokens of the whole step."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Detached scalars for `kdray.runs.metrics.reduce_sums`, by name."""

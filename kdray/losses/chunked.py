@@ -1,8 +1,8 @@
-"""A divergence over the whole vocabulary out of hidden states, a few rows at a time.
+"""Full-vocabulary divergence from hidden states, computed in chunks of rows.
 
-Logits of all tokens are never held: each chunk is turned into logits, rows, value and gradient, and dropped. What stays is
-the gradient of the hidden states and of the student's head, both of the size of what they belong to. The gradient is
-computed with the value, since a second pass would have to make every chunk's logits again.
+The logits of all tokens never exist at once: each chunk is turned into logits, rows, value and gradient, then freed. What is
+kept is the gradient of the hidden states and of the student's head, each of the size of its tensor. The gradient is computed
+together with the value, since a separate backward pass would recompute every chunk's logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdray.losses.batch import check_columns, log_rows
 from kdray.losses.support import Buckets, full_rows
 
 DEFAULT_CHUNK_ROWS = 128
-"""Rows at a time: at 152k ids about 75 MiB for each of the float32 tensors that a divergence needs, some ten of them."""
+"""Rows per chunk: at 152k ids about 75 MiB for each of the about ten float32 tensors that a divergence needs."""
 
 
 def chunked_divergence(
@@ -34,17 +34,17 @@ def chunked_divergence(
     teacher_bias: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum of `divergence` over N positions whose rows both models' heads give, nats; a scalar, in float32 at least.
+    """Sum of `divergence` over N positions, with rows computed by both models' heads, nats; a scalar, at least float32.
 
-    Carries a gradient to the student's hidden states, head and bias, once; none to the teacher. Logits are made in the
+    Differentiable once, in the student's hidden states, head and bias; the teacher gets no gradient. Logits are computed in the
     dtype of the hidden states, rows and their sums in float32 (float64 stays).
-    Args: student_hidden, teacher_hidden: [N, d_student], [N, d_teacher], after the final norm, of one dtype with their head;
+    Args: student_hidden, teacher_hidden: [N, d_student], [N, d_teacher], after the final norm, in the dtype of their head;
           student_head, teacher_head: [vocab >= vocab_size, d]; further rows are embedding padding, cut before the softmax;
-          divergence: one value a row, such as `kdray.losses.divergence_of(settings)`;
-          chunk_rows: rows at a time; memory grows with it, and the share of time spent on adding up head gradients shrinks;
-          student_bias, teacher_bias: [vocab], where the head has one; token_ids: [N] long, for `hinton`'s hard labels.
+          divergence: one value per row, such as `kdray.losses.divergence_of(settings)`;
+          chunk_rows: rows per chunk; more rows take more memory, and less of the time to accumulate head gradients;
+          student_bias, teacher_bias: [vocab], if the head has one; token_ids: [N] long, for `hinton`'s hard labels.
     Raises: VocabError if a head has fewer rows than `vocab_size`; TrainingError if the numbers of positions differ
-    or `chunk_rows` is no positive number.
+    or `chunk_rows` is not positive.
     """
     if chunk_rows < 1:
         raise TrainingError(f"chunk_rows={chunk_rows}: a chunk holds at least one row; leave it at {DEFAULT_CHUNK_ROWS}")
@@ -58,7 +58,7 @@ def chunked_divergence(
     teacher_head, teacher_bias = teacher_head[:vocab_size].detach(), _cut(teacher_bias, vocab_size)
 
     def chunk_value(rows: slice, student_logits: torch.Tensor) -> torch.Tensor:
-        """The divergence of one chunk out of the student's logits; the teacher's are made here and go with it."""
+        """The divergence of a chunk from the student's logits; the teacher's are computed here and freed afterwards."""
         with torch.no_grad():
             teacher_rows = log_rows(linear(teacher_hidden[rows], teacher_head, teacher_bias))
         ids = None if token_ids is None else token_ids[rows]
@@ -88,7 +88,7 @@ class _Chunked(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         wants_hidden, wants_head, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Sums over chunks are taken in float32: in bfloat16 the later chunks would be rounded away.
+        # Sums over chunks are accumulated in float32: in bfloat16 the later chunks would be rounded away.
         grad_head = torch.zeros_like(head, dtype=wide) if wants_head else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wants_bias else None
         used_head, used_bias = head[:vocab_size], _cut(bias, vocab_size)
@@ -120,6 +120,6 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # The incoming scale is float32; gradients keep the dtype of what they belong to.
+        # The incoming scale is float32; gradients keep the dtype of their tensor.
         scaled = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*scaled, None, None, None)

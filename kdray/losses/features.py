@@ -1,8 +1,8 @@
-"""Distances between the insides of student and teacher: hidden states, attention maps, relations among tokens.
+"""Distances between internals of student and teacher: hidden states, attention maps, relations among tokens.
 
-Every function gives a sum over response tokens, which the caller divides by those of the whole step. A token is described by
-the position that predicts it, as in the other losses. The teacher's side is given without gradient; values reduce in at least
-float32.
+Every function returns a sum over response tokens, which the caller divides by the number in the whole step. A token is
+represented by the position that predicts it, as in the other losses. The teacher's side has no gradient; values are reduced in
+at least float32.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Callable
 import torch
 
 ATTENTION_FLOOR = 1e-12
-"""Attention below this counts as this inside the logarithm: a key that underflowed has no logarithm to learn from."""
+"""Lower bound of attention inside the logarithm: the logarithm of a key that underflowed is undefined."""
 
 
 def predicting(mask: torch.Tensor) -> torch.Tensor:
-    """Where the tokens of `mask` [B, S] are predicted: one position earlier. Column 0 of `mask` is False."""
+    """Mask of the positions that predict the tokens of `mask` [B, S], one position earlier. Column 0 of `mask` is False."""
     return mask.roll(-1, dims=1)
 
 
 def hidden_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Sum over N tokens of the mean square difference over channels. Args: student (projected), teacher: [N, d].
+    """Sum over N tokens of the mean squared difference over channels. Args: student (projected), teacher: [N, d].
 
-    Source: FitNets, Romero et al. 2015 (arXiv 1412.6550), with TinyBERT's linear map (Jiao et al. 2020, 1909.10351).
+    Source: FitNets, Romero et al. 2015 (arXiv 1412.6550), with TinyBERT's linear projection (Jiao et al. 2020, 1909.10351).
     """
     student, teacher = _wide(student, teacher)
     return (student - teacher).square().mean(-1).sum()
@@ -41,8 +41,8 @@ def hidden_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def attention_kl(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum over masked tokens of the mean over heads of sum_k a_T log(a_T / a_S), with logarithms floored.
 
-    Args: student, teacher: [B, heads, S, S] maps, each row a distribution over keys; where the numbers of heads differ, the
-    mean over heads of either is one map. mask: [B, S], the response tokens.
+    Args: student, teacher: [B, heads, S, S] maps, each row a distribution over keys; if the numbers of heads differ, each
+    model's mean over heads is used as a single map. mask: [B, S], the response tokens.
     Source: MiniLM, Wang et al. 2020 (arXiv 2002.10957).
     """
     student, teacher = _maps(student, teacher, mask)
@@ -53,18 +53,18 @@ def attention_kl(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tenso
 def attention_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum over masked tokens of the mean over heads of sum_k (a_S - a_T)^2; arguments as for `attention_kl`.
 
-    A sum over keys, so that padding does not dilute it. Source: TinyBERT, which compares attention before the softmax, where
-    causal masks leave no finite numbers.
+    Keys are summed, not averaged, so that padding does not dilute the value. Source: TinyBERT, which compares attention before
+    the softmax, where causal masks are not finite.
     """
     student, teacher = _maps(student, teacher, mask)
     return (student - teacher).square().sum(-1).mean(-1).sum()
 
 
 def relation_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Distance-wise RKD in one response: sum_i mean_{j != i} huber(psi_S(i, j) - psi_T(i, j)), huber's bend at 1.
+    """Distance-wise RKD within a response: sum_i mean_{j != i} huber(psi_S(i, j) - psi_T(i, j)), with Huber's delta 1.
 
     psi(i, j) = ||x_i - x_j|| / m, with m the mean of ||x_i - x_j|| over all i != j.
-    Args: student [n, d_s], teacher [n, d_t]: states of the n tokens of one response. One token has no relations: 0.
+    Args: student [n, d_s], teacher [n, d_t]: states of the n tokens of a response. A single token has no relations: 0.
     Source: Park et al. 2019 (arXiv 1904.05068), whose tuples are drawn from a mini-batch of samples.
     """
     student, teacher = _wide(student, teacher)
@@ -73,7 +73,8 @@ def relation_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
         return 0.0 * student.sum()
 
     def scaled(states: torch.Tensor) -> torch.Tensor:
-        # Differences taken one by one: through inner products, near states would lose their distance to rounding.
+        # Pairwise differences are computed directly: through inner products, the distance of close states would be lost to
+        # rounding.
         distances = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist")
         mean = distances.sum() / (count * (count - 1))
         return distances / mean.clamp(min=torch.finfo(states.dtype).tiny)
@@ -83,10 +84,10 @@ def relation_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
 
 
 def relation_similarities(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Similarity matrices of one response: sum_i mean_{j != i} (cos_S(x_i, x_j) - cos_T(x_i, x_j))^2.
+    """Similarity matrices within a response: sum_i mean_{j != i} (cos_S(x_i, x_j) - cos_T(x_i, x_j))^2.
 
     Args: as for `relation_distances`. Source: similarity-preserving distillation, Tung & Mori 2019 (arXiv 1907.09682), there
-    between the images of a mini-batch, with rows of the Gram matrix normalised.
+    between the images of a mini-batch, with normalised rows of the Gram matrix.
     """
     student, teacher = _wide(student, teacher)
     count = len(student)
@@ -103,7 +104,7 @@ def over_responses(
     teacher: torch.Tensor,
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum of a relation over the responses of a micro-batch, each by itself.
+    """Sum of a relation over the responses of a micro-batch, computed within each response.
 
     Args: student, teacher: [B, S, d]; mask: [B, S], the response tokens of each row.
     """
@@ -118,7 +119,7 @@ def _wide(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _maps(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of both maps where response tokens are predicted, [N, heads, S]."""
+    """Rows of both maps at the positions that predict response tokens, [N, heads, S]."""
     at = predicting(mask)
     student, teacher = _wide(student.transpose(1, 2)[at], teacher.transpose(1, 2)[at])
     if student.shape[1] != teacher.shape[1]:

@@ -1,4 +1,4 @@
-"""Forward KL: the student must cover everything that the teacher does."""
+"""Forward KL: mass-covering, penalises the student for missing probability that the teacher has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward KL read at the sampled token: sequence-level distillation where the teacher writes, exact under mixing too."""
+"""Forward KL estimated at the sampled token: sequence-level distillation on teacher samples, and unbiased under mixing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kdray.losses.support import at_tokens
 def forward_kl_sampled(student_logits: torch.Tensor, batch: LossBatch, settings: ForwardKLSampledLoss) -> LossOutput:
     """Sum over masked tokens of (p / m) log(p / q) at the sampled token, nats; only log q carries gradient.
 
-    Given the prefix, value and gradient have those of KL(teacher || student) as mean, whatever student drew the token: m is
-    the density it was drawn from. p / m is at most 1 / alpha; at alpha 1 it is 1, and this is sequence-level distillation on
-    the teacher's samples, less their constant entropy.
+    Given the prefix, value and gradient are unbiased estimates of those of KL(teacher || student), whichever student sampled
+    the token, since m is the density it was sampled from. p / m is at most 1 / alpha; at alpha 1 it is 1, and this is
+    sequence-level distillation on the teacher's samples, minus their constant entropy.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict.
     Source: Kim & Rush 2016 (arXiv 1606.07947) for alpha 1; importance sampling otherwise.
     """

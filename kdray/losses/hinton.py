@@ -15,7 +15,7 @@ from kdray.losses.support import Buckets
 def hinton(rows: Buckets, settings: HintonLoss) -> torch.Tensor:
     """a T^2 KL(p_T || q_T) - (1 - a) log q(token) of each position, nats, [N]; a is `soft_share`, T the temperature.
 
-    T^2 keeps the size of the soft gradient as T changes; the hard term has temperature 1 and no such factor.
+    T^2 keeps the scale of the soft gradient independent of T; the hard term has temperature 1 and no such factor.
     Raises: TrainingError if the hard term has no recorded tokens.
     Source: Hinton et al. 2015 (arXiv 1503.02531), section 2.
     """
@@ -31,10 +31,10 @@ def hinton(rows: Buckets, settings: HintonLoss) -> torch.Tensor:
 
 
 def tempered(rows: Buckets, temperature: float) -> Buckets:
-    """Both distributions to the power 1 / temperature, normalised.
+    """Both distributions to the power 1 / temperature, renormalised.
 
-    On a support this softens the distribution over buckets: exact where the support covers all ids, or at temperature 1;
-    elsewhere the tail counts as one id, since its shape was not recorded.
+    On a support this softens the distribution over buckets: exact if the support covers all ids, or at temperature 1; otherwise
+    the tail is treated as a single id, since its shape was not recorded.
     """
 
     def soften(logprobs: torch.Tensor) -> torch.Tensor:

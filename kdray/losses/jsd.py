@@ -1,4 +1,4 @@
-"""Generalised Jensen-Shannon divergence: between forward and reverse KL, and bounded."""
+"""Generalised Jensen-Shannon divergence: interpolates between forward and reverse KL, and is bounded."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""MiniLLM as its reference code computes it, for comparison: the paper's estimator with the departures of that code.
+"""MiniLLM as its reference code computes it, for comparison: the paper's estimator with that code's deviations.
 
-Kept from the code: r_t counts twice (the return starts at t, not t + 1, beside the single-step term); gamma is 0.95;
-the return is divided by the tokens left, t included; rewards are divided by a scale and clipped; returns are
-whitened; q / m enters a PPO ratio whose clip is sign-aware; q and p of rewards and weights are those of the time of
-sampling.
-Different here: sums are divided by the response tokens of the whole step, not averaged in each micro-batch, and
-whitening takes the real tokens of the whole step, not padding zeros too, so that no split of a batch changes the
-gradient; the single-step term is on support and tail, not on the full row. The loss on pretraining text is not part
-of this term.
+Kept from the code: r_t counts twice (the return starts at t, not t + 1, in addition to the single-step term); gamma is 0.95;
+the return is divided by the number of remaining tokens, including t; rewards are divided by a scale and clipped; returns are
+whitened; q / m is used as a PPO ratio whose clip depends on the advantage's sign; q and p of rewards and weights are those at
+sampling time.
+Different here: sums are divided by the response tokens of the whole step, not averaged per micro-batch, and whitening uses the
+real tokens of the whole step, without the zeros of padding, so that the gradient does not depend on how a batch is split; the
+single-step term is on support and tail, not on the full row. The loss on pretraining text is not part of this term.
 Source: microsoft/LMOps, folder minillm, losses.py and arguments.
 """
 
@@ -26,11 +25,10 @@ def lmops(
 ) -> LossOutput:
     """Sum over masked tokens of KL(q || p)(prefix_t) + max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps)).
 
-    A_t: whitened returns from t on; rho_t = q_theta(y_t) / m_old(y_t), with gradient. Because rho_t is q_old / m_old
-    before the first step already, the clip takes the gradient of {A > 0, rho > 1 + eps} and {A < 0, rho < 1 - eps} from
-    the start.
+    A_t: whitened returns from t on; rho_t = q_theta(y_t) / m_old(y_t), with gradient. Since rho_t is q_old / m_old even before
+    the first update, the clip zeroes the gradient on {A > 0, rho > 1 + eps} and {A < 0, rho < 1 - eps} from the start.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
-          whitening: statistics of the whole step, needed under settings.whitening.
+          whitening: statistics of the whole step, required by settings.whitening.
     """
     tokens = sampled_tokens(student_logits, batch)
     advantages = whitened_returns(batch, settings, whitening, tokens.current.dtype)

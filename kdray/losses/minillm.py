@@ -1,9 +1,8 @@
-"""MiniLLM: the policy gradient of the sequence-level reverse KL, split in a single-step and a long term.
+"""MiniLLM: the policy gradient of the sequence-level reverse KL, split into a single-step and a long term.
 
-With alpha 0, no length normalisation and gamma 1 its expected gradient is the gradient of KL(student || teacher) over
-whole responses. Mixing (alpha > 0) with the single-token weight w_t, length normalisation, discounting and whitening
-each change that expectation: they are trades of bias for variance. In particular w_t does not remove the bias of
-mixing; `per_decision` does.
+With alpha 0, no length normalisation and gamma 1 its expected gradient is the gradient of KL(student || teacher) over whole
+responses. Mixing (alpha > 0) with the single-token weight w_t, length normalisation, discounting and whitening each change that
+expectation: they trade bias for variance. In particular, w_t does not remove the bias of mixing; `per_decision` does.
 Source: MiniLLM, Gu et al. 2024 (arXiv 2306.08543), equations 3 to 6.
 """
 
@@ -23,26 +22,25 @@ def minillm(
 ) -> LossOutput:
     """Sum over masked tokens of KL(q || p)(prefix_t) - w_t R_{t+1} log q(y_t); only KL and log q carry gradient.
 
-    r_t = log p(y_t) / q(y_t); R_{t+1} = sum over t' > t of gamma^(t' - t - 1) r_t', divided by the number of its
-    terms under length_norm. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings). The single-step KL
-    is on the support and its tail and takes no w_t: it depends on the prefix alone, where the mean of w_t is 1; w_t
-    would only add variance. Without it the return starts at the token itself, as in equation 2: r_t is that KL read at
-    one draw, and without either nothing would tell what the token was worth. Under whitening r_t is of the sampler's q,
-    whose returns are known before the step's first forward pass.
+    r_t = log p(y_t) / q(y_t); R_{t+1} = sum over t' > t of gamma^(t' - t - 1) r_t', divided by the number of its terms under
+    length_norm. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings). The single-step KL is on the support and
+    its tail and takes no w_t: it depends only on the prefix, given which w_t has mean 1, so w_t would only add variance.
+    Without the single-step term the return starts at the token itself, as in equation 2: r_t is a one-sample estimate of that
+    KL, and without either the token would get no credit. Under whitening r_t uses the sampler's q, whose returns are known
+    before the step's first forward pass.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
-          whitening: statistics of the whole step, needed under settings.whitening.
+          whitening: statistics of the whole step, required by settings.whitening.
     """
     tokens = sampled_tokens(student_logits, batch)
     if settings.whitening:
         returns = whitened_returns(batch, settings, whitening, tokens.current.dtype)
     else:
-        rewards = tokens.spread(tokens.rewards)
         returns_of = returns_after if settings.single_step else returns_from
-        returns = returns_of(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]
+        returns = returns_of(tokens.rewards, batch.mask, settings.gamma, settings.length_norm)
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
     policy_gradient = -(tokens.mixing * staleness * returns * tokens.logprobs).sum()
 
-    # Without the single-step term the KL is still measured, at no cost for the backward pass.
+    # Without the single-step term the KL is still reported, detached from the backward pass.
     both = buckets(tokens.rows if settings.single_step else tokens.rows.detach(), batch)
     single_step = both.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
     return LossOutput(

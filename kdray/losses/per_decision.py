@@ -1,8 +1,7 @@
-"""Per-decision importance sampling: the policy gradient of the sequence-level reverse KL without bias under mixing.
+"""Per-decision importance sampling: an unbiased policy gradient of the sequence-level reverse KL under mixing.
 
-A reward at k is weighted by the ratios of the draws that led to it, and by no later one. The products grow without
-bound with the length of the response, so the exact form is for short responses and for tests; a horizon keeps windows
-of them.
+A reward at k is weighted by the ratios of the tokens up to k, and no later ones. The products grow without bound with response
+length, so the exact form is for short responses and for tests; a horizon limits them to windows.
 Source: Precup, Sutton & Singh 2000 (per-decision importance sampling), on MiniLLM's equation 3 (arXiv 2306.08543).
 """
 
@@ -13,7 +12,7 @@ from torch.nn.functional import pad
 
 from kdray.config import PerDecisionLoss
 from kdray.losses.batch import LossBatch, LossOutput
-from kdray.losses.policy_gradient import sampled_tokens
+from kdray.losses.policy_gradient import by_response, of_tokens, sampled_tokens
 from kdray.losses.reverse_kl import reverse_kl
 from kdray.losses.support import buckets
 
@@ -21,31 +20,30 @@ from kdray.losses.support import buckets
 def per_decision(student_logits: torch.Tensor, batch: LossBatch, settings: PerDecisionLoss) -> LossOutput:
     """Sum over masked tokens of W_t KL(q || p)(prefix_t) - W_t rho_t [sum over k > t of rho_{t+1..k} r_k] log q(y_t).
 
-    rho_j = q_theta(y_j) / m_old(y_j): mixing and staleness in one, never capped; rho_{a..b} is its product over a to b;
-    W_t = rho_{1..t-1}. Only KL and log q carry gradient. Its expectation is the gradient of KL(student || teacher) over
-    whole responses for any alpha below 1 and any sampler that reaches all tokens.
-    With horizon h: k goes to t + h at most and W_t = rho_{t-h..t-1}. h = 0 is the per-position reverse KL; from the
-    longest response's length less one on it is exact.
+    rho_j = q_theta(y_j) / m_old(y_j): mixing and staleness combined, never capped; rho_{a..b} is its product over a to b; W_t =
+    rho_{1..t-1}. Only KL and log q carry gradient. Its expectation is the gradient of KL(student || teacher) over whole
+    responses for any alpha below 1 and any sampler with full support.
+    With horizon h: k is at most t + h, and W_t = rho_{t-h..t-1}. h = 0 is the per-position reverse KL; for h at least the
+    longest response's length minus one, the form is exact.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
     """
     tokens = sampled_tokens(student_logits, batch)
-    # Products of hundreds of ratios leave the range of float32.
-    log_ratios = tokens.spread((tokens.current - tokens.mixture).double())  # [B, S]
-    rewards = tokens.spread(tokens.rewards.double())
-    length = batch.mask.shape[1]
+    # Products of hundreds of ratios exceed the range of float32.
+    log_ratios = by_response((tokens.current - tokens.mixture).double(), batch.mask)  # [B, T], one target after the other
+    rewards = by_response(tokens.rewards.double(), batch.mask)
+    length = log_ratios.shape[1]
     horizon = length if settings.horizon is None else min(settings.horizon, length)
 
     before = log_ratios.cumsum(-1) - log_ratios
     history = before - pad(before[:, : length - horizon], (horizon, 0))
     product, returns = torch.zeros_like(log_ratios), torch.zeros_like(log_ratios)
-    longest = int(batch.mask.sum(-1).max())
-    for ahead in range(1, min(horizon + 1, longest)):
+    for ahead in range(1, min(horizon + 1, length)):
         product = product + pad(log_ratios[:, ahead:], (0, ahead))
         returns = returns + product.exp() * pad(rewards[:, ahead:], (0, ahead))
 
-    history_weight = history[batch.mask].exp()
-    weight = (history + log_ratios)[batch.mask].exp()
-    policy_gradient = -((weight * returns[batch.mask]).to(tokens.current) * tokens.logprobs).sum()
+    history_weight = of_tokens(history, batch.mask).exp()
+    weight = of_tokens(history + log_ratios, batch.mask).exp()
+    policy_gradient = -((weight * of_tokens(returns, batch.mask)).to(tokens.current) * tokens.logprobs).sum()
     both = buckets(tokens.rows, batch)
     single_step = (history_weight.to(tokens.current) * reverse_kl(both)).sum()
     return LossOutput(

@@ -1,7 +1,6 @@
-"""What the policy-gradient losses share: sampled tokens under every model, returns, whitening over a whole step.
+"""Shared parts of the policy-gradient losses: sampled tokens under every model, returns, whitening over a whole step.
 
-The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is a number to the gradient except
-`SampledTokens.rows` and `.logprobs`.
+The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is detached except `SampledTokens.rows` and `.logprobs`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from kdray.config import LMOpsLoss, LossSettings, MiniLLMLoss
+from kdray.config.losses import LossSettings
 from kdray.errors import TrainingError
 from kdray.losses.batch import LossBatch
 from kdray.losses.importance import mixing_weight
@@ -25,7 +24,6 @@ from kdray.types import TrainBatch
 class SampledTokens:
     """Log-probabilities of the N sampled tokens, row by row, all in the dtype of the student's rows."""
 
-    mask: torch.Tensor  # [B, S] bool
     rows: torch.Tensor  # [N, vocab] log q_theta, with gradient
     logprobs: torch.Tensor  # [N] log q_theta of the sampled token, with gradient
     current: torch.Tensor  # [N] the same, detached
@@ -43,10 +41,6 @@ class SampledTokens:
         """log p / q_theta, [N], detached."""
         return self.teacher - self.current
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [N] where their tokens stand, 0 elsewhere: [B, S]."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
-
     def metric_sums(self) -> dict[str, torch.Tensor]:
         """Detached sums that every policy-gradient loss reports."""
         return {"log_ratio": self.rewards.sum()}
@@ -60,7 +54,6 @@ def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTok
     rows = batch.masked_rows(student_logits)
     logprobs = rows.gather(-1, batch.masked("token_ids").unsqueeze(-1)).squeeze(-1)
     return SampledTokens(
-        mask=batch.mask,
         rows=rows,
         logprobs=logprobs,
         current=logprobs.detach(),
@@ -73,8 +66,28 @@ def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTok
 # ------------------------------------------------------------------------------------------------------- returns
 
 
+def by_response(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Numbers of the N masked tokens, those of a row side by side, without the gaps between them: [B, T], 0 behind the last.
+
+    Args: values: [N], row by row; mask: [B, S]. The inverse: `of_tokens`.
+    """
+    there = _there(mask)
+    return values.new_zeros(there.shape).masked_scatter(there, values)
+
+
+def of_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The inverse of `by_response`, [N]."""
+    return rows[_there(mask)]
+
+
+def _there(mask: torch.Tensor) -> torch.Tensor:
+    """Places of `by_response` that hold a token, [B, T] bool."""
+    counts = mask.sum(-1, keepdim=True)
+    return torch.arange(max(1, int(counts.max())), device=mask.device) < counts
+
+
 def later_sums(values: torch.Tensor, gamma: float) -> torch.Tensor:
-    """out[b, t] = sum over t' > t of gamma^(t' - t - 1) values[b, t'], [B, S], in log2(S) passes."""
+    """out[b, t] = sum over t' > t of gamma^(t' - t - 1) values[b, t'], [B, T], in log2(T) passes."""
     total = pad(values[:, 1:], (0, 1))
     stride = 1
     # Each pass doubles the window: gamma^stride times the window that starts where this one ends.
@@ -85,23 +98,24 @@ def later_sums(values: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def returns_after(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length_norm: bool) -> torch.Tensor:
-    """R_{t+1}: the discounted rewards after each token; under length_norm divided by how many they are.
+    """R_{t+1}: the discounted rewards after each token; divided by their number under length_norm.
 
-    Args: rewards: [B, S], 0 outside `mask`; mask: [B, S] bool. Returns: [B, S]; 0 at the last token of a row.
+    Time runs over the targets of a row: context between them neither counts nor discounts.
+    Args: rewards: [N], of the masked tokens row by row; mask: [B, S] bool. Returns: [N]; 0 at the last token of a row.
     """
-    returns = later_sums(rewards, gamma)
+    returns = of_tokens(later_sums(by_response(rewards, mask), gamma), mask)
     return returns / tokens_after(mask).clamp(min=1) if length_norm else returns
 
 
 def returns_from(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length_norm: bool) -> torch.Tensor:
     """R_t: the discounted rewards of each token and those after it; arguments as in `returns_after`."""
-    returns = rewards + gamma * later_sums(rewards, gamma)
+    returns = rewards + gamma * returns_after(rewards, mask, gamma, length_norm=False)
     return returns / (tokens_after(mask) + 1) if length_norm else returns
 
 
 def tokens_after(mask: torch.Tensor) -> torch.Tensor:
-    """Response tokens after each response token, [B, S]."""
-    return mask.sum(-1, keepdim=True) - mask.cumsum(-1)
+    """Number of response tokens of its row after each response token, [N]."""
+    return (mask.sum(-1, keepdim=True) - mask.cumsum(-1))[mask]
 
 
 # ----------------------------------------------------------------------------------------------------- whitening
@@ -116,46 +130,47 @@ class Whitening:
 
     @classmethod
     def from_sums(cls, sums: Sequence[float]) -> Whitening:
-        """From what `return_sums` gives, added up over all ranks."""
+        """Compute the statistics from the output of `return_sums`, summed over all ranks."""
         count, total, squares = (float(value) for value in sums)
         mean = total / max(count, 1.0)
         variance = max(squares / max(count, 1.0) - mean**2, 0.0)
-        # The floor of the reference code: a step whose returns are all equal ends at 0, not at 0 / 0.
+        # The floor is the reference code's: returns that are all equal become 0, not 0 / 0.
         return cls(mean=mean, std=math.sqrt(variance + 1e-8))
 
 
 def return_sums(batch: TrainBatch, settings: LossSettings | None) -> np.ndarray | None:
     """Number, sum and sum of squares of the returns at the real tokens of `batch`: float64 [3].
 
-    None if the settings whiten nothing. Known before any forward pass, since these returns are those of the sampler's
-    log q. The three numbers of shards add up to the whole batch's; padding rows add nothing.
+    None if the settings use no whitening. Known before any forward pass, since these returns use the sampler's log q. The three
+    numbers are additive over shards; padding rows contribute nothing.
     """
-    if not isinstance(settings, MiniLLMLoss | LMOpsLoss) or not settings.whitening:
+    if settings is None or not settings.whitens:
         return None
     tensors = LossBatch.from_train_batch(batch, vocab_size=0)
     returns = recorded_returns(tensors, settings, torch.float64)
     return np.array([len(returns), float(returns.sum()), float(returns.square().sum())])
 
 
-def recorded_returns(batch: LossBatch, settings: MiniLLMLoss | LMOpsLoss, dtype: torch.dtype) -> torch.Tensor:
-    """Returns [N] from the recorded log p and log q, before whitening: they stay the same while theta moves."""
+def recorded_returns(batch: LossBatch, settings: LossSettings, dtype: torch.dtype) -> torch.Tensor:
+    """Returns [N] from the recorded log p and log q, before whitening: they do not change with theta."""
+    form = settings.returns
+    assert form is not None, f"loss.type={settings.type} forms no returns"
     recorded = batch.masked("teacher_logprobs").to(dtype) - batch.masked("student_logprobs").to(dtype)
-    returns_of = returns_after if isinstance(settings, MiniLLMLoss) and settings.single_step else returns_from
-    if isinstance(settings, LMOpsLoss):
-        recorded = (recorded / settings.reward_scaling).clamp(-settings.reward_clip, settings.reward_clip)
-    rewards = recorded.new_zeros(batch.mask.shape).masked_scatter(batch.mask, recorded)
-    return returns_of(rewards, batch.mask, settings.gamma, settings.length_norm)[batch.mask]
+    if form.reward_scaling is not None:
+        recorded = recorded / form.reward_scaling
+    if form.reward_clip is not None:
+        recorded = recorded.clamp(-form.reward_clip, form.reward_clip)
+    returns_of = returns_from if form.own_reward else returns_after
+    return returns_of(recorded, batch.mask, form.gamma, form.length_norm)
 
 
-def whitened_returns(
-    batch: LossBatch, settings: MiniLLMLoss | LMOpsLoss, whitening: Whitening | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """`recorded_returns`, shifted and scaled by the step's statistics where the settings ask for it; [N].
+def whitened_returns(batch: LossBatch, settings: LossSettings, whitening: Whitening | None, dtype: torch.dtype) -> torch.Tensor:
+    """`recorded_returns`, normalised by the step's statistics if the settings use whitening; [N].
 
-    Raises: TrainingError if they ask for it and no statistics are given: one micro-batch does not know them.
+    Raises: TrainingError if they do and no statistics are given: a micro-batch alone cannot compute them.
     """
     returns = recorded_returns(batch, settings, dtype)
-    if not settings.whitening:
+    if not settings.whitens:
         return returns
     if whitening is None:
         raise TrainingError(

@@ -1,7 +1,7 @@
-"""The loss on pretraining text: cross entropy of the text, blended with the forward KL to the teacher.
+"""Loss on pretraining text: cross entropy of the text, blended with the forward KL to the teacher.
 
 Source: MiniLLM, Gu et al. 2024 (arXiv 2306.08543), L_PT of algorithm 1, which is `teacher_share` 0; its reference code
-(microsoft/LMOps, folder minillm) takes half of each.
+(microsoft/LMOps, folder minillm) uses half of each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reverse KL: the student must stay where the teacher is."""
+"""Reverse KL: mode-seeking, penalises the student for probability where the teacher has little."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ from kdray.losses.support import at_tokens
 
 
 def sft(student_logits: torch.Tensor, batch: LossBatch, settings: SequenceLoss | None = None) -> LossOutput:
-    """Sum over masked tokens of -w log q(token), in nats; w is 1 where the batch has no weights.
+    """Sum over masked tokens of -w log q(token), in nats; w is 1 if the batch has no weights.
 
-    On responses drawn from the teacher the mean is KL(teacher || student) over whole responses, plus the teacher's entropy.
+    On responses sampled from the teacher its expectation is KL(teacher || student) over whole responses plus the teacher's
+    entropy.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict.
     Source: Kim & Rush 2016 (arXiv 1606.07947), section 3.2, for sequence-level distillation.
     """

@@ -1,4 +1,4 @@
-"""Skew KL, forward and reverse: the second distribution gets a share of the first, which bounds value and gradient.
+"""Skew KL, forward and reverse: mixing a share of the first distribution into the second bounds value and gradient.
 
 Source: DistiLLM, Ko et al. 2024 (arXiv 2402.03898); `skew` is its skew coefficient, 0.1 by default there.
 """

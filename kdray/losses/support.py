@@ -1,9 +1,9 @@
 """Teacher and student over the same buckets: every id of the vocabulary, or a recorded support plus one tail bucket.
 
-This is the one place that knows where rows come from; a divergence sees `Buckets` alone and gives one value a row.
-With the tail bucket both sides stay probability distributions: an f-divergence between them is a lower bound of the one
-over the whole vocabulary, grows with the support, and equals it once the support covers all ids. Dropping the tail
-instead would pay the student for moving mass out of the support, so no loss here can do it.
+Only this module knows where rows come from; a divergence sees `Buckets` and returns one value per row.
+With the tail bucket both sides remain probability distributions: an f-divergence between them is a lower bound of the one over
+the whole vocabulary, grows with the support, and equals it once the support covers all ids. Without the tail, the student would
+be rewarded for moving mass out of the support, so no loss here can drop it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdray.losses.batch import LossBatch, LossOutput, check_columns, log_rows
 
 @dataclass(frozen=True)
 class Buckets:
-    """Two distributions over the same C buckets, at N positions. Absent buckets hold 0 and count nothing.
+    """Two distributions over the same C buckets, at N positions. Absent buckets hold 0 and are not counted.
 
     C is K + 1 with a tail (K support ids, the tail last), or the size of the vocabulary without.
     """
@@ -29,7 +29,7 @@ class Buckets:
     student: torch.Tensor  # [N, C] log q, with gradient
     present: torch.Tensor  # [N, C] bool: slot in use; for the tail, some id lies outside the support
     has_tail: bool = True
-    """False where each bucket is one id of the vocabulary: all are present, and the divergence is exact."""
+    """False if each bucket is one id of the vocabulary: all are present, and the divergence is exact."""
     token_logprobs: torch.Tensor | None = None  # [N] log q of the recorded token, with gradient
 
     def filled(self, values: torch.Tensor, fill: float) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Buckets:
         return self.row_sums(kl_terms(self.student, self.teacher)).sum()
 
     def metric_sums(self) -> dict[str, torch.Tensor]:
-        """Detached sums that every support loss reports: the KL that the support sees, both masses outside of it."""
+        """Detached sums that every support loss reports: the KL over the support, and both models' mass outside it."""
         tail = self.present[:, -1] if self.has_tail else torch.zeros_like(self.present[:, -1])
         with torch.no_grad():
             return {
@@ -66,10 +66,10 @@ def log_mixture(first: torch.Tensor, second: torch.Tensor, share: float) -> torc
 
 
 def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
-    """Both models on the batch's support and its tail; over the whole vocabulary where it has the teacher's logits.
+    """Both models over the batch's support and tail, or over the whole vocabulary if the batch has the teacher's logits.
 
-    The student's tail is a logsumexp over the ids outside the support, not log(1 - Q): that one loses all digits, and
-    its gradient, once Q is near 1.
+    The student's tail is a logsumexp over the ids outside the support rather than log(1 - Q), which loses all digits, and its
+    gradient, once Q is near 1.
     Args: student_rows: [N, vocab] log-softmax at the masked positions, from `LossBatch.masked_rows`.
     Source: chain rule of KL over the partition {each support id, the rest}; Cover & Thomas, theorem 2.5.3.
     """
@@ -82,10 +82,10 @@ def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
     num_rows, vocab = student_rows.shape
     used = ids >= 0
     has_tail = used.sum(-1, keepdim=True) < vocab  # [N, 1]
-    # Unused slots land in a further column, which is cut off again.
+    # Unused slots scatter into an extra column, which is then removed.
     inside = torch.zeros(num_rows, vocab + 1, dtype=torch.bool, device=ids.device)
     inside = inside.scatter_(-1, ids.where(used, vocab), True)[:, :vocab]
-    # A fully covered row is all -inf; its tail is absent below, and no gradient passes a masked fill.
+    # A fully covered row is all -inf; its tail is absent below, and no gradient flows through a masked fill.
     outside = student_rows.masked_fill(inside, -torch.inf)
     present = torch.cat([used, has_tail], dim=-1)
     student = torch.cat([student_rows.gather(-1, ids.clamp(min=0)), outside.logsumexp(-1, keepdim=True)], dim=-1).masked_fill(
@@ -119,11 +119,11 @@ def at_tokens(rows: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 Divergence = Callable[[Buckets, Any], torch.Tensor]
-"""(buckets, the loss's settings) -> one value a position [N], nats, with the student's gradient."""
+"""(buckets, the loss's settings) -> one value per position [N], nats, with the student's gradient."""
 
 
 def divergence_loss(divergence: Divergence) -> Callable[..., LossOutput]:
-    """The loss that sums `divergence` over the masked tokens of a batch, prefixes taken as given."""
+    """Wrap a divergence as a loss that sums it over the masked tokens of a batch, with prefixes taken as given."""
 
     def loss(student_logits: torch.Tensor, batch: LossBatch, settings: Any) -> LossOutput:
         both = buckets(batch.masked_rows(student_logits), batch)

@@ -1,14 +1,15 @@
-"""Distillation from a teacher with another tokenizer: probabilities compared by rank, and by id where both have the token.
+"""Distillation from a teacher with another tokenizer: probabilities compared by rank, and by id for tokens that both have.
 
-Rows come from `kdray.teachers.cross_tokenizer`: the teacher's row before a group of tokens stands at the student's first token
-of it.
-There, over the teacher's K recorded ids with probabilities p_(1) >= p_(2) >= ..., the student's K likeliest q_(1) >= ...:
+Rows come from `kdray.teachers.cross_tokenizer`: the teacher's row before a group of tokens is placed at the student's first
+token of the group.
+At such a position, over the teacher's K recorded ids with probabilities p_(1) >= p_(2) >= ..., and the student's K likeliest
+q_(1) >= ...:
 
-    ULD = sum_k |p_(k) - q_(k)| + |p_rest - q_rest|        Wasserstein-1 between sorted laws, cut to K and a rest
+    ULD = sum_k |p_(k) - q_(k)| + |p_rest - q_rest|        Wasserstein-1 between sorted distributions, cut to K and a rest
     KL  = KL(p || q) over {the student's ids with which the teacher's tokens begin, the rest}    forward KL of a coarse graining
     loss = sorted_weight ULD + matched_weight KL
 
-Source: Universal Logit Distillation, Boizard et al. 2024; matched and unmatched ids side by side as in TRL's GOLD.
+Source: Universal Logit Distillation, Boizard et al. 2024; matched and unmatched ids treated separately, as in TRL's GOLD.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.support import kl_terms
 
 UNMATCHED = -2
-"""Stands in `support_ids` for a teacher's id whose text the student cannot write."""
+"""Marks in `support_ids` an id of the teacher whose text the student cannot produce."""
 
 
 def uld(student_logits: torch.Tensor, batch: LossBatch, settings: ULDLoss) -> LossOutput:
-    """Sum over aligned positions, nats and probability mixed as weighted; positions without a row count nothing.
+    """Sum over aligned positions, nats and probabilities combined by their weights; positions without a row contribute nothing.
 
     Args: student_logits: [B, S, vocab], aligned with the token that they predict.
     """
@@ -46,26 +47,26 @@ def uld(student_logits: torch.Tensor, batch: LossBatch, settings: ULDLoss) -> Lo
 
 
 def _sorted_distance(rows: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
-    """Distance of both laws by rank, [N]. Args: rows: student [N, vocab]; ids, teacher: [N, K]; tail: [N, 1]; logs."""
+    """Distance of the sorted distributions, [N]. Args: rows: student [N, vocab]; ids, teacher: [N, K]; tail: [N, 1]; logs."""
     p = teacher.masked_fill(ids == -1, -torch.inf).exp().sort(-1, descending=True).values
     width = min(p.shape[-1], rows.shape[-1])
     q = rows.exp().topk(width, dim=-1).values
-    # Slots that a row does not use have no rank: what the student has there belongs to its rest.
+    # Slots that a row does not use have no rank: the student's mass there belongs to its rest.
     ranked = torch.arange(width, device=ids.device) < (ids != -1).sum(-1, keepdim=True)
     inside = q * ranked
     distance = (p[:, :width] * ranked - inside).abs().sum(-1)
-    # Ids of the teacher beyond the student's whole vocabulary have no counterpart by rank either.
+    # The teacher's ids beyond the student's whole vocabulary have no counterpart by rank either.
     rest = tail.exp().squeeze(-1) + p[:, width:].sum(-1)
     return distance + (rest - (1.0 - inside.sum(-1))).abs()
 
 
 def _matched_kl(rows: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) over the ids that both have and one bucket of everything else, [N]."""
+    """KL(teacher || student) over the ids that both have plus a bucket for everything else, [N]."""
     vocab = rows.shape[-1]
     matched = ids >= 0
     inside = torch.zeros(len(rows), vocab + 1, dtype=torch.bool, device=ids.device)
     inside = inside.scatter_(-1, ids.where(matched, vocab), True)[:, :vocab]
-    # -inf, not log 0 of a difference: no digits are lost, and a fully matched row has no rest on either side.
+    # Masking with -inf instead of log(1 - Q) keeps all digits; a fully matched row has no rest on either side.
     student_rest = rows.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True)
     teacher_rest = torch.cat([teacher.masked_fill(ids != UNMATCHED, -torch.inf), tail], dim=-1).logsumexp(-1, keepdim=True)
     has_rest = inside.sum(-1, keepdim=True) < vocab

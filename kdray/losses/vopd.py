@@ -1,8 +1,7 @@
 """On-policy distillation with a control variate: the sampled log-ratio as reward, the state's reverse KL as baseline.
 
-At gamma 0 its expected gradient is that of the reverse KL at every position, prefixes taken as given, under any alpha:
-the full-row loss `reverse_kl` with the student's rows read at one token. At gamma 1 and alpha 0 it is the gradient over
-whole responses.
+At gamma 0 its expected gradient is that of the reverse KL at every position, prefixes taken as given, under any alpha: an
+estimate, from one token, of the full-row loss `reverse_kl`. At gamma 1 and alpha 0 it is the gradient over whole responses.
 Source: Oh et al. 2026 (arXiv 2605.07865), its closed-form value function; gamma is the usual discount.
 """
 
@@ -21,15 +20,14 @@ from kdray.losses.support import buckets
 def vopd(student_logits: torch.Tensor, batch: LossBatch, settings: VOPDLoss) -> LossOutput:
     """Sum over masked tokens of -w_t (R_t + KL(q || p)(prefix_t)) log q(y_t); only log q carries gradient.
 
-    R_t = sum over t' >= t of gamma^(t' - t) r_t', r_t = log p(y_t) / q(y_t), whose mean given the prefix is -KL: the
-    baseline takes that part of its variance away. The KL is on the support and its tail: a smaller support makes a
-    worse baseline, and no bias. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings).
+    R_t = sum over t' >= t of gamma^(t' - t) r_t', r_t = log p(y_t) / q(y_t), whose mean given the prefix is -KL: the baseline
+    removes that part of its variance. The KL is on the support and its tail: a smaller support makes the baseline worse,
+    without bias. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings).
     Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
     """
     tokens = sampled_tokens(student_logits, batch)
     both = buckets(tokens.rows.detach(), batch)
-    rewards = tokens.spread(tokens.rewards)
-    returns = returns_from(rewards, batch.mask, settings.gamma, length_norm=False)[batch.mask]
+    returns = returns_from(tokens.rewards, batch.mask, settings.gamma, length_norm=False)
     advantages = returns + reverse_kl(both)
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
     policy_gradient = -(tokens.mixing * staleness * advantages * tokens.logprobs).sum()

@@ -1,4 +1,4 @@
-"""Facts about a model that need none of its weights: tokenizer, vocabulary rows, positions, depth, description."""
+"""Facts about a model that are read without its weights: tokenizer, vocabulary rows, positions, depth, description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdray.models.safetensors_check import check_weights
 
 
 def origin(source: ModelSource, revision: str | None) -> tuple[str | TinyModel, str | None]:
-    """Whose tokenizer and generation config a model has, and of which revision: for a pruned one, its source's."""
+    """Model and revision that provide tokenizer and generation config: the source of a pruned model, else the model."""
     if not isinstance(source, PrunedModel):
         return source, revision
     if revision is not None:
@@ -25,7 +25,7 @@ def origin(source: ModelSource, revision: str | None) -> tuple[str | TinyModel, 
 
 
 def load_tokenizer(source: ModelSource, revision: str | None) -> Any:
-    """The tokenizer of a model source. Raises: ConfigError where it cannot be loaded."""
+    """Load the tokenizer of a model source. Raises: ConfigError if it cannot be loaded."""
     source, revision = origin(source, revision)
     if isinstance(source, TinyModel):
         return task_tokenizer()
@@ -34,14 +34,14 @@ def load_tokenizer(source: ModelSource, revision: str | None) -> Any:
     source = resolve_model(source, Path())
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    # Whatever the libraries stumble over in files that others wrote: they have no error of their own for it.
+    # The libraries raise arbitrary errors on malformed files, and have no base class for them.
     except Exception as error:
         raise _unloadable(f"model {source}: no tokenizer could be loaded", error) from error
 
 
 def _unloadable(what: str, error: Exception) -> ConfigError:
     if "trust_remote_code" in str(error):
-        # The library's own advice is to switch on what kdray never does.
+        # The library's own message advises trust_remote_code=True, which kdray never sets.
         return ConfigError(
             f"{what}: it needs its own code, which is never run here (trust_remote_code stays off); use a model "
             "whose architecture and tokenizer transformers has"
@@ -50,7 +50,7 @@ def _unloadable(what: str, error: Exception) -> ConfigError:
 
 
 def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
-    """(vocabulary rows, longest sequence if the model says); for a pruned model, whether its source can be cut so."""
+    """(vocabulary rows, maximum positions or None); for a pruned model, also check that its source can be cut that way."""
     if isinstance(source, PrunedModel):
         found = shape(*origin(source, revision))
         plan_pruning(model_config(source.source, source.revision), source)
@@ -68,7 +68,7 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
     source = resolve_model(source, Path())
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).get_text_config()
-    # As for tokenizers.
+    # See load_tokenizer.
     except Exception as error:
         raise _unloadable(f"model {source}: no config could be loaded", error) from error
     if getattr(config, "vocab_size", None) is None:
@@ -78,19 +78,26 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
     return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
 
 
-def depth(source: ModelSource, revision: str | None) -> int:
-    """Layers of a model, whose `shape` could be read."""
-    if isinstance(source, TinyModel):
-        return source.layers
+def architecture(source: ModelSource, revision: str | None) -> Any:
+    """Hugging Face config of a model; a tiny or pruned one need not have been built."""
     if isinstance(source, PrunedModel):
-        return len(plan_pruning(model_config(source.source, source.revision), source).layers)
-    from transformers import AutoConfig
+        return plan_pruning(model_config(source.source, source.revision), source).config
+    return model_config(source, revision)
 
-    config = AutoConfig.from_pretrained(resolve_model(source, Path()), revision=revision, trust_remote_code=False)
-    return int(config.get_text_config().num_hidden_layers)
+
+def depth(source: ModelSource, revision: str | None) -> int:
+    """Number of layers of a model whose `shape` could be read."""
+    return int(architecture(source, revision).get_text_config().num_hidden_layers)
+
+
+def loaded_from(source: ModelSource) -> str | None:
+    """Folder or hub id of a model, or of the model that it is cut from; None if it is built from its settings alone."""
+    named = source.source if isinstance(source, PrunedModel) else source
+    return named if isinstance(named, str) else None
 
 
 def describe(source: ModelSource) -> str:
+    """A model in a few words, for the user."""
     if isinstance(source, str):
         return source
     if isinstance(source, PrunedModel):

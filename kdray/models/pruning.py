@@ -1,14 +1,14 @@
-"""A smaller model cut out of a larger one: some of its layers, neurons and heads, as the start of a student.
+"""Structured pruning: a smaller model cut out of a larger one by layers, neurons and heads, to initialise a student.
 
-Three cuts, each exact: the model with fewer layers is the source with those layers skipped; a block with fewer neurons or
-heads is the block with the others set to zero. The hidden size and the vocabulary stay: a narrower residual stream changes
-every matrix of the model, and what each normalisation divides by.
+Each of the three cuts is exact: removing layers equals skipping them in the source, and removing neurons or heads of a block
+equals setting them to zero. Hidden size and vocabulary are kept: a narrower residual stream would change every matrix of the
+model and the divisor of every normalisation.
 
-What to keep is ranked within each layer. By weights alone: the squared L2 norm of everything that would leave with a neuron or
-a head, summed over its coupled matrices (the groups of LLM-Pruner, Ma et al. 2023, arXiv 2305.11627; the norm of DepGraph, Fang
-et al. 2023, arXiv 2301.12900). With calibration text: by how much dropping it alone changes its block's output there, in the
-mean square. This joins activations and weights, as Wanda (Sun et al. 2023, arXiv 2306.11695), and needs forward passes alone,
-as Minitron (Muralidharan et al. 2024, arXiv 2407.14679).
+Parts are ranked within each layer. By weights alone: the squared L2 norm of everything that is removed together with a neuron
+or head, summed over its coupled matrices (the groups of LLM-Pruner, Ma et al. 2023, arXiv 2305.11627; the norm of DepGraph,
+Fang et al. 2023, arXiv 2301.12900). With calibration text: the mean squared change of the block's output when that part alone
+is dropped. This combines activations and weights, as Wanda does (Sun et al. 2023, arXiv 2306.11695), and needs only forward
+passes, as Minitron does (Muralidharan et al. 2024, arXiv 2407.14679).
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _LAYERS = "model.layers."
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept, and the config of the model that results."""
+    """Parts of the source to keep, and the config of the resulting model."""
 
     layers: list[int]
-    """Of the source, ascending."""
+    """Indices of the kept layers in the source, ascending."""
     neurons: int
-    """Of each feed-forward block."""
+    """Neurons kept in each feed-forward block."""
     groups: int
-    """Key-value heads of each attention block; each takes its query heads along."""
+    """Key-value heads kept in each attention block; the query heads that share them are kept too."""
     source_groups: int
     """Key-value heads in the source."""
     config: Any
-    """Of the cut model, a Hugging Face config."""
+    """Hugging Face config of the pruned model."""
 
 
 def plan_pruning(config: Any, source: PrunedModel) -> Plan:
-    """What `source` asks of a model with this Hugging Face config. Raises: ConfigError where the model cannot be cut so."""
+    """Plan the cut that `source` describes, from the Hugging Face config. Raises: ConfigError if it is not possible."""
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"model.source={source.source}: a {config.model_type} cannot be pruned here, only {', '.join(FAMILIES)}; "
@@ -65,14 +65,14 @@ def plan_pruning(config: Any, source: PrunedModel) -> Plan:
         )
     cut = copy.deepcopy(config)
     heads = config.num_attention_heads // config.num_key_value_heads
-    # Before the number of heads: from then on it no longer follows from the hidden size.
+    # Before the number of heads changes: afterwards it no longer follows from the hidden size.
     cut.head_dim = _head_size(config)
     cut.num_attention_heads = groups * heads
     cut.num_key_value_heads = groups
     cut.num_hidden_layers = len(layers)
     cut.intermediate_size = neurons
     if getattr(config, "layer_types", None) is not None:
-        # Windowed and full attention alternate in some models: each kept layer stays what it was.
+        # Some models alternate windowed and full attention: each kept layer keeps its type.
         cut.layer_types = [config.layer_types[layer] for layer in layers]
     if getattr(config, "max_window_layers", None) is not None:
         cut.max_window_layers = sum(layer < config.max_window_layers for layer in layers)
@@ -81,7 +81,7 @@ def plan_pruning(config: Any, source: PrunedModel) -> Plan:
 
 @dataclass(frozen=True)
 class Importance:
-    """Of the parts of one layer; what is larger is kept."""
+    """Importance scores of the parts of one layer; the highest are kept."""
 
     neurons: Tensor
     """[neurons]"""
@@ -90,9 +90,9 @@ class Importance:
 
 
 def prune(weights: Mapping[str, Tensor], plan: Plan, importance: Sequence[Importance] | None = None) -> dict[str, Tensor]:
-    """The weights of the cut model, by name, from those of the source; with everything kept, the same values.
+    """Return the weights of the pruned model by name; if everything is kept, the source's values unchanged.
 
-    Args: importance: of every layer of the source; None ranks by weights.
+    Args: importance: scores for every layer of the source; None ranks by weights.
     """
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_LAYERS)}
     for new, old in enumerate(plan.layers):
@@ -104,19 +104,19 @@ def prune(weights: Mapping[str, Tensor], plan: Plan, importance: Sequence[Import
 
 
 def weight_importance(layer: Mapping[str, Tensor], groups: int) -> Importance:
-    """Squared norms of what would leave with each part: its rows (with biases) in what reads, its columns in what writes.
+    """Squared norms of each part's weights: rows (with biases) in input projections, columns in the output projection.
 
-    Args: layer: the weights of one layer, by their name inside it; groups: its key-value heads.
+    Args: layer: the weights of one layer, by their name within the layer; groups: number of key-value heads.
     """
     neurons = _column_norms(layer, "mlp.down_proj") + _row_norms(layer, "mlp.gate_proj") + _row_norms(layer, "mlp.up_proj")
     attention = [_column_norms(layer, "self_attn.o_proj"), *(_row_norms(layer, f"self_attn.{name}_proj") for name in "qkv")]
-    # Query heads of one key-value head are neighbours, so that equal runs of rows are groups in q, k, v and o alike.
+    # Query heads of one key-value head are adjacent, so equal runs of rows are the groups in q, k, v and o alike.
     by_group = [part.unflatten(0, (groups, -1)).sum(1) for part in attention]
     return Importance(neurons, by_group[0] + by_group[1] + by_group[2] + by_group[3])
 
 
 def activation_importance(model: Any, texts: Iterable[Sequence[int]]) -> list[Importance]:
-    """Of every layer: by how much each part, dropped alone, would change its block's output; mean square over all tokens.
+    """Mean squared change of each block's output, over all tokens, when one of its parts is dropped; for every layer.
 
     Args: model: a Hugging Face model of FAMILIES; texts: token ids, each text read from its start, at least one token.
     """
@@ -129,15 +129,15 @@ def activation_importance(model: Any, texts: Iterable[Sequence[int]]) -> list[Im
 
     def read_neurons(total: Tensor) -> Callable[..., None]:
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            # A neuron writes its activation times its column: the norm of the product is the product of the norms.
+            # A neuron contributes its activation times its column, and the norm of that product is the product of the norms.
             total.add_(inputs[0].float().square().flatten(0, -2).sum(0) * module.weight.float().square().sum(0))
 
         return hook
 
     def read_groups(total: Tensor) -> Callable[..., None]:
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            written = inputs[0].float().flatten(0, -2).chunk(groups, -1)  # of each group: [tokens, its channels]
-            columns = module.weight.float().chunk(groups, -1)  # of each group: [hidden, its channels]
+            written = inputs[0].float().flatten(0, -2).chunk(groups, -1)  # per group: [tokens, its channels]
+            columns = module.weight.float().chunk(groups, -1)  # per group: [hidden, its channels]
             total.add_(torch.stack([(x @ w.T).square().sum() for x, w in zip(written, columns, strict=True)]))
 
         return hook
@@ -156,7 +156,7 @@ def activation_importance(model: Any, texts: Iterable[Sequence[int]]) -> list[Im
 
 
 def _narrow(layer: Mapping[str, Tensor], plan: Plan, importance: Importance) -> dict[str, Tensor]:
-    """One layer with its most important neurons and groups, in their old order."""
+    """Return one layer with only its most important neurons and groups, in their original order."""
     neurons = len(importance.neurons), _largest(importance.neurons, plan.neurons)
     groups = plan.source_groups, _largest(importance.groups, plan.groups)
     narrowed = dict(layer)
@@ -168,19 +168,19 @@ def _narrow(layer: Mapping[str, Tensor], plan: Plan, importance: Importance) -> 
         for name in (f"{module}_proj.weight", f"{module}_proj.bias"):
             if name in layer:
                 narrowed[name] = _blocks(layer[name], 0, count, chosen)
-    # What these two write is the residual stream, which keeps its width, and so their biases.
+    # These two write to the residual stream, which keeps its width, and so do their biases.
     for module, (count, chosen) in {"mlp.down": neurons, "self_attn.o": groups}.items():
         narrowed[f"{module}_proj.weight"] = _blocks(layer[f"{module}_proj.weight"], 1, count, chosen)
     return narrowed
 
 
 def _blocks(tensor: Tensor, axis: int, count: int, chosen: Tensor) -> Tensor:
-    """`tensor` with only the chosen ones of the `count` equal blocks along `axis`."""
+    """Select the `chosen` ones of the `count` equal blocks of `tensor` along `axis`."""
     return tensor.unflatten(axis, (count, -1)).index_select(axis, chosen).flatten(axis, axis + 1)
 
 
 def _largest(importance: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest, ascending; of equal ones the first."""
+    """Indices of the `count` largest values, ascending; the first wins a tie."""
     return importance.argsort(descending=True, stable=True)[:count].sort().values
 
 
@@ -200,7 +200,7 @@ def _kept_layers(wanted: int | list[int] | None, count: int) -> list[int]:
     if isinstance(wanted, int):
         if wanted > count:
             raise ConfigError(f"model.layers={wanted}: the source has {count}; keep at most that")
-        # Rounded to the nearest, halves up, in integers: the same on every machine.
+        # Rounded half up in integer arithmetic, so that every machine gives the same layers.
         gaps = wanted - 1
         return [(2 * index * (count - 1) + gaps) // (2 * gaps) for index in range(wanted)]
     if wanted != sorted(set(wanted)):

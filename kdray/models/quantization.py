@@ -1,9 +1,9 @@
-"""A student's weights in 8 or 4 bits, in the format of compressed-tensors, which vLLM and transformers load; and back.
+"""Weight-only quantisation of a student to 8 or 4 bits in the compressed-tensors format of vLLM and transformers, and back.
 
-Quantised are the weights of the decoder's linear layers (q, k, v, o, gate, up, down), symmetrically, rounded to the nearest:
-int8 with one scale a row, int4 with one scale for each `group_size` neighbours in a row. Embeddings, output head, norms and
-biases keep their dtype, activations are not quantised, and no data is needed. Rounding, packing and file format are the
-library's; what is left to this file is which scale covers what.
+The weights of the decoder's linear layers (q, k, v, o, gate, up, down) are quantised symmetrically with round-to-nearest: int8
+with one scale per row, int4 with one scale per `group_size` neighbours in a row. Embeddings, output head, norms and biases keep
+their dtype, activations are not quantised, and no calibration data is needed. The library does rounding, packing and file
+format; this file decides which weights share a scale.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ METHODS: dict[str, int] = {"int8": 8, "int4": 4}
 """Bits by method."""
 
 GROUP_SIZE = 128
-"""Weights that share a scale in int4, unless told otherwise; the W4A16 scheme of compressed-tensors."""
+"""Weights that share a scale in int4 by default; the W4A16 scheme of compressed-tensors."""
 
 
 def check_quantization(student: Path, method: str, group_size: int | None) -> None:
-    """Whether `student`, a Hugging Face folder, can be quantised so. Raises: DataError with option, value and remedy."""
+    """Check that a Hugging Face folder can be quantised this way. Raises: DataError with option, value and remedy."""
     if method not in METHODS:
         raise DataError(f"--quantize {method}: unknown; use {' or '.join(METHODS)}")
     if group_size is not None and METHODS[method] == 8:
@@ -35,10 +35,10 @@ def check_quantization(student: Path, method: str, group_size: int | None) -> No
 
 
 def quantize(student: Path, to: Path, method: str, group_size: int | None = None) -> None:
-    """Write a copy of `student` with quantised weights to `to`, a new or empty folder: a Hugging Face folder again.
+    """Write a copy of `student` with quantised weights to `to`, a new or empty folder, as a Hugging Face folder.
 
-    Args: group_size: for int4, weights of a row that share a scale; None is GROUP_SIZE.
-    Raises: DataError as `check_quantization`, and where a row does not divide into groups; nothing is written then.
+    Args: group_size: for int4, the number of weights in a row that share a scale; None means GROUP_SIZE.
+    Raises: DataError as `check_quantization`, and if a row does not divide into groups; nothing is written then.
     """
     import torch
     from compressed_tensors import ModelCompressor
@@ -85,17 +85,17 @@ def quantize(student: Path, to: Path, method: str, group_size: int | None = None
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the weights in a Hugging Face folder are quantised, by its config."""
+    """Return True if the weights in a Hugging Face folder are quantised, according to its config."""
     return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
 def plain_weights(folder: Path, near: Path) -> Iterator[Path]:
-    """`folder` itself, or where its weights are quantised, a folder in `near` with their values as plain numbers.
+    """Yield `folder` itself or, if its weights are quantised, a temporary folder in `near` with the dequantised values.
 
-    It lasts as long as the block. What is measured on it is the effect of weight-only quantisation exactly, and nothing of a
-    quantised kernel's arithmetic.
-    Raises: DataError where the folder is no model, or is quantised in another way.
+    The temporary folder is deleted at the end of the block. A measurement on it shows the exact effect of weight-only
+    quantisation, without the arithmetic of a quantised kernel.
+    Raises: DataError if the folder holds no model, or one quantised in another way.
     """
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise DataError(f"{folder}: no Hugging Face model (config.json and *.safetensors) is there; name its folder")
@@ -111,13 +111,13 @@ def plain_weights(folder: Path, near: Path) -> Iterator[Path]:
 def dequantize(folder: Path, to: Path) -> None:
     """Write the values of the quantised weights in `folder` to the new folder `to`, in the dtype of its config.
 
-    Raises: DataError where something else than weights is quantised, or in another format than compressed-tensors.
+    Raises: DataError if anything but weights is quantised, or the format is not compressed-tensors.
     """
     import torch
     from compressed_tensors import logger
     from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer, convert_checkpoint
 
-    # One line a file that is copied.
+    # It logs one line per copied file.
     logger.disable("compressed_tensors.entrypoints")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = config["quantization_config"]
@@ -131,7 +131,7 @@ def dequantize(folder: Path, to: Path) -> None:
 
 
 def size_bytes(folder: Path) -> int:
-    """Bytes of the weights in a Hugging Face folder."""
+    """Size of the weights in a Hugging Face folder, bytes."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

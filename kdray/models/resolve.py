@@ -1,6 +1,6 @@
-"""Where models come from: hub ids and local folders pass through; tiny Llamas and pruned models are built on the spot.
+"""Model sources: hub ids and local folders are used as they are; tiny Llamas and pruned models are built on first use.
 
-What is built is an ordinary Hugging Face folder (config, safetensors, tokenizer) that every engine loads like any other.
+A built model is an ordinary Hugging Face folder (config, safetensors, tokenizer) that every engine can load.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdray.config import Calibration, ModelSource, PrunedModel, TinyModel, TinyTraining
+from kdray.config.plugins import versions_of
 from kdray.errors import DataError
 from kdray.models.pruning import activation_importance, plan_pruning, prune
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 BUILDER_FORMAT = 1
-"""Part of the cache key: raise it when the builder gives another model for the same settings."""
+"""Part of the cache key: raise it when the builder gives a different model for the same settings."""
 
 PRUNING_FORMAT = 1
 """The same for pruned models."""
@@ -42,14 +43,14 @@ ALPHABET = "\n" + string.printable[:95]
 _WARMUP_STEPS = 30
 _BETAS = (0.9, 0.98)
 _HASHED_BYTES = 4096
-"""Size of a piece of a tensor that the hash of weights reads."""
+"""Bytes of each piece of a tensor that the weights' hash reads."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def task_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a character over ALPHABET; decoding gives the text back exactly.
+    """Build a character-level tokenizer over ALPHABET, one token per character; decoding restores the text exactly.
 
-    Other characters become `<unk>`. Nothing is added around a text: no beginning-of-sequence, no end-of-sequence token.
+    Other characters become `<unk>`. No beginning-of-sequence or end-of-sequence token is added.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +58,7 @@ def task_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {token: index for index, token in enumerate([PAD, EOS, UNK, *ALPHABET])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    # Without a decoder, word-level tokens would be joined by spaces.
+    # Without a decoder, word-level tokens would be joined with spaces.
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -70,11 +71,12 @@ def task_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def resolve_model(source: ModelSource, cache: Path) -> str:
-    """What an engine or `from_pretrained` can load: a hub id as given, an absolute folder for everything else.
+    """Return a hub id or absolute folder that an engine or `from_pretrained` can load.
 
-    A tiny or pruned model is built under `cache` on first use, in a folder named by a hash of its settings (and of the files
-    of the source that is pruned and the texts it reads, so that another source is another model), and reused after.
-    Raises: DataError where a local folder does not exist or holds no model, or texts cannot be read; ConfigError where a source
+    A tiny or pruned model is built under `cache` on first use and reused afterwards. Its folder is named by a hash of its
+    settings; for a pruned model also of the source's files and the calibration texts, so that a different source gives a
+    different model.
+    Raises: DataError if a local folder does not exist or holds no model, or texts cannot be read; ConfigError if a source
     cannot be pruned.
     """
     if isinstance(source, PrunedModel):
@@ -95,7 +97,7 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
     if is_folder:
         if not (folder / "config.json").is_file():
             raise DataError(f"model {source!r}: the folder has no config.json; name a Hugging Face model folder")
-        # Other processes of a run may have another working directory.
+        # Other processes of the run may have a different working directory.
         return str(folder.absolute())
     if folder.exists():
         raise DataError(f"model {source!r} is a file; name the folder that holds config.json and the weights")
@@ -105,19 +107,22 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
 
 
 def model_name(source: str | TinyModel) -> str:
-    """What a model is called wherever it lies: its hub id, or the name of its folder, which for a tiny model says all of it."""
+    """Name of a model wherever it is stored: its hub id, or its folder's name, which identifies a tiny model completely."""
     if isinstance(source, TinyModel):
-        settings = json.dumps([BUILDER_FORMAT, source.model_dump(mode="json")], sort_keys=True)
+        # A different version of an installed task counts as a different task.
+        installed = sorted(versions_of(source).items())
+        parts = [BUILDER_FORMAT, source.model_dump(mode="json"), *([installed] if installed else [])]
+        settings = json.dumps(parts, sort_keys=True)
         return f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     folder = Path(source).expanduser()
     return folder.absolute().name if folder.is_dir() else source
 
 
 def weights_hash(source: str) -> str | None:
-    """16 hex digits over the weights in a local folder, whatever its name; None for a hub id.
+    """Hash of the weights in a local folder (16 hex digits), independent of its name; None for a hub id.
 
-    Of every tensor its name, shape, beginning and middle are read: a second for a large model, and no training leaves these as
-    they were in all tensors.
+    Name, shape, beginning and middle of every tensor are hashed: this takes a second even for a large model, and training
+    changes these bytes in at least one tensor.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -137,10 +142,10 @@ def weights_hash(source: str) -> str | None:
 
 
 def build_tiny_model(source: TinyModel, folder: Path) -> Path:
-    """Make a tiny Llama with float32 weights and its tokenizer in `folder`, training it where `source.train` says so.
+    """Build a tiny Llama with float32 weights and its tokenizer in `folder`, and train it if `source.train` is set.
 
-    The folder appears whole or not at all. The same settings give the same weights on the same machine and threads.
-    Raises: DataError where the folder exists, or the settings do not fit together.
+    The folder appears complete or not at all. The same settings give the same weights on the same machine and thread count.
+    Raises: DataError if the folder exists, or the settings are inconsistent.
     """
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
@@ -167,17 +172,17 @@ def build_tiny_model(source: TinyModel, folder: Path) -> Path:
 
 
 def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
-    """Cut `origin` (a folder or hub id, what `source.source` resolves to) as `source` says, into `folder`.
+    """Prune `origin` (a folder or hub id, resolved from `source.source`) as `source` describes, into `folder`.
 
-    Weights keep their dtype; tokenizer and generation config are the source's. The folder appears whole or not at all.
-    Raises: ConfigError where the source cannot be cut so; DataError where the folder exists.
+    Weights keep their dtype; tokenizer and generation config are the source's. The folder appears complete or not at all.
+    Raises: ConfigError if the source cannot be pruned this way; DataError if the folder exists.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)
     if folder.exists():
         raise DataError(f"{folder}: already exists; a pruned model is built in a new folder")
-    # Before the weights are read, which may take minutes.
+    # Before the weights are read, which can take minutes.
     plan = plan_pruning(model_config(origin, source.revision), source)
     model = AutoModelForCausalLM.from_pretrained(
         origin, revision=source.revision, dtype="auto", trust_remote_code=False, use_safetensors=True
@@ -198,7 +203,7 @@ def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
 
 
 def calibration_texts(calibration: Calibration) -> Iterator[str]:
-    """The documents that importance is measured on. Raises: DataError where they cannot be read."""
+    """Yield the documents that importance is measured on. Raises: DataError if they cannot be read."""
     from kdray.data.pretraining import documents
 
     found = False
@@ -210,7 +215,7 @@ def calibration_texts(calibration: Calibration) -> Iterator[str]:
 
 
 def model_config(source: str | TinyModel, revision: str | None) -> Any:
-    """The Hugging Face config of a model, which for a tiny one need not be built yet."""
+    """Hugging Face config of a model; a tiny model need not have been built."""
     if isinstance(source, TinyModel):
         return _llama_config(source, task_tokenizer())
     from transformers import AutoConfig
@@ -219,7 +224,7 @@ def model_config(source: str | TinyModel, revision: str | None) -> Any:
 
 
 def _content(origin: str, revision: str | None) -> str:
-    """What tells a model from every other: a hash of a folder's files, or the id and commit on the hub."""
+    """Identity of a model's content: a hash of a folder's files, or the hub id with its commit."""
     folder = Path(origin)
     if not folder.is_dir():
         return f"{origin}@{model_config(origin, revision)._commit_hash}"
@@ -232,15 +237,15 @@ def _content(origin: str, revision: str | None) -> str:
 
 @contextlib.contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `folder` at the end of the block; none is left behind where the block fails."""
-    # Built beside its final place, on the same file system, so that the rename is atomic.
+    """Yield a folder to write to that is renamed to `folder` at the end of the block, or deleted if the block fails."""
+    # Built next to its final place, on the same file system, so that the rename is atomic.
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     try:
         yield staging
         staging.rename(folder)
     except OSError:
-        # Another process may have built the same model meanwhile; its result is as good.
+        # Another process may have built the same model meanwhile; its result is equivalent.
         if not (folder / "config.json").is_file():
             raise
     finally:
@@ -261,7 +266,7 @@ def _llama_config(source: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Any:
         head_dim=HEAD_SIZE,
         max_position_embeddings=source.max_positions,
         tie_word_embeddings=source.tie_embeddings,
-        # A narrow model needs a wider start than the 0.02 of large ones.
+        # A narrow model needs a larger initial scale than the 0.02 of large ones.
         initializer_range=source.width**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -271,15 +276,14 @@ def _llama_config(source: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: TinyModel, train: TinyTraining) -> None:
-    """Supervised training in place, on fresh examples every step; the loss counts the answer and <eos> alone."""
+    """Train in place on fresh supervised examples in every step; only the answer and <eos> count in the loss."""
     import numpy as np
     import torch
 
-    from kdray.data.tasks import STAGES, TASKS, Lesson, shares
+    from kdray.data.tasks import lesson, shares
 
     rng = np.random.default_rng([source.seed, train.difficulty])
-    known: dict[str, Lesson] = {**TASKS, **STAGES}
-    tasks = [known[name] for name in train.tasks]
+    tasks = [lesson(name) for name in train.tasks]
     if train.weights is None:
         chosen = [tasks[index % len(tasks)] for index in range(train.batch_size)]
     else:
@@ -307,7 +311,7 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: 
                 f"{', '.join(train.tasks)} at difficulty {train.difficulty}; raise it or lower the difficulty"
             )
         token_ids = torch.full((len(rows), longest), tokenizer.pad_token_id)  # [batch, seq]
-        targets = torch.full((len(rows), longest), -100)  # [batch, seq]; -100 is left out of the loss
+        targets = torch.full((len(rows), longest), -100)  # [batch, seq]; -100 is ignored by the loss
         for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             token_ids[index, : len(row)] = torch.tensor(row)
             targets[index, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])

@@ -1,6 +1,6 @@
-"""Whether the weights in a local model folder can be loaded: safetensors alone, whole, and inside the folder.
+"""Checks that the weights in a local model folder can be loaded: safetensors only, complete, and inside the folder.
 
-Headers are read and no tensor is; a pickle is never opened, since opening one runs what is in it.
+Only headers are read, no tensors. A pickle is never opened, since unpickling runs code.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from kdray.errors import DataError
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_HEADER_BYTES = 100_000_000
-"""What the safetensors format allows."""
+"""Limit of the safetensors format."""
 
 
 def check_weights(folder: Path) -> None:
-    """Raises: DataError that names the file that cannot be loaded, and the remedy."""
+    """Check all weights in `folder`. Raises: DataError naming the file that cannot be loaded, and the remedy."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
@@ -31,7 +31,7 @@ def check_weights(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raises: DataError where the header of a safetensors file cannot be read, or the file is not as long as it says."""
+    """Check one safetensors file. Raises: DataError if its header cannot be read, or contradicts the file's length."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= _MAX_HEADER_BYTES:
@@ -48,7 +48,7 @@ def check_file(path: Path) -> None:
 
 
 def _check_index(path: Path) -> None:
-    """The list of which file holds which tensor."""
+    """Check the index that maps tensors to files."""
     try:
         names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Do teacher and student mean the same token by the same id? Where they do not, no per-token divergence is defined."""
+"""Agreement of teacher and student on the meaning of token ids, without which no per-token divergence is defined."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _NAMED = 5
 
 
 def check_vocab(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> int:
-    """How many ids teacher and student share: the fewer rows of the two output matrices.
+    """Number of ids that teacher and student share: the smaller row count of the two output matrices.
 
-    Model families pad their matrices beyond the tokenizer, each size differently; the rows that only one has are cut.
+    Model families pad their matrices beyond the tokenizer, each to a different size; the rows that only one of them has are
+    cut.
     Args: teacher_rows, student_rows: rows of the embedding (`vocab_size` of the model config).
-    Raises: VocabError where ids name different tokens, where end-of-sequence differs, or where tokens lack a row.
+    Raises: VocabError if ids name different tokens, if end-of-sequence differs, or if tokens have no row.
     """
     teacher, student = _tokens_by_id(teacher_tokenizer), _tokens_by_id(student_tokenizer)
     different = sorted(
@@ -54,7 +55,7 @@ def check_vocab(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: in
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """16 hex digits over all that decides how text becomes ids: tokens, merges, special tokens and chat template."""
+    """Hash (16 hex digits) of everything that determines tokenization: tokens, merges, special tokens and chat template."""
     content: dict[str, Any] = {
         "vocab": sorted(tokenizer.get_vocab().items()),
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
@@ -62,7 +63,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Padding and truncation are settings of the last call, not of the tokenizer.
+        # Padding and truncation reflect the last call; they are not part of the tokenizer.
         content["backend"] = {
             key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")
         }

@@ -1,1 +1,1 @@
-"""Rollouts on their way from a request to a training batch."""
+"""Rollouts, from a request to a training batch."""

@@ -1,29 +1,23 @@
-"""Rollouts or supervised examples -> the padded batch of one optimizer step, its shards and its micro-batches.
+"""Padded batch of an optimizer step from rollouts or supervised examples, with its shards and micro-batches.
 
-A loss is divided by the response tokens of the whole step, which travel with every part; so neither the order of rows,
+A loss is divided by the number of response tokens of the whole step, which every part carries; so neither the order of rows,
 nor padding, nor the split over ranks and micro-batches changes the gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kdray.errors import DataError
+from kdray.rollouts.columns import Column, batch_columns, target_mask, values_of
 from kdray.types import Prompt, Rollout, TrainBatch
 
-# Columns that losses read, with what stands at positions that no token describes.
-_COLUMNS: dict[str, tuple[type[np.generic], float]] = {
-    "mixture_logprobs": (np.float32, 0.0),
-    "student_logprobs": (np.float32, 0.0),
-    "teacher_logprobs": (np.float32, 0.0),
-    "support_ids": (np.int32, -1),
-    "support_logprobs": (np.float32, -np.inf),
-    "tail_logprobs": (np.float32, 0.0),
-    "teacher_hidden": (np.float16, 0.0),
-}
+_RECORDED = tuple(column for column in batch_columns() if column.stage != "batching")
+"""Columns of a batch that rollouts already have."""
+_MADE = {column.name: column for column in batch_columns() if column.stage == "batching"}
 
 
 def rollouts_to_batch(
@@ -32,13 +26,14 @@ def rollouts_to_batch(
     dropped: Collection[int] = (),
     weights: Mapping[int, float] | None = None,
 ) -> TrainBatch:
-    """One row a rollout, in their order, with every per-token column that a loss may read and the rollouts have.
+    """Build a batch with one row per rollout, in order, and every per-token column that a loss may read and the rollouts have.
 
-    Beside rollouts that a teacher wrote without the student, columns that only some have are left out: a loss of the text alone
-    trains both kinds together, and one that needs more says so.
+    Targets are the response tokens except those of the environment, which are context like the prompt.
+    If a teacher wrote some of the rollouts without the student, columns that only some have are omitted: a loss on the text
+    alone trains both kinds together, and one that needs more raises an error.
     Args: step: the optimizer step that trains them, counted from 1; it starts from student version `step - 1`; dropped: sample
-          ids whose tokens are no targets; weights: of the rollouts in the loss, by sample id; None where all count alike.
-    Raises: DataError if otherwise only some of the rollouts have a column.
+          ids whose tokens are not targets; weights: loss weights of the rollouts, by sample id; None weighs all equally.
+    Raises: DataError if in any other case only some of the rollouts have a column.
     """
     batch = _pad(
         [rollout.sample_id for rollout in rollouts],
@@ -46,38 +41,43 @@ def rollouts_to_batch(
         step,
     )
     black_box = any(rollout.student_logprobs is None for rollout in rollouts)
-    for name, (dtype, fill) in _COLUMNS.items():
-        values = [getattr(rollout, name) for rollout in rollouts]
-        lacking = [rollout.sample_id for rollout, value in zip(rollouts, values, strict=True) if value is None]
-        if lacking and len(lacking) < len(rollouts) and not black_box:
+    places = _Places.of(batch, rollouts)
+    for column in _RECORDED:
+        values = values_of(rollouts, column.name)
+        known = [value for value in values if value is not None]
+        if known and len(known) < len(rollouts) and not black_box:
+            lacking = [rollout.sample_id for rollout, value in zip(rollouts, values, strict=True) if value is None]
             raise DataError(
-                f"step {step}: samples {lacking[:8]} have no {name} while others of the batch do; "
+                f"step {step}: samples {lacking[:8]} have no {column.name} while others of the batch do; "
                 "let the same teacher score all rollouts of a batch"
             )
-        if not lacking and rollouts:
-            batch.columns[name] = _column(values, rollouts, batch.token_ids.shape[1], dtype, fill)
-    groups, of_tokens = token_groups(rollouts, step - 1)
-    index = np.split(of_tokens, np.cumsum([len(rollout.token_ids) for rollout in rollouts])[:-1])
-    group = _column(index, rollouts, batch.token_ids.shape[1], np.int32, -1) if rollouts else None
+        if known and len(known) == len(rollouts):
+            batch.columns[column.name] = places.column(column, known)
+    is_target = target_mask(rollouts)
+    groups, of_targets = token_groups(rollouts, step - 1)
+    if rollouts:
+        batch.columns["group"] = places.flat_column(_MADE["group"], of_targets, is_target)
     if weights is not None:
-        rows = [np.full(len(rollout.token_ids), weights[rollout.sample_id], dtype=np.float32) for rollout in rollouts]
-        batch.columns["weights"] = _column(rows, rollouts, batch.token_ids.shape[1], np.float32, 0.0)
+        each = np.array([weights[rollout.sample_id] for rollout in rollouts], dtype=np.float32)
+        batch.columns["weights"] = places.flat_column(_MADE["weights"], np.repeat(each, places.lengths))
     kept = np.array([rollout.sample_id not in dropped for rollout in rollouts], dtype=bool)
     loss_mask = batch.loss_mask & kept[:, None]
-    return replace(batch, loss_mask=loss_mask, num_target_tokens=int(loss_mask.sum()), group=group, groups=groups)
+    if not is_target.all():
+        loss_mask[places.rows[~is_target], places.positions[~is_target]] = False
+    return replace(batch, loss_mask=loss_mask, num_target_tokens=int(loss_mask.sum()), groups=groups)
 
 
 def examples_to_batch(examples: Sequence[tuple[Prompt, np.ndarray]], step: int) -> TrainBatch:
-    """One row a (prompt, answer ids) pair, for supervised fine-tuning; its sample id is the prompt id. No columns."""
+    """Build a batch for supervised fine-tuning: a row per (prompt, answer ids) pair; sample ids are prompt ids. No columns."""
     return _pad([prompt.prompt_id for prompt, _ in examples], [(prompt.token_ids, answer) for prompt, answer in examples], step)
 
 
 def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:
-    """The rows of one rank, longest first: equal row counts on all ranks, token counts that differ by at most one row.
+    """Return the rows of one rank, longest first: equal row counts on all ranks, token counts that differ by at most one row.
 
-    Rows are dealt by length in snake order, so that the k-th micro-batches of all ranks also hold rows of like length.
+    Rows are dealt by length in snake order, so that the k-th micro-batches of all ranks also have rows of similar length.
     Padding rows fill up the last deal: every rank must run the same number of forward passes, which are collective.
-    `num_target_tokens` stays the whole step's.
+    `num_target_tokens` remains that of the whole step.
     """
     by_length = np.argsort(-batch.lengths, kind="stable")
     num_deals = -(-len(by_length) // world_size)
@@ -88,13 +88,13 @@ def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:
 
 
 def micro_batches(batch: TrainBatch, micro_batch_size: int) -> Iterator[TrainBatch]:
-    """Consecutive rows, at most `micro_batch_size` a part, each trimmed to its longest row (at least 1 token)."""
+    """Yield consecutive parts of at most `micro_batch_size` rows, each trimmed to its longest row (at least 1 token)."""
     for start in range(0, len(batch.lengths), micro_batch_size):
         yield take_rows(batch, np.arange(start, min(start + micro_batch_size, len(batch.lengths))))
 
 
 def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step: int) -> TrainBatch:
-    """Rows of (prompt ids, response ids), right-padded."""
+    """Right-pad rows of (prompt ids, response ids)."""
     prompts = np.array([len(prompt) for prompt, _ in rows], dtype=np.int32)
     lengths = prompts + np.array([len(response) for _, response in rows], dtype=np.int32)
     width = max(1, int(lengths.max(initial=0)))
@@ -103,7 +103,7 @@ def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step:
         token_ids[_places(np.zeros_like(lengths), lengths)] = np.concatenate([part for row in rows for part in row])
     position = np.arange(width)
     loss_mask = (position >= prompts[:, None]) & (position < lengths[:, None])
-    # Nothing stands before position 0 to predict it from.
+    # Position 0 has no context to be predicted from.
     loss_mask[:, 0] = False
     return TrainBatch(
         step=step,
@@ -116,33 +116,53 @@ def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step:
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, positions) of the tokens of all rows one after the other, [T] each; row b's begin at `starts[b]`."""
+    """Return (rows, positions) of the tokens of all rows, concatenated, [T] each; row b starts at position `starts[b]`."""
     ends = np.cumsum(lengths)
     within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
     return np.repeat(np.arange(len(lengths)), lengths), within + np.repeat(starts, lengths)
 
 
-def _column(
-    values: list[np.ndarray], rollouts: Sequence[Rollout], width: int, dtype: type[np.generic], fill: float
-) -> np.ndarray:
-    """Response columns [T] or [T, K] moved to where their tokens stand: [B, S] or [B, S, widest K]."""
-    trailing = [value.shape[1] if value.ndim == 2 else 0 for value in values]
-    column = np.full((len(values), width, *([max(trailing)] if values[0].ndim == 2 else [])), fill, dtype=dtype)
-    starts = np.array([len(rollout.prompt_ids) for rollout in rollouts])
-    # Rows of one width are moved at once: one by one, they would cost more than all else that the loop does.
-    for each in set(trailing):
-        of_width = np.flatnonzero(np.array(trailing) == each)
-        rows, positions = _places(starts[of_width], np.array([len(values[row]) for row in of_width]))
-        moved = np.concatenate([values[row] for row in of_width])
-        if values[0].ndim == 2:
-            column[of_width[rows], positions, :each] = moved
-        else:
-            column[of_width[rows], positions] = moved
-    return column
+@dataclass(frozen=True)
+class _Places:
+    """Indices of the response tokens of all rollouts in a batch, concatenated over rollouts."""
+
+    shape: tuple[int, ...]  # [B, S]
+    starts: np.ndarray  # [B]
+    lengths: np.ndarray  # [B]
+    rows: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+
+    @classmethod
+    def of(cls, batch: TrainBatch, rollouts: Sequence[Rollout]) -> _Places:
+        starts = np.array([len(rollout.prompt_ids) for rollout in rollouts], dtype=np.int64)
+        lengths = np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64)
+        return cls(batch.token_ids.shape, starts, lengths, *_places(starts, lengths))
+
+    def column(self, column: Column, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Scatter response columns [T] or [T, K] to the positions of their tokens: [B, S] or [B, S, widest K]."""
+        if column.width == "token":
+            return self.flat_column(column, np.concatenate(values))
+        widths = np.array([value.shape[1] for value in values])
+        out = np.full((*self.shape, widths.max()), column.fill, dtype=column.dtype)
+        # Rows of equal width are scattered at once; one by one, they would take longer than the rest of the loop.
+        for width in set(widths.tolist()):
+            of_width = np.flatnonzero(widths == width)
+            rows, positions = _places(self.starts[of_width], self.lengths[of_width])
+            out[of_width[rows], positions, :width] = np.concatenate([values[row] for row in of_width])
+        return out
+
+    def flat_column(self, column: Column, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+        """Scatter values, concatenated over rollouts, to [B, S]. Args: where: [T] bool, tokens that have a value."""
+        out = np.full(self.shape, column.fill, dtype=column.dtype)
+        rows, positions = self.rows, self.positions
+        if where is not None and not where.all():
+            rows, positions = rows[where], positions[where]
+        out[rows, positions] = values
+        return out
 
 
 def take_rows(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
-    """Copies of the given rows, trimmed to the longest of them; row -1 is a padding row."""
+    """Copy the given rows, trimmed to the longest of them; row -1 is a padding row."""
     padding = rows < 0
     lengths = np.where(padding, 0, batch.lengths[rows])
     width = max(1, int(lengths.max(initial=0)))
@@ -157,22 +177,23 @@ def take_rows(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
         lengths=lengths.astype(np.int32),
         loss_mask=loss_mask,
         columns={name: column[rows, :width] for name, column in batch.columns.items()},
-        group=None if batch.group is None else batch.group[rows, :width],
     )
 
 
 def token_groups(rollouts: Sequence[Rollout], trained_version: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Where the tokens of rollouts are counted: by teacher and staleness in steps, `teacher/<name>/staleness_<steps>`.
+    """Group the targets of rollouts by teacher and staleness in steps: `teacher/<name>/staleness_<steps>`.
 
-    Returns: the names that occur, sorted; of every token, one rollout after the other, the index of its name, [T] int32.
+    Returns: the sorted names of non-empty groups; the index of each target's name, concatenated over rollouts, [N] int32.
     """
     teachers = sorted({rollout.teacher for rollout in rollouts})
     number = {teacher: index for index, teacher in enumerate(teachers)}
-    lengths = [len(rollout.student_versions) for rollout in rollouts]
-    of_teacher = np.repeat([number[rollout.teacher] for rollout in rollouts], lengths)
-    if not len(of_teacher):
+    is_target = target_mask(rollouts)
+    of_teacher = np.repeat([number[rollout.teacher] for rollout in rollouts], [len(rollout.token_ids) for rollout in rollouts])
+    if not is_target.any():
         return (), np.empty(0, dtype=np.int32)
     staleness = trained_version - np.concatenate([rollout.student_versions for rollout in rollouts]).astype(np.int64)
+    if not is_target.all():
+        of_teacher, staleness = of_teacher[is_target], staleness[is_target]
     least, span = int(staleness.min()), int(np.ptp(staleness)) + 1
     codes = of_teacher * span + (staleness - least)
     present = np.flatnonzero(np.bincount(codes))

@@ -1,4 +1,4 @@
-"""Requests of a run's samples, and their rollouts, drawn and scored."""
+"""Sample requests of a run, and their rollouts, sampled and scored."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from kdray.data.dataset import PromptStream
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.merge import Merged
-from kdray.rollouts.reference_answers import DATA
 from kdray.rollouts.seeds import sample_seed, unit
-from kdray.types import Rollout, SampleRequest
+from kdray.types import Rollout, SampleRequest, Writer
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The numbers that the loop needs, out of the config."""
+    """Settings of the config that the training loop needs."""
 
     seed: int
     steps: int
@@ -56,17 +55,18 @@ def sample_request(
     min_version: int = 0,
     values: Mapping[str, float] | None = None,
 ) -> SampleRequest:
-    """What a run asks for as its sample `sample_id`: the same in every run of the same settings and prompts.
+    """Build the request of sample `sample_id`, identical in every run with the same settings and prompts.
 
     Args: values: scheduled settings of the step that trains it, by their full names.
     """
     alpha, teacher_share, data_share = (
         (values or {}).get(f"rollout.{name}", getattr(settings, name)) for name in ("alpha", "teacher_share", "data_share")
     )
-    # One draw decides who writes, so that a schedule moves as few samples as it must from one writer to another.
+    # A single draw selects the writer, so that a schedule moves as few samples as possible from one writer to another.
     chance = unit(settings.seed, "writer", sample_id)
+    writer: Writer = "mixture"
     if chance < data_share:
-        alpha = DATA
+        alpha, writer = 0.0, "data"
     elif chance < data_share + (1.0 - data_share) * teacher_share:
         alpha = 1.0
     prompt = prompts.at(sample_id // settings.samples_per_prompt)
@@ -78,6 +78,7 @@ def sample_request(
         seed=sample_seed(settings.seed, "train", sample_id),
         max_new_tokens=settings.max_new_tokens,
         min_version=min_version,
+        writer=writer,
     )
 
 
@@ -87,7 +88,7 @@ async def draw_scored(
     requests: Sequence[SampleRequest],
     on_sampled: Callable[[list[int]], Awaitable[None]] | None = None,
 ) -> AsyncGenerator[list[Rollout]]:
-    """Stream every request's rollout with the teacher's columns, whichever of the two made them."""
+    """Stream the rollout of every request with the teacher's columns, which either the sampler or the scorer produced."""
     if scorer is None:
         async with aclosing(sampler.sample(requests)) as stream:
             async for rollouts in stream:

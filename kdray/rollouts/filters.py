@@ -1,88 +1,192 @@
-"""Which responses of a batch are trained on. The others keep their place in it and teach nothing.
+"""Filters that exclude responses of a batch from training.
 
-Slots are what makes the staleness bound a guarantee, so a filter takes a response's tokens out of the loss and not its sample
-out of the batch; the ledger says which rule did it.
+The staleness bound relies on fixed slots, so a filter removes a response's tokens from the loss and keeps its sample in the
+batch; the ledger records the rule that excluded it.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from kdray.config import FilterSettings
-from kdray.rollouts.reference_answers import from_data
-from kdray.types import Rollout
+from kdray.config.filters import (
+    AgreementRule,
+    CorrectRule,
+    DistinctRule,
+    FilterSettings,
+    FinishedRule,
+    PatternRule,
+    UnparsableRule,
+)
+from kdray.config.plugins import implemented
+from kdray.data.graders import Grading
+from kdray.errors import ResponseError
+from kdray.types import Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """Input of a rule: a decoded response with its prompt."""
+
+    rollout: Rollout
+    text: str
+    """Decoded text, stripped of surrounding whitespace."""
+    prompt: Prompt
+    grading: Grading | None = None
+
+    @property
+    def sample_id(self) -> int:
+        return self.rollout.sample_id
+
+    def is_right(self) -> bool:
+        """Return True if the grader accepts it; False for a prompt that cannot be graded. For rules with `needs_grader`."""
+        assert self.grading is not None
+        return self.grading.can_grade(self.prompt) and self.grading(self.prompt, self.text)
+
+    def answer(self) -> Hashable | None:
+        """Answer by which responses are compared; None if it has none. Without a grader, the text."""
+        return self.text if self.grading is None else self.grading.answer_of(self.prompt, self.text)
+
+
+class FilterRule(ABC):
+    """Filter that a rule's settings build: a subclass, or any object with this method."""
+
+    @abstractmethod
+    def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
+        """Return the sample ids of the responses to exclude.
+
+        Args: responses: those to one prompt that passed the rules before; drawn: number of responses drawn for it in all.
+        """
+
+
+class Unparsable(FilterRule):
+    """Exclude responses without an answer that a program could parse."""
+
+    def __init__(self, settings: UnparsableRule) -> None: ...
+
+    def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
+        return [each.sample_id for each in responses if each.rollout.finish_reason == "unparsable"]
+
+
+class Finished(FilterRule):
+    """Exclude truncated responses."""
+
+    def __init__(self, settings: FinishedRule) -> None: ...
+
+    def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
+        return [each.sample_id for each in responses if each.rollout.finish_reason != "stop"]
+
+
+class Pattern(FilterRule):
+    """Exclude responses without a match of the pattern."""
+
+    def __init__(self, settings: PatternRule) -> None:
+        self._pattern = re.compile(settings.pattern)
+
+    def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
+        return [each.sample_id for each in responses if not self._pattern.search(each.text)]
+
+
+class Correct(FilterRule):
+    """Exclude wrong responses."""
+
+    def __init__(self, settings: CorrectRule) -> None: ...
+
+    def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
+        return [each.sample_id for each in responses if not each.is_right()]
+
+
+class Agree(FilterRule):
+    """Exclude responses whose answer is not the one that most responses to the prompt give."""
+
+    def __init__(self, settings: AgreementRule) -> None:
+        self._agreement = settings.agreement
+
+    def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
+        answers = {each.sample_id: each.answer() for each in responses}
+        ranked = Counter(answer for answer in answers.values() if answer is not None).most_common()
+        # A response that was the only one drawn (the others are the data's answers) has nothing to agree with.
+        if not ranked or drawn < 2:
+            return list(answers)
+        wanted, count = ranked[0]
+        tied = len(ranked) > 1 and ranked[1][1] == count
+        # A response that failed another rule, or has no answer, counts as a vote against.
+        enough = {"plurality": not tied, "majority": 2 * count > drawn, "unanimous": count == drawn}[self._agreement]
+        return [sample_id for sample_id, answer in answers.items() if not enough or answer != wanted]
+
+
+class Distinct(FilterRule):
+    """Exclude duplicates: responses with the same text as an earlier one."""
+
+    def __init__(self, settings: DistinctRule) -> None: ...
+
+    def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
+        firsts = {each.text: each.sample_id for each in reversed(responses)}
+        return [each.sample_id for each in responses if firsts[each.text] != each.sample_id]
 
 
 class Filters:
-    """The rules of `rollout.filters`, in the order of their settings; the first that a response fails is named.
+    """Rules of `rollout.filters` in order; the first that a response fails is reported.
 
-    The data's own answers pass every rule and have no vote.
+    Reference answers from the data pass every rule and have no vote.
     """
 
     def __init__(
         self,
         settings: FilterSettings,
         decode: Callable[[np.ndarray], str],
-        grade: Callable[[str, str], bool] | None,
-        answers: Mapping[int, str | None],
+        grade: Grading | None,
+        prompts: Mapping[int, Prompt],
     ) -> None:
-        """Args: grade: needed by `correct`; answers: reference answer by prompt id."""
-        self._settings = settings
+        """Args: grade: required by rules that depend on correctness; prompts: all prompts that are sampled for, by id.
+
+        Raises: ConfigError if a rule cannot be loaded.
+        """
+        self._rules: list[tuple[str, FilterRule]] = [(each.type, implemented(each)) for each in settings.in_order()]
         self._decode = decode
         self._grade = grade
-        self._answers = answers
-        self._pattern = None if settings.pattern is None else re.compile(settings.pattern)
+        self._prompts = prompts
 
     def __call__(self, rollouts: Sequence[Rollout]) -> dict[int, str]:
-        """The rule that each left-out rollout failed, by sample id. Rollouts of one prompt are compared with each other."""
-        texts = {rollout.sample_id: self._decode(rollout.token_ids).strip() for rollout in rollouts if not from_data(rollout)}
-        groups: dict[int, list[Rollout]] = {}
+        """Return the rule that each excluded rollout failed, by sample id. Rollouts of one prompt are compared with each other.
+
+        Raises: ResponseError if a rule or the grader failed.
+        """
+        groups: dict[int, list[Response]] = {}
         for rollout in rollouts:
-            if rollout.sample_id in texts:
-                groups.setdefault(rollout.prompt_id, []).append(rollout)
+            if not rollout.has_writer("data"):
+                text = self._decode(rollout.token_ids).strip()
+                response = Response(rollout, text, self._prompts[rollout.prompt_id], self._grade)
+                groups.setdefault(rollout.prompt_id, []).append(response)
         dropped: dict[int, str] = {}
         for group in groups.values():
-            failed = {rollout.sample_id: rule for rollout in group if (rule := self._fails(rollout, texts[rollout.sample_id]))}
-            votes = {rollout.sample_id: texts[rollout.sample_id] for rollout in group if rollout.sample_id not in failed}
-            dropped |= failed | self._disagreeing(votes, len(group))
+            left = group
+            for name, rule in self._rules:
+                failed = _failing(name, rule, left, len(group))
+                dropped |= {each.sample_id: name for each in left if each.sample_id in failed}
+                left = [each for each in left if each.sample_id not in failed]
+                if not left:
+                    break
         return dropped
 
-    def _fails(self, rollout: Rollout, text: str) -> str | None:
-        """The rule that a response fails by itself."""
-        settings = self._settings
-        if settings.finished and rollout.finish_reason != "stop":
-            return rollout.finish_reason if rollout.finish_reason == "unparsable" else "finished"
-        if self._pattern is not None and not self._pattern.search(text):
-            return "pattern"
-        if settings.correct:
-            answer = self._answers.get(rollout.prompt_id)
-            assert self._grade is not None
-            if answer is None or not self._grade(text, answer):
-                return "correct"
-        return None
 
-    def _disagreeing(self, votes: Mapping[int, str], size: int) -> dict[int, str]:
-        """Those of a group that its agreement leaves out. Args: votes: answers that failed no rule yet; size: of the group."""
-        agreement = self._settings.agreement
-        dropped: dict[int, str] = {}
-        if agreement is not None and size < 2:
-            # Beside the data's answers, one that was drawn alone agrees with nobody.
-            dropped = dict.fromkeys(votes, "agreement")
-        elif agreement is not None and votes:
-            ranked = Counter(votes.values()).most_common()
-            answer, count = ranked[0]
-            tied = len(ranked) > 1 and ranked[1][1] == count
-            # An answer that failed another rule counts as a vote against.
-            enough = {"plurality": not tied, "majority": 2 * count > size, "unanimous": count == size}[agreement]
-            dropped = {sample_id: "agreement" for sample_id, text in votes.items() if not enough or text != answer}
-        if self._settings.distinct:
-            seen: set[str] = set()
-            for sample_id, text in votes.items():
-                if sample_id not in dropped and text in seen:
-                    dropped[sample_id] = "distinct"
-                seen.add(text)
-        return dropped
+def _failing(name: str, rule: FilterRule, responses: Sequence[Response], drawn: int) -> set[int]:
+    """Sample ids of the responses to one prompt (at least one) that fail a rule. Raises: ResponseError naming the rule."""
+    ids = [each.sample_id for each in responses]
+    where = f"rollout.filters: {name} on prompt {responses[0].prompt.prompt_id}, samples {ids}"
+    try:
+        failed = set(rule.failing(responses, drawn))
+    except ResponseError:
+        raise
+    # A plugin's rule may raise anything.
+    except Exception as error:
+        raise ResponseError(f"{where}: {type(error).__name__}: {error}") from error
+    others = failed.difference(ids)
+    if others:
+        raise ResponseError(f"{where}: it left out {sorted(others, key=str)}, which are no samples that it was given")
+    return failed

@@ -1,4 +1,4 @@
-"""Several streams read as one."""
+"""Merging of asynchronous streams."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class _Ended(NamedTuple):
 
 
 class Merged(Generic[Tag, Item]):
-    """The items of streams, each with its stream's tag, in the order they come; streams may be added meanwhile.
+    """Items of several streams, tagged with their stream, in order of arrival; streams may be added during iteration.
 
     `async with Merged() as merged: merged.add(tag, stream)`, then `async for tag, item in merged`. It ends once all streams
-    have, raises the first failure of any, and leaving the block closes those that still run.
+    have ended and raises the first failure of any; leaving the block closes streams that are still running.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,12 @@ class Merged(Generic[Tag, Item]):
         self._running = 0
 
     def add(self, tag: Tag, stream: AsyncGenerator[Item]) -> None:
-        """Read this stream too."""
+        """Add a stream to the merge."""
         self._running += 1
         self._tasks.add(asyncio.create_task(self._read(tag, stream)))
 
     def watch(self, work: Awaitable[None]) -> None:
-        """Let the failure of `work` end the merge; its success, or that it still runs, does not matter."""
+        """End the merge if `work` fails; its success, or that it is still running, has no effect."""
         self._tasks.add(asyncio.create_task(self._guard(work)))
 
     async def __aenter__(self) -> Merged[Tag, Item]:

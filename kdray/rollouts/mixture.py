@@ -1,4 +1,4 @@
-"""The MiniLLM mixture: one next-token law from two, and an exact draw from it.
+"""The MiniLLM mixture of two next-token distributions, and exact sampling from it.
 
 m(y_t) = alpha p(y_t) + (1 - alpha) q(y_t), given the prefix, per token.
 Source: MiniLLM, Gu et al. 2024 (arXiv 2306.08543), equation 4.
@@ -20,10 +20,10 @@ def log_mixture(teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor, 
 
 
 def draw(logprobs: torch.Tensor, uniforms: torch.Tensor, max_rows: int = 64) -> torch.Tensor:
-    """Token ids [n] drawn from rows of logprobs [n, vocab] by inverting the CDF at the given uniforms [n].
+    """Sample token ids [n] from rows of logprobs [n, vocab] by inverting the CDF at the given uniforms [n].
 
     The cumulative sum runs in float64, in blocks of `max_rows` rows that bound its memory; it is normalised by its own last
-    entry, so that rounding never leaves a uniform above the whole mass. A token of probability zero is never drawn.
+    entry, so that rounding never leaves a uniform above the total mass. A token of probability zero is never drawn.
     """
     out = torch.empty(logprobs.shape[0], dtype=torch.long, device=logprobs.device)
     for start in range(0, logprobs.shape[0], max_rows):

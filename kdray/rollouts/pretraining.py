@@ -1,4 +1,4 @@
-"""Pretraining text: documents to windows of ids, and the windows that are mixed into each step."""
+"""Batches of pretraining text that are mixed into each step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from kdray.config import PretrainingSettings
 from kdray.data.dataset import PromptStream
 from kdray.interfaces import Scorer
 from kdray.rollouts.batching import examples_to_batch, rollouts_to_batch
-from kdray.types import Prompt, Rollout, TrainBatch
+from kdray.types import Prompt, Rollout, TrainBatch, written_by
 
 
 class PretrainingText:
-    """The windows of every step, in an order that seed and step alone fix."""
+    """Windows of pretraining text for every step, in an order determined by seed and step alone."""
 
     def __init__(self, windows: list[Prompt], settings: PretrainingSettings, seed: int, scorer: Scorer | None) -> None:
-        """Args: scorer: the teacher whose columns `teacher_share` above 0 needs; None where it is 0."""
+        """Args: scorer: provides the teacher's columns for a `teacher_share` above 0; None if it is 0."""
         self._windows = PromptStream(windows, seed)
         self._batch_size = settings.batch_size
         self._scorer = scorer
 
     async def batch(self, step: int) -> TrainBatch:
-        """The windows of optimizer step `step`, counted from 1; the first token of a window is no target.
+        """Batch the windows of optimizer step `step`, counted from 1; the first token of a window is not a target.
 
-        Raises: EngineError where the teacher could not score them.
+        Raises: EngineError if the teacher could not score them.
         """
         first = (step - 1) * self._batch_size
         windows = [self._windows.at(first + offset) for offset in range(self._batch_size)]
@@ -35,7 +35,7 @@ class PretrainingText:
 
 
 def _as_rollout(window: Prompt, position: int) -> Rollout:
-    """A window as a teacher scores it: its first token is the prompt."""
+    """Convert a window to a rollout for scoring, with its first token as the prompt."""
     count = len(window.token_ids) - 1
     return Rollout(
         sample_id=position,
@@ -47,4 +47,5 @@ def _as_rollout(window: Prompt, position: int) -> Rollout:
         student_versions=np.zeros(count, dtype=np.int32),
         alpha=0.0,
         finish_reason="length",
+        writer=written_by("data", count),
     )

@@ -1,8 +1,7 @@
-"""The data's own answers in a teacher's place: classical distillation on a fixed dataset, or a share of real data."""
+"""Reference answers from the data as rollouts: classical distillation on a fixed dataset, or a share of real data."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -12,27 +11,19 @@ from kdray.data.dataset import encode_answer
 from kdray.errors import DataError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.merge import Merged
-from kdray.types import Prompt, Rollout, SampleRequest
-
-DATA = math.nan
-"""The alpha of a response that no model drew."""
-
-
-def from_data(sample: SampleRequest | Rollout) -> bool:
-    """Whether the response is the data's."""
-    return math.isnan(sample.alpha)
+from kdray.types import Prompt, Rollout, SampleRequest, written_by
 
 
 class WithReferences:
-    """A Sampler (`kdray.interfaces`) that answers requests with alpha DATA by the prompt's reference answer.
+    """Sampler (`kdray.interfaces`) that returns the prompt's reference answer for requests with the writer `data`.
 
-    The others go to the sampler behind. Nothing is known of how an answer was drawn, so its log q and log m are None.
+    Other requests go to the wrapped sampler. An answer's sampling distribution is unknown, so its log q and log m are None.
     """
 
     def __init__(self, sampler: Sampler, scorer: Scorer | None, prompts: Sequence[Prompt], tokenizer: Any, limit: int) -> None:
-        """Args: scorer: gives reference answers the teacher's columns, as the sampler's rollouts have; None where the rollouts
-              of the sampler are scored later, or need no columns; limit: longest answer, in tokens.
-        Raises: DataError where a prompt has no answer, or a longer one.
+        """Args: scorer: adds the teacher's columns to reference answers, as the sampler's rollouts have them; None if those
+              are scored later, or need no columns; limit: longest answer allowed, in tokens.
+        Raises: DataError if a prompt has no answer, or a longer one.
         """
         self._sampler = sampler
         self._scorer = scorer
@@ -46,8 +37,8 @@ class WithReferences:
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         """See `kdray.interfaces.Sampler`."""
-        references = [self._reference(request) for request in requests if from_data(request)]
-        drawn = [request for request in requests if not from_data(request)]
+        references = [self._reference(request) for request in requests if request.writer == "data"]
+        drawn = [request for request in requests if request.writer != "data"]
         async with Merged[str, list[Rollout]]() as merged:
             if drawn:
                 merged.add("drawn", self._sampler.sample(drawn))
@@ -67,8 +58,9 @@ class WithReferences:
             token_ids=token_ids,
             mixture_logprobs=None,
             student_logprobs=None,
-            # As for a black box: staleness counts from when it was asked for.
+            # As for a black box: staleness counts from the time of the request.
             student_versions=np.full(len(token_ids), request.min_version, dtype=np.int32),
-            alpha=DATA,
+            alpha=0.0,
             finish_reason="stop",
+            writer=written_by("data", len(token_ids)),
         )

@@ -1,26 +1,25 @@
-"""The values of scheduled settings at a step: a function of the step, or of signals measured some steps before.
+"""Values of scheduled settings at a step: a function of the step, or of signals measured some steps before.
 
-A batch's samples are admitted `max_staleness` steps before it trains. So what a step uses is decided by the signals known then,
-whatever the replicas' speeds, and a resumed run decides alike.
+A batch's samples are admitted `max_staleness` steps before it trains. So the values of a step depend on the signals known then,
+at any replica speed, and a resumed run computes the same values.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from kdray.config import Config
-from kdray.config.schedules import ScheduleSettings, SignalSchedule, StepSchedule
+from kdray.config.schedules import ScheduleSettings
 from kdray.errors import DataError
 
 
 class Schedules:
-    """Values by name, for the settings in `training.schedules`."""
+    """Scheduled values by name, for the settings in `training.schedules`."""
 
     def __init__(
         self, settings: Mapping[str, ScheduleSettings], own: Mapping[str, float], steps: int, max_staleness: int
     ) -> None:
-        """Args: own: the settings' own values by the same names; steps: of the run."""
+        """Args: own: unscheduled values of the settings, by the same names; steps: total steps of the run."""
         self._settings = settings
         self._own = own
         self._steps = steps
@@ -29,41 +28,41 @@ class Schedules:
 
     @classmethod
     def of(cls, config: Config) -> Schedules:
-        """Those of a run."""
+        """Build the schedules of a run."""
         settings = config.training.schedules
         own = {name: config.scheduled(name) or 0.0 for name in settings}
         return cls(settings, own, config.training.steps, config.rollout.max_staleness)
 
     def at(self, step: int) -> dict[str, float]:
-        """Values for the batch that step `step`, counted from 0, trains.
+        """Return the values for the batch of step `step`, counted from 0.
 
-        Raises: KeyError where the signals of step `step - max_staleness` were not observed yet.
+        Raises: KeyError if the signals of step `step - max_staleness` were not observed yet.
         """
         return {name: self._value(name, setting, step) for name, setting in self._settings.items()}
 
     def observe(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Note a step's metrics. Args: done: steps completed, that one included.
+        """Record a step's metrics. Args: done: steps completed, this one included.
 
-        Raises: DataError where no step has ever had a signal: nothing would change, and nobody would notice.
+        Raises: DataError if no step so far has had a signal; the schedule would silently never change.
         """
         before = self._averages.get(done - 1, {})
         averages = {}
         for name, setting in self._settings.items():
-            if isinstance(setting, SignalSchedule):
+            if setting.follows is not None:
                 last = before.get(name)
-                measured = metrics.get(setting.signal, last)
+                measured = metrics.get(setting.follows, last)
                 if measured is None:
                     raise DataError(
-                        f"training.schedules.{name}.signal={setting.signal}: the rollouts of this run do not have it; exact "
+                        f"training.schedules.{name}.signal={setting.follows}: the rollouts of this run do not have it; exact "
                         "KLs need replicas that hold teacher and student, weights of draws a density; use another signal"
                     )
-                averages[name] = measured if last is None else setting.smoothing * last + (1.0 - setting.smoothing) * measured
+                averages[name] = setting.average(last, measured)
         self._averages[done] = averages
-        # Of older ones no admitted batch asks again.
+        # No admitted batch needs older ones.
         self._averages = {at: kept for at, kept in self._averages.items() if at >= done - self._lag - 1}
 
     def state(self) -> dict[str, dict[str, float]]:
-        """What a resume needs, as JSON holds it."""
+        """State that a resume needs, as JSON values."""
         return {str(done): averages for done, averages in self._averages.items()}
 
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
@@ -71,20 +70,11 @@ class Schedules:
         self._averages = {int(done): dict(averages) for done, averages in state.items()}
 
     def _value(self, name: str, setting: ScheduleSettings, step: int) -> float:
-        own = self._own[name]
-        if isinstance(setting, StepSchedule):
-            length = self._steps - setting.start if setting.steps is None else setting.steps
-            share = min(1.0, max(0.0, (step - setting.start) / max(1, length)))
-            if setting.type == "cosine":
-                share = 0.5 - 0.5 * math.cos(math.pi * share)
-            return own + share * (setting.to - own)
         known = step - self._lag
-        average = self._averages[known].get(name) if known > 0 else None
-        if average is None:
-            return own
-        return setting.at_zero + min(1.0, max(0.0, average / setting.full)) * (setting.at_full - setting.at_zero)
+        average = self._averages[known].get(name) if setting.follows is not None and known > 0 else None
+        return setting.value(self._own[name], step, self._steps, average)
 
 
 def of_section(section: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The scheduled values of a section's settings, by their names in it."""
+    """Select the scheduled values of a section, by their names within it."""
     return {name.removeprefix(f"{section}."): value for name, value in values.items() if name.startswith(f"{section}.")}

@@ -1,4 +1,4 @@
-"""Randomness that can be drawn again: every draw is a hash of what it is for, never of when it happens."""
+"""Reproducible random numbers: every draw is a hash of its purpose, independent of when it happens."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 def sample_seed(run_seed: int, stream: str, sample_id: int) -> int:
-    """The unsigned 64-bit seed of one sample's draws. `stream` keeps apart uses that share sample ids (train, eval)."""
+    """Unsigned 64-bit seed of one sample's draws. `stream` separates uses that share sample ids (train, eval)."""
     text = f"{run_seed}/{stream}/{sample_id}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def unit(run_seed: int, stream: str, sample_id: int) -> float:
-    """One uniform in [0, 1) for a decision about a sample; `stream` names the decision."""
+    """Uniform number in [0, 1) for a decision about a sample; `stream` names the decision."""
     return sample_seed(run_seed, stream, sample_id) / 2.0**64
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One uniform in [0, 1) per (seed, position) pair, float64 [n]; the splitmix64 finaliser over seed + position.
+    """Uniform numbers in [0, 1), one per (seed, position) pair, float64 [n]: the splitmix64 finaliser over seed + position.
 
     Args: seeds: [n] uint64; positions: [n] integers >= 0.
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".

@@ -41,6 +41,7 @@ _MAY_DIFFER = (
     "cluster",
     "run.output",
     "run.storage",
+    "run.trackers",
     # Checkpoints are cut by the ranks, and by what the student's backend shards.
     *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks"})),
     *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
@@ -212,8 +213,8 @@ class RunFolder:
                 f"{key}: {stored.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} now" for key in differing
             )
             raise ConfigError(
-                f"{self.path}: the run to resume had other settings ({changes}); a resumed run may change "
-                "training.steps, evaluation, cluster and where its parts run only: set these back, or choose another run.name"
+                f"{self.path}: the run to resume had other settings ({changes}); a resumed run may change training.steps, "
+                "evaluation, cluster, run.trackers and where its parts run only: set these back, or choose another run.name"
             )
 
 

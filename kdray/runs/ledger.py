@@ -19,10 +19,10 @@ class Ledger:
     """`ledger.jsonl`: what became of every sample, a line a step, appended when the step is done; `kdray.runs.verify` reads it.
 
     A line holds `step`, `sample_ids`, `dropped` (sample ids by the rule that left them out, where one did), and by `fates`:
-    `prompt_ids`, `tokens` (of the response), `oldest` and `newest` (student versions that drew it; null where there is no
-    token), `scored_by` (a teacher's name; empty where none scored), in the order of the ids. A column whose values are all
-    alike is that one value. `responses_sha256` is a digest of all responses, by which two runs are compared; `trained_tokens`
-    is what the ranks counted as targets.
+    `prompt_ids`, `tokens` (of the response, without those of the environment), `oldest` and `newest` (student versions that
+    drew them; null where there is none), `scored_by` (a teacher's name; empty where none scored), in the order of the ids. A
+    column whose values are all alike is that one value. `responses_sha256` is a digest of all responses, by which two runs are
+    compared; `trained_tokens` is what the ranks counted as targets.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,12 +61,12 @@ class Ledger:
 
 def fates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """The columns of a ledger line that tell what became of rollouts; see `Ledger`."""
-    drawn = [rollout.student_versions if len(rollout.token_ids) else None for rollout in rollouts]
+    versions = [rollout.target_versions for rollout in rollouts]
     columns: dict[str, list[Any]] = {
         "prompt_ids": [rollout.prompt_id for rollout in rollouts],
-        "tokens": [len(rollout.token_ids) for rollout in rollouts],
-        "oldest": [None if versions is None else int(versions.min()) for versions in drawn],
-        "newest": [None if versions is None else int(versions.max()) for versions in drawn],
+        "tokens": [len(drawn) for drawn in versions],
+        "oldest": [int(drawn.min()) if len(drawn) else None for drawn in versions],
+        "newest": [int(drawn.max()) if len(drawn) else None for drawn in versions],
         "scored_by": [rollout.teacher for rollout in rollouts],
     }
     told: dict[str, Any] = {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from kdray.losses.importance import effective_sample_size
 from kdray.rollouts.batching import token_groups
+from kdray.rollouts.columns import at_targets
 from kdray.types import Rollout
 
 Reduction = Literal["token_mean", "rollout_mean", "max", "ratio_of_sums", "step"]
@@ -112,16 +113,16 @@ def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str
 
     Args: trained_version: the student version that the step starts from, which staleness counts back from.
     """
-    staleness = [trained_version - rollout.oldest_version for rollout in rollouts if len(rollout.token_ids)] or [0]
+    versions = [rollout.target_versions for rollout in rollouts]
+    staleness = [trained_version - int(drawn.min()) for drawn in versions if len(drawn)] or [0]
     metrics = {
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(max(staleness)),
-        "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "response_tokens": float(np.mean([len(drawn) for drawn in versions])),
         "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
     }
     for name in ("reverse_kl", "forward_kl"):
-        recorded = [getattr(rollout, name) for rollout in rollouts]
-        values = np.concatenate([value for value in recorded if value is not None] or [np.empty(0)])
+        values = at_targets(rollouts, name)
         if len(values):
             metrics[name] = float(values.mean(dtype=np.float64))
     return metrics | _weight_metrics(rollouts, trained_version)
@@ -145,8 +146,7 @@ def _weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[s
     names, groups = token_groups(known, trained_version)
     if not names:
         return {}
-    log_q = np.concatenate([rollout.student_logprobs for rollout in known if rollout.student_logprobs is not None])
-    log_m = np.concatenate([rollout.mixture_logprobs for rollout in known if rollout.mixture_logprobs is not None])
+    log_q, log_m = at_targets(known, "student_logprobs"), at_targets(known, "mixture_logprobs")
     weights = np.exp((log_q - log_m).astype(np.float64))
     counts = np.bincount(groups)
     totals, squares = np.bincount(groups, weights), np.bincount(groups, np.square(weights))

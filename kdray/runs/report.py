@@ -17,6 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from kdray.errors import DataError
+from kdray.rollouts.arrow import old_writer
 from kdray.runs.folder import RunFolder, read_lines, utc_now, write_atomically
 
 _OUTCOMES = ("before", "program", "distilled", "after", "control", "teacher")
@@ -53,7 +54,8 @@ def write_report(run_folder: Path) -> Path:
     metrics = read_lines(folder.metrics) if folder.metrics.exists() else []
     events = read_lines(folder.events) if folder.events.exists() else []
     outcome_columns = [name for name in _OUTCOMES if isinstance(summary.get(name), dict)]
-    versions = summary.get("versions")
+    installed = [summary.get(key) for key in ("versions", "plugins")]
+    versions = {name: version for each in installed if isinstance(each, dict) for name, version in each.items()}
     steps = [line["step"] for line in metrics if "step" in line]
     shown_events = events[-_MAX_EVENTS:]
     heldout_names, heldout = _heldout(folder.samples)
@@ -64,8 +66,8 @@ def write_report(run_folder: Path) -> Path:
         missing=[path.name for path in (folder.config, folder.metrics, folder.events, folder.summary) if not path.exists()],
         outcome_columns=outcome_columns,
         outcomes=_outcomes(summary, outcome_columns),
-        totals={key: _show(value) for key, value in summary.items() if key not in outcome_columns and key != "versions"},
-        versions={key: _show(value) for key, value in versions.items()} if isinstance(versions, dict) else {},
+        totals={key: _show(value) for key, value in summary.items() if key not in (*outcome_columns, "versions", "plugins")},
+        versions={key: _show(value) for key, value in versions.items()},
         plotly=Markup(get_plotlyjs()),
         timeline=_timeline(metrics, events),
         curves=_curves(metrics),
@@ -202,8 +204,16 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
     for path in files:
         for row in _read(path)[:_MAX_SAMPLES_PER_FILE]:
             texts = {column: _text(row, column) for column in ("prompt", "response")}
-            rows.append(row | texts | {"reverse_kl": _show(row["reverse_kl"])})
+            rows.append(_with_writer(row) | texts | {"reverse_kl": _show(row["reverse_kl"])})
     return rows
+
+
+def _with_writer(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample with the name of its writer, which older versions did not keep."""
+    if row.get("writer") is not None:
+        return row
+    writer = old_writer(row["alpha"])
+    return row | {"writer": writer, "alpha": 0.0 if writer == "data" else row["alpha"]}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -314,11 +324,12 @@ written {{ written_at }}
 {% if samples %}
 <h3>Training</h3>
 <table id="samples">
-<tr><th>step</th><th>prompt</th><th>response</th><th>finish</th><th>alpha</th><th>reverse KL</th></tr>
+<tr><th>step</th><th>prompt</th><th>response</th><th>finish</th><th>writer</th><th>alpha</th>
+<th>reverse KL</th></tr>
 {% for row in samples %}
 <tr><td class="number">{{ row.step }}</td><td class="text">{{ row.prompt }}</td>
 <td class="text">{{ row.response }}</td><td>{{ row.finish_reason }}</td>
-<td class="number">{{ row.alpha }}</td><td class="number">{{ row.reverse_kl }}</td></tr>
+<td>{{ row.writer }}</td><td class="number">{{ row.alpha }}</td><td class="number">{{ row.reverse_kl }}</td></tr>
 {% endfor %}
 </table>
 {% else %}

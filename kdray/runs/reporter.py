@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, events.jsonl, TensorBoard, samples to look at, and the terminal."""
+"""Where a run's numbers go: metrics.jsonl, events.jsonl, samples to look at, the terminal, and trackers such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from kdray.runs.folder import RunFolder, utc_now
+from kdray.runs.trackers import DISTILL, Trackers
 from kdray.types import Rollout, StepReport
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -30,13 +28,13 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("prompt", pa.string()),
         pa.field("response", pa.string()),
         pa.field("alpha", pa.float64(), nullable=False),
+        pa.field("writer", pa.string()),  # who wrote the response, several in their order
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("reverse_kl", pa.float64()),  # mean over the response, nats per token; null where it was not recorded
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )
 
-_DISTILL = "distill"
 _PLAIN_LINE_EVERY_S = 30.0
 
 
@@ -48,6 +46,7 @@ class RunReporter:
           decode: token ids -> text, for the samples; without it they hold ids only.
           sample_every, sample_count: of every `sample_every`-th step, the first step and the last, the first
               `sample_count` rollouts are kept in samples/.
+          trackers: those of the run, which the reporter starts and closes.
           line_every: steps between plain lines; default: a twentieth of the run. After 30 s one comes anyway.
     """
 
@@ -61,6 +60,7 @@ class RunReporter:
         sample_every: int = 10,
         sample_count: int = 8,
         line_every: int | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self._folder = run_folder
         self._total_steps = total_steps
@@ -72,7 +72,8 @@ class RunReporter:
         self._phase = ""
         self._phase_total = 0
         self._last_line_at = -math.inf
-        self._writers: dict[str, SummaryWriter] = {}
+        self._trackers = trackers
+        self._summary: Mapping[str, Any] | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         if self._console.is_terminal:
@@ -85,10 +86,12 @@ class RunReporter:
                 console=self._console,
             )
             self._progress.start()
+        if self._trackers is not None:
+            self._trackers.start(self.event)
 
     def phase(self, name: str, total: int) -> None:
         """Announce a phase (sft, distill, control, evaluation) of `total` steps or prompts; the bar starts again."""
-        self._folder.append_event("phase", name=name, total=total)
+        self._record("phase", name=name, total=total)
         self._phase, self._phase_total, self._last_line_at = name, total, -math.inf
         if self._progress is None:
             self._print(f"{name}: {total} to do")
@@ -98,23 +101,23 @@ class RunReporter:
         self._task = self._progress.add_task(name, total=total, values="")
 
     def phase_step(self, report: StepReport) -> None:
-        """One optimizer step of a phase other than distillation: TensorBoard and terminal, no line in metrics.jsonl."""
+        """One optimizer step of a phase other than distillation: trackers and terminal, no line in metrics.jsonl."""
         line = _numbers(report)
-        self._scalars(report.step, line)
+        self._track(report.step, line)
         self._advance(report.step, line)
 
     def step(self, report: StepReport, metrics: Mapping[str, float]) -> None:
         """Write one step: the report's own numbers, its metrics, then the caller's, which win on a clash."""
         line = {**_numbers(report), **metrics}
         self._folder.append_metrics({"step": report.step, "time": utc_now()} | line)
-        if self._phase != _DISTILL:
-            self.phase(_DISTILL, self._total_steps)
-        self._scalars(report.step, line)
+        if self._phase != DISTILL:
+            self.phase(DISTILL, self._total_steps)
+        self._track(report.step, line)
         self._advance(report.step, line)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write one event and show it."""
-        self._folder.append_event(kind, **fields)
+        self._record(kind, **fields)
         self._print(" ".join([kind, *(f"{name}={_short(value)}" for name, value in fields.items())]))
 
     def samples(self, rollouts: Sequence[Rollout], step: int) -> None:
@@ -127,12 +130,26 @@ class RunReporter:
         """Keep the first rollouts of a held-out measurement (before, after, control); one of that name is replaced."""
         self._write_samples(f"heldout-{name}", [self._sample(r, name, None) for r in rollouts[: self._sample_count]])
 
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Keep what summary.json holds for the trackers, which get it when they are closed."""
+        self._summary = summary
+
     def close(self) -> None:
-        """Give the terminal back and finish the TensorBoard files."""
+        """Give the terminal back and close the trackers."""
         if self._progress is not None:
             self._progress.stop()
-        for writer in self._writers.values():
-            writer.close()
+        if self._trackers is not None:
+            self._trackers.close(self._summary)
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        """Write one event without showing it."""
+        self._folder.append_event(kind, **fields)
+        if self._trackers is not None:
+            self._trackers.event(kind, fields)
+
+    def _track(self, step: int, line: Mapping[str, float]) -> None:
+        if self._trackers is not None:
+            self._trackers.log(step, line, self._phase)
 
     def _advance(self, completed: int, metrics: Mapping[str, float]) -> None:
         values = _describe(metrics)
@@ -157,7 +174,7 @@ class RunReporter:
         def text(token_ids: np.ndarray) -> str | None:
             return None if self._decode is None else self._decode(token_ids)
 
-        measured = rollout.reverse_kl is not None and len(rollout.reverse_kl) > 0
+        kls = rollout.reverse_kl if rollout.reverse_kl is None else rollout.reverse_kl[rollout.is_target]
         return {
             "source": source,
             "step": step,
@@ -166,24 +183,11 @@ class RunReporter:
             "prompt": text(rollout.prompt_ids),
             "response": text(rollout.token_ids),
             "alpha": rollout.alpha,
+            "writer": ", ".join(rollout.writers),
             "finish_reason": rollout.finish_reason,
-            "reverse_kl": float(np.mean(rollout.reverse_kl)) if measured else None,  # type: ignore[arg-type]
+            "reverse_kl": float(np.mean(kls)) if kls is not None and len(kls) else None,
             "token_ids": rollout.token_ids,
         }
-
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add to the TensorBoard run of the phase: tb/ itself for distillation, tb/<phase> for the others."""
-        if self._phase not in self._writers:
-            # Importing it takes seconds and loads torch; a process that only makes a reporter does not pay for it.
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = self._folder.tensorboard / ("" if self._phase == _DISTILL else self._phase)
-            # What an interrupted run wrote beyond the step that its resume continues from is forgotten.
-            self._writers[self._phase] = SummaryWriter(str(folder), purge_step=step)
-        for name, value in values.items():
-            # A curve cannot show what is not a number; metrics.jsonl holds null there.
-            if value is not None and math.isfinite(value):
-                self._writers[self._phase].add_scalar(name, float(value), step)
 
     def _print(self, text: str) -> None:
         # Text, not markup: a path or a message may hold square brackets.

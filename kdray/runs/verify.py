@@ -18,7 +18,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from kdray.config import Config, JsonlPrompts, ParquetPrompts, TaskPrompts, TinyModel, load_config
+from kdray.config import Config, load_config
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
@@ -212,8 +212,7 @@ def _check_numbers(proof: Proof, name: str, numbers: Sequence[int], done: int) -
 def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config) -> None:
     """What is left out belongs to its step, once, by a rule that the config has."""
     filters = config.rollout.filters
-    rules = set() if filters is None else {name for name, value in filters if value}
-    rules |= {"unparsable"} if "finished" in rules else set()
+    rules = set() if filters is None else {rule.type for rule in filters.in_order()}
     for line in steps:
         for rule in line.by_rule.keys() - rules:
             proof.wrong("rule", f"step {line.step}: left out by {rule!r}; rollout.filters has {sorted(rules) or 'no rules'}")
@@ -304,16 +303,15 @@ def _check_prompts(proof: Proof, told: Sequence[_Step], config: Config) -> Datas
 
 def _dataset(config: Config) -> Dataset:
     """The prompts of the run. Raises: DataError where they are not on this machine, or cannot be read."""
-    from kdray.models.inspect import load_tokenizer
+    from kdray.models.inspect import load_tokenizer, loaded_from
 
     source, model = config.data.prompts, config.student.model
-    if not isinstance(source, TaskPrompts | JsonlPrompts | ParquetPrompts):
+    if not source.local:
         raise DataError(f"data.prompts.type={source.type} is not on this machine")
-    while not isinstance(model, str | TinyModel):
-        model = model.source
-    if isinstance(model, str) and not Path(model).expanduser().is_dir():
+    folder = loaded_from(model)
+    if folder is not None and not Path(folder).expanduser().is_dir():
         raise DataError(
-            f"student.model={model} is no folder on this machine, and its tokenizer decides which prompts are too long"
+            f"student.model={folder} is no folder on this machine, and its tokenizer decides which prompts are too long"
         )
     return load_dataset(config, load_tokenizer(config.student.model, config.student.revision))
 

@@ -1,1 +1,1 @@
-"""Teachers: teams, routing, targets, and the kinds that need no replicas."""
+"""Teachers: teams, routing, combined targets, and the kinds that need no replicas."""

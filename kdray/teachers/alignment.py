@@ -1,7 +1,7 @@
-"""Where two tokenizations of one text meet: the smallest groups of tokens on both sides that cover the same characters.
+"""Alignment of two tokenizations of a text: the smallest groups of tokens on both sides that cover the same characters.
 
-Source: aligning by text instead of by position is GOLD's idea (TRL's General Online Logit Distillation); the groups are those
-between the boundaries that both tokenizations have.
+Source: aligning by text instead of by position follows GOLD (TRL's General Online Logit Distillation); groups lie between the
+boundaries that both tokenizations share.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ _CUT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Group(NamedTuple):
-    """Tokens [first_start, first_end) of the first tokenization and [second_start, second_end) of the second: the same text."""
+    """Tokens [first_start, first_end) of the first tokenization and [second_start, second_end) of the second, with the same
+    text."""
 
     first_start: int
     first_end: int
@@ -22,15 +23,15 @@ class Group(NamedTuple):
 
 
 def boundaries(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]) -> list[int | None]:
-    """After how many characters of the whole text each token ends, [tokens]; None where it ends inside a character.
+    """Character offset in the whole text at which each token ends, [tokens]; None if it ends inside a character.
 
-    Decoding token after token is exact for what a model drew, which need not be how the tokenizer would cut the text.
+    Decoding token by token is exact for what a model sampled, which may differ from how the tokenizer would split the text.
     Args: decode: ids -> text, special tokens kept.
     """
     whole = decode(token_ids)
     ends = _growing(decode, token_ids, whole)
     if ends and ends[-1] != len(whole):
-        # A decoder that looks further back than the window: every prefix by itself, in quadratic time.
+        # For a decoder with more context than the window: decode every prefix separately, in quadratic time.
         ends = [
             len(text) if whole.startswith(text := decode(token_ids[:count])) else None for count in range(1, len(token_ids) + 1)
         ]
@@ -38,23 +39,23 @@ def boundaries(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int])
 
 
 def _growing(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int], whole: str) -> list[int | None]:
-    """`boundaries` in linear time: each token is decoded after the few before it instead of after all.
+    """Compute `boundaries` in linear time: each token is decoded after a few preceding tokens instead of all of them.
 
-    The window begins with tokens that are accounted for, so that a decoder which drops the first space of a text drops it with
+    The window starts with tokens that are already processed, so that a decoder which drops a text's leading space drops it with
     and without the new token alike.
     """
     ends: list[int | None] = []
-    start, read, length = 0, 0, 0  # the window, what of it is accounted for, and how many characters that makes
+    start, read, length = 0, 0, 0  # window start, end of its processed part, and that part's end in characters
     before = ""
     for count in range(1, len(token_ids) + 1):
         text = decode(token_ids[start:count])
         piece = text[len(before) :]
-        # The bytes of a character that are not all there yet decode to a replacement, which the whole text has not.
+        # An incomplete character's bytes decode to a replacement character, which the whole text does not contain.
         if not text.startswith(before) or not whole.startswith(piece, length):
             ends.append(None)
             continue
         ends.append(length + len(piece))
-        # The window moves on from whole characters alone: half of an invalid run of bytes would decode to something else.
+        # The window advances only at whole characters: half of an invalid run of bytes would decode differently.
         if not piece or piece.endswith(_CUT):
             continue
         start, read, length = read, count, length + len(piece)
@@ -63,16 +64,16 @@ def _growing(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int], w
 
 
 def offset_boundaries(offsets: Sequence[tuple[int, int]]) -> list[int | None]:
-    """`boundaries` by a fast tokenizer's offsets: a token that ends inside a character claims all of it, as does the next."""
+    """`boundaries` from a fast tokenizer's offsets: a token that ends inside a character spans it all, as does the next."""
     starts = [start for start, _ in offsets[1:]]
     return [None if index < len(starts) and starts[index] < end else end for index, (_, end) in enumerate(offsets)]
 
 
 def align(first: Sequence[int | None], second: Sequence[int | None]) -> list[Group]:
-    """The smallest groups that end at a boundary of both; they cover all tokens of both, in order, once.
+    """Smallest groups that end at a boundary of both tokenizations; they cover all tokens of both, in order, exactly once.
 
     A token without characters joins the group before it, or the first one.
-    Args: boundaries of two tokenizations of one text, see `boundaries`.
+    Args: boundaries of two tokenizations of the same text, see `boundaries`.
     Raises: ValueError if they do not end at the same character.
     """
     if not first or not second:
@@ -83,7 +84,7 @@ def align(first: Sequence[int | None], second: Sequence[int | None]) -> list[Gro
         raise ValueError(f"the tokenizations end after {first[-1]} and {second[-1]} characters: they are of different texts")
     lasts = []
     for ends in (first, second):
-        # The last token that ends at a boundary, so that empty tokens stay with what they follow.
+        # The last token that ends at a boundary, so that empty tokens stay with the preceding one.
         lasts.append({end: index + 1 for index, end in enumerate(ends) if end is not None})
     groups = []
     start = (0, 0)

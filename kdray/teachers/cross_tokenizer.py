@@ -1,7 +1,7 @@
-"""A teacher with another tokenizer scores the student's rollouts: their text is cut anew, and rows are matched group by group.
+"""Scoring by a teacher with another tokenizer: the rollout's text is retokenized, and rows are matched group by group.
 
-The row before a group predicts its first token on both sides; where groups hold several tokens, what follows inside is the
-tokenizer's affair and no row is given. A teacher's token stands for the student's first token of the same text.
+The row before a group predicts the group's first token on both sides; positions inside a group of several tokens depend on the
+tokenization and get no row. A teacher's token is mapped to the student's first token of the same text.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ import numpy as np
 from kdray.errors import ConfigError
 from kdray.interfaces import Scorer
 from kdray.losses.uld import UNMATCHED
+from kdray.rollouts.columns import unscored
 from kdray.teachers.alignment import Group, align, boundaries, offset_boundaries
 from kdray.types import Rollout
 
 _CUT = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""How tokenizers that fall back to bytes name them."""
+"""Name of a byte token in tokenizers with byte fallback."""
 
 
 def vocabulary_map(student_tokenizer: Any, teacher_tokenizer: Any, teacher_size: int) -> np.ndarray:
-    """The student's id for every teacher id: [teacher_size] int32, UNMATCHED where it cannot write the token's text.
+    """Map every teacher id to a student id: [teacher_size] int32, UNMATCHED if the student cannot produce the token's text.
 
-    That is its token of the same text, or the first of the tokens that it writes the text with: where the teacher goes on with
-    "the", a student of single letters goes on with "t". End of sequence is one token to both, whatever its text;
-    what other special tokens are called is no text.
+    The student's id is its token of the same text, or the first of the tokens that make up the text: if the teacher continues
+    with "the", a character-level student continues with "t". End of sequence is a single token for both, whatever its text; the
+    names of other special tokens are not text.
     """
     student, teacher = _ids_by_text(student_tokenizer), _ids_by_text(teacher_tokenizer)
     pieces = {token_id: text for text, ids in student.items() for token_id in ids}
     special = {token_id for token_id, token in teacher_tokenizer.added_tokens_decoder.items() if token.special}
-    # Some tokenizers put a space before whatever they are given: they are given a text without its own.
+    # Some tokenizers prepend a space to every text: those get the text without its own space.
     letter = student_tokenizer("a", add_special_tokens=False)["input_ids"]
     spaced = bool(letter) and str(pieces[letter[0]]).startswith(" ")
     mapped = np.full(teacher_size, UNMATCHED, dtype=np.int32)
@@ -49,34 +50,34 @@ def vocabulary_map(student_tokenizer: Any, teacher_tokenizer: Any, teacher_size:
     texts = [text.removeprefix(" ") if spaced else text for text, _ in longer]
     written = student_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     for (text, token_id), given, ids in zip(longer, texts, written, strict=True):
-        # Not where the student's tokenizer changes the text, or reads it as unknown.
+        # Not if the student's tokenizer changes the text, or reads it as unknown.
         if not ids or _decode(student_tokenizer, ids) != given:
             continue
         piece = pieces[ids[0]]
-        # Nor where it begins with a space that the text has not.
+        # Nor if it starts with a space that is not in the text.
         if isinstance(piece, bytes) or text.startswith(piece):
             mapped[token_id] = ids[0]
-    # What has the text of the other's end is not the end.
+    # A token with the same text as the other side's end-of-sequence is not an end of sequence.
     mapped[mapped == student_tokenizer.eos_token_id] = UNMATCHED
     mapped[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
     return mapped
 
 
 def _ids_by_text(tokenizer: Any) -> dict[str | bytes, list[int]]:
-    """Ids by the characters of their token; by its name, as bytes, where they are not such."""
+    """Group ids by the text of their token, or by the token's name, as bytes, if it has no text of its own."""
     texts: dict[str, str] = {}
     for token in tokenizer.get_vocab():
-        # Sentence pieces mark the space before a word; turning one piece into text would strip it.
+        # SentencePiece marks the space before a word; converting a single piece to text would strip it.
         text = token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
         if text == token:
             text = tokenizer.convert_tokens_to_string([token])
         texts[token] = text
-    # Where a character has a token of its own, the one of its byte is not how it is written.
+    # A character that has its own token is not written with its byte token.
     written = {text for token, text in texts.items() if not _BYTE.fullmatch(token)}
     found: dict[str | bytes, list[int]] = {}
     for token, token_id in tokenizer.get_vocab().items():
         text = texts[token]
-        # Bytes that are no character by themselves have only their token's name in common, and that may be another's text.
+        # Bytes that are not a character can only be matched by the token's name, which may equal another token's text.
         is_text = _CUT not in text and not (_BYTE.fullmatch(token) and text in written)
         found.setdefault(text if is_text else token.encode(), []).append(token_id)
     return found
@@ -88,7 +89,7 @@ def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 class CrossTokenizerScorer:
-    """A Scorer (`kdray.interfaces`) around a teacher that reads other ids than the student writes."""
+    """A Scorer (`kdray.interfaces`) around a teacher whose token ids differ from the student's."""
 
     def __init__(
         self,
@@ -100,8 +101,8 @@ class CrossTokenizerScorer:
         max_tokens: int,
     ) -> None:
         """Args: prompts: the teacher's ids of every prompt, by prompt id; teacher_size: ids that its rows cover;
-              max_tokens: longest sequence that it reads.
-        Raises: ConfigError where the teacher's tokenizer cannot say which characters a token covers, or where a text ends.
+              max_tokens: longest sequence that it can read.
+        Raises: ConfigError if the teacher's tokenizer gives no character offsets of tokens, or has no end-of-sequence token.
         """
         if not getattr(teacher_tokenizer, "is_fast", False):
             raise ConfigError("loss.type=uld: the teacher's tokenizer has no fast version, which alone tells where tokens end")
@@ -116,9 +117,9 @@ class CrossTokenizerScorer:
         self._max_tokens = max_tokens
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`. `support_ids` holds the student's ids, and UNMATCHED where it cannot write the token.
+        """See `kdray.interfaces.Scorer`. `support_ids` holds the student's ids, UNMATCHED if it cannot produce the token.
 
-        A response that the teacher cannot read to its end, or one without a whole character, is given no rows.
+        A response gets no rows if it has no complete character, or if the teacher cannot read it to its end.
         """
         by_id = {rollout.sample_id: rollout for rollout in rollouts}
         groups: dict[int, list[Group]] = {}
@@ -137,12 +138,12 @@ class CrossTokenizerScorer:
                     yield [self._answer(by_id[one.sample_id], one, groups[one.sample_id]) for one in scored]
 
     def _question(self, rollout: Rollout, groups: dict[int, list[Group]]) -> Rollout | None:
-        """The rollout in the teacher's ids; what is aligned goes into `groups`."""
+        """Translate the rollout to the teacher's ids; the alignment is added to `groups`."""
         ids = rollout.token_ids.tolist()
         stopped = rollout.finish_reason == "stop"
         written = ids[:-1] if stopped else ids
         while written and not stopped and self._text(written).endswith(_CUT):
-            # Cut by max_new_tokens inside a character.
+            # Truncated by max_new_tokens inside a character.
             written.pop()
         ends = boundaries(self._text, written)
         text = self._text(written)
@@ -150,7 +151,7 @@ class CrossTokenizerScorer:
         teacher_ids = list(encoded["input_ids"])
         teacher_ends = offset_boundaries(encoded["offset_mapping"])
         if stopped:
-            # The end of the sequence is one more character, the same one to both.
+            # End of sequence is treated as an additional character, common to both.
             ends.append(len(text) + 1)
             teacher_ids.append(self._teacher.eos_token_id)
             teacher_ends.append(len(text) + 1)
@@ -163,16 +164,17 @@ class CrossTokenizerScorer:
         groups[rollout.sample_id] = align(ends, teacher_ends)
         tokens = np.array(teacher_ids, dtype=np.int32)
         return replace(
-            rollout.unscored(),
+            unscored(rollout),
             prompt_ids=prompt_ids,
             token_ids=tokens,
             mixture_logprobs=None,
             student_logprobs=None,
             student_versions=np.full(len(tokens), rollout.oldest_version, dtype=np.int32),
+            writer=np.full(len(tokens), rollout.writer[0]),
         )
 
     def _answer(self, rollout: Rollout, scored: Rollout | None, groups: Sequence[Group]) -> Rollout:
-        """The student's rollout with the teacher's rows where groups begin."""
+        """The student's rollout with the teacher's rows at the starts of groups."""
         length = len(rollout.token_ids)
         width = 1 if scored is None or scored.support_ids is None else scored.support_ids.shape[1]
         ids = np.full((length, width), -1, dtype=np.int32)
@@ -199,7 +201,7 @@ class CrossTokenizerScorer:
         )
 
     def _on_student(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One row of the teacher's support [K] on the student's ids: what begins with the same token adds up."""
+        """Map a row of the teacher's support [K] to the student's ids; probabilities of the same first token add up."""
         mapped = np.where(ids >= 0, self.mapped[ids.clip(min=0)], -1)
         unique, inverse = np.unique(mapped[mapped >= 0], return_inverse=True)
         sums = np.full(len(unique), -np.inf, dtype=np.float32)

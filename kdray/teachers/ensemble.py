@@ -1,27 +1,28 @@
-"""Several teachers' answers about one rollout -> one target. Pure numpy; who asks the teachers, and when, is left to others.
+"""Combination of several teachers' answers on a rollout into one target. Pure numpy; requests to teachers are made elsewhere.
 
-Each teacher recorded log p on a support of its own. The supports are united (`union_ids`), teachers that do not know log p
-at all of the union are asked for it (`knows`, `at_union`), and the laws, now over the same buckets, become one (`combine`):
-every id of the union, and one tail bucket for the rest.
+Each teacher recorded log p on its own support. The supports are united (`union_ids`), teachers whose log p is unknown at some
+id of the union are queried for the union (`knows`, `at_union`), and the distributions, now over the same buckets, are combined
+(`combine`): every id of the union, and one tail bucket for the rest.
 
-Which mean depends on the divergence, for weights w_i that sum to 1:
+The mean depends on the divergence, for weights w_i that sum to 1:
 
     sum_i w_i KL(p_i || q) = KL(m || q) + sum_i w_i KL(p_i || m),  m = sum_i w_i p_i             forward KL: `arithmetic`
     sum_i w_i KL(q || p_i) = KL(q || g) - log Z,                   g = prod_i p_i^w_i / Z        reverse KL: `geometric`
 
-What is added does not depend on the student, so one target replaces n losses. Both hold exactly on the buckets. Sums and
-buckets commute: m on the buckets is the bucketed m. Products and buckets do not: g on the buckets is the product of the
-coarse laws, and equals the bucketed g only where the union covers all ids (or the teachers' tails have one shape).
+The additional terms do not depend on the student, so one target replaces n losses. Both identities hold exactly on the buckets.
+Sums and bucketing commute: m on the buckets is the bucketed m. Products and bucketing do not: g on the buckets is the product
+of the coarse distributions, and equals the bucketed g only if the union covers all ids (or the teachers' tails have the same
+shape).
 
 Dimensions: n teachers, T response tokens, K_i width of a teacher's support, U of the union. Logarithms
-are natural; computed in float64, and float32 only in the columns that `combine` gives.
+are natural; computed in float64, and float32 only in the columns that `combine` returns.
 Source: arithmetic and geometric opinion pools; products of experts, Hinton 2002.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -33,14 +34,16 @@ Kind = Literal["arithmetic", "geometric"]
 
 @dataclass(frozen=True, slots=True)
 class TeacherColumns:
-    """What one teacher says of one rollout. What an unused slot of `support_logprobs` holds is never read.
+    """Columns of one teacher for one rollout, by the names of `kdray.rollouts.columns`.
 
-    Raises: ValueError if the shapes disagree, or a position names an id twice.
+    Values in unused slots of `support_logprobs` are never read.
+
+    Raises: ValueError if the shapes disagree, or a position contains an id twice.
     """
 
-    token_logprobs: np.ndarray  # [T] log p of the sampled token
+    teacher_logprobs: np.ndarray  # [T] log p of the sampled token
     support_ids: np.ndarray  # [T, K] int32; -1 is an unused slot
-    support_logprobs: np.ndarray  # [T, K] log p at support_ids; -inf where unused
+    support_logprobs: np.ndarray  # [T, K] log p at support_ids; -inf if unused
     tail_logprobs: np.ndarray  # [T] log of the mass outside the support; -inf if it covers all
 
     def __post_init__(self) -> None:
@@ -48,31 +51,35 @@ class TeacherColumns:
         if (
             self.support_ids.ndim != 2
             or self.support_logprobs.shape != self.support_ids.shape
-            or self.token_logprobs.shape != rows
+            or self.teacher_logprobs.shape != rows
             or self.tail_logprobs.shape != rows
         ):
             raise ValueError(
-                f"columns of one rollout do not fit together: token_logprobs {self.token_logprobs.shape}, support_ids "
+                f"columns of one rollout do not fit together: teacher_logprobs {self.teacher_logprobs.shape}, support_ids "
                 f"{self.support_ids.shape}, support_logprobs {self.support_logprobs.shape}, tail_logprobs "
                 f"{self.tail_logprobs.shape}; expected [T], [T, K], [T, K], [T]"
             )
         _refuse_duplicates("support_ids", self.support_ids)
 
+    def named(self) -> dict[str, np.ndarray | None]:
+        """Columns of a rollout, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(TeacherColumns)}
+
 
 @dataclass(frozen=True, slots=True)
 class Target(TeacherColumns):
-    """The combined law, float32, in the columns of a single teacher."""
+    """The combined distribution, float32, in the columns of a single teacher."""
 
-    log_z: np.ndarray  # [T] log Z of the geometric mean, <= 0: minus what the teachers disagree by; 0 for the arithmetic one
+    log_z: np.ndarray  # [T] log Z of the geometric mean, <= 0: minus the teachers' disagreement; 0 for the arithmetic mean
 
 
 # ---------------------------------------------------------------------------------------------------- one support
 
 
 def union_ids(ids: Sequence[np.ndarray]) -> np.ndarray:
-    """All ids of supports [T, K_i], each once a position: [T, U] int32, -1 padded at the end.
+    """All ids of supports [T, K_i], each once per position: [T, U] int32, padded with -1 at the end.
 
-    The order is the first support's, then that of the second among the ids that the first does not name, and so on.
+    The order is that of the first support, followed by the second's ids that are not in the first, and so on.
     """
     together = np.concatenate(ids, axis=1)
     order = np.argsort(together, axis=1, kind="stable")
@@ -85,16 +92,16 @@ def union_ids(ids: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def knows(columns: TeacherColumns, union: np.ndarray) -> bool:
-    """Whether this teacher's log p is known at every id of the union [T, U]; where its tail is -inf, it is -inf elsewhere."""
+    """True if this teacher's log p is known at every id of the union [T, U]; if its tail is -inf, log p is -inf elsewhere."""
     return not _unknown(columns, union).any()
 
 
 def at_union(columns: TeacherColumns, union: np.ndarray) -> TeacherColumns:
-    """One teacher's columns with the ids of the union [T, U] as support, -inf at padding.
+    """A teacher's columns with the ids of the union [T, U] as support, -inf at padding.
 
-    A teacher that does not know all of them is asked again, for the union as a whole: its tail is then summed over the ids
-    outside, where taking what it answered from the old tail would leave rounding in place of a small tail.
-    Raises: ValueError if log p is unknown at an id of the union, or the union leaves out an id of the support.
+    A teacher that does not know all of them is queried again for the whole union: its tail is then summed over the ids outside,
+    whereas subtracting the new answers from the old tail would leave rounding errors in a small tail.
+    Raises: ValueError if log p is unknown at an id of the union, or the union lacks an id of the support.
     """
     _refuse_duplicates("the union", union)
     unknown = _unknown(columns, union)
@@ -106,10 +113,10 @@ def at_union(columns: TeacherColumns, union: np.ndarray) -> TeacherColumns:
     slots = _slots(columns.support_ids, union)
     if not np.array_equal((columns.support_ids >= 0).sum(axis=1), (slots >= 0).sum(axis=1)):
         raise ValueError("the union leaves out ids of this teacher's support; make it with union_ids of all teachers")
-    # One further column is where the slots that are -1 point to.
+    # An extra column is the target of slots that are -1.
     padded = np.concatenate([columns.support_logprobs, np.full((len(union), 1), -np.inf)], axis=1)
     logprobs = np.take_along_axis(padded, np.where(slots >= 0, slots, padded.shape[1] - 1), axis=1)
-    return TeacherColumns(columns.token_logprobs, union, logprobs, columns.tail_logprobs)
+    return TeacherColumns(columns.teacher_logprobs, union, logprobs, columns.tail_logprobs)
 
 
 def _unknown(columns: TeacherColumns, union: np.ndarray) -> np.ndarray:
@@ -117,14 +124,14 @@ def _unknown(columns: TeacherColumns, union: np.ndarray) -> np.ndarray:
     return (union >= 0) & (_slots(columns.support_ids, union) < 0) & ~np.isneginf(columns.tail_logprobs)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------- one law
+# ---------------------------------------------------------------------------------------------- one distribution
 
 
 def arithmetic(logprobs: np.ndarray, tails: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """log sum_i w_i p_i of every bucket: the support [T, U] and the tail [T], float64. Exact under coarse graining.
 
-    Args: logprobs: [n, T, U]; tails: [n, T]; weights: [n], or [n, T] for each token its own, summing to 1 over teachers.
-    Raises: ValueError if the weights are not weights.
+    Args: logprobs: [n, T, U]; tails: [n, T]; weights: [n], or [n, T] for weights per token, summing to 1 over teachers.
+    Raises: ValueError for invalid weights.
     """
     mixed = _log_mean(_buckets(logprobs, tails), _checked(weights, tails.shape)[..., None])
     return mixed[:, :-1], mixed[:, -1]
@@ -133,15 +140,15 @@ def arithmetic(logprobs: np.ndarray, tails: np.ndarray, weights: np.ndarray) -> 
 def geometric(logprobs: np.ndarray, tails: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """prod_i p_i^w_i over the buckets, normalised: logs of the support [T, U], the tail [T], and log Z [T]; float64.
 
-    A bucket that a teacher of positive weight gives no mass has none. Args as `arithmetic`.
-    Raises: ValueError if the weights are not weights, or the teachers have no bucket in common.
+    A bucket has no mass if any teacher of positive weight gives it none. Args as `arithmetic`.
+    Raises: ValueError for invalid weights, or if the teachers have no bucket in common.
     """
     product = _weighted_sum(_buckets(logprobs, tails), _checked(weights, tails.shape)[..., None])
     log_z = _logsumexp(product, axis=-1)
     apart = np.isneginf(log_z)
     if apart.any():
         raise ValueError(
-            f"position {int(np.argmax(apart))}: no id has mass under every teacher, so their geometric mean is no law; "
+            f"position {int(np.argmax(apart))}: no id has mass under every teacher, so their geometric mean is undefined; "
             "use the arithmetic one, or teachers that agree more"
         )
     product -= log_z[:, None]
@@ -149,19 +156,19 @@ def geometric(logprobs: np.ndarray, tails: np.ndarray, weights: np.ndarray) -> t
 
 
 def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) -> Target:
-    """The target of several teachers in a single teacher's columns, float32.
+    """Combine several teachers into a target, in a single teacher's columns, float32.
 
-    For the geometric mean, log p of a sampled token outside the union is divided by the Z of the buckets, which is at least
-    the exact one (Hölder): it is a lower bound of the exact value. Elsewhere it equals the token's bucket.
+    For the geometric mean, log p of a sampled token outside the union is divided by the Z of the buckets, which is at least the
+    exact Z (Hölder): it is a lower bound of the exact value. Otherwise it equals the token's bucket.
     Args: columns: all on one union, by `at_union`; weights: [n] or [n, T].
-    Raises: ValueError if the supports differ, the weights are not weights, or the teachers have no bucket in common.
+    Raises: ValueError if the supports differ, for invalid weights, or if the teachers have no bucket in common.
     """
     ids = columns[0].support_ids
     if not all(np.array_equal(one.support_ids, ids) for one in columns):
         raise ValueError("the teachers' columns are on different supports; bring each to their union with at_union")
     logprobs = np.where(ids >= 0, np.stack([one.support_logprobs for one in columns]).astype(np.float64), -np.inf)
     tails = np.stack([one.tail_logprobs for one in columns]).astype(np.float64)
-    tokens = np.stack([one.token_logprobs for one in columns]).astype(np.float64)  # [n, T]
+    tokens = np.stack([one.teacher_logprobs for one in columns]).astype(np.float64)  # [n, T]
     if kind == "arithmetic":
         support, tail = arithmetic(logprobs, tails, weights)
         token, log_z = _log_mean(tokens, _checked(weights, tails.shape)), np.zeros(len(ids))
@@ -171,7 +178,7 @@ def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) 
     else:
         raise ValueError(f"kind={kind!r} of an ensemble's target; choose arithmetic or geometric")
     return Target(
-        token_logprobs=token.astype(np.float32),
+        teacher_logprobs=token.astype(np.float32),
         support_ids=ids,
         support_logprobs=support.astype(np.float32),
         tail_logprobs=tail.astype(np.float32),
@@ -185,9 +192,9 @@ def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) 
 def fixed_weights(
     teachers: Sequence[str], shares: Mapping[str, float] | None = None, setting: str = "rollout.teachers.weights"
 ) -> np.ndarray:
-    """Weights [n] in the order of `teachers`, in proportion to their shares: 0 where not named, all equal for None.
+    """Weights [n] in the order of `teachers`, in proportion to their shares: 0 if not named, all equal for None.
 
-    Raises: ConfigError naming `setting` if a share is no teacher's, negative or not finite, or if all are 0.
+    Raises: ConfigError naming `setting` if a share is not a teacher's, is negative or not finite, or if all are 0.
     """
     if shares is None:
         return np.full(len(teachers), 1.0 / len(teachers))
@@ -203,10 +210,10 @@ def fixed_weights(
 def weights_by_domain(
     teachers: Sequence[str], by_domain: Mapping[str, Mapping[str, float]], default: Mapping[str, float] | None = None
 ) -> Callable[[str | None], np.ndarray]:
-    """A function from a prompt's domain to the weights [n] of `teachers`; all shares are checked before it is given.
+    """Build a function from a prompt's domain to the weights [n] of `teachers`; all shares are checked beforehand.
 
-    Args: by_domain: shares of each domain, as for `fixed_weights`; default: those of every other prompt.
-    Raises: ConfigError as `fixed_weights`. The function raises DataError for another domain where there is no default.
+    Args: by_domain: shares of each domain, as for `fixed_weights`; default: shares for all other prompts.
+    Raises: ConfigError as `fixed_weights`. The function raises DataError for another domain if there is no default.
     """
     setting = "rollout.teachers.domain_weights"
     known = {domain: fixed_weights(teachers, shares, f"{setting}.{domain}") for domain, shares in by_domain.items()}
@@ -227,14 +234,15 @@ def weights_by_domain(
 def confidence_weights(
     logprobs: np.ndarray, tails: np.ndarray, temperature: float = 1.0, tail_ids: int | np.ndarray = 1
 ) -> np.ndarray:
-    """Weights [n, T] that favour the teacher that is surest of a token: softmax over teachers of -entropy / temperature.
+    """Weights [n, T] that favour the teacher most confident of a token: softmax over teachers of -entropy / temperature.
 
-    A choice without a source: the exponential makes weights invariant to what all entropies have in common. Sure is not
-    right; it trusts a teacher that is wrong with confidence. High temperatures tend to equal weights.
-    The entropy, nats, is that of the buckets, with the tail spread evenly over `tail_ids` ids. At 1 the tail counts as a single
-    id, and a flat teacher with most of its mass there looks sure; the number of ids outside the union is the honest value.
+    A heuristic without a published source: the exponential makes weights invariant to a constant added to all entropies.
+    Confidence is not correctness: it trusts a teacher that is confidently wrong. High temperatures approach equal weights.
+    The entropy, nats, is that of the buckets, with the tail spread evenly over `tail_ids` ids. With 1 the tail counts as a
+    single id, and a flat teacher with most of its mass there looks confident; the number of ids outside the union is the right
+    value.
     Args: logprobs: [n, T, U]; tails: [n, T]; tail_ids: a number, or [T].
-    Raises: ValueError if the temperature is not above 0, or tail_ids not all 0 or more.
+    Raises: ValueError if the temperature is not positive, or tail_ids is negative anywhere.
     """
     if not temperature > 0.0:
         raise ValueError(f"temperature={temperature:g} of the confidence weights; it must be above 0")
@@ -243,14 +251,14 @@ def confidence_weights(
     rows = _buckets(logprobs, tails)
     mass = np.exp(rows)
     entropy = -(mass * np.where(mass > 0.0, rows, 0.0)).sum(axis=-1)
-    # Where no id is outside, the tail holds no more than rounding.
+    # If no id is outside the union, the tail holds only rounding errors.
     entropy += mass[..., -1] * np.log(np.maximum(tail_ids, 1))
     scores = -entropy / temperature
     return np.exp(scores - _logsumexp(scores, axis=0))
 
 
 def renormalise(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """The weights with 0 for absent teachers, theirs spread over those present in proportion; same shape, float64.
+    """Set absent teachers' weights to 0 and redistribute them in proportion over those present; same shape, float64.
 
     Args: weights: [n] or [n, T]; present: bool [n].
     Raises: ValueError if no teacher is present, or those present have weight 0.
@@ -279,13 +287,13 @@ def _refuse_duplicates(what: str, ids: np.ndarray) -> None:
 
 
 def _pack(ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The kept ids of each position in their order, [T, most kept] int32, -1 padded at the end."""
+    """Ids to keep at each position, in their order, [T, most kept] int32, padded with -1 at the end."""
     order = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max(initial=0)]
     return np.take_along_axis(np.where(keep, ids, -1), order, axis=1).astype(np.int32)
 
 
 def _slots(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each wanted id [T, W] stands among its position's `ids` [T, K]: [T, W], -1 where it does not.
+    """Index of each wanted id [T, W] among its position's `ids` [T, K]: [T, W], -1 if absent.
 
     One binary search over (position, id) keys; a [T, W, K] comparison would not fit in memory for wide supports.
     """
@@ -293,7 +301,7 @@ def _slots(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     rows, slots = np.nonzero(ids >= 0)
     keys = rows * stride + ids[rows, slots]
     order = np.argsort(keys)
-    keys = np.append(keys[order], np.iinfo(np.int64).max)  # a sentinel: every search ends inside
+    keys = np.append(keys[order], np.iinfo(np.int64).max)  # sentinel: every search ends inside
     sought = np.arange(len(ids))[:, None] * stride + wanted
     places = np.searchsorted(keys, sought)
     found = (wanted >= 0) & (keys[places] == sought)
@@ -301,7 +309,7 @@ def _slots(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _buckets(logprobs: np.ndarray, tails: np.ndarray) -> np.ndarray:
-    """Support and tail side by side, the tail last: [n, T, U + 1] float64."""
+    """Concatenate support and tail, the tail last: [n, T, U + 1] float64."""
     return np.concatenate([logprobs, tails[..., None]], axis=-1).astype(np.float64)
 
 
@@ -321,7 +329,7 @@ def _log(values: np.ndarray) -> np.ndarray:
 
 
 def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
-    """log sum exp along `axis`; -inf where all are."""
+    """log sum exp along `axis`; -inf if all are."""
     top = values.max(axis=axis, keepdims=True)
     top = np.where(np.isneginf(top), 0.0, top)
     return np.squeeze(top, axis) + _log(np.exp(values - top).sum(axis=axis))
@@ -333,5 +341,5 @@ def _log_mean(logs: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _weighted_sum(logs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """sum_i w_i logs_i over the first dimension, where 0 times -inf is 0: a teacher of weight 0 has no veto."""
+    """sum_i w_i logs_i over the first dimension, with 0 times -inf = 0: a teacher of weight 0 has no veto."""
     return (np.where(weights > 0.0, logs, 0.0) * weights).sum(axis=0)

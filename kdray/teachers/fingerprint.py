@@ -1,4 +1,4 @@
-"""Whether a replica is the teacher that the run began with: what it is made of, and how it scores a fixed sequence."""
+"""Fingerprint of a teacher replica: its model and its scores of a fixed sequence, compared with the start of the run."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from typing import Any
 import numpy as np
 
 LOGPROBS = "log-softmax over the shared vocabulary at temperature 1"
-"""What every kind of replica returns as log p; a teacher that returns another thing is another teacher."""
+"""Definition of log p, common to all kinds of replica; a teacher with another definition is a different teacher."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a teacher replica says of itself at its start."""
+    """Identity that a teacher replica reports when it starts."""
 
     model: str
-    """Hub id, or the name of the folder."""
+    """Hub id, or name of the model folder."""
     revision: str | None
     tokenizer: str
-    """Hash of the tokenizer's vocabulary, `kdray.models.vocab.tokenizer_hash`; empty where the teacher's folder has none."""
+    """Hash of the tokenizer's vocabulary, `kdray.models.vocab.tokenizer_hash`; empty if the teacher's folder has none."""
     vocab_size: int
-    """Ids that its rows cover."""
+    """Number of ids that its rows cover."""
     dtype: str
-    """Of its arithmetic."""
+    """Dtype of its arithmetic."""
     canary: tuple[int, ...]
-    """Token ids of the sequence that it scored."""
+    """Token ids of the scored sequence."""
     scores: tuple[float, ...]
-    """log p of every token of the canary but the first, nats."""
+    """log p of every token of the canary except the first, nats."""
     logprobs: str = LOGPROBS
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads it."""
+        """Convert to a dict for JSON; `from_dict` reads it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Fingerprint:
-        """The inverse of `to_dict`, also after a trip through JSON, which knows no tuples."""
+        """Inverse of `to_dict`, also after JSON, which has no tuples."""
         return cls(**values | {name: tuple(values[name]) for name in ("canary", "scores")})
 
     @property
     def tolerance(self) -> float:
-        """How far the mean score may be off, nats: half precision rounds its own way on every kind of accelerator."""
+        """Allowed deviation of the mean score, nats: half precision rounds differently on each kind of accelerator."""
         return 1e-3 if self.dtype == "float32" else 0.1
 
 
 def difference(reference: Fingerprint, found: Fingerprint) -> str | None:
-    """What makes `found` another teacher than `reference`, as a reason for people; None where it is the same one."""
+    """Describe why `found` is a different teacher than `reference`, for messages; None if it is the same."""
     for field in fields(Fingerprint):
         before, now = getattr(reference, field.name), getattr(found, field.name)
         if field.name != "scores" and before != now:

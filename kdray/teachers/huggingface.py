@@ -1,7 +1,8 @@
-"""A teacher inside this process: a Hugging Face model in float32 on the CPU, for tests and tiny teachers.
+"""In-process teacher: a Hugging Face model in float32 on the CPU, for tests and tiny teachers.
 
-It draws from the same hash of seed and position, and records the same columns, as the vLLM replica's recorder, so that both
-give the same rollouts under the same weights, up to rounding. It knows no student: it samples at alpha 1. Knows no Ray.
+It samples with the same hash of seed and position, and records the same columns, as the vLLM replica's recorder, so that both
+give the same rollouts under the same weights, up to rounding. It holds no student, so it samples at alpha 1. Independent of
+Ray.
 """
 
 from __future__ import annotations
@@ -18,34 +19,60 @@ import numpy as np
 import torch
 
 from kdray.config import HFTeacherSettings
+from kdray.config.signals import Signal
 from kdray.errors import ConfigError, RequestRefused
 from kdray.interfaces import Availability
-from kdray.models.resolve import resolve_model
+from kdray.models.resolve import model_name, resolve_model
+from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.mixture import draw
 from kdray.rollouts.seeds import uniforms
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.teachers.kind import ModelKind, TeacherContext
 from kdray.types import Rollout, SampleRequest
 
 Result = TypeVar("Result")
 
 Columns = dict[str, Any]
-"""Arrays by Rollout field name: log p, support, and tail of n positions, [n] or [n, K]."""
+"""Arrays by Rollout field name: log p, support and tail of n positions, [n] or [n, K]."""
 
 
 @dataclass
 class _Draft:
-    """A response while it is drawn."""
+    """A response during sampling."""
 
     request: SampleRequest
     token_ids: list[int] = field(default_factory=list)
-    columns: list[Columns] = field(default_factory=list)  # one a token, each of one position
+    columns: list[Columns] = field(default_factory=list)  # one entry per token, each of one position
 
     @property
     def sequence(self) -> np.ndarray:
         return np.concatenate([self.request.prompt_ids, np.array(self.token_ids, dtype=np.int32)])
 
 
+class HFKind(ModelKind[HFTeacherSettings]):
+    """A Hugging Face model in the run's process."""
+
+    def offers(self) -> frozenset[Signal]:
+        return frozenset(("text", "references", "sampled", "top_k", "requested"))
+
+    @property
+    def in_flight(self) -> int:
+        return self.settings.batch_size
+
+    def open(self, context: TeacherContext) -> HFTeacher:
+        return HFTeacher(
+            self.name,
+            self.settings,
+            context.vocab_size,
+            context.stop_ids,
+            context.config.rollout.teacher_top_k,
+            context.model_cache,
+            tokenizer_hash(context.tokenizer),
+        )
+
+
 class HFTeacher:
-    """A Teacher (`kdray.interfaces`). `close` at the end; `check` first, or the first request loads the model."""
+    """A Teacher (`kdray.interfaces`). Call `close` at the end; without `check`, the first request loads the model."""
 
     def __init__(
         self,
@@ -55,38 +82,61 @@ class HFTeacher:
         stop_ids: Sequence[int],
         teacher_top_k: int,
         cache: Path = Path("runs", ".models"),
+        tokenizer: str = "",
     ) -> None:
         """Args: vocab_size: ids that teacher and student share, rows beyond are cut before the softmax; stop_ids:
-        end-of-sequence ids; cache: folder of tiny models, `<run.output>/.models`.
+        end-of-sequence ids; cache: folder of tiny models, `<run.output>/.models`; tokenizer: hash of the student's, for the
+        fingerprint.
         """
         self.name = name
+        self.retried = 0
+        """Always 0: no request leaves the process."""
         self.availability = Availability()
-        """Never begins: what fails here fails the request."""
+        """Always available: a failure here fails the request."""
         self._settings = settings
         self._vocab_size = vocab_size
         self._stop_ids = frozenset(stop_ids)
         self._width = min(teacher_top_k, vocab_size)
         self._cache = cache
+        self._tokenizer = tokenizer
         self._model: Any = None
-        # One thread, so that one pass runs at a time however many ask, and a cancelled one ends before the next begins.
+        # A single thread, so that passes run one at a time whatever the number of callers, and a cancelled one ends before the
+        # next.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"teacher-{name}")
 
     async def check(self) -> None:
-        """Load the model. Raises: ConfigError where it cannot be, or has fewer rows than `vocab_size`; DataError where its
+        """Load the model. Raises: ConfigError if it cannot be loaded or has fewer rows than `vocab_size`; DataError if its
         folder holds no model.
         """
         if self._model is None:
             await self._in_worker(self._loaded)
 
+    async def fingerprint(self, canary: Sequence[int]) -> Fingerprint:
+        """See `LocalTeacher`."""
+        ids = np.array(canary, dtype=np.int32)
+        versions = np.zeros(len(ids) - 1, dtype=np.int32)
+        sequence = Rollout(-1, -1, ids[:1], ids[1:], None, None, versions, alpha=0.0, finish_reason="length")
+        ((scored,),) = [part async for part in self.score([sequence])]
+        assert scored.teacher_logprobs is not None
+        return Fingerprint(
+            model=model_name(resolve_model(self._settings.model, self._cache)),
+            revision=self._settings.revision,
+            tokenizer=self._tokenizer,
+            vocab_size=self._vocab_size,
+            dtype="float32",
+            canary=tuple(canary),
+            scores=tuple(scored.teacher_logprobs.tolist()),
+        )
+
     async def close(self) -> None:
-        """End the thread after the pass that runs now, and let the model go."""
+        """Stop the thread after the current pass, and free the model."""
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._model = None
 
     # ------------------------------------------------------------------------------------------- sample and score
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`: the teacher alone draws, log m is log p, and the rollouts come scored.
+        """See `kdray.interfaces.Sampler`: only the teacher samples, log m is log p, and the rollouts come scored.
 
         Raises: RequestRefused for an alpha other than 1, an empty prompt, or more tokens than the model holds.
         """
@@ -110,7 +160,7 @@ class HFTeacher:
                 yield [self._rollout(draft) for draft in ended]
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`. The exact KLs, which need a student, stay as they are.
+        """See `kdray.interfaces.Scorer`. The exact KLs, which need a student, are left unchanged.
 
         Raises: RequestRefused for an empty prompt, or more tokens than the model holds.
         """
@@ -151,7 +201,7 @@ class HFTeacher:
             **columns,
         )
 
-    # ----------------------------------------------------------------------------------------- inside the one thread
+    # ------------------------------------------------------------------------------------------- on the worker thread
 
     async def _in_worker(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
@@ -183,9 +233,9 @@ class HFTeacher:
 
     @torch.inference_mode()
     def _draw(self, drafts: list[_Draft]) -> None:
-        """One token more for each."""
-        # Whole sequences again for every token: a cache of right-padded prompts would leave gaps that models with sliding
-        # windows or recurrent states count as tokens.
+        """Sample one more token for each draft."""
+        # The whole sequences are recomputed for every token: a cache of right-padded prompts would leave gaps that models with
+        # sliding windows or recurrent states count as tokens.
         rows = torch.cat(self._rows([draft.sequence for draft in drafts], [1] * len(drafts)))  # [n, vocab]
         seeds = np.array([draft.request.seed for draft in drafts], dtype=np.uint64)
         positions = np.array([len(draft.token_ids) for draft in drafts])
@@ -197,7 +247,7 @@ class HFTeacher:
 
     @torch.inference_mode()
     def _scored(self, rollouts: Sequence[Rollout], top_k: bool) -> list[Rollout]:
-        # The row at position t - 1 predicts token t, so the last token is not read.
+        # The row at position t - 1 predicts token t, so the last token is not an input.
         sequences = [np.concatenate([rollout.prompt_ids, rollout.token_ids[:-1]]) for rollout in rollouts]
         answers = []
         for rollout, rows in zip(rollouts, self._rows(sequences, [len(each.token_ids) for each in rollouts]), strict=True):
@@ -207,7 +257,7 @@ class HFTeacher:
         return answers
 
     def _rows(self, sequences: list[np.ndarray], counts: list[int]) -> list[torch.Tensor]:
-        """Log-softmax rows [count, vocab] at the last `count` positions of every sequence, out of one pass."""
+        """Log-softmax rows [count, vocab] at the last `count` positions of every sequence, from one pass."""
         width = max(len(sequence) for sequence in sequences)
         ids = torch.zeros(len(sequences), width, dtype=torch.long)
         mask = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -221,13 +271,13 @@ class HFTeacher:
         ]
 
     def _columns(self, rows: torch.Tensor, tokens: torch.Tensor, asked: torch.Tensor | None, top_k: bool) -> Columns:
-        """Columns of rows [n, vocab] at tokens [n]. Args: asked: [n, M] ids that the support holds first; -1 is unused."""
+        """Columns of rows [n, vocab] at tokens [n]. Args: asked: [n, M] ids to put first in the support; -1 is unused."""
         support = torch.empty((len(rows), 0), dtype=torch.long) if asked is None else asked
         if top_k:
             own = rows.topk(self._width, dim=-1).indices
             stands = (own.unsqueeze(-1) == support.unsqueeze(-2)).any(-1)
             support = torch.cat([support, own.masked_fill(stands, -1)], dim=-1)
-        # Unused slots read and write a further id, which has no mass.
+        # Unused slots read and write an extra id without mass.
         padded = torch.nn.functional.pad(rows, (0, 1), value=-torch.inf)
         index = support.where(support >= 0, rows.shape[-1])
         return {

@@ -1,8 +1,9 @@
-"""A teacher behind a remote endpoint with OpenAI's interface: it writes whole responses, and knows no student.
+"""A teacher behind a remote endpoint with an OpenAI-compatible API: it writes whole responses, and holds no student.
 
-Most endpoints give text, which the student's tokenizer reads again; one that names token ids also says its top logprobs at
-every token of a sequence. The `openai` client sends again what failed and keeps the pauses that the endpoint asks for; here
-every attempt waits its turn, answers become records, and refusals say what to change. Knows no Ray.
+Most endpoints return text, which the student's tokenizer encodes again; an endpoint that returns token ids also gives its top
+logprobs at every token of a sequence. The `openai` client retries failed requests and respects the delays that the endpoint
+asks for; this module rate-limits every attempt, converts answers to records, and explains errors with a remedy. Independent of
+Ray.
 """
 
 from __future__ import annotations
@@ -20,25 +21,69 @@ import numpy as np
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from kdray.config import OpenAITeacherSettings
+from kdray.config.signals import Signal
+from kdray.data.dataset import asked_text
 from kdray.errors import ConfigError, EngineError, RequestRefused
 from kdray.interfaces import Availability
-from kdray.teachers.rate_limit import Pacing
+from kdray.teachers.fingerprint import Fingerprint
+from kdray.teachers.kind import Found, TeacherContext, TeacherKind
+from kdray.teachers.rate_limit import RateLimiter
 from kdray.types import Rollout, SampleRequest
 
 Item = TypeVar("Item")
 
 _PROBE = "Is 12 + 34 equal to 46? Yes, it is: naïve maths — 对 🙂\n"
-"""Letters, digits, signs and rarer characters: tokenizers that agree on its ids are taken to be the same."""
+"""Letters, digits, signs and rarer characters: tokenizers that agree on its ids are considered equal."""
 _NO_MASS = -9999.0
-"""What stands in JSON for a logprob of minus infinity."""
+"""JSON value of a logprob of minus infinity."""
 _TAIL_FLOOR = 1e-7
-"""Least mass of a tail: what float32 logprobs leave of 1 below this is their rounding."""
+"""Smallest mass of a tail: what float32 logprobs leave of 1 below this is rounding error."""
 _LONGEST_PAUSE_S = 120.0
-"""Longest `Retry-After` that the client keeps; it gives a request up that is asked to wait longer."""
+"""Longest `Retry-After` that the client respects; it gives up a request that is told to wait longer."""
+
+
+class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
+    """A remote endpoint, called over the network."""
+
+    capturable = True
+
+    def offers(self) -> frozenset[Signal]:
+        return frozenset(("text", "references", "sampled", "top_k") if self.settings.logprobs else ("text",))
+
+    def remedy(self, signal: Signal) -> str | None:
+        if signal in ("sampled", "top_k"):
+            return "set its logprobs, where the endpoint names token ids, or use loss.type=sequence with rollout.alpha=1"
+        return None
+
+    def check(self, tokenizer: Any, student_rows: int) -> Found:
+        variable = self.settings.api_key_env
+        if variable is not None and not os.environ.get(variable, "").strip():
+            raise ConfigError(
+                f"teachers.{self.name}.api_key_env={variable}: the variable is not set; export it, or set "
+                "api_key_env=null for an endpoint without keys"
+            )
+        return Found(f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {} if self.settings.api_key_env is None else {"api_key_env": self.settings.api_key_env}
+
+    @property
+    def in_flight(self) -> int:
+        return self.settings.max_concurrency
+
+    def identity(self, model: str | None, vocab_size: int) -> dict[str, Any]:
+        asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
+        return {setting: getattr(self.settings, setting) for setting in asked}
+
+    def open(self, context: TeacherContext) -> RemoteTeacher:
+        # A chat endpoint applies its own template, so it gets the question as it was before the student's.
+        text_of = asked_text(context.config, context.tokenizer, context.prompts, self.settings.chat)
+        return RemoteTeacher(self.name, self.settings, context.tokenizer, text_of, context.vocab_size, context.stop_ids)
 
 
 class RemoteTeacher:
-    """A Sampler, and with `logprobs` a Scorer (`kdray.interfaces`). `check` before anything else, `close` at the end."""
+    """A Sampler, and with `logprobs` a Scorer (`kdray.interfaces`). Call `check` before anything else, `close` at the end."""
 
     def __init__(
         self,
@@ -49,22 +94,23 @@ class RemoteTeacher:
         vocab_size: int,
         stop_ids: Sequence[int],
     ) -> None:
-        """Args: tokenizer: the student's; text_of: a request's prompt as the endpoint is to read it, for chat completions
-              perhaps as messages; not asked with `token_ids`; vocab_size: ids of the student; stop_ids: end-of-sequence ids,
-              the tokenizer's own first.
-        Raises: ConfigError where the key is missing.
+        """Args: tokenizer: the student's; text_of: a request's prompt for the endpoint, possibly as messages for chat
+              completions; unused with `token_ids`; vocab_size: ids of the student; stop_ids: end-of-sequence ids, the
+              tokenizer's
+              own first.
+        Raises: ConfigError if the key is missing.
         """
         self.name = name
         self.availability = Availability()
-        """Never begins: an endpoint that does not answer fails the request."""
+        """Always available: an endpoint that does not answer fails the request."""
         self.requests = 0
         """Attempts sent."""
         self.retried = 0
-        """Attempts that repeated one which failed."""
+        """Attempts that were retries."""
         self.prompt_tokens = 0
-        """Prompt tokens that the endpoint counted."""
+        """Prompt tokens counted by the endpoint."""
         self.completion_tokens = 0
-        """Response tokens that the endpoint counted."""
+        """Response tokens counted by the endpoint."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._text_of = text_of
@@ -72,11 +118,11 @@ class RemoteTeacher:
         self._stop_ids = tuple(stop_ids)
         self._free = asyncio.Semaphore(settings.max_concurrency)
         self._turn = asyncio.Lock()
-        self._pacing = Pacing(settings.requests_per_minute)
+        self._rate_limiter = RateLimiter(settings.requests_per_minute)
         self._key = _key(name, settings.api_key_env)
         self._client = AsyncOpenAI(
             base_url=settings.base_url,
-            # Without one the client would send OPENAI_API_KEY of the environment to an endpoint that is not to see it.
+            # Without a key the client would send the environment's OPENAI_API_KEY to an endpoint that must not see it.
             api_key=self._key or "none",
             timeout=settings.timeout_s,
             max_retries=settings.retries,
@@ -85,12 +131,16 @@ class RemoteTeacher:
             ),
         )
 
+    async def fingerprint(self, canary: Sequence[int]) -> Fingerprint | None:
+        """Always None: an endpoint is a black box."""
+        return None
+
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
 
     async def check(self) -> None:
-        """One short call that proves address, key and model; with `token_ids`, that both sides mean the same ids.
+        """Make a short call that verifies address, key and model; with `token_ids`, also that both sides use the same ids.
 
         Raises: ConfigError with setting, value and remedy.
         """
@@ -105,9 +155,9 @@ class RemoteTeacher:
             raise ConfigError(str(error)) from None
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`: the teacher alone writes. With `logprobs` the rollouts come scored.
+        """See `kdray.interfaces.Sampler`: only the teacher writes. With `logprobs` the rollouts come scored.
 
-        A response longer than max_new_tokens in the student's tokens, its end included, is cut there.
+        A response longer than max_new_tokens in the student's tokens, including its end, is truncated there.
         Raises: RequestRefused for an alpha other than 1, or what the endpoint refuses; EngineError after the last retry.
         """
         for request in requests:
@@ -121,9 +171,9 @@ class RemoteTeacher:
                 yield rollouts
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`. An endpoint says its own top ids only: no caller's ids, so no ensemble.
+        """See `kdray.interfaces.Scorer`. An endpoint returns only its own top ids, not those of the caller: no ensembles.
 
-        Raises: RequestRefused for what it cannot say, or what the endpoint refuses; EngineError after the last retry.
+        Raises: RequestRefused for what it cannot return, or what the endpoint refuses; EngineError after the last retry.
         """
         if not self._settings.logprobs:
             raise RequestRefused(f"teachers.{self.name}.logprobs=0: it cannot score; set logprobs, or loss.type=sequence")
@@ -142,7 +192,7 @@ class RemoteTeacher:
     async def _stream(
         self, items: Sequence[Item], answer: Callable[[Item], Awaitable[Rollout]]
     ) -> AsyncGenerator[list[Rollout]]:
-        """Answer all items side by side; what ended together is one item of the stream."""
+        """Answer all items concurrently; those that end together form one item of the stream."""
 
         async def in_turn(item: Item) -> Rollout:
             async with self._free:
@@ -155,7 +205,7 @@ class RemoteTeacher:
                 ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 yield [task.result() for task in ended]
         finally:
-            # The reader went away or a request failed: nobody waits for the others.
+            # The reader closed the stream or a request failed: the other answers are no longer needed.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -163,7 +213,7 @@ class RemoteTeacher:
     # ------------------------------------------------------------------------------------------- sample and score
 
     async def _write(self, request: SampleRequest) -> Rollout:
-        # Servers differ in the width of a seed; 31 bits pass everywhere.
+        # Servers differ in the width of a seed; 31 bits work everywhere.
         seed, limit = request.seed % 2**31, request.max_new_tokens
         columns: dict[str, Any] = {}
         if self._settings.token_ids:
@@ -182,7 +232,7 @@ class RemoteTeacher:
                 choice = await self._complete(text, max_tokens=limit, seed=seed)
                 written = getattr(choice, "text", None)
             token_ids = self._read(written)
-            # Anything but `stop` ended it from outside, and no content is no end either: thoughts alone, or a refusal.
+            # Any reason but `stop` is external, and empty content is not an end either: reasoning only, or a refusal.
             if written is not None and getattr(choice, "finish_reason", None) == "stop":
                 token_ids.append(self._stop_ids[0])
         token_ids = token_ids[:limit]
@@ -209,14 +259,14 @@ class RemoteTeacher:
         return replace(rollout, teacher=self.name, **self._columns(choice, sequence, start))
 
     def _read(self, text: str | None) -> list[int]:
-        """The endpoint's text as the student's ids. What looks like a special token in it is text, and ends nothing."""
+        """Encode the endpoint's text as student ids. Text that looks like a special token stays text and ends nothing."""
         if text is None:
             return []
         answer = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return list(answer["input_ids"])
 
     def _columns(self, choice: Any, token_ids: list[int], start: int) -> dict[str, Any]:
-        """The teacher's columns at `token_ids[start:]`. Raises: EngineError where the endpoint speaks of other tokens."""
+        """The teacher's columns at `token_ids[start:]`. Raises: EngineError if the endpoint returns them for other tokens."""
         given: Any = getattr(choice, "logprobs", None)
         try:
             named = [_token_id(token) for token in given.tokens]
@@ -234,7 +284,7 @@ class RemoteTeacher:
         return _support(logprobs, tops, self._settings.logprobs + 1, self._vocab_size)
 
     def _ids(self, choice: Any, name: str) -> list[int]:
-        """Ids that the endpoint names, all of them the student's. Raises: EngineError."""
+        """Token ids returned by the endpoint, all of them the student's. Raises: EngineError."""
         ids = getattr(choice, name, None)
         if not isinstance(ids, list) or not all(isinstance(token_id, int) for token_id in ids):
             raise EngineError(f"teachers.{self.name}.token_ids=true: {self._where} names no ids; set token_ids=false")
@@ -248,7 +298,7 @@ class RemoteTeacher:
 
     async def _check_ids(self) -> None:
         ours = self._read(_PROBE)
-        # The text is read there, so that its tokenizer answers; `echo` names the ids as scoring does.
+        # The text is encoded by the endpoint's tokenizer; `echo` returns its ids in the same way as scoring.
         choice = await self._complete(_PROBE, max_tokens=0, echo=True, add_special_tokens=False)
         theirs = self._ids(choice, "prompt_token_ids")
         if theirs != ours:
@@ -258,7 +308,7 @@ class RemoteTeacher:
                 "the student's family"
             )
         if self._settings.logprobs:
-            # Nothing stands before the first token to predict it from.
+            # The first token has no prefix to be predicted from.
             self._columns(choice, ours, 1)
 
     # ------------------------------------------------------------------------------------------------- the endpoint
@@ -299,11 +349,11 @@ class RemoteTeacher:
         )
 
     async def _ask(self, create: Callable[..., Awaitable[Any]], **arguments: Any) -> Any:
-        """The one choice of an answer. Raises: RequestRefused, or EngineError after the last retry."""
+        """The single choice of an answer. Raises: RequestRefused, or EngineError after the last retry."""
         try:
             answer = await create(**arguments)
         except OpenAIError as error:
-            # The original holds the request with its key, and may quote it.
+            # The original error holds the request with its key, and may quote it.
             raise self._explain(error) from None
         except ValueError as error:
             raise EngineError(f"{self._not_openai}: {self._without_key(str(error))}") from None
@@ -316,27 +366,27 @@ class RemoteTeacher:
         return choices[0]
 
     async def _before_attempt(self, request: Any) -> None:
-        """Wait for this attempt's turn; the client calls it for repeated ones too."""
+        """Wait for this attempt's turn; the client calls this for retries too."""
         async with self._turn:
-            while delay := self._pacing.delay(time.monotonic()):  # noqa: ASYNC110 - it waits for a time, not an event
+            while delay := self._rate_limiter.delay(time.monotonic()):  # noqa: ASYNC110 - it waits for a time, not an event
                 await asyncio.sleep(delay)
-            self._pacing.start(time.monotonic())
+            self._rate_limiter.start(time.monotonic())
         self.requests += 1
         self.retried += request.headers.get("x-stainless-retry-count", "0") != "0"
 
     async def _after_attempt(self, response: Any) -> None:
-        """A pause that the endpoint asks of one request holds for all: the others would be turned away like it."""
+        """Apply the delay that the endpoint asks of one request to all: the others would be rejected as well."""
         if response.status_code in (429, 503):
             try:
                 seconds = float(response.headers.get("retry-after", ""))
             except ValueError:
-                # None, or a date, which the client alone keeps.
+                # Missing, or a date, which only the client handles.
                 return
             if math.isfinite(seconds):
-                self._pacing.pause(min(seconds, _LONGEST_PAUSE_S), time.monotonic())
+                self._rate_limiter.pause(min(seconds, _LONGEST_PAUSE_S), time.monotonic())
 
     def _explain(self, error: OpenAIError) -> EngineError:
-        """What an error of the client means for the user, without the key."""
+        """Translate a client error for the user, without the key."""
         setting, where = f"teachers.{self.name}", self._where
         if not isinstance(error, APIStatusError):
             attempts = f"{self._settings.retries + 1} attempts"
@@ -351,7 +401,7 @@ class RemoteTeacher:
             return EngineError(f"{self._not_openai}: {self._without_key(str(error))}")
         status = error.status_code
         if status in (401, 403):
-            # Endpoints quote parts of a key that they refuse, so what they say is left out.
+            # Endpoints quote parts of a key that they reject, so their message is omitted.
             variable = self._settings.api_key_env
             remedy = "name the variable that holds a key" if variable is None else f"set {variable} to a valid key"
             return RequestRefused(f"{setting}.api_key_env={variable or 'null'}: {where} refuses the key ({status}); {remedy}")
@@ -397,7 +447,7 @@ def _key(name: str, variable: str | None) -> str | None:
             "endpoint without keys"
         )
     if not (key.isascii() and key.isprintable()) or " " in key:
-        # A header cannot carry it, and the complaint of the client would quote it.
+        # A header cannot carry it, and the client's error message would quote it.
         raise ConfigError(f"teachers.{name}.api_key_env={variable}: the variable holds no plain word; set it to the key")
     return key
 
@@ -410,11 +460,11 @@ def _token_id(token: str) -> int:
 
 
 def _support(logprobs: Sequence[float], tops: Sequence[dict[int, float]], width: int, vocab_size: int) -> dict[str, Any]:
-    """Columns of T tokens out of log p at each and the rows of top logprobs, each with its token among them.
+    """Columns of T tokens from log p at each and the rows of top logprobs, each including its token.
 
     The likeliest ids come first, and a token below them takes the last slot. Rows of the endpoint's head that the student does
-    not have count as tail. A tail is what is left of 1, which is unknown below `_TAIL_FLOOR`; -inf where no id is outside.
-    Args: width: slots of the support, one more than the top logprobs asked for.
+    not have count as tail. A tail is the rest of 1, which is unknown below `_TAIL_FLOOR`; -inf if no id is outside.
+    Args: width: slots of the support, one more than the top logprobs requested.
     """
     support_ids = np.full((len(tops), width), -1, dtype=np.int32)
     support_logprobs = np.full((len(tops), width), -np.inf)

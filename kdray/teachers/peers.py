@@ -1,4 +1,4 @@
-"""Mutual distillation: a run whose teachers learn too is one run for each student, in which the others teach."""
+"""Mutual distillation: one run per student, in which the other students are the teachers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from kdray.config.storage import below
 from kdray.errors import ConfigError
 
 MAIN_STUDENT = "student"
-"""What its peers call the run's own student."""
+"""Name of the run's own student among its peers' teachers."""
 
 
 def peer_configs(config: Config, peers: Mapping[str, str], student: str) -> dict[str, Config]:
-    """The config of every peer's run, by its name: the run's own settings, with the peer as the student.
+    """Build the config of every peer's run, by its name: the run's own settings, with the peer as the student.
 
-    A peer's replicas hold one of its teachers beside it, so they have the size that the run gives to that peer's pool. Its
-    folder is `peers/<name>` in the run's. The SFT control is the main student's alone.
-    Raises: ConfigError where a peer has the name of the run's student.
-    Args: peers, student: where the weights lie; built already, so that no run builds them again.
+    A peer's replicas hold one of its teachers together with the peer itself, so they have the size that the run gives to that
+    peer's pool. Its folder is `peers/<name>` in the run's folder. Only the main student has an SFT control.
+    Raises: ConfigError if a peer has the name of the run's student.
+    Args: peers, student: paths of the weights, already built, so that no run builds them again.
     Source: Zhang et al. 2018, deep mutual learning (arXiv 1706.00384), sections 2.2 and 2.4.
     """
     if MAIN_STUDENT in config.peers:

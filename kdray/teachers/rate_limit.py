@@ -1,19 +1,19 @@
-"""When the next request to a rate-limited endpoint may start: pure arithmetic on a clock that the caller reads."""
+"""Rate limiting of requests to an endpoint: pure arithmetic on a clock that the caller reads."""
 
 from __future__ import annotations
 
 import math
 
 
-class Pacing:
-    """Starts at least 60 / per_minute seconds apart, and none in a pause that the endpoint asked for.
+class RateLimiter:
+    """Spaces starts at least 60 / per_minute seconds apart, and allows none during a delay that the endpoint asked for.
 
-    Times are seconds of a clock that never goes back. Whoever is next in line asks for its `delay`, waits, asks again until it
-    is 0, and says `start`: so a pause reaches those who wait already, and one who gives up takes nobody's place.
+    Times are seconds of a monotonic clock. The next caller in line queries `delay`, sleeps, repeats until it is 0, and calls
+    `start`: so a delay also applies to callers already waiting, and one that is cancelled takes no slot.
     """
 
     def __init__(self, per_minute: float | None) -> None:
-        """Args: per_minute: most starts in a minute; None sets no limit."""
+        """Args: per_minute: maximum starts per minute; None sets no limit."""
         self._gap_s = 0.0 if per_minute is None else 60.0 / per_minute
         self._earliest = -math.inf
 
@@ -22,9 +22,9 @@ class Pacing:
         return max(0.0, self._earliest - now)
 
     def start(self, now: float) -> None:
-        """Note that a request starts."""
+        """Record that a request starts."""
         self._earliest = max(self._earliest, now + self._gap_s)
 
     def pause(self, seconds: float, now: float) -> None:
-        """Let nothing start for so long."""
+        """Allow no start for `seconds`."""
         self._earliest = max(self._earliest, now + seconds)

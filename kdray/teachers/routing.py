@@ -1,7 +1,7 @@
-"""Which teachers a prompt goes to: one that samples it with the student, and all whose columns make its target.
+"""Routing of prompts to teachers: the one that samples with the student, and all whose columns make its target.
 
-A router is a pure function of the prompt and the sample id: a replay after a restart chooses the same teachers. The replicas
-of a teacher, and what happens when one is gone, are left to others.
+A router is a pure function of the prompt and the sample id: a replay after a restart chooses the same teachers. Replicas of a
+teacher and their failures are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdray.teachers.ensemble import fixed_weights, weights_by_domain
 
 
 class RoutablePrompt(Protocol):
-    """What a router reads of a prompt."""
+    """Attributes of a prompt that a router reads."""
 
     @property
     def prompt_id(self) -> int: ...
@@ -34,7 +34,7 @@ class RoutablePrompt(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The teachers of one sample. Raises: ValueError if the fields contradict each other."""
+    """Teachers of one sample. Raises: ValueError if the fields contradict each other."""
 
     sampler: str
     """The teacher that samples with the student."""
@@ -55,14 +55,14 @@ Router = Callable[[RoutablePrompt, int], Choice]
 
 
 def single(teacher: str) -> Choice:
-    """One teacher for all."""
+    """The same teacher for everything."""
     return Choice(sampler=teacher, scorers=(teacher,), weights=(1.0,))
 
 
 def by_domain(mapping: Mapping[str, str], default: str | None = None) -> Router:
-    """The teacher of the prompt's domain; `default` for prompts of no domain or another one.
+    """Route by the prompt's domain; prompts of another or no domain go to `default`.
 
-    The router raises DataError where neither is there.
+    The router raises DataError if there is neither.
     """
 
     def route(prompt: RoutablePrompt, sample_id: int) -> Choice:
@@ -78,10 +78,10 @@ def by_domain(mapping: Mapping[str, str], default: str | None = None) -> Router:
 
 
 def by_rules(rules: Sequence[tuple[re.Pattern[str], str]], default: str | None = None) -> Router:
-    """The teacher of the first rule whose pattern is found anywhere in the prompt's text, else `default`.
+    """Route to the teacher of the first rule whose pattern matches anywhere in the prompt's text, else to `default`.
 
-    The text is what was tokenized: where a chat template applies, its words are part of it.
-    The router raises DataError where no rule matches and there is no default.
+    The text is the one that was tokenized, including a chat template if one applies.
+    The router raises DataError if no rule matches and there is no default.
     """
 
     def route(prompt: RoutablePrompt, sample_id: int) -> Choice:
@@ -98,11 +98,11 @@ def by_rules(rules: Sequence[tuple[re.Pattern[str], str]], default: str | None =
 
 
 def by_weights(weights: Mapping[str, float], seed: int) -> Router:
-    """Each sample goes to one teacher, drawn in proportion to the weights by a hash of (seed, sample id).
+    """Route each sample to a teacher, drawn in proportion to the weights by a hash of (seed, sample id).
 
     Raises: ConfigError if a weight is negative or not finite, or if all are 0.
     """
-    teachers = sorted(weights)  # the order in which a recipe lists them changes no draw
+    teachers = sorted(weights)  # the order of the recipe does not affect the draws
     shares = fixed_weights(teachers, weights)
     return lambda prompt, sample_id: single(teachers[_draw(shares, seed, sample_id)])
 
@@ -114,14 +114,14 @@ def ensemble(
     sampler: Literal["first", "rotate", "weights"] = "rotate",
     seed: int = 0,
 ) -> Router:
-    """All teachers of positive weight make the target; one of them samples.
+    """Use all teachers of positive weight for the target; one of them samples.
 
-    Args: weights: shares of prompts whose domain has none of its own; None means equal ones, or with `domain_weights` that
-          every prompt must have a domain named there.
+    Args: weights: shares for prompts whose domain has no shares of its own; None makes them equal, or with `domain_weights`
+          requires a listed domain for every prompt.
           sampler: `first` in the order of `teachers`; `rotate`: in turn by sample id; `weights`: drawn in proportion to them
           by a hash of (seed, sample id).
-    Raises: ConfigError if there are no teachers, one comes twice, or the shares are wrong. The router raises DataError for an
-            unknown domain where there is no default.
+    Raises: ConfigError if there are no teachers, one is listed twice, or the shares are invalid. The router raises DataError
+            for an unknown domain if there is no default.
     """
     if not teachers or len(set(teachers)) != len(teachers):
         raise ConfigError(f"an ensemble of {list(teachers)}: name at least one teacher, and each once")
@@ -135,7 +135,7 @@ def ensemble(
             shares = weights_of(prompt.domain)
         except DataError as error:
             raise DataError(f"prompt {prompt.prompt_id}: {error}") from None
-        active = np.flatnonzero(shares)  # weight 0 in this domain: neither asked nor sampling
+        active = np.flatnonzero(shares)  # weight 0 in this domain: neither scores nor samples
         if sampler == "first":
             chosen = active[0]
         elif sampler == "rotate":
@@ -153,7 +153,7 @@ def ensemble(
 
 
 def _draw(weights: np.ndarray, seed: int, sample_id: int) -> int:
-    """An index in proportion to the weights, by the hash that draws tokens, on a stream of its own."""
+    """Draw an index in proportion to the weights, with the hash that also samples tokens, on a separate stream."""
     key = np.array([sample_seed(seed, "teacher_choice", sample_id)], dtype=np.uint64)
     cdf = np.cumsum(weights)
     # side="right": the first index whose cdf exceeds the point, so that weight 0 is never drawn.

@@ -1,12 +1,12 @@
-"""Several teachers as the loop sees one: prompts are routed, and an ensemble's answers become one target.
+"""Several teachers behind one interface for the loop: prompts are routed, and an ensemble's answers are combined.
 
     route      every request goes to its teacher, which samples and scores in one pass.
-    ensemble   one teacher samples and scores in its pass; as soon as rollouts end, the others score them by prefill, all are
-               asked for the ids that only some had recorded, and `kdray.teachers.ensemble` combines what they say.
+    ensemble   one teacher samples and scores in its pass; as rollouts end, the others score them by prefill, all are
+               queried for the ids that only some had recorded, and `kdray.teachers.ensemble` combines the answers.
 
-With a student-only sampler the teachers only score. A teacher whose outage has begun is waited for, left out, or ends the run,
-as the settings say. Exact KLs of an ensemble are the weighted means of its teachers': they differ from the KL to the combined
-law by what the teachers disagree among themselves, which does not depend on the student.
+With a student-only sampler the teachers only score. A teacher that is lost is waited for, left out, or ends the run, depending
+on the settings. Exact KLs of an ensemble are the weighted means of its teachers' KLs: they differ from the KL to the combined
+distribution by the teachers' disagreement, which does not depend on the student.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import cast
 
 import numpy as np
 
 from kdray.config import Config, EnsembleSettings, LossSettings, RouteSettings, TeachersSettings
 from kdray.errors import EngineError, TeacherGone, first_reason
 from kdray.interfaces import Teacher
+from kdray.rollouts.columns import at_targets, unscored, value_of, with_columns
 from kdray.rollouts.merge import Merged
 from kdray.teachers.ensemble import (
     Kind,
@@ -38,50 +40,48 @@ from kdray.teachers.ensemble import (
 from kdray.teachers.routing import Choice, Router, by_domain, by_rules, by_weights, ensemble
 from kdray.types import Prompt, Rollout, SampleRequest
 
-_GEOMETRIC = ("reverse_kl", "skew_reverse_kl", "minillm", "lmops", "per_decision", "vopd", "mse_logit")
-"""Losses linear in each teacher's log p: the weighted sum over teachers has the geometric mean as its target."""
-
 Answers = dict[int, dict[str, Rollout]]
 """By sample id, then teacher: the rollout with that teacher's columns."""
 
 
 def router(settings: TeachersSettings, teachers: Sequence[str], seed: int) -> Router:
-    """Which teachers a prompt goes to. Args: teachers: all of them, in the order of the config. Raises: ConfigError."""
-    if isinstance(settings, EnsembleSettings):
-        chosen = settings.teachers or list(teachers)
-        return ensemble(chosen, settings.weights, settings.domain_weights, settings.sampler, seed)
-    if settings.map:
-        return by_domain(settings.map, settings.default)
-    if settings.rules:
-        return by_rules([(re.compile(rule.pattern), rule.teacher) for rule in settings.rules], settings.default)
-    assert settings.weights is not None
-    return by_weights(settings.weights, seed)
+    """Build the router of the settings. Args: teachers: all of them, in the order of the config. Raises: ConfigError."""
+    if settings.one_target:
+        shared = cast(EnsembleSettings, settings)
+        chosen = shared.teachers or list(teachers)
+        return ensemble(chosen, shared.weights, shared.domain_weights, shared.sampler, seed)
+    routed = cast(RouteSettings, settings)
+    if routed.map:
+        return by_domain(routed.map, routed.default)
+    if routed.rules:
+        return by_rules([(re.compile(rule.pattern), rule.teacher) for rule in routed.rules], routed.default)
+    assert routed.weights is not None
+    return by_weights(routed.weights, seed)
 
 
 def prompts_of(config: Config, teacher: str, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Those of the prompts that a teacher may be asked about. Raises: ConfigError or DataError, as the router does."""
+    """The prompts that a teacher may receive. Raises: ConfigError or DataError, as the router does."""
     settings = config.rollout.teachers
     if settings is None:
         return list(prompts)
     route = router(settings, list(config.teachers), config.run.seed)
-    if isinstance(settings, RouteSettings) and settings.weights:
-        # Drawn for every sample anew.
+    if settings.drawn_per_sample:
         return list(prompts)
     return [prompt for prompt in prompts if teacher in route(prompt, 0).scorers]
 
 
 def ensemble_mean(settings: EnsembleSettings, loss: LossSettings) -> Kind:
-    """The mean that makes one target out of several teachers: the one set, or the one that the loss asks for."""
-    return settings.mean or ("geometric" if loss.type in _GEOMETRIC else "arithmetic")
+    """The mean that combines several teachers into one target: the one set, or the one that suits the loss."""
+    return settings.mean or loss.ensemble_mean
 
 
 class TeacherTeam:
-    """All teachers of a run: a Sampler, and a Scorer for what one of them or a student-only pool sampled."""
+    """All teachers of a run: a Sampler, and a Scorer for rollouts that one of them or a student-only pool sampled."""
 
     name = "teachers"
 
     def __init__(self, config: Config, teachers: Sequence[Teacher], prompts: Sequence[Prompt], vocab_size: int) -> None:
-        """Args: prompts: every prompt that may be asked for; vocab_size: ids that teachers and student share."""
+        """Args: prompts: every prompt that may be requested; vocab_size: ids that teachers and student share."""
         settings = config.rollout.teachers
         assert settings is not None
         self._settings: RouteSettings | EnsembleSettings = settings
@@ -89,22 +89,23 @@ class TeacherTeam:
         self._router = router(settings, list(self._teachers), config.run.seed)
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
         self._vocab_size = vocab_size
-        self._mean = ensemble_mean(settings, config.loss) if isinstance(settings, EnsembleSettings) else None
+        self._ensemble = cast(EnsembleSettings, settings) if settings.one_target else None
+        self._mean = None if self._ensemble is None else ensemble_mean(self._ensemble, config.loss)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     @property
     def scores(self) -> bool:
-        """Whether what a teacher sampled has to be scored by others."""
+        """True if rollouts sampled by a teacher must be scored by others."""
         return self._mean is not None
 
-    def apart(self) -> TeacherTeam:
-        """The same teachers, with metrics of its own."""
+    def with_fresh_metrics(self) -> TeacherTeam:
+        """Copy of the team with separate metrics."""
         other = copy(self)
         other._sums = defaultdict(lambda: [0.0, 0.0])
         return other
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`. A request that its teacher cannot serve any more goes to another one."""
+        """See `kdray.interfaces.Sampler`. A request that its teacher can no longer serve goes to another one."""
         parts: dict[str, list[SampleRequest]] = defaultdict(list)
         for request in requests:
             parts[self._sampler(request)].append(request)
@@ -130,15 +131,15 @@ class TeacherTeam:
                     yield rollouts
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`: the columns of the one teacher, or of the ensemble's target, as one item."""
+        """See `kdray.interfaces.Scorer`: the columns of the single teacher, or of the ensemble's target, as one item."""
         choices = {rollout.sample_id: self._choice(rollout.prompt_id, rollout.sample_id) for rollout in rollouts}
         answers: Answers = {rollout.sample_id: {rollout.teacher: rollout} if rollout.teacher else {} for rollout in rollouts}
-        of_sampler = isinstance(self._settings, EnsembleSettings) and self._settings.support == "sampler"
+        of_sampler = self._settings.support_of_sampler
         wanted: dict[str, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
             for name in choices[rollout.sample_id].scorers:
                 if name not in answers[rollout.sample_id]:
-                    wanted[name].append(rollout.unscored(rollout.support_ids if of_sampler else None))
+                    wanted[name].append(unscored(rollout, rollout.support_ids if of_sampler else None))
         await self._ask(wanted, answers, top_k=top_k and not of_sampler)
         unions: dict[int, np.ndarray] = {}
         again: dict[str, list[Rollout]] = defaultdict(list)
@@ -147,11 +148,11 @@ class TeacherTeam:
                 continue
             given = answers[rollout.sample_id]
             supports = [_columns(answer).support_ids for answer in given.values()]
-            # The drawn token too: its mean over teachers is then a bucket, exact in the geometric mean as well.
+            # Including the sampled token: its mean over teachers is then a bucket, exact for the geometric mean as well.
             unions[rollout.sample_id] = union_ids(supports if of_sampler else [*supports, rollout.token_ids[:, None]])
             for name, answer in given.items():
                 if not knows(_columns(answer), unions[rollout.sample_id]):
-                    again[name].append(rollout.unscored(unions[rollout.sample_id]))
+                    again[name].append(unscored(rollout, unions[rollout.sample_id]))
         await self._ask(again, answers, top_k=False)
         yield [
             self._combined(rollout, choices[rollout.sample_id], answers[rollout.sample_id], unions.get(rollout.sample_id))
@@ -159,7 +160,7 @@ class TeacherTeam:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call: each teacher's exact KLs, and what the teachers of an ensemble disagree by."""
+        """Means since the last call: each teacher's exact KLs, and the disagreement among the teachers of an ensemble."""
         means = {name: total / tokens for name, (total, tokens) in self._sums.items() if tokens}
         self._sums.clear()
         return means
@@ -170,7 +171,7 @@ class TeacherTeam:
         return self._router(self._prompts[prompt_id], sample_id)
 
     def _sampler(self, request: SampleRequest) -> str:
-        """The teacher that samples: the chosen one, or the next of its ensemble that is not away."""
+        """The teacher that samples: the chosen one, or the next available one of its ensemble."""
         choice = self._choice(request.prompt_id, request.sample_id)
         if self._settings.missing == "wait":
             return choice.sampler
@@ -184,7 +185,7 @@ class TeacherTeam:
         raise EngineError(f"no teacher is left for prompt {request.prompt_id}: {'; '.join(reasons)}")
 
     def _unless_gone(self, name: str, stream: AsyncGenerator[list[Rollout]]) -> Merged[str, list[Rollout]]:
-        """The stream, ended by TeacherGone when the teacher's outage begins, unless it is to be waited for."""
+        """The stream, ended by TeacherGone when the teacher is lost, unless the settings say to wait."""
         merged = Merged[str, list[Rollout]]()
         merged.add(name, stream)
         if self._settings.missing != "wait":
@@ -192,12 +193,12 @@ class TeacherTeam:
         return merged
 
     def _leave_out(self, name: str, error: TeacherGone) -> None:
-        """Raises: EngineError where the settings do not allow to go on without a teacher, or waiting cannot bring it back."""
+        """Raises: EngineError if the settings do not allow continuing without a teacher, or waiting cannot bring it back."""
         if self._settings.missing != "renormalise":
             raise EngineError(f"{error}; rollout.teachers.missing={self._settings.missing} ends the run") from error
 
     async def _ask(self, wanted: Mapping[str, Sequence[Rollout]], answers: Answers, top_k: bool) -> None:
-        """Let each teacher score its rollouts, side by side, into `answers`; a teacher that goes away leaves none there."""
+        """Let each teacher score its rollouts concurrently, into `answers`; a teacher that is lost leaves none there."""
 
         async def ask(name: str, rollouts: Sequence[Rollout]) -> None:
             try:
@@ -219,7 +220,7 @@ class TeacherTeam:
             raise first_reason(group) from group
 
     def _combined(self, rollout: Rollout, choice: Choice, given: Mapping[str, Rollout], union: np.ndarray | None) -> Rollout:
-        """The rollout with the target's columns; its teacher stays the one that sampled."""
+        """The rollout with the target's columns; its `teacher` remains the one that sampled."""
         teacher = rollout.teacher or choice.sampler
         present = np.array([name in given for name in choice.scorers])
         if not present.any():
@@ -227,26 +228,24 @@ class TeacherTeam:
         kept = [given[name] for name in choice.scorers if name in given]
         if union is None:
             return replace(kept[0], teacher=teacher)
-        assert isinstance(self._settings, EnsembleSettings)
+        assert self._ensemble is not None
         assert self._mean is not None
         columns = [at_union(_columns(answer), union) for answer in kept]
         weights = renormalise(np.array(choice.weights), present)[present]
-        if self._settings.confidence_temperature is not None:
+        if self._ensemble.confidence_temperature is not None:
             logprobs, tails = (
                 np.stack([getattr(one, name) for one in columns]) for name in ("support_logprobs", "tail_logprobs")
             )
             outside = self._vocab_size - (union >= 0).sum(axis=1)
-            weights = confidence_weights(logprobs, tails, self._settings.confidence_temperature, outside)
+            weights = confidence_weights(logprobs, tails, self._ensemble.confidence_temperature, outside)
         target = combine(columns, weights, self._mean)
         if self._mean == "geometric":
-            self._add("teacher_disagreement", -float(target.log_z.sum()), len(target.log_z))
-        return replace(
+            log_z = target.log_z[rollout.is_target]
+            self._add("teacher_disagreement", -float(log_z.sum()), len(log_z))
+        return with_columns(
             rollout,
+            target.named(),
             teacher=teacher,
-            teacher_logprobs=target.token_logprobs,
-            support_ids=target.support_ids,
-            support_logprobs=target.support_logprobs,
-            tail_logprobs=target.tail_logprobs,
             reverse_kl=_mean_kl([answer.reverse_kl for answer in kept], weights),
             forward_kl=_mean_kl([answer.forward_kl for answer in kept], weights),
         )
@@ -254,8 +253,8 @@ class TeacherTeam:
     def _note(self, name: str, rollouts: Sequence[Rollout]) -> None:
         for rollout in rollouts:
             for metric in ("reverse_kl", "forward_kl"):
-                values = getattr(rollout, metric)
-                if values is not None:
+                values = at_targets([rollout], metric)
+                if len(values):
                     self._add(f"teacher/{name}/{metric}", float(values.sum(dtype=np.float64)), len(values))
 
     def _add(self, metric: str, total: float, tokens: int) -> None:
@@ -265,18 +264,15 @@ class TeacherTeam:
 
 
 def _columns(answer: Rollout) -> TeacherColumns:
-    if (
-        answer.teacher_logprobs is None
-        or answer.support_ids is None
-        or answer.support_logprobs is None
-        or answer.tail_logprobs is None
-    ):
+    said = {each.name: value_of(answer, each.name) for each in fields(TeacherColumns)}
+    given = {name: values for name, values in said.items() if values is not None}
+    if len(given) < len(said):
         raise EngineError(f"sample {answer.sample_id}: teacher {answer.teacher} returned no support; an ensemble needs one")
-    return TeacherColumns(answer.teacher_logprobs, answer.support_ids, answer.support_logprobs, answer.tail_logprobs)
+    return TeacherColumns(**given)
 
 
 def _mean_kl(values: Sequence[np.ndarray | None], weights: np.ndarray) -> np.ndarray | None:
-    """Weighted mean over teachers of KLs [T]; None where a teacher gave none. Args: weights: [n] or [n, T]."""
+    """Weighted mean over teachers of KLs [T]; None if any teacher gave none. Args: weights: [n] or [n, T]."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None

@@ -13,8 +13,10 @@ import pytest
 import pytest_asyncio
 import ray
 
-from actors.serving.pool import ReplicaPool, deploy
-from actors.weights.store import WeightStore
+from actors.serving.deployment import deploy
+from actors.serving.pool import ReplicaPool
+from actors.serving.scaling_board import ScalingBoard
+from actors.serving.spec import RunHandles
 from cluster.connect import start_local
 from kdray.config import AutoscalingSettings
 from kdray.types import Rollout, SampleRequest
@@ -55,10 +57,10 @@ async def scaled(tiny_models: TinyModels) -> AsyncIterator[Scaled]:
     start_local(num_cpus=2, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     teacher = tiny_models.make("scaled-teacher", 2, 64, seed=71)
-    store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
+    board = ray.remote(ScalingBoard).options(num_cpus=0, max_concurrency=100).remote()
     spec = engine_spec(teacher, max_num_seqs=8)
     events: Events = []
-    pool = replica_pool(spec, events, store, teacher={"max_num_seqs": 8, "autoscaling": SETTINGS})
+    pool = replica_pool(spec, events, RunHandles(board=board), teacher={"max_num_seqs": 8, "autoscaling": SETTINGS})
     await asyncio.to_thread(deploy, [pool])
     watcher = asyncio.create_task(pool.watch_replicas(0.5))
     yield Scaled(pool, events)

@@ -15,8 +15,8 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from actors.serving.engine import EngineSpec
 from actors.serving.pool import ReplicaPool
+from actors.serving.spec import EngineSpec, RunHandles
 from actors.student.group import StudentGroup
 from actors.weights.store import WeightStore
 from cluster.assembly import deployed
@@ -225,7 +225,7 @@ def test_room_that_others_took_after_the_reservation_is_not_waited_for_for_ever(
     )
     replicas, ranks = bundles(config)
     spec = EngineSpec("teacher", model, None, VOCAB, (EOS,), 64, teacher="a", kv_cache_gib=0.1)
-    pool = ReplicaPool("a", spec, config.served_teachers["a"], config.cluster, None, retries=0)
+    pool = ReplicaPool("a", spec, config.served_teachers["a"], config.cluster, RunHandles(), retries=0)
     store = ray.remote(WeightStore).options(num_cpus=0).remote()
     student = StudentGroup(config.training, VOCAB, 0, model, store, tmp_path / "checkpoints", tmp_path / "train")
     job: Any = SimpleNamespace(config=config, beside=[])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from pathlib import Path
@@ -73,10 +72,10 @@ def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path,
     rows = pq.ParquetDataset(run / "samples").read().to_pylist()
     trained = [row for row in rows if row["source"] == "train"]
     answers = {line["question"]: line["answer"] for line in json_lines(workplace / "prompts.jsonl")}
-    written = [row for row in trained if math.isnan(row["alpha"])]
+    written = [row for row in trained if row["writer"] == "data"]
     assert written
     assert all(row["response"] == answers[row["prompt"]] for row in written)
-    assert {1.0, 0.4} <= {row["alpha"] for row in trained}
+    assert {(1.0, "teacher"), (0.4, "mixture"), (0.0, "data")} <= {(row["alpha"], row["writer"]) for row in trained}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["resumed_from_step"] >= 23
     assert summary["after"]["reverse_kl"] != summary["distilled"]["reverse_kl"]

@@ -16,7 +16,9 @@ import pytest_asyncio
 import ray
 import torch
 
-from actors.serving.pool import ReplicaPool, deploy
+from actors.serving.deployment import deploy
+from actors.serving.pool import ReplicaPool
+from actors.serving.spec import RunHandles
 from actors.weights.store import WeightStore
 from cluster.connect import start_local
 from kdray.types import Rollout, SampleRequest
@@ -55,7 +57,7 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
     students = {version: tiny_models.make(f"pool-student-{version}", 2, 64, seed=32 + version) for version in (3, 4)}
     store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
     events: Events = []
-    pool = replica_pool(engine_spec(teacher, initial), events, store)
+    pool = replica_pool(engine_spec(teacher, initial), events, RunHandles(weights=store))
     await asyncio.to_thread(deploy, [pool])
     yield Served(pool, store, teacher, students, events)
     await asyncio.to_thread(pool.delete)

@@ -20,7 +20,7 @@ from kdray.data.dataset import PromptStream, question_encoder, response_encoder
 from kdray.models.resolve import build_tiny_model
 from kdray.rollouts.seeds import sample_seed
 from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
+from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.types import SampleRequest
 
 LESSONS: dict[str, dict[str, float]] = {
@@ -84,7 +84,7 @@ def _first_responses(config: Config, base: Path, count: int) -> list[str]:
         per_prompt = config.rollout.samples_per_prompt
         assert config.rollout.program is not None
         source = ProgramSampler(
-            config.rollout.program, teacher, "base", checked.dataset.train, codec, per_prompt, "", 256, config.run.seed
+            config.rollout.program, teacher, "base", checked.dataset.train, codec, Rows(per_prompt, "", 256, config.run.seed)
         )
         prompts = PromptStream(checked.dataset.train, config.run.seed)
         requests = []

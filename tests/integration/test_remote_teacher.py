@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from kdray.config import OpenAITeacherSettings, TinyModel, TinyTraining
-from kdray.data.tasks import TASKS
+from kdray.data.tasks import task
 from kdray.errors import ConfigError, RequestRefused
 from kdray.models.resolve import build_tiny_model, task_tokenizer
 from kdray.teachers.openai import RemoteTeacher
@@ -148,7 +148,7 @@ def requests(count: int = 6, limit: int = LIMIT, first_seed: int = 2**63) -> lis
     rng = np.random.default_rng(5)
     made = []
     for index in range(count):
-        ids = TOKENIZER(TASKS["last_letters"].generate(rng, 2).prompt)["input_ids"]
+        ids = TOKENIZER(task("last_letters").generate(rng, 2).prompt)["input_ids"]
         made.append(SampleRequest(index, 10 + index, np.array(ids, np.int32), 1.0, first_seed + index, limit, min_version=3))
     return made
 

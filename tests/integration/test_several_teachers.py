@@ -19,8 +19,10 @@ import pytest_asyncio
 import ray
 import torch
 
-from actors.serving.pool import ReplicaPool, deploy
+from actors.serving.deployment import deploy
+from actors.serving.pool import ReplicaPool
 from actors.serving.registry import TeacherRegistry
+from actors.serving.spec import RunHandles
 from cluster.connect import start_local
 from kdray.config import Config, parse_config
 from kdray.errors import EngineError
@@ -101,7 +103,7 @@ async def served(tiny_models: TinyModels) -> AsyncIterator[Served]:
             student_top_k=3,
             kv_cache_gib=0.05,
         )
-        pools[name] = replica_pool(spec, events, retries=5, registry=registry, missing_after_s=2.0)
+        pools[name] = replica_pool(spec, events, RunHandles(registry=registry), retries=5, missing_after_s=2.0)
     await asyncio.to_thread(deploy, list(pools.values()))
     watchers = [asyncio.create_task(pool.watch_replicas(0.3)) for pool in pools.values()]
     prompts = [Prompt(index, np.array([2 + index % 40, 7], np.int32)) for index in range(600)]

@@ -18,7 +18,9 @@ import pytest_asyncio
 import ray
 import torch
 
-from actors.serving.pool import ReplicaPool, deploy
+from actors.serving.deployment import deploy
+from actors.serving.pool import ReplicaPool
+from actors.serving.spec import RunHandles
 from actors.student.group import StudentGroup
 from actors.student.trainer import Phase
 from actors.weights.transfer import TransferStore
@@ -95,7 +97,7 @@ async def run(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
     tokenizer, checkpoints = str(folder / "tokenizer"), folder / "checkpoints"
     ranks = StudentGroup(training, VOCAB, 0, tokenizer, store, checkpoints, folder / "ray", on_event=on_event)
     spec = engine_spec(teacher, student, stuck_after_s=STUCK_S, weight_transfer="gloo", engine_args=EXTENSION)
-    pool = replica_pool(spec, events, store, retries=20)
+    pool = replica_pool(spec, events, RunHandles(weights=store), retries=20)
     await ranks.start()
     try:
         await asyncio.to_thread(deploy, [pool])

@@ -37,6 +37,7 @@ _ROLES = {
     "orders": "ray::Mailbox",
     "weights": "ray::WeightStore",
     "registry": "ray::TeacherRegistry",
+    "board": "ray::ScalingBoard",
     "Serve's controller": "ray::ServeController",
     "Train's controller": "ray::TrainController",
     "raylet": "raylet/raylet",

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from kdray.data.dataset import PromptStream
-from kdray.loop import distill
+from kdray.loop import Distillation, Hooks
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.mixture import draw, log_mixture
+from kdray.rollouts.schedules import Schedules
 from kdray.rollouts.seeds import uniforms
 from kdray.runs.ledger import Ledger, Totals
 from kdray.types import Prompt, Rollout, SampleRequest, StepReport, TrainBatch
@@ -294,12 +295,26 @@ class Rig:
         self.totals = Totals()
         self.stop = asyncio.Event()
 
-    async def run(self, **more: Any) -> None:
+    async def run(self, schedules: Schedules | None = None, **hooks: Any) -> None:
+        """Args: hooks: of `kdray.loop.Hooks`."""
         before = asyncio.all_tasks()
         prompts = PromptStream(make_prompts(), self.settings.seed)
-        parts = (self.sampler, self.scorer, self.student, self.reporter, self.ledger, self.totals, self.stop)
+        distillation = Distillation(
+            self.settings,
+            prompts,
+            self.sampler,
+            self.scorer,
+            self.student,
+            self.reporter,
+            self.ledger,
+            self.totals,
+            schedules=schedules,
+            hooks=Hooks(**hooks),
+            stop=self.stop,
+            start_step=self.start_step,
+        )
         try:
-            await distill(self.settings, prompts, *parts, start_step=self.start_step, **more)
+            await distillation.run()
         finally:
             # Cancelled tasks need a turn to notice.
             await turns(5)

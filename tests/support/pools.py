@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from actors.serving.engine import EngineSpec
 from actors.serving.pool import ReplicaPool
-from kdray.config import ClusterSettings, TeacherSettings
+from actors.serving.spec import EngineSpec, RunHandles
+from kdray.config import ClusterSettings, VLLMTeacherSettings
 from tests.integration.conftest import EOS, VOCAB
 
 Events = list[dict[str, Any]]
+NOBODY = RunHandles()
 
 
 def engine_spec(model: Path, student: Path | None = None, /, **changes: Any) -> EngineSpec:
@@ -31,13 +32,13 @@ def engine_spec(model: Path, student: Path | None = None, /, **changes: Any) -> 
 
 
 def replica_pool(
-    spec: EngineSpec, events: Events, weights: Any = None, teacher: dict[str, Any] | None = None, **changes: Any
+    spec: EngineSpec, events: Events, run: RunHandles = NOBODY, teacher: dict[str, Any] | None = None, **changes: Any
 ) -> ReplicaPool:
     """Not yet deployed. Args: events: where its events go; teacher: settings; changes: of the pool's arguments."""
 
     def on_event(kind: str, **fields: Any) -> None:
         events.append({"kind": kind, **fields})
 
-    settings = TeacherSettings.model_validate({"model": spec.model, **(teacher or {})})
+    settings = VLLMTeacherSettings.model_validate({"model": spec.model, **(teacher or {})})
     given: dict[str, Any] = {"retries": 3, "on_event": on_event} | changes
-    return ReplicaPool(spec.teacher, spec, settings, ClusterSettings(health_check_period_s=2), weights, **given)
+    return ReplicaPool(spec.teacher, spec, settings, ClusterSettings(health_check_period_s=2), run, **given)

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from kdray.config import Config, load_config, parse_config
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
-from kdray.loop import distill
+from kdray.loop import Distillation, Hooks
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
@@ -34,6 +34,7 @@ from kdray.runs.ledger import Ledger
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
 from kdray.runs.storage import Storage
+from kdray.runs.trackers import Trackers
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 EOS = 1
@@ -183,7 +184,7 @@ class StubStudent:
 
 
 def main(config_path: Path, slow: bool = True) -> None:
-    """Start the run that a config describes, or go on with it, as `cluster.launch.run` and `cluster.job.Job` do."""
+    """Start the run that a config describes, or go on with it, as `cluster.launch.run` and `cluster.runner.Runner` do."""
     asyncio.run(drive(load_config(config_path), slow=slow))
 
 
@@ -193,7 +194,10 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
     resume = (config.run_folder / "config.yaml").is_file()
     found, _ = newest_checkpoint([Storage.local(config.run_folder)]) if resume else (None, [])
     folder = RunFolder.create(config, resume)
-    reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
+    trackers = Trackers(config, folder.path)
+    reporter = RunReporter(
+        folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode, trackers=trackers
+    )
     reporter.event("start", resumed_step=found.step if found else None)
     dataset = dataset or load_dataset(config, tokenizer)
     ledger, schedules = Ledger(folder.path / "ledger.jsonl"), Schedules.of(config)
@@ -209,7 +213,8 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         await student.save_checkpoint(0)
     reporter.phase("distill", config.training.steps)
     assert config.rollout.filters is not None
-    await distill(
+    trained = {prompt.prompt_id: prompt for prompt in dataset.train}
+    await Distillation(
         settings=LoopSettings.of(config),
         prompts=PromptStream(dataset.train, config.run.seed),
         sampler=StubSampler(tables, (lambda request: haste.uniform(0, 0.004)) if slow else (lambda request: 0.0)),
@@ -218,16 +223,16 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
         reporter=reporter,
         ledger=ledger,
         totals=totals,
-        stop=asyncio.Event(),
-        start_step=start_step,
         schedules=schedules,
-        filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, {}),
-    )
+        hooks=Hooks(filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, trained)),
+        start_step=start_step,
+    ).run()
     summary = counts(ledger, totals, config) | {
         "resumed_from_step": found.step if found else None,
         "dropped_prompts": dataset.dropped,
     }
     folder.write_summary(summary)
+    reporter.finish(summary)
     reporter.event("finished", steps=config.training.steps)
     reporter.close()
     return summary

@@ -1,1 +1,2 @@
-"""Implementations of `actors.student.backend.StudentBackend`, one a file, named by the settings in `kdray.config.backends`."""
+"""Implementations of `actors.student.backend.StudentBackend`, one per file, selected by the settings in
+`kdray.config.backends`."""

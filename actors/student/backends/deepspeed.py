@@ -1,4 +1,4 @@
-"""DeepSpeed with ZeRO, one instance a rank, inside a torch process group that somebody else made. Knows no Ray."""
+"""DeepSpeed with ZeRO, one instance per rank, inside an existing torch process group. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kdray.config import DeepSpeedSettings, TrainingSettings
 from kdray.errors import TrainingError
 
 _TAG = "state"
-"""DeepSpeed's name for the one checkpoint of a folder."""
+"""DeepSpeed's tag for the only checkpoint of a folder."""
 
 
 class DeepSpeedBackend(StudentBackend):
-    """One rank of a DeepSpeed engine; the gradient's accumulation boundary is set by hand, micro-batch by micro-batch."""
+    """A rank of a DeepSpeed engine; the gradient accumulation boundary is set explicitly for each micro-batch."""
 
     def __init__(self, training: TrainingSettings) -> None:
         super().__init__(training)
@@ -37,7 +37,7 @@ class DeepSpeedBackend(StudentBackend):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """At stage 3 transformers loads each weight straight into its shards while its own record of the settings is alive."""
+        """At stage 3, transformers loads each weight directly into its shards while its own record of the settings is alive."""
         _import_deepspeed()
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -73,7 +73,7 @@ class DeepSpeedBackend(StudentBackend):
         training = self.training
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": training.micro_batch_size,
-            # The number of micro-batches of a step is set by hand, boundary by boundary.
+            # The number of micro-batches of a step is determined by setting each boundary explicitly.
             "gradient_accumulation_steps": 1,
             "gradient_clipping": training.gradient_clipping,
             "zero_optimization": {"stage": self._settings.zero_stage},
@@ -99,7 +99,7 @@ class DeepSpeedBackend(StudentBackend):
         return Update(float(engine.get_global_grad_norm()) if norm is None else norm, learning_rate, applied=True)
 
     def _plain_grad_norm(self) -> float | None:
-        """The gradient norm before clipping, where DeepSpeed has no optimizer of its own that would tell it."""
+        """Gradient norm before clipping, for the case that DeepSpeed has no optimizer of its own that reports it."""
         if self._settings.zero_stage or self.training.precision != "fp32":
             return None
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
@@ -154,14 +154,14 @@ def _import_deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
-    # DeepSpeed would compile it at the first start on CPUs, for reductions that training has none of. A rank that is killed
-    # meanwhile leaves torch's lock on it behind, for which every later rank of the machine waits without end.
+    # DeepSpeed would compile it at the first start on CPUs, for reductions that training never uses. A rank killed meanwhile
+    # leaves torch's lock on it behind, for which every later rank of the machine would wait forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `extra` laid over it, section by section."""
+    """Merge `extra` over `base`, section by section."""
     merged = dict(base)
     for key, value in extra.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

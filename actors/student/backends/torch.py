@@ -1,4 +1,4 @@
-"""PyTorch alone in one process, without a process group: the student whole on one device, AdamW as torch has it."""
+"""Plain PyTorch in one process, without a process group: the whole student on one device, with torch's AdamW."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MASTER = "master"
 
 
 class TorchBackend(StudentBackend):
-    """The whole student in this process, on its GPU where it has one.
+    """The whole student in this process, on its GPU if there is one.
 
-    With `training.precision=bf16` the optimizer moves float32 copies of the weights, to which gradients are added up in float32
-    as they arrive. An update that was given up leaves nothing behind: training may go on with another batch.
+    With `training.precision=bf16` the optimizer updates float32 copies of the weights, into which gradients are accumulated in
+    float32 as they arrive. An abandoned update leaves nothing behind: training may continue with another batch.
     """
 
     def __init__(self, training: TrainingSettings) -> None:
@@ -52,7 +52,7 @@ class TorchBackend(StudentBackend):
         self._accumulating = False
 
     def _master(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """What the optimizer moves for a parameter: itself, or a float32 copy that takes its gradients as they arrive."""
+        """The tensor that the optimizer updates for a parameter: itself, or a float32 copy that accumulates its gradients."""
         if parameter.dtype == torch.float32:
             return parameter
         master = torch.nn.Parameter(parameter.detach().float())
@@ -87,7 +87,7 @@ class TorchBackend(StudentBackend):
     def forward_backward(self, loss: Callable[[Forward], torch.Tensor], last: bool) -> None:
         if not self._accumulating:
             self._optimizer.zero_grad()
-        # What a pass that raises has added belongs to no update.
+        # Gradients added by a pass that raises belong to no update.
         self._accumulating = False
         loss(self.module).backward()
         self._accumulating = not last
@@ -106,7 +106,7 @@ class TorchBackend(StudentBackend):
         return Update(float(norm), learning_rate, applied=True)
 
     def _give_back(self) -> None:
-        """Round the float32 copies to the parameters."""
+        """Round the float32 copies into the parameters."""
         with torch.no_grad():
             for parameter, master in self._masters:
                 parameter.copy_(master)

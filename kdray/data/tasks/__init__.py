@@ -1,7 +1,8 @@
-"""Generated questions with exact graders: last letters, coin flip, arithmetic, and letters with an opinion or before a judge.
-No file, no network. `STAGES` are lessons about them for tiny models alone.
+"""Generated questions with exact graders: last letters, coin flip, arithmetic, and letters with an opinion or with a judge.
+They need no file and no network. `STAGES` are lessons derived from them, for training tiny models only.
 
-To add one: a file here with a class of the shape of `Task`, a line in `TASKS`, and its name in `kdray.config.data.TaskName`.
+To add a task: a file here with a class that implements `Task`, and a line in `kdray.config.tasks.TASKS`; or the same class in a
+separate distribution, under the entry-point group `kdray.tasks`.
 """
 
 from __future__ import annotations
@@ -12,38 +13,32 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdray.data.tasks.arithmetic import Arithmetic
-from kdray.data.tasks.coin_flip import CoinFlip
+from kdray.config.tasks import TASKS
 from kdray.data.tasks.example import Example, Lesson, Task, exact_match
-from kdray.data.tasks.hinted_letters import HintedLetters
-from kdray.data.tasks.judged_letters import JudgedLetters
-from kdray.data.tasks.last_letters import LastLetters
-from kdray.data.tasks.opinion import BackedLetters, MisledLetters
 from kdray.data.tasks.stages import STAGES
 from kdray.errors import DataError
 
-__all__ = ["STAGES", "TASKS", "Example", "Lesson", "Task", "exact_match", "generate_examples", "shares"]
+__all__ = ["STAGES", "Example", "Lesson", "Task", "exact_match", "generate_examples", "lesson", "shares", "task"]
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        LastLetters(),
-        CoinFlip(),
-        Arithmetic(),
-        BackedLetters(),
-        MisledLetters(),
-        JudgedLetters(),
-        HintedLetters(),
-    )
-}
-
-# After this many draws per existing prompt without a new one, nothing is left but with probability e^-30.
+# After this many draws per existing prompt without a new one, an unseen prompt remains with probability e^-30 at most.
 _MISSES_PER_PROMPT = 30
 
 
+def task(name: str) -> Task:
+    """Return the task called `name`. Raises: ValueError if there is none."""
+    made: Task = TASKS.get(name)()
+    return made
+
+
+def lesson(name: str) -> Lesson:
+    """Return the stage or task called `name`. Raises: ValueError if there is none."""
+    return STAGES[name] if name in STAGES else task(name)
+
+
 def shares(size: int, weights: Sequence[float]) -> list[int]:
-    """`size` split in proportion to the weights, of which some are above 0: whole numbers, the largest remainders rounded up,
-    the first ones first.
+    """Split `size` into integers in proportion to the weights, which must not all be 0, by the largest-remainder method.
+
+    Of equal remainders, the first are rounded up.
     """
     exact = [size * weight / sum(weights) for weight in weights]
     whole = [int(part) for part in exact]
@@ -61,44 +56,45 @@ def generate_examples(
     exclude: AbstractSet[str] = frozenset(),
     weights: Mapping[str, float] | None = None,
 ) -> list[Example]:
-    """`size` examples with different prompts, none of them in `exclude`, in a shuffled order that the seed fixes.
+    """Generate `size` examples with distinct prompts, none of them in `exclude`, in a shuffled order that the seed fixes.
 
-    Args: weights: by task, what its share is in proportion to, 0 for those it does not name; None gives equal ones. Where that
-          makes no whole numbers, see `shares`.
-    Raises: DataError where a task has fewer different prompts than its share.
+    Args: weights: relative share of each task, 0 for tasks it does not name; None gives equal shares. They are rounded as in
+          `shares`.
+    Raises: DataError if a task has fewer distinct prompts than its share.
     """
     names = list(dict.fromkeys(tasks))
     examples: list[Example] = []
     parts = shares(size, [1.0 if weights is None else weights.get(name, 0.0) for name in names])
     for name, share in zip(names, parts, strict=True):
-        # A stream of its own: a task's examples do not depend on which tasks stand beside it.
+        # A separate random stream, so that a task's examples do not depend on the other tasks.
         rng = np.random.default_rng([seed, difficulty, *name.encode()])
-        examples += _distinct(TASKS[name], rng, difficulty, share, exclude)
+        examples += _distinct(name, rng, difficulty, share, exclude)
     order = np.random.default_rng([seed, difficulty]).permutation(len(examples))
     return [examples[index] for index in order]
 
 
 def _distinct(
-    task: Task,
+    name: str,
     rng: np.random.Generator,
     difficulty: int,
     share: int,
     taken: AbstractSet[str],
 ) -> list[Example]:
-    exist = task.num_prompts(difficulty)
+    drawn = task(name)
+    exist = drawn.num_prompts(difficulty)
     found: dict[str, Example] = {}
     misses = 0
     while len(found) < share:
         if share > exist or misses > _MISSES_PER_PROMPT * exist:
             used = "" if share > exist else f", and all but {len(found)} of them are held out or used already"
             raise DataError(
-                f"task {task.name} has {exist} different prompts at difficulty {difficulty}{used}: {share} were asked "
+                f"task {name} has {exist} different prompts at difficulty {difficulty}{used}: {share} were asked "
                 "for; raise data.prompts.difficulty, or lower data.prompts.size or data.heldout_size"
             )
-        example = task.generate(rng, difficulty)
+        example = drawn.generate(rng, difficulty)
         if example.prompt in found or example.prompt in taken:
             misses += 1
         else:
-            found[example.prompt] = replace(example, task=task.name)
+            found[example.prompt] = replace(example, task=name)
             misses = 0
     return list(found.values())

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kdray.data.tasks.example import Example, exact_match
 
 
-@dataclass(frozen=True)
 class Arithmetic:
     """The sum of two numbers of exactly `difficulty` digits; a single digit may be 0."""
 
-    name: str = "arithmetic"
-
     def num_prompts(self, difficulty: int) -> int:
-        """How many different prompts exist: 100 of one digit, 8,100 of two."""
+        """Number of distinct prompts: 100 with one digit, 8,100 with two."""
         return _num_numbers(difficulty) ** 2
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
-        """One example; the prompt has 2 + 2 x difficulty characters."""
+        """Generate an example; the prompt has 2 + 2 x difficulty characters."""
         left, right = _number(rng, difficulty), _number(rng, difficulty)
         return Example(f"{left}+{right}=", str(left + right))
 
     def grade(self, response: str, answer: str) -> bool:
-        """Whether the response is the answer, white space around it aside; leading zeros are wrong."""
+        """Return True if the response is the answer, ignoring surrounding whitespace; leading zeros are wrong."""
         return exact_match(response, answer)
 
 

@@ -1,4 +1,4 @@
-"""What a task is: a maker of questions with one right answer each, and the rule that checks an answer."""
+"""Interface of a task: a generator of questions with exactly one correct answer, and a grader of responses."""
 
 from __future__ import annotations
 
@@ -10,39 +10,37 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question and its only right answer. The prompt ends where the answer begins."""
+    """A question and its only correct answer. The prompt ends where the answer begins."""
 
     prompt: str
     answer: str
     task: str = ""
-    """Name of the task that it came from."""
+    """Name of the task that generated it."""
 
 
 class Lesson(Protocol):
-    """What a tiny model can be trained on."""
-
-    @property
-    def name(self) -> str:
-        """Its name in `train.tasks`."""
-        ...
+    """Generator of examples that a tiny model can be trained on."""
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
-        """One example, every prompt of the task being equally likely."""
+        """Generate an example, with all prompts of the task equally likely."""
         ...
 
 
 class Task(Lesson, Protocol):
-    """A family of generated questions over printable ASCII, of a size set by `difficulty`; also for `data.prompts.tasks`."""
+    """Family of generated questions in printable ASCII, whose size `difficulty` sets; also for `data.prompts.tasks`.
+
+    Registered as a class (`kdray.config.tasks.TASKS`) that is instantiated without arguments.
+    """
 
     def num_prompts(self, difficulty: int) -> int:
-        """How many different prompts exist."""
+        """Number of distinct prompts."""
         ...
 
     def grade(self, response: str, answer: str) -> bool:
-        """Whether a response is right."""
+        """Return True for a correct response."""
         ...
 
 
 def exact_match(response: str, answer: str) -> bool:
-    """Whether response and answer are the same text, white space around them aside."""
+    """Return True if response and answer are the same text, ignoring surrounding whitespace."""
     return response.strip() == answer.strip()

@@ -1,11 +1,9 @@
 """Last letters with the answer in front: `onk. last letters of: rilo tamen posk = ` is answered by `onk`.
 
-What a model that is to teach itself must be able to do: follow an answer that it is shown.
+A model that serves as its own teacher must have this skill: to follow an answer that it is shown.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,21 +11,18 @@ from kdray.data.tasks.example import Example, exact_match
 from kdray.data.tasks.last_letters import LastLetters
 
 
-@dataclass(frozen=True)
 class HintedLetters:
     """`difficulty` words as in last letters; the prompt begins with the answer."""
 
-    name: str = "hinted_letters"
-
     def num_prompts(self, difficulty: int) -> int:
-        """How many different prompts exist."""
+        """Number of distinct prompts."""
         return LastLetters().num_prompts(difficulty)
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
-        """One example; the prompt has at most 21 + 7 x difficulty characters."""
+        """Generate an example; the prompt has at most 21 + 7 x difficulty characters."""
         plain = LastLetters().generate(rng, difficulty)
         return Example(f"{plain.answer}. {plain.prompt}", plain.answer)
 
     def grade(self, response: str, answer: str) -> bool:
-        """Whether the response is the answer, white space around it aside."""
+        """Return True if the response is the answer, ignoring surrounding whitespace."""
         return exact_match(response, answer)

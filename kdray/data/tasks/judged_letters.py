@@ -1,12 +1,10 @@
-"""A judge's task: which of two answers to a last-letters question is right.
+"""Judging task: decide which of two answers to a last-letters question is correct.
 
 Source of the task: LLM judges, Zheng et al. 2023 (arXiv 2306.05685), whose verdict may depend on the order of the answers;
-here over nonsense words.
+here with nonsense words.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,18 +13,15 @@ from kdray.data.tasks.last_letters import LastLetters
 from kdray.data.tasks.words import LAST_LETTERS, NUM_WORDS
 
 
-@dataclass(frozen=True)
 class JudgedLetters:
     """`last letters of: rilo tamen = A: on B: sn which? ` is answered by `A`; the wrong answer differs in one letter."""
 
-    name: str = "judged_letters"
-
     def num_prompts(self, difficulty: int) -> int:
-        """How many different prompts exist."""
+        """Number of distinct prompts."""
         return NUM_WORDS**difficulty * difficulty * (len(LAST_LETTERS) - 1) * 2
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
-        """One example; the right answer stands first as often as second."""
+        """Generate an example; the correct answer comes first or second with equal probability."""
         example = LastLetters().generate(rng, difficulty)
         place = int(rng.integers(difficulty))
         others = LAST_LETTERS.replace(example.answer[place], "")
@@ -36,5 +31,5 @@ class JudgedLetters:
         return Example(f"{example.prompt}A: {a} B: {b} which? ", "A" if first else "B")
 
     def grade(self, response: str, answer: str) -> bool:
-        """Whether the response is the answer, white space around it aside."""
+        """Return True if the response is the answer, ignoring surrounding whitespace."""
         return exact_match(response, answer)

@@ -1,11 +1,9 @@
 """Last-letter concatenation: `last letters of: rilo tamen posk = ` is answered by `onk`.
 
-Source of the task: chain-of-thought prompting, Wei et al. 2022 (arXiv 2201.11903), section 5; here over nonsense words.
+Source of the task: chain-of-thought prompting, Wei et al. 2022 (arXiv 2201.11903), section 5; here with nonsense words.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,21 +11,18 @@ from kdray.data.tasks.example import Example, exact_match
 from kdray.data.tasks.words import NUM_WORDS, nonsense_word
 
 
-@dataclass(frozen=True)
 class LastLetters:
     """`difficulty` words; the answer is their last letters in order."""
 
-    name: str = "last_letters"
-
     def num_prompts(self, difficulty: int) -> int:
-        """How many different prompts exist."""
+        """Number of distinct prompts."""
         return NUM_WORDS**difficulty
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
-        """One example; the prompt has at most 19 + 6 x difficulty characters."""
+        """Generate an example; the prompt has at most 19 + 6 x difficulty characters."""
         words = [nonsense_word(rng) for _ in range(difficulty)]
         return Example(f"last letters of: {' '.join(words)} = ", "".join(word[-1] for word in words))
 
     def grade(self, response: str, answer: str) -> bool:
-        """Whether the response is the answer, white space around it aside."""
+        """Return True if the response is the answer, ignoring surrounding whitespace."""
         return exact_match(response, answer)

@@ -1,7 +1,7 @@
-"""What one call of a System-2 program asks, as tasks of their own: lessons for a tiny base model, whose stages it then knows.
+"""Stages of System-2 programs as separate tasks: lessons that teach a tiny base model to answer each call of a program.
 
-A stage's prompt is what the recipe's template makes of a question, or of an earlier stage's answer: configs/system2_*.yaml and
-this file belong together.
+A stage's prompt is the recipe's template filled with a question or with an earlier stage's answer, so keep this file in step
+with configs/system2_*.yaml.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from kdray.data.tasks.opinion import BackedLetters, MisledLetters
 
 @dataclass(frozen=True)
 class Stage:
-    """A lesson made out of a task's example."""
+    """Lesson derived from the examples of a task."""
 
     name: str
     of: Task
     make: Callable[[Example, np.random.Generator], Example]
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
-        """One example, of a task's example that is as likely as any other."""
+        """Generate an example, from a uniformly drawn example of the task."""
         return self.make(self.of.generate(rng, difficulty), rng)
 
 
 def words_of(question: str) -> list[str]:
-    """The words of a last-letters question."""
+    """Return the words of a last-letters question."""
     return question.split(": ")[1].split(" = ")[0].split()
 
 
-def apart(question: str) -> str:
-    """`last letters of: rilo tamen = ` with each last letter set apart: `ril-o tame-n`."""
+def mark_last_letters(question: str) -> str:
+    """Hyphenate the last letter of each word: `last letters of: rilo tamen = ` gives `ril-o tame-n`."""
     return " ".join(f"{word[:-1]}-{word[-1]}" for word in words_of(question))
 
 
 def turns(question: str) -> str:
-    """A coin's turns, one letter each: `fnf` where the first and the third person flip it."""
+    """Return a coin's turns, one letter each: `fnf` if the first and the third person flip it."""
     told = question.replace(". ", ".").split(".")[1:-1]
     return "".join("n" if "does not" in turn else "f" for turn in told)
 
 
 def carried(left: str, right: str) -> str:
-    """The sum of two numbers of as many digits, written out digit by digit from the last: `7+8=15, 3+5+1=9`."""
+    """Write out the sum of two numbers with equally many digits, from the last digit: `7+8=15, 3+5+1=9`."""
     carry, steps = 0, []
     for a, b in zip(reversed(left), reversed(right), strict=True):
         total = int(a) + int(b) + carry
@@ -59,11 +59,11 @@ def carried(left: str, right: str) -> str:
 
 
 def _rephrase_letters(example: Example, rng: np.random.Generator) -> Example:
-    return Example(f"rephrase: {example.prompt}", apart(example.prompt))
+    return Example(f"rephrase: {example.prompt}", mark_last_letters(example.prompt))
 
 
 def _join_letters(example: Example, rng: np.random.Generator) -> Example:
-    return Example(f"join: {apart(example.prompt)} = ", example.answer)
+    return Example(f"join: {mark_last_letters(example.prompt)} = ", example.answer)
 
 
 def _rephrase_coin(example: Example, rng: np.random.Generator) -> Example:
@@ -80,7 +80,7 @@ def _steps_of_sum(example: Example, rng: np.random.Generator) -> Example:
 
 
 def _steps_of_letters(example: Example, rng: np.random.Generator) -> Example:
-    return Example(f"explain: {example.prompt}", f"{apart(example.prompt)}. final answer: {example.answer}")
+    return Example(f"explain: {example.prompt}", f"{mark_last_letters(example.prompt)}. final answer: {example.answer}")
 
 
 def _without_opinion(example: Example, rng: np.random.Generator) -> Example:
@@ -94,7 +94,7 @@ def _criteria(example: Example, rng: np.random.Generator) -> Example:
 
 
 def _scores(example: Example, number: int) -> str:
-    """`n A1 B0`: the last letter of a word, and whether each answer has it there."""
+    """Format the scores of a word, as in `n A1 B0`: its last letter, and 1 for each answer that has it there, else 0."""
     a, b = (part.split()[0] for part in example.prompt.split(": ")[2:4])
     right = words_of(example.prompt)[number][-1]
     return f"{right} A{int(a[number] == right)} B{int(b[number] == right)}"

@@ -12,11 +12,11 @@ LAST_LETTERS = VOWELS + "".join(ENDINGS)
 """Letters that a word can end with."""
 
 NUM_WORDS = (len(CONSONANTS) * len(VOWELS)) ** 2 * len(ENDINGS)
-"""How many different words there are: two syllables of consonant and vowel, and an ending."""
+"""Number of distinct words: two syllables of consonant and vowel, and an ending."""
 
 
 def nonsense_word(rng: np.random.Generator) -> str:
-    """One of the NUM_WORDS words, all equally likely."""
+    """Draw one of the NUM_WORDS words uniformly."""
     number = int(rng.integers(NUM_WORDS))
     number, ending = divmod(number, len(ENDINGS))
     letters = ""

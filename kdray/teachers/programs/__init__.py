@@ -1,7 +1,7 @@
-"""System-2 programs: each a few lines over `ask`, one file each. Their settings are `kdray.config.programs`.
+"""System-2 programs: a few lines over `ask` each, in a file each. Their settings are in `kdray.config.programs`.
 
 To add one: a settings class there, a file here with a coroutine (settings, question, ask) -> answer, and a line in `PROGRAMS`.
-`kdray.teachers.programs.sampler` runs them for many rollouts at once.
+`kdray.teachers.programs.sampler` runs them for many rollouts concurrently.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from kdray.config.programs import BranchSolveMergeProgram, ProgramSettings
+from kdray.config.programs import ProgramSettings
 from kdray.errors import DataError
 from kdray.teachers.programs.ask import Answer, Ask, Question
-from kdray.teachers.programs.branch_solve_merge import branch_solve_merge, swapped
+from kdray.teachers.programs.branch_solve_merge import branch_solve_merge
 from kdray.teachers.programs.chain_of_thought import chain_of_thought
 from kdray.teachers.programs.direct import direct
 from kdray.teachers.programs.rationale import rationale, row_kind, row_weights
@@ -31,11 +31,11 @@ PROGRAMS: dict[str, Callable[[Any, Question, Ask], Awaitable[Answer]]] = {
     "chain_of_thought": chain_of_thought,
     "rationale": rationale,
 }
-"""By `rollout.program.type`: settings, question and calls -> the answer. Each raises Unparsable where there is none."""
+"""By `rollout.program.type`: settings, question and calls -> the answer. Each raises Unparsable if there is none."""
 
 
 async def run_program(settings: ProgramSettings, question: Question, ask: Ask) -> Answer:
-    """One rollout's answer, perturbed and chosen among several as the settings say. Raises: Unparsable."""
+    """Answer of one rollout, with perturbation and self-consistency as set. Raises: Unparsable."""
     program = PROGRAMS[settings.type]
     if settings.perturb:
         template = settings.perturb[question.sibling % len(settings.perturb)]
@@ -46,18 +46,14 @@ async def run_program(settings: ProgramSettings, question: Question, ask: Ask) -
 
 
 def check_prompts(settings: ProgramSettings, prompts: Sequence[Prompt]) -> None:
-    """Raises: DataError with the first prompt that the program cannot ask about."""
+    """Raises: DataError naming the first prompt that the program cannot ask about."""
     for prompt in prompts:
         if not isinstance(prompt.question, str):
             raise DataError(
                 f"prompt {prompt.prompt_id}: rollout.program.type={settings.type} puts questions into templates, and this "
                 "one is chat messages; give the prompts as texts"
             )
-        if isinstance(settings, BranchSolveMergeProgram):
-            try:
-                swapped(settings.pair, prompt.question)
-            except ValueError as error:
-                raise DataError(
-                    f"prompt {prompt.prompt_id}: rollout.program.pair={settings.pair!r} finds {error}; set it to a pattern "
-                    "that finds both"
-                ) from error
+        try:
+            settings.check_question(prompt.question)
+        except ValueError as error:
+            raise DataError(f"prompt {prompt.prompt_id}: {error}") from error

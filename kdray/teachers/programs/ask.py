@@ -1,4 +1,4 @@
-"""What a program is given and what it gives: calls to the teacher by text, a question in, one answer out."""
+"""Input and output of a program: calls to the teacher by text, a question in, an answer out."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ Result = TypeVar("Result")
 
 
 class Unparsable(KdrayError, ValueError):
-    """A response holds no answer: what it was asked for is not there, or a limit cut it. The rollout is empty then."""
+    """A response holds no answer: the expected part is missing, or a limit truncated it. The rollout is then empty."""
 
 
 class Ask(Protocol):
-    """One call to the teacher."""
+    """A call to the teacher."""
 
     def __call__(self, text: str, stage: str, index: int = 0) -> Awaitable[str]:
-        """The teacher's response to the text, white space around it removed.
+        """Return the teacher's response to the text, stripped of surrounding white space.
 
-        Args: stage: name of the call in the program's settings; index: tells calls of one stage apart, from 0. The same text,
-              stage and index in the same rollout get the same response.
-        Raises: Unparsable where a limit cuts the response, or the text leaves no room for one.
+        Args: stage: name of the call in the program's settings; index: distinguishes calls of the same stage, from 0. The same
+              text, stage and index in the same rollout get the same response.
+        Raises: Unparsable if a limit truncates the response, or the text leaves no room for one.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What one rollout asks."""
+    """Question of one rollout."""
 
     text: str
     """The prompt's question, without `data.prefix`."""
     sibling: int = 0
-    """Which of the prompt's samples it is, from 0."""
+    """Index of the rollout among the prompt's samples, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the student is to learn."""
+    """Text that the student is trained on."""
 
     text: str
     question: str | None = None
-    """The prompt to learn it under, where that is not the rollout's own."""
+    """Prompt to train it under, if not the rollout's own."""
 
 
 def found(pattern: str | None, response: str) -> str:
-    """The first group of the pattern in the response, or its whole match; the response itself where the pattern is None.
+    """The first group of the pattern in the response, or its whole match; the response itself if the pattern is None.
 
-    Raises: Unparsable where there is no match, or nothing but white space.
+    Raises: Unparsable if there is no match, or only white space.
     """
     if pattern is None:
         text = response
@@ -67,7 +67,7 @@ def found(pattern: str | None, response: str) -> str:
 
 
 async def side_by_side(calls: Iterable[Awaitable[Result]]) -> list[Result]:
-    """What the calls give, in their order; all have ended before the first failure is raised, so that none is left behind."""
+    """Results of the calls, in order; all have ended before the first failure is raised, so that none is left running."""
     results = await asyncio.gather(*calls, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -1,4 +1,4 @@
-"""Branch-Solve-Merge for a judge: criteria, scores by each of them side by side, one verdict; in both orders of the answers."""
+"""Branch-Solve-Merge for a judge: criteria, concurrent scores on each criterion, one verdict; in both orders of the answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdray.teachers.programs.ask import Answer, Ask, Question, Unparsable, found
 async def branch_solve_merge(settings: BranchSolveMergeProgram, question: Question, ask: Ask) -> Answer:
     """See `kdray.teachers.programs.PROGRAMS`. Odd siblings judge the swapped answers, and their verdict is mapped back."""
     turned = question.sibling % 2 == 1
-    asked = swapped(settings.pair, question.text) if turned else question.text
+    asked = settings.swap(question.text) if turned else question.text
     branches = await ask(settings.branch.format(question=asked), "branch")
     criteria = [match.group(1).strip() for match in re.finditer(settings.criterion, branches)][: settings.max_criteria]
     if not criteria:
@@ -26,21 +26,3 @@ async def branch_solve_merge(settings: BranchSolveMergeProgram, question: Questi
     if verdict not in settings.swapped:
         raise Unparsable(f"{verdict!r} is no verdict")
     return Answer(settings.reply.format(verdict=settings.swapped[verdict] if turned else verdict))
-
-
-def swapped(pair: str, question: str) -> str:
-    """The question with its two answers, the groups `a` and `b` of the pattern, in each other's place.
-
-    Raises: ValueError where the pattern does not find them.
-    """
-    match = re.search(pair, question)
-    if match is None or match.start("a") < 0 or match.start("b") < 0:
-        raise ValueError(f"no two answers in {question[:200]!r}")
-    first, second = sorted(("a", "b"), key=match.start)
-    return (
-        question[: match.start(first)]
-        + match[second]
-        + question[match.end(first) : match.start(second)]
-        + match[first]
-        + question[match.end(second) :]
-    )

@@ -1,4 +1,4 @@
-"""Chain of thought: one response thinks and ends in an answer; the thoughts are dropped."""
+"""Chain of thought: a response reasons and ends with an answer; the reasoning is dropped."""
 
 from __future__ import annotations
 

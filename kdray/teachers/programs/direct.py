@@ -1,4 +1,4 @@
-"""System 1: the question, and what the teacher says to it at once."""
+"""System 1: the question, and the teacher's immediate response."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rephrase and Respond: the teacher rewrites the question for itself, then answers it, in two calls or in one."""
+"""Rephrase and Respond: the teacher rephrases the question, then answers it, in two calls or in one."""
 
 from __future__ import annotations
 

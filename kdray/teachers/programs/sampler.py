@@ -1,7 +1,7 @@
-"""A program around a teacher, as a Sampler: each request runs chained calls and gives one rollout, the final answer alone.
+"""A program around a teacher, as a Sampler: each request runs chained calls and yields one rollout with only the final answer.
 
-The programs of many requests run side by side as coroutines. What they ask in the same turn of the event loop goes to the
-teacher as one call of `sample`: all first stages travel together, and a later one starts as soon as its own answer is in.
+The programs of many requests run concurrently as coroutines. Calls made in the same iteration of the event loop are sent to the
+teacher as one call of `sample`: all first stages are batched, and a later stage starts as soon as its own input is there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from kdray.config.programs import ProgramSettings, RationaleProgram
+from kdray.config import Config
+from kdray.config.programs import ProgramSettings
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler
 from kdray.rollouts.merge import Merged
@@ -25,16 +26,16 @@ from kdray.teachers.programs.universal import CALLS_OF_ONE
 from kdray.types import Prompt, Rollout, SampleRequest
 
 _CALLS_OF_A_STAGE = CALLS_OF_ONE * CALLS_OF_ONE
-"""Calls of one stage that a rollout may make: those of each answer, and as many answers."""
+"""Maximum calls of one stage in a rollout: those of each answer, times the number of answers."""
 
 
 class _Cut(Unparsable):
-    """A limit of tokens ended a call or an answer."""
+    """A token limit truncated a call or an answer."""
 
 
 @dataclass
 class _Counts:
-    """What rollouts took: one, or all that ended since the last report."""
+    """Counts of one rollout, or of all that ended since the last report."""
 
     rollouts: int = 0
     unparsable: int = 0
@@ -44,7 +45,7 @@ class _Counts:
     answer_tokens: int = 0
 
     def means(self) -> dict[str, float]:
-        """By the names of `kdray.runs.metrics`; nothing before the first rollout."""
+        """Means by the names of `kdray.runs.metrics`; empty before the first rollout."""
         if not self.rollouts:
             return {}
         numbers = {
@@ -63,19 +64,38 @@ class _Counts:
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Texts to ids and back, by the student's tokenizer."""
+    """Conversion between texts and ids, with the student's tokenizer."""
 
     prompt: Callable[[str], Prompt]
-    """A question as a prompt of any length, under the chat template: `kdray.data.dataset.question_encoder`."""
+    """Encodes a question as a prompt of any length, with the chat template: `kdray.data.dataset.question_encoder`."""
     answer: Callable[[str], list[int]]
-    """A response's ids, end-of-sequence last: `kdray.data.dataset.response_encoder`."""
+    """Encodes a response, end-of-sequence last: `kdray.data.dataset.response_encoder`."""
     decode: Callable[[np.ndarray], str]
 
 
-class ProgramSampler:
-    """A Sampler (`kdray.interfaces`) over another one. Rollouts have no log-densities and every token is as old as it may be.
+@dataclass(frozen=True)
+class Rows:
+    """Settings of the training rows that a program makes."""
 
-    A rollout without a parsable answer has no tokens and the finish reason `unparsable`; all others end by `stop`.
+    samples_per_prompt: int
+    prefix: str
+    """`data.prefix`, which is hidden from the teacher."""
+    max_prompt_tokens: int
+    """Maximum prompt length of a row, tokens."""
+    seed: int
+    """Seed of the run."""
+
+    @classmethod
+    def of(cls, config: Config) -> Rows:
+        data = config.data
+        return cls(config.rollout.samples_per_prompt, data.prefix, data.max_prompt_tokens, config.run.seed)
+
+
+class ProgramSampler:
+    """A Sampler (`kdray.interfaces`) over another one. Rollouts have no log-densities, and every token counts as maximally
+    stale.
+
+    A rollout without a parsable answer has no tokens and the finish reason `unparsable`; all others end with `stop`.
     """
 
     def __init__(
@@ -85,39 +105,33 @@ class ProgramSampler:
         name: str,
         prompts: Sequence[Prompt],
         codec: TextCodec,
-        samples_per_prompt: int,
-        prefix: str,
-        max_prompt_tokens: int,
-        seed: int,
+        rows: Rows,
         on_awaited: Callable[[Sequence[int]], None] = lambda sample_ids: None,
     ) -> None:
-        """Args: name: what the rollouts call their teacher; prompts: all that may be asked for; prefix: `data.prefix`, which
-        the teacher does not see; max_prompt_tokens: of a row's prompt; seed: of the run; on_awaited: told which of the
-        teacher's samples the trainer waits for.
+        """Args: name: teacher name in the rollouts; prompts: all that may be requested; on_awaited: called with the teacher's
+        samples that the trainer waits for.
         """
         self.teacher = teacher
-        """Who is asked."""
+        """The sampler that answers the calls."""
         self._settings = settings
         self._name = name
-        self._questions = {prompt.prompt_id: _text(prompt).removeprefix(prefix) for prompt in prompts}
+        self._questions = {prompt.prompt_id: _text(prompt).removeprefix(rows.prefix) for prompt in prompts}
         self._codec = codec
-        self._samples_per_prompt = samples_per_prompt
-        self._max_prompt_tokens = max_prompt_tokens
-        self._seed = seed
+        self._rows = rows
         self._on_awaited = on_awaited
         self._stages = {name: number for number, name in enumerate((*settings.stages, "choose"))}
         self._counts = _Counts()
         self._awaited: frozenset[int] = frozenset()
         self._in_flight: set[int] = set()
 
-    def apart(self) -> ProgramSampler:
-        """The same program, with metrics of its own."""
+    def with_fresh_metrics(self) -> ProgramSampler:
+        """Copy of the program with separate metrics."""
         other = copy(self)
         other._counts = _Counts()
         return other
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Sampler`. A repeated request asks the same, with the same seeds."""
+        """See `kdray.interfaces.Sampler`. A repeated request makes the same calls, with the same seeds."""
         remaining = len(requests)
         async with Merged[str, list[Rollout]]() as merged:
             calls = _Calls(self, merged)
@@ -134,12 +148,12 @@ class ProgramSampler:
             raise EngineError(f"{self._settings.type}: {remaining} rollouts are missing at the end")
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
-        """The trainer waits for these rollouts from now on: so it does for the teacher's samples that are drawn for them."""
+        """Mark rollouts, and thereby the teacher's samples drawn for them, as awaited by the trainer from now on."""
         self._awaited = frozenset(sample_ids)
         self._tell_awaited()
 
     def metrics(self) -> dict[str, float]:
-        """Means over the rollouts since the last call of this, by the names of `kdray.runs.metrics`."""
+        """Means over the rollouts since the last call, by the names of `kdray.runs.metrics`."""
         means = self._counts.means()
         self._counts = _Counts()
         return means
@@ -147,8 +161,8 @@ class ProgramSampler:
     # ------------------------------------------------------------------------------------------------------ parts
 
     async def _run(self, request: SampleRequest, calls: _Calls) -> AsyncGenerator[list[Rollout]]:
-        """One request's rollout."""
-        sibling = request.sample_id % self._samples_per_prompt
+        """Run one request and yield its rollout."""
+        sibling = request.sample_id % self._rows.samples_per_prompt
         prompt_ids, token_ids = request.prompt_ids, []
         counts = _Counts(rollouts=1)
         try:
@@ -178,21 +192,23 @@ class ProgramSampler:
         ]
 
     def _row(self, answer: Answer, prompt_ids: np.ndarray, request: SampleRequest) -> list[int]:
-        """The ids to learn. Raises: Unparsable where they do not fit; an answer is never cut."""
+        """Token ids to train on. Raises: Unparsable if they do not fit; an answer is never truncated."""
         token_ids = self._codec.answer(answer.text)
-        if len(token_ids) > request.max_new_tokens or len(prompt_ids) > max(self._max_prompt_tokens, len(request.prompt_ids)):
+        if len(token_ids) > request.max_new_tokens or len(prompt_ids) > max(
+            self._rows.max_prompt_tokens, len(request.prompt_ids)
+        ):
             raise _Cut(f"sample {request.sample_id}: {len(prompt_ids)} prompt and {len(token_ids)} answer tokens do not fit")
         return token_ids
 
     def _call(self, request: SampleRequest, text: str, stage: str, index: int) -> SampleRequest:
-        """One call of a request's program. Raises: Unparsable where the text leaves no room for a response."""
+        """Build one call of a request's program. Raises: Unparsable if the text leaves no room for a response."""
         settings = self._settings
         prompt, limit = self._codec.prompt(text), settings.response_tokens(stage)
         if len(prompt.token_ids) + limit > settings.max_stage_tokens:
             raise _Cut(f"sample {request.sample_id}: stage {stage} has {len(prompt.token_ids)} prompt tokens")
-        # Both rows of a pair are made of one response, so the seed is the pair's.
-        pair = isinstance(settings, RationaleProgram)
-        seed = sample_seed(self._seed, "pair", request.sample_id // 2) if pair else request.seed
+        # Both rows of a pair come from one response, so the seed is the pair's.
+        pair = settings.paired_rows
+        seed = sample_seed(self._rows.seed, "pair", request.sample_id // 2) if pair else request.seed
         return SampleRequest(
             sample_id=(request.sample_id * len(self._stages) + self._stages[stage]) * _CALLS_OF_A_STAGE + index,
             prompt_id=request.prompt_id,
@@ -200,7 +216,7 @@ class ProgramSampler:
             alpha=1.0,
             seed=sample_seed(seed, f"program/{stage}", index),
             max_new_tokens=limit,
-            # The teacher alone writes: a replica need not hold any version of the student for that.
+            # Only the teacher writes, so the replica need not hold any version of the student.
             min_version=0,
             question=text,
         )
@@ -211,20 +227,20 @@ class ProgramSampler:
 
 
 class _Calls:
-    """The calls of one `sample`: asked in one turn of the event loop, sent as one."""
+    """Calls of one `sample`, batched per iteration of the event loop."""
 
     def __init__(self, sampler: ProgramSampler, merged: Merged[str, list[Rollout]]) -> None:
         self.asked: dict[int, asyncio.Future[Rollout]] = {}
         """By the teacher's sample id, until answered."""
         self.closed = False
-        """Whether nobody reads any more: what was asked in the last turn is not sent."""
+        """True once the stream is closed: calls of the last iteration are then not sent."""
         self._sampler = sampler
         self._merged = merged
         self._waiting: list[SampleRequest] = []
         self._same: dict[tuple[int, str], asyncio.Future[Rollout]] = {}
 
     def of(self, request: SampleRequest, counts: _Counts) -> Ask:
-        """The calls of one request's program, counted there."""
+        """Bind the calls to one request's program and its counts."""
 
         async def ask(text: str, stage: str, index: int = 0) -> str:
             rollout = await self._send(self._sampler._call(request, text, stage, index), counts)
@@ -238,16 +254,16 @@ class _Calls:
         return ask
 
     async def _send(self, call: SampleRequest, counts: _Counts) -> Rollout:
-        """The teacher's response; one for all that ask the same with the same seed, as the rows of a pair do."""
+        """Return the teacher's response, shared by all calls with the same text and seed, such as the rows of a pair."""
         key = (call.seed, call.question or "")
         is_new = key not in self._same
         if is_new:
             self._same[key] = self.asked[call.sample_id] = asyncio.get_running_loop().create_future()
             if not self._waiting:
-                # By the time it runs, every program that went on in this turn has asked.
+                # When it runs, every program that resumed in this iteration has made its calls.
                 asyncio.get_running_loop().call_soon(self._flush)
             self._waiting.append(call)
-        # Shielded: one of two rollouts that is given up must not take the response from the other.
+        # Shielded: cancelling one of two rollouts must not take the response from the other.
         rollout = await asyncio.shield(self._same[key])
         if is_new:
             counts.calls += 1
@@ -263,7 +279,7 @@ class _Calls:
         self._sampler._tell_awaited()
 
     async def _answers(self, calls: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        """Read the teacher's answers; gives nothing on, but fails where the teacher does."""
+        """Read the teacher's answers; yields nothing, but fails if the teacher does."""
         missing = len(calls)
         async with aclosing(self._sampler.teacher.sample(calls)) as stream:
             async for rollouts in stream:

@@ -1,4 +1,4 @@
-"""System 2 Attention: the prompt loses what should not sway the answer, and only what is left of it is answered."""
+"""System 2 Attention: the prompt is rewritten without irrelevant parts, and the rewritten prompt is answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Universal self-consistency: a program runs several times, and the teacher says which answer agrees best with the others."""
+"""Universal self-consistency: a program runs several times, and the teacher picks the most consistent answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from kdray.config.programs import UniversalSettings
 from kdray.teachers.programs.ask import Answer, Ask, Unparsable, found, side_by_side
 
 CALLS_OF_ONE = 64
-"""Calls of one stage that a single run of a program may make."""
+"""Maximum calls of one stage in a single run of a program."""
 
 
 async def universal(settings: UniversalSettings, question: str, run: Callable[[Ask], Awaitable[Answer]], ask: Ask) -> Answer:
-    """The chosen one of the parsable answers; without a call where they are all the same.
+    """Select one of the parsable answers; no call is made if they are all the same.
 
     Args: run: the program on one question, given its calls.
-    Raises: Unparsable where no answer is parsable, or the choice is none of them.
+    Raises: Unparsable if no answer is parsable, or the selection is none of them.
     Source: Chen et al. 2023 (arXiv 2311.17311).
     """
 

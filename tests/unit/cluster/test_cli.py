@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from kdray.errors import CapacityError, ConfigError, DataError, EngineError, Int
 from kdray.runs.checkpoints import commit
 from kdray.runs.folder import RunFolder
 from kdray.runs.storage import Storage
+from tests.support.plugins import write_distribution
 
 
 @pytest.fixture
@@ -427,6 +429,29 @@ def test_doctor_finds_a_cuda_torchvision_beside_a_cpu_torch(installed, torch, to
     found = [check for check in doctor.checks() if check.name == "torch companions"]
     assert [check.ok for check in found] == ([] if ok is None else [ok])
     assert ok is not False or "pip uninstall --yes torchvision" in found[0].remedy
+
+
+def test_doctor_lists_plugins_and_those_that_no_config_could_use(example_plugin, tmp_path, monkeypatch):
+    assert [check.name for check in doctor.checks()].count("plugins") == 1
+    listed = named("plugins")
+    assert listed.ok is True
+    for kind in ("filter repetition", "grader contains", "task reversal", "tracker csv"):
+        assert kind in listed.found
+    assert listed.found.startswith("kdray-example 0.1.0: ")
+    points = {
+        "kdray.graders": {"exact": "absent_module:Kind", "contains": "absent_module:Kind", "lone": "absent_module:Kind"},
+        "kdray.grader": {"near": "absent_module:Kind"},
+    }
+    write_distribution(tmp_path, "other-plugin", points, {})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    notes = [check for check in doctor.checks() if check.name == "plugin"]
+    assert all(note.ok is None for note in notes)
+    misplaced, contains, exact, lone = sorted(note.found for note in notes)
+    assert re.match("grader 'contains' is registered by .*; uninstall all but one", contains)
+    assert "kdray-example 0.1.0" in contains
+    assert exact.startswith("grader 'exact' is registered by kdray, other-plugin 1.0")
+    assert "grader 'lone' of other-plugin 1.0 cannot be loaded from absent_module:Kind" in lone
+    assert misplaced == "absent_module:Kind: nothing reads the entry points of kdray.grader"
 
 
 def test_doctor_asks_the_cluster_that_ray_address_names(monkeypatch):

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from kdray.errors import EngineError
-from kdray.evaluation import evaluate
+from kdray.config.graders import ExactGrader, LastNumberGrader
+from kdray.data.graders import Exact, Grading, LastNumber
+from kdray.errors import EngineError, ResponseError
+from kdray.evaluation import HeldOut
 from kdray.rollouts.seeds import sample_seed
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.support.fakes import BigramWorld, FakeSampler, FakeScorer, History, make_prompts
 
 PROMPTS = [Prompt(prompt_id, np.array([1, 2], np.int32), "", answer) for prompt_id, answer in ((40, "ab"), (7, "b"), (9, "c"))]
+GRADE = Grading("exact", Exact(ExactGrader()))
 REVERSE = {40: [0.5, 1.0, 1.5], 7: [3.0], 9: []}
 FORWARD = {40: [1.0, 1.0, 2.0], 7: [8.0], 9: []}
 TOKENS = {40: [0, 1, 9], 7: [2], 9: []}
@@ -59,9 +62,7 @@ def decode(token_ids: np.ndarray) -> str:
 
 async def test_numbers_against_hand_computation() -> None:
     sampler = ScriptedSampler()
-    numbers, rollouts = await evaluate(
-        PROMPTS, sampler, None, decode, lambda response, answer: response == answer, max_new_tokens=8, seed=5, version=3
-    )
+    numbers, rollouts = await HeldOut(PROMPTS, sampler, None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=3)
     assert numbers == pytest.approx(
         {
             "reverse_kl": (0.5 + 1.0 + 1.5 + 3.0) / 4,  # over tokens: over rollouts it would be 2.0
@@ -75,35 +76,50 @@ async def test_numbers_against_hand_computation() -> None:
     assert [rollout.prompt_id for rollout in rollouts] == [40, 7, 9]
 
 
+async def test_context_of_the_environment_is_not_measured() -> None:
+    class WithTurns(ScriptedSampler):
+        def _rollout(self, request: SampleRequest) -> Rollout:
+            made = super()._rollout(request)
+            names = ("token_ids", "mixture_logprobs", "student_logprobs", "student_versions", "reverse_kl", "forward_kl")
+            longer = {name: np.append(getattr(made, name), getattr(made, name).dtype.type(99)) for name in names}
+            return replace(made, **longer, writer=np.append(made.writer, np.int8(4)))
+
+    found = [
+        (await HeldOut(PROMPTS, sampler, None, decode, None, max_new_tokens=5, seed=3).measure(version=2))[0]
+        for sampler in (ScriptedSampler(), WithTurns())
+    ]
+    assert found[0] == found[1]
+
+
 async def test_requests_are_fixed_by_seed_and_prompt() -> None:
     sampler = ScriptedSampler()
-    await evaluate(PROMPTS, sampler, None, decode, None, max_new_tokens=8, seed=5, version=3)
+    await HeldOut(PROMPTS, sampler, None, decode, None, max_new_tokens=8, seed=5).measure(version=3)
     assert [request.seed for request in sampler.seen] == [sample_seed(5, "heldout", prompt_id) for prompt_id in (40, 7, 9)]
     assert {(request.alpha, request.max_new_tokens, request.min_version) for request in sampler.seen} == {(0.0, 8, 3)}
     teacher = ScriptedSampler()
-    await evaluate(PROMPTS, teacher, None, decode, None, max_new_tokens=8, seed=5, version=3, alpha=1.0)
+    await HeldOut(PROMPTS, teacher, None, decode, None, max_new_tokens=8, seed=5, alpha=1.0).measure(version=3)
     assert {request.alpha for request in teacher.seen} == {1.0}
 
 
 async def test_ungraded_and_unanswered_prompts_do_not_count_as_wrong() -> None:
-    numbers, _ = await evaluate(PROMPTS, ScriptedSampler(), None, decode, None, max_new_tokens=8, seed=5, version=0)
+    numbers, _ = await HeldOut(PROMPTS, ScriptedSampler(), None, decode, None, max_new_tokens=8, seed=5).measure(version=0)
     assert "exact_match" not in numbers
     prompts = [PROMPTS[0], replace(PROMPTS[1], answer=None)]
-    numbers, _ = await evaluate(prompts, ScriptedSampler(), None, decode, str.__eq__, max_new_tokens=8, seed=5, version=0)
+    numbers, _ = await HeldOut(prompts, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
     assert numbers["exact_match"] == 1.0
 
 
 @pytest.mark.parametrize("lacking", ["reverse_kl", "forward_kl"])
 async def test_missing_kl_is_refused(lacking: str) -> None:
     with pytest.raises(EngineError, match="held-out KL"):
-        await evaluate(PROMPTS, ScriptedSampler(lacking), None, decode, None, max_new_tokens=8, seed=5, version=0)
+        await HeldOut(PROMPTS, ScriptedSampler(lacking), None, decode, None, max_new_tokens=8, seed=5).measure(version=0)
 
 
 async def test_a_scorer_that_cannot_give_full_rows_is_refused() -> None:
     world, history = BigramWorld(), History()
     sampler = FakeSampler(world, history, scored=False)
     with pytest.raises(EngineError, match="held-out KL"):
-        await evaluate(make_prompts(), sampler, FakeScorer(world, history), decode, None, 6, seed=5, version=0)
+        await HeldOut(make_prompts(), sampler, FakeScorer(world, history), decode, None, 6, seed=5).measure(version=0)
 
 
 async def test_the_same_version_gives_the_same_numbers_and_a_later_one_smaller_ones() -> None:
@@ -111,7 +127,16 @@ async def test_the_same_version_gives_the_same_numbers_and_a_later_one_smaller_o
 
     async def measure(version: int, delay: int) -> dict[str, float]:
         sampler = FakeSampler(world, History(published=version), delay=lambda request: request.sample_id * delay % 5)
-        return (await evaluate(make_prompts(40), sampler, None, decode, None, 8, seed=5, version=version))[0]
+        return (await HeldOut(make_prompts(40), sampler, None, decode, None, 8, seed=5).measure(version=version))[0]
 
     assert await measure(0, delay=1) == await measure(0, delay=3)
     assert (await measure(6, delay=1))["reverse_kl"] < 0.5 * (await measure(0, delay=1))["reverse_kl"]
+
+
+async def test_what_cannot_be_graded_at_all_has_no_score_and_a_grader_that_fails_is_told() -> None:
+    unanswered = [replace(each, answer=None) for each in PROMPTS]
+    numbers, _ = await HeldOut(unanswered, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
+    assert "exact_match" not in numbers
+    number = Grading("data.grader.type=last_number", LastNumber(LastNumberGrader()))
+    with pytest.raises(ResponseError, match="data.grader.type=last_number failed on prompt 40"):
+        await HeldOut(PROMPTS, ScriptedSampler(), None, decode, number, max_new_tokens=8, seed=5).measure(version=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from contextlib import aclosing
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from kdray.errors import EngineError, Interrupted, TrainingError
+from kdray.rollouts.columns import rollout_columns, value_of, with_columns
 from kdray.rollouts.draw import draw_scored
 from kdray.rollouts.seeds import sample_seed
 from kdray.types import Rollout, SampleRequest
@@ -452,3 +454,47 @@ async def test_tells_which_samples_training_waits_for(tmp_path: Path) -> None:
     for step, ids in enumerate(told[::2]):
         assert ids
         assert set(ids) <= set(range(step * batch_size, (step + 1) * batch_size))
+
+
+class WithTurns:
+    """A sampler whose rollouts have context of the environment after their first token, as tool turns will."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    async def sample(self, requests: Any) -> Any:
+        async for part in self.sampler.sample(requests):
+            yield [self._with_turn(rollout) for rollout in part]
+
+    def _with_turn(self, rollout: Rollout) -> Rollout:
+        columns = {}
+        for column in rollout_columns():
+            values = value_of(rollout, column.name)
+            # Older than the buffer allows, and zeros, where a column of a real turn may hold anything.
+            context = {"writer": 4, "student_versions": -7}.get(column.name, 0)
+            columns[column.name] = None if values is None else np.insert(values, [1, 1], context)
+        return with_columns(rollout, columns)
+
+
+async def test_context_of_the_environment_is_trained_and_counted_nowhere(tmp_path: Path) -> None:
+    """Two runs that draw the same, one with turns: the same targets, metrics, ledger and totals."""
+    plain, turned = (Rig(tmp_path / name, max_staleness=1) for name in ("plain", "turned"))
+    for rig in (plain, turned):
+        rig.ledger._path.parent.mkdir()
+    turned.sampler = WithTurns(turned.sampler)  # type: ignore[assignment]
+    await plain.run()
+    await turned.run()
+    for one, other in zip(plain.student.trained, turned.student.trained, strict=True):
+        assert other[0] == one[0]
+        assert other[3] == one[3], "the targets"
+        assert other[2] == (*one[2], 0, 0), "the turn is context, as the prompt is"
+    assert turned.totals == plain.totals
+    clock = {"tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s"}
+    for step, metrics in plain.reporter.metrics.items():
+        found = turned.reporter.metrics[step]
+        assert {name: found[name] for name in found.keys() - clock} == {name: metrics[name] for name in metrics.keys() - clock}
+    lines = [[json.loads(line) for line in rig.ledger._path.read_text().splitlines()] for rig in (plain, turned)]
+    for one, other in zip(*lines, strict=True):
+        # The responses are others: they hold the turns.
+        assert one.pop("responses_sha256") != other.pop("responses_sha256")
+        assert one == other

@@ -23,7 +23,8 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from cluster.cli import _exit_codes, app
+from cluster.cli import app
+from cluster.cli_base import exit_codes
 from kdray.capturing.format import write_capture
 from kdray.config import OpenAITeacherSettings, TinyModel, load_config
 from kdray.models.resolve import build_tiny_model, task_tokenizer
@@ -258,8 +259,12 @@ CONFIGS: list[Case] = [
     ("an override with a key twice", lambda p: p.validate("rollout={alpha: 0, alpha: 1}"), ("rollout=", "alpha", "twice")),
     ("no teacher", lambda p: p.set(teachers=None).validate("teachers={}"), ("teachers", "at least 1")),
     ("a teacher with a bad name", lambda p: p.validate("teachers={A B: {model: m}}"), ("teachers", "pattern")),
-    ("an unknown teacher", lambda p: p.teacher(type="oracle"), ("teachers.main", "oracle", "'vllm'")),
-    ("an unknown loss", lambda p: p.validate("loss={type: magic}"), ("loss", "magic", "'minillm'")),
+    (
+        "an unknown teacher",
+        lambda p: p.teacher(type="oracle"),
+        ("teachers.main", "oracle", "there are capture, hf, openai, peer, self, vllm"),
+    ),
+    ("an unknown loss", lambda p: p.validate("loss={type: magic}"), ("loss", "magic", "minillm")),
     ("a loss that alpha forbids", lambda p: p.validate("rollout.alpha=1"), ("rollout.alpha=1", "unbounded", "alpha below 1")),
     (
         "a batch that siblings do not fill",
@@ -649,7 +654,7 @@ def through(work: Callable[[], Any]) -> Any:
 
     @command.command()
     def run() -> None:
-        with _exit_codes():
+        with exit_codes():
             work()
 
     return CliRunner().invoke(command, [])

@@ -43,7 +43,6 @@ def fuzz(examples: int) -> Any:
     return hypothesis_settings(
         max_examples=examples * MORE,
         derandomize=MORE == 1,
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

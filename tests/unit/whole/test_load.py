@@ -11,15 +11,14 @@ import tracemalloc
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kdray.data.dataset import PromptStream
-from kdray.loop import distill
+from kdray.loop import Distillation
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.seeds import unit
-from kdray.runs.ledger import Ledger, Totals
+from kdray.runs.ledger import Ledger
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 from tests.support.fakes import FakeReporter, make_prompts
 
@@ -159,8 +158,8 @@ def test_ten_thousand_rollouts_in_flight(tmp_path: Path) -> None:
     tracemalloc.start()
     runner = asyncio.Runner(loop_factory=JumpingLoop)
     try:
-        parts: tuple[Any, ...] = (FastSampler(world), None, SlowStudent(world), reporter, ledger, Totals(), asyncio.Event())
-        runner.run(distill(settings, PromptStream(make_prompts(), 3), *parts))
+        prompts = PromptStream(make_prompts(), 3)
+        runner.run(Distillation(settings, prompts, FastSampler(world), None, SlowStudent(world), reporter, ledger).run())
         minutes = runner.get_loop().time() / 60.0
     finally:
         runner.close()

@@ -25,6 +25,7 @@ from kdray.models.resolve import build_tiny_model, task_tokenizer
 from kdray.runs.folder import RunFolder
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
+from kdray.runs.trackers import Trackers
 from kdray.teachers.openai import RemoteTeacher
 from kdray.types import Rollout, SampleRequest, StepReport
 from tests.unit.kdray.teachers.test_openai import serving
@@ -252,7 +253,7 @@ def test_a_key_is_in_no_file_and_no_message(tmp_path: Path, monkeypatch: pytest.
             asyncio.run(ask())
         assert server.seen[0].authorization == f"Bearer {KEY}", "the endpoint must have been given the key"
     assert KEY not in str(refused.value) + repr(refused.value.__cause__)
-    reporter = RunReporter(folder, 1)
+    reporter = RunReporter(folder, 1, trackers=Trackers(config, folder.path))
     reporter.event("failed", reason=str(refused.value))
     reporter.step(StepReport(1, 0.5, 1, 1.0, 0.1, 0.1), {})
     reporter.close()

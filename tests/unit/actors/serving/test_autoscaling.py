@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
 from actors.serving.autoscaling import CANNOT_BE_PLACED, Load, ScaleWatch, ScalingRules, State, decide
-from actors.serving.pool import actor_options
-from actors.serving.replica_choice import ReplicaLoad, Route, soonest
+from actors.serving.deployment import actor_options
+from actors.serving.replica_choice import CallRoute, ReplicaLoad, soonest
 from actors.serving.serve_autoscaling import PoolPolicy, scaling_rules, serve_config, summarise
 from actors.serving.serve_router import SLOW_FOR_S, ThroughputRouter
 from kdray.config import AutoscalingSettings, EngineSettings, parse_config
@@ -193,7 +193,7 @@ def some_load(draw: st.DrawFn) -> Load:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(some_rules(), st.lists(some_load(), min_size=1, max_size=30))
 def test_the_target_is_never_out_of_bounds(rules: ScalingRules, loads: list[Load]) -> None:
     state = State()
@@ -203,7 +203,7 @@ def test_the_target_is_never_out_of_bounds(rules: ScalingRules, loads: list[Load
         assert reason
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(some_rules(), some_load(), st.integers(0, 25), st.integers(1, 9))
 def test_a_constant_load_never_makes_it_flap(rules: ScalingRules, load: Load, capacity: int, slowness: int) -> None:
     """Whatever the pool reports, as long as it keeps reporting it, the target goes one way, and comes to rest."""
@@ -419,7 +419,7 @@ def _router() -> ThroughputRouter:
     return ThroughputRouter(deployment_id=DeploymentID(name="t", app_name="a"), handle_source=DeploymentHandleSource.UNKNOWN)
 
 
-def _request(name: str, route: Route | None = None) -> Any:
+def _request(name: str, route: CallRoute | None = None) -> Any:
     metadata = SimpleNamespace(internal_request_id=name)
     context = SimpleNamespace(should_backoff=False)
     future = asyncio.get_running_loop().create_future()
@@ -475,7 +475,7 @@ class _Sent:
 
     async def ask(self, name: str, among: str = "ab", instead_of: str | None = None) -> tuple[str, Any]:
         """Where Serve would send a call. Args: among: the replicas that it may go to at all."""
-        request = _request(name, Route(f"ticket of {name}", None if instead_of is None else f"ticket of {instead_of}"))
+        request = _request(name, CallRoute(f"ticket of {name}", None if instead_of is None else f"ticket of {instead_of}"))
         return await _best(self.router, self.replicas, request, set(among)), request
 
     async def send(self, name: str, among: str = "ab", instead_of: str | None = None) -> str:

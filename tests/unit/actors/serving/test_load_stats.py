@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.serving.load_stats import Awaited, TimeShare, Workload
@@ -33,7 +33,6 @@ def test_a_young_time_share_counts_from_its_start() -> None:
     assert share.share(200.0) == 1.0
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 5.0), max_size=20), st.floats(0.0, 20.0))
 def test_a_time_share_is_the_overlap_with_the_window(lengths: list[float], later: float) -> None:
     """On and off in turn; measured on a fine grid instead."""

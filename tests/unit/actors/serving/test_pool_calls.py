@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from actors.serving.engine import EngineSpec
 from actors.serving.hedging import CallTimes
 from actors.serving.pool import ReplicaPool, _Part
-from actors.serving.replica_choice import Route
-from kdray.config import ClusterSettings, TeacherSettings
-from kdray.errors import EngineError
+from actors.serving.replica_choice import CallRoute
+from actors.serving.spec import EngineSpec, RunHandles
+from kdray.config import ClusterSettings, VLLMTeacherSettings
+from kdray.errors import EngineError, TeacherGone
 from kdray.rollouts.arrow import rollouts_to_table
 from kdray.types import Rollout, SampleRequest
 from tests.support.fakes import BigramWorld
@@ -79,17 +79,19 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *replicas: Replica, slow: bool = True, retries: int = 2) -> None:
         monkeypatch.setattr("actors.serving.pool._LOOK_FOR_SLOW_EVERY_S", 0.02)
         self.events: list[str] = []
-        settings = TeacherSettings.model_validate({"model": "m", "replicas": 2})
+        settings = VLLMTeacherSettings.model_validate({"model": "m", "replicas": 2})
         spec = EngineSpec("mixture", "m", "s", 5, (4,), 64, teacher="t")
         cluster = ClusterSettings()
-        self.pool = ReplicaPool("t", spec, settings, cluster, None, retries, lambda kind, **fields: self.events.append(kind))
+        self.pool = ReplicaPool(
+            "t", spec, settings, cluster, RunHandles(), retries, on_event=lambda kind, **fields: self.events.append(kind)
+        )
         self.pool.replicas_serving = 2
         self.times = self.pool._times["sample"]
         monkeypatch.setattr(CallTimes, "is_slow", lambda times, call, now: slow)
-        self.sent: list[tuple[list[int], Route, Answer, float]] = []
+        self.sent: list[tuple[list[int], CallRoute, Answer, float]] = []
         self._replicas = list(replicas)
 
-    def _call(self, ids: list[int], route: Route) -> Any:
+    def _call(self, ids: list[int], route: CallRoute) -> Any:
         answer = Answer(self._replicas.pop(0)(ids))
         self.sent.append((ids, route, answer, time.monotonic()))
         return answer
@@ -163,10 +165,80 @@ async def test_a_call_that_is_sent_again_is_timed_from_then_on(monkeypatch: pyte
 def test_one_replica_or_mixed_hardware_is_not_hedged() -> None:
     def times(**settings: Any) -> dict[str, CallTimes]:
         spec = EngineSpec("teacher", "m", None, 5, (4,), 64, teacher="t")
-        teacher = TeacherSettings.model_validate({"model": "m", **settings})
-        return ReplicaPool("t", spec, teacher, ClusterSettings(), None, 0)._times
+        teacher = VLLMTeacherSettings.model_validate({"model": "m", **settings})
+        return ReplicaPool("t", spec, teacher, ClusterSettings(), RunHandles(), 0)._times
 
     assert set(times(replicas=2)) == {"sample", "score"}
     assert times(autoscaling={"max_replicas": 2}), "it may grow"
     assert not times(replicas=1)
     assert not times(replicas=2, num_gpus=1, accelerator_types=["L4", "H100"])
+
+
+class Deployment:
+    """What Serve gives for a pool: every call goes to the next of these replicas, with the samples of its table."""
+
+    def __init__(self, *replicas: Replica) -> None:
+        self._replicas = list(replicas)
+        self.sample = self
+        self.answers: list[Answer] = []
+
+    def options(self, stream: bool) -> Deployment:
+        assert stream
+        return self
+
+    def remote(self, table: pa.Table, route: CallRoute) -> Answer:
+        self.answers.append(Answer(self._replicas.pop(0)(table.column("sample_id").to_pylist())))
+        return self.answers[-1]
+
+
+def pool_of(*replicas: Replica, retries: int = 0) -> ReplicaPool:
+    """Two calls for four samples."""
+    settings = VLLMTeacherSettings.model_validate({"model": "m", "replicas": 2})
+    spec = EngineSpec("mixture", "m", "s", 5, (4,), 64, teacher="t")
+    pool = ReplicaPool("t", spec, settings, ClusterSettings(hedge_after=None), RunHandles(), retries)
+    pool.connect(Deployment(*replicas))
+    return pool
+
+
+def requests(count: int = 4) -> list[SampleRequest]:
+    return [SampleRequest(each, each, np.array([1], np.int32), 0.2, each, 4, 0) for each in range(count)]
+
+
+async def drawn(pool: ReplicaPool) -> list[int]:
+    return [each.sample_id async for part in pool.sample(requests()) for each in part]
+
+
+async def test_calls_run_side_by_side_and_every_sample_comes_once() -> None:
+    pool = pool_of(answers_late, answers)
+    assert await drawn(pool) == [2, 3, 0, 1]
+    assert not pool._awaited.owes
+
+
+async def test_a_call_that_fails_ends_the_answer_and_the_other_calls() -> None:
+    pool = pool_of(dies, hangs)
+    with pytest.raises(EngineError, match="could not serve 1 rollouts in 1 attempts: the replica died"):
+        await asyncio.wait_for(drawn(pool), 5.0)
+    assert pool._handle.answers[1].cancelled
+    assert not pool._awaited.owes
+
+
+async def test_a_teacher_that_is_lost_for_good_ends_the_answer_and_one_that_may_return_does_not() -> None:
+    pool = pool_of(hangs, answers)
+    asking = asyncio.ensure_future(drawn(pool))
+    await asyncio.sleep(0.05)
+    pool.availability.lose("no replica for long")
+    await asyncio.sleep(0.05)
+    assert not asking.done()
+    pool.availability.lose("turned away", final=True)
+    with pytest.raises(TeacherGone, match="turned away"):
+        await asyncio.wait_for(asking, 5.0)
+    assert pool._handle.answers[0].cancelled
+
+
+async def test_a_reader_that_goes_away_ends_the_calls() -> None:
+    pool = pool_of(hangs, hangs)
+    stream = pool.sample(requests())
+    await anext(stream)
+    await stream.aclose()
+    assert all(answer.cancelled for answer in pool._handle.answers)
+    assert not pool._awaited.owes

@@ -17,6 +17,7 @@ from cluster.cli import app
 from cluster.job_entrypoint import requirements
 from cluster.jobs import client as jobs_client
 from cluster.jobs import package as jobs_package
+from cluster.jobs import plugin_list
 from cluster.jobs.client import (
     JobServer,
     JobState,
@@ -82,7 +83,7 @@ def test_relative_paths_travel_and_absolute_ones_stay(here):
         "inputs/data.prompts.heldout_path/train.jsonl": Path("other/train.jsonl"),
     }
     assert {str(path) for path in (found.config.data.prompts.path, found.config.data.prompts.heldout_path)} == set(found.files)
-    assert found.elsewhere == {"training.pretraining.source.path": Path("/shared/text")}
+    assert found.remote_paths == {"training.pretraining.source.path": Path("/shared/text")}
     assert str(found.config.training.pretraining.source.path) == "/shared/text"
     assert found.config.cluster.address == "auto"
     assert found.size == 3 * 33 + 33
@@ -158,7 +159,7 @@ def test_a_large_file_is_refused_with_its_name_and_the_limit(here):
 def test_an_endpoints_model_is_no_folder(here):
     teacher = {"type": "openai", "base_url": "http://host/v1", "model": "other"}
     found = pack(config(teachers={"far": teacher}, loss={"type": "sequence"}, rollout={"alpha": 1}))
-    assert found.elsewhere == {}
+    assert found.remote_paths == {}
 
 
 def test_what_cannot_be_checked_here_is_said(here, monkeypatch):
@@ -286,6 +287,33 @@ def test_a_node_without_requirements_gives_one_message_and_2(tmp_path):
     assert message.startswith("kdray: the node of the job's driver lacks ray, torch, transformers,")
     assert "pip install 'kdray[gpu]'" in message
     assert done.stdout == "kdray ended with exit code 2\n"
+
+
+def test_a_node_without_the_plugins_of_the_config_gives_one_message_and_2(here, tmp_path, monkeypatch, example_plugin):
+    """What is installed where a job was submitted need not be on the cluster."""
+    data = {"prompts": {"type": "jsonl", "path": "train.jsonl"}, "grader": "contains"}
+    tracked = {"name": "trial", "output": "/shared/runs", "trackers": ["csv"]}
+    folder = tmp_path / "job"
+    write_folder(pack(config(run=tracked, data=data)), folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    command = [sys.executable, "-m", "cluster.job_entrypoint", "validate", "config.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "kdray: the node of the job's driver lacks kdray-example 0.1.0 (kdray.graders: contains, kdray.trackers: csv); the "
+        "config uses it: install it on every node, or start the cluster from an image that has it\n"
+    )
+    assert done.stdout == "kdray ended with exit code 2\n"
+    # Where they are installed, they are no matter.
+    assert plugin_list.compare(folder) == ([], [])
+    listed = json.loads((folder / plugin_list.FILE).read_text())
+    (folder / plugin_list.FILE).write_text(json.dumps([listed[0] | {"version": "0.2"}]))
+    assert plugin_list.compare(folder) == (
+        [],
+        ["kdray-example 0.1.0 is installed here; the job was submitted with 0.2"],
+    )
+    write_folder(pack(config()), tmp_path / "plain")
+    assert plugin_list.compare(tmp_path / "plain") == plugin_list.compare(tmp_path) == ([], [])
 
 
 def test_the_entry_hands_on_the_commands_exit_code(tmp_path):

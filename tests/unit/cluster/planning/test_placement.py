@@ -132,7 +132,7 @@ _WANTED = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(_WANTED, _NODES)
 def test_a_layout_is_sound_and_a_refusal_of_one_role_is_right(wanted: list[Bundle], nodes: list[Node]) -> None:
     try:

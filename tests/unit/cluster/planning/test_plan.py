@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, ModelShape, activation_bytes, engine_memory, rank_memory
+from cluster.planning.memory import GIB, Lengths, ModelShape, activation_bytes, engine_memory, rank_memory
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
 from cluster.planning.plan import described_nodes, plan
-from cluster.planning.throughput import Lengths, measured, sampling_rate, scoring_rate, training_rate
+from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import Config, TrainingSettings, parse_config
 from kdray.errors import CapacityError, DataError
 
@@ -110,7 +110,7 @@ def test_optimizer_gradients_and_weights_are_what_adamw_holds() -> None:
         if name.startswith("exp_avg")
     )
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-    found = rank_memory(ModelShape.of(model.config), TrainingSettings(micro_batch_size=2), 8, 4)
+    found = rank_memory(ModelShape.of(model.config), TrainingSettings(micro_batch_size=2), Lengths(4, 4))
     assert (found.optimizer, found.gradients, found.weights) == (moments, gradients, gradients)
 
 
@@ -121,13 +121,13 @@ def test_optimizer_gradients_and_weights_are_what_adamw_holds() -> None:
 def test_zero_stages_divide_by_ranks(stage: int, divided: tuple[str, ...]) -> None:
     shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
     sizes = {"precision": "bf16", "ranks": 8, "micro_batch_size": 2}
-    whole = rank_memory(shape, TrainingSettings.model_validate(sizes), 64, 32)
-    found = rank_memory(shape, TrainingSettings.model_validate(sizes | {"zero_stage": stage}), 64, 32)
+    whole = rank_memory(shape, TrainingSettings.model_validate(sizes), Lengths(32, 32))
+    found = rank_memory(shape, TrainingSettings.model_validate(sizes | {"zero_stage": stage}), Lengths(32, 32))
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(found, part) == getattr(whole, part) / (8 if part in divided else 1)
     # Whoever sends weights has them whole, twice.
     sending = rank_memory(
-        shape, TrainingSettings.model_validate(sizes | {"zero_stage": stage, "weight_transfer": "nccl"}), 64, 32
+        shape, TrainingSettings.model_validate(sizes | {"zero_stage": stage, "weight_transfer": "nccl"}), Lengths(32, 32)
     )
     assert sending.total - found.total == 4 * shape.parameters
     # 2 + 2 + 12 bytes a parameter, the ZeRO paper's count.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -25,7 +24,7 @@ from kdray.data.dataset import PromptStream
 from kdray.errors import ConfigError, DataError, EngineError, RequestRefused
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.teachers.fingerprint import Fingerprint
-from kdray.types import Prompt, Rollout, SampleRequest
+from kdray.types import Prompt, Rollout, SampleRequest, written_by
 
 VOCAB, TOKENIZER = 12, "0123456789abcdef"
 FINGERPRINT = Fingerprint("some/teacher", None, TOKENIZER, VOCAB, "float32", (1, 2, 3), (-0.5, -1.25))
@@ -375,7 +374,7 @@ def test_another_teacher_is_refused_as_soon_as_it_has_introduced_itself(
 def test_what_a_student_wrote_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.alpha=0\.2: .*set rollout\.alpha=1"):
         check_alone([replace(requests()[0], alpha=0.2)])
-    check_alone([*requests(), replace(requests()[0], alpha=math.nan)])
+    check_alone([*requests(), of_data(requests()[0])])
 
 
 def test_folders_that_hold_something_else_are_left_alone(tmp_path: Path) -> None:
@@ -433,18 +432,33 @@ def reference(prompt_id: int) -> np.ndarray:
     return np.array([3, prompt_id % VOCAB, 1], np.int32)
 
 
+def of_data(request: SampleRequest) -> SampleRequest:
+    """A request for the prompt's reference answer."""
+    return replace(request, alpha=0.0, writer="data")
+
+
 class Scored(Stub):
     """Gives the data's answers to requests that no model is to draw for, with the teacher's columns."""
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        of_data = {request.sample_id for request in requests if request.writer == "data"}
         async for part in super().sample(requests):
-            yield [scored(each) if math.isnan(each.alpha) else each for each in part]
+            yield [scored(each) if each.sample_id in of_data else each for each in part]
 
 
 def unscored(request: SampleRequest | Rollout) -> Rollout:
     ids = reference(request.prompt_id)
     return Rollout(
-        request.sample_id, request.prompt_id, request.prompt_ids, ids, None, None, np.zeros(3, np.int32), math.nan, "stop"
+        request.sample_id,
+        request.prompt_id,
+        request.prompt_ids,
+        ids,
+        None,
+        None,
+        np.zeros(3, np.int32),
+        0.0,
+        "stop",
+        writer=written_by("data", 3),
     )
 
 
@@ -463,10 +477,10 @@ def scored(request: SampleRequest | Rollout) -> Rollout:
 
 def test_reference_answers_are_held_once_and_scored_again(tmp_path: Path) -> None:
     path, stub = tmp_path / "there", Scored()
-    mixed = [replace(each, alpha=math.nan) if each.sample_id % 2 else each for each in requests()]
+    mixed = [of_data(each) if each.sample_id % 2 else each for each in requests()]
     run(path, mixed, stub, references=reference)
     assert signals(path) == {"text", "references", "sampled", "top_k"}
-    distinct = {each.prompt_id for each in mixed if math.isnan(each.alpha)}
+    distinct = {each.prompt_id for each in mixed if each.writer == "data"}
     drawn = [each for each in mixed if each.alpha == 1.0]
     assert rows(path).num_rows == len(stub.asked) == len(drawn) + len(distinct)
     again = Scored()
@@ -477,11 +491,11 @@ def test_reference_answers_are_held_once_and_scored_again(tmp_path: Path) -> Non
     async def read(given: Sequence[Rollout]) -> list[Rollout]:
         return [each async for part in teacher.score(given) for each in part]
 
-    wanted = [unscored(each) for each in mixed if math.isnan(each.alpha)]
+    wanted = [unscored(each) for each in mixed if each.writer == "data"]
     found = sorted(asyncio.run(read(wanted)), key=lambda each: each.sample_id)
     for each, one in zip(wanted, found, strict=True):
         assert (one.sample_id, one.teacher) == (each.sample_id, "past")
-        assert math.isnan(one.alpha)
+        assert (one.alpha, one.writers) == (0.0, ("data",))
         assert one.mixture_logprobs is None
         for name in ("token_ids", "teacher_logprobs", "support_ids", "support_logprobs", "tail_logprobs"):
             np.testing.assert_array_equal(getattr(one, name), getattr(scored(each), name))
@@ -496,7 +510,7 @@ def test_reference_answers_are_held_once_and_scored_again(tmp_path: Path) -> Non
 
 def test_a_capture_of_references_alone_draws_nothing(tmp_path: Path) -> None:
     path = tmp_path / "there"
-    run(path, [replace(each, alpha=math.nan) for each in requests()], Scored(), references=reference)
+    run(path, [of_data(each) for each in requests()], Scored(), references=reference)
     assert signals(path) == {"references", "sampled", "top_k"}
     assert rows(path).column("seed").null_count == rows(path).num_rows == 10
     with pytest.raises(RequestRefused, match=r"and none that the teacher wrote; set rollout\.data_share=1"):
@@ -505,7 +519,7 @@ def test_a_capture_of_references_alone_draws_nothing(tmp_path: Path) -> None:
 
 def test_another_reference_answer_is_another_row(tmp_path: Path) -> None:
     path, again = tmp_path / "there", Scored()
-    wanted = [replace(each, alpha=math.nan) for each in requests()]
+    wanted = [of_data(each) for each in requests()]
     run(path, wanted, Scored(), references=reference)
     run(path, wanted, again, references=lambda prompt_id: reference(prompt_id) + (prompt_id == 4))
     assert [each.prompt_id for each in again.asked] == [4]

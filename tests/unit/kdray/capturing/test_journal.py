@@ -54,7 +54,7 @@ def test_a_journal_cut_at_any_byte_holds_the_appends_before_it_and_goes_on(tmp_p
         again.close()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_byte_ends_it_there_and_is_never_read_as_rows(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -26,8 +26,9 @@ from kdray.config import CaptureTeacherSettings, TinyModel
 from kdray.errors import DataError, RequestRefused, VocabError
 from kdray.models.resolve import model_name, weights_hash
 from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table
+from kdray.rollouts.columns import unscored
 from kdray.teachers.fingerprint import Fingerprint
-from kdray.types import Prompt, Rollout, SampleRequest
+from kdray.types import Prompt, Rollout, SampleRequest, written_by
 
 VOCAB, TOKENIZER = 20, "0123456789abcdef"
 FINGERPRINT = Fingerprint("some/teacher", None, TOKENIZER, VOCAB, "float32", (1, 2, 3), (-0.5, -1.25))
@@ -170,7 +171,7 @@ def splits(draw: st.DrawFn) -> tuple[list[Rollout], list[list[int]], int]:
     return stored, shards, draw(st.integers(1, 6))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(splits())
 def test_the_split_into_shards_and_row_groups_changes_no_answer(split: tuple[list[Rollout], list[list[int]], int]) -> None:
     stored, shards, rows = split
@@ -275,10 +276,11 @@ def test_one_capture_holds_one_teachers_answers(tmp_path: Path, changes: dict[st
 
 
 def test_a_students_part_is_not_captured(tmp_path: Path) -> None:
+    mixed = replace(rollout(3, 0), alpha=0.2, writer=written_by("mixture", 3))
     with pytest.raises(DataError, match=r"sample 3 was drawn at alpha 0\.2.*capture with rollout\.alpha=1"):
-        capture(tmp_path / "there", [rollout(0, 0), replace(rollout(3, 0), alpha=0.2)])
+        capture(tmp_path / "there", [rollout(0, 0), mixed])
     assert not (tmp_path / "there").exists()
-    pq.write_table(rollouts_to_table([replace(rollout(3, 0), alpha=0.2)]), tmp_path / "mixed.parquet")
+    pq.write_table(rollouts_to_table([mixed]), tmp_path / "mixed.parquet")
     with pytest.raises(DataError, match=r"sample 3 was drawn at alpha 0\.2"):
         opened(tmp_path / "mixed.parquet", 1)
 
@@ -321,8 +323,8 @@ def test_what_a_file_cannot_answer_is_refused(tmp_path: Path) -> None:
         answers(teacher, [request(0, 0, max_new_tokens=2)])
     assert len(answers(teacher, [request(0, 0, max_new_tokens=3)])) == 1
     with pytest.raises(RequestRefused, match=r"teachers\.past\.type=capture: recorded answers say nothing of other sequences"):
-        asyncio.run(read(teacher.score([rollout(2, 0).unscored()])))
-    for asked, top_k in ((rollout(0, 0), True), (rollout(0, 0).unscored(), False)):
+        asyncio.run(read(teacher.score([unscored(rollout(2, 0))])))
+    for asked, top_k in ((rollout(0, 0), True), (unscored(rollout(0, 0)), False)):
         with pytest.raises(RequestRefused, match=r"say nothing at ids that another teacher names"):
             asyncio.run(read(teacher.score([asked], top_k)))
 

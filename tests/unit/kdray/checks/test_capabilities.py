@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from kdray.capturing.format import write_capture
-from kdray.checks.capabilities import check_capabilities, needed, offered
+from kdray.checks.capabilities import check_capabilities, needed
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError
-from kdray.types import Rollout
+from kdray.teachers.kind import kind_of
+from kdray.types import Rollout, written_by
 
 TINY = {"type": "tiny"}
 TEXT = {"type": "openai", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": None}
@@ -114,11 +115,13 @@ def test_a_capture_offers_what_it_holds_and_hidden_states_where_its_model_is_nam
         teacher_hidden=np.zeros((2, 4), np.float16),
     )
     write_capture(tmp_path / "drawn", [drawn], None, "hash", 9)
-    write_capture(tmp_path / "data", [replace(drawn, alpha=float("nan"), mixture_logprobs=None)], None, "hash", 9)
+    write_capture(
+        tmp_path / "data", [replace(drawn, alpha=0.0, writer=written_by("data", 2), mixture_logprobs=None)], None, "hash", 9
+    )
     recorded = {"type": "capture", "path": str(tmp_path / "drawn")}
     named = recorded | {"model": "some/teacher"}
     data = recorded | {"path": str(tmp_path / "data")}
-    can = [offered(config(teacher, "forward_kl", alpha=1).teachers["one"]) for teacher in (recorded, named, data)]
+    can = [kind_of(config(teacher, "forward_kl", alpha=1), "one").offers() for teacher in (recorded, named, data)]
     assert can == [{"text", "top_k"}, {"text", "top_k", "hidden"}, {"references", "top_k"}]
     check_capabilities(config(named, "jsd", alpha=1, teacher_signal="hidden"))
     with pytest.raises(ConfigError, match=r"needs its hidden states.*name the teacher's model, whose output head"):

@@ -206,3 +206,29 @@ def test_calls_longer_than_a_model_are_refused_and_a_sound_program_is_told(tmp_p
     judge = {"program": {"type": "branch_solve_merge", "max_stage_tokens": 400}}
     with pytest.raises(DataError, match=r"rollout\.program\.pair=.* no two answers"):
         check(_with_program(tmp_path, rollout={"alpha": 1} | judge))
+
+
+# ---------------------------------------------------------------------------------------------------------- grading
+
+
+def test_a_grader_needs_references_that_it_can_use(models: Path, tmp_path: Path) -> None:
+    def of(*answers: str | None, **sections: Any) -> Any:
+        path = tmp_path / "graded.jsonl"
+        rows = [{"prompt": f"{index}+1=", "answer": answer} for index, answer in enumerate(answers)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sections["data"] = {"prompts": {"type": "jsonl", "path": str(path)}, "heldout_size": 2} | sections.get("data", {})
+        return _config(models, training={"sft": {"steps": 0}}, **sections)
+
+    graded: dict[str, Any] = {"data": {"grader": "last_number"}}
+    correct: dict[str, Any] = {"rollout": {"filters": {"correct": True}, "max_new_tokens": 16}}
+    assert check(of("1", "none", "3", "4", **graded)).dataset.grade is not None
+    with pytest.raises(DataError, match="data.grader.type=last_number on prompt 3: no number in the reference answer 'none'"):
+        check(of("1", "2", "3", "none", **graded))
+    with pytest.raises(ConfigError, match="type=last_number, but none of the 2 held-out prompts has a reference answer"):
+        check(of("1", "2", None, None, **graded))
+    with pytest.raises(DataError, match="on prompt 1: no number in the reference answer 'none'"):
+        check(of("1", "none", "3", "4", **graded, **correct))
+    with pytest.raises(ConfigError, match=r"rollout.filters.correct=true, but 1 of 2 prompts have no reference answer"):
+        check(of("1", None, "3", "4", **graded, **correct))
+    with pytest.raises(ConfigError, match="rollout.filters.correct=true: nothing grades the responses; set data.grader"):
+        check(of("1", "2", "3", "4", **correct))

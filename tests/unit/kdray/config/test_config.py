@@ -32,7 +32,7 @@ def all_settings() -> list[type[Settings]]:
     found, todo = [], [Settings]
     while todo:
         todo += (children := todo.pop().__subclasses__())
-        found += [child for child in children if child.__module__.startswith(("kdray.config", "kdray.settings"))]
+        found += [child for child in children if child.__module__.startswith("kdray.config")]
     return found
 
 
@@ -205,6 +205,25 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(sections, message):
         ({"data": {"prompts": {"type": "csv"}}}, ["data.prompts", "csv", "jsonl"]),
         ({"data": {"prompts": {"type": "task", "tasks": []}}}, ["data.prompts.tasks"]),
         ({"data": {"prompts": {"type": "task", "tasks": ["sums"]}}}, ["data.prompts.tasks.0='sums'", "arithmetic"]),
+        (
+            {"rollout": {"filters": {"agreement": "majority"}}},
+            ["rollout.filters.agreement=majority with rollout.samples_per_prompt=1", "raise rollout.samples_per_prompt"],
+        ),
+        (
+            {"rollout": {"filters": {"rules": [{"type": "agreement", "agreement": "majority"}]}}},
+            ["rollout.filters.agreement=majority with rollout.samples_per_prompt=1"],
+        ),
+        ({"rollout": {"filters": {"pattern": "a{99999999999}"}}}, ["rollout.filters", "not a regular expression"]),
+        *(
+            (
+                {
+                    "rollout": {"alpha": 1, "samples_per_prompt": 2, "program": {"type": "rationale"}, "filters": filters},
+                    "loss": {"type": "sequence"},
+                },
+                ["rollout.filters with rollout.program.type=rationale", "keep `finished` alone"],
+            )
+            for filters in ({"distinct": True}, {"correct": True}, {"pattern": "a"}, {"rules": ["distinct"]})
+        ),
         ({"teachers": {}}, ["teachers"]),
         ({"teachers": {"a": {"model": TINY}, "b": {"model": TINY}}}, ["a, b", "rollout.teachers.type", "route or ensemble"]),
         ({"teachers": {"Big One": {"model": TINY}}}, ["teachers", "Big One"]),

@@ -61,8 +61,8 @@ def test_task_prompts_are_graded_and_held_out_apart() -> None:
     assert data.grade is not None
     prompt = data.train[0]
     assert prompt.answer is not None
-    assert data.grade(f"{prompt.answer} ", prompt.answer)
-    assert not data.grade("x", prompt.answer)
+    assert data.grade(prompt, f"{prompt.answer} ")
+    assert not data.grade(prompt, "x")
     again = _load(source, heldout_size=30)
     assert _texts(again.train) == _texts(data.train)
     smaller = _load({**source, "size": 10}, heldout_size=30)

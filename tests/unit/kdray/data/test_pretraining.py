@@ -49,7 +49,7 @@ def test_windows_overlap_by_one_and_leave_no_token_out(documents):
     assert [window.prompt_id for window in windows] == [0, 1, 2, 3, 4]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.text("abcd ", max_size=40), min_size=1, max_size=6), st.integers(2, 12))
 def test_targets_of_the_windows_are_the_documents(tmp_path_factory, texts, window_tokens):
     path = tmp_path_factory.mktemp("text") / "text.jsonl"

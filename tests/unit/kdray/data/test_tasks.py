@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kdray.data.tasks import STAGES, TASKS, generate_examples, shares
+from kdray.config.tasks import TASKS
+from kdray.data.tasks import STAGES, generate_examples, shares, task
 from kdray.errors import DataError
 from kdray.models.resolve import ALPHABET
 
@@ -44,26 +45,26 @@ def _solve(name: str, prompt: str) -> str:
     return str(int(numbers.group(1)) + int(numbers.group(2)))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TASKS.names())
 @pytest.mark.parametrize("difficulty", [2, 4])
 def test_the_answer_is_right_and_the_grader_says_so(name: str, difficulty: int) -> None:
     for example in generate_examples([name], difficulty, 200, seed=1):
         assert example.answer == _solve(name, example.prompt)
         assert set(example.prompt + example.answer) <= set(ALPHABET)
-        assert TASKS[name].grade(f" {example.answer}\n", example.answer)
-        assert not TASKS[name].grade(example.answer + "x", example.answer)
-        assert not TASKS[name].grade(example.answer[:-1], example.answer)
+        assert task(name).grade(f" {example.answer}\n", example.answer)
+        assert not task(name).grade(example.answer + "x", example.answer)
+        assert not task(name).grade(example.answer[:-1], example.answer)
 
 
 @pytest.mark.parametrize("difficulty", [1, 3, 25])
 def test_difficulty_is_the_number_of_words_people_and_digits(difficulty: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        letters = TASKS["last_letters"].generate(rng, difficulty)
+        letters = task("last_letters").generate(rng, difficulty)
         assert len(letters.answer) == difficulty
         assert len(letters.prompt) <= 24 + 6 * difficulty
-        assert TASKS["coin_flip"].generate(rng, difficulty).prompt.count(" it.") == difficulty
-        numbers = TASKS["arithmetic"].generate(rng, difficulty).prompt[:-1].split("+")
+        assert task("coin_flip").generate(rng, difficulty).prompt.count(" it.") == difficulty
+        numbers = task("arithmetic").generate(rng, difficulty).prompt[:-1].split("+")
         assert [len(number) for number in numbers] == [difficulty, difficulty]
 
 
@@ -133,7 +134,7 @@ def test_examples_are_distinct_shared_equally_shuffled_and_repeatable() -> None:
 
 
 def test_a_whole_space_can_be_drawn_and_one_more_is_refused_with_its_size() -> None:
-    assert TASKS["arithmetic"].num_prompts(1) == 100
+    assert task("arithmetic").num_prompts(1) == 100
     everything = generate_examples(["arithmetic"], 1, 100, seed=0)
     assert len({example.prompt for example in everything}) == 100
     with pytest.raises(DataError, match=r"arithmetic has 100 different prompts at difficulty 1: 101 were asked"):

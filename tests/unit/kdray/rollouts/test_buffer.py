@@ -180,3 +180,13 @@ async def test_an_answer_without_tokens_is_no_older_than_any_other() -> None:
     empty = np.empty(0, np.int32)
     await buffer.put([replace(rollout(sample_id), token_ids=empty, student_versions=empty)])
     assert len((await buffer.batch(2)).rollouts) == 1
+
+
+async def test_only_what_was_drawn_has_an_age() -> None:
+    """Context of the environment has no version, alone or between tokens that were drawn."""
+    buffer = RolloutBuffer(batch_size=2, max_staleness=0, steps=2, start_step=1)
+    await buffer.admit()
+    turns = replace(rollout(2, (1, -1, 1)), writer=np.array([1, 4, 1], np.int8))
+    context = replace(rollout(3, (-1,)), writer=np.array([4], np.int8))
+    await buffer.put([turns, context])
+    assert [one.sample_id for one in (await buffer.batch(1)).rollouts] == [2, 3]

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from kdray.config import FilterSettings
+from kdray.config.graders import ExactGrader, LastNumberGrader
+from kdray.data.graders import Exact, Grading, LastNumber
+from kdray.errors import ResponseError
 from kdray.losses import LossBatch
 from kdray.losses.sft import sft
 from kdray.rollouts.batching import rollouts_to_batch
-from kdray.rollouts.filters import Filters
-from kdray.rollouts.reference_answers import DATA
-from kdray.types import Rollout
+from kdray.rollouts.filters import Distinct, Filters
+from kdray.types import Prompt, Rollout, Writer, written_by
 
-ANSWERS = {0: "ab", 1: "cd"}
+PROMPTS = {number: Prompt(number, np.array([7], np.int32), answer=answer) for number, answer in ((0, "ab"), (1, "cd"))}
 
 
 def decode(token_ids: np.ndarray) -> str:
     return "".join(chr(token) for token in token_ids)
 
 
-def rollout(sample_id: int, text: str, prompt_id: int = 0, finish: str = "stop", alpha: float = 1.0) -> Rollout:
+def rollout(sample_id: int, text: str, prompt_id: int = 0, finish: str = "stop", by: Writer = "teacher") -> Rollout:
     ids = np.array([ord(letter) for letter in text], dtype=np.int32)
     return Rollout(
         sample_id,
@@ -31,13 +35,14 @@ def rollout(sample_id: int, text: str, prompt_id: int = 0, finish: str = "stop",
         None,
         None,
         np.zeros(len(ids), np.int32),
-        alpha,
+        alpha=1.0 if by == "teacher" else 0.0,
         finish_reason=finish,
+        writer=written_by(by, len(ids)),
     )
 
 
 def dropped(rollouts: list[Rollout], **settings: object) -> dict[int, str]:
-    return Filters(FilterSettings(**settings), decode, lambda response, answer: response == answer, ANSWERS)(rollouts)
+    return Filters(FilterSettings(**settings), decode, Grading("exact", Exact(ExactGrader())), PROMPTS)(rollouts)
 
 
 def test_a_response_that_was_cut_or_could_not_be_parsed_is_left_out():
@@ -82,7 +87,7 @@ def test_prompts_vote_apart_and_one_of_equal_answers_is_kept():
 
 
 def test_the_datas_answers_pass_and_have_no_vote():
-    batch = [rollout(0, "ab"), rollout(1, "xy"), rollout(2, "ab", alpha=DATA), rollout(3, "xy", alpha=DATA)]
+    batch = [rollout(0, "ab"), rollout(1, "xy"), rollout(2, "ab", by="data"), rollout(3, "xy", by="data")]
     assert dropped(batch, agreement="majority") == {0: "agreement", 1: "agreement"}
 
 
@@ -105,6 +110,73 @@ def test_weighted_rows_count_by_their_weight_in_cross_entropy():
 
 
 def test_one_answer_drawn_beside_the_datas_agrees_with_nobody():
-    batch = [rollout(0, "xy"), rollout(1, "ab", alpha=DATA)]
+    batch = [rollout(0, "xy"), rollout(1, "ab", by="data")]
     for agreement in ("plurality", "majority", "unanimous"):
         assert dropped(batch, agreement=agreement) == {0: "agreement"}
+
+
+# --------------------------------------------------------------------------------------------- rules of other sorts
+
+
+def test_further_rules_come_after_the_others_in_their_order(example_plugin):
+    batch = [rollout(0, "aaaaa"), rollout(1, "abab"), rollout(2, "zzzzz"), rollout(3, "abab", finish="length")]
+    rules = [{"type": "pattern", "pattern": "^a"}, {"type": "repetition", "longest": 4}]
+    assert dropped(batch, rules=rules) == {0: "repetition", 2: "pattern", 3: "finished"}
+    assert dropped(batch, rules=rules[::-1]) == {0: "repetition", 2: "repetition", 3: "finished"}
+    assert dropped(batch, rules=[*rules, "distinct"], finished=False) == {0: "repetition", 2: "pattern", 3: "distinct"}
+
+
+def test_a_rule_sees_what_is_left_of_a_prompt_and_how_many_were_drawn(monkeypatch):
+    seen: list[tuple[list[int], list[str | None], int]] = []
+
+    def failing(self, responses, drawn):
+        seen.append(([each.sample_id for each in responses], [each.prompt.answer for each in responses], drawn))
+        return {responses[0].sample_id}
+
+    monkeypatch.setattr(Distinct, "failing", failing)
+    batch = [rollout(0, "ab"), rollout(1, "xb"), rollout(2, "cd", 1), rollout(3, "ab"), rollout(4, "xb", by="data")]
+    assert dropped(batch, pattern="^[ac]", distinct=True) == {0: "distinct", 1: "pattern", 2: "distinct"}
+    assert seen == [([0, 3], ["ab", "ab"], 3), ([2], ["cd"], 1)]
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        (lambda self, responses, drawn: 1 // 0, "ZeroDivisionError"),
+        (lambda self, responses, drawn: None, "TypeError"),
+        (lambda self, responses, drawn: ["ab"], r"left out \['ab'\], which are no samples that it was given"),
+    ],
+)
+def test_a_rule_that_fails_ends_the_run_with_its_name(monkeypatch, failing, reason):
+    monkeypatch.setattr(Distinct, "failing", failing)
+    with pytest.raises(ResponseError, match=rf"rollout.filters: distinct on prompt 0, samples \[0, 1\]: .*{reason}"):
+        dropped([rollout(0, "ab"), rollout(1, "xy")], distinct=True)
+
+
+def test_a_grader_that_fails_is_not_a_wrong_answer():
+    no_number = {0: replace(PROMPTS[0], answer="none")}
+    filters = Filters(FilterSettings(correct=True), decode, Grading("number", LastNumber(LastNumberGrader())), no_number)
+    with pytest.raises(ResponseError, match="number failed on prompt 0"):
+        filters([rollout(0, "5")])
+
+
+def test_siblings_agree_on_the_answer_that_the_grader_finds():
+    number = Grading("number", LastNumber(LastNumberGrader()))
+    texts = ["2 + 2 = 4", "it is 4.0", "4 of them", "so 5", "no idea"]
+    batch = [rollout(sample, text) for sample, text in enumerate(texts)]
+
+    def left_out(grade: Grading | None, agreement: str) -> set[int]:
+        return set(Filters(FilterSettings(agreement=agreement), decode, grade, PROMPTS)(batch))
+
+    assert left_out(number, "majority") == {3, 4}
+    # A response without an answer is a vote against.
+    assert left_out(number, "unanimous") == {0, 1, 2, 3, 4}
+    assert left_out(None, "plurality") == {0, 1, 2, 3, 4}
+    nothing = [rollout(0, "no"), rollout(1, "idea")]
+    assert set(Filters(FilterSettings(agreement="plurality"), decode, number, PROMPTS)(nothing)) == {0, 1}
+
+
+def test_without_a_reference_no_response_is_correct():
+    unanswered = {0: replace(PROMPTS[0], answer=None)}
+    grade = Grading("exact", Exact(ExactGrader()))
+    assert Filters(FilterSettings(correct=True), decode, grade, unanswered)([rollout(0, "ab")]) == {0: "correct"}

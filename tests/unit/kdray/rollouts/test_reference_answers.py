@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from kdray.data.dataset import PromptStream
 from kdray.errors import DataError
 from kdray.rollouts.draw import LoopSettings, sample_request
-from kdray.rollouts.reference_answers import DATA, WithReferences, from_data
+from kdray.rollouts.reference_answers import WithReferences
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.support.fakes import EOS, FakeScorer, Rig, make_prompts
 
@@ -37,18 +36,22 @@ def settings(**shares: float) -> LoopSettings:
 def test_who_writes_a_sample_follows_its_id_and_the_shares() -> None:
     prompts = PromptStream(make_prompts(), seed=0)
 
-    def writers(values: dict[str, float], **shares: float) -> np.ndarray:
-        return np.array([sample_request(settings(**shares), prompts, i, 0, values).alpha for i in range(4000)])
+    def asked(values: dict[str, float], **shares: float) -> list[SampleRequest]:
+        return [sample_request(settings(**shares), prompts, i, 0, values) for i in range(4000)]
 
-    alphas = writers({}, data_share=0.3, teacher_share=0.5)
-    assert np.isnan(alphas).mean() == pytest.approx(0.3, abs=0.025)
-    assert (alphas == 1.0).mean() == pytest.approx(0.35, abs=0.025)
-    assert (alphas == 0.2).mean() == pytest.approx(0.35, abs=0.025)
+    requests = asked({}, data_share=0.3, teacher_share=0.5)
+    alphas, writers = (np.array([getattr(request, name) for request in requests]) for name in ("alpha", "writer"))
+    assert (writers == "data").mean() == pytest.approx(0.3, abs=0.025)
+    assert (writers == "teacher").mean() == pytest.approx(0.35, abs=0.025)
+    assert (writers == "mixture").mean() == pytest.approx(0.35, abs=0.025)
+    # Teacher's share of each draw, a plain number where there is none.
+    assert {name: set(alphas[writers == name]) for name in set(writers)} == {"data": {0}, "teacher": {1}, "mixture": {0.2}}
     # A schedule moves only as many samples as it must.
-    more = writers({"rollout.data_share": 0.4}, data_share=0.3, teacher_share=0.5)
-    assert np.isnan(more[np.isnan(alphas)]).all()
-    assert (writers({"rollout.alpha": 0.7}) == 0.7).all()
-    assert np.isnan(writers({}, data_share=1.0)).all()
+    more = asked({"rollout.data_share": 0.4}, data_share=0.3, teacher_share=0.5)
+    assert {request.writer for request, before in zip(more, writers, strict=True) if before == "data"} == {"data"}
+    assert {(request.alpha, request.writer) for request in asked({"rollout.alpha": 0.7})} == {(0.7, "mixture")}
+    assert {request.writer for request in asked({"rollout.alpha": 0.0})} == {"student"}
+    assert {request.writer for request in asked({}, data_share=1.0)} == {"data"}
 
 
 @pytest.mark.parametrize("scored_later", [False, True])
@@ -59,7 +62,7 @@ async def test_references_and_draws_come_once_with_the_teachers_columns(tmp_path
     scorer = FakeScorer(rig.world, rig.history)
     route = WithReferences(rig.sampler, None if scored_later else scorer, prompts, Digits(), limit=6)
     requests = [
-        SampleRequest(i, 10 + i % 7, prompts[i % 7].token_ids, DATA if i % 2 else 0.3, seed=i, max_new_tokens=6, min_version=0)
+        SampleRequest(i, 10 + i % 7, prompts[i % 7].token_ids, 0.3, i, 6, writer="data" if i % 2 else "mixture")
         for i in range(12)
     ]
     found: dict[int, Rollout] = {}
@@ -69,7 +72,8 @@ async def test_references_and_draws_come_once_with_the_teachers_columns(tmp_path
             found[rollout.sample_id] = rollout
     assert set(found) == set(range(12))
     for i, rollout in found.items():
-        assert from_data(rollout) == bool(i % 2)
+        assert rollout.writers == (("data",) if i % 2 else ("mixture",))
+        assert rollout.alpha == (0.0 if i % 2 else 0.3)
         assert (rollout.teacher_logprobs is None) == scored_later
         if i % 2:
             assert rollout.token_ids.tolist() == [*range(1 + (10 + i % 7) % 3), EOS]
@@ -102,7 +106,3 @@ async def test_a_whole_run_on_data_alone_asks_no_sampler(tmp_path: Path) -> None
 def test_a_longer_answer_is_refused_with_the_number_to_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rollout\.max_new_tokens=3, but the reference answer of prompt 11 has 4 tokens"):
         WithReferences(Rig(tmp_path).sampler, None, answered(make_prompts()), Digits(), limit=3)
-
-
-def test_alpha_of_data_is_no_number() -> None:
-    assert math.isnan(DATA)

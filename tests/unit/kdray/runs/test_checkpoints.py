@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,10 @@ def test_fates_say_what_the_rollouts_say(path: Path) -> None:
     told = fates([rollout(0, [4, 3, 5]), rollout(1, [], teacher="")])
     digest = told.pop("responses_sha256")
     assert told == {"prompt_ids": 3, "tokens": [3, 0], "oldest": [3, None], "newest": [5, None], "scored_by": ["t", ""]}
+    turns = replace(rollout(0, [4, -1, 5]), writer=np.array([0, 4, 0], np.int8))
+    context = replace(rollout(1, [-1]), writer=np.array([4], np.int8))
+    of_turns = fates([turns, context])
+    assert (of_turns["tokens"], of_turns["oldest"], of_turns["newest"]) == ([2, 0], [4, None], [5, None])
     # A length before each response, both as 32 little-endian bits.
     assert digest == hashlib.sha256(struct.pack("<5i", 3, 0, 0, 0, 0)).hexdigest()
     Ledger(path).append(1, [0, 1], {1: "finished"}, told)

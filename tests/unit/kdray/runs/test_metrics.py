@@ -24,6 +24,25 @@ ROLLOUT = Rollout(
 )
 
 
+def test_context_of_the_environment_is_in_no_mean():
+    """A rollout with turns tells what it tells without them, whatever stands there."""
+    mixture, kl = np.array([-1.0, np.nan, -2.0], np.float32), np.array([0.5, np.nan, 1.5], np.float32)
+    turns = replace(
+        ROLLOUT,
+        token_ids=np.array([2, 9, 3], np.int32),
+        writer=np.array([0, 4, 0], np.int8),
+        mixture_logprobs=mixture,
+        student_logprobs=mixture - 0.5,
+        student_versions=np.array([5, -3, 6], np.int32),
+        reverse_kl=kl,
+    )
+    bare = {name: getattr(turns, name)[[0, 2]] for name in ("token_ids", "writer", "mixture_logprobs", "student_logprobs")}
+    bare |= {name: getattr(turns, name)[[0, 2]] for name in ("student_versions", "reverse_kl")}
+    metrics = batch_metrics([turns], trained_version=7)
+    assert metrics == batch_metrics([replace(turns, **bare)], trained_version=7)
+    assert (metrics["reverse_kl"], metrics["response_tokens"], metrics["staleness_max"]) == (1.0, 2.0, 2.0)
+
+
 def test_sums_become_means_over_tokens():
     metrics = reduce_sums({"single_step": 6.0, "staleness_clipped": 1.0}, 4)
     assert metrics == {"single_step": 1.5, "staleness_clipped": 0.25}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -57,7 +58,7 @@ class Page(HTMLParser):
 def sample_row(**values) -> dict:
     row = {
         "source": "train", "step": 1, "sample_id": 0, "prompt_id": 5, "prompt": "last letters of ab cd", "alpha": 0.2,
-        "response": "b d", "finish_reason": "stop", "reverse_kl": 0.125, "token_ids": [3, 1],
+        "writer": "mixture", "response": "b d", "finish_reason": "stop", "reverse_kl": 0.125, "token_ids": [3, 1],
     }  # fmt: skip
     return row | values
 
@@ -165,7 +166,21 @@ def test_an_unscored_sample_without_a_decoder_shows_its_ids(folder):
     folder.append_metrics({"step": 1})
     write_samples(folder, "step-00000001", sample_row(prompt=None, response=None, reverse_kl=None))
     _, page = page_of(folder)
-    assert page.tables["samples"][1] == ["1", "–", "[3, 1]", "stop", "0.2", "–"]
+    assert page.tables["samples"][1] == ["1", "–", "[3, 1]", "stop", "mixture", "0.2", "–"]
+
+
+def test_samples_of_an_older_version_name_their_writer(folder):
+    """They had no such column, and nan as alpha where the data wrote."""
+    folder.append_metrics({"step": 1})
+    rows = [sample_row(alpha=alpha, reverse_kl=None) for alpha in (0.2, math.nan, 1.0, 0.0)]
+    for row in rows:
+        del row["writer"]
+    schema = SAMPLE_SCHEMA.remove(SAMPLE_SCHEMA.get_field_index("writer"))
+    folder.samples.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder.samples / "step-00000001.parquet")
+    _, page = page_of(folder)
+    shown = [row[4:6] for row in page.tables["samples"][1:]]
+    assert shown == [["mixture", "0.2"], ["data", "0.0"], ["teacher", "1.0"], ["student", "0.0"]]
 
 
 def test_long_runs_are_thinned_and_keep_their_last_step(folder):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from kdray.config import parse_config
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.reporter import SAMPLE_SCHEMA, RunReporter
+from kdray.runs.trackers import Trackers
 from kdray.types import Rollout, StepReport
+
+TINY = {"type": "tiny"}
+CONFIG = parse_config({"run": {"name": "x"}, "student": {"model": TINY}, "teachers": {"t": {"model": TINY}}})
 
 
 def step_report(step: int, loss: float = 0.5, **metrics: float) -> StepReport:
@@ -57,7 +63,10 @@ def make(folder, output):
     made = []
 
     def build(total_steps: int = 20, **settings) -> RunReporter:
-        made.append(RunReporter(folder, total_steps, Console(file=output, width=200), decode=spell, **settings))
+        trackers = Trackers(CONFIG, folder.path)
+        made.append(
+            RunReporter(folder, total_steps, Console(file=output, width=200), decode=spell, trackers=trackers, **settings)
+        )
         return made[-1]
 
     yield build
@@ -179,11 +188,21 @@ def test_samples_of_some_steps_are_kept(make, folder):
         "prompt": "7 8",
         "response": "3 4 5",
         "alpha": 0.2,
+        "writer": "mixture",
         "finish_reason": "stop",
         "reverse_kl": 1.0,
         "token_ids": [3, 4, 5],
     }
     assert (second["sample_id"], second["reverse_kl"]) == (4, None)
+
+
+def test_a_sample_with_turns_names_its_writers_and_measures_the_targets(make, folder):
+    turns = replace(rollout(3, [0.5, 99.0, 1.5]), writer=np.array([0, 4, 2], np.int8))
+    context = replace(rollout(4, [1.0, 1.0, 1.0]), writer=np.full(3, 4, np.int8))
+    make().samples([turns, context], 1)
+    first, second = pq.read_table(folder.samples / "step-00000001.parquet").to_pylist()
+    assert (first["writer"], first["reverse_kl"]) == ("mixture, environment, teacher", 1.0)
+    assert (second["writer"], second["reverse_kl"]) == ("environment", None)
 
 
 def test_held_out_samples_are_replaced_by_name(make, folder):

@@ -170,13 +170,13 @@ def test_duplicates_and_shapes_that_do_not_fit_are_refused() -> None:
         plain([[0, 1, 2], [3, -1, 3]])
     assert plain([[-1, -1, 0]]).support_ids.shape == (1, 3)
     fitting: dict[str, Any] = {
-        "token_logprobs": np.zeros(2),
+        "teacher_logprobs": np.zeros(2),
         "support_ids": np.zeros((2, 1), np.int32),
         "support_logprobs": np.zeros((2, 1)),
         "tail_logprobs": np.zeros(2),
     }
     TeacherColumns(**fitting)
-    for name, shape in (("token_logprobs", 3), ("support_ids", (2, 2)), ("support_logprobs", 2), ("tail_logprobs", (2, 1))):
+    for name, shape in (("teacher_logprobs", 3), ("support_ids", (2, 2)), ("support_logprobs", 2), ("tail_logprobs", (2, 1))):
         with pytest.raises(ValueError, match="do not fit together"):
             TeacherColumns(**fitting | {name: np.zeros(shape, fitting[name].dtype)})
 
@@ -304,7 +304,7 @@ def test_combine_gives_the_token_its_log_p_under_the_combined_law(seed: int, eac
     weights = world.token_weights if each else world.weights
     w = np.broadcast_to(weights if each else weights[:, None], world.p.shape[:2])
     target = combine(columns, weights, kind)
-    for name in ("token_logprobs", "support_logprobs", "tail_logprobs", "log_z"):
+    for name in ("teacher_logprobs", "support_logprobs", "tail_logprobs", "log_z"):
         assert getattr(target, name).dtype == np.float32
     assert target.support_ids.dtype == np.int32
     steps = np.arange(len(world.tokens))
@@ -316,14 +316,14 @@ def test_combine_gives_the_token_its_log_p_under_the_combined_law(seed: int, eac
     else:
         expected = np.log(product[steps, world.tokens]) - target.log_z
         # never above the exact law's value, and the law over support and tail has mass 1
-        assert (target.token_logprobs <= expected - np.log(exact_z) + target.log_z + 1e-5).all()
-    np.testing.assert_allclose(target.token_logprobs, expected, rtol=1e-6, atol=1e-5)
+        assert (target.teacher_logprobs <= expected - np.log(exact_z) + target.log_z + 1e-5).all()
+    np.testing.assert_allclose(target.teacher_logprobs, expected, rtol=1e-6, atol=1e-5)
     mass = np.exp(target.support_logprobs.astype(np.float64)).sum(axis=1) + np.exp(target.tail_logprobs.astype(np.float64))
     close(mass, np.ones(len(mass)), atol=1e-5)
     # at a token of the support, the column and the bucket are one number
     at_tokens = scatter(target.support_ids, target.support_logprobs, world.vocab)[steps, world.tokens]
     inside = ~np.isnan(at_tokens)
-    np.testing.assert_allclose(target.token_logprobs[inside], at_tokens[inside], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(target.teacher_logprobs[inside], at_tokens[inside], rtol=1e-6, atol=1e-6)
 
 
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS), data=st.data())
@@ -337,7 +337,7 @@ def test_neither_the_order_of_teachers_nor_of_ids_nor_unused_slots_matter(seed: 
     world.columns, world.p = [columns[i] for i in order], world.p[list(order)]
     other = combine(world.united(), world.token_weights[list(order)], kind)
     assert [set(ids) for ids in other.support_ids.tolist()] == [set(ids) for ids in reference.support_ids.tolist()]
-    for name in ("token_logprobs", "tail_logprobs", "log_z"):
+    for name in ("teacher_logprobs", "tail_logprobs", "log_z"):
         np.testing.assert_allclose(getattr(other, name), getattr(reference, name), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
         scatter(other.support_ids, other.support_logprobs, world.vocab),
@@ -355,8 +355,8 @@ def test_weights_of_each_token_are_those_of_the_token_alone(kind: Kind) -> None:
     for t in range(4):
         fixed = combine(columns, world.token_weights[:, t], kind)
         assert np.array_equal(target.support_logprobs[t], fixed.support_logprobs[t])
-        assert target.token_logprobs[t] == fixed.token_logprobs[t]
-    assert not np.allclose(target.token_logprobs, combine(columns, world.weights, kind).token_logprobs)
+        assert target.teacher_logprobs[t] == fixed.teacher_logprobs[t]
+    assert not np.allclose(target.teacher_logprobs, combine(columns, world.weights, kind).teacher_logprobs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -364,7 +364,7 @@ def test_one_teacher_alone_and_equal_teachers_give_that_teacher(kind: Kind) -> N
     world = World(2, teachers=1)
     one = world.united()
     for target in (combine(one, np.ones(1), kind), combine(one * 3, np.array([0.2, 0.3, 0.5]), kind)):
-        for name in ("token_logprobs", "support_logprobs", "tail_logprobs"):
+        for name in ("teacher_logprobs", "support_logprobs", "tail_logprobs"):
             np.testing.assert_allclose(getattr(target, name), getattr(one[0], name), rtol=1e-6, atol=1e-6)
         close(target.log_z, np.zeros(4), atol=1e-6)
 
@@ -378,7 +378,7 @@ def test_an_empty_rollout_and_an_empty_support_pass(kind: Kind) -> None:
     bare = TeacherColumns(np.array([-1.0]), np.zeros((1, 0), np.int32), np.zeros((1, 0)), np.zeros(1))
     target = combine([bare, bare], np.array([0.5, 0.5]), kind)
     assert target.tail_logprobs.tolist() == [0.0]
-    assert target.token_logprobs.tolist() == [-1.0]
+    assert target.teacher_logprobs.tolist() == [-1.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

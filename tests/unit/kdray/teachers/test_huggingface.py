@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdray.config import HFTeacherSettings, TinyModel
 from kdray.errors import ConfigError, DataError, RequestRefused
+from kdray.rollouts import columns
 from kdray.rollouts.mixture import draw
 from kdray.rollouts.seeds import sample_seed, uniforms
 from kdray.teachers.huggingface import HFTeacher
@@ -178,7 +179,7 @@ async def test_calls_side_by_side_each_get_their_own(folder: Path) -> None:
         first, second, scored = await asyncio.gather(
             read(teacher.sample(asked[:4])),
             read(teacher.sample(asked[4:])),
-            read(teacher.score([rollout.unscored() for rollout in whole])),
+            read(teacher.score([columns.unscored(rollout) for rollout in whole])),
         )
     for one, other, again in zip(whole, [*first, *second], scored, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)

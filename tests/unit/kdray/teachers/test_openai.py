@@ -30,8 +30,8 @@ from kdray.rollouts.arrow import rollouts_to_table, table_to_rollouts
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.runs.metrics import batch_metrics
 from kdray.teachers.openai import RemoteTeacher, _support
-from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
-from kdray.teachers.rate_limit import Pacing
+from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
+from kdray.teachers.rate_limit import RateLimiter
 from kdray.types import Rollout, SampleRequest
 
 TOKENIZER = task_tokenizer()
@@ -40,10 +40,10 @@ VOCAB = len(TOKENIZER)
 KEY = "secret-key-7d1f"
 VARIABLE = "KDRAY_TEST_KEY"
 
-# ------------------------------------------------------------------------------------------------------- pacing
+# ------------------------------------------------------------------------------------------------------- rate limit
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100)
 @given(
     arrivals=st.lists(st.floats(0, 300), min_size=1, max_size=30),
     per_minute=st.none() | st.floats(0.5, 600),
@@ -52,7 +52,7 @@ VARIABLE = "KDRAY_TEST_KEY"
 def test_starts_keep_their_distance_and_the_pause_and_waste_nothing(
     arrivals: list[float], per_minute: float | None, pause: tuple[float, float]
 ) -> None:
-    pacing = Pacing(per_minute)
+    limiter = RateLimiter(per_minute)
     gap = 60.0 / per_minute if per_minute else 0.0
     begin, end = pause[0], pause[0] + pause[1]
     paused, last, free = False, -np.inf, 0.0
@@ -60,9 +60,9 @@ def test_starts_keep_their_distance_and_the_pause_and_waste_nothing(
         now = max(arrival, free)
         while True:
             if not paused and now >= begin:
-                pacing.pause(pause[1], begin)
+                limiter.pause(pause[1], begin)
                 paused = True
-            delay = pacing.delay(now)
+            delay = limiter.delay(now)
             if delay <= 1e-9:
                 break
             # Whoever waits learns of a pause that begins meanwhile.
@@ -71,16 +71,16 @@ def test_starts_keep_their_distance_and_the_pause_and_waste_nothing(
         if begin <= wanted < end:
             wanted = end
         assert now == pytest.approx(wanted, abs=1e-6)
-        pacing.start(now)
+        limiter.start(now)
         last = free = now
 
 
 def test_who_gives_up_takes_no_place() -> None:
-    pacing = Pacing(60.0)
-    pacing.start(10.0)
-    assert pacing.delay(10.25) == 0.75
-    assert pacing.delay(10.25) == 0.75
-    assert pacing.delay(11.0) == 0.0
+    limiter = RateLimiter(60.0)
+    limiter.start(10.0)
+    assert limiter.delay(10.25) == 0.75
+    assert limiter.delay(10.25) == 0.75
+    assert limiter.delay(11.0) == 0.0
 
 
 # --------------------------------------------------------------------------------------------- a server on the loopback
@@ -223,7 +223,9 @@ async def _asked(chat: bool) -> list[Any]:
         )
         try:
             (own,) = await collect(far.sample([request()]))
-            (rollout,) = await collect(ProgramSampler(program, far, "far", [prompt], codec, 1, "", 99, 0).sample([request()]))
+            (rollout,) = await collect(
+                ProgramSampler(program, far, "far", [prompt], codec, Rows(1, "", 99, 0)).sample([request()])
+            )
         finally:
             await far.close()
     assert own.token_ids.tolist() == [*ids("qq"), EOS]

@@ -11,15 +11,15 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from kdray.config import load_config
-from kdray.config.programs import FINAL_ANSWER, ProgramSettings
+from kdray.config.programs import FINAL_ANSWER, BranchSolveMergeProgram, ProgramSettings
+from kdray.data import tasks
 from kdray.data.dataset import response_encoder
-from kdray.data.tasks import STAGES, TASKS
+from kdray.data.tasks import STAGES
 from kdray.errors import DataError, EngineError
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.seeds import uniforms
 from kdray.teachers.programs import check_prompts, row_kind, row_weights
-from kdray.teachers.programs.branch_solve_merge import swapped
-from kdray.teachers.programs.sampler import ProgramSampler, TextCodec
+from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.types import Prompt, Rollout, SampleRequest
 
 TOKENIZER = task_tokenizer()
@@ -106,7 +106,7 @@ def sampler(
         return Prompt(0, ids(question), question, question=question)
 
     codec = TextCodec(encode, response_encoder(TOKENIZER), text)
-    return ProgramSampler(program, teacher, "stub", prompts, codec, samples_per_prompt, prefix, 60, seed)
+    return ProgramSampler(program, teacher, "stub", prompts, codec, Rows(samples_per_prompt, prefix, 60, seed))
 
 
 def request(sample_id: int, prompt_id: int = 0, seed: int = 7, prompt: str = "q", **changes: Any) -> SampleRequest:
@@ -227,8 +227,9 @@ def test_a_judge_without_criteria_scores_or_verdict_is_unparsable(changed):
     ],
 )
 def test_only_the_answers_are_swapped(pair, question, expected):
-    assert swapped(pair, question) == expected
-    assert swapped(pair, expected) == question
+    judge = BranchSolveMergeProgram(type="branch_solve_merge", pair=pair)
+    assert judge.swap(question) == expected
+    assert judge.swap(expected) == question
 
 
 # ------------------------------------------------------------------------------------------- what cannot be read
@@ -323,11 +324,11 @@ def test_answers_that_agree_need_no_choice_and_unparsable_ones_do_not_count():
 def test_a_recipe_is_right_where_every_stage_is(recipe, task):
     """Its templates ask what its stages were taught, word for word: the stub knows nothing else."""
     config = load_config(f"configs/system2_{recipe}.yaml")
-    example = TASKS[task].generate(np.random.default_rng(4), 3)
+    example = tasks.task(task).generate(np.random.default_rng(4), 3)
     law: dict[str, dict[str, float]] = {}
     for stage in STAGES.values():
         # Some stages draw what they ask about, such as one word of three.
-        for seed in range(20 if stage.of.name == task else 0):
+        for seed in range(20 if isinstance(stage.of, type(tasks.task(task))) else 0):
             taught = stage.make(example, np.random.default_rng(seed))
             law[taught.prompt] = {taught.answer: 1.0}
     if recipe == "attention":

@@ -305,7 +305,7 @@ async def test_metrics_are_means_by_teacher_since_the_last_call() -> None:
         assert found[f"teacher/{teacher.name}/reverse_kl"] == pytest.approx(float(each.mean()), rel=1e-5)
     assert found["teacher_disagreement"] > 0
     assert one.metrics() == {}
-    await both(one.apart())
+    await both(one.with_fresh_metrics())
     assert one.metrics() == {}
 
 

@@ -1,0 +1,112 @@
+"""Deployment of pools on Ray Serve: starts their replicas concurrently and waits until they serve."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from kdray.config import EngineSettings
+from kdray.errors import EngineError
+
+if TYPE_CHECKING:
+    from actors.serving.pool import ReplicaPool
+
+DEPLOYING = threading.Lock()
+"""Lock around Ray Serve's run call, which is not thread-safe (Ray 2.60)."""
+_LOOK_EVERY_S = 0.5
+_MISSING_PACKAGE = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
+
+
+def deploy(pools: Sequence[ReplicaPool]) -> None:
+    """Start the replicas of all pools concurrently and wait until they serve; blocks.
+
+    Raises: EngineError if some do not start, or are deleted meanwhile.
+    """
+    from ray import serve
+
+    logging.getLogger("ray.serve").addFilter(_is_news)
+    try:
+        with DEPLOYING:
+            _check_wanted(pools)
+            handles = serve.run_many([pool.target() for pool in pools], wait_for_applications_running=False)
+        _await_serving(pools)
+    except EngineError:
+        raise
+    except RuntimeError as error:
+        names = ", ".join(pool.name for pool in pools)
+        # Serve's error names the deployments; the reason of a replica's failure is in their status.
+        found = serve.status().applications
+        details = [
+            each.message for pool in pools if pool.application in found for each in found[pool.application].deployments.values()
+        ]
+        if missing := _MISSING_PACKAGE.search("\n".join([str(error), *details])):
+            raise EngineError(
+                f"replicas of {names} did not start: a node has no Python package `{missing[1]}`; install kdray's requirements "
+                "on every node that serves (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs)"
+            ) from error
+        raise EngineError(f"replicas of {names} did not start: {error}") from error
+    for pool, handle in zip(pools, handles, strict=True):
+        pool.connect(handle)
+
+
+def _await_serving(pools: Sequence[ReplicaPool]) -> None:
+    """Wait until all pools serve. Raises: RuntimeError if one fails; EngineError if one is deleted.
+
+    Serve's own wait never ends for a deleted application (Ray 2.60); it would continue after Ray has shut down, and start
+    another.
+    """
+    from ray import serve
+
+    waiting = list(pools)
+    while waiting:
+        _check_wanted(waiting)
+        found = serve.status().applications
+        states = {pool: found[pool.application] for pool in waiting if pool.application in found}
+        for pool, state in states.items():
+            if state.status == "DEPLOY_FAILED":
+                raise RuntimeError(f"deploying {pool.application} failed: {state.message}")
+        waiting = [pool for pool in waiting if pool not in states or states[pool].status != "RUNNING"]
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _check_wanted(pools: Sequence[ReplicaPool]) -> None:
+    if ended := [pool.name for pool in pools if pool.ended]:
+        raise EngineError(f"replicas of {', '.join(ended)} were taken down before they served")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Filter for Ray Serve's log: calls that wait for a free replica are normal in a busy pool, and need no warning each."""
+    return not record.getMessage().startswith("Failed to route request after")
+
+
+def actor_options(settings: EngineSettings) -> dict[str, Any]:
+    """Ray actor options of one replica: its resource reservation, and its number of threads."""
+    # Ray sets one thread for an actor that reserves a fraction of a CPU; the reservation is the intended number.
+    threads = str(max(1, int(settings.num_cpus)))
+    options: dict[str, Any] = {
+        "num_cpus": settings.num_cpus,
+        "runtime_env": {"env_vars": {**_job_variables(), "OMP_NUM_THREADS": threads}},
+    }
+    if settings.num_gpus:
+        options["num_gpus"] = settings.num_gpus
+    if settings.accelerator_type:
+        options["accelerator_type"] = settings.accelerator_type
+    if settings.label_selector:
+        options["label_selector"] = settings.label_selector
+    if settings.resources:
+        options["resources"] = settings.resources
+    return options
+
+
+def _job_variables() -> dict[str, str]:
+    """Environment variables of this process's Ray job. Serve's controller, possibly started by another job, passes on its
+    own."""
+    if not ray.is_initialized():
+        return {}
+    return dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})

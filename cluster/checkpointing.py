@@ -1,0 +1,111 @@
+"""Checkpoints of a run: their numbering, and the student group that writes the resume state with each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.background_call import in_daemon_thread
+from actors.student.group import StudentGroup
+from kdray.runs.checkpoints import prune_checkpoints
+from kdray.runs.folder import RunFolder
+from kdray.runs.remote_copy import StoredRun
+from kdray.runs.storage import Storage
+from kdray.types import StepReport, TrainBatch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint and the progress in its marker."""
+
+    folder: Path
+    """In the run folder; with `run.storage` the same path below the run's URL, not a local one."""
+    progress: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.progress["step"])
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """Numbers of checkpoints and student versions beyond those of distillation, which are its steps."""
+
+    steps: int
+    """Steps of distillation."""
+
+    def finetune_checkpoint(self, done: int) -> int:
+        """Checkpoint of fine-tuning after `done` of its own steps: distillation's last checkpoint has the number `steps`."""
+        return self.steps + 1 + done
+
+    def finetune_done(self, checkpoint: int) -> int:
+        """Number of fine-tuning steps done at such a checkpoint."""
+        return checkpoint - self.steps - 1
+
+    @property
+    def finetuned_version(self) -> int:
+        """Version of the student produced by fine-tuning."""
+        return self.steps + 1
+
+    @property
+    def control_version(self) -> int:
+        """Version of the SFT control, after fine-tuning's, whether there was fine-tuning or not."""
+        return self.steps + 2
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """Periodic update of a teacher that is the student's average."""
+
+    every: int
+    """Steps between renewals."""
+    decay: float
+    """Share of the average that is kept."""
+
+
+@dataclass(frozen=True)
+class CheckpointedStudent:
+    """A StudentGroup (`kdray.interfaces`) over the ranks, which writes the run's progress with every checkpoint."""
+
+    ranks: StudentGroup
+    folder: RunFolder
+    stored: StoredRun | None
+    keep: int
+    """Number of newest checkpoints to keep."""
+    progress: dict[str, Any]
+    """Entries of every checkpoint's marker, with their values at the time of writing."""
+    live: Mapping[str, Callable[[], Any]]
+    """Entries computed at the time of writing."""
+    renewal: Renewal | None
+    on_event: Callable[..., None]
+    on_retry: Callable[..., None]
+    """Called for every operation on the storage that a rank retried."""
+
+    async def train_step(
+        self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
+    ) -> StepReport:
+        return await self.ranks.train_step(batch, text, scheduled)
+
+    async def publish(self, version: int) -> None:
+        if self.renewal is not None and version % self.renewal.every == 0:
+            # Before the student's: a replica that has this version of the student finds the matching teacher.
+            await self.ranks.renew(version, self.renewal.decay)
+        await self.ranks.publish(version)
+
+    async def save_checkpoint(self, step: int) -> None:
+        started = time.monotonic()
+        # First: once the checkpoint is committed, the files have everything that a resume from it needs.
+        sent = 0 if self.stored is None else await in_daemon_thread(self.stored.send)
+        send_s = time.monotonic() - started
+        progress = self.progress | {name: entry() for name, entry in self.live.items()}
+        saved = await self.ranks.save_checkpoint(step, progress)
+        for retry in saved.retries:
+            self.on_retry(**retry)
+        if self.stored is not None:
+            costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
+            self.on_event("stored", step=step, **costs, files_bytes=sent, files_s=send_s)
+        storage = Storage.local(self.folder.path) if self.stored is None else self.stored.storage
+        await in_daemon_thread(prune_checkpoints, storage, self.keep)

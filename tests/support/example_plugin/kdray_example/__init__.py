@@ -1,0 +1,1 @@
+"""Kinds for kdray: one a module."""

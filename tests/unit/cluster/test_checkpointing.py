@@ -1,0 +1,74 @@
+"""Checkpoints as the driver has them written: their numbers, their progress, and a teacher that is renewed with the student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.checkpointing import CheckpointedStudent, Numbering, Renewal
+from kdray.runs.folder import RunFolder
+
+
+class Ranks:
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    async def renew(self, version: int, decay: float) -> None:
+        self.asked.append(("renew", version, decay))
+
+    async def publish(self, version: int) -> None:
+        self.asked.append(("publish", version))
+
+    async def save_checkpoint(self, step: int, progress: dict[str, Any]) -> Any:
+        self.asked.append(("save", step, progress))
+        return SimpleNamespace(retries=[{"rank": 0, "what": "put"}], bytes=1, write_s=0.0, store_s=0.0)
+
+
+def student(tmp_path: Path, ranks: Any, **changes: Any) -> CheckpointedStudent:
+    given: dict[str, Any] = {
+        "stored": None,
+        "keep": 2,
+        "progress": {},
+        "live": {},
+        "renewal": None,
+        "on_event": lambda kind, **fields: None,
+        "on_retry": lambda **retry: None,
+    }
+    return CheckpointedStudent(ranks, RunFolder(tmp_path), **given | changes)
+
+
+@pytest.mark.parametrize("done", [0, 1, 7])
+def test_numbers_beyond_distillation_never_meet_its_own(done: int) -> None:
+    numbers = Numbering(steps=10)
+    assert numbers.finetune_checkpoint(done) == 11 + done
+    assert numbers.finetune_done(numbers.finetune_checkpoint(done)) == done
+    assert (numbers.finetuned_version, numbers.control_version) == (11, 12)
+
+
+async def test_a_teacher_is_renewed_before_the_version_that_belongs_to_it(tmp_path: Path) -> None:
+    ranks = Ranks()
+    following = student(tmp_path, ranks, renewal=Renewal(every=2, decay=0.9))
+    for version in (1, 2, 3):
+        await following.publish(version)
+    assert ranks.asked == [("publish", 1), ("renew", 2, 0.9), ("publish", 2), ("publish", 3)]
+    alone = Ranks()
+    await student(tmp_path, alone).publish(2)
+    assert alone.asked == [("publish", 2)]
+
+
+async def test_progress_is_what_holds_when_a_checkpoint_is_written(tmp_path: Path) -> None:
+    ranks, progress, tokens = Ranks(), {"stage": "distill"}, [0]
+    retries: list[dict[str, Any]] = []
+    saving = student(
+        tmp_path, ranks, progress=progress, live={"tokens": lambda: tokens[0]}, on_retry=lambda **retry: retries.append(retry)
+    )
+    progress["stage"] = "finetune"
+    tokens[0] = 5
+    await saving.save_checkpoint(3)
+    assert ranks.asked == [("save", 3, {"stage": "finetune", "tokens": 5})]
+    assert retries == [{"rank": 0, "what": "put"}]

@@ -1,0 +1,96 @@
+"""Runs side by side, without Ray: the stores that each is given, and what they wait for of one another."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from actors.serving.scaling_board import ScalingBoard
+from actors.weights.store import WeightStore
+from cluster.peer_runs import _stores
+from cluster.runner import SideBySide
+from kdray.config import Config, parse_config
+from kdray.config.route import Route
+from kdray.teachers.peers import peer_configs
+from tests.support.fakes import turns
+
+TINY = {"model": {"type": "tiny"}}
+PEERS: dict[str, Any] = {
+    "ada": {"type": "peer", "model": {"type": "tiny", "seed": 1}},
+    "bob": {"type": "peer", "model": {"type": "tiny", "seed": 2}},
+}
+
+
+def config(tmp_path: Path, teachers: dict[str, Any], **sections: Any) -> Config:
+    tree = {"run": {"name": "r", "output": str(tmp_path)}, "student": TINY, "teachers": teachers}
+    return parse_config(tree | sections)
+
+
+def stores(configs: dict[str, Config]) -> tuple[dict[str, Any], list[tuple[int, type]]]:
+    """The stores of the runs, which are numbers here, and what was made."""
+    numbers, made = count(), []
+
+    def make(kind: type) -> int:
+        made.append((next(numbers), kind))
+        return made[-1][0]
+
+    checked: Any = {name: SimpleNamespace(config=each, route=Route.of(each)) for name, each in configs.items()}
+    return _stores(checked, make), made
+
+
+def test_a_run_alone_has_one_store(tmp_path: Path) -> None:
+    found, made = stores({"": config(tmp_path, {"t": TINY})})
+    assert made == [(0, WeightStore)]
+    assert (found[""].weights, found[""].board, found[""].average, dict(found[""].teacher_weights)) == (0, None, None, {})
+
+
+def test_an_average_has_a_store_of_its_own(tmp_path: Path) -> None:
+    teacher = {"type": "self", "every": 1, "prompt_template": "{prompt}!"}
+    found, made = stores({"": config(tmp_path, {"me": teacher}, rollout={"sampler": "student"}, loss={"type": "forward_kl"})})
+    assert [kind for _, kind in made] == [WeightStore, WeightStore]
+    assert (found[""].weights, found[""].average, dict(found[""].teacher_weights)) == (0, 1, {"me": 1})
+
+
+def test_peers_teach_by_each_others_stores(tmp_path: Path) -> None:
+    ensemble = {"rollout": {"teachers": {"type": "ensemble"}}, "loss": {"type": "forward_kl"}}
+    main = config(tmp_path, PEERS, **ensemble)
+    found, _ = stores({"": main} | peer_configs(main, {"ada": "a", "bob": "b"}, "s"))
+    own = {name: each.weights for name, each in found.items()}
+    assert len(set(own.values())) == 3
+    assert dict(found[""].teacher_weights) == {"ada": own["ada"], "bob": own["bob"]}
+    assert dict(found["ada"].teacher_weights) == {"student": own[""], "bob": own["bob"]}
+    assert dict(found["bob"].teacher_weights) == {"student": own[""], "ada": own["ada"]}
+
+
+def test_a_board_is_made_where_a_pool_that_runs_is_autoscaled(tmp_path: Path) -> None:
+    scaling = {"autoscaling": {"max_replicas": 2}}
+    _, made = stores({"": config(tmp_path, {"t": TINY | scaling})})
+    assert (1, ScalingBoard) in made
+    # Without sampler=student there is no such pool.
+    _, made = stores({"": config(tmp_path, {"t": TINY}, rollout={"pool": scaling})})
+    assert made == [(0, WeightStore)]
+    by_student = {"rollout": {"pool": scaling, "sampler": "student"}, "loss": {"type": "forward_kl"}}
+    _, made = stores({"": config(tmp_path, {"t": TINY}, **by_student)})
+    assert (1, ScalingBoard) in made
+
+
+async def test_a_control_waits_until_all_others_are_measured() -> None:
+    beside = SideBySide(["", "ada", "bob"])
+    beside.ranks_start("")
+    beside.ranks_start("ada")
+    beside.ranks_start("ada")
+    assert beside.rank_groups == 2
+    beside.ranks_end("")
+    beside.ranks_end("bob")
+    assert beside.rank_groups == 1
+    waiting = asyncio.ensure_future(beside.others_measured(""))
+    for run in ("", "ada"):
+        beside.measured(run)
+        await turns(3)
+        assert not waiting.done()
+    beside.measured("bob")
+    await asyncio.wait_for(waiting, 1.0)
+    await asyncio.wait_for(SideBySide([""]).others_measured(""), 1.0)

@@ -1,0 +1,75 @@
+"""The public Python API: its names, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import kdray
+from kdray.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", kdray.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(kdray, name) is not None
+    assert name in dir(kdray)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'kdray' has no attribute 'distil'"):
+        _ = kdray.distil
+
+
+def test_a_config_brings_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, kdray; kdray.load_config('configs/quickstart.yaml', ['training.steps=1']);"
+        "loaded = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules);"
+        "sys.exit(str(loaded) if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resumes"),
+    [({}, False), ({"resume": True}, True)],
+)
+def test_run_hands_over_to_the_launcher(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], resumes: bool) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("cluster.launch.run", lambda config, resume, prompts: seen.append((config, resume, prompts)) or {})
+    config = kdray.load_config("configs/quickstart.yaml")
+    assert kdray.run(config, **arguments) == {}
+    assert seen == [(config, resumes, None)]
+
+
+def test_a_loss_that_needs_more_than_logits_is_refused() -> None:
+    import torch
+
+    logits, ids = torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ConfigError, match=r"loss\.type=minillm needs more than two models' logits"):
+        kdray.distillation_loss(logits, logits, ids, ids == 0, "minillm")
+    with pytest.raises(ConfigError, match=r"loss\.type='jds': no installed loss has this name; did you mean `jsd`"):
+        kdray.distillation_loss(logits, logits, ids, ids == 0, "jds")
+    with pytest.raises(kdray.KdrayError, match=r"mask: no token after the first is a target"):
+        kdray.distillation_loss(logits, logits, ids, torch.tensor([[True, False, False]]), "jsd")
+
+
+def test_distillation_loss_is_the_mean_over_targets_by_hand() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 5, requires_grad=True), torch.randn(2, 4, 6)
+    ids, mask = torch.randint(0, 5, (2, 4)), torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]]).bool()
+    expected, count = 0.0, 0
+    for b, s in [(0, 2), (0, 3), (1, 1)]:
+        # The row that predicts the token, cut to the shared ids.
+        p, q = (logits[b, s - 1, :5].softmax(-1) for logits in (teacher, student))
+        expected, count = expected + float((p * (p / q).log()).sum()), count + 1
+    found = kdray.distillation_loss(student, teacher, ids, mask, "forward_kl")
+    assert found.item() == pytest.approx(expected / count, rel=1e-5)
+    found.backward()
+    assert student.grad is not None
+    assert student.grad[:, -1].abs().sum() == 0, "the last row predicts no token of the sequence"

@@ -1,0 +1,71 @@
+"""Structure of the three packages: no function has more parameters than a reader holds in mind."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+FILES = sorted(path for package in ("kdray", "actors", "cluster") for path in (ROOT / package).rglob("*.py"))
+MOST_PARAMETERS = 8
+
+MORE_PARAMETERS = {
+    ("kdray/losses/chunked.py", "chunked_divergence"): "two heads with their biases, one value of an autograd function",
+}
+"""Functions that may have more, and why."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(path: Path) -> Iterator[tuple[str, Function]]:
+    """Every function of a file but the methods of autograd functions, whose arguments torch passes on one by one."""
+    tree = ast.parse(path.read_text())
+    autograd = {
+        id(method)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("autograd.Function") for base in node.bases)
+        for method in node.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, Function) and id(node) not in autograd:
+            yield node.name, node
+
+
+def num_parameters(function: Function) -> int:
+    """Without `self` and `cls`; `*args` and `**kwargs` count one each."""
+    given = function.args
+    starred = [each for each in (given.vararg, given.kwarg) if each is not None]
+    named = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs, *starred)]
+    return len([name for name in named if name not in ("self", "cls")])
+
+
+def too_long(path: Path) -> list[tuple[str, str]]:
+    where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return [(where, name) for name, function in functions(path) if num_parameters(function) > MOST_PARAMETERS]
+
+
+def test_no_function_has_more_parameters_than_fit_a_glance() -> None:
+    found = [each for path in FILES for each in too_long(path)]
+    assert sorted(found) == sorted(MORE_PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def f(a, b, c, d, e, f, g, h): ...", []),
+        ("def f(a, b, c, d, e, f, g, h, i): ...", ["f"]),
+        ("async def f(a, b, /, c, d, e, *, f, g, h, i): ...", ["f"]),
+        ("def f(a, b, c, d, e, f, g, *args, **kwargs): ...", ["f"]),
+        ("class A:\n    def f(self, a, b, c, d, e, f, g, h): ...", []),
+        ("class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ...", ["f"]),
+        ("class A(torch.autograd.Function):\n    def forward(ctx, a, b, c, d, e, f, g, h, i): ...", []),
+        ("def outer():\n    def inner(a, b, c, d, e, f, g, h, i): ...", ["inner"]),
+    ],
+)
+def test_parameters_are_counted(tmp_path: Path, source: str, found: list[str]) -> None:
+    path = tmp_path / "some.py"
+    path.write_text(source)
+    assert [name for _, name in too_long(path)] == found

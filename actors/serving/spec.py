@@ -16,7 +16,7 @@ class EngineSpec:
     model: str
     """Folder or hub id of the engine's own checkpoint: the teacher's, or the student's for role `student`."""
     student: str | None
-    """Folder or hub id of the student beside the teacher (role `mixture`)."""
+    """Folder or hub id of the student in the same engine as the teacher (role `mixture`)."""
     vocab_size: int
     """Ids that teacher and student share; rows beyond are cut off before the softmax."""
     stop_ids: tuple[int, ...]

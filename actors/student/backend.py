@@ -65,7 +65,7 @@ class Update(NamedTuple):
 
 
 class StudentBackend(ABC):
-    """One rank's share of the student. Every method is a collective: all ranks call it, in the same order.
+    """A rank's share of the student. Every method is a collective: all ranks call it, in the same order.
 
     A phase is `close`, `loading`, `start`, then for each update `forward_backward` for every micro-batch and `step`; between
     updates `whole` (publication, export), `save` and `load`. Methods with a body have the right default for one process.

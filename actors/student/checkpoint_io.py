@@ -40,7 +40,7 @@ class Saved:
 
 
 class RankFiles:
-    """One rank's access to the files of its run. Call `close` at the end."""
+    """A rank's access to the files of its run. Call `close` at the end."""
 
     def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None) -> None:
         """Args: storage: URL of the run in `run.storage`; None if there is only the run folder."""

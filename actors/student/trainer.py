@@ -77,7 +77,7 @@ class _Update(NamedTuple):
 
 
 class StudentTrainer:
-    """One rank's share of training the student. Call `start_phase` before anything else."""
+    """A rank's share of training the student. Call `start_phase` before anything else."""
 
     def __init__(self, training: TrainingSettings, vocab_size: int, seed: int, backend: StudentBackend | None = None) -> None:
         """Args: vocab_size: token ids that teacher and student share; backend: None opens the one of `training.backend`."""
@@ -157,7 +157,7 @@ class StudentTrainer:
     def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
-        """One step on this rank's shard; every rank gets the same report.
+        """Run one step on this rank's shard; every rank gets the same report.
 
         A step is one optimizer update, or several if the phase distils and the settings use mini-batches or inner epochs.
         Within an update every token's loss has the same weight, however the batch is split into micro-batches and ranks: sums

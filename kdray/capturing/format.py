@@ -56,7 +56,7 @@ class Manifest:
     rollouts: int
     """Rows of all shards, so that a missing shard is noticed."""
     asked_with: Mapping[str, Any] = field(default_factory=dict)
-    """Written by `kdray capture`: model, sampling and recorded signals, the same for all answers; see `cluster.capture`."""
+    """Written by `kdray capture`: model, sampling and recorded signals, the same for all answers; see `cluster.capture_run`."""
     asked: int = 0
     """Written by `kdray capture`: answers requested from the teacher over all starts, as of the newest shard."""
     complete: bool = True

@@ -142,6 +142,12 @@ Backend = Annotated[SerializeAsAny[StudentBackendSettings], STUDENT_BACKENDS.mem
 """Field type for the settings of any backend."""
 
 
+def default_backend() -> StudentBackendSettings:
+    """The backend of a config that names none."""
+    backend: StudentBackendSettings = STUDENT_BACKENDS.parse({})
+    return backend
+
+
 # ------------------------------------------------------------------------------------------------- former keys
 
 FORMER_KEYS = {"zero_stage": "zero_stage", "deepspeed": "options"}

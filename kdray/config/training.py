@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.config.backends import Backend, DeepSpeedSettings, Precision, with_backend
+from kdray.config.backends import Backend, Precision, default_backend, with_backend
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.data import TextSource
 from kdray.config.features import FeatureSettings
@@ -75,9 +75,9 @@ class TrainingSettings(Settings):
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """Placement of ranks on few nodes (`pack`, the fastest links) or many (`spread`); `strict_pack` requires a single node,
     `strict_spread` a node per rank."""
-    backend: Backend = DeepSpeedSettings()
-    """Training backend of the student; the keys depend on `type`: deepspeed (the default), torch (one rank), or one that an
-    installed distribution adds."""
+    backend: Backend = Field(default_factory=default_backend)
+    """Training backend of the student; the keys depend on `type`: one of kdray's own (docs/architecture.md lists them), or one
+    that an installed distribution adds."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward; losses are reduced in float32 in either case."""
     gradient_checkpointing: bool = False

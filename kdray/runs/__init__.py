@@ -1,1 +1,1 @@
-"""A run on disk: folder, metrics, checkpoints, ledger, report and verification."""
+"""Files of a run: folder, metrics, checkpoints, ledger, report and verification."""

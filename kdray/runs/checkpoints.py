@@ -1,7 +1,7 @@
-"""What a resume needs beside the weights, and the proof that every sample was trained once.
+"""Checkpoint markers, which store what a resume needs beside the weights and prove that a checkpoint is complete.
 
 Because step s trains samples [s * batch_size, (s + 1) * batch_size) and every draw is seeded by its sample id, the number of
-steps done is the whole position: of prompts, of samples, of randomness.
+completed steps determines the position in prompts, samples and random numbers, so that every sample is trained once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COMMITTED = "COMMITTED.json"
 
 
 FILES = "files"
-"""In a marker: size, sha256 and rank of every file of the checkpoint, by its path there."""
+"""Key in a marker: size, sha256 and rank of every file of the checkpoint, by its path there."""
 
 
 _LISTED = {"size": int, "sha256": str, "rank": int}
@@ -26,16 +26,16 @@ _LISTED = {"size": int, "sha256": str, "rank": int}
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint whose marker was written."""
+    """Checkpoint with a marker."""
 
     storage: Storage
     key: str
-    """Its folder in the storage, as in `checkpoints/step-000010`."""
+    """Folder in the storage, as in `checkpoints/step-000010`."""
     marker: dict[str, Any]
 
     @property
     def progress(self) -> dict[str, Any]:
-        """What was to be remembered beside the weights."""
+        """State stored beside the weights."""
         return {name: value for name, value in self.marker.items() if name != FILES}
 
     @property
@@ -45,22 +45,22 @@ class Committed:
 
 @dataclass(frozen=True)
 class NotWhole:
-    """A checkpoint that was committed, and is no longer what was written."""
+    """Committed checkpoint whose content differs from what was written."""
 
     storage: Storage
     key: str
     reason: str
-    """Which file, and what is wrong with it."""
+    """The file and its fault."""
 
 
 def commit(storage: Storage, key: str, progress: Mapping[str, Any], parts: Sequence[Mapping[str, FileDigest]]) -> None:
-    """Write the marker that makes the files below `key` a checkpoint. Args: parts: what each rank wrote there."""
+    """Write the marker that makes the files below `key` a checkpoint. Args: parts: files that each rank wrote there."""
     files = {name: {**asdict(digest), "rank": rank} for rank, part in enumerate(parts) for name, digest in part.items()}
     storage.write(f"{key}/{COMMITTED}", json.dumps({**progress, FILES: files}).encode())
 
 
 def read_marker(storage: Storage, key: str) -> dict[str, Any] | None:
-    """The marker of a folder; None where it was not committed. Raises: DataError where it is none."""
+    """Read the marker of a folder; None if it was not committed. Raises: DataError if the file is not a marker."""
     content = storage.read(f"{key}/{COMMITTED}")
     if content is None:
         return None
@@ -78,9 +78,9 @@ def read_marker(storage: Storage, key: str) -> dict[str, Any] | None:
 
 
 def differing(files: Mapping[str, Any], found: Mapping[str, FileDigest | int | None]) -> str | None:
-    """The first file that is not what was written, and how; None where all are.
+    """Describe the first file that differs from what was written; None if none does.
 
-    Args: files: what a marker lists; found: what is there, as digests or as sizes alone.
+    Args: files: entries of a marker; found: the actual files, as digests or as sizes only.
     """
     for name, written in files.items():
         here = found.get(name)
@@ -95,11 +95,11 @@ def differing(files: Mapping[str, Any], found: Mapping[str, FileDigest | int | N
 
 
 def newest_checkpoint(storages: Sequence[Storage]) -> tuple[Committed | None, list[NotWhole]]:
-    """The whole checkpoint with the most steps, and the newer ones that are not whole; None where nothing was committed.
+    """Find the intact checkpoint with the most steps, and the newer damaged ones; None if nothing was committed.
 
-    Every file of it was read: its content is what was written. A folder without a marker was interrupted while it was written,
-    and is passed over. Of two with the same steps, the first storage's counts.
-    Raises: DataError where there are checkpoints and none is whole; StorageError.
+    Every file of it is read and verified. A folder without a marker is an interrupted save and is skipped. Of two checkpoints
+    with the same steps, that of the first storage is used.
+    Raises: DataError if there are checkpoints and none is intact; StorageError.
     """
     candidates = []
     bad = []
@@ -124,7 +124,7 @@ def newest_checkpoint(storages: Sequence[Storage]) -> tuple[Committed | None, li
 
 
 def _is_marker(key: str) -> bool:
-    """Whether it is the marker of a checkpoint of a step, and not of another folder there."""
+    """Return True for the marker of a step's checkpoint, as opposed to another folder there."""
     parts = key.split("/")
     return len(parts) == 3 and parts[1].startswith("step-") and parts[2] == COMMITTED
 
@@ -132,7 +132,7 @@ def _is_marker(key: str) -> bool:
 def _not_whole(found: Committed, sizes: Mapping[str, int]) -> str | None:
     files = found.marker[FILES]
     names = {name: f"{found.key}/{name}" for name in files}
-    # Sizes come with the listing: a file that is missing or cut off is found without reading any.
+    # Sizes come with the listing, so missing and truncated files are found without reading any.
     reason = differing(files, {name: sizes.get(key) for name, key in names.items()})
     if reason is not None:
         return reason
@@ -141,19 +141,19 @@ def _not_whole(found: Committed, sizes: Mapping[str, int]) -> str | None:
 
 
 def discard(bad: NotWhole) -> None:
-    """Take the marker of a checkpoint that is not whole away: the next one that is written prunes the rest."""
+    """Delete the marker of a damaged checkpoint; the next save prunes the rest."""
     bad.storage.delete(f"{bad.key}/{COMMITTED}")
 
 
 def prune_checkpoints(storage: Storage, keep: int) -> None:
-    """Delete all but the `keep` committed checkpoints with the most steps, and what an interrupted save left."""
+    """Delete all but the `keep` committed checkpoints with the most steps, and the remains of interrupted saves."""
     files = storage.list("checkpoints")
     steps = {key for key in ("/".join(name.split("/")[:2]) for name in files) if _is_step(key)}
     committed = sorted((key for key in steps if f"{key}/{COMMITTED}" in files), key=_steps_of)
     if not committed:
         return
     for key in committed[:-keep]:
-        # First, so that one that is half deleted is not taken for a checkpoint.
+        # The marker first, so that a half-deleted checkpoint is not mistaken for a complete one.
         storage.delete(f"{key}/{COMMITTED}")
     for key in steps - set(committed[-keep:]):
         storage.delete(key)

@@ -1,4 +1,4 @@
-"""Context of a run: its config, what the checks found, where its models lie; the parts of a run are built from it."""
+"""Context of a run (config, results of the checks, model locations), from which its components are built."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ class Models:
 
 @dataclass(frozen=True)
 class Checked(TeacherContext):
-    """A config that passed the checks, with what they loaded; `kdray.checks.preflight.check` makes it."""
+    """Config that passed the checks, with the data that they loaded; made by `kdray.checks.preflight.check`."""
 
     route: Route
     windows: list[Prompt] = field(default_factory=list)
-    """Windows of pretraining text, where the config mixes some in."""
+    """Windows of pretraining text, if the config mixes some in."""
     lines: list[str] = field(default_factory=list)
-    """Findings that a user should know, a line each."""
+    """Findings for the user, one line each."""
 
     def with_models(self, models: Models | None = None) -> RunContext:
-        """The run's context. Args: models: None to resolve the config's, which blocks while tiny ones are built."""
+        """Return the run's context. Args: models: None to resolve the config's, which blocks while tiny ones are built."""
         return RunContext(**vars(self), models=resolve_models(self.config) if models is None else models)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext(Checked):
-    """The same once its models are at hand."""
+    """Checked config with its models resolved."""
 
     models: Models
 
 
 def resolve_models(config: Config) -> Models:
-    """Build the tiny models, where the config asks for some."""
+    """Resolve the models of the config, building tiny ones if it uses them."""
     cache = config.run.output / ".models"
     teachers = {name: kind_of(config, name).model for name in config.teachers}
     return Models(
@@ -53,5 +53,5 @@ def resolve_models(config: Config) -> Models:
 
 
 def _absolute(model: str) -> str:
-    """Folders as absolute paths: replicas and ranks work in other folders."""
+    """Make a folder's path absolute, since replicas and ranks have other working directories."""
     return str(Path(model).absolute()) if Path(model).exists() else model

@@ -1,7 +1,7 @@
-"""The folder of one run: where each file lies, and the only ways of writing to it.
+"""Folder of a run: the paths of its files, and all functions that write to it.
 
-Whole files are written beside their place and renamed into it, so that nobody, not even after a kill, sees half of one.
-Lines are appended in one write each; a line that a kill cut short is dropped when the run is resumed.
+Whole files are written atomically, to a temporary file that is then renamed, so that no reader sees a partial one, even after
+a kill. Lines are appended in one write each; a line truncated by a kill is dropped when the run is resumed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from kdray.config.roles import ENGINE_PLACE, TRAINING_PLACE
 from kdray.errors import ConfigError, DataError
 
 CAPTURE = "capture"
-"""Where `kdray capture` writes inside a run folder, which a run may still be started in."""
+"""Subfolder that `kdray capture` writes to; a run may still be started in a folder that has it."""
 
 _FOLDERS = ("checkpoints", "samples", "logs")
 
 _MAY_DIFFER = (
     "training.steps",
-    # How ranks are watched, and how weights travel.
+    # Monitoring of ranks, and weight transfer.
     "training.max_restarts",
     "training.stuck_after_s",
     "training.stuck_loading_after_s",
@@ -42,31 +42,31 @@ _MAY_DIFFER = (
     "run.output",
     "run.storage",
     "run.trackers",
-    # Checkpoints are cut by the ranks, and by what the student's backend shards.
+    # Checkpoints are sharded by rank, and by the sharding of the student's backend.
     *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks"})),
     *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
 )
-"""Settings that a resumed run may change: how long, how it is measured, and where its parts run. `run.output` and `run.storage`
-say where the folder is, not what the run does: it may have been moved, or the command started elsewhere."""
+"""Settings that a resumed run may change: length, evaluation, and placement. `run.output` and `run.storage` only locate the
+folder, which may have been moved, or the command may have been started in another directory."""
 
 
 def utc_now() -> str:
-    """The time as every file of a run writes it: ISO-8601, UTC, milliseconds."""
+    """Current time in the format of all files of a run: ISO-8601, UTC, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and writers of `<output>/<name>/`. Constructing one touches nothing; `create` and `open` check it."""
+    """Paths and writers of `<output>/<name>/`. The constructor does not touch the disk; `create` and `open` check it."""
 
     path: Path
 
     @classmethod
     def create(cls, config: Config, resume: bool = False) -> RunFolder:
-        """The folder of a run that is about to start, with its resolved config written.
+        """Create the folder of a run that is about to start, and write its resolved config.
 
-        With `resume`, the folder must hold a run whose config differs at most in what a resumed run may change; lines that a
-        kill cut short are dropped.
+        With `resume`, the folder must contain a run whose config differs only in settings that a resumed run may change; lines
+        truncated by a kill are dropped.
         Raises: ConfigError that names the folder and the remedies.
         """
         folder = cls(config.run_folder)
@@ -95,7 +95,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """The folder of a run that was started before. Raises: DataError when there is none."""
+        """Open the folder of an existing run. Raises: DataError if there is none."""
         folder = cls(Path(path))
         if not folder.config.is_file():
             raise DataError(f"{path}: not a run folder (it has no config.yaml); give a folder such as runs/<name>")
@@ -103,22 +103,22 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved config."""
+        """Resolved config."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
-        """A JSON line a step."""
+        """Metrics, one JSON line per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def events(self) -> Path:
-        """A JSON line for whatever happened: scaling, faults, restarts, checkpoints."""
+        """Events, one JSON line each: scaling, faults, restarts, checkpoints."""
         return self.path / "events.jsonl"
 
     @property
     def summary(self) -> Path:
-        """The results, written at the end."""
+        """Results, written at the end."""
         return self.path / "summary.json"
 
     @property
@@ -127,12 +127,12 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """Parquet files of rollouts to look at."""
+        """Parquet files of rollouts for inspection."""
         return self.path / "samples"
 
     @property
     def student(self) -> Path:
-        """The final student as a Hugging Face folder; there once training has ended."""
+        """Final student as a Hugging Face folder; written once training has ended."""
         return self.path / "student"
 
     @property
@@ -148,11 +148,11 @@ class RunFolder:
         return self.path / "logs"
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         _append(self.metrics, line)
 
     def append_event(self, kind: str, **fields: Any) -> None:
-        """Add a line to events.jsonl: the time, the kind, the fields."""
+        """Append a line to events.jsonl: the time, the kind, the fields."""
         _append(self.events, {"time": utc_now(), "kind": kind} | fields)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -160,11 +160,11 @@ class RunFolder:
         write_atomically(self.summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
     def write_teachers(self, fingerprints: Mapping[str, Any]) -> None:
-        """Replace teachers.json: what each teacher of the run is, for a resumed one to compare with."""
+        """Replace teachers.json: the fingerprint of each teacher, against which a resumed run checks its own."""
         write_atomically(self.path / "teachers.json", json.dumps(fingerprints, indent=2, allow_nan=False) + "\n")
 
     def read_teachers(self) -> dict[str, Any]:
-        """What `write_teachers` wrote; nothing where it is a new run. Raises: DataError when it is not a JSON object."""
+        """Read what `write_teachers` wrote; empty for a new run. Raises: DataError if it is not a JSON object."""
         path = self.path / "teachers.json"
         if not path.exists():
             return {}
@@ -177,7 +177,7 @@ class RunFolder:
         return teachers
 
     def read_summary(self) -> dict[str, Any]:
-        """Raises: DataError when the file is missing or not a JSON object."""
+        """Read summary.json. Raises: DataError if the file is missing or not a JSON object."""
         try:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -189,7 +189,7 @@ class RunFolder:
         return summary
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which a run that resumes there will train and write again.
+        """Drop the lines of steps after `step`, which a run resumed there will train and write again.
 
         Raises: DataError naming the line that cannot be read.
         """
@@ -222,18 +222,18 @@ _ABSENT = object()
 
 
 def _may_be_there(path: Path) -> bool:
-    """Whether a new run may find this in its folder: a capture, or what a kill left of a start that had no config yet."""
+    """Return True for what a new run may find in its folder: a capture, or the remains of a start killed before its config."""
     started = path.name in _FOLDERS and path.is_dir() and not any(path.iterdir())
     return path.name == CAPTURE or started or path.name.startswith(".config.yaml.")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file so that nobody sees half of it: beside its place, then renamed into it."""
+    """Write a text file atomically: to a temporary file beside it, which is then renamed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
-            # Without it, some file systems keep the rename and lose the content when the machine goes down.
+            # Otherwise some file systems keep the rename but lose the content if the machine crashes.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -242,7 +242,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line without its newline is left out: it is being written, or cut short.
+    """Read the objects of a JSON-lines file. A last line without newline is skipped: it is being written, or truncated.
 
     Raises: DataError naming file and line.
     """
@@ -250,7 +250,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_lines(text: str, path: str) -> list[dict[str, Any]]:
-    """`read_lines` for the text of a file. Args: path: its name in messages."""
+    """Parse the text of a file as `read_lines` does. Args: path: its name in messages."""
     objects = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
@@ -264,9 +264,9 @@ def parse_lines(text: str, path: str) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: numpy and paths as plain values, NaN and the infinities as None.
+    """Convert a value to JSON types: numpy values and paths to plain ones, NaN and infinities to None.
 
-    Raises: TypeError for anything else that JSON does not know.
+    Raises: TypeError for anything else that JSON does not support.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -288,18 +288,18 @@ def _line(line: Mapping[str, Any]) -> str:
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    # One write of a whole line to a file opened for appending: threads cannot interleave theirs.
+    # A single write of the whole line to a file opened for appending, so that threads cannot interleave.
     with path.open("ab", buffering=0) as file:
         content = _line(line).encode()
         written = file.write(content)
         if written != len(content):
-            # Where the disk is full, what did fit would stand before the next line.
+            # On a full disk, a partial line would otherwise precede the next one.
             file.truncate(file.tell() - written)
             raise OSError(errno.ENOSPC, "no room for a whole line", str(path))
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off a last line of a JSON-lines file that a kill left without its end."""
+    """Remove the last line of a JSON-lines file if a kill truncated it."""
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):
@@ -307,7 +307,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, for every value that is no section."""
+    """Flatten sections into dotted key -> value."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

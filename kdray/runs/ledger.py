@@ -1,4 +1,4 @@
-"""The record of every sample of a run: `ledger.jsonl`, and the counters that a resume carries on."""
+"""Record of every sample of a run, `ledger.jsonl`, and the counters that are kept across a resume."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kdray.types import Rollout
 
 
 class Ledger:
-    """`ledger.jsonl`: what became of every sample, a line a step, appended when the step is done; `kdray.runs.verify` reads it.
+    """`ledger.jsonl`: the outcome of every sample, one line per step, appended when it is done; read by `kdray.runs.verify`.
 
-    A line holds `step`, `sample_ids`, `dropped` (sample ids by the rule that left them out, where one did), and by `fates`:
+    A line holds `step`, `sample_ids`, `dropped` (excluded sample ids by the rule that excluded them, if any), and from `fates`:
     `prompt_ids`, `tokens` (of the response, without those of the environment), `oldest` and `newest` (student versions that
-    drew them; null where there is none), `scored_by` (a teacher's name; empty where none scored), in the order of the ids. A
-    column whose values are all alike is that one value. `responses_sha256` is a digest of all responses, by which two runs are
-    compared; `trained_tokens` is what the ranks counted as targets.
+    sampled them; null if there is none), `scored_by` (a teacher's name; empty if none scored), in the order of the ids. A
+    column whose values are all equal is stored as that single value. `responses_sha256` is a digest of all responses, for
+    comparing two runs; `trained_tokens` is the number of targets that the ranks counted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,9 +31,9 @@ class Ledger:
     def append(
         self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Note one step. Reaches the disk before the call returns.
+        """Record a step. The line reaches the disk before the call returns.
 
-        Args: dropped: the rule by which a sample was left out; facts: further entries of the line.
+        Args: dropped: the rule that excluded a sample, by sample id; facts: further entries of the line.
         """
         by_rule: dict[str, list[int]] = {}
         for sample_id, rule in (dropped or {}).items():
@@ -45,12 +45,12 @@ class Ledger:
             os.fsync(file.fileno())
 
     def truncate(self, step: int) -> None:
-        """Forget steps after `step`: a resume trains them again."""
+        """Drop steps after `step`, which a resume trains again."""
         lines = [line for line in self._lines() if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def check(self, steps: int, batch_size: int) -> tuple[int, int]:
-        """(lost, duplicated): samples of the first `steps` steps that were never trained; extra times one was trained."""
+        """Count (lost, duplicated): samples of the first `steps` steps never trained, and repeated trainings of a sample."""
         counts = Counter(sample_id for line in self._lines() for sample_id in line["sample_ids"])
         lost = sum(1 for sample_id in range(steps * batch_size) if sample_id not in counts)
         return lost, sum(count - 1 for count in counts.values())
@@ -60,7 +60,7 @@ class Ledger:
 
 
 def fates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """The columns of a ledger line that tell what became of rollouts; see `Ledger`."""
+    """Build the columns of a ledger line with the outcomes of rollouts; see `Ledger`."""
     versions = [rollout.target_versions for rollout in rollouts]
     columns: dict[str, list[Any]] = {
         "prompt_ids": [rollout.prompt_id for rollout in rollouts],
@@ -72,14 +72,14 @@ def fates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     told: dict[str, Any] = {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}
     responses = hashlib.sha256()
     for rollout in rollouts:
-        # Lengths too, or two responses could be cut elsewhere and give the same bytes.
+        # Lengths too, or responses split at another token could give the same bytes.
         responses.update(len(rollout.token_ids).to_bytes(4, "little") + rollout.token_ids.astype("<i4").tobytes())
     return told | {"responses_sha256": responses.hexdigest()}
 
 
 @dataclass
 class Totals:
-    """Counters of a run, carried across a resume."""
+    """Counters of a run, kept across a resume."""
 
     prompts_consumed: int = 0
     tokens_generated: int = 0

@@ -1,4 +1,4 @@
-"""Metric names with unit, meaning and reduction, and the numbers that a step's sums and rollouts give."""
+"""Metric names with unit, meaning and reduction, and functions that compute metrics from a step's sums and rollouts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kdray.rollouts.columns import at_targets
 from kdray.types import Rollout
 
 Reduction = Literal["token_mean", "rollout_mean", "max", "ratio_of_sums", "step"]
-"""How parts (micro-batches, ranks, rollouts) become the step's one number: a mean over its response tokens or rollouts,
+"""Reduction over the parts of a step (micro-batches, ranks, rollouts): a mean over its response tokens or rollouts,
 a maximum, a quotient of sums over all parts, or `step`: measured once, for the whole step."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One name of `metrics.jsonl`, the dashboard and the report."""
+    """Description of a metric in `metrics.jsonl`, the dashboard and the report."""
 
     unit: str
     reduction: Reduction
@@ -83,15 +83,15 @@ METRICS: dict[str, Metric] = {
 
 
 _WEIGHT = "trajectory_weight"
-"""A sum of weights: with the sum of squares under `<name>_sq` it becomes `<name>_mean` and `<name>_ess`."""
+"""Sum of weights: with the sum of squares under `<name>_sq` it becomes `<name>_mean` and `<name>_ess`."""
 
 
 def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
-    """The sums of a loss over all response tokens of a step, as metrics: means, and the effective sample size.
+    """Reduce the sums of a loss over all response tokens of a step to metrics: means, and the effective sample size.
 
-    Args: sums: by the names in `LossOutput.sums`, added up over micro-batches and ranks; num_tokens: of the whole step.
+    Args: sums: by the names in `LossOutput.sums`, added up over micro-batches and ranks; num_tokens: tokens of the whole step.
     `<group>/<name>` is divided by `<group>/tokens` instead; groups without a token have no means.
-    Returns: nothing for a step without response tokens.
+    Returns: an empty dict for a step without response tokens.
     """
     if num_tokens == 0:
         return {}
@@ -109,9 +109,9 @@ def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
 
 
 def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
-    """What the rollouts of one step (at least one) tell before it is trained: staleness, lengths, divergences, weights.
+    """Compute metrics of a step's rollouts (at least one) before training: staleness, lengths, divergences, weights.
 
-    Args: trained_version: the student version that the step starts from, which staleness counts back from.
+    Args: trained_version: the student version that the step starts from, relative to which staleness is counted.
     """
     versions = [rollout.target_versions for rollout in rollouts]
     staleness = [trained_version - int(drawn.min()) for drawn in versions if len(drawn)] or [0]
@@ -129,7 +129,7 @@ def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str
 
 
 def filter_metrics(dropped: Mapping[int, str], num_rollouts: int) -> dict[str, float]:
-    """Share of a batch that was left out, in all and by rule; nothing where nothing was."""
+    """Fraction of a batch that was excluded, in total and by rule; empty if nothing was."""
     if not dropped:
         return {}
     shares = {f"filtered/{rule}": count / num_rollouts for rule, count in Counter(dropped.values()).items()}
@@ -139,8 +139,8 @@ def filter_metrics(dropped: Mapping[int, str], num_rollouts: int) -> dict[str, f
 def _weight_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str, float]:
     """Mean and effective sample size of the mixing weights q / m, over all tokens and by `token_groups`.
 
-    A teacher that the student has left behind, or that is far from it, shows as a low effective sample size there. Tokens of
-    a black-box teacher, whose m is unknown, are left out.
+    A teacher that the student has moved away from, or that is far from it, shows up as a low effective sample size there.
+    Tokens of a black-box teacher, whose m is unknown, are excluded.
     """
     known = [rollout for rollout in rollouts if rollout.student_logprobs is not None and rollout.mixture_logprobs is not None]
     names, groups = token_groups(known, trained_version)

@@ -1,7 +1,7 @@
-"""The copy of a run folder in `run.storage`: what the driver sends there, and how a run comes back from it.
+"""Copy of a run folder in `run.storage`: uploads by the driver, and restoring a run from it.
 
-The run folder stays the driver's working copy. Before a checkpoint is committed, what a resume from it needs is sent; at the
-end, the results. The storage's layout is the run folder's.
+The run folder remains the driver's working copy. Files that a resume needs are uploaded before a checkpoint is committed, and
+the results at the end. The storage has the same layout as the run folder.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from kdray.runs.storage import Storage
 
 LEDGER = "ledger.jsonl"
 _LINES = ("metrics.jsonl", LEDGER)
-"""Files with a line a step."""
+"""Files with one line per step."""
 _FILES = ("config.yaml", *_LINES, "events.jsonl", "teachers.json")
 _FOLDERS = ("samples", "tb")
 _RESULTS = ("summary.json", "report.html")
 _UNREAD = ("checkpoints/", "logs/", "peers/", "capture/")
-"""What the commands that read a run do not need."""
+"""Files that are not needed by the commands that read a run."""
 
 
 class StoredRun:
-    """A run's folder, and its copy in the storage."""
+    """A run's folder and its copy in the storage."""
 
     def __init__(self, folder: RunFolder, storage: Storage) -> None:
         self.folder = folder
         self.storage = storage
         self._sent: dict[str, tuple[int, int]] = {}
-        """Change time and size of what was sent, by key."""
+        """Modification time and size of uploaded files, by key."""
 
     @classmethod
     def of(cls, config: Config) -> StoredRun | None:
-        """The config's run; None without `run.storage`. Raises: ConfigError where it cannot be written."""
+        """Open the config's run; None without `run.storage`. Raises: ConfigError if it cannot be written."""
         if config.run.storage is None:
             return None
         stored = cls(RunFolder(config.run_folder.absolute()), Storage(config.run.storage, config.run.name))
@@ -45,18 +45,18 @@ class StoredRun:
             )
         stored.storage.check()
         if stored.storage.is_local and config.peers:
-            # What theirs lies in, which they take for a share that has to be there.
+            # Parent folder of the peers' storages; peers treat it as a share that must already exist.
             stored.storage.path("peers").mkdir(exist_ok=True)
         return stored
 
     # ----------------------------------------------------------------------------------------------------- sending
 
     def send(self) -> int:
-        """Send what changed of the files that a resume needs; the bytes sent. Raises: StorageError."""
+        """Upload the changed files among those that a resume needs; return the bytes sent. Raises: StorageError."""
         return self._send([*_FILES, *self._below(*_FOLDERS)])
 
     def send_results(self) -> int:
-        """Send the results beside; the student is there already, from the ranks."""
+        """Upload the results too; the ranks have already uploaded the student."""
         return self.send() + self._send(list(_RESULTS))
 
     def _below(self, *folders: str) -> list[str]:
@@ -65,7 +65,7 @@ class StoredRun:
             file.relative_to(path).as_posix()
             for name in folders
             for file in sorted((path / name).rglob("*"))
-            # Half-written ones are renamed when they are whole.
+            # Skip temporary files, which are renamed once complete.
             if file.is_file() and not file.name.startswith(".") and file.suffix != ".partial"
         ]
 
@@ -74,7 +74,7 @@ class StoredRun:
         for name in names:
             path = self.folder.path / name
             if path.is_file():
-                # Looked at before it is read: what is appended meanwhile is sent the next time.
+                # Stat before reading, so that lines appended meanwhile are sent the next time.
                 stat = path.stat()
                 if self._sent.get(name) != (stat.st_mtime_ns, stat.st_size):
                     changed[name] = (stat.st_mtime_ns, stat.st_size)
@@ -85,17 +85,17 @@ class StoredRun:
     # ---------------------------------------------------------------------------------------------------- fetching
 
     def refuse_another(self) -> None:
-        """Raises: ConfigError where the storage holds a run of that name already."""
+        """Check that the name is free. Raises: ConfigError if the storage already holds a run of that name."""
         held = self.storage.read("config.yaml") is not None
         if held or any(name.endswith(f"/{COMMITTED}") for name in self.storage.list("checkpoints")):
             raise ConfigError(f"{self.storage.url}: already holds a run; continue it with --resume, or choose another run.name")
 
     def fetch(self, step: int) -> bool:
-        """Make the run folder one that a run may continue from `step` in; whether files were fetched for that.
+        """Prepare the run folder for continuing from `step`; return True if files were fetched for it.
 
-        The local files win where they tell the stored history at least up to that step: there is a config.yaml, and of the
-        steps up to it metrics.jsonl and ledger.jsonl hold the very lines that the stored ones hold. Otherwise (there are none,
-        they end earlier, or another machine went on from an earlier step) the stored ones replace them.
+        Local files are kept if they match the stored history up to that step: there is a config.yaml, and metrics.jsonl and
+        ledger.jsonl have exactly the stored lines for the steps up to it. Otherwise (there are none, they end earlier, or
+        another machine continued from an earlier step) the stored files replace them.
         Raises: StorageError, DataError.
         """
         if self.folder.config.is_file() and all(self._tells(name, step) for name in _LINES):
@@ -108,7 +108,7 @@ class StoredRun:
         return True
 
     def _tells(self, name: str, step: int) -> bool:
-        """Whether the local file has the stored lines of the steps up to `step`."""
+        """Return True if the local file has the stored lines of the steps up to `step`."""
         path = self.folder.path / name
         stored = self.storage.read(name)
         if stored is None:
@@ -116,16 +116,16 @@ class StoredRun:
         try:
             here = read_lines(path) if path.is_file() else []
         except DataError:
-            # Damaged: the stored one is not.
+            # Damaged; the stored file is intact.
             return False
         there = parse_lines(stored.decode("utf-8"), f"{self.storage.url}/{name}")
         return [line for line in here if line["step"] <= step] == [line for line in there if line["step"] <= step]
 
 
 def fetch_results(url: str, to: Path) -> Path:
-    """Copy what a run left in its storage, without checkpoints, into a new folder `to`.
+    """Copy a run from its storage, without checkpoints, into a new folder `to`.
 
-    Raises: DataError where there is no run, or the storage cannot be read.
+    Raises: DataError if there is no run, or the storage cannot be read.
     """
     storage = Storage(url, patience_s=15.0)
     try:

@@ -1,6 +1,6 @@
-"""One run as one HTML file that opens without a network. Every value in it is read from the run folder.
+"""Report of a run as a single HTML file that opens without a network. All values are read from the run folder.
 
-Works on a run that is still going or that died: what is not there yet is named as missing.
+Works on a run that is still going or has crashed: data not available yet is reported as missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdray.rollouts.arrow import old_writer
 from kdray.runs.folder import RunFolder, read_lines, utc_now, write_atomically
 
 _OUTCOMES = ("before", "program", "distilled", "after", "control", "teacher")
-"""Sections of summary.json that stand side by side in the first table, where they are there."""
+"""Sections of summary.json shown side by side in the first table, if present."""
 
 _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats per token", ("loss",)),
@@ -35,7 +35,7 @@ _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 _STACKED = "Waits"
 _TEACHER_EVENTS = ("scale", "scale_stuck", "retry", "hedge", "teacher_missing", "teacher_refused", "teacher_back")
-"""Events that the time line of the teachers marks."""
+"""Events marked in the timeline of the teachers."""
 _MAX_POINTS = 2000
 _MAX_EVENTS = 1000
 _MAX_SAMPLE_FILES = 6
@@ -45,7 +45,7 @@ _MAX_SAMPLES_PER_FILE = 8
 def write_report(run_folder: Path) -> Path:
     """Write report.html into the run folder and return its path.
 
-    Raises: DataError when the folder holds nothing of a run, or a file of it cannot be read.
+    Raises: DataError if the folder has no files of a run, or one of them cannot be read.
     """
     folder = RunFolder(Path(run_folder))
     if not any(path.exists() for path in (folder.config, folder.metrics, folder.events, folder.summary)):
@@ -90,7 +90,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _outcomes(summary: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Rows of the before/after table: a metric, and its value in each column."""
+    """Build rows of the before/after table: a metric, and its value in each column."""
     metrics = dict.fromkeys(metric for column in columns for metric in summary[column])
     return [
         (metric, [_show(summary[column][metric]) if metric in summary[column] else "" for column in columns])
@@ -99,11 +99,11 @@ def _outcomes(summary: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, list[str]]]:
-    """(title, figure as HTML or None, names that no step has) for each plot."""
+    """Build (title, figure as HTML or None, names that no step has) for each plot."""
     lines = [line for line in metrics if "step" in line]
     curves: list[tuple[str, Any, list[str]]] = []
     for title, unit, names in _CURVES:
-        # The same number of one teacher, or on the held-out prompts, which are measured at some steps only.
+        # The same metric of a single teacher, or on the held-out prompts, which is measured at some steps only.
         prefixed = {key for line in lines for key in line if key.startswith(("teacher/", "heldout/"))}
         others = sorted(key for key in prefixed if key.split("/")[-1] in names)
         figure = go.Figure()
@@ -136,7 +136,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, list[s
 
 
 def _timeline(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> Any:
-    """Replicas of every pool over time, what happened to them, and how long the trainer waited; None where nothing is known."""
+    """Plot the replicas of every pool over time, their events, and the trainer's waits; None without data."""
     figure = go.Figure()
     pools = list(dict.fromkeys(line["pool"] for line in events if line.get("kind") == "replicas"))
     end = max((line["time"] for line in (*metrics, *events) if "time" in line), default=None)
@@ -178,13 +178,13 @@ def _timeline(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str
 
 
 def _thinned(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """A browser draws a few thousand points well; a longer run is thinned evenly, the last point kept."""
+    """Subsample the points of a long run evenly, keeping the last, since browsers handle only a few thousand points well."""
     stride = -(-len(points) // _MAX_POINTS) or 1
     return [point for index, point in enumerate(points) if index % stride == 0 or index == len(points) - 1]
 
 
 def _heldout(folder: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(names of the held-out measurements, (prompt, what the student answered in each) rows)."""
+    """Read (names of the held-out evaluations, rows of (prompt, the student's answer in each))."""
     files = {name: folder / f"heldout-{name}.parquet" for name in _OUTCOMES}
     answers = {name: _read(path) for name, path in files.items() if path.exists()}
     prompts = {row["prompt_id"]: _text(row, "prompt") for rows in answers.values() for row in rows}
@@ -195,7 +195,7 @@ def _heldout(folder: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a few files of training samples, evenly chosen from the first to the last."""
+    """Read a few files of training samples, evenly spaced from the first to the last."""
     files = sorted(folder.glob("step-*.parquet"))
     if len(files) > _MAX_SAMPLE_FILES:
         spacing = (len(files) - 1) / (_MAX_SAMPLE_FILES - 1)
@@ -209,7 +209,7 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _with_writer(row: dict[str, Any]) -> dict[str, Any]:
-    """A sample with the name of its writer, which older versions did not keep."""
+    """Add the name of the writer to a sample, which older versions did not store."""
     if row.get("writer") is not None:
         return row
     writer = old_writer(row["alpha"])
@@ -224,7 +224,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    """The text of a sample; where the run had no decoder, the ids of a response."""
+    """Return the text of a sample; if the run had no decoder, the ids of a response."""
     if row[column] is None:
         return str(row["token_ids"]) if column == "response" else "–"
     return row[column]

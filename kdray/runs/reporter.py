@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, events.jsonl, samples to look at, the terminal, and trackers such as TensorBoard."""
+"""Reporting of a run: metrics.jsonl, events.jsonl, samples for inspection, the terminal, and trackers such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from kdray.types import Rollout, StepReport
 
 SAMPLE_SCHEMA = pa.schema(
     [
-        pa.field("source", pa.string(), nullable=False),  # train, or the name of a held-out measurement
-        pa.field("step", pa.int64()),  # null where held out
+        pa.field("source", pa.string(), nullable=False),  # train, or the name of a held-out evaluation
+        pa.field("step", pa.int64()),  # null for held-out samples
         pa.field("sample_id", pa.int64(), nullable=False),
         pa.field("prompt_id", pa.int64(), nullable=False),
         pa.field("prompt", pa.string()),
         pa.field("response", pa.string()),
         pa.field("alpha", pa.float64(), nullable=False),
-        pa.field("writer", pa.string()),  # who wrote the response, several in their order
+        pa.field("writer", pa.string()),  # writers of the response, in order
         pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("reverse_kl", pa.float64()),  # mean over the response, nats per token; null where it was not recorded
+        pa.field("reverse_kl", pa.float64()),  # mean over the response, nats per token; null if it was not recorded
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )
@@ -39,15 +39,15 @@ _PLAIN_LINE_EVERY_S = 30.0
 
 
 class RunReporter:
-    """The `Reporter` of a run.
+    """`Reporter` of a run.
 
     Args: total_steps: steps of the distillation phase.
-          console: the terminal; on one that is no terminal, a plain line every so many steps replaces the progress bar.
-          decode: token ids -> text, for the samples; without it they hold ids only.
+          console: the terminal; if it is not interactive, a plain line every few steps replaces the progress bar.
+          decode: token ids -> text, for the samples; without it they contain ids only.
           sample_every, sample_count: of every `sample_every`-th step, the first step and the last, the first
-              `sample_count` rollouts are kept in samples/.
-          trackers: those of the run, which the reporter starts and closes.
-          line_every: steps between plain lines; default: a twentieth of the run. After 30 s one comes anyway.
+              `sample_count` rollouts are stored in samples/.
+          trackers: the run's trackers, which the reporter starts and closes.
+          line_every: steps between plain lines; default: a twentieth of the run. A line is printed after 30 s in any case.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RunReporter:
             self._trackers.start(self.event)
 
     def phase(self, name: str, total: int) -> None:
-        """Announce a phase (sft, distill, control, evaluation) of `total` steps or prompts; the bar starts again."""
+        """Announce a phase (sft, distill, control, evaluation) of `total` steps or prompts, and restart the progress bar."""
         self._record("phase", name=name, total=total)
         self._phase, self._phase_total, self._last_line_at = name, total, -math.inf
         if self._progress is None:
@@ -101,13 +101,13 @@ class RunReporter:
         self._task = self._progress.add_task(name, total=total, values="")
 
     def phase_step(self, report: StepReport) -> None:
-        """One optimizer step of a phase other than distillation: trackers and terminal, no line in metrics.jsonl."""
+        """Report an optimizer step of a phase other than distillation: trackers and terminal, no line in metrics.jsonl."""
         line = _numbers(report)
         self._track(report.step, line)
         self._advance(report.step, line)
 
     def step(self, report: StepReport, metrics: Mapping[str, float]) -> None:
-        """Write one step: the report's own numbers, its metrics, then the caller's, which win on a clash."""
+        """Write a step: the report's own numbers, its metrics, then the caller's, which take precedence."""
         line = {**_numbers(report), **metrics}
         self._folder.append_metrics({"step": report.step, "time": utc_now()} | line)
         if self._phase != DISTILL:
@@ -116,33 +116,33 @@ class RunReporter:
         self._advance(report.step, line)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write one event and show it."""
+        """Write an event and show it."""
         self._record(kind, **fields)
         self._print(" ".join([kind, *(f"{name}={_short(value)}" for name, value in fields.items())]))
 
     def samples(self, rollouts: Sequence[Rollout], step: int) -> None:
-        """Keep the first rollouts of a step, where it is one of those that are kept."""
+        """Store the first rollouts of a step, if it is one whose samples are stored."""
         if not rollouts or (step % self._sample_every and step > 1 and step != self._total_steps):
             return
         self._write_samples(f"step-{step:08d}", [self._sample(r, "train", step) for r in rollouts[: self._sample_count]])
 
     def heldout_samples(self, rollouts: Sequence[Rollout], name: str) -> None:
-        """Keep the first rollouts of a held-out measurement (before, after, control); one of that name is replaced."""
+        """Store the first rollouts of a held-out evaluation (before, after, control), replacing one of the same name."""
         self._write_samples(f"heldout-{name}", [self._sample(r, name, None) for r in rollouts[: self._sample_count]])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Keep what summary.json holds for the trackers, which get it when they are closed."""
+        """Keep the content of summary.json for the trackers, which receive it when they are closed."""
         self._summary = summary
 
     def close(self) -> None:
-        """Give the terminal back and close the trackers."""
+        """Release the terminal and close the trackers."""
         if self._progress is not None:
             self._progress.stop()
         if self._trackers is not None:
             self._trackers.close(self._summary)
 
     def _record(self, kind: str, **fields: Any) -> None:
-        """Write one event without showing it."""
+        """Write an event without showing it."""
         self._folder.append_event(kind, **fields)
         if self._trackers is not None:
             self._trackers.event(kind, fields)
@@ -190,7 +190,7 @@ class RunReporter:
         }
 
     def _print(self, text: str) -> None:
-        # Text, not markup: a path or a message may hold square brackets.
+        # Plain text, not markup: a path or a message may contain square brackets.
         self._console.print(Text(text), soft_wrap=True)
 
 
@@ -206,7 +206,7 @@ def _numbers(report: StepReport) -> dict[str, Any]:
 
 
 def _describe(metrics: Mapping[str, float]) -> str:
-    """The few numbers worth watching, as short text."""
+    """Format the most important metrics as short text."""
     parts = [f"{name} {_short(metrics[name])}" for name in ("loss", "reverse_kl") if name in metrics]
     if "tokens_per_s" in metrics:
         parts.append(f"{_short(metrics['tokens_per_s'])} tokens/s")

@@ -1,4 +1,4 @@
-"""What a driver does with the files of a run when it starts and when it ends. Whatever drives the loop does the same."""
+"""Restoring a run's files at a resume, and its final counts; shared by all drivers of the loop."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kdray.runs.ledger import Ledger, Totals
 def rewind(
     folder: RunFolder, ledger: Ledger, schedules: Schedules, steps: int, progress: Mapping[str, Any] | None
 ) -> tuple[int, Totals]:
-    """Bring files and schedules to where a checkpoint stands; returns the steps done there and their totals.
+    """Restore files and schedules to the state of a checkpoint; return the steps done there and their totals.
 
-    Lines of later steps go: these are trained again, and count once.
-    Args: steps: of distillation, beyond which checkpoints are of fine-tuning; progress: what the checkpoint's marker says; None
-          where there is no checkpoint, and a run begins anew.
+    Lines of later steps are dropped: those are trained again, and count once.
+    Args: steps: number of distillation steps, beyond which checkpoints are of fine-tuning; progress: the progress in the
+          checkpoint's marker; None if there is no checkpoint, so that the run starts from scratch.
     """
     start_step = 0 if progress is None else min(steps, int(progress["step"]))
     folder.truncate_metrics(start_step)
@@ -31,6 +31,6 @@ def rewind(
 
 
 def counts(ledger: Ledger, totals: Totals, config: Config) -> dict[str, int]:
-    """The numbers of summary.json that the ledger and the loop have counted."""
+    """Return the counts in summary.json that come from the ledger and the loop."""
     lost, duplicated = ledger.check(config.training.steps, config.training.batch_size)
     return {"steps": config.training.steps, **asdict(totals), "lost_samples": lost, "duplicated_samples": duplicated}

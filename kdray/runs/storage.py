@@ -1,10 +1,10 @@
-"""Files at a filesystem URL: an object store's bucket, or a folder that every node sees.
+"""File storage at a filesystem URL: a bucket of an object store, or a folder that every node can access.
 
-Whole files come and go; nothing is ever seen half written. An object store writes an object at once or not at all, and in a
-folder a file is written beside its place and renamed into it. Folders cannot be renamed everywhere: what consists of several
-files is whole once its marker, written last, is there (`kdray.runs.checkpoints`).
+Files are written atomically: object stores write an object completely or not at all, and in a folder a file is written to a
+temporary file and renamed. Not every storage can rename folders, so a group of files is complete once its marker, written
+last, exists (`kdray.runs.checkpoints`).
 
-A storage that is away for a moment is asked again, with growing pauses; every repetition is told to `on_retry`.
+Operations on a temporarily unavailable storage are retried with growing pauses; `on_retry` is called for every retry.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kdray.errors import ConfigError, StorageError
 T = TypeVar("T")
 
 PATIENCE_S = 120.0
-"""How long an operation is tried before the storage counts as gone."""
+"""Time for which an operation is retried before the storage counts as unavailable."""
 _PATIENCE_AT_START_S = 15.0
 _LONGEST_PAUSE_S = 15.0
 _CHUNK = 4 * 2**20
@@ -47,34 +47,34 @@ _REFUSALS = (
     "UNAUTHENTICATED",
     "Permission denied",
 )
-"""What the libraries' messages hold where credentials are missing, wrong or too weak: asking again does not help."""
+"""Parts of the libraries' messages for missing, wrong or insufficient credentials, where a retry does not help."""
 _NO_BUCKET = ("NO_SUCH_BUCKET", "Bucket '")
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file's content is known by."""
+    """Size and hash of a file's content."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     sha256: str
     """Hexadecimal."""
 
 
 @dataclass(frozen=True)
 class Retry:
-    """An operation that is about to be tried again."""
+    """Operation that is about to be retried."""
 
     what: str
     attempt: int
-    """Attempts that failed so far."""
+    """Number of failed attempts so far."""
     reason: str
 
 
 class Storage:
-    """The folder `url`/`names...`; keys are paths below it. Constructing one touches nothing.
+    """Folder `url`/`names...`; keys are paths below it. The constructor does not access it.
 
-    Every method raises StorageError with the key and the reason: at once for what asking again cannot change, else after
+    Every method raises StorageError with the key and the reason: immediately for permanent errors, otherwise after
     `patience_s`.
     """
 
@@ -85,7 +85,7 @@ class Storage:
         patience_s: float = PATIENCE_S,
         on_retry: Callable[[Retry], None] | None = None,
     ) -> None:
-        """Args: url: checked by `kdray.config.storage.check_storage_url`; it must exist, the folders below it need not;
+        """Args: url: checked by `kdray.config.storage.check_storage_url`; it must exist, unlike the folders below it;
         on_retry: called from several threads."""
         self.url = below(url, *names) if names else url
         self.patience_s = patience_s
@@ -95,15 +95,15 @@ class Storage:
 
     @classmethod
     def local(cls, folder: Path) -> Storage:
-        """A folder of this machine."""
+        """Open a folder of this machine as a storage."""
         return cls(folder.absolute().as_uri())
 
     @cached_property
     def _place(self) -> tuple[arrow.FileSystem, str]:
-        """File system, and path of the URL in it."""
+        """File system, and the URL's path in it."""
         url = self._base_url
         if url.startswith("gs:"):
-            # The library's own patience is 15 minutes.
+            # The library's default is to retry for 15 minutes.
             url += ("&" if "?" in url else "?") + "retry_limit_seconds=6"
         return arrow.FileSystem.from_uri(url)
 
@@ -113,21 +113,21 @@ class Storage:
 
     @property
     def root(self) -> str:
-        """The path of the storage's folder in its file system."""
+        """Path of the storage's folder in its file system."""
         return "/".join([self._place[1].rstrip("/"), *self._names])
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder, so that its files can be read and moved in place."""
+        """True for a folder, whose files can be read and moved in place."""
         return self._base_url.startswith("file:")
 
     def path(self, key: str) -> Path:
-        """Where a file of a local storage lies."""
+        """Return the path of a file in a local storage."""
         assert self.is_local
         return Path(self._at(key))
 
     def check(self) -> None:
-        """Make the folder where it is missing, write a file and remove it. Raises: ConfigError naming setting and remedy."""
+        """Create the folder if missing, write a file and remove it. Raises: ConfigError naming setting and remedy."""
         setting = f"run.storage={self._base_url}"
         patience, self.patience_s = self.patience_s, min(self.patience_s, _PATIENCE_AT_START_S)
         probe = f".check-{uuid.uuid4().hex}"
@@ -163,13 +163,13 @@ class Storage:
         return self._patiently(f"write {key}", lambda: self._write(key, [content]))
 
     def put(self, path: Path, key: str, move: bool = False) -> FileDigest:
-        """Copy a file of this machine there. Args: move: it is not needed here any more; a rename does where it can."""
+        """Upload a local file. Args: move: the local file is no longer needed, so it is renamed where possible."""
         if move and self.is_local:
             return self._patiently(f"write {key}", lambda: self._move(path, key))
         return self._patiently(f"write {key}", lambda: self._write(key, _chunks_of(path)))
 
     def read(self, key: str) -> bytes | None:
-        """What a file holds; None where there is none."""
+        """Read a file's content; None if it does not exist."""
 
         def attempt() -> bytes | None:
             try:
@@ -181,7 +181,7 @@ class Storage:
         return self._patiently(f"read {key}", attempt)
 
     def digest(self, key: str) -> FileDigest:
-        """The digest of a file as it is there."""
+        """Compute the digest of a file in the storage."""
 
         def attempt() -> FileDigest:
             with self._open(key) as source:
@@ -190,7 +190,7 @@ class Storage:
         return self._patiently(f"read {key}", attempt)
 
     def get(self, key: str, path: Path) -> FileDigest:
-        """Copy a file from there to this machine; its folder is made where it is missing."""
+        """Download a file; its local folder is created if missing."""
 
         def attempt() -> FileDigest:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ class Storage:
         return self._patiently(f"read {key}", attempt)
 
     def list(self, key: str = "") -> dict[str, int]:
-        """Size in bytes of every file below `key`, by its key; empty where there is nothing."""
+        """List the size in bytes of every file below `key`, by its key; empty if there is none."""
 
         def attempt() -> dict[str, int]:
             selector = arrow.FileSelector(self._at(key), recursive=True, allow_not_found=True)
@@ -213,13 +213,13 @@ class Storage:
 
         found = self._patiently(f"list {key or self.url}", attempt)
         for name in found:
-            # An object may have any name; what is fetched must stay in the folder that it is fetched to.
+            # An object may have any name; downloads must stay within their target folder.
             if not is_inside(name):
                 raise StorageError(f"{self.url}: holds {name!r}, which leads out of a folder; remove it")
         return found
 
     def delete(self, key: str) -> None:
-        """Remove a file, or a folder with all that it holds; nothing where there is none."""
+        """Remove a file, or a folder with all its content; no effect if it does not exist."""
 
         def attempt() -> None:
             where = self._at(key)
@@ -234,22 +234,23 @@ class Storage:
     # ------------------------------------------------------------------------------------------------------ trees
 
     def put_files(self, files: Mapping[str, Path], move: bool = False) -> dict[str, FileDigest]:
-        """`put` for several, some at a time; digests by key."""
+        """Upload several files in parallel, as `put` does; return digests by key."""
         return _several(lambda item: self.put(item[1], item[0], move), files.items(), files)
 
     def put_tree(self, folder: Path, key: str, move: bool = False) -> dict[str, FileDigest]:
-        """Copy all files of a folder to below `key`; their digests by path in the folder."""
+        """Upload all files of a folder below `key`; return their digests by path in the folder."""
         found = self.put_files({f"{key}/{name}": folder / name for name in files_below(folder)}, move)
         return {name.removeprefix(f"{key}/"): digest for name, digest in found.items()}
 
     def get_files(self, files: Mapping[str, Path]) -> dict[str, FileDigest]:
-        """`get` for several, some at a time; digests by key."""
+        """Download several files in parallel, as `get` does; return digests by key."""
         return _several(lambda item: self.get(*item), files.items(), files)
 
     def get_tree(self, key: str, folder: Path, marker: str | None = None) -> None:
-        """Copy all files below `key` into a folder; files that lie there under other names stay.
+        """Download all files below `key` into a folder; files with other names there are kept.
 
-        Args: marker: the file that says that the others are there: one of before goes first, the new one comes last.
+        Args: marker: file whose presence means that the others are complete: an old one is removed first, the new one is
+              downloaded last.
         """
         files = {each: folder / each.removeprefix(f"{key}/") for each in self.list(key)}
         if marker is not None:
@@ -258,7 +259,7 @@ class Storage:
         self.get_files({each: path for each, path in files.items() if each == f"{key}/{marker}"})
 
     def digests(self, keys: Iterable[str]) -> dict[str, FileDigest]:
-        """`digest` for several, some at a time."""
+        """Compute digests of several files in parallel."""
         wanted = list(keys)
         return _several(self.digest, wanted, wanted)
 
@@ -282,22 +283,22 @@ class Storage:
             return _write_beside(target, _chunks_of(path))
         with path.open("rb") as source:
             digest = _digest(_chunks(source), lambda chunk: None)
-            # A marker that is written later must not outlive this content when the machine goes down.
+            # A marker written later must not survive a machine crash without this content.
             os.fsync(source.fileno())
         os.replace(path, target)
         return digest
 
     def _prepared(self, key: str) -> Path:
-        """Where a file of a local storage belongs, its folder made."""
+        """Return the path of a file in a local storage, creating its folder."""
         if not Path(self.root).is_dir():
-            # Made at the start: a share that is away must not be written into its empty mount point.
+            # The root was created at the start; an unmounted share must not be written to at its empty mount point.
             raise OSError(f"the folder {self.root} is away")
         target = Path(self._at(key))
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def _patiently(self, what: str, attempt: Callable[[], T]) -> T:
-        """What `attempt` gives, tried again while its errors may pass."""
+        """Return the result of `attempt`, retried while its errors are transient."""
 
         def tell(state: RetryCallState) -> None:
             if self.on_retry is not None:
@@ -305,7 +306,7 @@ class Storage:
                 self.on_retry(Retry(what, state.attempt_number, str(state.outcome.exception())))
 
         trying = Retrying(
-            # Looked up each time: who cannot wait any more takes the patience away.
+            # Read on every attempt, since a caller that can no longer wait lowers `patience_s`.
             stop=lambda state: (state.seconds_since_start or 0.0) >= self.patience_s,
             wait=wait_exponential_jitter(initial=0.5, max=_LONGEST_PAUSE_S),
             retry=retry_if_exception(_may_pass),
@@ -321,17 +322,17 @@ class Storage:
 
 
 def files_below(folder: Path) -> list[str]:
-    """The files of a folder and its subfolders, as paths in it."""
+    """List the files of a folder and its subfolders, as paths relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def is_inside(name: str) -> bool:
-    """Whether a path names something below the folder that it is taken in, whatever else it holds."""
+    """Return True if a relative path stays below the folder that it is resolved in."""
     return bool(name) and not any(part in ("", ".", "..") for part in name.split("/")) and "\0" not in name
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether an error may be gone a moment later."""
+    """Return True if an error may be transient."""
     if not isinstance(error, OSError) or isinstance(
         error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | StorageError
     ):
@@ -364,7 +365,7 @@ def _digest(chunks: Iterable[bytes], use: Callable[[bytes], Any]) -> FileDigest:
 
 
 def _write_beside(path: Path, chunks: Iterable[bytes]) -> FileDigest:
-    """Write a file of this machine so that nobody sees half of it."""
+    """Write a local file atomically."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as target:

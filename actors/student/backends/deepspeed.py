@@ -23,7 +23,7 @@ _TAG = "state"
 
 
 class DeepSpeedBackend(StudentBackend):
-    """One rank of a DeepSpeed engine; the gradient accumulation boundary is set explicitly for each micro-batch."""
+    """A rank of a DeepSpeed engine; the gradient accumulation boundary is set explicitly for each micro-batch."""
 
     def __init__(self, training: TrainingSettings) -> None:
         super().__init__(training)

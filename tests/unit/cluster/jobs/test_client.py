@@ -234,6 +234,7 @@ def test_an_installed_version_is_shipped_without_a_working_tree(tmp_path, monkey
     target = tmp_path / "job"
     unpack_distribution(target)
     assert (target / "cluster" / "job_entrypoint.py").is_file()
+    assert (target / "kdray" / "py.typed").is_file(), "type checkers would not read the annotations"
     assert (target / info.name / "entry_points.txt").is_file()
     assert not (target / "rich").exists()
 

@@ -58,6 +58,7 @@ def models(tmp_path: Path) -> dict[str, str]:
 
 
 def _config(models: dict[str, str], **sections: Any) -> Config:
+    training = sections.pop("training", {})
     tree: dict[str, Any] = {
         "run": {"name": "planned"},
         "data": {"max_prompt_tokens": 512},
@@ -70,12 +71,12 @@ def _config(models: dict[str, str], **sections: Any) -> Config:
         "training": {
             "ranks": 8,
             "gpus_per_rank": 1,
-            "zero_stage": 3,
             "precision": "bf16",
             "micro_batch_size": 2,
             "gradient_checkpointing": True,
         }
-        | sections.pop("training", {}),
+        | ({} if "backend" in training else {"zero_stage": 3})
+        | training,
     }
     return parse_config(tree | sections)
 
@@ -131,6 +132,16 @@ def test_zero_stages_divide_by_ranks(stage: int, divided: tuple[str, ...]) -> No
     assert sending.total - found.total == 4 * shape.parameters
     # 2 + 2 + 12 bytes a parameter, the ZeRO paper's count.
     assert whole.weights + whole.gradients + whole.optimizer == 16 * shape.parameters
+
+
+def test_one_process_of_torch_holds_everything() -> None:
+    """In bfloat16 the sums of gradients are float32, beside the optimizer's float32 copy and two moments."""
+    shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
+    torch_alone = {"backend": {"type": "torch"}}
+    half = rank_memory(shape, TrainingSettings.model_validate(torch_alone | {"precision": "bf16"}), 64, 32)
+    whole = rank_memory(shape, TrainingSettings.model_validate(torch_alone), 64, 32)
+    assert half.weights + half.gradients + half.optimizer == (2 + 4 + 12) * shape.parameters
+    assert whole == rank_memory(shape, TrainingSettings(), 64, 32), "as DeepSpeed without sharding"
 
 
 def test_activations_are_near_what_autograd_keeps() -> None:
@@ -204,6 +215,7 @@ def test_a_plan_places_roles_by_label_and_names_the_bottleneck(models: dict[str,
     assert student.rate is not None
     assert ("bottleneck: student" in text) == (teacher.rate > student.rate)
     assert "warning" not in text, "70B to 8B is no gap"
+    assert student.does == "trains, ZeRO 3, bf16"
 
 
 def test_a_teacher_far_larger_than_its_student_is_warned_of(models: dict[str, str], tmp_path: Path) -> None:
@@ -224,6 +236,11 @@ def test_a_teacher_far_larger_than_its_student_is_warned_of(models: dict[str, st
         (
             {"training": {"ranks": 1, "micro_batch_size": 64}},
             r"training: a rank needs .*it fits with training.ranks=2, training.micro_batch_size=\d+",
+        ),
+        (
+            # No number of ranks and no stage is a remedy for a backend that has neither.
+            {"training": {"backend": {"type": "torch"}, "ranks": 1, "micro_batch_size": 64}},
+            r"training: a rank needs .*use GPUs with more memory, or a smaller student",
         ),
         ({"teacher": {"replicas": 5}}, r"teachers.main.replicas=5 x 4"),
         ({"teacher": {"labels": {"zone": "b"}}}, r"labels zone=b on one node, and no node has these labels"),

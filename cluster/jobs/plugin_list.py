@@ -1,6 +1,6 @@
-"""Plugins that a job's config uses, as a file of its folder: written where the job is submitted, read where it runs.
+"""List of the plugins that a job's config uses, as a file in the job's folder: written at submission, read by the job.
 
-The standard library alone: a node need not have anything else yet when the list is read there.
+Uses only the standard library, since a node may lack everything else when the list is read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ FILE = "plugins.json"
 
 
 def write(folder: Path, plugins: Iterable[Mapping[str, str]]) -> None:
-    """Args: plugins: group, name, distribution and version of each."""
+    """Write the list. Args: plugins: group, name, distribution and version of each."""
     (folder / FILE).write_text(json.dumps(list(plugins)), encoding="utf-8")
 
 
 def compare(folder: Path) -> tuple[list[str], list[str]]:
-    """Distributions in the folder's list that are not installed here, and a line for each that has another version here."""
+    """Distributions in the list that are not installed here, and a line for each that is installed in a different version."""
     path = folder / FILE
     used: dict[tuple[str, str], list[str]] = {}
     for plugin in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:

@@ -359,7 +359,7 @@ def _student_role(
 
 
 def _smaller(training: TrainingSettings, memory: Callable[[TrainingSettings], RankMemory], limit: float) -> str:
-    """The smallest change of the training's settings with which a rank fits."""
+    """The smallest change of the training settings that makes a rank fit."""
     backend, most = training.backend, training.backend.max_ranks
     numbers = [ranks for ranks in (training.ranks * 2**power for power in range(6)) if most is None or ranks <= most]
     micros = [training.micro_batch_size // 2**power for power in range(training.micro_batch_size.bit_length())]

@@ -1,6 +1,6 @@
-"""Student backends: what holds the student on the ranks and moves its weights, and the facts that others ask of it.
+"""Student backends: settings of the code that holds and trains the student on the ranks, with facts that the planner needs.
 
-Settings alone: the code of a backend is named by `implementation` and imported where a rank starts.
+Settings only: a backend's code is named by `implementation`, and imported when a rank starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class ParameterBytes(NamedTuple):
-    """Bytes that one rank holds for a parameter of the student, on average over the parameters."""
+    """Memory that a rank needs per parameter of the student, bytes, averaged over the parameters."""
 
     weights: float
     gradients: float
@@ -31,34 +31,35 @@ STUDENT_BACKENDS: SettingsRegistry[StudentBackendSettings] = SettingsRegistry(
 
 @STUDENT_BACKENDS.root
 class StudentBackendSettings(Settings):
-    """The class that every backend's settings derive from: `type`, the backend's own fields, and its facts."""
+    """Base class of all backend settings: `type`, the backend's own fields, and its facts."""
 
     implementation: ClassVar[str]
-    """`module:Class` of the `actors.student.backend.StudentBackend` that these settings are for."""
+    """`module:Class` of the `actors.student.backend.StudentBackend` that these settings configure."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions that the backend computes with; a run's summary has their versions."""
+    """Distributions that the backend uses; a run's summary lists their versions."""
     max_ranks: ClassVar[int | None] = None
-    """Most ranks that it trains on; None is any number."""
+    """Maximum number of ranks; None is unlimited."""
     placement: ClassVar[frozenset[str]] = frozenset()
-    """Fields that say how the student is spread over ranks, never what is computed: `cluster.roles.training` may set them."""
+    """Fields that distribute the student over ranks without changing what is computed: `cluster.roles.training` may set
+    them."""
 
     type: str
     """Name of the backend."""
 
     @property
     def description(self) -> str:
-        """A word or two for `kdray plan`."""
+        """Short description for `kdray plan`."""
         return self.type
 
     def parameter_bytes(self, precision: Precision, ranks: int) -> ParameterBytes:
-        """Memory of a parameter on each rank, with AdamW; everything whole on every rank unless a backend says otherwise.
+        """Memory of a parameter on each rank, with AdamW; by default nothing is sharded.
 
-        In bfloat16 the optimizer has a float32 copy of the weights beside the two moments.
+        In bfloat16 the optimizer holds a float32 copy of the weights in addition to the two moments.
         """
         return ParameterBytes(2, 2, 12) if precision == "bf16" else ParameterBytes(4, 4, 8)
 
     def leaner(self) -> Iterator[StudentBackendSettings]:
-        """The same backend with less of the student on each rank, the smallest change first; for the planner's remedies."""
+        """Variants of the backend with less memory per rank, the smallest change first; for the planner's remedies."""
         yield from ()
 
 
@@ -74,8 +75,8 @@ class DeepSpeedSettings(StudentBackendSettings):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and parameters)."""
     options: dict[str, Any] = Field(default={})
-    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes); those that kdray sets
-    itself are refused."""
+    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes); those that kdray sets itself
+    are rejected."""
 
     @model_validator(mode="after")
     def _check_options(self) -> DeepSpeedSettings:
@@ -92,7 +93,7 @@ class DeepSpeedSettings(StudentBackendSettings):
         return f"ZeRO {self.zero_stage}"
 
     def parameter_bytes(self, precision: Precision, ranks: int) -> ParameterBytes:
-        """ZeRO cuts optimizer states by the ranks from stage 1 on, gradients from 2, weights at 3.
+        """ZeRO shards optimizer states over the ranks from stage 1 on, gradients from 2, weights at 3.
 
         Source: Rajbhandari et al. 2020, section 3 (arXiv 1910.02054).
         """
@@ -115,12 +116,12 @@ _TAKEN = {
     "bf16": "precision",
     "fp16": "precision",
 }
-"""DeepSpeed's settings that kdray sets itself -> the training settings that decide them."""
+"""DeepSpeed settings that kdray sets itself -> the training settings that determine them."""
 
 
 @STUDENT_BACKENDS.add("torch")
 class TorchSettings(StudentBackendSettings):
-    """PyTorch alone, in one process: for laptops, notebooks, and students that fit one GPU."""
+    """Plain PyTorch in a single process: for laptops, notebooks, and students that fit on one GPU."""
 
     implementation: ClassVar[str] = "actors.student.backends.torch:TorchBackend"
     max_ranks: ClassVar[int | None] = 1
@@ -132,13 +133,13 @@ class TorchSettings(StudentBackendSettings):
         return "plain torch"
 
     def parameter_bytes(self, precision: Precision, ranks: int) -> ParameterBytes:
-        """In bfloat16, gradients are added up in float32; the bfloat16 ones live as long as it takes to add them."""
+        """In bfloat16, gradients are accumulated in float32; the bfloat16 ones are freed once they are added."""
         whole = super().parameter_bytes(precision, ranks)
         return whole._replace(gradients=4)
 
 
 Backend = Annotated[SerializeAsAny[StudentBackendSettings], STUDENT_BACKENDS.member()]
-"""A field that holds the settings of any backend."""
+"""Field type for the settings of any backend."""
 
 
 def default_backend() -> StudentBackendSettings:
@@ -150,13 +151,13 @@ def default_backend() -> StudentBackendSettings:
 # ------------------------------------------------------------------------------------------------- former keys
 
 FORMER_KEYS = {"zero_stage": "zero_stage", "deepspeed": "options"}
-"""Settings of DeepSpeed that stood in `training` itself before there were other backends, and their names in `backend`."""
+"""DeepSpeed settings that used to be in `training` itself, and their names in `backend`."""
 
 
 def with_backend(training: Any) -> Any:
-    """A `training` section as written, with its former keys moved into `backend`.
+    """Return a `training` section with its former keys moved to `backend`.
 
-    Raises: ValueError where a setting is said in both ways, or the section names another backend beside DeepSpeed's settings.
+    Raises: ValueError if a setting is given in both forms, or the section combines another backend with DeepSpeed's settings.
     """
     if not isinstance(training, Mapping) or not FORMER_KEYS.keys() & training.keys():
         return training
@@ -182,7 +183,7 @@ def with_backend(training: Any) -> Any:
 
 
 def backend_keys(keys: list[str]) -> list[str]:
-    """The parts of a dotted override, where it names a former key: training.zero_stage is training.backend.zero_stage."""
+    """Translate a dotted override that uses a former key: training.zero_stage becomes training.backend.zero_stage."""
     if len(keys) > 1 and keys[0] == "training" and keys[1] in FORMER_KEYS:
         return ["training", "backend", FORMER_KEYS[keys[1]], *keys[2:]]
     return keys

@@ -16,11 +16,11 @@ class PromptSettings(Settings):
     """A source of prompts."""
 
     type: str
-    """Name of the source; a subclass narrows it to `Literal` of its own."""
+    """Name of the source; a subclass narrows it to a `Literal` of its own."""
     from_caller: ClassVar[bool] = False
-    """The prompts are passed by the caller of `run`, and stand in no file."""
+    """The prompts are passed by the caller of `run`, and are in no file."""
     local: ClassVar[bool] = True
-    """The prompts are generated, or lie on this machine: they can be read again without a network."""
+    """The prompts are generated or stored on this machine: they can be read again offline."""
 
     @property
     def graded_tasks(self) -> list[str]:

@@ -35,7 +35,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, found {type(tree).__name__}")
     try:
-        # Before the overrides, which may say the same settings by their newer names.
+        # Before the overrides, which may use the new names of the same settings.
         tree = {**tree, "training": with_backend(tree["training"])} if "training" in tree else tree
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error

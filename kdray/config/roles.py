@@ -86,9 +86,9 @@ def _is_served(teacher: Any) -> bool:
 
 
 def _training(section: Any, values: dict[str, Any]) -> Any:
-    """The training section with the role's settings over it, those of the student's backend one by one.
+    """Apply the role's settings to the training section, those of the student's backend one by one.
 
-    A section or a backend that is none is left to the check of its own.
+    An invalid section or backend is left to its own validation.
     """
     section, values = with_backend(section), with_backend(values)
     backend = (section.get("backend") or {}) if isinstance(section, dict) else None

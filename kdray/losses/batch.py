@@ -14,7 +14,7 @@ from kdray.types import TrainBatch
 
 _COLUMNS = loss_columns()
 _INDICES = frozenset(column.name for column in _COLUMNS if column.width == "support" and issubclass(column.dtype, np.integer))
-"""Columns of ids, by which rows are indexed."""
+"""Columns of ids, used as indices."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LossBatch:
     """
 
     token_ids: torch.Tensor  # [B, S] long
-    mask: torch.Tensor  # [B, S] bool, True at targets, which may have gaps between them; a row is one rollout
+    mask: torch.Tensor  # [B, S] bool, True at targets, possibly with gaps in between; a row is one rollout
     vocab_size: int
     """Token ids that teacher and student share; further columns of the student's logits are embedding padding."""
     mixture_logprobs: torch.Tensor | None = None  # [B, S] log m of the sampler
@@ -41,7 +41,7 @@ class LossBatch:
     weights: torch.Tensor | None = None  # [B, S] weight of a token in the loss; None where all count alike
     teacher_logits: torch.Tensor | None = None  # [B, S, vocab >= vocab_size]; where given, read instead of the support
     more: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Columns that have no field here, by name."""
+    """Further columns, without a field of their own, by name."""
 
     @classmethod
     def from_train_batch(cls, batch: TrainBatch, vocab_size: int, device: torch.device | str = "cpu") -> LossBatch:

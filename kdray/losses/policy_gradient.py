@@ -67,7 +67,7 @@ def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTok
 
 
 def by_response(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Numbers of the N masked tokens, those of a row side by side, without the gaps between them: [B, T], 0 behind the last.
+    """Values of the N masked tokens, packed by row without gaps: [B, T], 0 after the last.
 
     Args: values: [N], row by row; mask: [B, S]. The inverse: `of_tokens`.
     """
@@ -81,7 +81,7 @@ def of_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _there(mask: torch.Tensor) -> torch.Tensor:
-    """Places of `by_response` that hold a token, [B, T] bool."""
+    """Mask of the positions of `by_response` that hold a token, [B, T] bool."""
     counts = mask.sum(-1, keepdim=True)
     return torch.arange(max(1, int(counts.max())), device=mask.device) < counts
 
@@ -114,7 +114,7 @@ def returns_from(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, length
 
 
 def tokens_after(mask: torch.Tensor) -> torch.Tensor:
-    """Number of response tokens of its row after each response token, [N]."""
+    """Number of response tokens after each one in its row, [N]."""
     return (mask.sum(-1, keepdim=True) - mask.cumsum(-1))[mask]
 
 

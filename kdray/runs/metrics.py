@@ -59,7 +59,7 @@ METRICS: dict[str, Metric] = {
     "feature_hidden": Metric("1/token", "token_mean", "Distance of projected hidden states, mean over pairs of layers"),
     "feature_attention": Metric("1/token", "token_mean", "Distance of attention maps, mean over pairs of layers (nats for kl)"),
     "feature_relation": Metric("1/token", "token_mean", "Distance of relations among a response's tokens"),
-    "uld": Metric("1/token", "token_mean", "Distance of both laws sorted by probability, at aligned positions"),
+    "uld": Metric("1/token", "token_mean", "Distance of both distributions, sorted by probability, at aligned positions"),
     "matched_kl": Metric(
         "nats/token", "token_mean", "KL(teacher || student) over the student's ids and a rest, at aligned positions"
     ),

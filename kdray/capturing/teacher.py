@@ -185,7 +185,8 @@ class CapturedTeacher:
             )
         if self.manifest.vocab_size > self._vocab_size:
             raise VocabError(
-                f"{setting}: the capture's distributions cover {self.manifest.vocab_size} ids, and the student has {self._vocab_size}; "
+                f"{setting}: the capture's distributions cover {self.manifest.vocab_size} ids, and the student has "
+                f"{self._vocab_size}; "
                 "capture again with this student"
             )
         found = sum(pq.read_metadata(shard).num_rows for shard in self._shards)

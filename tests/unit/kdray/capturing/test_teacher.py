@@ -375,7 +375,7 @@ def test_another_tokenizer_or_more_ids_than_the_students_are_refused(tmp_path: P
     path = capture(tmp_path / "there", [rollout(0, 0)])
     with pytest.raises(DataError, match=rf"made with tokenizer {TOKENIZER}, and the student's is other"):
         opened(path, 1, tokenizer="other")
-    with pytest.raises(VocabError, match="laws cover 20 ids, and the student has 19"):
+    with pytest.raises(VocabError, match="distributions cover 20 ids, and the student has 19"):
         opened(path, 1, vocab_size=19)
     opened(path, 1, vocab_size=21)
 

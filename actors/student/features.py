@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdray.config import AttentionTerm, FeatureSettings, HiddenTerm
+from kdray.config.features import RelationTerm
 from kdray.errors import TrainingError
 from kdray.losses import LossOutput
 from kdray.losses.features import ATTENTION, HIDDEN, RELATION, over_responses, predicting
@@ -93,23 +94,23 @@ class StudentWithFeatures(torch.nn.Module):
 
     def _terms(self, student: Any, teacher: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         settings, at = self.settings, predicting(mask)
-        terms = {}
-        for term in settings.terms:
-            pairs = self.pairs[type(term)]
-            if isinstance(term, HiddenTerm):
-                hidden = HIDDEN[term.distance]
-                values = [
-                    hidden(projection(student.hidden_states[s][at]), teacher.hidden_states[t][at])
-                    for projection, (s, t) in zip(self.projections, pairs, strict=True)
-                ]
-            elif isinstance(term, AttentionTerm):
-                maps = (_all_maps(student, self.student), _all_maps(teacher, self._teacher[0]))
-                values = [ATTENTION[term.distance](maps[0][s - 1], maps[1][t - 1], mask) for s, t in pairs]
-            else:
-                relation = RELATION[term.distance]
-                values = [over_responses(relation, student.hidden_states[s], teacher.hidden_states[t], mask) for s, t in pairs]
-            terms[f"feature_{term.setting.rpartition('.')[2]}"] = torch.stack(values).mean()
-        return terms
+        values: dict[str, list[torch.Tensor]] = {}
+        if settings.hidden is not None:
+            hidden, pairs = HIDDEN[settings.hidden.distance], self.pairs[HiddenTerm]
+            values["hidden"] = [
+                hidden(projection(student.hidden_states[s][at]), teacher.hidden_states[t][at])
+                for projection, (s, t) in zip(self.projections, pairs, strict=True)
+            ]
+        if settings.attention is not None:
+            attention, pairs = ATTENTION[settings.attention.distance], self.pairs[AttentionTerm]
+            maps = (_all_maps(student, self.student), _all_maps(teacher, self._teacher[0]))
+            values["attention"] = [attention(maps[0][s - 1], maps[1][t - 1], mask) for s, t in pairs]
+        if settings.relation is not None:
+            relation, pairs = RELATION[settings.relation.distance], self.pairs[RelationTerm]
+            values["relation"] = [
+                over_responses(relation, student.hidden_states[s], teacher.hidden_states[t], mask) for s, t in pairs
+            ]
+        return {f"feature_{name}": torch.stack(each).mean() for name, each in values.items()}
 
 
 def _linear(student_width: int, teacher_width: int, generator: torch.Generator, dtype: torch.dtype) -> torch.nn.Linear:

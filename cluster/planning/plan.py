@@ -412,7 +412,8 @@ def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
         ]
     rates = {role.bundle.role: role.rate or 0.0 for role in roles}
     training = rates.pop("student")
-    shared = len(config.served_teachers) > 1 and config.rollout.teachers is not None and config.rollout.teachers.type == "route"
+    sharing = config.rollout.teachers
+    shared = len(config.served_teachers) > 1 and sharing is not None and not sharing.one_target
     supply: dict[str, float] = {}
     if shared:
         # Routed teachers share the prompts: at best, their rates add up.

@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdray.config import ModelSource, PrunedModel
+from kdray.config import ModelSource
 from kdray.errors import DataError
-from kdray.models.resolve import model_name, weights_hash
+from kdray.models.resolve import recorded_identity
 from kdray.rollouts.arrow import ABSENT_IN_OLD_FILES, ROLLOUT_SCHEMA, rollouts_to_table, row_writers, writer_columns
 from kdray.rollouts.columns import signal_columns
 from kdray.runs.folder import write_atomically
@@ -158,10 +158,10 @@ def check_model(setting: str, manifest: Manifest | None, model: ModelSource, rev
     recorded, there = (about["model"], about.get("revision")) if about else (said and said.model, said and said.revision)
     if recorded is None:
         raise DataError(f"{setting}: the capture does not say whose answers it holds; remove the setting, or capture again")
-    if isinstance(model, PrunedModel):
+    known = recorded_identity(model)
+    if known is None:
         raise DataError(f"{setting}.type=pruned: name the folder that the pruned model was built in")
-    name = model_name(model)
-    weights = weights_hash(model) if isinstance(model, str) else None
+    name, weights = known
     if weights is not None and about.get("weights") is not None:
         if weights != about["weights"]:
             raise DataError(

@@ -118,6 +118,16 @@ def model_name(source: str | TinyModel) -> str:
     return folder.absolute().name if folder.is_dir() else source
 
 
+def recorded_identity(source: ModelSource) -> tuple[str, str | None] | None:
+    """Name of a model in a capture, with the hash of its weights if it is a local folder.
+
+    None for a pruned model: a capture names the folder that it was built in.
+    """
+    if isinstance(source, PrunedModel):
+        return None
+    return model_name(source), weights_hash(source) if isinstance(source, str) else None
+
+
 def weights_hash(source: str) -> str | None:
     """Hash of the weights in a local folder (16 hex digits), independent of its name; None for a hub id.
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import kdray.config.run_config  # noqa: F401  (registers every kind)
+from kdray.config.programs import ProgramBase
+from kdray.config.registry import REGISTRIES, SettingsRegistry
+
 ROOT = Path(__file__).parents[3]
 FILES = sorted(path for package in ("kdray", "actors", "cluster") for path in (ROOT / package).rglob("*.py"))
 MOST_PARAMETERS = 8
@@ -69,3 +73,49 @@ def test_parameters_are_counted(tmp_path: Path, source: str, found: list[str]) -
     path = tmp_path / "some.py"
     path.write_text(source)
     assert [name for _, name in too_long(path)] == found
+
+
+# ------------------------------------------------------------------------------------------------ kinds of settings
+
+KINDS = {
+    kind.__name__
+    for registry in REGISTRIES.values()
+    if isinstance(registry, SettingsRegistry)
+    for kind in (registry.base, *registry.known())
+} | {"TaskPrompts", "JsonlPrompts", "ParquetPrompts", "HubPrompts", "IterablePrompts", "TaskText", "JsonlText", "ParquetText"}
+KINDS |= {"HubText", "RouteSettings", "EnsembleSettings", "StepSchedule", "SignalSchedule", "HiddenTerm", "AttentionTerm"}
+KINDS |= {"RelationTerm", "TinyModel", "PrunedModel", "HFTeacher", "RemoteTeacher", "CapturedTeacher"}
+KINDS |= {kind.__name__ for kind in ProgramBase.__subclasses__()}
+
+OWN_ROOMS = {"TinyModel": "kdray/models", "PrunedModel": "kdray/models"}
+"""Model sources are told apart in the room that resolves them."""
+
+AS_GIVEN = {
+    ("kdray/losses/functional.py", "LossSettings"): "a loss that is given as settings, a mapping or a name",
+    ("actors/student/backends/deepspeed.py", "DeepSpeedSettings"): "the backend's own settings",
+}
+
+
+def branches(path: Path) -> Iterator[tuple[str, int]]:
+    """(kind, line) of every type test on a kind, and of every comparison of a `type` with a text."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            names = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+            yield from ((name, node.lineno) for name in names & KINDS)
+        if isinstance(node, ast.Match):
+            yield "match", node.lineno
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith(".type"):
+            texts = [each for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+            yield from ((text.value, node.lineno) for text in texts)
+
+
+def test_nothing_branches_on_a_kind_outside_its_own_file() -> None:
+    found = {}
+    for path in FILES:
+        where = path.relative_to(ROOT).as_posix()
+        if where.startswith("kdray/config/"):
+            continue
+        for kind, line in branches(path):
+            if not where.startswith(OWN_ROOMS.get(kind, "-")) and (where, kind) not in AS_GIVEN and kind != "cuda":
+                found[f"{where}:{line}"] = kind
+    assert not found, "ask a fact of the kind instead (kdray.config.losses.LossSettings, TeacherSettings, ...)"

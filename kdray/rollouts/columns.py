@@ -42,7 +42,7 @@ Consumer = Literal["row", "loss", "output_head", "ensemble", "metrics", "ledger"
 """`row`: ids and loss mask of the batch. `output_head`: the loss from hidden states. `report`: samples for inspection."""
 
 Signal = Literal["sampled", "top_k", "hidden"]
-"""Signals of a teacher; see `kdray.checks.capabilities.Capability`."""
+"""Signals of a teacher; see `kdray.config.signals`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

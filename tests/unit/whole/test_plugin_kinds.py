@@ -15,6 +15,7 @@ from kdray.checks.teacher_signal import check_loss, check_rows
 from kdray.data.dataset import encode_answer, load_dataset
 from kdray.errors import ConfigError
 from kdray.models.resolve import task_tokenizer
+from kdray.rollouts.columns import unscored
 from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.types import SampleRequest
 
@@ -67,7 +68,7 @@ async def test_the_teacher_draws_from_the_distribution_that_it_scores(example_pl
     assert len(whole) > len(drawn) / 2
     check_rows(drawn, context.vocab_size)
     assert check_loss(drawn, context.config.loss, 1.0, context.vocab_size)["gradient_perturbed"] > 0
-    (scored,) = [rollouts async for rollouts in teacher.score([rollout.unscored() for rollout in drawn])]
+    (scored,) = [rollouts async for rollouts in teacher.score([unscored(rollout) for rollout in drawn])]
     for before, after in zip(drawn, scored, strict=True):
         np.testing.assert_array_equal(before.teacher_logprobs, after.teacher_logprobs)
         np.testing.assert_allclose(np.exp(after.support_logprobs[:, 0]) + np.exp(after.tail_logprobs), 1.0, rtol=1e-6)

@@ -15,7 +15,7 @@ import torch
 from actors.serving import prompt_logprobs
 from actors.vllm_plugin import record_table
 from kdray.capturing.format import SIGNAL_COLUMNS
-from kdray.checks.capabilities import Capability
+from kdray.config.signals import MEANING
 from kdray.losses import LossBatch
 from kdray.rollouts.arrow import ABSENT_IN_OLD_FILES, ROLLOUT_SCHEMA
 from kdray.rollouts.batching import rollouts_to_batch
@@ -140,7 +140,7 @@ def test_teachers_give_the_columns_that_the_table_says() -> None:
 
 
 def test_signals_of_a_capture_are_capabilities_and_what_tells_of_the_student_is_none() -> None:
-    assert set(SIGNAL_COLUMNS) <= set(Capability.__args__)
+    assert set(SIGNAL_COLUMNS) <= set(MEANING)
     assert SIGNAL_COLUMNS["sampled"] == ("teacher_logprobs",)
     assert set(SIGNAL_COLUMNS["top_k"]) == {"support_ids", "support_logprobs", "tail_logprobs"}
     assert {column.name for column in COLUMNS if column.of_student} >= {"student_logprobs", "reverse_kl", "forward_kl"}

@@ -24,7 +24,7 @@ from cluster.engine_specs import canary
 from cluster.interrupt import on_interrupt
 from cluster.parts import Pools
 from kdray.capturing.collect import ask, by_key
-from kdray.capturing.writer import Asking, CaptureFolder
+from kdray.capturing.writer import CaptureFolder, CaptureKeySpec
 from kdray.config import Config
 from kdray.data.dataset import PromptStream, encode_answer
 from kdray.errors import ConfigError, Interrupted
@@ -87,7 +87,7 @@ def check_capturable(config: Config) -> None:
             )
 
 
-def asking(context: RunContext) -> Asking:
+def key_spec(context: RunContext) -> CaptureKeySpec:
     """Everything that determines an answer, except its prompt and its seed."""
     config = context.config
     (name,) = config.teachers
@@ -100,7 +100,7 @@ def asking(context: RunContext) -> Asking:
     if rollout.program is not None:
         how["program"] = rollout.program.model_dump(mode="json")
     how |= kind.identity(context.models.teachers.get(name), context.vocab_size)
-    return Asking(tokenizer_hash(context.tokenizer), context.vocab_size, how)
+    return CaptureKeySpec(tokenizer_hash(context.tokenizer), context.vocab_size, how)
 
 
 def first_requests(checked: Checked, epochs: int) -> list[SampleRequest]:
@@ -207,7 +207,7 @@ def _in_flight(config: Config) -> int:
 
 def capture_folder(context: RunContext, path: Path) -> CaptureFolder:
     """The folder of this config's answers, not yet opened."""
-    return CaptureFolder(path, asking(context))
+    return CaptureFolder(path, key_spec(context))
 
 
 def wanted_answers(checked: Checked, folder: CaptureFolder, requests: Sequence[SampleRequest]) -> dict[bytes, SampleRequest]:

@@ -51,8 +51,8 @@ behind."""
 
 
 @dataclass(frozen=True)
-class Asking:
-    """Origin of a folder's answers, as far as it is known before the teacher has started."""
+class CaptureKeySpec:
+    """Part of the key that all answers of a folder share: what is known of their origin before the teacher starts."""
 
     tokenizer: str
     vocab_size: int
@@ -60,7 +60,7 @@ class Asking:
     """See `kdray.capturing.format.Manifest`."""
 
     @property
-    def seal(self) -> bytes:
+    def digest(self) -> bytes:
         """Hash of all fields."""
         text = json.dumps([self.tokenizer, self.vocab_size, self.asked_with], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -69,12 +69,12 @@ class Asking:
 class CaptureFolder:
     """A capture being written, as a context manager: one process at a time has it open."""
 
-    def __init__(self, path: Path, asking: Asking, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, path: Path, spec: CaptureKeySpec, shard_bytes: int = SHARD_BYTES) -> None:
         self.path = path
-        self._asking = asking
-        self._seal = asking.seal
+        self._spec = spec
+        self._digest = spec.digest
         self._shard_bytes = shard_bytes
-        self._manifest = Manifest(None, asking.tokenizer, asking.vocab_size, 0, dict(asking.asked_with), 0, complete=False)
+        self._manifest = Manifest(None, spec.tokenizer, spec.vocab_size, 0, dict(spec.asked_with), 0, complete=False)
         self._begun = False
         self._events = RunFolder(path)
         self._held: set[bytes] = set()
@@ -139,7 +139,7 @@ class CaptureFolder:
         Args: reference: [T] ids of the data's reference answer, in place of a sampled one.
         """
         what = [b"drawn", str(request.seed).encode()] if reference is None else [b"data", reference.astype("<i4").tobytes()]
-        content = hashlib.blake2b(self._seal, digest_size=16)
+        content = hashlib.blake2b(self._digest, digest_size=16)
         for part in (request.prompt_ids.astype("<i4").tobytes(), *what):
             content.update(len(part).to_bytes(8, "little") + part)
         return content.digest()
@@ -195,9 +195,9 @@ class CaptureFolder:
         self._journal.append(table)
         self._held.update(new)
         if self._journal.num_bytes >= self._shard_bytes:
-            self.seal()
+            self.flush_shard()
 
-    def seal(self) -> None:
+    def flush_shard(self) -> None:
         """Write the journal's rows as a shard."""
         if self._journal.num_rows:
             table = pa.Table.from_batches(self._journal.batches, CAPTURE_SCHEMA)
@@ -210,7 +210,7 @@ class CaptureFolder:
     def complete(self) -> Manifest:
         """Mark the capture as complete. Returns: the manifest."""
         self._manifest = replace(self._manifest, complete=True)
-        self.seal()
+        self.flush_shard()
         return self._manifest
 
     # -------------------------------------------------------------------------------------------------------- opening
@@ -228,7 +228,7 @@ class CaptureFolder:
         assert before is not None
         if not before.asked_with:
             raise DataError(f"capture {self.path}: not made by `kdray capture`; name another folder")
-        there, wanted = ({"tokenizer": m.tokenizer, "vocab_size": m.vocab_size, **m.asked_with} for m in (before, self._asking))
+        there, wanted = ({"tokenizer": m.tokenizer, "vocab_size": m.vocab_size, **m.asked_with} for m in (before, self._spec))
         for name in [*there, *(name for name in wanted if name not in there)]:
             if there.get(name) != wanted.get(name):
                 raise DataError(

@@ -19,7 +19,7 @@ import pytest
 from kdray.capturing.collect import ask, by_key, check_alone, lacking
 from kdray.capturing.format import read_manifest, signals, write_capture
 from kdray.capturing.teacher import CapturedTeacher
-from kdray.capturing.writer import Asking, CaptureFolder
+from kdray.capturing.writer import CaptureFolder, CaptureKeySpec
 from kdray.data.dataset import PromptStream
 from kdray.errors import ConfigError, DataError, EngineError, RequestRefused
 from kdray.rollouts.draw import LoopSettings, sample_request
@@ -29,7 +29,7 @@ from kdray.types import Prompt, Rollout, SampleRequest, written_by
 VOCAB, TOKENIZER = 12, "0123456789abcdef"
 FINGERPRINT = Fingerprint("some/teacher", None, TOKENIZER, VOCAB, "float32", (1, 2, 3), (-0.5, -1.25))
 ASKED_WITH = {"type": "vllm", "model": "some/teacher", "revision": None, "max_new_tokens": 8, "stop_ids": [1]}
-ASKING = Asking(TOKENIZER, VOCAB, ASKED_WITH)
+KEY_SPEC = CaptureKeySpec(TOKENIZER, VOCAB, ASKED_WITH)
 SAMPLES = 3
 
 
@@ -105,13 +105,13 @@ def run(
     wanted: Sequence[SampleRequest],
     stub: Stub,
     shard_bytes: int = 10**9,
-    asking: Asking = ASKING,
+    spec: CaptureKeySpec = KEY_SPEC,
     fingerprint: Fingerprint | None = FINGERPRINT,
     references: Any = no_reference,
     reuse: bool = False,
 ) -> CaptureFolder:
     """One start of a capture."""
-    with CaptureFolder(path, asking, shard_bytes) as folder:
+    with CaptureFolder(path, spec, shard_bytes) as folder:
         missing = lacking(folder, by_key(folder, wanted, references), reuse)
         folder.begin(fingerprint)
         asyncio.run(ask(folder, missing, stub, None, in_flight=8))
@@ -253,19 +253,19 @@ def test_killed_between_a_shards_rename_and_the_end_of_the_journal(tmp_path: Pat
     path = tmp_path / "there"
     kept = killed_with_a_journal(path)
     journal, manifest = ((path / name).read_bytes() for name in ("journal", "manifest.json"))
-    with CaptureFolder(path, ASKING) as folder:
-        folder.seal()
+    with CaptureFolder(path, KEY_SPEC) as folder:
+        folder.flush_shard()
     sealed = (path / "manifest.json").read_bytes()
     # As it lies after a kill right behind the rename, and behind the manifest.
     for count in (manifest, sealed):
         (path / "journal").write_bytes(journal)
         (path / "manifest.json").write_bytes(count)
-        with CaptureFolder(path, ASKING) as folder:
+        with CaptureFolder(path, KEY_SPEC) as folder:
             assert folder.held == kept
-        with CaptureFolder(path, ASKING) as folder:
+        with CaptureFolder(path, KEY_SPEC) as folder:
             # Again, as the second open left it.
             assert folder.held == kept
-            folder.seal()
+            folder.flush_shard()
         assert rows(path).num_rows == read_manifest(path).rollouts == kept  # type: ignore[union-attr]
     stub = Stub()
     run(path, requests(), stub)
@@ -320,12 +320,12 @@ def test_a_lost_shard_is_asked_for_again(tmp_path: Path) -> None:
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     path = tmp_path / "there"
     with (
-        CaptureFolder(path, ASKING),
+        CaptureFolder(path, KEY_SPEC),
         pytest.raises(ConfigError, match="another process writes to it"),
-        CaptureFolder(path, ASKING),
+        CaptureFolder(path, KEY_SPEC),
     ):
         pass
-    with CaptureFolder(path, ASKING):
+    with CaptureFolder(path, KEY_SPEC):
         pass
 
 
@@ -333,21 +333,23 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asking", "message"),
+    ("spec", "message"),
     [
-        (replace(ASKING, tokenizer="f" * 16), f"asked with tokenizer='{TOKENIZER}', not '{'f' * 16}'"),
-        (replace(ASKING, vocab_size=13), "asked with vocab_size=12, not 13"),
-        (replace(ASKING, asked_with=ASKED_WITH | {"model": "other"}), "asked with model='some/teacher', not 'other'"),
-        (replace(ASKING, asked_with=ASKED_WITH | {"max_new_tokens": 9}), "asked with max_new_tokens=8, not 9"),
-        (replace(ASKING, asked_with=ASKED_WITH | {"top_p": 0.9}), r"asked with top_p=None, not 0\.9"),
+        (replace(KEY_SPEC, tokenizer="f" * 16), f"asked with tokenizer='{TOKENIZER}', not '{'f' * 16}'"),
+        (replace(KEY_SPEC, vocab_size=13), "asked with vocab_size=12, not 13"),
+        (replace(KEY_SPEC, asked_with=ASKED_WITH | {"model": "other"}), "asked with model='some/teacher', not 'other'"),
+        (replace(KEY_SPEC, asked_with=ASKED_WITH | {"max_new_tokens": 9}), "asked with max_new_tokens=8, not 9"),
+        (replace(KEY_SPEC, asked_with=ASKED_WITH | {"top_p": 0.9}), r"asked with top_p=None, not 0\.9"),
     ],
 )
-def test_answers_asked_in_another_way_are_refused_before_anybody_is_asked(tmp_path: Path, asking: Asking, message: str) -> None:
+def test_answers_asked_in_another_way_are_refused_before_anybody_is_asked(
+    tmp_path: Path, spec: CaptureKeySpec, message: str
+) -> None:
     path, stub = tmp_path / "there", Stub()
     run(path, requests(), Stub())
     before = {file: file.read_bytes() for file in path.iterdir()}
     with pytest.raises(DataError, match=f"{message}: one capture holds the answers of one teacher.*another folder"):
-        run(path, requests(11), stub, asking=asking)
+        run(path, requests(11), stub, spec=spec)
     assert not stub.asked
     assert {file: file.read_bytes() for file in path.iterdir()} == before
 

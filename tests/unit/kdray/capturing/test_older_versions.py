@@ -24,8 +24,8 @@ from kdray.rollouts.arrow import rollouts_to_table, row_writers, table_to_rollou
 from kdray.types import Rollout, SampleRequest, written_by
 from tests.unit.kdray.capturing.test_collect import (
     ASKED_WITH,
-    ASKING,
     FINGERPRINT,
+    KEY_SPEC,
     TOKENIZER,
     VOCAB,
     Scored,
@@ -86,7 +86,7 @@ def mixed() -> list[SampleRequest]:
 def interrupted(path: Path, sealed: int, journaled: int, wanted: Sequence[SampleRequest]) -> None:
     """The folder of an older version that was killed: some answers in a shard, some in the journal, with a torn tail."""
     path.mkdir()
-    folder = CaptureFolder(path, ASKING)
+    folder = CaptureFolder(path, KEY_SPEC)
     rows = old_rows(folder, wanted)
     pq.write_table(rows.slice(0, sealed), path / "part-00ff.parquet")
     manifest = Manifest(FINGERPRINT, TOKENIZER, VOCAB, sealed, ASKED_WITH, sealed, complete=False)
@@ -103,7 +103,7 @@ def interrupted(path: Path, sealed: int, journaled: int, wanted: Sequence[Sample
 
 def test_keys_are_those_of_older_captures() -> None:
     """Computed by the version before; another value would ask for every answer of an interrupted capture again."""
-    folder = CaptureFolder(Path("nowhere"), ASKING)
+    folder = CaptureFolder(Path("nowhere"), KEY_SPEC)
     first = requests()[0]
     assert folder.key(first).hex() == "17d7c47ca5488f65d9d8d1447fd75a16"
     assert folder.key(of_data(first), reference(first.prompt_id)).hex() == "32f79b2850d96a89d3467d753aa38522"
@@ -113,7 +113,7 @@ def test_keys_are_those_of_older_captures() -> None:
 def test_an_interrupted_capture_of_an_older_version_goes_on(tmp_path: Path, sealed: int, journaled: int) -> None:
     path, wanted, stub = tmp_path / "there", mixed(), Scored()
     interrupted(path, sealed, journaled, wanted)
-    distinct = len(by_key(CaptureFolder(path, ASKING), wanted, reference))
+    distinct = len(by_key(CaptureFolder(path, KEY_SPEC), wanted, reference))
     folder = run(path, wanted, stub, references=reference)
     assert len(stub.asked) == distinct - sealed - journaled
     assert folder.held == distinct
@@ -210,7 +210,7 @@ def test_a_journal_of_strange_rows_is_refused_and_left_as_it_is(tmp_path: Path) 
         (path / "journal").unlink(missing_ok=True)
         Journal(path / "journal", change(OLD_CAPTURE)).close()
         before = (path / "journal").read_bytes()
-        with pytest.raises(DataError, match="holds rows of another version of kdray"), CaptureFolder(path, ASKING):
+        with pytest.raises(DataError, match="holds rows of another version of kdray"), CaptureFolder(path, KEY_SPEC):
             pass
         assert (path / "journal").read_bytes() == before
 
@@ -218,7 +218,7 @@ def test_a_journal_of_strange_rows_is_refused_and_left_as_it_is(tmp_path: Path) 
 def test_a_journal_is_rewritten_once(tmp_path: Path) -> None:
     path = tmp_path / "there"
     interrupted(path, 0, 6, mixed())
-    with CaptureFolder(path, ASKING) as folder:
+    with CaptureFolder(path, KEY_SPEC) as folder:
         assert folder.held == 6
     journal = Journal(path / "journal", CAPTURE_SCHEMA)
     assert (journal.num_rows, journal.torn_bytes) == (6, 0)
@@ -226,6 +226,6 @@ def test_a_journal_is_rewritten_once(tmp_path: Path) -> None:
     # As a kill in the middle of it leaves the folder: the old file is whole.
     interrupted(tmp_path / "killed", 0, 6, mixed())
     (tmp_path / "killed" / ".journal.1234").write_bytes(b"half of")
-    with CaptureFolder(tmp_path / "killed", ASKING) as folder:
+    with CaptureFolder(tmp_path / "killed", KEY_SPEC) as folder:
         assert folder.held == 6
     assert not list((tmp_path / "killed").glob(".journal.*"))

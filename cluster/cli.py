@@ -79,7 +79,7 @@ def run(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its checkpoint.")] = False,
 ) -> None:
-    """Run the whole job: on a local Ray, or on the cluster that RAY_ADDRESS names."""
+    """Run a recipe: on a local Ray, or on the cluster that RAY_ADDRESS names."""
     with exit_codes() as outcome:
         settings = load(config, overrides)
         outcome.watch(settings.run_folder)

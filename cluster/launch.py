@@ -45,7 +45,7 @@ from kdray.teachers.peers import peer_configs
 
 
 def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = None) -> dict[str, Any]:
-    """Run the whole job; returns the contents of summary.json.
+    """Run a config from its first phase to its summary; returns the contents of summary.json.
 
     Args: prompts: texts or records, for `data.prompts.type: iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.

@@ -138,10 +138,10 @@ def test_one_process_of_torch_holds_everything() -> None:
     """In bfloat16 the sums of gradients are float32, beside the optimizer's float32 copy and two moments."""
     shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
     torch_alone = {"backend": {"type": "torch"}}
-    half = rank_memory(shape, TrainingSettings.model_validate(torch_alone | {"precision": "bf16"}), 64, 32)
-    whole = rank_memory(shape, TrainingSettings.model_validate(torch_alone), 64, 32)
+    half = rank_memory(shape, TrainingSettings.model_validate(torch_alone | {"precision": "bf16"}), Lengths(32, 32))
+    whole = rank_memory(shape, TrainingSettings.model_validate(torch_alone), Lengths(32, 32))
     assert half.weights + half.gradients + half.optimizer == (2 + 4 + 12) * shape.parameters
-    assert whole == rank_memory(shape, TrainingSettings(), 64, 32), "as DeepSpeed without sharding"
+    assert whole == rank_memory(shape, TrainingSettings(), Lengths(32, 32)), "as DeepSpeed without sharding"
 
 
 def test_activations_are_near_what_autograd_keeps() -> None:

@@ -58,8 +58,11 @@ def test_the_keys_of_before_mean_the_same(before: dict[str, Any], now: dict[str,
         ({"backend": {"type": "torch", "zero_stage": 1}}, r"training\.backend\.zero_stage: a key of another `type`"),
         ({"backend": {"zero_stge": 1}}, r"training\.backend\.zero_stge: unknown key; did you mean `zero_stage`"),
         ({"backend": {"zero_stage": 4}}, r"training\.backend\.zero_stage=4: input should be less than or equal to 3"),
-        ({"backend": {"type": "torhc"}}, r"training\.backend: no student backend is called 'torhc'; did you mean `torch`"),
-        ({"backend": {"type": [1]}}, r"training\.backend: `type` says which student backend it is: one of deepspeed, torch"),
+        (
+            {"backend": {"type": "torhc"}},
+            r"training\.backend\.type='torhc': no installed student backend .*did you mean `torch`",
+        ),
+        ({"backend": {"type": [1]}}, r"training\.backend\.type: not given; it says which student backend .*deepspeed, torch"),
         ({"backend": 3}, r"training\.backend=3: "),
         ({"backend": 3, "zero_stage": 1}, r"training\.backend: expected settings"),
         (
@@ -139,7 +142,7 @@ def test_a_role_says_nothing_else_of_the_backend(backend: dict[str, Any], values
     [
         (3, "training=3"),
         ({"backend": 3}, "training.backend=3"),
-        ({"backend": {"type": "x"}}, "no student backend is called 'x'"),
+        ({"backend": {"type": "x"}}, "training.backend.type='x': no installed"),
     ],
 )
 def test_a_section_that_is_none_is_refused_for_what_it_is(section: Any, message: str) -> None:

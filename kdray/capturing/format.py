@@ -265,7 +265,11 @@ def signals(path: Path) -> set[Signal]:
 def _never_null(path: Path, column: str) -> bool:
     with reading(path), pq.ParquetFile(path) as shard:
         metadata = shard.metadata
-        leaf = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)].index(column)
+        leaves = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)]
+        if column not in leaves:
+            # A file of an older version.
+            return False
+        leaf = leaves.index(column)
         for group in range(metadata.num_row_groups):
             counts = metadata.row_group(group).column(leaf).statistics
             # The count is of values, and an answer without tokens counts like a null: only zero is conclusive without reading.

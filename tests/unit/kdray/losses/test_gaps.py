@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kdray.config import (
@@ -155,7 +155,6 @@ def test_every_loss_is_among_them() -> None:
 masks = st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(masks, st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.integers(0, 5))
 def test_returns_count_the_targets_after_a_token_in_their_order(rows: list[list[bool]], gamma: float, seed: int) -> None:
     """Against sums written out: discounted by how many targets lie between, not by how many positions."""

@@ -159,17 +159,20 @@ def test_an_unscored_rollout_keeps_how_it_was_drawn_and_nothing_that_a_teacher_s
 # ---------------------------------------------------------------------------------------------------------- a new column
 
 _NEW_COLUMN = """
+import tempfile
+from pathlib import Path
 import numpy as np
 import kdray.rollouts.columns as columns
 
 # The one line that a column takes, here of a scorer that a loss reads, wide as the support, and of a recorder.
 columns.COLUMNS += (
-    columns.Column("entropy", np.float32, "token", 0.5, "scoring", frozenset({"recorder"}), frozenset({"loss"})),
+    columns.Column("entropy", np.float32, "token", 0.5, "scoring", frozenset({"recorder"}), frozenset({"loss"}), "sampled"),
     columns.Column("votes", np.int32, "support", -7, "draw", frozenset({"data"}), frozenset({"loss"})),
 )
 
 import pyarrow.parquet as pq
 from actors.vllm_plugin import record_table
+from kdray.capturing.format import signals
 from kdray.losses import LossBatch
 from kdray.rollouts.arrow import rollouts_to_table, table_to_rollouts
 from kdray.rollouts.batching import micro_batches, rollouts_to_batch, shard
@@ -180,7 +183,7 @@ def drawn(sample_id, tokens):
     ids = np.arange(2 * tokens, dtype=np.int32).reshape(tokens, 2)
     made = Rollout(sample_id, 0, np.array([5, 6], np.int32), np.arange(tokens, dtype=np.int32), ones, ones,
                    np.zeros(tokens, np.int32), 0.2, "stop", support_ids=ids, support_logprobs=ids.astype(np.float32))
-    given = {"entropy": np.arange(tokens, dtype=np.float32), "votes": ids + 1, "reverse_kl": ones}
+    given = {"entropy": np.arange(tokens, dtype=np.float32), "votes": ids + 1, "reverse_kl": ones, "teacher_logprobs": ones}
     return columns.with_columns(made, given, teacher="t")
 
 # The producer gives it; nothing between names it.
@@ -209,6 +212,11 @@ assert record["entropy"].tolist() == [3, 4]
 # A file that was written before knows nothing of it.
 old = rollouts_to_table(given).drop_columns(["entropy", "votes"])
 assert [columns.value_of(one, "entropy") for one in table_to_rollouts(old)] == [None, None]
+# Nor does it have the signal that the column is now a part of.
+with tempfile.TemporaryDirectory() as folder:
+    for name, table, wanted in (("new", rollouts_to_table(given), {"text", "sampled"}), ("old", old, {"text"})):
+        pq.write_table(table, Path(folder, f"{name}.parquet"))
+        assert signals(Path(folder, f"{name}.parquet")) == wanted, name
 print("travelled")
 """
 

@@ -23,7 +23,7 @@ from cluster.assembly import deployed
 from cluster.planning import reservation
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, reserved
-from cluster.runner import Job
+from cluster.runner import Runner
 from kdray.config import ClusterSettings, parse_config
 from kdray.errors import CapacityError
 from tests.integration.conftest import EOS, VOCAB, TinyModels
@@ -228,7 +228,7 @@ def test_room_that_others_took_after_the_reservation_is_not_waited_for_for_ever(
     pool = ReplicaPool("a", spec, config.served_teachers["a"], config.cluster, RunHandles(), retries=0)
     store = ray.remote(WeightStore).options(num_cpus=0).remote()
     student = StudentGroup(config.training, VOCAB, 0, model, store, tmp_path / "checkpoints", tmp_path / "train")
-    job: Any = SimpleNamespace(config=config, beside=[])
+    job: Any = SimpleNamespace(_config=config, _beside=SimpleNamespace(rank_groups=1))
     holder = ray.util.placement_group([{"large": 1.0}])
     assert holder.wait(20)
 
@@ -241,7 +241,7 @@ def test_room_that_others_took_after_the_reservation_is_not_waited_for_for_ever(
         await student.start()
 
         def unplaced() -> list[Bundle]:
-            return Job._unplaced_ranks(job, student)
+            return Runner._unplaced_ranks(job, student)
 
         try:
             with pytest.raises(CapacityError, match=r"training\.ranks: .*1 large"):

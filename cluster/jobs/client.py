@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.connect import unreachable
 from cluster.jobs.package import JobPackage, write_folder
 from kdray.config import Config
 from kdray.errors import ConfigError, KdrayError
@@ -101,16 +100,19 @@ class JobServer:
     def __init__(self, address: str | None) -> None:
         """Raises: ConfigError if nothing answers, something else answers, or the token is not the cluster's."""
         self.address = server_address(address)
+        # Ray's variables take precedence over a given address, and Ray sends an existing token only in this mode, which it
+        # reads once, when it is imported.
+        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            os.environ.pop(name, None)
+        if _token_source() is not None:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        from cluster.connect import unreachable
+
         if problem := unreachable(self.address):
             raise ConfigError(
                 f"--address={problem}; give the URL of the cluster's dashboard, and make its port reachable from here (such as "
                 f"ssh -L {_DASHBOARD_PORT}:localhost:{_DASHBOARD_PORT} head)"
             )
-        # Ray's variables take precedence over a given address, and Ray sends an existing token only in this mode.
-        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-            os.environ.pop(name, None)
-        if _token_source() is not None:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         with self._explained():
             from ray.job_submission import JobSubmissionClient
 

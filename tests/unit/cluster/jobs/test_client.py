@@ -569,3 +569,9 @@ def test_nobody_at_the_address_is_one_message(command):
     assert result.exit_code == 2
     (message,) = result.stderr.splitlines()
     assert message.startswith("kdray: --address=http://127.0.0.1:1 does not answer: ")
+
+
+def test_ray_is_imported_after_its_variables_are_set():
+    """Ray reads RAY_AUTH_MODE once, when it is imported: a token given before by the environment would not be sent."""
+    code = "import sys, cluster.cli, cluster.jobs.commands, cluster.jobs.client; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -108,7 +108,7 @@ def test_a_run_is_submitted_watched_stopped_and_resumed(user: Path, head: Head, 
     code = engines[0]["PYTHONPATH"].split(os.pathsep)[0]
     assert "working_dir_files" in code
     assert Path(code).is_relative_to(head.folder)
-    assert (Path(code) / "actors" / "mixture_model.py").is_file()
+    assert (Path(code) / "actors" / "vllm_plugin" / "mixture_model.py").is_file()
     # Who stops looking stops nothing.
     leaver.send_signal(signal.SIGINT)
     left = finish(leaver, 130)

@@ -290,7 +290,7 @@ def doctor(
         from rich.table import Table
         from rich.text import Text
 
-        from cluster.doctor import checks
+        from cluster.diagnosis.doctor import checks
 
         found = checks()
         table = Table("", "check", "found", "what to do")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from actors.serving.spec import EngineSpec
+from kdray.checks.parity import parity_ids
 from kdray.config import Config, EngineSettings
 from kdray.data.dataset import reencode, templated
 from kdray.errors import ConfigError
@@ -120,6 +121,8 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         gpu_memory_utilization=engine.gpu_memory_utilization,
         seed=config.run.seed,
         stuck_after_s=config.cluster.stuck_after_s,
+        parity_ids=student_ids(context),
+        student_dtype="bfloat16" if config.training.precision == "bf16" else "float32",
         weight_transfer=None if config.training.weight_transfer == "object_store" else config.training.weight_transfer,
         engine_args=engine.engine_args,
     )
@@ -129,6 +132,11 @@ def canary(checked: Checked) -> tuple[int, ...]:
     """Ids that every teacher replica scores at its start: held-out prompts, concatenated."""
     ids = [int(token_id) for prompt in checked.dataset.heldout[:_CANARY_TOKENS] for token_id in prompt.token_ids]
     return tuple(ids[: min(_CANARY_TOKENS, checked.config.max_model_len)])
+
+
+def student_ids(checked: Checked) -> tuple[int, ...]:
+    """Ids on which trainer and replicas compare the student: held-out prompts, concatenated."""
+    return parity_ids([prompt.token_ids.tolist() for prompt in checked.dataset.heldout], checked.config.max_model_len)
 
 
 def privileged_prompts(context: RunContext, name: str) -> dict[int, np.ndarray]:

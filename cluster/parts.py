@@ -1,9 +1,11 @@
-"""Pools of a run, as held by the driver: its teachers of every kind, and its student-only replicas."""
+"""Parts of a run, as held by the driver: its pools, the actors that outlive them, and what concurrent runs share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from actors.serving.pool import ReplicaPool
 from kdray.interfaces import Sampler, Scorer, Teacher
@@ -69,3 +71,46 @@ class Pools:
             **(self.team.metrics() if self.team is not None else {}),
             **(self.program.metrics() if self.program is not None else {}),
         }
+
+
+@dataclass(frozen=True)
+class RunStores:
+    """Actors of a run that outlive its replicas and ranks; the caller creates and ends them."""
+
+    weights: Any
+    """The WeightStore of the student."""
+    board: Any
+    """The ScalingBoard; None if no pool is autoscaled."""
+    average: Any
+    """The WeightStore of the student's average; None if the average is not a teacher."""
+    teacher_weights: Mapping[str, Any]
+    """The WeightStores of teachers that change during the run, by name."""
+
+
+class SideBySide:
+    """Shared state of concurrent runs that use one cluster and teach each other."""
+
+    def __init__(self, runs: Sequence[str]) -> None:
+        self._measured = {run: asyncio.Event() for run in runs}
+        self._with_ranks: set[str] = set()
+
+    def ranks_start(self, run: str) -> None:
+        """Register that the run's ranks are placed or waiting for placement."""
+        self._with_ranks.add(run)
+
+    def ranks_end(self, run: str) -> None:
+        self._with_ranks.discard(run)
+
+    @property
+    def rank_groups(self) -> int:
+        """Number of runs whose ranks are placed or waiting for placement."""
+        return len(self._with_ranks)
+
+    def measured(self, run: str) -> None:
+        """Register that the run's student is trained, evaluated and exported."""
+        self._measured[run].set()
+
+    async def others_measured(self, run: str) -> None:
+        for other, event in self._measured.items():
+            if other != run:
+                await event.wait()

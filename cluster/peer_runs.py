@@ -14,7 +14,8 @@ from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
 from cluster.interrupt import on_interrupt
-from cluster.runner import Runner, RunPlan, RunStores, SideBySide
+from cluster.parts import RunStores, SideBySide
+from cluster.runner import Runner, RunPlan
 from kdray.errors import Interrupted
 from kdray.runs.context import Checked
 from kdray.teachers.peers import MAIN_STUDENT

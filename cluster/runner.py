@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,12 +23,14 @@ from actors.student.group import StudentGroup
 from actors.student.trainer import Phase
 from cluster.assembly import open_pools, training_sources
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
+from cluster.engine_specs import student_ids
 from cluster.evaluation import check_signals, held_out, measure_program
-from cluster.parts import Pools
+from cluster.parts import Pools, RunStores, SideBySide
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
+from kdray.checks.parity import refusal
 from kdray.data.dataset import PromptStream, encode_answer
-from kdray.errors import Interrupted
+from kdray.errors import Interrupted, KdrayError, TrainingError
 from kdray.loop import Distillation, Hooks
 from kdray.models.inspect import decoder
 from kdray.rollouts.batching import examples_to_batch
@@ -65,49 +67,6 @@ class RunPlan:
     """The run in `run.storage`, if it has one."""
     on_start: Callable[[], None]
     """Called when the first replica or rank is about to start."""
-
-
-@dataclass(frozen=True)
-class RunStores:
-    """Actors of a run that outlive its replicas and ranks; the caller creates and ends them."""
-
-    weights: Any
-    """The WeightStore of the student."""
-    board: Any
-    """The ScalingBoard; None if no pool is autoscaled."""
-    average: Any
-    """The WeightStore of the student's average; None if the average is not a teacher."""
-    teacher_weights: Mapping[str, Any]
-    """The WeightStores of teachers that change during the run, by name."""
-
-
-class SideBySide:
-    """Shared state of concurrent runs that use one cluster and teach each other."""
-
-    def __init__(self, runs: Sequence[str]) -> None:
-        self._measured = {run: asyncio.Event() for run in runs}
-        self._with_ranks: set[str] = set()
-
-    def ranks_start(self, run: str) -> None:
-        """Register that the run's ranks are placed or waiting for placement."""
-        self._with_ranks.add(run)
-
-    def ranks_end(self, run: str) -> None:
-        self._with_ranks.discard(run)
-
-    @property
-    def rank_groups(self) -> int:
-        """Number of runs whose ranks are placed or waiting for placement."""
-        return len(self._with_ranks)
-
-    def measured(self, run: str) -> None:
-        """Register that the run's student is trained, evaluated and exported."""
-        self._measured[run].set()
-
-    async def others_measured(self, run: str) -> None:
-        for other, event in self._measured.items():
-            if other != run:
-                await event.wait()
 
 
 class Runner:
@@ -149,6 +108,7 @@ class Runner:
             weights=stores.weights,
             checkpoints=self._folder.checkpoints,
             storage=self._folder.path / "logs" / "ray_train",
+            parity_ids=student_ids(context),
             average=stores.average,
             on_event=self.reporter.event,
             stored=None if self._stored is None else self._stored.storage.url,
@@ -164,12 +124,35 @@ class Runner:
             try:
                 unplaced = partial(self._unplaced_ranks, student)
                 await self._or_stop(await_placed(unplaced, config.cluster, self.reporter.event))
-                return await self._phases(context.models, student, pools)
+                return await self._watched(self._phases(context.models, student, pools))
             finally:
                 await opening.__aexit__(None, None, None)
         finally:
             await student.close()
             self._beside.ranks_end(self._name)
+
+    async def _watched(self, phases: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+        """Run the phases; end them after a checkpoint if a replica refuses a version of the student.
+
+        Raises: TrainingError with the gap between the replica's log q and the trainer's.
+        """
+        refused: list[str] = []
+
+        async def watch() -> None:
+            verdict = await self._stores.weights.refused.remote()
+            refused.append(refusal(verdict, str(self._config.student.model)))
+            self.reporter.event("version_refused", **asdict(verdict))
+            self.stop.set()
+
+        watching = asyncio.create_task(watch())
+        try:
+            return await phases
+        except KdrayError as error:
+            if refused:
+                raise TrainingError(f"{refused[0]}. {error}") from error
+            raise
+        finally:
+            watching.cancel()
 
     def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
         """Ranks not yet placed on a node, as long as none of the student's has started; blocks."""
@@ -260,6 +243,7 @@ class Runner:
             # The average stored in a checkpoint is published unchanged.
             await student.renew(0, decay=0.0 if self._checkpoint is None else 1.0)
         await student.publish(start_step)
+        await self._or_stop(self._check_parity(start_step))
         await self._or_stop(self._check_signals(pools, start_step))
         if self._checkpoint is None:
             progress["before"] = await self._or_stop(self._measure(pools, 0, "before"))
@@ -361,6 +345,14 @@ class Runner:
             return examples_to_batch([(prompt, encode_answer(self._checked.tokenizer, prompt)) for prompt in chosen], step + 1)
 
         return batch
+
+    async def _check_parity(self, version: int) -> None:
+        """Wait until a replica has loaded the student and compared it with the trainer's. A refusal ends the run as in
+        `_watched`."""
+        route = self._checked.route
+        if route.student_in_replicas or route.student_pool:
+            verdict = await self._stores.weights.verdict.remote(version)
+            self.reporter.event("parity", **asdict(verdict))
 
     async def _check_signals(self, pools: Pools, version: int) -> None:
         """Check every teacher's answers and the run's loss, on a few held-out prompts. Raises: SignalError."""

@@ -238,7 +238,7 @@ class TeacherEngine:
             revision=self.spec.revision,
             tokenizer=self.spec.tokenizer,
             vocab_size=self.spec.vocab_size,
-            dtype=str(self._engine.vllm_config.model_config.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             canary=self.spec.canary,
             scores=tuple(scored.teacher_logprobs.tolist()),
         )
@@ -390,6 +390,31 @@ class TeacherEngine:
         except Exception as error:
             self._broken = f"update to {which} version {version} failed: {error}"
             raise EngineError(self._broken) from error
+
+    async def student_log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
+        """log q of every id but the first under the student's present weights, by prefill: float32 [len(ids) - 1]."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        key = self._key(-1)
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_reading_prefix_cache=True,
+            extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "last_id": int(ids[-1]), "top_k": False}},
+        )
+        job = (key, [int(token_id) for token_id in ids[:-1]], params)
+        async with aclosing(self._finish([job], [len(ids) - 1])) as finished:
+            ((_, _, record),) = [answer async for part in finished for answer in part]
+        return record["student_logprobs"]
+
+    @property
+    def dtype(self) -> str:
+        """The engine's dtype, such as `float32`."""
+        return str(self._engine.vllm_config.model_config.dtype).removeprefix("torch.")
 
     async def set_initial_version(self, version: int) -> None:
         """Set the version of the weights loaded at start."""

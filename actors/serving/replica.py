@@ -27,6 +27,7 @@ from actors.serving.replica_choice import CallRoute
 from actors.serving.spec import EngineSpec, RunHandles
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
+from kdray.checks.parity import Verdict, judge, refusal, tolerance
 from kdray.errors import EngineError
 from kdray.rollouts.arrow import rollouts_to_table, table_to_requests, table_to_rollouts
 from kdray.types import Rollout, SampleRequest
@@ -34,6 +35,7 @@ from kdray.types import Rollout, SampleRequest
 logger = logging.getLogger("ray.serve")
 
 _WATCH_PERIOD_S = 0.5
+_RUN_ENDS_S = 60.0
 
 
 class TeacherReplica:
@@ -128,13 +130,44 @@ class TeacherReplica:
         """
         async with self._sync_lock:
             if self._weights is not None and self._engine.student_version < version:
-                if self._spec.weight_transfer is None:
-                    await self._pull(self._weights, version, self._engine.update_student)
-                else:
-                    await self._receive(self._weights, version)
+                await self._load_student(self._weights, version)
                 await self._renew_teacher()
             elif self._teacher_weights is not None and self._engine.teacher_version < 0:
                 await self._renew_teacher()
+
+    async def _load_student(self, weights: Any, at_least: int) -> None:
+        """Load the newest version, and once more if its log q is not the trainer's.
+
+        Raises: EngineError for a version that is refused twice; not at once, since the run, which learns of it, ends first.
+        """
+        verdict = await self._load_and_compare(weights, at_least)
+        if verdict is not None and not verdict.accepted:
+            # Requests in flight go on meanwhile: what is recorded is what they sample from, whichever weights those are.
+            await self._engine.set_initial_version(-1)
+            verdict = await self._load_and_compare(weights, at_least)
+        if verdict is None:
+            return
+        await weights.report.remote(verdict)
+        if not verdict.accepted:
+            await asyncio.sleep(_RUN_ENDS_S)
+            raise EngineError(refusal(verdict, self._spec.student or self._spec.model))
+
+    async def _load_and_compare(self, weights: Any, at_least: int) -> Verdict | None:
+        """Load the newest version. Returns: its comparison; None if the trainer's log q is not known."""
+        if self._spec.weight_transfer is None:
+            await self._pull(weights, at_least, self._engine.update_student)
+        else:
+            await self._receive(weights, at_least)
+        return await self._compare(weights)
+
+    async def _compare(self, weights: Any) -> Verdict | None:
+        """Compare the loaded student with the trainer's; None if that is impossible, or a newer version has come meanwhile."""
+        version = self._engine.student_version
+        trained = await weights.trained.remote(version)
+        if trained is None or not self._spec.parity_ids:
+            return None
+        served = await self._engine.student_log_probabilities(self._spec.parity_ids[: len(trained) + 1])
+        return judge(version, trained, served, tolerance(self._engine.dtype, self._spec.student_dtype))
 
     async def _renew_teacher(self) -> None:
         """Load the newest weights of a changing teacher, waiting for its first."""

@@ -50,6 +50,10 @@ class EngineSpec:
     """Maximum time that the engine may take to respond between two steps."""
     weight_transfer: str | None = None
     """vLLM backend that transfers the student's weights from rank 0; None if they come as files."""
+    parity_ids: tuple[int, ...] = ()
+    """Token ids on which the student is compared with the trainer's after every update; empty if it is not."""
+    student_dtype: str = "float32"
+    """Dtype in which the trainer computes."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 

@@ -124,6 +124,11 @@ class StudentBackend(ABC):
         A gradient known to be non-finite before the update leaves weights and optimizer unchanged.
         """
 
+    def evaluate(self, **inputs: Any) -> Any:
+        """The module's output without gradients, as a forward pass of training computes it."""
+        with torch.no_grad():
+            return self.module(**inputs)
+
     # -------------------------------------------------------------------------------------------------- across ranks
 
     def reduce(self, values: Sequence[float]) -> list[float]:

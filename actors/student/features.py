@@ -16,6 +16,7 @@ from kdray.config.features import RelationTerm
 from kdray.errors import TrainingError
 from kdray.losses import LossOutput
 from kdray.losses.features import ATTENTION, HIDDEN, RELATION, over_responses, predicting
+from kdray.models.attention import attention_arguments
 
 
 def load_feature_teacher(model: str, revision: str | None, settings: FeatureSettings, dtype: torch.dtype) -> Any:
@@ -28,14 +29,9 @@ def load_feature_teacher(model: str, revision: str | None, settings: FeatureSett
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
-        **attention_implementation(settings),
+        **attention_arguments(model, revision, maps=settings.attention is not None),
     )
     return teacher.base_model.eval().requires_grad_(False)
-
-
-def attention_implementation(settings: FeatureSettings | None) -> dict[str, str]:
-    """Arguments for loading models: fused attention does not return attention maps."""
-    return {"attn_implementation": "eager"} if settings is not None and settings.attention is not None else {}
 
 
 class StudentWithFeatures(torch.nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ class StudentGroup:
     stored: str | None = None
     """URL of the run in `run.storage`, to which checkpoints and exports then go; None for the run folder itself."""
 
+    parity_ids: tuple[int, ...] = ()
+    """Token ids on which replicas compare the student with the trainer's; empty if they do not."""
+
     on_event: Callable[..., None] = lambda kind, **fields: None
     """Called with events of the ranks: kind, and fields by name."""
 
@@ -74,6 +77,7 @@ class StudentGroup:
                     run_folder=self.checkpoints.parent,
                     storage=self.stored,
                     average=self.average,
+                    parity_ids=self.parity_ids,
                 )
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -114,7 +118,7 @@ class StudentGroup:
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
-        return await self._call(
+        report: StepReport = await self._call(
             Command(
                 "train",
                 shards=self._shards(batch),
@@ -122,6 +126,8 @@ class StudentGroup:
                 scheduled=dict(scheduled or {}),
             )
         )
+        gap = await self.weights.largest_gap.remote()
+        return report if gap is None else replace(report, metrics={**report.metrics, "parity_gap": gap})
 
     def _shards(self, batch: TrainBatch) -> Sequence[ray.ObjectRef]:
         world_size = self.training.ranks

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
@@ -21,6 +22,7 @@ from actors.student.checkpoint_io import RankFiles
 from actors.student.mailbox import Command
 from actors.student.trainer import StudentTrainer
 from actors.weights.sender import WeightServer
+from kdray.checks.parity import LONG, SHORT
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 
@@ -44,6 +46,8 @@ class RankConfig:
     """Absolute path."""
     storage: str | None = None
     """URL of the run in `run.storage`; None if the run has only its run folder."""
+    parity_ids: tuple[int, ...] = ()
+    """Token ids whose log q is published with every version, so that replicas can compare; empty leaves it out."""
     average: Any = None
     """Actor handle of the WeightStore of a teacher that is this student's average."""
 
@@ -78,7 +82,7 @@ def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, serve
         if config.training.weight_transfer != "object_store" and phase.loss is not None:
             # Replicas that start now request the version that was published before the checkpoint: distillation's versions are
             # its steps. No command of the log publishes it again.
-            announce(trainer, trainer.steps_done, config.weights, server)
+            announce(trainer, trainer.steps_done, config, server)
     while True:
         try:
             command: Command = call_with_retry(lambda: mailbox.command.remote(index))  # noqa: B023 - called in this iteration
@@ -122,9 +126,9 @@ def execute(
     elif command.kind == "publish":
         assert command.version is not None
         if config.training.weight_transfer == "object_store":
-            _publish(trainer.weight_buckets(), command.version, config.weights, trainer.rank)
+            _publish(trainer.weight_buckets(), command.version, config.weights, trainer.rank, _trained(trainer, config))
         else:
-            announce(trainer, command.version, config.weights, server)
+            announce(trainer, command.version, config, server)
     elif command.kind == "renew":
         assert command.version is not None
         assert command.decay is not None
@@ -138,9 +142,17 @@ def execute(
     return None
 
 
-def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: Any, rank: int) -> None:
+def _trained(trainer: StudentTrainer, config: RankConfig) -> np.ndarray | None:
+    """log q of the ids that replicas compare: all at the start of a phase or after a resume, a few after every update."""
+    length = SHORT if trainer.has_trained else LONG
+    ids = config.parity_ids[:length]
+    return trainer.log_probabilities(ids) if len(ids) > 1 else None
+
+
+def _publish(
+    buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: Any, rank: int, trained: np.ndarray | None = None
+) -> None:
     """Send the weights to the store, bucket by bucket. Every rank takes part in gathering, rank 0 sends."""
-    import numpy as np
     from safetensors.torch import save
 
     count = 0
@@ -151,19 +163,20 @@ def _publish(buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: 
             ray.get(weights.put_bucket.remote(version, count, data))
         count += 1
     if rank == 0:
-        ray.get(weights.commit.remote(version, count))
+        ray.get(weights.commit.remote(version, count, trained))
 
 
-def announce(trainer: StudentTrainer, version: int, weights: Any, server: WeightServer | None) -> None:
+def announce(trainer: StudentTrainer, version: int, config: RankConfig, server: WeightServer | None) -> None:
     """Announce a version that rank 0 sends to replicas on request. Every rank takes part in gathering."""
     if server is not None:
         server.withdraw()
     tensors: dict[str, torch.Tensor] = {}
     for bucket in trainer.weight_buckets(trainer.device):
         tensors |= bucket
+    trained = _trained(trainer, config)
     if server is not None:
         server.publish(version, tensors)
-        ray.get(weights.commit.remote(version, 0))
+        ray.get(config.weights.commit.remote(version, 0, trained))
 
 
 _UNREACHABLE_S = 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from actors.student.backend import Forward, Optimization, StudentBackend, open_backend
 from actors.student.features import (
     StudentWithFeatures,
-    attention_implementation,
     feature_inputs,
     load_feature_teacher,
     place_teacher,
@@ -28,12 +27,14 @@ from actors.student.features import (
     weigh_features,
     with_features,
 )
+from actors.student.file_tensors import in_files, persistent_buffers
 from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossBatch, LossFunction, LossOutput, loss_function
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.losses.pretraining import pretraining
+from kdray.models.attention import attention_arguments
 from kdray.rollouts.batching import micro_batches, take_rows
 from kdray.rollouts.schedules import of_section
 from kdray.runs.metrics import reduce_sums
@@ -88,6 +89,8 @@ class StudentTrainer:
         self.rank = self.backend.rank
         self.world_size = self.backend.world_size
         self.steps_done = 0
+        self.has_trained = False
+        """True once a step was made since the phase was started, or continued from a checkpoint."""
         self.phase: Phase | None = None
         self._loss: LossSettings | None = None
         self._average: dict[str, torch.Tensor] = {}
@@ -118,12 +121,14 @@ class StudentTrainer:
             self._average = {}
         self.phase = phase
         self.steps_done = 0
+        self.has_trained = False
 
     def _load(self, phase: Phase) -> torch.nn.Module:
         """The phase's student, in a wrapper if there is a white-box teacher."""
         from transformers import AutoModelForCausalLM
 
         features = self.training.features if phase.feature_teacher is not None else None
+        maps = features is not None and features.attention is not None
         with self.backend.loading():
             torch.manual_seed(self.seed)
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -132,7 +137,7 @@ class StudentTrainer:
                 dtype=self._dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
-                **attention_implementation(features),
+                **attention_arguments(phase.model, phase.revision, self.training.attention, maps=maps),
             )
         model.config.use_cache = False
         if self.training.gradient_checkpointing:
@@ -184,6 +189,7 @@ class StudentTrainer:
         text_sums = {name: sum(update.text_sums[name] for update in done) for name in done[0].text_sums}
         metrics |= reduce_sums(text_sums, sum(update.text_tokens for update in done))
         self.steps_done += 1
+        self.has_trained = True
         return StepReport(
             step=batch.step,
             loss=sum(update.loss for update in done) / len(done),
@@ -323,17 +329,33 @@ class StudentTrainer:
         names = sorted(sums)
         return dict(zip(names, self.backend.reduce([sums[name] for name in names]), strict=True))
 
+    def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
+        """log q of every id but the first under the present weights, by the forward pass of training: float32 [len(ids) - 1].
+
+        Replicas compare theirs with it; a collective, like everything here.
+        """
+        tokens = torch.tensor([list(ids)], device=self.device)
+        output = self.backend.evaluate(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        rows = output.logits[0, :-1, : self.vocab_size].log_softmax(-1, dtype=torch.float32)
+        return rows.gather(-1, tokens[0, 1:, None])[:, 0].cpu().numpy()
+
     # --------------------------------------------------------------------------------------------------- weights
 
     def weight_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
-        """The weights under their checkpoint names, in buckets of `training.sync_bucket_mib`: copies on `device`.
+        """The student's tensors as checkpoint files have them, in buckets of `training.sync_bucket_mib`: copies on `device`.
 
         Rank 0 gets the tensors; other ranks get the same number of empty buckets: gathering is collective.
         """
+        for bucket in self._module_buckets(device):
+            yield in_files(unwrapped(self.backend.module), bucket)
+
+    def _module_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+        """Parameters, then persistent buffers, under the names that they have in the module."""
         limit = self.training.sync_bucket_mib * 2**20
         bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0.0
-        for name, parameter in unwrapped(self.backend.module).named_parameters():
+        module = unwrapped(self.backend.module)
+        for name, parameter in module.named_parameters():
             needed = self.backend.numel(parameter) * parameter.element_size()
             if bucket and size + needed > limit:
                 yield self._whole(bucket, device)
@@ -342,6 +364,9 @@ class StudentTrainer:
             size += needed
         if bucket:
             yield self._whole(bucket, device)
+        if buffers := persistent_buffers(module):
+            # No backend shards them.
+            yield {name: buffer.to(device, copy=True) for name, buffer in buffers.items()} if self.rank == 0 else {}
 
     def _whole(self, bucket: list[tuple[str, torch.nn.Parameter]], device: torch.device | str) -> dict[str, torch.Tensor]:
         tensors = self.backend.whole([parameter for _, parameter in bucket], device)
@@ -364,7 +389,8 @@ class StudentTrainer:
     def export(self, folder: Path, tokenizer: str | None = None) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it."""
         state: dict[str, torch.Tensor] = {}
-        for bucket in self.weight_buckets():
+        # `save_pretrained` itself turns names of the module into those of files.
+        for bucket in self._module_buckets():
             state |= bucket
         if self.rank == 0:
             from transformers import AutoTokenizer

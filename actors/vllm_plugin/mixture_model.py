@@ -21,8 +21,9 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
-from vllm.model_executor.models.utils import init_vllm_registered_model
 from vllm.transformers_utils.config import get_config
+
+from actors.vllm_plugin.sub_models import build, text_weights
 
 ARCHITECTURE = "KdrayMixtureForCausalLM"
 _STUDENT = "student."
@@ -69,22 +70,24 @@ class MixtureForCausalLM(nn.Module):
         self.student: Any = None
         architectures = config.kdray_architectures
         if self.role in ("mixture", "teacher"):
-            self.teacher = init_vllm_registered_model(
-                vllm_config, prefix="teacher", hf_config=config, architectures=architectures
-            )
+            self.teacher = build(vllm_config, "teacher", config, architectures, quantised=True)
         if self.role == "student":
-            self.student = init_vllm_registered_model(
-                vllm_config, prefix="student", hf_config=config, architectures=architectures
-            )
+            self.student = build(vllm_config, "student", config, architectures, quantised=True)
         if self.role == "mixture":
             source = config.kdray_student
             revision = config.kdray_student_revision
             student_config = get_config(source, trust_remote_code=False, revision=revision)
-            self.student = init_vllm_registered_model(
-                vllm_config, prefix="student", hf_config=student_config, architectures=student_config.architectures
+            self.student = build(
+                vllm_config, "student", student_config, student_config.architectures, quantised=False, prefix="student"
             )
             self.secondary_weights = [DefaultModelLoader.Source(source, revision=revision, prefix=_STUDENT)]
-        self.teacher_width: int = config.get_text_config().hidden_size if self.teacher is not None else 0
+        self.teacher_width = _width(self.teacher)
+        self.filled: dict[str, set[str]] = {"teacher": set(), "student": set()}
+        """Parameters and buffers that each model's first load filled; an update has to fill the same."""
+        # Outputs of both models. A captured graph's output may be overwritten by the next graph, since graphs share one pool of
+        # memory, so that a model's output is copied here before the other model runs.
+        self._hidden = torch.empty(0, self.teacher_width + _width(self.student))
+        self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.rows: Rows | None = None
         self.step: Step | None = None
         MixtureForCausalLM.active = self
@@ -103,13 +106,24 @@ class MixtureForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of both models, concatenated: [tokens, teacher width + student width]."""
-        models = [model for model in (self.teacher, self.student) if model is not None]
-        hidden = torch.cat([model(input_ids, positions, None, None) for model in models], dim=-1)
+        first = 0
+        for model in (self.teacher, self.student):
+            if model is not None:
+                output = model(input_ids, positions, None, None)
+                self._reserve(output)
+                self._hidden[: len(output), first : first + output.shape[-1]].copy_(output)
+                first += output.shape[-1]
+        hidden = self._hidden[: len(positions)]
         metadata = get_forward_context().attn_metadata
         # No metadata while vLLM profiles memory: there are no requests yet.
         if isinstance(metadata, dict) and metadata:
             self.step = Step(hidden, positions, next(iter(metadata.values())).query_start_loc)
         return hidden
+
+    def _reserve(self, output: torch.Tensor) -> None:
+        """Make the buffer of hidden states large enough, once, for the largest batch; its address must not change later."""
+        if len(self._hidden) < len(output):
+            self._hidden = output.new_empty(max(len(output), self._max_tokens), self._hidden.shape[-1])
 
     def log_rows(self, hidden: torch.Tensor) -> Rows:
         """Both models' log-softmax rows from hidden states as returned by `forward`."""
@@ -135,14 +149,24 @@ class MixtureForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load weights: the engine's own checkpoint goes to its main model (the teacher, if both), `student.` to the
         student."""
-        own, own_prefix = (self.student, _STUDENT) if self.teacher is None else (self.teacher, "teacher.")
+        own = "student" if self.teacher is None else "teacher"
         loaded: set[str] = set()
         for is_student, group in groupby(weights, key=lambda item: item[0].startswith(_STUDENT)):
-            model, prefix = (self.student, _STUDENT) if is_student else (own, own_prefix)
-            assert model is not None
-            named = ((name.removeprefix(_STUDENT), tensor) for name, tensor in group)
-            loaded |= {prefix + name for name in model.load_weights(named)}
+            which = "student" if is_student else own
+            names = self.load(which, ((name.removeprefix(_STUDENT), tensor) for name, tensor in group))
+            self.filled[which] |= names
+            loaded |= {f"{which}.{name}" for name in names}
         return loaded
+
+    def load(self, which: str, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load tensors of a checkpoint, or some of them, into one model; returns the names of what they filled."""
+        model = self.student if which == "student" else self.teacher
+        assert model is not None, f"this engine holds no {which}"
+        return model.load_weights(text_weights(weights))
+
+
+def _width(model: Any) -> int:
+    return 0 if model is None else model.config.get_text_config().hidden_size
 
 
 register()

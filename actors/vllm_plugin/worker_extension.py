@@ -17,6 +17,8 @@ from safetensors import safe_open
 from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
 from actors.vllm_plugin.record_table import write_records
@@ -127,7 +129,7 @@ def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any])
     loaded: set[str] = set()
 
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        names = part.load_weights(weights)
+        names = model.load(which, weights)
         loaded.update(names)
         return names
 
@@ -135,14 +137,17 @@ def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any])
         # vLLM packs linear weights for its kernels after the first load; only its layerwise reload unpacks, fills and repacks
         # them in place. Plain load_weights would write into emptied tensors.
         initialize_layerwise_reload(part)
+        if current_platform.is_cpu():
+            _unpack_experts(part)
         fill(load)
+        ignored = _ignored(part, model.filled[which])
         finalize_layerwise_reload(part, worker.model_config)
         _pack_tied_head(part)
-    expected = {name for name, _ in part.named_parameters(remove_duplicate=True)}
-    tied = {"lm_head.weight"} if _is_tied(part) else set()
-    missing = expected - loaded - tied
+    missing = model.filled[which] - loaded
     if missing:
         raise KeyError(f"{which} version {version} lacks {sorted(missing)[:8]}")
+    if ignored:
+        raise ValueError(f"vLLM cannot replace the weights of {type(part).__name__}: it did not load those of {ignored[:4]}")
     if which == "student":
         model.student_version = version
 
@@ -152,6 +157,27 @@ def _read(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 yield name, file.get_tensor(name)
+
+
+def _unpack_experts(part: torch.nn.Module) -> None:
+    """Let vLLM pack experts for its CPU kernels again: it does so only when it makes their kernel, not when weights change."""
+    for module in part.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def _ignored(part: torch.nn.Module, filled: set[str]) -> list[str]:
+    """Layers that the first load filled and that the reload in progress left alone, although it returned their names: loaders
+    that copy into parameters directly escape vLLM's layerwise reload, which then puts the old weights back."""
+    names = []
+    for name, layer in part.named_modules():
+        info = get_layerwise_info(layer)
+        own = {f"{name}.{each}" for each, _ in layer.named_parameters(recurse=False)}
+        # A layer that was filled completely has been processed, and does not load any more.
+        if own & filled and info.can_load() and not info.load_numel:
+            names.append(name)
+    return names
 
 
 def _is_tied(part: Any) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from kdray.checks.parity import Verdict
+
 
 class WeightStore:
     """Newest published weights, bucket by bucket; an actor with async methods.
@@ -26,15 +28,20 @@ class WeightStore:
         self._pending: dict[int, dict[int, np.ndarray]] = {}
         self._version = -1
         self._buckets: list[np.ndarray] = []
+        self._trained: np.ndarray | None = None
+        self._verdicts: list[Verdict] = []
+        self._seen = 0
         self._published = asyncio.Condition()
 
     async def put_bucket(self, version: int, index: int, data: np.ndarray) -> None:
         """Add a bucket: safetensors bytes as uint8 [size], which stay in the object store while the array is referenced."""
         self._pending.setdefault(version, {})[index] = data
 
-    async def commit(self, version: int, num_buckets: int) -> None:
+    async def commit(self, version: int, num_buckets: int, trained: np.ndarray | None = None) -> None:
         """Make `version` the newest, once all its buckets are here; an older version (a replay) is dropped.
 
+        Args: trained: the trainer's log q under this version, by which replicas check what they loaded
+              (`kdray.checks.parity`); None if they cannot.
         Raises: ValueError naming the missing buckets.
         """
         buckets = self._pending.pop(version, {})
@@ -45,6 +52,7 @@ class WeightStore:
             if version > self._version:
                 self._version = version
                 self._buckets = [buckets[index] for index in range(num_buckets)]
+                self._trained = trained
                 self._published.notify_all()
 
     async def newest(self, at_least: int) -> tuple[int, int]:
@@ -52,6 +60,40 @@ class WeightStore:
         async with self._published:
             await self._published.wait_for(lambda: self._version >= at_least)
             return self._version, len(self._buckets)
+
+    async def trained(self, version: int) -> np.ndarray | None:
+        """The trainer's log q under the newest version; None if `version` is no longer the newest, or has none."""
+        return self._trained if version == self._version else None
+
+    async def report(self, verdict: Verdict) -> None:
+        """Report a replica's comparison of a version that it has loaded, after its last attempt."""
+        async with self._published:
+            self._verdicts.append(verdict)
+            self._published.notify_all()
+
+    async def verdict(self, at_least: int) -> Verdict:
+        """Wait for the first comparison of a version that is `at_least` this, by any replica."""
+        async with self._published:
+            while True:
+                for verdict in self._verdicts:
+                    if verdict.version >= at_least:
+                        return verdict
+                await self._published.wait()
+
+    async def refused(self) -> Verdict:
+        """Wait until a replica has refused a version."""
+        async with self._published:
+            while True:
+                for verdict in self._verdicts:
+                    if not verdict.accepted:
+                        return verdict
+                await self._published.wait()
+
+    async def largest_gap(self) -> float | None:
+        """Largest gap of all comparisons since the last call, nats a token; None if there was none."""
+        gaps = [verdict.gap for verdict in self._verdicts[self._seen :]]
+        self._seen = len(self._verdicts)
+        return max(gaps, default=None)
 
     async def bucket(self, version: int, index: int) -> np.ndarray | None:
         """A bucket of the newest version; None if `version` is no longer the newest."""

@@ -69,10 +69,11 @@ from kdray.config.teachers import (
     TeacherSource,
     VLLMTeacherSettings,
 )
-from kdray.config.training import PretrainingSettings, SFTSettings, TrainingSettings
+from kdray.config.training import Attention, PretrainingSettings, SFTSettings, TrainingSettings
 
 __all__ = [
     "AdaptiveKLLoss",
+    "Attention",
     "AttentionTerm",
     "AutoscalingSettings",
     "BranchSolveMergeProgram",

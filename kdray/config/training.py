@@ -13,6 +13,9 @@ from kdray.config.features import FeatureSettings
 from kdray.config.labels import LabelSelector
 from kdray.config.schedules import ScheduleSettings
 
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+"""Attention implementation of transformers."""
+
 
 class SFTSettings(Settings):
     """Supervised fine-tuning on the reference answers: before distillation (MiniLLM's first phase), or after it."""
@@ -80,6 +83,9 @@ class TrainingSettings(Settings):
     that an installed distribution adds."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward; losses are reduced in float32 in either case."""
+    attention: Attention = "auto"
+    """Attention implementation of transformers. `auto` takes transformers' default unless that leaves out a part of the model,
+    such as the soft-capping of attention logits of Gemma 2: then the one that computes what the replicas compute."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     checkpoint_every: NonNegative = 50

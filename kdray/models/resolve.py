@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from kdray.config import Calibration, ModelSource, PrunedModel, TinyModel, TinyTraining
 from kdray.config.plugins import versions_of
 from kdray.errors import DataError
+from kdray.models.attention import attention_arguments
 from kdray.models.pruning import activation_importance, plan_pruning, prune
 
 if TYPE_CHECKING:
@@ -195,7 +196,12 @@ def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
     # Before the weights are read, which can take minutes.
     plan = plan_pruning(model_config(origin, source.revision), source)
     model = AutoModelForCausalLM.from_pretrained(
-        origin, revision=source.revision, dtype="auto", trust_remote_code=False, use_safetensors=True
+        origin,
+        revision=source.revision,
+        dtype="auto",
+        trust_remote_code=False,
+        use_safetensors=True,
+        **attention_arguments(origin, source.revision),
     )
     tokenizer = AutoTokenizer.from_pretrained(origin, revision=source.revision, trust_remote_code=False)
     importance = None

@@ -71,6 +71,9 @@ METRICS: dict[str, Metric] = {
     "tokens_per_s": Metric("tokens/s", "step", "Response tokens trained per second of the whole step, waits included"),
     "wait_rollout_s": Metric("s", "step", "Training waited for sampling"),
     "wait_teacher_s": Metric("s", "step", "Training waited for scoring by a teacher that did not sample"),
+    "parity_gap": Metric(
+        "nats/token", "step", "Largest mean |log q of a replica - log q of the trainer| since the step before, on fixed ids"
+    ),
     "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be published"),
     # From a System-2 program, over the rollouts that ended since the step before.
     "teacher_calls": Metric("calls", "rollout_mean", "Calls to the teacher for one answer"),

@@ -22,6 +22,7 @@ from kdray.config import HFTeacherSettings
 from kdray.config.signals import Signal
 from kdray.errors import ConfigError, RequestRefused
 from kdray.interfaces import Availability
+from kdray.models.attention import attention_arguments
 from kdray.models.resolve import model_name, resolve_model
 from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.mixture import draw
@@ -219,6 +220,7 @@ class HFTeacher:
                     dtype=torch.float32,
                     trust_remote_code=False,
                     use_safetensors=True,
+                    **attention_arguments(source, self._settings.revision),
                 ).eval()
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{where}: cannot be loaded: {error}; name a causal language model") from error

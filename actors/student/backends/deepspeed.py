@@ -105,6 +105,10 @@ class DeepSpeedBackend(StudentBackend):
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
+    def evaluate(self, **inputs: Any) -> Any:
+        with torch.no_grad():
+            return self._engine(**inputs)
+
     # -------------------------------------------------------------------------------------------------- across ranks
 
     def reduce(self, values: Sequence[float]) -> list[float]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
+from cluster.parts import SideBySide
 from cluster.peer_runs import _stores
-from cluster.runner import SideBySide
 from kdray.config import Config, parse_config
 from kdray.config.route import Route
 from kdray.teachers.peers import peer_configs

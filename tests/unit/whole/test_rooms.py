@@ -43,21 +43,20 @@ ALLOWED = {
     "actors.background_call": "",
     "actors.driver_actor": "",
     "actors.vllm_plugin": "kdray.rollouts",
-    "actors.weights": "kdray.errors",
+    "actors.weights": "kdray.errors kdray.checks",
     "actors.serving": (
-        "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers "
+        "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.checks "
         "actors.vllm_plugin actors.weights"
     ),
     "actors.student": (
-        "kdray.errors kdray.types kdray.config kdray.rollouts kdray.losses kdray.runs actors.background_call "
-        "actors.driver_actor actors.weights"
+        "kdray.errors kdray.types kdray.config kdray.models kdray.rollouts kdray.losses kdray.runs kdray.checks "
+        "actors.background_call actors.driver_actor actors.weights"
     ),
     # Commands and the cluster.
     "cluster.planning": "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs",
     "cluster.connect": "kdray.errors kdray.config cluster.planning",
-    "cluster.doctor": "kdray.config cluster.connect",
     "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",
-    "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs actors.serving",
+    "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",
     "cluster.evaluation": (
         "kdray.types kdray.interfaces kdray.models kdray.rollouts kdray.runs kdray.evaluation kdray.checks "
         "actors.serving cluster.parts"
@@ -69,8 +68,8 @@ ALLOWED = {
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
     "cluster.runner": (
         "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
-        "actors.background_call actors.driver_actor actors.serving actors.student cluster.planning cluster.parts "
-        "cluster.evaluation cluster.assembly cluster.checkpointing"
+        "kdray.checks actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
+        "cluster.parts cluster.engine_specs cluster.evaluation cluster.assembly cluster.checkpointing"
     ),
     "cluster.cli_base": "kdray.errors kdray.config",
     "cluster.interrupt": "",
@@ -80,8 +79,8 @@ ALLOWED = {
         "cluster.interrupt"
     ),
     "cluster.peer_runs": (
-        "kdray.errors kdray.teachers kdray.runs actors.driver_actor actors.weights actors.serving cluster.runner "
-        "cluster.interrupt"
+        "kdray.errors kdray.teachers kdray.runs actors.driver_actor actors.weights actors.serving cluster.parts "
+        "cluster.runner cluster.interrupt"
     ),
     "cluster.launch": (
         "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs kdray.capturing kdray.checks "
@@ -89,9 +88,10 @@ ALLOWED = {
         "cluster.checkpointing cluster.runner cluster.interrupt cluster.capture_run cluster.peer_runs"
     ),
     "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
+    "cluster.diagnosis": "kdray.types kdray.config kdray.models kdray.rollouts actors.serving actors.student cluster.connect",
     "cluster.cli": (
         "kdray kdray.errors kdray.config kdray.models kdray.runs kdray.checks cluster.planning cluster.connect "
-        "cluster.doctor cluster.cli_base cluster.launch cluster.jobs"
+        "cluster.cli_base cluster.launch cluster.jobs cluster.diagnosis"
     ),
     "cluster.job_entrypoint": "kdray cluster.jobs cluster.cli",
 }

@@ -195,7 +195,7 @@ def test_a_backend_of_another_distribution(tmp_path: Path, monkeypatch: pytest.M
 
 
 ITS_OWN = {"kdray/config/backends.py", "actors/student/backends/deepspeed.py"}
-VERSIONS = {"cluster/doctor.py"}
+VERSIONS = {"cluster/diagnosis/doctor.py"}
 """Modules that list versions of packages."""
 
 

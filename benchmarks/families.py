@@ -1,0 +1,68 @@
+"""Exactness of the families: every pair of `tests/support/families.py` through engine, update and export; a table of the gaps.
+
+    python benchmarks/families.py [--out FILE] [--only NAME ...]
+
+Every pair runs in a process of its own. Results are appended to a JSON-lines file; pairs already in it are not run again, so
+that an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.diagnosis.exactness import try_pair
+from tests.support.families import FAMILIES, family
+
+_MARK = "RESULT "
+
+
+def run_one(name: str) -> dict[str, Any]:
+    """Result of a pair, in this process."""
+    pair = family(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        gaps = asyncio.run(try_pair(pair.spec(folder), folder))
+    return {**asdict(gaps), "ok": not gaps.over(pair.tolerance) and gaps.moved > pair.tolerance}
+
+
+def run_apart(name: str) -> dict[str, Any]:
+    """Result of a pair, from a process of its own; the last line of its error if it fails."""
+    command = [sys.executable, __file__, "--child", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith(_MARK):
+            return json.loads(line.removeprefix(_MARK))
+    # vLLM's last error says only that there is an earlier one.
+    errors = [line for line in done.stderr.splitlines() if "Error" in line and "See root cause above" not in line]
+    return {"ok": False, "error": (errors or done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1][-400:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("families.jsonl"))
+    parser.add_argument("--only", nargs="*", default=[each.name for each in FAMILIES])
+    parser.add_argument("--child")
+    given = parser.parse_args()
+    if given.child:
+        print(_MARK + json.dumps(run_one(given.child)))
+        return
+    rows = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
+    known = {row["family"] for row in rows}
+    for name in given.only:
+        if name not in known:
+            row = {"family": name, **run_apart(name)}
+            print(json.dumps(row), flush=True)
+            with given.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Pairs of real architectures, tiny and random, that the exactness trial is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from actors.serving.spec import EngineSpec
+from kdray.models.random_models import EOS, VOCAB, RandomModel
+
+TOLERANCE = 1e-4
+"""Nats a token, float32 on both sides."""
+ROUTED = 1e-2
+"""With a router: where two experts are nearly tied, rounding chooses between them."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pair of models to be tried."""
+
+    name: str
+    teacher: RandomModel
+    student: RandomModel
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the engine's spec."""
+    tolerance: float = TOLERANCE
+
+    def spec(self, folder: Path) -> EngineSpec:
+        """Write both models into a folder; returns the spec of their engine."""
+        given: dict[str, Any] = {
+            "role": "mixture",
+            "model": str(self.teacher.write(folder / "teacher")),
+            "student": str(self.student.write(folder / "student")),
+            "vocab_size": VOCAB,
+            "stop_ids": (EOS,),
+            "max_model_len": 200,
+            "teacher": "t",
+            "teacher_top_k": 16,
+            "student_top_k": 8,
+            "kv_cache_gib": 0.1,
+            "max_num_seqs": 8,
+        }
+        return EngineSpec(**given | dict(self.engine))
+
+
+def _of(name: str, model_type: str, tied: bool = False, tolerance: float = TOLERANCE, **config: Any) -> Family:
+    """A pair of one architecture. Args: config: keys of both configs."""
+    large = RandomModel(model_type, 128, 3, config, rows=VOCAB + 32, tied=tied, seed=1)
+    return Family(name, large, RandomModel(model_type, 64, 2, config, tied=tied, seed=2), tolerance=tolerance)
+
+
+def _experts(**other: Any) -> dict[str, Any]:
+    return {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1} | other
+
+
+QWEN2 = RandomModel("qwen2", 64, 2, seed=2)
+_LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "head_dim": None,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+FAMILIES: tuple[Family, ...] = (
+    _of("Qwen 2 / 2.5", "qwen2", tied=True),
+    _of("Qwen 3", "qwen3"),
+    Family("Qwen 3 MoE > Qwen 3", RandomModel("qwen3_moe", 128, 3, _experts(), seed=1), RandomModel("qwen3", seed=2)),
+    _of("Qwen 3 MoE", "qwen3_moe", tolerance=ROUTED, **_experts()),
+    _of("Qwen 2 MoE", "qwen2_moe", tolerance=ROUTED, **_experts(shared_expert_intermediate_size=64)),
+    _of("Llama 2", "llama", num_key_value_heads=2),
+    _of(
+        "Llama 3",
+        "llama",
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    Family("Qwen 2 > Llama", RandomModel("qwen2", 128, 3, rows=VOCAB + 32, seed=1), RandomModel("llama", seed=2)),
+    _of("Mistral, equal windows", "mistral", sliding_window=32),
+    Family(
+        "Mistral, window only of the teacher",
+        RandomModel("mistral", 128, 3, {"sliding_window": 32}, seed=1),
+        RandomModel("mistral", 64, 2, {"sliding_window": None}, seed=2),
+    ),
+    Family(
+        "Mistral, window only of the student",
+        RandomModel("mistral", 128, 3, {"sliding_window": None}, seed=1),
+        RandomModel("mistral", 64, 2, {"sliding_window": 32}, seed=2),
+    ),
+    _of("Mixtral", "mixtral", tolerance=ROUTED, num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+    _of("Ministral", "ministral", sliding_window=32),
+    _of("Gemma", "gemma", tied=True),
+    _of("Gemma 2", "gemma2", tied=True, sliding_window=32, attn_logit_softcapping=2.0, query_pre_attn_scalar=32),
+    _of("Gemma 3", "gemma3_text", tied=True, sliding_window=32, query_pre_attn_scalar=32),
+    _of("Phi 1 / 2", "phi", num_key_value_heads=None),
+    _of("Phi 3", "phi3", sliding_window=None),
+    _of("OLMo", "olmo"),
+    _of("OLMo 2", "olmo2"),
+    _of("OLMo 3", "olmo3", sliding_window=32),
+    _of("OLMoE", "olmoe", tolerance=ROUTED, num_experts=8, num_experts_per_tok=2),
+    _of("Granite", "granite", logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=2.0, attention_multiplier=0.1),
+    _of("Granite MoE", "granitemoe", tolerance=ROUTED, num_local_experts=8, num_experts_per_tok=2, attention_multiplier=0.1),
+    _of("GLM 4 (9B)", "glm"),
+    _of("GLM 4 (0414)", "glm4"),
+    _of("GLM 4 MoE", "glm4_moe", tolerance=ROUTED, **_experts(n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1)),
+    _of("Cohere", "cohere", tied=True, logit_scale=0.5),
+    _of("Cohere 2", "cohere2", tied=True, logit_scale=0.5, sliding_window=256),
+    _of("GPT-NeoX", "gpt_neox", num_key_value_heads=None, head_dim=None),
+    _of("GPT-2", "gpt2", tied=True),
+    _of("SmolLM 3", "smollm3"),
+    _of("gpt-oss", "gpt_oss", tolerance=ROUTED, num_local_experts=8, num_experts_per_tok=2, sliding_window=128),
+    _of("DeepSeek V2", "deepseek_v2", tolerance=ROUTED, **_LATENT),
+    _of("DeepSeek V3", "deepseek_v3", tolerance=ROUTED, **_LATENT),
+    _of("OPT", "opt", ffn_dim=128, word_embed_proj_dim=None, num_key_value_heads=None, head_dim=None),
+    _of("StableLM", "stablelm"),
+    _of("StarCoder 2", "starcoder2", sliding_window=None),
+    _of("Seed-OSS", "seed_oss"),
+    _of("HunYuan", "hunyuan_v1_dense"),
+    _of("Arcee", "arcee"),
+    _of("Exaone 4", "exaone4", sliding_window=32),
+    _of("Ernie 4.5", "ernie4_5"),
+    _of("Nemotron", "nemotron"),
+    _of("Apertus", "apertus"),
+)  # fmt: skip
+
+
+def family(name: str) -> Family:
+    (found,) = (each for each in FAMILIES if each.name == name)
+    return found
+
+
+def students_own(pair: Family, **config: Any) -> Family:
+    """The pair with other keys of the student's config."""
+    return replace(pair, student=replace(pair.student, config=dict(pair.student.config) | config))

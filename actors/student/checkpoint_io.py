@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -90,8 +90,11 @@ class RankFiles:
             retries=[each for rank in self._trainer.gather(told) for each in rank],
         )
 
-    def export(self, folder: Path, tokenizer: str) -> None:
-        """Write the student as a Hugging Face folder, with a marker that distinguishes it from an interrupted one."""
+    def export(self, folder: Path, tokenizer: str, ids: Sequence[int] = ()) -> None:
+        """Write the student as a Hugging Face folder, with a marker that distinguishes it from an interrupted one.
+
+        Args: ids: as for `StudentTrainer.export`.
+        """
         key = self._key(folder)
 
         def store(own: Path) -> None:
@@ -100,7 +103,7 @@ class RankFiles:
                 commit(self._storage, key, {}, [self._storage.put_tree(own, key, move=True)])
 
         with self._own_folder() as own:
-            self._write(own, lambda: self._trainer.export(own, tokenizer))
+            self._write(own, lambda: self._trainer.export(own, tokenizer, ids))
             self._together(lambda: store(own))
 
     # ----------------------------------------------------------------------------------------------------- reading

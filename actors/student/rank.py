@@ -138,7 +138,7 @@ def execute(
         return files.save(Path(command.checkpoint), command.progress or {})
     elif command.kind == "export":
         assert command.folder is not None
-        files.export(Path(command.folder), config.tokenizer)
+        files.export(Path(command.folder), config.tokenizer, config.parity_ids[:SHORT])
     return None
 
 

@@ -27,7 +27,7 @@ from actors.student.features import (
     weigh_features,
     with_features,
 )
-from actors.student.file_tensors import in_files, persistent_buffers
+from actors.student.file_tensors import export_gap, in_files, persistent_buffers
 from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
@@ -386,9 +386,15 @@ class StudentTrainer:
                 averaged[name] = self._average[name].to(tensor.dtype)
             yield averaged
 
-    def export(self, folder: Path, tokenizer: str | None = None) -> None:
-        """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it."""
+    def export(self, folder: Path, tokenizer: str | None = None, ids: Sequence[int] = ()) -> None:
+        """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it.
+
+        Args: ids: token ids on which the folder, loaded anew, is compared with the student; empty leaves that out.
+        Raises: TrainingError on all ranks if it is another model.
+        """
         state: dict[str, torch.Tensor] = {}
+        reasons: list[str] = []
+        trained = self.log_probabilities(ids) if ids else np.empty(0)
         # `save_pretrained` itself turns names of the module into those of files.
         for bucket in self._module_buckets():
             state |= bucket
@@ -400,9 +406,13 @@ class StudentTrainer:
             module.config.use_cache = True
             module.save_pretrained(folder, state_dict=state, safe_serialization=True)
             module.config.use_cache = False
+            if ids and (gap := export_gap(folder, self._dtype, ids, trained, self.vocab_size)) is not None:
+                reasons.append(gap)
             if tokenizer is not None:
                 AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
-        self._meet()
+        (failed,) = self.gather(reasons)[:1]
+        if failed:
+            raise TrainingError(failed[0])
 
     # ----------------------------------------------------------------------------------------------- checkpoints
 

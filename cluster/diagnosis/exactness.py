@@ -57,7 +57,7 @@ async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3) 
     """
     assert spec.student is not None, "a trial needs a teacher and a student"
     spec = replace(spec, max_num_batched_tokens=64)
-    trainer = _trainer(spec, learning_rate)
+    trainer = open_trainer(spec, learning_rate)
     engine = TeacherEngine(spec)
     try:
         await engine.start()
@@ -76,7 +76,7 @@ async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3) 
         for step in range(1, 4):
             trainer.train_step(rollouts_to_batch(first, step))
         after = [_log_probabilities(trainer.backend.module, rollout, spec.vocab_size) for rollout in first]
-        await engine.update_student(_publish(trainer, folder), 1)
+        await engine.update_student(publish(trainer, folder), 1)
         second = [rollout async for part in engine.sample(requests) for rollout in part]
         updated_gap = _largest(
             (_values(rollout.student_logprobs), _log_probabilities(trainer.backend.module, rollout, spec.vocab_size))
@@ -96,7 +96,8 @@ async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3) 
     )
 
 
-def _trainer(spec: EngineSpec, learning_rate: float) -> StudentTrainer:
+def open_trainer(spec: EngineSpec, learning_rate: float) -> StudentTrainer:
+    """A trainer of the student that an engine with this spec holds, in float32 and in this process."""
     training = TrainingSettings.model_validate(
         {"backend": {"type": "torch"}, "learning_rate": learning_rate, "batch_size": _PROMPTS, "micro_batch_size": _PROMPTS}
     )
@@ -159,7 +160,8 @@ def _largest(pairs: Any) -> float:
     return float(max(np.abs(first - second).max() for first, second in pairs))
 
 
-def _publish(trainer: StudentTrainer, folder: Path) -> list[Path]:
+def publish(trainer: StudentTrainer, folder: Path) -> list[Path]:
+    """Write the trainer's weights as replicas receive them; returns the files."""
     paths = []
     for index, bucket in enumerate(trainer.weight_buckets()):
         paths.append(folder / f"bucket-{index}.safetensors")

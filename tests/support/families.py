@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.serving.spec import EngineSpec
+from kdray.models.quantization import quantize
 from kdray.models.random_models import EOS, VOCAB, RandomModel
 
 TOLERANCE = 1e-4
 """Nats a token, float32 on both sides."""
+HALF = 0.3
+"""With an engine in bfloat16, whose rounding is about 0.01 on average and 0.1 at most."""
 ROUTED = 1e-2
 """With a router: where two experts are nearly tied, rounding chooses between them."""
 
@@ -26,12 +29,18 @@ class Family:
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the engine's spec."""
     tolerance: float = TOLERANCE
+    quantised: str | None = None
+    """Method by which the teacher's weights are quantised (`kdray.models.quantization`)."""
 
     def spec(self, folder: Path) -> EngineSpec:
         """Write both models into a folder; returns the spec of their engine."""
+        teacher = self.teacher.write(folder / "teacher")
+        if self.quantised is not None:
+            quantize(teacher, folder / "quantised", self.quantised, group_size=32)
+            teacher = folder / "quantised"
         given: dict[str, Any] = {
             "role": "mixture",
-            "model": str(self.teacher.write(folder / "teacher")),
+            "model": str(teacher),
             "student": str(self.student.write(folder / "student")),
             "vocab_size": VOCAB,
             "stop_ids": (EOS,),
@@ -134,6 +143,8 @@ FAMILIES: tuple[Family, ...] = (
     _of("Ernie 4.5", "ernie4_5"),
     _of("Nemotron", "nemotron"),
     _of("Apertus", "apertus"),
+    # vLLM's CPU build computes int4 in bfloat16 alone.
+    Family("Qwen 2, int4 teacher", RandomModel("qwen2", 128, 3, seed=1), QWEN2, {"dtype": "bfloat16"}, HALF, "int4"),
 )  # fmt: skip
 
 

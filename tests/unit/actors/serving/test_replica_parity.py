@@ -1,0 +1,103 @@
+"""A replica compares every version that it loads with the trainer: one more attempt, then a report and a refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.serving import replica as module
+from actors.serving.replica import TeacherReplica
+from actors.weights.store import WeightStore
+from kdray.errors import EngineError
+from tests.support.pools import engine_spec
+
+IDS = tuple(range(10))
+TRAINED = np.full(9, -1.0, dtype=np.float32)
+
+
+class Handle:
+    """An actor handle over an object of this process."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.target, name)
+        return type("Method", (), {"remote": staticmethod(method)})
+
+
+class Engine:
+    """Loads what it is given; answers with the log q of its turn."""
+
+    dtype = "float32"
+
+    def __init__(self, answers: list[np.ndarray]) -> None:
+        self.answers = answers
+        self.student_version = -1
+        self.loads = 0
+
+    async def update_student(self, paths: list[Path], version: int) -> None:
+        self.loads += 1
+        self.student_version = version
+
+    async def set_initial_version(self, version: int) -> None:
+        self.student_version = version
+
+    async def student_log_probabilities(self, ids: tuple[int, ...]) -> np.ndarray:
+        assert ids == IDS
+        return self.answers.pop(0)
+
+
+async def loaded(answers: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, WeightStore, Exception | None]:
+    monkeypatch.setattr(module, "_RUN_ENDS_S", 0.0)
+    store, engine = WeightStore(), Engine(answers)
+    await store.put_bucket(4, 0, np.zeros(3, dtype=np.uint8))
+    await store.commit(4, 1, TRAINED)
+    replica = TeacherReplica.__new__(TeacherReplica)
+    replica._spec = engine_spec(Path("teacher"), Path("student"), parity_ids=IDS)
+    replica._engine = engine  # type: ignore[assignment]
+    try:
+        await replica._load_student(Handle(store), 4)
+    except EngineError as error:
+        return engine, store, error
+    finally:
+        # The destructor of a served replica would close its engine.
+        monkeypatch.setattr(TeacherReplica, "__del__", lambda self: None)
+    return engine, store, None
+
+
+async def test_an_equal_version_is_loaded_once_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, store, error = await loaded([TRAINED + np.float32(2e-6)], monkeypatch)
+    assert (engine.loads, engine.student_version, error) == (1, 4, None)
+    verdict = await store.verdict(4)
+    assert verdict.accepted
+    assert await store.largest_gap() == verdict.gap
+    assert await store.largest_gap() is None
+
+
+async def test_a_version_that_arrived_broken_is_loaded_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, store, error = await loaded([TRAINED + 1, TRAINED], monkeypatch)
+    assert (engine.loads, engine.student_version, error) == (2, 4, None)
+    assert (await store.verdict(4)).accepted
+
+
+async def test_a_version_refused_twice_is_reported_and_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, store, error = await loaded([TRAINED + 1, TRAINED + 1], monkeypatch)
+    assert engine.loads == 2
+    assert "version 4 of student was refused twice" in str(error)
+    verdict = await store.refused()
+    assert (verdict.version, verdict.gap) == (4, 1.0)
+
+
+async def test_a_version_without_the_trainers_numbers_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WeightStore, "trained", lambda self, version: _none())
+    engine, store, error = await loaded([], monkeypatch)
+    assert (engine.loads, error) == (1, None)
+    assert await store.largest_gap() is None
+
+
+async def _none() -> None:
+    return None

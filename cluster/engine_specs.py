@@ -119,6 +119,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         kv_cache_gib=engine.kv_cache_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         seed=config.run.seed,
+        start_timeout_s=config.cluster.start_timeout_s,
         stuck_after_s=config.cluster.stuck_after_s,
         weight_transfer=None if config.training.weight_transfer == "object_store" else config.training.weight_transfer,
         engine_args=engine.engine_args,

@@ -20,6 +20,7 @@ from kdray.config import Config, TrainingSettings, parse_config
 from kdray.errors import CapacityError, DataError
 
 LLAMA_8B = {
+    "dtype": "bfloat16",
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,

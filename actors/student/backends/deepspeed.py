@@ -34,7 +34,7 @@ class DeepSpeedBackend(StudentBackend):
     """A rank of a DeepSpeed engine; the gradient accumulation boundary is set explicitly for each micro-batch.
 
     With `training.precision=bf16` the gradients of micro-batches are added in float32, unless `training.backend.options` says
-    otherwise; the sum over ranks is in bfloat16 from ZeRO stage 1 on.
+    otherwise; the sum of each micro-batch's over ranks is in bfloat16 at ZeRO stages 2 and 3.
     """
 
     def __init__(self, training: TrainingSettings) -> None:
@@ -126,6 +126,10 @@ class DeepSpeedBackend(StudentBackend):
             # Stage 1: frees a parameter's bfloat16 gradient as soon as it is added.
             config["bf16"]["immediate_grad_update"] = True
         elif self._adds_up_itself:
+            # Its own norm would be of the gradients rounded to bfloat16; `step` clips.
+            config["gradient_clipping"] = 0.0
+        if bf16 and settings.zero_stage < 2 and settings.accumulates_in_float32:
+            # One reduction an update, of the float32 sums; from stage 2 on there is one for each micro-batch.
             config["communication_data_type"] = "fp32"
         return _merge(config, settings.options)
 
@@ -146,12 +150,15 @@ class DeepSpeedBackend(StudentBackend):
         norm = self._plain_grad_norm()
         if norm is not None and not math.isfinite(norm):
             return Update(norm, learning_rate, applied=False)
+        if norm is not None and self._adds_up_itself:
+            clipping = self.training.gradient_clipping
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), clipping, torch.tensor(norm, device=self.device))
         engine.step()
         return Update(float(engine.get_global_grad_norm()) if norm is None else norm, learning_rate, applied=True)
 
     def _plain_grad_norm(self) -> float | None:
         """Gradient norm before clipping, for the case that DeepSpeed has no optimizer of its own that reports it."""
-        if self._settings.zero_stage or self.training.precision != "fp32":
+        if self._settings.zero_stage or (self.training.precision != "fp32" and not self._adds_up_itself):
             return None
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))

@@ -120,6 +120,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         kv_cache_gib=engine.kv_cache_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         seed=config.run.seed,
+        start_timeout_s=config.cluster.start_timeout_s,
         stuck_after_s=config.cluster.stuck_after_s,
         parity_ids=student_ids(context),
         student_dtype="bfloat16" if config.training.precision == "bf16" else "float32",

@@ -7,6 +7,7 @@ samples alone at alpha 1), `student` (samples alone at alpha 0). All calls belon
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -19,6 +20,7 @@ from actors.serving import prompt_logprobs
 from actors.serving.spec import EngineSpec
 from actors.vllm_plugin.record_table import Record, read_records
 from kdray.errors import EngineError, RequestRefused
+from kdray.models.precision import checkpoint_dtype
 from kdray.models.resolve import model_name
 from kdray.rollouts.columns import scored_columns, with_columns
 from kdray.rollouts.race import all_of, first_of
@@ -52,6 +54,7 @@ class TeacherEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(math.ceil(self.spec.start_timeout_s))
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -81,7 +84,8 @@ class TeacherEngine:
             "logits_processors": ["actors.vllm_plugin.recorder:Recorder"],
             "worker_extension_cls": "actors.vllm_plugin.worker_extension.WorkerExtension",
             "skip_tokenizer_init": True,
-            "dtype": spec.dtype,
+            # vLLM's own `auto` would round a float32 checkpoint to bfloat16 on GPUs.
+            "dtype": _dtype(spec, current_platform.is_cpu()),
             "seed": spec.seed,
             "max_model_len": spec.max_model_len,
             "max_num_seqs": spec.max_num_seqs,
@@ -96,7 +100,6 @@ class TeacherEngine:
         }
         if current_platform.is_cpu():
             arguments |= {
-                "dtype": "float32" if spec.dtype == "auto" else spec.dtype,
                 "enforce_eager": True,
                 "block_size": 32,
                 "distributed_executor_backend": "uni",
@@ -104,9 +107,10 @@ class TeacherEngine:
             }
         else:
             arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
-            # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
-            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
         arguments |= spec.engine_args
+        if not current_platform.is_cpu():
+            # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
+            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"} | spec.engine_args.get("compilation_config", {})
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         await self._engine.collective_rpc("kdray_end_with_parent")
 
@@ -425,6 +429,12 @@ class TeacherEngine:
 def _scores(record: Record) -> Record:
     """The teacher's columns of a record; the sampling columns of given tokens stay unchanged."""
     return {name: values for name, values in record.items() if name in _SCORED}
+
+
+def _dtype(spec: EngineSpec, on_cpu: bool) -> str:
+    if spec.dtype != "auto":
+        return spec.dtype
+    return "float32" if on_cpu else checkpoint_dtype(spec.model, spec.revision)
 
 
 def _architectures(model: str, revision: str | None) -> list[str]:

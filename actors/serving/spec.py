@@ -46,6 +46,8 @@ class EngineSpec:
     kv_cache_gib: float = 1.0
     gpu_memory_utilization: float = 0.85
     seed: int = 0
+    start_timeout_s: float = 3600.0
+    """Maximum time that the engine may take to start."""
     stuck_after_s: float = 300.0
     """Maximum time that the engine may take to respond between two steps."""
     weight_transfer: str | None = None

@@ -20,6 +20,7 @@ import torch
 
 from actors.student.features import parameter_groups
 from kdray.config import TrainingSettings
+from kdray.errors import TrainingError
 
 Forward = Callable[..., Any]
 """The module's forward pass through the backend: takes Hugging Face's keyword arguments, returns the module's output."""
@@ -39,10 +40,18 @@ class Optimization:
     steps: int
     """Length of the schedule, in updates."""
 
+    fused: bool = False
+    """Update all parameters in one kernel, without temporary copies of them; they are then on a CUDA device or in main memory
+    when the optimizer is stepped."""
+
     def optimizer(self, module: torch.nn.Module) -> torch.optim.AdamW:
         """AdamW over the module's parameters, in their order. A backend that replaces parameters calls it afterwards."""
         return torch.optim.AdamW(
-            parameter_groups(module), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+            parameter_groups(module),
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=self.fused or None,
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -171,6 +180,27 @@ class StudentBackend(ABC):
         just tensors and plain values (`actors.student.safe_load`).
         Raises: TrainingError if there is no checkpoint of this backend, or it contains anything else.
         """
+
+
+def training_device(training: TrainingSettings) -> torch.device:
+    """The device that a rank trains on, by `training.gpus_per_rank`.
+
+    Ray leaves every GPU of a node visible to a process that asked for none, so that a visible GPU may be another process's.
+    Raises: TrainingError if the settings give the rank a GPU and torch can use none.
+    """
+    if training.gpus_per_rank == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError(
+            f"training.gpus_per_rank={training.gpus_per_rank:g}, but torch {torch.__version__} can use no GPU here; install a "
+            "build of torch for GPUs (kdray doctor), or set training.gpus_per_rank=0"
+        )
+    return torch.device("cuda")
+
+
+def uses_fused_optimizer(device: torch.device) -> bool:
+    """True if AdamW is stepped in one kernel on this device: on CUDA, where its unfused form needs copies of the weights."""
+    return device.type == "cuda"
 
 
 def open_backend(training: TrainingSettings) -> StudentBackend:

@@ -57,7 +57,7 @@ def run_rank(given: dict[str, RankConfig]) -> None:
     import torch
 
     config = given["config"]
-    if not torch.cuda.is_available():
+    if config.training.gpus_per_rank == 0:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     trainer = StudentTrainer(config.training, config.vocab_size, config.seed)
     files = RankFiles(trainer, config.run_folder, config.storage)

@@ -1,11 +1,14 @@
-"""Weights-only unpickling of checkpoints, also inside libraries that would load arbitrary pickles."""
+"""Weights-only unpickling of checkpoints, also inside libraries that would load arbitrary pickles; and what such files hold."""
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
+from typing import Any
 
 import torch
 
@@ -36,3 +39,25 @@ def tensors_alone(*records: type) -> Iterator[None]:
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
+
+
+def plain_values(tree: Any) -> Any:
+    """Return nested dicts, lists and tuples with every enum member replaced by its value; other objects are shared, unchanged.
+
+    For what is about to be pickled: Python 3.11 up to 3.11.3 pickles an enum member as a call of `getattr`, which no
+    weights-only loading admits.
+    """
+    if isinstance(tree, Enum):
+        return tree.value
+    if isinstance(tree, dict):
+        changed = {key: new for key, value in tree.items() if (new := plain_values(value)) is not value}
+        if not changed:
+            return tree
+        # A copy of the same type: state dicts carry attributes.
+        copied = copy.copy(tree)
+        copied.update(changed)
+        return copied
+    if type(tree) in (list, tuple):
+        values = [plain_values(value) for value in tree]
+        return tree if all(new is old for new, old in zip(values, tree, strict=True)) else type(tree)(values)
+    return tree

@@ -158,13 +158,14 @@ def rank_memory(model: ModelShape, training: TrainingSettings, lengths: Lengths,
     element = 2 if training.precision == "bf16" else 4
     each = training.backend.parameter_bytes(training.precision, training.ranks)
     sequences = training.micro_batch_size
+    in_main_memory = training.backend.offloads_optimizer and training.gpus_per_rank > 0
     # Weights sent by rank 0 exist twice more: the version being sent, and the next one.
     copies = 0 if training.weight_transfer == "object_store" else 2
     tokens = sequences * (lengths.prompt + lengths.response)
     return RankMemory(
         weights=model.parameters * each.weights,
         gradients=model.parameters * each.gradients,
-        optimizer=model.parameters * each.optimizer,
+        optimizer=0.0 if in_main_memory else model.parameters * each.optimizer,
         activations=activation_bytes(model, tokens, element, training.gradient_checkpointing),
         logprobs=_TRAINING_ROWS * sequences * lengths.response * model.vocab * _FLOAT32,
         teacher=teacher_bytes,

@@ -36,6 +36,7 @@ from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Setting
 from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
 from kdray.models.inspect import architecture
+from kdray.models.precision import engine_dtype
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.teachers.kind import kind_of
 
@@ -265,7 +266,8 @@ def _engine_role(
     if not pool and route.student_in_replicas:
         models.append(shapes[_STUDENT])
     on_gpu = settings.num_gpus > 0
-    element = {"float32": 4}.get(settings.dtype, 2 if on_gpu else 4)
+    source = (config.student.model, config.student.revision) if pool else config.source(name)
+    element = 4 if engine_dtype(settings, *source) == "float32" else 2
     parts = settings.tensor_parallel_size if on_gpu else 1
 
     def memory(parallel: int) -> EngineMemory:

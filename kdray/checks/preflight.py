@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdray.checks.capabilities import check_capabilities
+from kdray.checks.devices import check_gpus, precision_notes
 from kdray.config import Config, EngineSettings
 from kdray.config.route import Route
 from kdray.data.dataset import Dataset, encode_answer, load_dataset
@@ -28,11 +29,13 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     _check_student(config)
     check_capabilities(config)
     _check_engines(config)
+    check_gpus(config)
     kinds = {name: kind_of(config, name) for name in config.teachers}
     found = {name: kind.check(tokenizer, student_rows) for name, kind in kinds.items()}
     vocab_size = min([student_rows, *(each.vocab_size for each in found.values() if each.vocab_size is not None)])
     lines = [f"student: {describe(student.model)}, {student_rows} vocabulary rows"]
     lines += [each.line for each in found.values() if each.line is not None]
+    lines += precision_notes(config)
     if config.training.features is not None:
         lines.append(_features(config))
     positions = {f"teachers.{name}.model": each.positions for name, each in found.items()}

@@ -51,6 +51,11 @@ class StudentBackendSettings(Settings):
         """Short description for `kdray plan`."""
         return self.type
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """True if the optimizer's states are in main memory even if the rank trains on a GPU."""
+        return False
+
     def parameter_bytes(self, precision: Precision, ranks: int) -> ParameterBytes:
         """Memory of a parameter on each rank, with AdamW; by default nothing is sharded.
 
@@ -88,16 +93,55 @@ class DeepSpeedSettings(StudentBackendSettings):
             raise ValueError("training.backend.options.zero_optimization.stage: set by kdray; use training.backend.zero_stage")
         return self
 
+    @model_validator(mode="after")
+    def _check_offload(self) -> DeepSpeedSettings:
+        for name, stage in {"offload_optimizer": 1, "offload_param": 3}.items():
+            device = self._offload_device(name)
+            setting = f"training.backend.options.zero_optimization.{name}"
+            if device == "none":
+                continue
+            if device != "cpu":
+                raise ValueError(
+                    f"{setting}.device={device!s:.50}: only cpu is supported; nvme needs an extension of DeepSpeed for "
+                    "asynchronous I/O, which would be compiled while the ranks start"
+                )
+            if self.zero_stage < stage:
+                raise ValueError(
+                    f"{setting} with training.backend.zero_stage={self.zero_stage}: DeepSpeed offloads from stage {stage} on, "
+                    f"and would ignore it; set training.backend.zero_stage={stage}, or remove it"
+                )
+        return self
+
+    def _offload_device(self, name: str) -> str:
+        """Device of a part of `zero_optimization` that may be offloaded; `none` if it stays where it is used."""
+        zero = self.options.get("zero_optimization")
+        part = zero.get(name) if isinstance(zero, Mapping) else None
+        return str(part.get("device", "none")) if isinstance(part, Mapping) else "none"
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self._offload_device("offload_optimizer") != "none"
+
+    @property
+    def accumulates_in_float32(self) -> bool:
+        """False if `options` asks for the accumulation of bfloat16 gradients in bfloat16."""
+        types = self.options.get("data_types")
+        asked = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
+        return asked in (None, "fp32")
+
     @property
     def description(self) -> str:
-        return f"ZeRO {self.zero_stage}"
+        return f"ZeRO {self.zero_stage}" + (", optimizer in main memory" if self.offloads_optimizer else "")
 
     def parameter_bytes(self, precision: Precision, ranks: int) -> ParameterBytes:
         """ZeRO shards optimizer states over the ranks from stage 1 on, gradients from 2, weights at 3.
 
-        Source: Rajbhandari et al. 2020, section 3 (arXiv 1910.02054).
+        Source: Rajbhandari et al. 2020, section 3 (arXiv 1910.02054). Gradients are accumulated in float32; the bfloat16 ones
+        are freed once they are added.
         """
         whole = super().parameter_bytes(precision, ranks)
+        if self.accumulates_in_float32:
+            whole = whole._replace(gradients=4)
         cut = [ranks if self.zero_stage >= stage else 1 for stage in (3, 2, 1)]
         return ParameterBytes(*(size / parts for size, parts in zip(whole, cut, strict=True)))
 

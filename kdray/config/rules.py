@@ -203,11 +203,6 @@ def _both_ends_of_nccl_have_gpus(config: Config) -> Iterator[str]:
                 f"brings them to GPUs of their own alone; set {name}.num_gpus={engine.tensor_parallel_size}, or "
                 "training.weight_transfer=object_store"
             )
-        if engine.engine_args.get("data_parallel_size", 1) != 1:
-            yield (
-                f"{asked} with {name}.engine_args.data_parallel_size: each replica is one engine here; remove it and raise "
-                f"{name}.replicas, or set training.weight_transfer=object_store"
-            )
     if config.peers:
         yield (
             f"{asked} with teachers of type peer ({', '.join(config.peers)}): their replicas take weights of several "

@@ -58,6 +58,9 @@ class ClusterSettings(Settings):
     wait_s: NonNegativeFloat = 600.0
     """Longest wait for resources that are in use, or that nodes yet to be added will bring; then the run ends and says what is
     missing."""
+    start_timeout_s: PositiveFloat = 3600.0
+    """Longest start of an engine: reading the weights, compiling, capturing graphs. The 140 GB of a 70B model take 20 minutes
+    at 120 MB/s."""
     stuck_after_s: PositiveFloat = 300.0
     """Longest time between two steps of an engine; beyond it the engine counts as stuck, and its replica is replaced."""
     hedge_after: Annotated[float, Field(gt=1.0)] | None = 3.0

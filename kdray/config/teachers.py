@@ -14,48 +14,12 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from kdray.config import vllm_build
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.engine_args import check_engine_args
 from kdray.config.labels import ACCELERATOR_LABEL, LabelSelector
 from kdray.config.models import ModelSource
 from kdray.config.registry import SettingsRegistry
-
-_ENGINE_ARGS_TAKEN = {
-    "model": "use the teacher's `model`",
-    "revision": "use the teacher's `revision`",
-    "tokenizer": "the engine sees ids only",
-    "hf_overrides": "the mixture model needs it",
-    "additional_config": "the recorder needs it",
-    "logits_processors": "the recorder needs it",
-    "worker_extension_cls": "the worker extension needs it",
-    "skip_tokenizer_init": "the engine sees ids only",
-    "dtype": "use `dtype`",
-    "seed": "use `run.seed`",
-    "max_model_len": "it follows from data.max_prompt_tokens and rollout.max_new_tokens",
-    "max_num_seqs": "use `max_num_seqs`",
-    "max_num_batched_tokens": "use `max_num_batched_tokens`",
-    "tensor_parallel_size": "use `tensor_parallel_size`",
-    "gpu_memory_utilization": "use `gpu_memory_utilization`",
-    "trust_remote_code": "kdray runs no code from model folders",
-    "code_revision": "kdray runs no code from model folders",
-    "load_format": "kdray loads safetensors alone",
-    "model_weights": "use the teacher's `model`",
-    "hf_config_path": "use the teacher's `model`",
-    "hf_token": "a key stands in no file; set HF_TOKEN in the environment",
-    **dict.fromkeys(
-        (
-            "worker_cls",
-            "scheduler_cls",
-            "model_class_overrides",
-            "io_processor_plugin",
-            "reasoning_parser_plugin",
-            "kv_transfer_config",
-            "ec_transfer_config",
-        ),
-        "it names code, and a config runs none",
-    ),
-    "speculative_config": "vLLM does not speculate beside a logits processor that draws; remove it",
-}
-
 
 WAITING_WINDOW_S = 30.0
 """Window over which a pool's waiting and busy time are summed. A trainer that waits briefly in every step is starved as much as
@@ -130,6 +94,11 @@ class AutoscalingSettings(Settings):
         return max(1, self.min_replicas) if self.initial_replicas is None else self.initial_replicas
 
 
+def _gpus_needed(engine: dict[str, Any]) -> float:
+    """GPUs that a replica cannot do without: a build of vLLM for GPUs takes one for each part, or the first that it sees."""
+    return float(engine.get("tensor_parallel_size", 1)) if vllm_build.vllm_device() == "gpu" else 0.0
+
+
 class EngineSettings(Settings):
     """A vLLM replica: its size, placement and limits."""
 
@@ -138,13 +107,15 @@ class EngineSettings(Settings):
     autoscaling: AutoscalingSettings | None = None
     """Adapt the number of replicas to the load; None keeps `replicas`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the engine's weights and activations; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    """Dtype of the engine's weights and activations. `auto` is the checkpoint's own on GPUs, float32 included; on CPUs it is
+    float32, whatever the checkpoint has."""
     tensor_parallel_size: Positive = 1
     """GPUs that share one replica's layers."""
     num_cpus: NonNegativeFloat = 1.0
     """CPUs that Ray reserves for a replica; also its number of compute threads on CPUs."""
-    num_gpus: NonNegativeFloat = 0.0
-    """GPUs that Ray reserves for a replica: `tensor_parallel_size` on a GPU cluster, 0 on CPUs."""
+    num_gpus: NonNegativeFloat = Field(default_factory=_gpus_needed)
+    """GPUs that Ray reserves for a replica: `tensor_parallel_size`, or a share of one; 0 on CPUs. The default is what the
+    installed build of vLLM needs: `tensor_parallel_size` for one that computes on GPUs, otherwise 0."""
     accelerator_type: str | None = None
     """Ray accelerator type to place replicas on, such as `H100`."""
     accelerator_types: list[str] | None = None
@@ -165,7 +136,8 @@ class EngineSettings(Settings):
     gpu_memory_utilization: Fraction = 0.85
     """Share of GPU memory that the engine may use; leave room for the rows of log-probabilities."""
     engine_args: dict[str, Any] = Field(default={})
-    """Further vLLM engine arguments, passed through by name; those that kdray sets itself are rejected."""
+    """Further vLLM engine arguments, passed through by name; those that kdray sets itself, and those under which its records
+    would be wrong, are rejected."""
 
     @property
     def label_selector(self) -> dict[str, str]:
@@ -180,13 +152,7 @@ class EngineSettings(Settings):
 
     @model_validator(mode="after")
     def _engine_rules(self) -> EngineSettings:
-        for name in self.engine_args:
-            if name in _ENGINE_ARGS_TAKEN:
-                raise ValueError(f"engine_args.{name}: not free to set; {_ENGINE_ARGS_TAKEN[name]}")
-        if "." in str(self.engine_args.get("distributed_executor_backend", "")):
-            raise ValueError(
-                "engine_args.distributed_executor_backend: it names code, and a config runs none; use mp, ray or uni"
-            )
+        check_engine_args(self.engine_args)
         if self.accelerator_types is not None:
             if self.accelerator_type is not None:
                 raise ValueError(

@@ -7,14 +7,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from actors.student.backend import Forward, Optimization, StudentBackend, Update
-from actors.student.safe_load import tensors_alone
+from actors.student.backend import (
+    Forward,
+    Optimization,
+    StudentBackend,
+    Update,
+    training_device,
+    uses_fused_optimizer,
+)
+from actors.student.safe_load import plain_values, tensors_alone
 from kdray.config import DeepSpeedSettings, TrainingSettings
 from kdray.errors import TrainingError
 
@@ -23,7 +31,11 @@ _TAG = "state"
 
 
 class DeepSpeedBackend(StudentBackend):
-    """A rank of a DeepSpeed engine; the gradient accumulation boundary is set explicitly for each micro-batch."""
+    """A rank of a DeepSpeed engine; the gradient accumulation boundary is set explicitly for each micro-batch.
+
+    With `training.precision=bf16` the gradients of micro-batches are added in float32, unless `training.backend.options` says
+    otherwise; the sum of each micro-batch's over ranks is in bfloat16 at ZeRO stages 2 and 3.
+    """
 
     def __init__(self, training: TrainingSettings) -> None:
         super().__init__(training)
@@ -31,6 +43,7 @@ class DeepSpeedBackend(StudentBackend):
         self._settings = training.backend
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self._on = training_device(training)
         self._engine: Any = None
 
     # ----------------------------------------------------------------------------------------------------- a phase
@@ -38,7 +51,7 @@ class DeepSpeedBackend(StudentBackend):
     @contextmanager
     def loading(self) -> Iterator[None]:
         """At stage 3, transformers loads each weight directly into its shards while its own record of the settings is alive."""
-        _import_deepspeed()
+        _import_deepspeed(self._on)
         from transformers.integrations import HfDeepSpeedConfig
 
         sharded = HfDeepSpeedConfig(self._config()) if self._settings.zero_stage == 3 else None
@@ -46,14 +59,28 @@ class DeepSpeedBackend(StudentBackend):
         del sharded
 
     def start(self, module: torch.nn.Module, optimization: Optimization) -> None:
+        # An offloaded optimizer is stepped on the CPU by torch's fused kernel: DeepSpeed's own would have to be compiled first.
+        fused = self._settings.offloads_optimizer or uses_fused_optimizer(self._on)
+        optimization = replace(optimization, fused=fused)
         optimizer = optimization.optimizer(module)
-        self._engine, *_ = _import_deepspeed().initialize(
+        self._engine, *_ = _import_deepspeed(self._on).initialize(
             model=module,
             optimizer=optimizer,
             lr_scheduler=optimization.scheduler(optimizer),
             config=self._config(),
             dist_init_required=False,
         )
+        if self._adds_up_itself:
+            for parameter in self.module.parameters():
+                parameter.grad_dtype = torch.float32
+        if self.training.precision == "bf16" and self._settings.zero_stage == 0:
+            _undo_first_step(self._engine.optimizer)
+        write = self._engine.checkpoint_engine.save
+
+        def write_plain(state_dict: Any, path: str) -> None:
+            write(plain_values(state_dict), path)
+
+        self._engine.checkpoint_engine.save = write_plain
 
     def close(self) -> None:
         if self._engine is not None:
@@ -69,23 +96,51 @@ class DeepSpeedBackend(StudentBackend):
     def device(self) -> torch.device:
         return self._engine.device
 
+    @property
+    def _adds_up_itself(self) -> bool:
+        """True if autograd adds gradients up in float32, since DeepSpeed has no such option at stage 0."""
+        settings = self._settings
+        return self.training.precision == "bf16" and settings.zero_stage == 0 and settings.accumulates_in_float32
+
     def _config(self) -> dict[str, Any]:
-        training = self.training
+        training, settings = self.training, self._settings
+        bf16 = training.precision == "bf16"
+        zero: dict[str, Any] = {"stage": settings.zero_stage}
+        if settings.zero_stage == 2 and self._on.type == "cuda" and self.world_size > 1:
+            # Off by DeepSpeed's default; the gradients of every micro-batch are reduced, beside its backward pass with this.
+            zero["overlap_comm"] = True
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": training.micro_batch_size,
             # The number of micro-batches of a step is determined by setting each boundary explicitly.
             "gradient_accumulation_steps": 1,
             "gradient_clipping": training.gradient_clipping,
-            "zero_optimization": {"stage": self._settings.zero_stage},
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": training.precision == "bf16"},
+            # DeepSpeed accepts no offloaded optimizer but its own otherwise.
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": bf16},
             "steps_per_print": 10**9,
         }
-        return _merge(config, self._settings.options)
+        if bf16 and settings.zero_stage and settings.accumulates_in_float32:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+            # Stage 1: frees a parameter's bfloat16 gradient as soon as it is added.
+            config["bf16"]["immediate_grad_update"] = True
+        elif self._adds_up_itself:
+            # Its own norm would be of the gradients rounded to bfloat16; `step` clips.
+            config["gradient_clipping"] = 0.0
+        if bf16 and settings.zero_stage < 2 and settings.accumulates_in_float32:
+            # One reduction an update, of the float32 sums; from stage 2 on there is one for each micro-batch.
+            config["communication_data_type"] = "fp32"
+        return _merge(config, settings.options)
 
     # ---------------------------------------------------------------------------------------------------- an update
 
     def forward_backward(self, loss: Callable[[Forward], torch.Tensor], last: bool) -> None:
+        if last and self._adds_up_itself:
+            # DeepSpeed would fill in gradients of the parameters' own dtype for those that have none.
+            for parameter in self.module.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss(self._engine), scale_wrt_gas=False)
 
@@ -95,12 +150,15 @@ class DeepSpeedBackend(StudentBackend):
         norm = self._plain_grad_norm()
         if norm is not None and not math.isfinite(norm):
             return Update(norm, learning_rate, applied=False)
+        if norm is not None and self._adds_up_itself:
+            clipping = self.training.gradient_clipping
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), clipping, torch.tensor(norm, device=self.device))
         engine.step()
         return Update(float(engine.get_global_grad_norm()) if norm is None else norm, learning_rate, applied=True)
 
     def _plain_grad_norm(self) -> float | None:
         """Gradient norm before clipping, for the case that DeepSpeed has no optimizer of its own that reports it."""
-        if self._settings.zero_stage or self.training.precision != "fp32":
+        if self._settings.zero_stage or (self.training.precision != "fp32" and not self._adds_up_itself):
             return None
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
@@ -130,7 +188,7 @@ class DeepSpeedBackend(StudentBackend):
 
     def whole(self, parameters: Sequence[torch.nn.Parameter], device: torch.device | str) -> list[torch.Tensor]:
         sharded = self._settings.zero_stage == 3
-        with _import_deepspeed().zero.GatheredParameters(list(parameters)) if sharded else nullcontext():
+        with _import_deepspeed(self._on).zero.GatheredParameters(list(parameters)) if sharded else nullcontext():
             if self.rank != 0:
                 return []
             return [parameter.detach().to(device, copy=True).contiguous() for parameter in parameters]
@@ -154,8 +212,21 @@ class DeepSpeedBackend(StudentBackend):
         return state
 
 
-def _import_deepspeed() -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def _undo_first_step(optimizer: Any) -> None:
+    """Undo the step with zero gradients by which DeepSpeed allocates the moments of bfloat16 weights at stage 0.
+
+    It would count in AdamW's bias correction, and decay the weights once more.
+    """
+    optimizer.optimizer.state.clear()
+    with torch.no_grad():
+        for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, parameter in zip(masters, parameters, strict=True):
+                master.copy_(parameter)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    # Its own choice is a visible GPU, which may be another process's.
+    os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
 
     # DeepSpeed would compile it at the first start on CPUs, for reductions that training never uses. A rank killed meanwhile

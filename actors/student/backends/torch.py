@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from actors.student.backend import Forward, Optimization, StudentBackend, Update
+from actors.student.backend import (
+    Forward,
+    Optimization,
+    StudentBackend,
+    Update,
+    training_device,
+    uses_fused_optimizer,
+)
 from kdray.config import TrainingSettings
 from kdray.errors import TrainingError
 
@@ -24,7 +32,7 @@ _MASTER = "master"
 
 
 class TorchBackend(StudentBackend):
-    """The whole student in this process, on its GPU if there is one.
+    """The whole student in this process, on its GPU if `training.gpus_per_rank` is above 0.
 
     With `training.precision=bf16` the optimizer updates float32 copies of the weights, into which gradients are accumulated in
     float32 as they arrive. An abandoned update leaves nothing behind: training may continue with another batch.
@@ -32,7 +40,7 @@ class TorchBackend(StudentBackend):
 
     def __init__(self, training: TrainingSettings) -> None:
         super().__init__(training)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = training_device(training)
         self._module: torch.nn.Module | None = None
         self._optimizer: Any = None
         self._scheduler: Any = None
@@ -44,6 +52,7 @@ class TorchBackend(StudentBackend):
 
     def start(self, module: torch.nn.Module, optimization: Optimization) -> None:
         self._module = module.to(self._device)
+        optimization = replace(optimization, fused=uses_fused_optimizer(self._device))
         self._optimizer = optimization.optimizer(module)
         self._masters = []
         for group in self._optimizer.param_groups:
@@ -140,6 +149,10 @@ class TorchBackend(StudentBackend):
         for key, tensor in tensors.items():
             number, _, name = key.partition(".")
             moments.setdefault(int(number), {})[name] = tensor
+        # The kernel is this machine's choice, whichever the checkpoint was written with.
+        for group, own in zip(groups, self._optimizer.param_groups, strict=True):
+            if "fused" in own:
+                group["fused"] = own["fused"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._scheduler.load_state_dict(scheduler)
         with torch.no_grad():

@@ -20,6 +20,7 @@ from kdray.config import Config, TrainingSettings, parse_config
 from kdray.errors import CapacityError, DataError
 
 LLAMA_8B = {
+    "dtype": "bfloat16",
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -130,8 +131,17 @@ def test_zero_stages_divide_by_ranks(stage: int, divided: tuple[str, ...]) -> No
         shape, TrainingSettings.model_validate(sizes | {"zero_stage": stage, "weight_transfer": "nccl"}), Lengths(32, 32)
     )
     assert sending.total - found.total == 4 * shape.parameters
-    # 2 + 2 + 12 bytes a parameter, the ZeRO paper's count.
-    assert whole.weights + whole.gradients + whole.optimizer == 16 * shape.parameters
+    # 2 + 2 + 12 bytes a parameter is the ZeRO paper's count; here gradients are added up in float32.
+    assert whole.weights + whole.gradients + whole.optimizer == (2 + 4 + 12) * shape.parameters
+
+
+@pytest.mark.parametrize(("gpus", "optimizer"), [(1, 0), (0, 12 / 8)])
+def test_an_offloaded_optimizer_takes_no_memory_of_the_gpu(gpus: int, optimizer: float) -> None:
+    shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
+    options = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    sizes = {"precision": "bf16", "ranks": 8, "micro_batch_size": 2, "gpus_per_rank": gpus}
+    training = TrainingSettings.model_validate(sizes | {"backend": {"zero_stage": 2, "options": options}})
+    assert rank_memory(shape, training, Lengths(32, 32)).optimizer == optimizer * shape.parameters
 
 
 def test_one_process_of_torch_holds_everything() -> None:

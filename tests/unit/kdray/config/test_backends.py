@@ -208,3 +208,58 @@ def test_deepspeed_has_two_files() -> None:
                 continue
             assert not re.search(r"zero_stage|deepspeed", text), name
             assert not (name.startswith("actors/student/") and re.search(r"DeepSpeed|ZeRO\b", text)), name
+
+
+# --------------------------------------------------------------------------------------- DeepSpeed's own settings
+
+
+def zero(**parts: Any) -> dict[str, Any]:
+    return {"zero_optimization": parts}
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (
+            {"zero_stage": 0, "options": zero(offload_optimizer={"device": "cpu"})},
+            r"offload_optimizer with training\.backend\.zero_stage=0: .* set training\.backend\.zero_stage=1, or remove it",
+        ),
+        (
+            {"zero_stage": 2, "options": zero(offload_param={"device": "cpu"})},
+            r"offload_param with training\.backend\.zero_stage=2: .* set training\.backend\.zero_stage=3, or remove it",
+        ),
+        (
+            {"zero_stage": 3, "options": zero(offload_optimizer={"device": "nvme", "nvme_path": "/disk"})},
+            r"zero_optimization\.offload_optimizer\.device=nvme: only cpu is supported",
+        ),
+    ],
+)
+def test_an_offload_that_would_not_take_place_is_refused(backend: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        training(backend=backend)
+
+
+@pytest.mark.parametrize("device", ["none", "cpu"])
+def test_an_offload_is_a_fact_of_the_backend(device: str) -> None:
+    backend = training(backend={"zero_stage": 1, "options": zero(offload_optimizer={"device": device})}).backend
+    assert backend.offloads_optimizer == (device == "cpu")
+    assert backend.description == ("ZeRO 1, optimizer in main memory" if device == "cpu" else "ZeRO 1")
+    assert not TorchSettings().offloads_optimizer
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "gradients"),
+    [
+        (0, {}, 4),
+        (1, {}, 4),
+        (2, {}, 1),
+        (3, {}, 1),
+        (2, {"data_types": {"grad_accum_dtype": "fp32"}}, 1),
+        (2, {"data_types": {"grad_accum_dtype": "bf16"}}, 0.5),
+    ],
+)
+def test_gradients_take_four_bytes_in_either_precision(stage: int, options: dict[str, Any], gradients: float) -> None:
+    backend = DeepSpeedSettings(zero_stage=stage, options=options)
+    assert backend.parameter_bytes("bf16", 4).gradients == gradients
+    assert backend.parameter_bytes("fp32", 4).gradients == (4 if stage < 2 else 1)
+    assert backend.parameter_bytes("bf16", 4).optimizer == (12 if stage == 0 else 3)

@@ -332,10 +332,6 @@ NCCL = {"weight_transfer": "nccl", "gpus_per_rank": 1}
             r"rollout\.pool\.num_gpus=0",
         ),
         (
-            {"training": NCCL, "teachers": {"t": {"model": TINY, "num_gpus": 1, "engine_args": {"data_parallel_size": 2}}}},
-            r"teachers\.t\.engine_args\.data_parallel_size",
-        ),
-        (
             {"training": NCCL, "teachers": {"b": {"type": "peer", "model": TINY | {"seed": 2}, "num_gpus": 1}}},
             r"teachers of type peer \(b\): .*set training\.weight_transfer=object_store",
         ),

@@ -1,0 +1,65 @@
+"""Checks of where engines compute, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kdray.config import Config, EngineSettings, ModelSource, vllm_build
+from kdray.config.route import Route
+from kdray.errors import ConfigError
+from kdray.models.precision import engine_dtype
+
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+"""`training.precision` -> dtype of the student's forward pass."""
+
+
+def check_gpus(config: Config) -> None:
+    """Raises: ConfigError for an engine that reserves no GPU, if the installed build of vLLM computes on GPUs alone."""
+    if vllm_build.vllm_device() != "gpu":
+        return
+    for setting, engine in _engines(config).items():
+        if engine.num_gpus:
+            continue
+        parts = engine.tensor_parallel_size
+        share = f", or a share of a GPU with {setting}.gpu_memory_utilization below it" if parts == 1 else ""
+        raise ConfigError(
+            f"{setting}.num_gpus=0 with tensor_parallel_size={parts}: the installed vLLM computes on GPUs, and Ray hides none "
+            f"from a replica that reserves none, so that every such replica would take the node's first; set "
+            f"{setting}.num_gpus={parts}{share}, remove it, or install the CPU build of vLLM"
+        )
+
+
+def precision_notes(config: Config) -> Iterator[str]:
+    """One line for each engine that samples the student's rollouts in another dtype than training computes in.
+
+    Raises: ConfigError if an engine cannot compute in a checkpoint's dtype.
+    """
+    precision = config.training.precision
+    trained = _PRECISIONS[precision]
+    for setting, (engine, source, revision) in _samplers(config).items():
+        sampled = engine_dtype(engine, source, revision)
+        if sampled == trained:
+            continue
+        other = next((name for name, dtype in _PRECISIONS.items() if dtype == sampled), None)
+        remedy = f", or training.precision={other}" if other is not None else ""
+        yield (
+            f"note: {setting} samples the student's rollouts in {sampled}, and training.precision={precision} computes in "
+            f"{trained}: their probabilities differ by rounding; set {setting}.dtype={trained}{remedy} to have one precision"
+        )
+
+
+def _engines(config: Config) -> dict[str, EngineSettings]:
+    """The run's engines, by setting."""
+    served: dict[str, EngineSettings] = {f"teachers.{name}": each for name, each in config.served_teachers.items()}
+    return served | ({"rollout.pool": config.rollout.pool} if config.has_rollout_pool else {})
+
+
+def _samplers(config: Config) -> dict[str, tuple[EngineSettings, ModelSource, str | None]]:
+    """Engines that sample with the student during training, by setting: each with the checkpoint that it is started from."""
+    route = Route.of(config)
+    if route.sampler == "students":
+        return {"rollout.pool": (config.rollout.pool, config.student.model, config.student.revision)}
+    mixes = config.rollout.alpha < 1 or "rollout.alpha" in config.training.schedules
+    if route.sampler != "teachers" or not route.student_in_replicas or not mixes:
+        return {}
+    return {f"teachers.{name}": (each, *config.source(name)) for name, each in config.served_teachers.items()}

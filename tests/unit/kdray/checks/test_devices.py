@@ -1,0 +1,95 @@
+"""Engines that reserve no GPU where vLLM computes on them alone, and the precision of sampling beside that of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdray.checks.devices import check_gpus, precision_notes
+from kdray.config import Config, parse_config, vllm_build
+from kdray.errors import ConfigError
+
+TINY = {"type": "tiny", "layers": 1, "width": 32}
+
+
+def config(**sections: Any) -> Config:
+    return parse_config(
+        {"run": {"name": "x"}, "student": {"model": TINY | {"seed": 1}}, "teachers": {"t": {"model": TINY}}, **sections}
+    )
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "gpu")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"teachers": {"t": {"model": TINY, "num_gpus": 0}}},
+            r"teachers\.t\.num_gpus=0 with tensor_parallel_size=1: .* set teachers\.t\.num_gpus=1, or a share of a GPU",
+        ),
+        (
+            {"teachers": {"t": {"model": TINY, "num_gpus": 0, "tensor_parallel_size": 8}}},
+            r"teachers\.t\.num_gpus=0 with tensor_parallel_size=8: .* set teachers\.t\.num_gpus=8, remove it, or install",
+        ),
+        ({"rollout": {"sampler": "student", "pool": {"num_gpus": 0}}}, r"rollout\.pool\.num_gpus=0"),
+    ],
+)
+def test_an_engine_without_a_gpu_is_refused_where_it_would_take_another_ones(
+    on_gpus: None, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], message: str
+) -> None:
+    refused = config(**sections)
+    with pytest.raises(ConfigError, match=message):
+        check_gpus(refused)
+    for device in ("cpu", None):
+        monkeypatch.setattr(vllm_build, "vllm_device", lambda: device)  # noqa: B023
+        check_gpus(refused)
+
+
+def test_a_recipe_for_any_machine_passes_on_gpus(on_gpus: None) -> None:
+    check_gpus(config())
+    check_gpus(config(teachers={"t": {"model": TINY, "num_gpus": 0.5}}))
+    # No student-only replicas run.
+    check_gpus(config(rollout={"pool": {"num_gpus": 0}}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "notes"),
+    [
+        ({}, []),
+        (
+            {"training": {"precision": "bf16"}},
+            [
+                "note: teachers.t samples the student's rollouts in float32, and training.precision=bf16 computes in bfloat16: "
+                "their probabilities differ by rounding; set teachers.t.dtype=bfloat16, or training.precision=fp32 to have one "
+                "precision"
+            ],
+        ),
+        ({"training": {"precision": "bf16"}, "teachers": {"t": {"model": TINY, "dtype": "bfloat16"}}}, []),
+        ({"training": {"precision": "bf16"}, "rollout": {"alpha": 1.0}, "loss": {"type": "forward_kl"}}, []),
+        (
+            {"rollout": {"sampler": "student", "pool": {"dtype": "float16"}}},
+            [
+                "note: rollout.pool samples the student's rollouts in float16, and training.precision=fp32 computes in "
+                "float32: their probabilities differ by rounding; set rollout.pool.dtype=float32 to have one precision"
+            ],
+        ),
+        ({"rollout": {"sampler": "student"}, "teachers": {"t": {"model": TINY, "dtype": "float16"}}}, []),
+    ],
+)
+def test_two_precisions_of_the_student_are_told(sections: dict[str, Any], notes: list[str]) -> None:
+    assert list(precision_notes(config(**sections))) == notes
+
+
+def test_on_gpus_the_checkpoints_own_precision_counts(on_gpus: None, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(dtype="bfloat16").save_pretrained(tmp_path)
+    teachers = {"t": {"model": str(tmp_path)}}
+    (note,) = precision_notes(config(teachers=teachers))
+    assert note.startswith("note: teachers.t samples the student's rollouts in bfloat16, and training.precision=fp32")
+    assert not list(precision_notes(config(teachers=teachers, training={"precision": "bf16"})))

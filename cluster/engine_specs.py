@@ -91,7 +91,7 @@ def teacher_spec(context: RunContext, name: str) -> EngineSpec:
         canary=canary(context),
         tokenizer=tokenizer_hash(teacher_tokenizer(config, name)),
     )
-    if not context.route.student_in_replicas:
+    if not context.route.student_in_replicas or not teacher.holds_student:
         return spec
     return replace(spec, role="mixture", student=context.models.student, student_revision=config.student.revision)
 

@@ -263,7 +263,7 @@ def _engine_role(
     pool, route = item.bundle.role == "rollout pool", Route.of(config)
     settings: EngineSettings = config.rollout.pool if pool else config.served_teachers[name]
     models = [shapes[_STUDENT if pool else name]]
-    if not pool and route.student_in_replicas:
+    if not pool and config.student_beside(name):
         models.append(shapes[_STUDENT])
     on_gpu = settings.num_gpus > 0
     source = (config.student.model, config.student.revision) if pool else config.source(name)

@@ -21,7 +21,8 @@ class Route:
     teacher_reads: Literal["student_ids", "own_prompts", "own_ids"]
     """Input of a served teacher. `own_prompts`: it has a `prompt_template`. `own_ids`: it has a different tokenizer."""
     student_in_replicas: bool
-    """The teachers' replicas also hold the student: to sample with it, or for exact divergences."""
+    """Replicas of teachers also hold the student, to sample with it or for exact divergences: those of all teachers except
+    the ones with `holds_student: false`."""
     student_pool: bool
     """Student-only replicas run: to sample, or to be evaluated if no teacher replica holds the student."""
     data_responds: bool
@@ -41,7 +42,8 @@ class Route:
         scored_later = by_students or (config.rollout.teachers is not None and config.rollout.teachers.one_target)
         schedule = config.training.schedules.get("rollout.data_share")
         data_responds = max((config.rollout.data_share, *(() if schedule is None else schedule.extremes))) > 0.0
-        holds_both = not config.other_teachers and not config.teacher_apart
+        beside = [config.student_beside(name) for name in config.served_teachers]
+        holds_both = not config.other_teachers and all(beside)
         # If the teachers only score by prefill, the recorder must do it, since it sees both rows.
         recorded = all(teacher.scoring == "recorder" for teacher in config.served_teachers.values())
         return cls(
@@ -50,7 +52,7 @@ class Route:
             teacher_reads=(
                 "own_ids" if not config.loss.shared_ids else "own_prompts" if config.teacher_apart else "student_ids"
             ),
-            student_in_replicas=not config.teacher_apart,
+            student_in_replicas=any(beside),
             student_pool=config.has_rollout_pool,
             data_responds=data_responds,
             scores_references=data_responds and not scored_later and bool(config.loss.signals),

@@ -150,6 +150,15 @@ def _other_prompts_are_read_alone(config: Config) -> Iterator[str]:
             )
 
 
+def _teachers_without_the_student_only_score(config: Config) -> Iterator[str]:
+    for name, teacher in config.served_teachers.items():
+        if not teacher.holds_student and config.rollout.sampler != "student":
+            yield (
+                f"teachers.{name}.holds_student=false: its replicas cannot sample from a mixture with the student; set "
+                "rollout.sampler=student, or holds_student=true"
+            )
+
+
 def _changing_teachers_have_something_to_teach(config: Config) -> Iterator[str]:
     peers, sharing = config.peers, config.rollout.teachers
     selves = [teacher for teacher in config.teachers.values() if teacher.follows_student]
@@ -195,7 +204,7 @@ def _both_ends_of_nccl_have_gpus(config: Config) -> Iterator[str]:
             f"{asked} with training.gpus_per_rank={training.gpus_per_rank:g}: NCCL sends from a GPU of rank 0's own; "
             "set training.gpus_per_rank=1, or training.weight_transfer=object_store"
         )
-    takers = {} if config.teacher_apart else {f"teachers.{name}": each for name, each in config.served_teachers.items()}
+    takers = {f"teachers.{name}": each for name, each in config.served_teachers.items() if config.student_beside(name)}
     for name, engine in (takers | ({"rollout.pool": config.rollout.pool} if config.has_rollout_pool else {})).items():
         if engine.num_gpus < 1:
             yield (
@@ -320,6 +329,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _teachers_are_shared_out,
     _loss_learns_from_its_writers,
     _other_prompts_are_read_alone,
+    _teachers_without_the_student_only_score,
     _changing_teachers_have_something_to_teach,
     _both_ends_of_nccl_have_gpus,
     _scheduled_settings_are_valid_throughout,

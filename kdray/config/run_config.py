@@ -120,6 +120,10 @@ class Config(Settings):
         templates = any(teacher.prompt_template is not None for teacher in self.served_teachers.values())
         return templates or not self.loss.shared_ids
 
+    def student_beside(self, name: str) -> bool:
+        """True if a served teacher's replicas also hold the student."""
+        return self.served_teachers[name].holds_student and not self.teacher_apart
+
     def source(self, name: str) -> tuple[ModelSource, str | None]:
         """Model and revision of a teacher whose weights the run loads; those of the student if the teacher follows it."""
         owner: Any = self.student if self.teachers[name].follows_student else self.teachers[name]

@@ -213,6 +213,9 @@ class ServedTeacherSettings(TeacherSettings, EngineSettings):
     """Template of the teacher's prompt: `{prompt}` is replaced by the student's prompt, `{answer}` by its reference answer.
     Gives the teacher privileged information, such as the same model with the answer in its prompt. Student-only replicas then
     sample."""
+    holds_student: bool = True
+    """True if replicas also hold the student, to sample from the mixture and for exact KLs. False for a teacher that only
+    scores what student-only replicas sample: it loads no student, and takes no weights."""
     scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
     """Method of scoring given sequences by prefill. `recorder`: at any ids, with hidden states and both exact KLs.
     `prompt_logprobs`: vLLM's own, only the teacher's top ids; for an engine whose prefill the recorder cannot read."""

@@ -9,6 +9,7 @@ import pytest
 
 from kdray.config import parse_config
 from kdray.config.route import Route
+from kdray.errors import ConfigError
 
 TEACHER = {"model": {"type": "tiny", "layers": 4}}
 FAR: dict[str, Any] = {"type": "openai", "base_url": "http://far/v1", "model": "m", "api_key_env": None}
@@ -66,6 +67,14 @@ def test_a_teacher_that_reads_something_else_holds_no_student(tmp_path, teacher,
     assert found.teacher_reads == reads
     assert (found.student_in_replicas, found.student_pool, found.scored_later) == (False, True, True)
     assert (found.measures_on_students, found.measures_exact) == (True, False)
+
+
+def test_a_teacher_that_only_scores_holds_no_student(tmp_path: Path) -> None:
+    found = route(tmp_path, {"t": TEACHER | {"holds_student": False}}, **BY_STUDENT)
+    assert (found.student_in_replicas, found.student_pool, found.measures_on_students) == (False, True, True)
+    assert not found.measures_exact
+    with pytest.raises(ConfigError, match=r"teachers.t.holds_student=false: .* set rollout.sampler=student"):
+        route(tmp_path, {"t": TEACHER | {"holds_student": False}})
 
 
 def test_a_black_box_writes_and_students_are_measured_alone(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ ALLOWED = {
         "actors.driver_actor actors.weights"
     ),
     # Commands and the cluster.
-    "cluster.planning": "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs",
+    "cluster.planning": "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs kdray.checks",
     "cluster.connect": "kdray.errors kdray.config cluster.planning",
     "cluster.doctor": "kdray.config cluster.connect",
     "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",

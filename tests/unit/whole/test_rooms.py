@@ -49,7 +49,7 @@ ALLOWED = {
         "actors.vllm_plugin actors.weights"
     ),
     "actors.student": (
-        "kdray.errors kdray.types kdray.config kdray.rollouts kdray.losses kdray.runs actors.background_call "
+        "kdray.errors kdray.types kdray.config kdray.models kdray.rollouts kdray.losses kdray.runs actors.background_call "
         "actors.driver_actor actors.weights"
     ),
     # Commands and the cluster.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from actors.background_call import in_daemon_thread
@@ -34,6 +36,8 @@ from kdray.teachers.privileged import PrivilegedScorer
 from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.teachers.team import TeacherTeam
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.asynccontextmanager
 async def open_pools(
@@ -42,12 +46,14 @@ async def open_pools(
     on_event: Callable[..., None] = lambda kind, **fields: None,
     teacher_weights: Mapping[str, Any] | None = None,
     canary: tuple[int, ...] | None = None,
+    logs: Path | None = None,
 ) -> AsyncIterator[Pools]:
     """Start every teacher, and the student-only replicas if the route has some; shut them down in any case.
 
     Args: run: the run's actors; the pools end with them; teacher_weights: the WeightStore of each teacher that changes
-          during the run, by name; canary: ids by which the teachers' replicas are compared, in place of the held-out prompts'.
-    Raises: ConfigError if a remote teacher cannot be used; EngineError if replicas do not start.
+          during the run, by name; canary: ids by which the teachers' replicas are compared, in place of the held-out prompts';
+          logs: folder for the log of an engine that does not start, None if the command has none.
+    Raises: ConfigError if a remote teacher cannot be used; EngineError with the cause if replicas do not start.
     """
     config, route = context.config, context.route
     settings = config.rollout
@@ -55,8 +61,7 @@ async def open_pools(
     def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
         missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
         live = (teacher_weights or {}).get(name)
-        # Replicas of a changing teacher legitimately differ by its version.
-        handles = run if live is None else replace(run, registry=None, teacher_weights=live)
+        handles = run if live is None else replace(run, compared=False, teacher_weights=live)
         return ReplicaPool(name, spec, engine, config.cluster, handles, settings.retries, missing_after_s, on_event)
 
     def spec_of(name: str) -> EngineSpec:
@@ -84,6 +89,7 @@ async def open_pools(
             if pools:
                 await deployed(pools, bundles(config), config.cluster, on_event)
         except EngineError as error:
+            await asyncio.to_thread(_keep_logs, pools, logs)
             for name in config.served_teachers:
                 if run.registry is not None and (reasons := await run.registry.refused.remote(name)):
                     raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
@@ -104,6 +110,18 @@ async def open_pools(
         # A deployment in progress cannot be cancelled inside its thread; deleting the application ends it.
         deleting = (asyncio.to_thread(pool.delete) for pool in pools)
         await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
+
+
+def _keep_logs(pools: Sequence[ReplicaPool], folder: Path | None) -> None:
+    """Write the log of each pool's last engine that did not start into `folder`; without one, print where it is."""
+    for pool in pools:
+        for failure in pool.start_failures()[-1:]:
+            if folder is None:
+                logger.warning("the log of an engine of %s that did not start: %s", pool.name, failure.place)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            name = "rollout-pool" if pool.spec.role == "student" else f"teacher-{pool.name}"
+            (folder / f"{name}.log").write_text(f"{failure.place}\n{failure.log}", encoding="utf-8")
 
 
 def _scorer(context: RunContext, teachers: Scorer, served: Sequence[ReplicaPool]) -> Scorer:

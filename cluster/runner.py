@@ -118,7 +118,7 @@ class Runner:
         try:
             registry = on_driver_node(TeacherRegistry).remote(self._folder.read_teachers())
             handles = RunHandles(weights=stores.weights, registry=registry, board=stores.board)
-            opening = open_pools(context, handles, self.reporter.event, stores.teacher_weights)
+            opening = open_pools(context, handles, self.reporter.event, stores.teacher_weights, logs=self._folder.logs)
             pools = await self._or_stop(opening.__aenter__())
             self._folder.write_teachers(await registry.known.remote())
             try:

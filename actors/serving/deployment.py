@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.serving.start_failure import last_error
 from kdray.config import EngineSettings
 from kdray.errors import EngineError
 
@@ -42,21 +43,17 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
         names = ", ".join(pool.name for pool in pools)
         # Serve's error names the deployments; the reason of a replica's failure is in their status.
         found = serve.status().applications
-        details = [
+        details = "\n".join(
             each.message for pool in pools if pool.application in found for each in found[pool.application].deployments.values()
-        ]
-        if missing := _MISSING_PACKAGE.search("\n".join([str(error), *details])):
-            raise EngineError(
-                f"replicas of {names} did not start: a node has no Python package `{missing[1]}`; install kdray's requirements "
-                "on every node that serves (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs)"
-            ) from error
-        raise EngineError(f"replicas of {names} did not start: {error}") from error
+        )
+        raise _not_started(names, last_error(details) or str(error)) from error
     for pool, handle in zip(pools, handles, strict=True):
         pool.connect(handle)
 
 
 def _await_serving(pools: Sequence[ReplicaPool]) -> None:
-    """Wait until all pools serve. Raises: RuntimeError if one fails; EngineError if one is deleted.
+    """Wait until all pools serve. Raises: EngineError with the cause if an engine fails, or a pool is deleted; RuntimeError if
+    a replica fails otherwise.
 
     Serve's own wait never ends for a deleted application (Ray 2.60); it would continue after Ray has shut down, and start
     another.
@@ -69,10 +66,25 @@ def _await_serving(pools: Sequence[ReplicaPool]) -> None:
         found = serve.status().applications
         states = {pool: found[pool.application] for pool in waiting if pool.application in found}
         for pool, state in states.items():
-            if state.status == "DEPLOY_FAILED":
+            failed = state.status == "DEPLOY_FAILED"
+            failures = pool.start_failures()
+            # Serve starts a replica three times; what is wrong with a model stays wrong.
+            if failures and (failed or not failures[-1].may_heal):
+                raise _not_started(pool.name, failures[-1].cause, len(failures))
+            if failed:
                 raise RuntimeError(f"deploying {pool.application} failed: {state.message}")
         waiting = [pool for pool in waiting if pool not in states or states[pool].status != "RUNNING"]
         time.sleep(_LOOK_EVERY_S)
+
+
+def _not_started(pools: str, cause: str, attempts: int = 1) -> EngineError:
+    """Error for replicas that did not start, ending with the cause. Args: pools: their names."""
+    if missing := _MISSING_PACKAGE.search(cause):
+        cause = (
+            f"a node has no Python package `{missing[1]}`; install kdray's requirements on every node that serves "
+            "(pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs)"
+        )
+    return EngineError(f"replicas of {pools} did not start{f' in {attempts} attempts' if attempts > 1 else ''}: {cause}")
 
 
 def _check_wanted(pools: Sequence[ReplicaPool]) -> None:

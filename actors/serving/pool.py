@@ -22,6 +22,7 @@ from actors.serving.replica import RatedReplica, TeacherReplica
 from actors.serving.replica_choice import CallRoute
 from actors.serving.serve_autoscaling import serve_config
 from actors.serving.spec import EngineSpec, RunHandles
+from actors.serving.start_failure import StartFailure
 from kdray.config import ClusterSettings, EngineSettings
 from kdray.errors import EngineError, RequestRefused
 from kdray.interfaces import Availability
@@ -102,6 +103,7 @@ class ReplicaPool:
         self._on_event = on_event
         self._missing_after_s = missing_after_s
         self._refusals = 0
+        self._failures = 0
         self._served_at = time.monotonic()
         self._handle: Any = None
         self._awaited = Awaited(self._note_waiting)
@@ -208,14 +210,28 @@ class ReplicaPool:
                 self._on_event("watch_failed", pool=self.name, reason=repr(error)[:500])
             await asyncio.sleep(period_s)
 
+    def start_failures(self) -> list[StartFailure]:
+        """Failed starts of this pool's engines so far, oldest first; blocks."""
+        import ray
+
+        return [] if self._run.registry is None else ray.get(self._run.registry.failures.remote(self.name))
+
     async def _watch(self) -> None:
         serving = await asyncio.to_thread(self._count_replicas)
         if serving != self.replicas_serving:
             self._on_event("replicas", pool=self.name, before=self.replicas_serving, now=serving)
             self.replicas_serving = serving
         await self._watch_target(serving)
+        await self._watch_starts()
         if self.spec.role != "student":
             await self._watch_availability(serving)
+
+    async def _watch_starts(self) -> None:
+        """Write an event for every engine that did not start, as one that replaces a lost replica."""
+        failures = [] if self._run.registry is None else await self._run.registry.failures.remote(self.name)
+        for failure in failures[self._failures :]:
+            self._on_event("engine_failed", pool=self.name, reason=failure.cause, log=failure.place)
+        self._failures = len(failures)
 
     async def _watch_target(self, serving: int) -> None:
         """Write an event when the target size changes (`scale`), and when it is not reached (`scale_stuck`)."""

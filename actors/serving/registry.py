@@ -1,9 +1,11 @@
-"""Registry of teacher replicas: each registers at its start, and is rejected if it is not the teacher of this run."""
+"""Registry of replicas: each registers at its start, rejected if it is not the teacher of this run, or reports its failure."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from actors.serving.start_failure import StartFailure
 from kdray.teachers.fingerprint import Fingerprint, difference
 
 
@@ -18,6 +20,7 @@ class TeacherRegistry:
         """Args: known: fingerprints by teacher, of the run that is resumed; empty for a new one."""
         self._known = {name: Fingerprint.from_dict(values) for name, values in known.items()}
         self._refused: list[tuple[str, str]] = []
+        self._failures: dict[str, list[StartFailure]] = {}
 
     def enter(self, teacher: str, found: Fingerprint) -> str | None:
         """Register a replica, the first one of a teacher as the reference for the others; returns the reason if it is
@@ -34,3 +37,12 @@ class TeacherRegistry:
     def refused(self, teacher: str) -> list[str]:
         """Reasons for which replicas of a teacher were rejected so far, oldest first."""
         return [reason for name, reason in self._refused if name == teacher]
+
+    def failed(self, pool: str, failure: StartFailure) -> None:
+        """Store why an engine of a pool did not start; of a pool's logs only the newest is kept."""
+        earlier = [replace(each, log="") for each in self._failures.get(pool, [])]
+        self._failures[pool] = [*earlier, failure]
+
+    def failures(self, pool: str) -> list[StartFailure]:
+        """Failed starts of a pool's engines so far, oldest first."""
+        return self._failures.get(pool, [])

@@ -25,11 +25,13 @@ from actors.serving.engine import TeacherEngine
 from actors.serving.load_stats import Workload
 from actors.serving.replica_choice import CallRoute
 from actors.serving.spec import EngineSpec, RunHandles
+from actors.serving.start_failure import StartFailure
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
 from kdray.checks.parity import Verdict, judge, refusal, tolerance
 from kdray.errors import EngineError
 from kdray.rollouts.arrow import rollouts_to_table, table_to_requests, table_to_rollouts
+from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import Rollout, SampleRequest
 
 logger = logging.getLogger("ray.serve")
@@ -42,7 +44,7 @@ class TeacherReplica:
     """An engine behind Ray Serve; also a student-only engine of a rollout pool."""
 
     async def __init__(self, spec: EngineSpec, run: RunHandles) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        """Start the engine. Raises: EngineError if the registry rejects this replica."""
+        """Start the engine. Raises: EngineError with the cause if it does not start, or the registry rejects this replica."""
         self._spec = spec
         self._weights = run.weights if spec.role != "teacher" else None
         """Version of the student; None if this engine holds none, or it never changes."""
@@ -53,9 +55,9 @@ class TeacherReplica:
         self._engine = TeacherEngine(spec)
         self._sync_lock = asyncio.Lock()
         self._receiving: asyncio.Task[None] | None = None
-        await self._engine.start()
-        if run.registry is not None and spec.role != "student":
-            reason = await run.registry.enter.remote(spec.teacher, await self._engine.fingerprint())
+        fingerprint = await self._start(run)
+        if fingerprint is not None:
+            reason = await run.registry.enter.remote(spec.teacher, fingerprint)
             if reason is not None:
                 await self._engine.close()
                 raise EngineError(f"teacher {spec.teacher}: this replica is turned away: {reason}")
@@ -65,6 +67,25 @@ class TeacherReplica:
         follows = self._weights is not None or self._teacher_weights is not None
         self._follower = asyncio.create_task(self._follow()) if follows else None
         self._watcher = asyncio.create_task(self._watch())
+
+    async def _start(self, run: RunHandles) -> Fingerprint | None:
+        """Start the engine; returns the fingerprint by which replicas are compared, if they are.
+
+        Raises: EngineError with the cause, which is also reported to the registry.
+        """
+        try:
+            await self._engine.start()
+            if run.registry is None or not run.compared or self._spec.role == "student":
+                return None
+            return await self._engine.fingerprint()
+        except Exception as error:
+            failure = StartFailure.of(error)
+            if run.registry is not None:
+                from ray import serve
+
+                await run.registry.failed.remote(serve.get_replica_context().deployment, failure)
+            await self._engine.close()
+            raise EngineError(failure.cause) from error
 
     async def check_health(self) -> None:
         """Health check: Ray Serve replaces the replica when this raises."""

@@ -68,7 +68,9 @@ class RunHandles:
     teacher_weights: Any = None
     """The WeightStore of a teacher that changes during the run."""
     registry: Any = None
-    """The TeacherRegistry; None if replicas of a teacher are not compared."""
+    """The TeacherRegistry, which also receives the reports of engines that did not start; None if the run has none."""
+    compared: bool = True
+    """Whether replicas of the teacher must agree with each other; those of a changing teacher differ by its version."""
     board: Any = None
     """The ScalingBoard; None if no pool is autoscaled."""
 

@@ -46,6 +46,7 @@ def load_output_head(model: str, revision: str | None = None) -> OutputHead:
     """
     import transformers
     from safetensors import safe_open
+    from transformers.core_model_loading import revert_weight_conversion
     from transformers.utils import cached_file
 
     config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
@@ -62,6 +63,8 @@ def load_output_head(model: str, revision: str | None = None) -> OutputHead:
     # A tied matrix may be stored under any one of its names.
     empty.tie_weights()
     names += [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.weight]
+    # Files may have other names than the model in memory (GPT-NeoX: embed_out).
+    names += [stored for name in names for stored in revert_weight_conversion(empty, {name: head.weight})]
     biases = [name for name, parameter in empty.named_parameters(remove_duplicate=False) if parameter is head.bias]
     index = cached_file(model, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     if index is None:

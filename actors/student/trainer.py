@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.student.backend import Forward, Optimization, StudentBackend, open_backend
+from actors.student.dropout import set_recomputation, without_dropout
 from actors.student.features import (
     StudentWithFeatures,
     feature_inputs,
@@ -35,6 +36,7 @@ from kdray.losses import LossBatch, LossFunction, LossOutput, loss_function
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.losses.pretraining import pretraining
 from kdray.models.attention import attention_arguments
+from kdray.models.saving import save_model
 from kdray.rollouts.batching import micro_batches, take_rows
 from kdray.rollouts.schedules import of_section
 from kdray.runs.metrics import reduce_sums
@@ -110,8 +112,7 @@ class StudentTrainer:
             phase.steps,
         )
         self.backend.start(module, optimization)
-        # Transformers recomputes activations only in training mode.
-        self.backend.module.train(training.gradient_checkpointing)
+        set_recomputation(self.backend.module, training.gradient_checkpointing)
         place_teacher(module, self.device)
         self._teacher_head = None
         if phase.teacher is not None:
@@ -404,7 +405,7 @@ class StudentTrainer:
             folder.mkdir(parents=True, exist_ok=True)
             module = unwrapped(self.backend.module)
             module.config.use_cache = True
-            module.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            save_model(module, folder, state)
             module.config.use_cache = False
             if ids and (gap := export_gap(folder, self._dtype, ids, trained, self.vocab_size)) is not None:
                 reasons.append(gap)
@@ -443,17 +444,6 @@ class StudentTrainer:
     def close(self) -> None:
         """Release the model and its optimizer; another `start_phase` may follow."""
         self.backend.close()
-
-
-def without_dropout(model: torch.nn.Module) -> None:
-    """Disable dropout permanently, so that the model computes the same in training mode as in evaluation mode."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        # Attention functions receive the rate from their layer.
-        for rate in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
 
 
 def _aligned(output: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdray.config import TrainingSettings
+from kdray.models.tensor_parallel import num_kv_heads
 
 GIB = 2**30
 _FLOAT32 = 4
@@ -29,10 +30,13 @@ class ModelShape:
     layers: int
     hidden: int
     kv_channels: int
-    """Key (or value) channels of a layer: number of key-value heads x head size."""
+    """Key (or value) channels of a layer in a forward pass: number of key-value heads x head size."""
     intermediate: int
     vocab: int
     heads: int
+    kv_heads: int
+    latent: int | None = None
+    """Numbers that a layer caches for each token in place of keys and values (multi-head latent attention); None without it."""
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -47,21 +51,34 @@ class ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         heads = int(text.num_attention_heads)
+        kv_heads = num_kv_heads(text)
         head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        rank = getattr(text, "kv_lora_rank", None)
+        if rank is not None:
+            head_dim = int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim)
         return cls(
             # Tied weights count as one parameter.
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             layers=int(text.num_hidden_layers),
             hidden=int(text.hidden_size),
-            kv_channels=int(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+            kv_channels=kv_heads * head_dim,
             intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
             vocab=int(text.vocab_size),
             heads=heads,
+            kv_heads=kv_heads,
+            latent=None if rank is None else int(rank) + int(text.qk_rope_head_dim),
         )
 
-    def kv_bytes(self, element: int) -> int:
-        """KV cache of one token, bytes. Args: element: bytes per number."""
-        return 2 * self.layers * self.kv_channels * element
+    def kv_bytes(self, element: int, tensor_parallel: int = 1) -> int:
+        """KV cache of one token on each of the GPUs that share the model, bytes.
+
+        A GPU holds at least one key-value head, and a latent, which belongs to all heads, whole.
+        Args: element: bytes per number; tensor_parallel: number of those GPUs.
+        """
+        if self.latent is not None:
+            return self.layers * self.latent * element
+        held = max(1, self.kv_heads // tensor_parallel)
+        return 2 * self.layers * held * (self.kv_channels // self.kv_heads) * element
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ def engine_memory(
         logprobs=logprobs,
         activations=activations,
         base=base,
-        kv_per_token=sum(model.kv_bytes(element) for model in models) / tensor_parallel,
+        kv_per_token=sum(model.kv_bytes(element, tensor_parallel) for model in models),
         kv_room=room,
     )
 

@@ -25,6 +25,7 @@ from cluster.planning.placement import (
     describe_resources,
 )
 from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
+from kdray.checks.models import check_models
 from kdray.config import (
     Config,
     EngineSettings,
@@ -138,8 +139,9 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
     """Place a run on nodes, and predict its bottleneck.
 
     Args: run: rates measured by a run with this config's models; None models them.
-    Raises: CapacityError for what can never fit, with an alternative that would.
+    Raises: CapacityError for what can never fit, with an alternative that would; ConfigError for a model that cannot be used.
     """
+    check_models(config)
     wanted = bundles(config)
     try:
         placed = check_capacity(wanted, nodes)
@@ -233,7 +235,8 @@ def _shapes(config: Config) -> dict[str, ModelShape]:
             found[name] = ModelShape.of(architecture(source, revision))
         except (OSError, ValueError) as error:
             where = f"teachers.{name}.model" if name else "student.model"
-            raise ConfigError(f"{where}={source}: no config could be loaded: {error}") from error
+            first = str(error).splitlines()[0]
+            raise ConfigError(f"{where}={source}: its config describes no model that can be built: {first}") from error
     return found
 
 
@@ -292,7 +295,8 @@ def _engine_role(
     found = memory(parts)
     sequence = lengths.prompt + lengths.response
     if on_gpu and limit is not None and found.kv_tokens < sequence:
-        fits = next((p for p in (1, 2, 4, 8, 16) if not models[0].heads % p and memory(p).kv_tokens >= sequence), None)
+        whole = [p for p in (1, 2, 4, 8, 16) if not any(model.heads % p for model in models)]
+        fits = next((p for p in whole if memory(p).kv_tokens >= sequence), None)
         remedy = (
             f"set {setting}.tensor_parallel_size={fits} and num_gpus={fits}"
             if fits is not None and fits > parts

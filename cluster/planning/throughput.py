@@ -27,7 +27,7 @@ def sampling_rate(
     bandwidth = gpus * gpu.bandwidth_gb_s * 1e9 * DECODE_EFFICIENCY
     step_s = 0.0
     for model in models:
-        held = sequences * (lengths.prompt + lengths.response / 2) * model.kv_bytes(element)
+        held = sequences * (lengths.prompt + lengths.response / 2) * gpus * model.kv_bytes(element, gpus)
         step_s += max((model.parameters * element + held) / bandwidth, 2 * model.parameters * sequences / flops)
         # Every response token includes its share of the prompt's prefill.
         step_s += 2 * model.parameters * sequences * lengths.prompt / lengths.response / flops

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdray.checks.capabilities import check_capabilities
 from kdray.checks.devices import check_gpus, precision_notes
+from kdray.checks.models import check_models
 from kdray.config import Config, EngineSettings
 from kdray.config.route import Route
 from kdray.data.dataset import Dataset, encode_answer, load_dataset
@@ -23,6 +24,7 @@ from kdray.teachers.team import prompts_of
 
 def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
+    check_models(config)
     student = config.student
     tokenizer = load_tokenizer(student.model, student.revision)
     student_rows, student_positions = shape(student.model, student.revision)

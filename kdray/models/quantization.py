@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kdray.errors import DataError
+from kdray.models.saving import save_model
 
 METHODS: dict[str, int] = {"int8": 8, "int4": 4}
 """Bits by method."""
@@ -79,7 +80,7 @@ def quantize(student: Path, to: Path, method: str, group_size: int | None = None
             module.weight_scale.copy_(scale)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
-    model.save_pretrained(to)
+    save_model(model, to)
     compressor.update_config(to)
     tokenizer.save_pretrained(to)
 

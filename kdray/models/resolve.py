@@ -23,6 +23,7 @@ from kdray.config.plugins import versions_of
 from kdray.errors import DataError
 from kdray.models.attention import attention_arguments
 from kdray.models.pruning import activation_importance, plan_pruning, prune
+from kdray.models.saving import save_model
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -213,7 +214,7 @@ def build_pruned_model(source: PrunedModel, origin: str, folder: Path) -> Path:
     plan.config.dtype = model.dtype
     model.config = plan.config
     with _whole_folder(folder) as staging:
-        model.save_pretrained(staging, state_dict=weights)
+        save_model(model, staging, weights)
         tokenizer.save_pretrained(staging)
     return folder
 

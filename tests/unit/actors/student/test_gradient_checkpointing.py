@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from actors.student.trainer import without_dropout
+from actors.student.dropout import without_dropout
 
 
 def _llama() -> Any:

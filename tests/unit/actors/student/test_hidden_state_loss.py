@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.student.hidden_state_loss import hidden_state_loss, load_output_head
 from kdray.config import ForwardKLLoss, HintonLoss, JSDLoss, ReverseKLLoss
@@ -140,6 +141,15 @@ def test_the_head_of_another_architecture(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2))
     model.save_pretrained(tmp_path)
     assert torch.equal(load_output_head(str(tmp_path)).weight, model.lm_head.weight)
+
+
+def test_a_head_whose_name_in_the_file_is_another(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, **sizes))
+    model.save_pretrained(tmp_path)
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(load_output_head(str(tmp_path)).weight, model.get_output_embeddings().weight)
 
 
 def test_logits_that_are_bent_after_the_head_are_refused(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -180,6 +180,27 @@ def test_an_engine_keeps_what_is_left_for_keys_and_values() -> None:
     assert found.weights == pytest.approx((teacher.parameters + student.parameters) * 2 / 4)
     assert found.needed + found.kv_room == pytest.approx(67 * GIB)
     assert found.kv_tokens == int(found.kv_room / ((teacher.kv_bytes(2) + student.kv_bytes(2)) / 4))
+
+
+def test_a_gpu_holds_at_least_one_key_value_head() -> None:
+    """With fewer heads than GPUs, each head is held more than once: the cache of a GPU no longer shrinks."""
+    shape = ModelShape.of(LlamaConfig(**LLAMA_8B | {"num_key_value_heads": 2}))
+    whole = shape.kv_bytes(2)
+    assert [shape.kv_bytes(2, gpus) for gpus in (1, 2, 4, 8)] == [whole, whole / 2, whole / 2, whole / 2]
+    found = engine_memory([shape, shape], 2, 8, 128, 4096, 67 * GIB)
+    assert found.kv_per_token == whole
+    # The GPUs together read every copy.
+    gpu, lengths = Accelerator(80, 1000, 2000), Lengths(0, 100)
+    seconds = (shape.parameters * 2 + 50 * 4 * whole) / (8 * 0.6 * 2e12)
+    assert sampling_rate([shape], gpu, 8, 1, lengths, 2) == pytest.approx(1 / seconds)
+
+
+def test_latent_attention_caches_one_latent_on_every_gpu() -> None:
+    """DeepSeek-V3: 512 + 64 numbers a layer and token, 61 layers, 70,272 bytes in bfloat16."""
+    shape = ModelShape.of(
+        DeepseekV3Config(num_hidden_layers=61, kv_lora_rank=512, qk_rope_head_dim=64, hidden_size=64, n_routed_experts=8)
+    )
+    assert shape.kv_bytes(2) == shape.kv_bytes(2, 8) == 61 * 576 * 2
 
 
 def test_rates_follow_the_roofline() -> None:

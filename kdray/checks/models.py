@@ -1,0 +1,51 @@
+"""Checks of a run's models from their configs alone: families that cannot have their role, and sizes that cannot be split."""
+
+from __future__ import annotations
+
+from kdray.config import Config, EngineSettings, ModelSource
+from kdray.config.route import Route
+from kdray.errors import ConfigError
+from kdray.models.families import Role, check_family
+from kdray.models.inspect import architecture, describe
+from kdray.models.tensor_parallel import common_sizes, indivisible
+from kdray.teachers.kind import kind_of
+
+Model = tuple[ModelSource, str | None]
+"""Model and revision."""
+
+_STUDENT = "student.model"
+
+
+def check_models(config: Config) -> None:
+    """Check every model whose weights the run loads. Raises: ConfigError with setting, reason and remedy."""
+    models: dict[str, tuple[Model, Role]] = {_STUDENT: ((config.student.model, config.student.revision), "student")}
+    for name, settings in config.teachers.items():
+        model = kind_of(config, name).model
+        if model is not None:
+            models[f"teachers.{name}.model"] = model, "teacher" if settings.served else "in-process teacher"
+    for setting, (model, role) in models.items():
+        check_family(setting, role, *model, config.max_model_len)
+    route = Route.of(config)
+    student = {_STUDENT: models[_STUDENT][0]}
+    if route.student_pool:
+        _check_split("rollout.pool", config.rollout.pool, student)
+    for name, engine in config.served_teachers.items():
+        teacher = {f"teachers.{name}.model": models[f"teachers.{name}.model"][0]}
+        _check_split(f"teachers.{name}", engine, teacher | (student if route.student_in_replicas else {}))
+
+
+def _check_split(setting: str, engine: EngineSettings, held: dict[str, Model]) -> None:
+    """Check that an engine's ranks can share its models. Args: held: models of the engine, by the setting that names each."""
+    size = engine.tensor_parallel_size
+    if size == 1:
+        return
+    configs = {name: architecture(*model) for name, model in held.items()}
+    for name, config in configs.items():
+        rest = indivisible(config, size)
+        if rest:
+            sizes = ", ".join(map(str, common_sizes(list(configs.values()))))
+            which = "both of its models" if len(configs) > 1 else "its model"
+            raise ConfigError(
+                f"{setting}.tensor_parallel_size={size}: {name}={describe(held[name][0])} has {' and '.join(rest)}, "
+                f"which {size} ranks cannot share evenly; sizes that divide {which}: {sizes}"
+            )

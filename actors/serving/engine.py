@@ -99,7 +99,8 @@ class TeacherEngine:
                 "dtype": "float32" if spec.dtype == "auto" else spec.dtype,
                 "enforce_eager": True,
                 "block_size": 32,
-                "distributed_executor_backend": "uni",
+                # One worker runs in the engine's process; several need processes of their own.
+                "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
                 "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
             }
         else:
@@ -109,6 +110,7 @@ class TeacherEngine:
         arguments |= spec.engine_args
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         await self._engine.collective_rpc("kdray_end_with_parent")
+        await self._engine.collective_rpc("kdray_attach")
 
     async def close(self) -> None:
         """End the engine process."""
@@ -120,15 +122,19 @@ class TeacherEngine:
         """Check the engine. Raises: EngineError if it died or a weight update left it in an undefined state."""
         if self._broken:
             raise EngineError(self._broken)
-        await self._engine.check_health()
+        try:
+            await self._engine.check_health()
+        except Exception as error:
+            raise EngineError(f"the engine of {self.spec.model} died: {error}") from error
 
     async def check_progress(self) -> None:
-        """Return once the engine's worker responds, which it does between two steps.
+        """Return once the engine's workers respond, which they do between two steps.
 
-        Raises: EngineError if it does not within `stuck_after_s`. A hung engine process looks alive otherwise.
+        Raises: EngineError if they do not within `stuck_after_s`, or if tensor-parallel ranks drew different tokens. A hung
+        engine process looks alive otherwise.
         """
         try:
-            await asyncio.wait_for(self._engine.collective_rpc("kdray_stats"), self.spec.stuck_after_s)
+            await asyncio.wait_for(self._worker_stats(), self.spec.stuck_after_s)
         except TimeoutError as error:
             raise EngineError(f"the engine has not answered for {self.spec.stuck_after_s:g} s") from error
 
@@ -255,14 +261,15 @@ class TeacherEngine:
                         (jobs[index][0], len(output.outputs[0].token_ids) if lengths is None else lengths[index])
                         for index, output in batch
                     ]
-                    (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
+                    # The first tensor-parallel rank's; the others record nothing.
+                    answer, *_ = await self._call("kdray_take", wanted)
                     records = read_records(answer)
                     yield [(index, output, record) for (index, output), record in zip(batch, records, strict=True)]
             complete = True
         finally:
             if not complete and self._engine is not None:
                 # The reader was closed or a request failed: the worker discards the remaining records.
-                await self._engine.collective_rpc("kdray_drop", args=([key for key, _, _ in jobs],))
+                await self._call("kdray_drop", [key for key, _, _ in jobs])
 
     async def _outputs(self, jobs: list[tuple[str, list[int], Any]]) -> AsyncGenerator[list[tuple[int, Any]]]:
         """Run jobs (key, ids, params) and stream (index, output) of those that finished since the last item."""
@@ -271,8 +278,12 @@ class TeacherEngine:
         async def follow(index: int) -> None:
             key, ids, params = jobs[index]
             final = None
-            async for output in self._engine.generate({"prompt_token_ids": ids}, params, key):
-                final = output
+            try:
+                async for output in self._engine.generate({"prompt_token_ids": ids}, params, key):
+                    final = output
+            except Exception:
+                await self.check_health()
+                raise
             ended.put_nowait((index, final))
 
         tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
@@ -331,8 +342,27 @@ class TeacherEngine:
 
     async def stats(self) -> dict[str, int]:
         """Counters since the start: prompt tokens served from the prefix cache, requests preempted, records held."""
-        (worker,) = (await self._engine.collective_rpc("kdray_stats"))[:1]
-        return {"cached_tokens": self._cached_tokens, **worker}
+        return {"cached_tokens": self._cached_tokens, **(await self._worker_stats())}
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """Answers of all workers to a call, in the order of their ranks. Raises: EngineError if the engine is dead."""
+        try:
+            return await self._engine.collective_rpc(method, args=args)
+        except Exception:
+            await self.check_health()
+            raise
+
+    async def _worker_stats(self) -> dict[str, int]:
+        """Counters of the first tensor-parallel rank. Raises: EngineError if the ranks drew different tokens."""
+        first, *others = await self._call("kdray_stats")
+        for rank, other in enumerate(others, start=1):
+            if other["draws"] != first["draws"]:
+                self._broken = (
+                    f"tensor-parallel ranks 0 and {rank} of {self.spec.model} drew different tokens, so that nothing they "
+                    f"computed since can be used; check that all {len(others) + 1} devices are of the same kind"
+                )
+                raise EngineError(self._broken)
+        return first
 
     # --------------------------------------------------------------------------------------------------- weights
 

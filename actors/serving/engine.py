@@ -109,7 +109,7 @@ class TeacherEngine:
             arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
         arguments |= spec.engine_args
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        await self._engine.collective_rpc("kdray_end_with_parent")
+        await self._engine.collective_rpc("kdray_end_with", args=(os.getpid(),))
         await self._engine.collective_rpc("kdray_attach")
 
     async def close(self) -> None:

@@ -154,7 +154,14 @@ class BatchRecorder:
 
         Args: hidden: [tokens, width], outputs of the forward pass; chunks: row in the batch -> tokens of its request in the
               pass; log_rows: the rows of some of these outputs.
+        Raises: ValueError if `hidden` is only a part of the step's outputs.
         """
+        count = max((chunk.row + chunk.length for chunk in chunks.values()), default=0)
+        if count > len(hidden):
+            raise ValueError(
+                f"only the last {len(hidden)} of {count} tokens of a step were kept for scoring; vLLM must not split batches: "
+                f"remove enable_dbo from engine_args"
+            )
         # Requests that are measured in the same way share the passes.
         alike: dict[tuple[int | None, bool], list[_Predicted]] = defaultdict(list)
         for row, request in self.scoring:

@@ -6,10 +6,7 @@ Results are Arrow IPC bytes: vLLM's own encoding corrupts plain arrays unless in
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator
-from threading import Thread
 from typing import Any
 
 import torch
@@ -18,14 +15,13 @@ from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.vllm_plugin.lifetime import end_with
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
 from actors.vllm_plugin.record_table import write_records
 from actors.vllm_plugin.recorder import Recorder
 from actors.vllm_plugin.row_statistics import measured_columns
 
 register()
-
-_PARENT_PERIOD_S = 1.0
 
 
 class WorkerExtension:
@@ -104,19 +100,13 @@ class WorkerExtension:
             transfer.shutdown()
             self._kdray_transfer = None
 
-    def kdray_end_with_parent(self) -> None:
-        """Make this process end within a second of its parent, so that a killed parent leaves no orphan.
+    def kdray_end_with(self, pid: int) -> None:
+        """Make this process end within a second of its parent and of the engine's owner, so that neither leaves an orphan.
 
-        Ray cleans up after a killed replica, except when its node's own daemon was killed too.
+        Where an engine has several workers, they are children of its process, which ends with them. Ray cleans up after a
+        killed replica, except when its node's own daemon was killed too. Args: pid: the owner's.
         """
-        parent = os.getppid()
-
-        def watch() -> None:
-            while os.getppid() == parent:
-                time.sleep(_PARENT_PERIOD_S)
-            os._exit(1)
-
-        Thread(target=watch, name="kdray-parent", daemon=True).start()
+        end_with(pid)
 
     def kdray_set_version(self, version: int) -> None:
         """Set the version of the weights that were loaded at start."""

@@ -292,6 +292,13 @@ def test_scoring_records_the_response_whatever_chunks_prefill_has(keeps_records:
         check(slab, [plain.columns(own, tokens, None, TOP, asked_ids, request.top_k)])
 
 
+def test_a_part_of_a_steps_outputs_is_refused() -> None:
+    found = recorder()
+    begin(found, {0: Request("a", True, 0.0, 0, [1, 2, 3], [], 1, 4)})
+    with pytest.raises(ValueError, match="only the last 2 of 3 tokens of a step were kept .* remove enable_dbo"):
+        found.score(torch.zeros(2, WIDTH), {0: Chunk(0, 0, 3)}, lambda hidden: random_rows(len(hidden), VOCAB, 0), 0)
+
+
 def test_tokens_of_a_step_come_from_the_runner_alone() -> None:
     """Its arrays on the host, padded as vLLM pads them."""
     runner = SimpleNamespace(

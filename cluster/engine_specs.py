@@ -120,6 +120,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         gpu_memory_utilization=engine.gpu_memory_utilization,
         seed=config.run.seed,
         stuck_after_s=config.cluster.stuck_after_s,
+        update_kv=config.rollout.update_kv,
         weight_transfer=None if config.training.weight_transfer == "object_store" else config.training.weight_transfer,
         engine_args=engine.engine_args,
     )

@@ -152,8 +152,11 @@ class TeacherEngine:
         for request in requests:
             self._check(request)
         jobs = []
+        # Kept KV counts as that of the version under which its request began; its later parts may be newer.
+        kept = {"kv_version": self.student_version} if self.spec.update_kv == "keep" else {}
         for request in requests:
             key = self._key(request.sample_id)
+            draw = {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=request.max_new_tokens,
@@ -161,7 +164,7 @@ class TeacherEngine:
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"kdray": {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}},
+                extra_args={"kdray": draw | kept},
             )
             jobs.append((key, request.prompt_ids.tolist(), params))
         async with aclosing(self._finish(jobs)) as finished:
@@ -278,8 +281,12 @@ class TeacherEngine:
         async def follow(index: int) -> None:
             key, ids, params = jobs[index]
             final = None
+            # Cached prefixes are those of requests that began under the same student; an update that drops them needs no name.
+            prompt: dict[str, Any] = {"prompt_token_ids": ids}
+            if self.spec.update_kv == "keep":
+                prompt["cache_salt"] = f"student version {self.student_version}"
             try:
-                async for output in self._engine.generate({"prompt_token_ids": ids}, params, key):
+                async for output in self._engine.generate(prompt, params, key):
                     final = output
             except Exception:
                 await self.check_health()
@@ -405,13 +412,14 @@ class TeacherEngine:
     async def _reload(self, which: Literal["student", "teacher"], version: int, method: str, args: tuple[Any, ...]) -> None:
         """Load new weights between two forward passes, by a method of the worker. The caller holds the lock.
 
-        Every step is needed: without the pause a forward pass sees half-loaded weights, and without dropping cached and running
-        KV, new weights attend to keys and values of the old ones.
+        Without the pause a forward pass would see half-loaded weights. Without dropping cached and running KV, new weights
+        attend to keys and values of the old ones, which `update_kv` allows for the student; a teacher's law stays its own.
         """
+        keeps_kv = which == "student" and self.spec.update_kv == "keep"
         try:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             await self._engine.collective_rpc(method, args=args)
-            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+            if not keeps_kv and not await self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise EngineError("vLLM did not drop its KV cache")
             await self._engine.resume_generation()
         except asyncio.CancelledError:

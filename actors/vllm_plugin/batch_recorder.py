@@ -28,6 +28,9 @@ from kdray.rollouts.mixture import hashes, uniforms_of
 # scoring, the rows themselves and the logits that they come from take as much again.
 CHUNK_ROWS = 256
 
+# Of requests whose keys and values are always the present student's.
+NEWEST = 2**31 - 1
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -45,6 +48,8 @@ class Request:
     last_id: int = 0
     asked: np.ndarray | None = None  # [T, M] int32: ids at which a scoring request wants log p; -1 is unused
     top_k: bool = True
+    kv_version: int = NEWEST
+    """Version of the student since which the request's keys and values have been written, if updates keep them."""
 
 
 class Chunk(NamedTuple):
@@ -87,14 +92,20 @@ class BatchRecorder:
         self.readback = Readback(device)
         self.cells: dict[str, dict[int, _Cell]] = {}
         self.readmitted = 0
+        self.recomputed_tokens = 0
         self._checksum = torch.zeros((), dtype=torch.int64, device=device)
         self.set_batch({})
 
-    def admit(self, key: str) -> None:
-        """Make room for a request's records. One that returns after preemption keeps the positions recorded before."""
+    def admit(self, key: str, tokens: int = 0) -> None:
+        """Make room for a request's records. One that returns after preemption keeps the positions recorded before.
+
+        Args: tokens: length of the request, which is computed again if it returns.
+        """
         if not self.keeps_records:
             return
-        self.readmitted += key in self.cells
+        if key in self.cells:
+            self.readmitted += 1
+            self.recomputed_tokens += tokens
         self.cells.setdefault(key, {})
 
     def set_batch(self, requests: Mapping[int, Request]) -> None:
@@ -111,6 +122,8 @@ class BatchRecorder:
         self._alpha = to_device(alpha, self.device)
         seeds = np.array([request.seed for request in self._sampling], dtype=np.uint64)
         self._seeds = to_device(seeds.view(np.int64), self.device)
+        kv_versions = np.array([request.kv_version for request in self._sampling], dtype=np.int64)
+        self._kv_versions = to_device(kv_versions, self.device)
         self.advance()
 
     def advance(self) -> None:
@@ -122,7 +135,7 @@ class BatchRecorder:
         """Draw the next token of every sampling request, force the engine to choose it, and record it.
 
         Args: logits: [batch, declared vocab], the engine's, in which a drawn token becomes the largest; rows: the batch's rows,
-        log-probabilities as the logits are.
+              log-probabilities as the logits are; student_version: that of the present weights.
         """
         count = len(self._sampling)
         for start in range(0, count, CHUNK_ROWS):
@@ -138,7 +151,8 @@ class BatchRecorder:
             # No log-probability is as large as 1.
             logits.index_put_((self._rows[part], tokens), torch.ones_like(tokens, dtype=logits.dtype))
             if self.keeps_records:
-                measured = self.statistics.measure(chosen, masses, tokens, student_version, alpha=alpha)
+                versions = self._kv_versions[part].clamp(max=student_version)
+                measured = self.statistics.measure(chosen, masses, tokens, versions, alpha=alpha)
                 arrival = self.readback.send(measured)
                 for row, request in enumerate(self._sampling[part]):
                     self.cells[request.key][int(self._lengths[start + row])] = _Cell(arrival, row)
@@ -175,7 +189,8 @@ class BatchRecorder:
                     continue
                 asked = None if part.asked is None else to_device(part.asked, self.device).long()
                 tokens = to_device(part.tokens, self.device)
-                measured = self.statistics.measure(rows, probabilities(rows), tokens, student_version, asked=asked, top_k=top_k)
+                versions = torch.full_like(tokens, student_version)
+                measured = self.statistics.measure(rows, probabilities(rows), tokens, versions, asked=asked, top_k=top_k)
                 arrival = self.readback.send(measured)
                 for place, (key, position) in enumerate(part.cells):
                     self.cells[key][position] = _Cell(arrival, place)

@@ -21,7 +21,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from actors.vllm_plugin.batch_recorder import BatchRecorder, Request, chunks_of
+from actors.vllm_plugin.batch_recorder import NEWEST, BatchRecorder, Request, chunks_of
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
 from actors.vllm_plugin.row_statistics import RowStatistics
 
@@ -57,7 +57,7 @@ class Recorder(LogitsProcessor):
         args: dict[str, Any] | None = (params.extra_args or {}).get("kdray")
         if args is None:
             return None
-        self.batch.admit(args["key"])
+        self.batch.admit(args["key"], len(prompt_ids or ()) + len(output_ids))
         return Request(
             key=args["key"],
             score=args["mode"] == "score",
@@ -69,6 +69,7 @@ class Recorder(LogitsProcessor):
             last_id=args.get("last_id", 0),
             asked=np.frombuffer(args["asked"], dtype=np.int32).reshape(-1, args["width"]) if "asked" in args else None,
             top_k=args.get("top_k", True),
+            kv_version=args.get("kv_version", NEWEST),
         )
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

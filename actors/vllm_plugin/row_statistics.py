@@ -76,7 +76,7 @@ class RowStatistics:
         rows: Rows,
         masses: Probabilities,
         tokens: torch.Tensor,
-        student_version: int,
+        versions: torch.Tensor,
         *,
         alpha: torch.Tensor | None = None,
         asked: torch.Tensor | None = None,
@@ -84,8 +84,9 @@ class RowStatistics:
     ) -> Statistics:
         """All recorded columns of rows [n, vocab] at tokens [n]; nan for columns of a model that this engine does not hold.
 
-        Args: masses: the rows' probabilities, overwritten; alpha: [n, 1], None for tokens that the mixture did not draw;
-              asked: [n, M] ids that come first in the support; top_k: whether the support also holds the models' own top ids.
+        Args: masses: the rows' probabilities, overwritten; versions: [n] int64 versions of the student; alpha: [n, 1], None for
+              tokens that the mixture did not draw; asked: [n, M] ids that come first in the support; top_k: whether the support
+              also holds the models' own top ids.
         """
         teacher, student = rows.teacher, rows.student
         count, device = len(tokens), tokens.device
@@ -113,7 +114,7 @@ class RowStatistics:
             floats["mixture_logprobs"] = log_mixture(floats["teacher_logprobs"], floats["student_logprobs"], alpha)
         else:
             floats["mixture_logprobs"] = floats["teacher_logprobs" if teacher is not None else "student_logprobs"]
-        ints = {"token_ids": at, "student_versions": torch.full_like(at, student_version), "support_ids": support}
+        ints = {"token_ids": at, "student_versions": versions.unsqueeze(-1), "support_ids": support}
         hidden = torch.empty((count, 0), dtype=torch.float16, device=device)
         if self.record_hidden:
             assert rows.hidden is not None

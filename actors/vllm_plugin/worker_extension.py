@@ -50,12 +50,13 @@ class WorkerExtension:
         Recorder.active.batch.drop(keys)
 
     def kdray_stats(self) -> dict[str, int]:
-        """Counters of this worker: requests resumed after preemption, requests and positions with records held, and the
-        checksum of all tokens drawn."""
+        """Counters of this worker: requests resumed after preemption and their tokens, requests and positions with records
+        held, and the checksum of all tokens drawn."""
         assert Recorder.active is not None
         batch = Recorder.active.batch
         return {
             "readmitted": batch.readmitted,
+            "recomputed_tokens": batch.recomputed_tokens,
             "held": len(batch.cells),
             "held_positions": batch.held_positions(),
             "draws": batch.checksum(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +113,22 @@ def test_a_request_that_returns_keeps_its_records() -> None:
     assert found.held_positions() == 1
     found.drop(["a"])
     assert found.held_positions() == 0
+
+
+def test_kept_keys_and_values_make_a_token_as_old_as_they_are() -> None:
+    """Beside requests whose keys and values are the present student's; an update that no request has seen makes none newer."""
+    found = recorder()
+    begin(found, {0: sampling("new"), 1: replace(sampling("old"), kv_version=3), 2: replace(sampling("newer"), kv_version=8)})
+    found.sample(torch.zeros(3, VOCAB), random_rows(3, VOCAB, 1), student_version=5)
+    versions = [column(slab, "student_versions").item() for slab in found.take([("new", 1), ("old", 1), ("newer", 1)])]
+    assert versions == [5, 3, 5]
+
+
+def test_tokens_of_requests_that_return_are_counted() -> None:
+    found = recorder()
+    for tokens in (4, 9, 11):
+        found.admit("a", tokens)
+    assert (found.readmitted, found.recomputed_tokens) == (2, 20)
 
 
 def test_a_large_batch_is_measured_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

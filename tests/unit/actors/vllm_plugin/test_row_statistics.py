@@ -16,6 +16,7 @@ from tests.support.plain_recorder import random_rows
 
 torch.set_num_threads(1)
 TOP = (6, 3)
+VERSIONS = torch.arange(3, 1000)
 
 
 def named(statistics: Statistics) -> plain.Columns:
@@ -61,10 +62,10 @@ def test_draws_and_columns_are_those_of_the_plain_computation(role: str, vocab: 
     hashed = hashes(torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(positions))
     tokens = draw_rows(masses, alpha, uniforms_of(hashed))
     assert torch.equal(tokens, plain.drawn(rows, alpha, seeds.tolist(), positions.tolist()))
-    measured = RowStatistics(*TOP, record_hidden=True).measure(rows, masses, tokens, 7, alpha=alpha)
+    measured = RowStatistics(*TOP, record_hidden=True).measure(rows, masses, tokens, VERSIONS[:count], alpha=alpha)
     check(measured, plain.columns(rows, tokens, alpha, TOP))
     found = named(measured)
-    assert (found["student_versions"] == 7).all()
+    assert torch.equal(found["student_versions"].squeeze(-1), VERSIONS[:count].int())
     assert rows.hidden is not None
     assert torch.equal(measured.hidden, rows.hidden.half())
     filled = {column.name for column in measured_columns(role != "student", role != "teacher", True)} - {"teacher_hidden"}
@@ -84,14 +85,14 @@ def test_a_support_begins_with_the_ids_that_the_caller_asks_for(top_k: bool) -> 
     asked[3:6] = torch.arange(8)
     tokens = torch.randint(0, vocab, (count,), generator=generator)
     statistics = RowStatistics(*TOP, record_hidden=False)
-    measured = statistics.measure(rows, probabilities(rows), tokens, 0, asked=asked, top_k=top_k)
+    measured = statistics.measure(rows, probabilities(rows), tokens, VERSIONS[: len(tokens)], asked=asked, top_k=top_k)
     check(measured, plain.columns(rows, tokens, None, TOP, asked, top_k))
 
 
 def test_no_ids_at_all_leave_all_mass_outside() -> None:
     rows = random_rows(5, 9, seed=2)
     statistics = RowStatistics(*TOP, record_hidden=False)
-    found = named(statistics.measure(rows, probabilities(rows), torch.zeros(5, dtype=torch.long), 0, top_k=False))
+    found = named(statistics.measure(rows, probabilities(rows), torch.zeros(5, dtype=torch.long), VERSIONS[:5], top_k=False))
     assert (found["tail_logprobs"] == 0).all()
     assert found["support_ids"].shape == (5, 0)
 
@@ -109,7 +110,7 @@ def test_impossible_tokens_contribute_nothing_and_are_never_drawn() -> None:
     masses = probabilities(rows)
     tokens = draw_rows(masses, alpha, torch.rand(count, generator=generator, dtype=torch.float64))
     assert (plain.mixture(rows, alpha).gather(-1, tokens.unsqueeze(-1)) > -torch.inf).all()
-    measured = RowStatistics(*TOP, record_hidden=False).measure(rows, masses, tokens, 0, alpha=alpha)
+    measured = RowStatistics(*TOP, record_hidden=False).measure(rows, masses, tokens, VERSIONS[: len(tokens)], alpha=alpha)
     expected = plain.columns(rows, tokens, alpha, TOP)
     check(measured, expected)
     assert (expected["reverse_kl"] == torch.inf).any()
@@ -122,14 +123,14 @@ def test_a_tail_too_small_for_float32_has_a_logprob_all_the_same() -> None:
     rows = Rows(logits.log_softmax(-1), torch.tensor([[0.0, 0.0, 9.0, 0.0, 0.0]]).log_softmax(-1), None)
     assert rows.teacher is not None
     statistics = RowStatistics(2, 1, record_hidden=False)
-    found = named(statistics.measure(rows, probabilities(rows), torch.tensor([0]), 0, alpha=torch.tensor([[0.5]])))
+    found = named(statistics.measure(rows, probabilities(rows), torch.tensor([0]), VERSIONS[:1], alpha=torch.tensor([[0.5]])))
     assert found["support_ids"].tolist() == [[0, 1, 2]]
     assert found["tail_logprobs"].item() == rows.teacher[0, 3].item()
 
 
 def test_a_support_of_the_whole_vocabulary_leaves_no_tail() -> None:
     rows = random_rows(6, 5, seed=4)
-    found = named(RowStatistics(9, 9, False).measure(rows, probabilities(rows), torch.zeros(6, dtype=torch.long), 0))
+    found = named(RowStatistics(9, 9, False).measure(rows, probabilities(rows), torch.zeros(6, dtype=torch.long), VERSIONS[:6]))
     assert (found["tail_logprobs"] == -torch.inf).all()
     assert (found["support_ids"].sort(-1).values == torch.arange(5)).all()
 
@@ -143,7 +144,7 @@ def test_a_broken_model_shows(broken: str) -> None:
     masses = probabilities(rows)
     tokens = draw_rows(masses, alpha, torch.tensor([0.5, 0.5], dtype=torch.float64))
     assert ((tokens >= 0) & (tokens < 300)).all()
-    found = named(RowStatistics(*TOP, False).measure(rows, masses, tokens, 0, alpha=alpha))
+    found = named(RowStatistics(*TOP, False).measure(rows, masses, tokens, VERSIONS[: len(tokens)], alpha=alpha))
     for name in ("mixture_logprobs", f"{broken}_logprobs", "reverse_kl", "forward_kl"):
         assert math.isnan(found[name][1].item()), name
         assert math.isfinite(found[name][0].item()), name

@@ -102,7 +102,8 @@ class TeacherEngine:
             arguments |= {
                 "enforce_eager": True,
                 "block_size": 32,
-                "distributed_executor_backend": "uni",
+                # One worker runs in the engine's process; several need processes of their own.
+                "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
                 "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
             }
         else:
@@ -112,7 +113,8 @@ class TeacherEngine:
             # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
             arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"} | spec.engine_args.get("compilation_config", {})
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        await self._engine.collective_rpc("kdray_end_with_parent")
+        await self._engine.collective_rpc("kdray_end_with", args=(os.getpid(),))
+        await self._engine.collective_rpc("kdray_attach")
 
     async def close(self) -> None:
         """End the engine process."""
@@ -124,15 +126,19 @@ class TeacherEngine:
         """Check the engine. Raises: EngineError if it died or a weight update left it in an undefined state."""
         if self._broken:
             raise EngineError(self._broken)
-        await self._engine.check_health()
+        try:
+            await self._engine.check_health()
+        except Exception as error:
+            raise EngineError(f"the engine of {self.spec.model} died: {error}") from error
 
     async def check_progress(self) -> None:
-        """Return once the engine's worker responds, which it does between two steps.
+        """Return once the engine's workers respond, which they do between two steps.
 
-        Raises: EngineError if it does not within `stuck_after_s`. A hung engine process looks alive otherwise.
+        Raises: EngineError if they do not within `stuck_after_s`, or if tensor-parallel ranks drew different tokens. A hung
+        engine process looks alive otherwise.
         """
         try:
-            await asyncio.wait_for(self._engine.collective_rpc("kdray_stats"), self.spec.stuck_after_s)
+            await asyncio.wait_for(self._worker_stats(), self.spec.stuck_after_s)
         except TimeoutError as error:
             raise EngineError(f"the engine has not answered for {self.spec.stuck_after_s:g} s") from error
 
@@ -150,8 +156,11 @@ class TeacherEngine:
         for request in requests:
             self._check(request)
         jobs = []
+        # Kept KV counts as that of the version under which its request began; its later parts may be newer.
+        kept = {"kv_version": self.student_version} if self.spec.update_kv == "keep" else {}
         for request in requests:
             key = self._key(request.sample_id)
+            draw = {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=request.max_new_tokens,
@@ -159,7 +168,7 @@ class TeacherEngine:
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"kdray": {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}},
+                extra_args={"kdray": draw | kept},
             )
             jobs.append((key, request.prompt_ids.tolist(), params))
         async with aclosing(self._finish(jobs)) as finished:
@@ -259,14 +268,15 @@ class TeacherEngine:
                         (jobs[index][0], len(output.outputs[0].token_ids) if lengths is None else lengths[index])
                         for index, output in batch
                     ]
-                    (answer,) = (await self._engine.collective_rpc("kdray_take", args=(wanted,)))[:1]
+                    # The first tensor-parallel rank's; the others record nothing.
+                    answer, *_ = await self._call("kdray_take", wanted)
                     records = read_records(answer)
                     yield [(index, output, record) for (index, output), record in zip(batch, records, strict=True)]
             complete = True
         finally:
             if not complete and self._engine is not None:
                 # The reader was closed or a request failed: the worker discards the remaining records.
-                await self._engine.collective_rpc("kdray_drop", args=([key for key, _, _ in jobs],))
+                await self._call("kdray_drop", [key for key, _, _ in jobs])
 
     async def _outputs(self, jobs: list[tuple[str, list[int], Any]]) -> AsyncGenerator[list[tuple[int, Any]]]:
         """Run jobs (key, ids, params) and stream (index, output) of those that finished since the last item."""
@@ -275,8 +285,16 @@ class TeacherEngine:
         async def follow(index: int) -> None:
             key, ids, params = jobs[index]
             final = None
-            async for output in self._engine.generate({"prompt_token_ids": ids}, params, key):
-                final = output
+            # Cached prefixes are those of requests that began under the same student; an update that drops them needs no name.
+            prompt: dict[str, Any] = {"prompt_token_ids": ids}
+            if self.spec.update_kv == "keep":
+                prompt["cache_salt"] = f"student version {self.student_version}"
+            try:
+                async for output in self._engine.generate(prompt, params, key):
+                    final = output
+            except Exception:
+                await self.check_health()
+                raise
             ended.put_nowait((index, final))
 
         tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
@@ -335,8 +353,27 @@ class TeacherEngine:
 
     async def stats(self) -> dict[str, int]:
         """Counters since the start: prompt tokens served from the prefix cache, requests preempted, records held."""
-        (worker,) = (await self._engine.collective_rpc("kdray_stats"))[:1]
-        return {"cached_tokens": self._cached_tokens, **worker}
+        return {"cached_tokens": self._cached_tokens, **(await self._worker_stats())}
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """Answers of all workers to a call, in the order of their ranks. Raises: EngineError if the engine is dead."""
+        try:
+            return await self._engine.collective_rpc(method, args=args)
+        except Exception:
+            await self.check_health()
+            raise
+
+    async def _worker_stats(self) -> dict[str, int]:
+        """Counters of the first tensor-parallel rank. Raises: EngineError if the ranks drew different tokens."""
+        first, *others = await self._call("kdray_stats")
+        for rank, other in enumerate(others, start=1):
+            if other["draws"] != first["draws"]:
+                self._broken = (
+                    f"tensor-parallel ranks 0 and {rank} of {self.spec.model} drew different tokens, so that nothing they "
+                    f"computed since can be used; check that all {len(others) + 1} devices are of the same kind"
+                )
+                raise EngineError(self._broken)
+        return first
 
     # --------------------------------------------------------------------------------------------------- weights
 
@@ -379,13 +416,14 @@ class TeacherEngine:
     async def _reload(self, which: Literal["student", "teacher"], version: int, method: str, args: tuple[Any, ...]) -> None:
         """Load new weights between two forward passes, by a method of the worker. The caller holds the lock.
 
-        Every step is needed: without the pause a forward pass sees half-loaded weights, and without dropping cached and running
-        KV, new weights attend to keys and values of the old ones.
+        Without the pause a forward pass would see half-loaded weights. Without dropping cached and running KV, new weights
+        attend to keys and values of the old ones, which `update_kv` allows for the student; a teacher's law stays its own.
         """
+        keeps_kv = which == "student" and self.spec.update_kv == "keep"
         try:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             await self._engine.collective_rpc(method, args=args)
-            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+            if not keeps_kv and not await self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise EngineError("vLLM did not drop its KV cache")
             await self._engine.resume_generation()
         except asyncio.CancelledError:

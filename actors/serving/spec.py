@@ -50,6 +50,8 @@ class EngineSpec:
     """Maximum time that the engine may take to start."""
     stuck_after_s: float = 300.0
     """Maximum time that the engine may take to respond between two steps."""
+    update_kv: Literal["recompute", "keep"] = "recompute"
+    """Keys and values of requests in flight after an update of the student."""
     weight_transfer: str | None = None
     """vLLM backend that transfers the student's weights from rank 0; None if they come as files."""
     parity_ids: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.config import get_config
 
+from actors.vllm_plugin.row_statistics import Rows
 from actors.vllm_plugin.sub_models import build, text_weights
 
 ARCHITECTURE = "KdrayMixtureForCausalLM"
@@ -33,23 +34,6 @@ def register() -> None:
     """Register the architecture with vLLM in this process; idempotent."""
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MixtureForCausalLM)
-
-
-class Rows(NamedTuple):
-    """Log-softmax rows over the shared vocabulary, float32 [rows, vocab]; None for a model that this engine does not hold."""
-
-    teacher: torch.Tensor | None
-    student: torch.Tensor | None
-    hidden: torch.Tensor | None
-    """The teacher's last hidden states, [rows, teacher width]."""
-
-
-class Step(NamedTuple):
-    """Outputs of one forward pass that scoring needs: every token's hidden states, and the request of each token."""
-
-    hidden: torch.Tensor  # [tokens, teacher width + student width]
-    positions: torch.Tensor  # [tokens]
-    starts: torch.Tensor  # [requests + 1] first token of each request, in batch order
 
 
 class MixtureForCausalLM(nn.Module):
@@ -89,7 +73,8 @@ class MixtureForCausalLM(nn.Module):
         self._hidden = torch.empty(0, self.teacher_width + _width(self.student))
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.rows: Rows | None = None
-        self.step: Step | None = None
+        self.outputs: torch.Tensor | None = None
+        """Outputs of the latest forward pass, [tokens, teacher width + student width], which scoring needs."""
         MixtureForCausalLM.active = self
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -114,10 +99,9 @@ class MixtureForCausalLM(nn.Module):
                 self._hidden[: len(output), first : first + output.shape[-1]].copy_(output)
                 first += output.shape[-1]
         hidden = self._hidden[: len(positions)]
-        metadata = get_forward_context().attn_metadata
         # No metadata while vLLM profiles memory: there are no requests yet.
-        if isinstance(metadata, dict) and metadata:
-            self.step = Step(hidden, positions, next(iter(metadata.values())).query_start_loc)
+        if get_forward_context().attn_metadata:
+            self.outputs = hidden
         return hidden
 
     def _reserve(self, output: torch.Tensor) -> None:

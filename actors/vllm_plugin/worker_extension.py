@@ -6,10 +6,7 @@ Results are Arrow IPC bytes: vLLM's own encoding corrupts plain arrays unless in
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator
-from threading import Thread
 from typing import Any
 
 import torch
@@ -20,34 +17,52 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from actors.vllm_plugin.lifetime import end_with
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
 from actors.vllm_plugin.record_table import write_records
 from actors.vllm_plugin.recorder import Recorder
+from actors.vllm_plugin.row_statistics import measured_columns
 
 register()
-
-_PARENT_PERIOD_S = 1.0
 
 
 class WorkerExtension:
     """Methods added to the vLLM worker, all prefixed with `kdray_`; `self` is the worker."""
 
-    def kdray_take(self, wanted: list[tuple[str, int]]) -> bytes:
+    def kdray_attach(self) -> None:
+        """Give the recorder access to the runner. Called once, before the first request."""
+        assert Recorder.active is not None
+        Recorder.active.runner = self.model_runner  # type: ignore[attr-defined]
+
+    def kdray_take(self, wanted: list[tuple[str, int]]) -> bytes | None:
         """Recorded columns of finished requests, in the order of `wanted`, for
-        `actors.vllm_plugin.record_table.read_records`."""
-        recorder = Recorder.active
+        `actors.vllm_plugin.record_table.read_records`; None from a worker that keeps no records."""
+        recorder, model = Recorder.active, MixtureForCausalLM.active
         assert recorder is not None
-        return write_records(recorder.take([(key, length) for key, length in wanted]), recorder.measured)
+        assert model is not None
+        if not recorder.batch.keeps_records:
+            return None
+        slabs = recorder.batch.take([(key, length) for key, length in wanted])
+        hidden = recorder.batch.statistics.record_hidden
+        return write_records(slabs, measured_columns(model.teacher is not None, model.student is not None, hidden))
 
     def kdray_drop(self, keys: list[str]) -> None:
         """Discard the records of aborted requests."""
         assert Recorder.active is not None
-        Recorder.active.drop(keys)
+        Recorder.active.batch.drop(keys)
 
     def kdray_stats(self) -> dict[str, int]:
-        """Counters of this worker: requests resumed after preemption, requests with records held."""
+        """Counters of this worker: requests resumed after preemption and their tokens, requests and positions with records
+        held, and the checksum of all tokens drawn."""
         assert Recorder.active is not None
-        return {"readmitted": Recorder.active.readmitted, "held": len(Recorder.active.cells)}
+        batch = Recorder.active.batch
+        return {
+            "readmitted": batch.readmitted,
+            "recomputed_tokens": batch.recomputed_tokens,
+            "held": len(batch.cells),
+            "held_positions": batch.held_positions(),
+            "draws": batch.checksum(),
+        }
 
     def kdray_reload(self, which: str, paths: list[str], version: int) -> None:
         """Replace the weights of one of the two models by those in safetensors files (checkpoint names and layout).
@@ -88,19 +103,13 @@ class WorkerExtension:
             transfer.shutdown()
             self._kdray_transfer = None
 
-    def kdray_end_with_parent(self) -> None:
-        """Make this process end within a second of its parent, so that a killed parent leaves no orphan.
+    def kdray_end_with(self, pid: int) -> None:
+        """Make this process end within a second of its parent and of the engine's owner, so that neither leaves an orphan.
 
-        Ray cleans up after a killed replica, except when its node's own daemon was killed too.
+        Where an engine has several workers, they are children of its process, which ends with them. Ray cleans up after a
+        killed replica, except when its node's own daemon was killed too. Args: pid: the owner's.
         """
-        parent = os.getppid()
-
-        def watch() -> None:
-            while os.getppid() == parent:
-                time.sleep(_PARENT_PERIOD_S)
-            os._exit(1)
-
-        Thread(target=watch, name="kdray-parent", daemon=True).start()
+        end_with(pid)
 
     def kdray_set_version(self, version: int) -> None:
         """Set the version of the weights that were loaded at start."""

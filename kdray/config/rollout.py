@@ -144,6 +144,11 @@ class RolloutSettings(Settings):
     max_staleness: NonNegative = 1
     """Maximum number of optimizer steps between the weights that sampled a token and the weights trained on it. A guarantee: 0
     is strictly on-policy; 1 lets sampling overlap training."""
+    update_kv: Literal["recompute", "keep"] = "recompute"
+    """Keys and values of responses in flight after an update of the student. `recompute`: dropped, so that every token is drawn
+    from one version's distribution; prompts and responses in flight are computed again, by the teacher too. `keep`: the new
+    weights attend to what older ones wrote. log m and log q are recorded as sampled, so that importance weights stay exact;
+    staleness counts from the version under which the response began, and prompts share cached prefixes within a version."""
     sampler: Literal["mixture", "student"] = "mixture"
     """`mixture`: teacher replicas sample and score in one pass. `student`: student-only replicas sample (alpha 0) and teacher
     replicas score by prefill; for a teacher that is too slow to decode together with the student."""

@@ -1,15 +1,15 @@
-"""Requests that an engine refuses before it asks vLLM for anything."""
+"""Requests that an engine refuses before it asks vLLM for anything, and answers of its workers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from actors.serving.engine import TeacherEngine
-from kdray.errors import RequestRefused
+from kdray.errors import EngineError, RequestRefused
 from kdray.types import SampleRequest, Writer
 from tests.support.pools import engine_spec
 
@@ -31,3 +31,31 @@ def test_no_replica_writes_in_the_datas_place(role: Literal["mixture", "teacher"
     if role != "mixture":
         with pytest.raises(RequestRefused, match=rf"a {role}-only replica samples at alpha {own:g}, not 0\.3"):
             engine._check(request(0.3))
+
+
+class Workers:
+    """The workers of an engine, which answer every call with the same."""
+
+    def __init__(self, *answers: dict[str, int]) -> None:
+        self.answers = answers
+
+    async def collective_rpc(self, method: str, args: Any = ()) -> list[dict[str, int]]:
+        return list(self.answers)
+
+    async def check_health(self) -> None:
+        pass
+
+
+def counters(draws: int, held: int = 0) -> dict[str, int]:
+    return {"readmitted": 0, "held": held, "held_positions": held, "draws": draws}
+
+
+async def test_ranks_that_drew_different_tokens_end_the_engine() -> None:
+    engine = TeacherEngine(engine_spec(Path("teacher"), Path("student"), tensor_parallel_size=3))
+    engine._engine = Workers(counters(-5, held=2), counters(-5), counters(-5))
+    await engine.check_progress()
+    assert (await engine.stats())["held"] == 2, "of the rank that records"
+    engine._engine = Workers(counters(-5), counters(-5), counters(6))
+    for check in (engine.check_progress, engine.check_health):
+        with pytest.raises(EngineError, match="tensor-parallel ranks 0 and 2 of teacher drew different tokens"):
+            await check()

@@ -11,6 +11,7 @@ import pytest
 
 from actors.serving.engine import TeacherEngine
 from actors.serving.spec import EngineSpec
+from kdray.errors import EngineError
 from tests.support.fakes import turns
 
 Jobs = list[tuple[str, list[int], Any]]
@@ -22,6 +23,14 @@ class ScriptedEngine:
     def __init__(self, script: dict[str, int | Exception]) -> None:
         self.script = script
         self.running: set[str] = set()
+        self.dead = False
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise RuntimeError("see the stack trace above")
+
+    async def collective_rpc(self, method: str, args: Any = ()) -> None:
+        raise ValueError(f"{method} without workers")
 
     async def generate(self, prompt: Any, params: Any, key: str) -> AsyncGenerator[Any]:
         self.running.add(key)
@@ -62,6 +71,16 @@ async def test_a_request_that_fails_fails_the_stream_however_busy_its_reader(bus
     with pytest.raises(ValueError, match="bad"):
         await asyncio.wait_for(read(found, jobs, busy), 5.0)
     assert not inside.running
+
+
+async def test_whatever_fails_in_a_dead_engine_is_said_to_be_its_death() -> None:
+    found, inside, jobs = engine({"bad": ValueError("bad")})
+    with pytest.raises(ValueError, match="kdray_stats without workers"):
+        await found.check_progress()
+    inside.dead = True
+    for call in (found.check_progress(), found.stats(), found.check_health(), read(found, jobs)):
+        with pytest.raises(EngineError, match="the engine of model died: see the stack trace above"):
+            await call
 
 
 async def test_a_reader_that_goes_away_ends_the_requests() -> None:

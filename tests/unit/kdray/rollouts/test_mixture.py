@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdray.rollouts.mixture import draw, log_mixture
+from kdray.rollouts.mixture import draw, draw_mixed, hashes, log_mixture, uniforms_of
 from kdray.rollouts.seeds import sample_seed, uniforms
 
 torch.set_num_threads(1)
@@ -93,6 +93,56 @@ def test_draw_in_blocks_is_the_same():
     assert torch.equal(draw(law, points, max_rows=1), whole)
     assert torch.equal(draw(law, points, max_rows=8), whole)
     assert len(set(whole.tolist())) > 10
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 511, 512, 513, 5000])
+def test_a_draw_from_two_distributions_is_that_from_their_mixture(vocab):
+    """The same tokens, for blocks of any number and fill; of one distribution alone too."""
+    rng = np.random.default_rng(vocab)
+    p, q = (torch.tensor(rng.normal(size=(400, vocab)), dtype=torch.float32).mul(3).log_softmax(-1) for _ in range(2))
+    alpha = torch.tensor([0.0, 0.3, 0.9, 1.0]).repeat(100).unsqueeze(-1)
+    points = torch.tensor(rng.random(400))
+    tokens = draw_mixed([(alpha, p.exp()), (1 - alpha, q.exp())], points)
+    assert torch.equal(tokens, draw(log_mixture(p, q, alpha), points))
+    assert torch.equal(draw_mixed([(torch.ones(400, 1), p.exp())], points), draw(p, points))
+
+
+@given(st.integers(0, 10_000))
+def test_two_distributions_never_give_a_token_that_neither_has(seed):
+    """Whole blocks without a token, the first and the last one too, at the ends of the interval."""
+    rng = np.random.default_rng(seed)
+    vocab = int(rng.integers(2, 1200))
+    possible = (rng.random((2, vocab)) < 0.3) & (rng.random(vocab // 100 + 1) < 0.3).repeat(100)[:vocab]
+    possible[:, rng.integers(vocab)] = True
+    laws = [torch.tensor(np.where(each, rng.normal(size=vocab) * 3, -np.inf)).softmax(-1).float() for each in possible]
+    points = torch.tensor([0.0, 2.0**-53, *rng.random(60), 1.0 - 2.0**-53], dtype=torch.float64)
+    for alpha in (0.0, 0.4, 1.0):
+        share = torch.full((len(points), 1), alpha)
+        parts = [(share, laws[0].repeat(len(points), 1)), (1 - share, laws[1].repeat(len(points), 1))]
+        allowed = possible[0] & (alpha > 0) | possible[1] & (alpha < 1)
+        assert allowed[draw_mixed(parts, points).numpy()].all()
+
+
+def test_draws_from_two_distributions_follow_the_mixture_across_blocks():
+    count, vocab = 20_000, 700
+    seeds = np.array([sample_seed(1, "train", sample) for sample in range(count)], dtype=np.uint64)
+    points = torch.from_numpy(uniforms(seeds, np.zeros(count, dtype=np.int64)))
+    p, q = (torch.linspace(-2, edge, vocab, dtype=torch.float64).softmax(-1) for edge in (2.0, -4.0))
+    share = torch.full((count, 1), 0.3)
+    tokens = draw_mixed([(share, p.float().expand(count, vocab)), (1 - share, q.float().expand(count, vocab))], points)
+    observed = np.bincount(tokens.numpy(), minlength=vocab)
+    assert stats.chisquare(observed, (0.3 * p + 0.7 * q).numpy() * count).pvalue > 1e-3
+    assert stats.chisquare(observed, (0.7 * p + 0.3 * q).numpy() * count).pvalue < 1e-12
+
+
+def test_a_tensors_hash_has_the_bits_of_numpys():
+    """At the ends of 64 bits too."""
+    rng = np.random.default_rng(0)
+    edges = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], dtype=np.uint64)
+    seeds = np.concatenate([edges, rng.integers(0, 2**64, 50_000, dtype=np.uint64)])
+    positions = rng.integers(0, 200_000, len(seeds))
+    hashed = hashes(torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(positions))
+    assert np.array_equal(uniforms_of(hashed).numpy(), uniforms(seeds, positions))
 
 
 def test_uniforms_are_uniform_over_seeds_and_over_positions():

@@ -104,7 +104,7 @@ def test_nothing_else_trusts_or_unpickles() -> None:
             for key, value in pairs:
                 if isinstance(key, ast.Constant) and key.value in ("trust_remote_code", "load_format"):
                     # The table of refused engine arguments holds reasons.
-                    assert ast.unparse(value) in ("False", "'safetensors'") or str(path).endswith("config/teachers.py")
+                    assert ast.unparse(value) in ("False", "'safetensors'") or str(path).endswith("config/engine_args.py")
 
 
 # ------------------------------------------------------------------------------------------------- hostile inputs

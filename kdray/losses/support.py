@@ -9,8 +9,8 @@ be rewarded for moving mass out of the support, so no loss here can drop it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,23 @@ class Buckets:
     has_tail: bool = True
     """False if each bucket is one id of the vocabulary: all are present, and the divergence is exact."""
     token_logprobs: torch.Tensor | None = None  # [N] log q of the recorded token, with gradient
+
+    @classmethod
+    def joined(cls, parts: Sequence[Buckets]) -> Buckets:
+        """The positions of all parts, one after the other. Args: parts: at least one, all over the same buckets."""
+        tokens = [part.token_logprobs for part in parts if part.token_logprobs is not None]
+        return cls(
+            teacher=torch.cat([part.teacher for part in parts]),
+            student=torch.cat([part.student for part in parts]),
+            present=torch.cat([part.present for part in parts]),
+            has_tail=parts[0].has_tail,
+            token_logprobs=torch.cat(tokens) if tokens else None,
+        )
+
+    def detach(self) -> Buckets:
+        """The same without the student's gradient."""
+        tokens = None if self.token_logprobs is None else self.token_logprobs.detach()
+        return replace(self, student=self.student.detach(), token_logprobs=tokens)
 
     def filled(self, values: torch.Tensor, fill: float) -> torch.Tensor:
         """`values` [N, C] with `fill` in the absent buckets."""
@@ -76,7 +93,7 @@ def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
     token_ids = batch.masked("token_ids")
     if batch.teacher_logits is not None:
         check_columns("teacher's logits", batch.teacher_logits.shape[-1], batch.vocab_size)
-        teacher_rows = log_rows(batch.teacher_logits[..., : batch.vocab_size][batch.mask].detach())
+        teacher_rows = log_rows(batch.at_targets(batch.teacher_logits[..., : batch.vocab_size]).detach())
         return full_rows(teacher_rows, student_rows, token_ids)
     ids = batch.masked("support_ids")  # [N, K]
     num_rows, vocab = student_rows.shape
@@ -120,6 +137,16 @@ def at_tokens(rows: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
 
 Divergence = Callable[[Buckets, Any], torch.Tensor]
 """(buckets, the loss's settings) -> one value per position [N], nats, with the student's gradient."""
+
+
+def buckets_loss(implementation: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+    """Wrap a loss that reads buckets, `f(rows, batch, settings)`, as a loss that reads logits."""
+
+    def loss(student_logits: torch.Tensor, batch: LossBatch, settings: Any, **step: Any) -> LossOutput:
+        return implementation(buckets(batch.masked_rows(student_logits), batch), batch, settings, **step)
+
+    loss.__doc__ = implementation.__doc__
+    return loss
 
 
 def divergence_loss(divergence: Divergence) -> Callable[..., LossOutput]:

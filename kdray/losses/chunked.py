@@ -8,7 +8,8 @@ together with the value, since a separate backward pass would recompute every ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from torch.nn.functional import linear
 from kdray.errors import TrainingError
 from kdray.losses.batch import LossBatch, LossOutput, check_columns, log_rows
 from kdray.losses.objective import Objective
-from kdray.losses.support import Buckets, at_tokens, buckets, full_rows
+from kdray.losses.support import Buckets, buckets, full_rows, logits_gradient
 
 DEFAULT_CHUNK_ROWS = 128
 """Rows per chunk: at 152k ids about 75 MiB for each of the about ten float32 tensors that a divergence needs."""
 
 Terms = list[tuple[torch.Tensor, torch.Tensor | None]]
 """Tensors computed from a chunk's logits, each with the gradient of the loss in it; None if it is a part of the loss itself."""
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Gradient of a loss in log q of the buckets [N, C] and of the recorded tokens [N]; None for what it does not read."""
 
 
 def as_it_is(products: torch.Tensor) -> torch.Tensor:
@@ -47,12 +51,13 @@ def chunked_loss(
     Differentiable once, in hidden states, head and bias. Logits are computed in the dtype of the hidden states, rows and their
     sums in float32 (float64 stays).
     Args: hidden: [N, d], the states that predict the masked tokens, row by row; head: [vocab >= vocab_size, d]; bias: [vocab];
-          chunk_rows: tokens per chunk; after_head: scaling or capping between the head's products and the logits, elementwise.
+          batch: with a support, not with the teacher's logits, if the loss reads buckets; chunk_rows: tokens per chunk;
+          after_head: scaling or capping between the head's products and the logits, elementwise.
     Raises: VocabError if the head has fewer rows than the shared vocabulary; TrainingError if the numbers of tokens differ,
     `chunk_rows` is not positive, or the loss reads whole logits.
     """
     _check(chunk_rows, len(head), batch.vocab_size)
-    if objective.reads == "logits":
+    if objective.reads == "logits" or (objective.reads == "buckets" and batch.teacher_logits is not None):
         raise TrainingError("a loss that reads whole logits cannot be computed in chunks; give its function all logits")
     tokens = batch.packed()
     if len(hidden) != tokens.mask.numel():
@@ -60,44 +65,25 @@ def chunked_loss(
             f"{len(hidden)} hidden states for {tokens.mask.numel()} masked tokens; take the states at the positions that "
             "predict them"
         )
-    if objective.of_buckets is None:
-        sums: dict[str, torch.Tensor] = {}
-
-        def chunk_loss(rows: slice, products: torch.Tensor) -> Terms:
-            output = objective.of_logits(after_head(products).unsqueeze(0), tokens.tokens(rows))
-            for name, value in output.sums.items():
-                sums[name] = sums[name] + value if name in sums else value
-            return [(output.total, None)]
-
-        return LossOutput(_Chunked.apply(hidden, head, bias, chunk_loss, batch.vocab_size, chunk_rows), sums)
-
+    chunk = _Chunk(tokens, objective, after_head)
+    if objective.reads == "token" or len(hidden) <= chunk_rows:
+        terms = chunk.by_buckets if objective.of_buckets is not None and batch.teacher_logits is None else chunk.by_logits
+        if objective.reads == "buckets":
+            # A single chunk has all that couples its tokens: time and rows of the responses.
+            chunk.whole = batch
+        total = _Chunked.apply(hidden, head, bias, terms, batch.vocab_size, chunk_rows)
+        return LossOutput(total, chunk.sums)
     with torch.no_grad():
         used_head, used_bias = head[: batch.vocab_size], _cut(bias, batch.vocab_size)
-        parts = []
-        for rows in _chunks(len(hidden), chunk_rows):
-            part = tokens.tokens(rows)
-            logits = after_head(linear(hidden[rows], used_head, used_bias))
-            parts.append(buckets(part.masked_rows(logits.unsqueeze(0)), part))
-    found = Buckets.joined(parts)
-    assert found.token_logprobs is not None
-    leaves = (found.student.requires_grad_(), found.token_logprobs.requires_grad_())
-    with torch.enable_grad():
-        output = objective.of_buckets(found, batch)
-    of_student, of_tokens = torch.autograd.grad(output.total, leaves, allow_unused=True)
-
-    def chunk_buckets(rows: slice, products: torch.Tensor) -> Terms:
-        part = tokens.tokens(rows)
-        student = part.masked_rows(after_head(products).unsqueeze(0))
-        terms: Terms = []
-        if of_tokens is not None:
-            terms.append((at_tokens(student, part.masked("token_ids")), of_tokens[rows]))
-        if of_student is not None:
-            terms.append((buckets(student, part).student, of_student[rows]))
-        return terms
-
-    # Its value is 0: only the gradient is missing from the loss.
-    gradient = _Chunked.apply(hidden, head, bias, chunk_buckets, batch.vocab_size, chunk_rows)
-    return LossOutput(output.total.detach() + gradient, output.sums)
+        chunks = _chunks(len(hidden), chunk_rows)
+        parts = [chunk.found(rows, linear(hidden[rows], used_head, used_bias))[1] for rows in chunks]
+    both = Buckets.joined(parts)
+    value, gradients = chunk.evaluated(both, batch)
+    of_chunks = _Chunked.apply(
+        hidden, head, bias, partial(chunk.again, both=both, gradients=gradients), batch.vocab_size, chunk_rows
+    )
+    # The value of the chunks is 0: only the gradient was missing.
+    return LossOutput(value + of_chunks, chunk.sums)
 
 
 def chunked_divergence(
@@ -159,6 +145,65 @@ def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 def _cut(bias: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
     return None if bias is None else bias[:vocab_size]
+
+
+@dataclass
+class _Chunk:
+    """Terms of a batch's chunks of tokens."""
+
+    tokens: LossBatch
+    """All tokens, packed."""
+    objective: Objective
+    after_head: Callable[[torch.Tensor], torch.Tensor]
+    whole: LossBatch | None = None
+    """The batch that the only chunk is, if its tokens are coupled."""
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sums of the loss over the chunks that were computed."""
+
+    def by_logits(self, rows: slice, products: torch.Tensor) -> Terms:
+        """A part of the loss, differentiated by autograd through its logits."""
+        output = self.objective.of_logits(self.after_head(products).unsqueeze(0), self.tokens.tokens(rows))
+        self._add(output.sums)
+        return [(output.total, None)]
+
+    def by_buckets(self, rows: slice, products: torch.Tensor) -> Terms:
+        """A part of the loss, with its gradient in the logits."""
+        student, found, logits = self.found(rows, products)
+        part = self.tokens.tokens(rows)
+        value, gradients = self.evaluated(found, part if self.whole is None else self.whole)
+        return [(value, None), (logits, logits_gradient(student, found, part, *gradients).to(logits.dtype))]
+
+    def again(self, rows: slice, products: torch.Tensor, both: Buckets, gradients: Gradients) -> Terms:
+        """The gradient of a loss of `both` in the logits of a chunk."""
+        logits = self.after_head(products)
+        part = self.tokens.tokens(rows)
+        with torch.no_grad():
+            student = part.masked_rows(logits.unsqueeze(0))
+        mine = [None if gradient is None else gradient[rows] for gradient in gradients]
+        return [(logits, logits_gradient(student, both.part(rows), part, *mine).to(logits.dtype))]
+
+    def found(self, rows: slice, products: torch.Tensor) -> tuple[torch.Tensor, Buckets, torch.Tensor]:
+        """The student's rows of a chunk without gradient, both models' buckets, and the logits."""
+        logits = self.after_head(products)
+        part = self.tokens.tokens(rows)
+        with torch.no_grad():
+            student = part.masked_rows(logits.unsqueeze(0))
+            return student, buckets(student, part), logits
+
+    def evaluated(self, found: Buckets, batch: LossBatch) -> tuple[torch.Tensor, Gradients]:
+        """Value of the loss, and its gradients in log q of the buckets and of the recorded tokens."""
+        assert self.objective.of_buckets is not None
+        assert found.token_logprobs is not None
+        leaves = (found.student.detach().requires_grad_(), found.token_logprobs.detach().requires_grad_())
+        with torch.enable_grad():
+            output = self.objective.of_buckets(replace(found, student=leaves[0], token_logprobs=leaves[1]), batch)
+        self._add(output.sums)
+        of_student, of_tokens = torch.autograd.grad(output.total, leaves, allow_unused=True)
+        return output.total.detach(), (of_student, of_tokens)
+
+    def _add(self, sums: dict[str, torch.Tensor]) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 class _Chunked(torch.autograd.Function):

@@ -15,7 +15,7 @@ from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.policy_gradient import Whitening
 from kdray.losses.pretraining import pretraining
 from kdray.losses.sft import sft
-from kdray.losses.support import Buckets, buckets_loss, divergence_loss
+from kdray.losses.support import Buckets, buckets_loss, divergence_loss, divergence_sum
 
 LossFunction = Callable[..., LossOutput]
 
@@ -52,7 +52,7 @@ class Objective:
     of_logits: Callable[[torch.Tensor, LossBatch], LossOutput]
     """(logits [B, S, vocab] aligned with the token that they predict, batch) -> the loss."""
     of_buckets: Callable[[Buckets, LossBatch], LossOutput] | None = None
-    """(both models at the batch's masked positions, batch) -> the loss; None unless it reads `buckets`."""
+    """(both models at the batch's masked positions, batch) -> the loss; None if it reads more of the student than those."""
 
     @classmethod
     def of(cls, settings: LossSettings | None, whitening: Whitening | None = None) -> Objective:
@@ -62,13 +62,15 @@ class Objective:
         def of_logits(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
             return function(logits, batch, settings)
 
-        if settings is None or settings.divergence:
+        if settings is None:
             return cls("token", of_logits)
-        if settings.reads != "buckets":
-            return cls(settings.reads, of_logits)
         implementation = resolve_name(settings.implementation)
-        step = {} if whitening is None else {"whitening": whitening}
-        return cls("buckets", of_logits, lambda rows, batch: implementation(rows, batch, settings, **step))
+        if settings.divergence:
+            return cls("token", of_logits, lambda rows, batch: divergence_sum(implementation, rows, settings))
+        if settings.reads == "buckets":
+            step = {} if whitening is None else {"whitening": whitening}
+            return cls("buckets", of_logits, lambda rows, batch: implementation(rows, batch, settings, **step))
+        return cls(settings.reads, of_logits)
 
     @classmethod
     def of_text(cls, settings: PretrainingSettings) -> Objective:

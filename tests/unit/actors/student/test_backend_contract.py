@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from actors.student import trainer as trainer_module
 from actors.student.trainer import Phase, StudentTrainer
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.config.registry import all_plugins
 from kdray.errors import TrainingError
-from kdray.losses import LossBatch, LossOutput, loss_function
+from kdray.losses import LossBatch, LossOutput, Objective, loss_function
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.rollouts.batching import examples_to_batch, micro_batches, rollouts_to_batch, shard, take_rows
 from kdray.types import Prompt, Rollout, StepReport, TrainBatch
@@ -405,14 +404,14 @@ def test_no_part_of_an_update_is_made_where_one_part_of_the_loss_is_not_finite(
 ) -> None:
     """The gradient is finite here, and would move the weights."""
 
-    def plus_nothing(logits: torch.Tensor, batch: LossBatch, settings: Any) -> LossOutput:
+    def plus_nothing(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
         output = loss_function(LOSS)(logits, batch, LOSS)
         return replace(output, total=output.total + (0.0 if calls.append(0) or len(calls) == 1 else torch.nan))
 
     calls: list[int] = []
     trainer = started(training_of(backend), phase_of(models["student"], warmup_steps=0))
     before = weights_of(trainer)
-    monkeypatch.setattr(trainer_module, "loss_function", lambda *_: plus_nothing)
+    monkeypatch.setattr(Objective, "of", lambda *_: Objective("logits", plus_nothing))
     samples = ", ".join(str(sample) for sample in BATCHES[0].sample_ids[4:])
     with pytest.raises(TrainingError, match=f"it is not finite for sample {samples}. The optimizer was not moved"):
         trainer.train_step(BATCHES[0])
@@ -424,12 +423,12 @@ def test_a_gradient_that_is_not_finite_is_refused(
 ) -> None:
     """The loss is 0, and its root has no slope there; whether the weights have moved is said as it is."""
 
-    def rooted(logits: torch.Tensor, batch: LossBatch, settings: Any) -> LossOutput:
+    def rooted(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
         return LossOutput(total=(0.0 * logits[batch.mask].sum()).sqrt())
 
     trainer = started(training_of(backend), phase_of(models["student"]))
     before = weights_of(trainer)
-    monkeypatch.setattr(trainer_module, "loss_function", lambda *_: rooted)
+    monkeypatch.setattr(Objective, "of", lambda *_: Objective("logits", rooted))
     with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite .*samples \[10\d") as raised:
         trainer.train_step(BATCHES[0])
     if backend.get("zero_stage"):

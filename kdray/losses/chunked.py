@@ -65,25 +65,25 @@ def chunked_loss(
             f"{len(hidden)} hidden states for {tokens.mask.numel()} masked tokens; take the states at the positions that "
             "predict them"
         )
-    chunk = _Chunk(tokens, objective, after_head)
-    if objective.reads == "token" or len(hidden) <= chunk_rows:
-        terms = chunk.by_buckets if objective.of_buckets is not None and batch.teacher_logits is None else chunk.by_logits
-        if objective.reads == "buckets":
-            # A single chunk has all that couples its tokens: time and rows of the responses.
-            chunk.whole = batch
+    chunks = _Chunks(tokens, objective, after_head)
+    if objective.reads == "token":
+        # With the teacher's logits the buckets are whole rows, which autograd takes through.
+        of_buckets = objective.of_buckets is not None and batch.teacher_logits is None
+        terms = chunks.by_buckets if of_buckets else chunks.by_logits
         total = _Chunked.apply(hidden, head, bias, terms, batch.vocab_size, chunk_rows)
-        return LossOutput(total, chunk.sums)
+        return LossOutput(total, chunks.sums)
     with torch.no_grad():
         used_head, used_bias = head[: batch.vocab_size], _cut(bias, batch.vocab_size)
-        chunks = _chunks(len(hidden), chunk_rows)
-        parts = [chunk.found(rows, linear(hidden[rows], used_head, used_bias))[1] for rows in chunks]
+        parts = [
+            chunks.found(rows, after_head(linear(hidden[rows], used_head, used_bias)))[1]
+            for rows in _slices(len(hidden), chunk_rows)
+        ]
     both = Buckets.joined(parts)
-    value, gradients = chunk.evaluated(both, batch)
-    of_chunks = _Chunked.apply(
-        hidden, head, bias, partial(chunk.again, both=both, gradients=gradients), batch.vocab_size, chunk_rows
-    )
-    # The value of the chunks is 0: only the gradient was missing.
-    return LossOutput(value + of_chunks, chunk.sums)
+    value, gradients = chunks.evaluated(both, batch)
+    again = partial(chunks.again, both=both, gradients=gradients)
+    # The value of the chunks is 0: only the gradient is missing.
+    total = value + _Chunked.apply(hidden, head, bias, again, batch.vocab_size, chunk_rows)
+    return LossOutput(total, chunks.sums)
 
 
 def chunked_divergence(
@@ -138,7 +138,7 @@ def _check(chunk_rows: int, head_rows: int, vocab_size: int) -> None:
     check_columns("student's logits", head_rows, vocab_size)
 
 
-def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+def _slices(num_rows: int, chunk_rows: int) -> Iterator[slice]:
     """Slices of consecutive rows; an empty one if there is no row, so that names of sums are known even then."""
     return (slice(start, start + chunk_rows) for start in range(0, max(num_rows, 1), chunk_rows))
 
@@ -148,17 +148,15 @@ def _cut(bias: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
 
 
 @dataclass
-class _Chunk:
-    """Terms of a batch's chunks of tokens."""
+class _Chunks:
+    """Terms of an objective over chunks of tokens."""
 
     tokens: LossBatch
     """All tokens, packed."""
     objective: Objective
     after_head: Callable[[torch.Tensor], torch.Tensor]
-    whole: LossBatch | None = None
-    """The batch that the only chunk is, if its tokens are coupled."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Sums of the loss over the chunks that were computed."""
+    """Sums of the loss over what has been evaluated."""
 
     def by_logits(self, rows: slice, products: torch.Tensor) -> Terms:
         """A part of the loss, differentiated by autograd through its logits."""
@@ -167,14 +165,15 @@ class _Chunk:
         return [(output.total, None)]
 
     def by_buckets(self, rows: slice, products: torch.Tensor) -> Terms:
-        """A part of the loss, with its gradient in the logits."""
-        student, found, logits = self.found(rows, products)
+        """A part of the loss, and its gradient in the logits."""
+        logits = self.after_head(products)
+        student, found = self.found(rows, logits)
         part = self.tokens.tokens(rows)
-        value, gradients = self.evaluated(found, part if self.whole is None else self.whole)
+        value, gradients = self.evaluated(found, part)
         return [(value, None), (logits, logits_gradient(student, found, part, *gradients).to(logits.dtype))]
 
     def again(self, rows: slice, products: torch.Tensor, both: Buckets, gradients: Gradients) -> Terms:
-        """The gradient of a loss of `both` in the logits of a chunk."""
+        """The gradient in a chunk's logits of a loss of the buckets of all tokens."""
         logits = self.after_head(products)
         part = self.tokens.tokens(rows)
         with torch.no_grad():
@@ -182,21 +181,20 @@ class _Chunk:
         mine = [None if gradient is None else gradient[rows] for gradient in gradients]
         return [(logits, logits_gradient(student, both.part(rows), part, *mine).to(logits.dtype))]
 
-    def found(self, rows: slice, products: torch.Tensor) -> tuple[torch.Tensor, Buckets, torch.Tensor]:
-        """The student's rows of a chunk without gradient, both models' buckets, and the logits."""
-        logits = self.after_head(products)
+    @torch.no_grad()
+    def found(self, rows: slice, logits: torch.Tensor) -> tuple[torch.Tensor, Buckets]:
+        """The student's rows of a chunk, and both models' buckets; without gradient."""
         part = self.tokens.tokens(rows)
-        with torch.no_grad():
-            student = part.masked_rows(logits.unsqueeze(0))
-            return student, buckets(student, part), logits
+        student = part.masked_rows(logits.unsqueeze(0))
+        return student, buckets(student, part)
 
     def evaluated(self, found: Buckets, batch: LossBatch) -> tuple[torch.Tensor, Gradients]:
         """Value of the loss, and its gradients in log q of the buckets and of the recorded tokens."""
         assert self.objective.of_buckets is not None
         assert found.token_logprobs is not None
-        leaves = (found.student.detach().requires_grad_(), found.token_logprobs.detach().requires_grad_())
+        leaves = (found.student.requires_grad_(), found.token_logprobs.requires_grad_())
         with torch.enable_grad():
-            output = self.objective.of_buckets(replace(found, student=leaves[0], token_logprobs=leaves[1]), batch)
+            output = self.objective.of_buckets(found, batch)
         self._add(output.sums)
         of_student, of_tokens = torch.autograd.grad(output.total, leaves, allow_unused=True)
         return output.total.detach(), (of_student, of_tokens)
@@ -228,7 +226,7 @@ class _Chunked(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wants_bias else None
         used_head, used_bias = head[:vocab_size], _cut(bias, vocab_size)
         wanted = any(ctx.needs_input_grad)
-        for rows in _chunks(len(hidden), chunk_rows):
+        for rows in _slices(len(hidden), chunk_rows):
             products = linear(hidden[rows], used_head, used_bias).requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 terms = chunk_terms(rows, products)

@@ -1,4 +1,4 @@
-"""Loss of a micro-batch from the student's forward pass: in chunks inside its output head, or from logits where that is better."""
+"""Loss of a micro-batch from the student's forward pass: in chunks inside its output head, or from logits."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class MicroBatchLoss:
     def chunks(self) -> tuple[AfterHead, int]:
         """What follows the output head, and the tokens of a chunk. Raises: UnknownHeadError if there are no chunks."""
         if self.after_head is None:
+            assert self.refused is not None
             raise self.refused
         return self.after_head, self.chunk_tokens
 

@@ -51,7 +51,11 @@ class AfterHead:
         self._products: list[torch.Tensor] = []
         # A copy of the object, not of its weights.
         self._twin = copy.copy(model)
-        self._twin.__dict__["_modules"] = {**model._modules, decoder: _Placeholder(getattr(model, decoder)), names[0]: self._pop}
+        self._twin.__dict__["_modules"] = {
+            **model._modules,
+            decoder: _Placeholder(getattr(model, decoder)),
+            names[0]: self._pop,
+        }
         self.slope = self._checked(torch.device(device))
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:

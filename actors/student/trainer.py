@@ -291,7 +291,7 @@ class StudentTrainer:
         return self._micro_batch_loss(forward, part, Objective.of_text(self.training.pretraining))
 
     def _distillation_loss(self, forward: Forward, part: TrainBatch, objective: Objective) -> LossOutput:
-        """The phase's loss on one micro-batch: from the student alone, or with hidden states if the phase has the teacher's head."""
+        """The phase's loss on one micro-batch: with the teacher's hidden states if the phase has its head."""
         assert self._micro_batch_loss is not None
         if self._teacher_head is None:
             return self._micro_batch_loss(forward, part, objective, features=True)

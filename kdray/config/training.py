@@ -14,7 +14,7 @@ from kdray.config.labels import LabelSelector
 from kdray.config.schedules import ScheduleSettings
 
 _CHUNK_NUMBERS = 2**25
-"""Log-probabilities of a chunk by default: 128 MiB in float32. Larger chunks add up the gradient of the output head less often."""
+"""Log-probabilities of a chunk by default: 128 MiB in float32. Larger chunks add up the head's gradient less often."""
 
 
 class SFTSettings(Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class LossBatch:
     @classmethod
     def from_train_batch(cls, batch: TrainBatch, vocab_size: int, device: torch.device | str = "cpu") -> LossBatch:
         """Convert a batch to tensors on `device`, without columns that no loss reads."""
-        columns = {}
+        columns: dict[str, Any] = {}
         for column in _COLUMNS:
             if column.name in batch.columns:
                 tensor = torch.from_numpy(batch.columns[column.name]).to(device)
@@ -80,7 +81,7 @@ class LossBatch:
         return values.flatten(0, 1) if self.all_targets else values[self.mask]
 
     def packed(self) -> LossBatch:
-        """The masked positions alone, one after the other in a single row, [1, N]: only for losses that are sums over tokens."""
+        """The masked positions alone, one after the other in a single row, [1, N]: for losses that are sums over tokens."""
         return self._with_columns(lambda column: self.at_targets(column).unsqueeze(0), all_targets=True)
 
     def tokens(self, part: slice) -> LossBatch:
@@ -89,7 +90,7 @@ class LossBatch:
 
     def _with_columns(self, change: Callable[[torch.Tensor], torch.Tensor], all_targets: bool) -> LossBatch:
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
-        changed = {name: change(column) for name, column in columns.items() if isinstance(column, torch.Tensor)}
+        changed: dict[str, Any] = {name: change(column) for name, column in columns.items() if isinstance(column, torch.Tensor)}
         more = {name: change(column) for name, column in self.more.items()}
         return replace(self, **changed, more=more, all_targets=all_targets)
 

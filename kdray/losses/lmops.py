@@ -20,9 +20,7 @@ from kdray.losses.policy_gradient import Whitening, sampled_tokens, whitened_ret
 from kdray.losses.support import Buckets
 
 
-def lmops(
-    rows: Buckets, batch: LossBatch, settings: LMOpsLoss, whitening: Whitening | None = None
-) -> LossOutput:
+def lmops(rows: Buckets, batch: LossBatch, settings: LMOpsLoss, whitening: Whitening | None = None) -> LossOutput:
     """Sum over masked tokens of KL(q || p)(prefix_t) + max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps)).
 
     A_t: whitened returns from t on; rho_t = q_theta(y_t) / m_old(y_t), with gradient. Since rho_t is q_old / m_old even before

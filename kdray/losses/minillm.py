@@ -17,9 +17,7 @@ from kdray.losses.policy_gradient import Whitening, returns_after, returns_from,
 from kdray.losses.support import Buckets
 
 
-def minillm(
-    rows: Buckets, batch: LossBatch, settings: MiniLLMLoss, whitening: Whitening | None = None
-) -> LossOutput:
+def minillm(rows: Buckets, batch: LossBatch, settings: MiniLLMLoss, whitening: Whitening | None = None) -> LossOutput:
     """Sum over masked tokens of KL(q || p)(prefix_t) - w_t R_{t+1} log q(y_t); only KL and log q carry gradient.
 
     r_t = log p(y_t) / q(y_t); R_{t+1} = sum over t' > t of gamma^(t' - t - 1) r_t', divided by the number of its terms under

@@ -27,11 +27,12 @@ def loss_function(settings: LossSettings | None, whitening: Whitening | None = N
     """
     if settings is None:
         return sft
-    function: LossFunction = resolve_name(settings.implementation)
+    implementation = resolve_name(settings.implementation)
+    function: LossFunction = implementation
     if settings.divergence:
-        function = divergence_loss(function)
+        function = divergence_loss(implementation)
     elif settings.reads == "buckets":
-        function = buckets_loss(function)
+        function = buckets_loss(implementation)
     return function if whitening is None else partial(function, whitening=whitening)
 
 

@@ -128,7 +128,11 @@ def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
 
 @torch.no_grad()
 def logits_gradient(
-    student_rows: torch.Tensor, found: Buckets, batch: LossBatch, of_student: torch.Tensor | None, of_tokens: torch.Tensor | None
+    student_rows: torch.Tensor,
+    found: Buckets,
+    batch: LossBatch,
+    of_student: torch.Tensor | None,
+    of_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient of a loss in the student's logits, [N, vocab], from its gradient in `buckets(student_rows, batch)`.
 

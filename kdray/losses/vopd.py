@@ -7,8 +7,6 @@ Source: Oh et al. 2026 (arXiv 2605.07865), its closed-form value function; gamma
 
 from __future__ import annotations
 
-import torch
-
 from kdray.config import VOPDLoss
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.importance import staleness_ratio

@@ -15,8 +15,10 @@ def built_in_losses() -> list[LossSettings]:
     return [kind.model_validate({"type": name_of(kind)}) for kind in own]
 
 
-def loss_batch(rows: int, length: int, vocab: int, width: int = 4, seed: int = 0, dtype: torch.dtype = torch.float64) -> LossBatch:
-    """Rows with prompts of unequal length, gaps between the targets, unused slots of the support, and `nan` where none is read."""
+def loss_batch(
+    rows: int, length: int, vocab: int, width: int = 4, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> LossBatch:
+    """Rows with prompts of unequal length, gaps between targets, unused slots of the support, and `nan` where none is read."""
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     place = torch.arange(length)

@@ -264,9 +264,7 @@ def test_mini_batches_epochs_text_and_whitening_are_the_loop_that_one_would_writ
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_supervised_rows_are_plain_cross_entropy(
-    backend: dict[str, Any], models: dict[str, Path], chunk: int | None
-) -> None:
+def test_supervised_rows_are_plain_cross_entropy(backend: dict[str, Any], models: dict[str, Path], chunk: int | None) -> None:
     rng = np.random.default_rng(0)
     rows = [(Prompt(n, rng.integers(2, VOCAB, 3).astype(np.int32)), rng.integers(2, VOCAB, n + 1)) for n in range(ROWS)]
     batch = examples_to_batch([(prompt, answer.astype(np.int32)) for prompt, answer in rows], 1)

@@ -12,7 +12,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
-    FalconH1Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
@@ -217,7 +216,9 @@ def test_a_head_that_is_not_known_falls_back_to_logits_and_says_so(caplog: pytes
     assert "memory for the logits of a whole micro-batch" in caplog.text
     total = loss(model.__call__, BATCH, LOSSES["minillm"]).total
     # Normalising rows of a softmax changes nothing, up to the padded ids, which are cut after it.
-    assert total.item() == pytest.approx(computed(student(CONFIGS["llama"]), LOSSES["minillm"], CHUNK)[0].total.item(), rel=1e-4)
+    assert total.item() == pytest.approx(
+        computed(student(CONFIGS["llama"]), LOSSES["minillm"], CHUNK)[0].total.item(), rel=1e-4
+    )
     with pytest.raises(UnknownHeadError, match="Normalised"):
         _ = loss.chunks
 
@@ -243,7 +244,7 @@ def test_a_soft_capped_student_learns_from_hidden_states(tmp_path: Any) -> None:
     """Its own capping belongs to its rows, and does not bend the loss."""
     teacher, model = student(CONFIGS["llama"]), student(CONFIGS["soft-capped"])
     teacher.save_pretrained(tmp_path)
-    batch, teacher_logits = batch_with_hidden(teacher)
+    batch, _ = batch_with_hidden(teacher)
     settings = ReverseKLLoss(type="reverse_kl")
     head = load_output_head(str(tmp_path))
     vocab = 23

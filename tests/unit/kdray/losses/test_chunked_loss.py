@@ -16,10 +16,7 @@ from kdray.config import (
     MiniLLMLoss,
     PerDecisionLoss,
     PretrainingSettings,
-    ReverseKLLoss,
-    SequenceLoss,
     TrainingSettings,
-    ULDLoss,
     VOPDLoss,
 )
 from kdray.errors import TrainingError, VocabError

@@ -1,15 +1,8 @@
-"""Divergence from both models' hidden states, computed inside the student's output head.
-
-The head's weight is whole only in its own `forward` (a backend that shards weights gathers it around that call), which also
-receives the hidden states that the model really passes to it. So for the duration of a forward pass the head returns the loss
-instead of logits, and logits of tokens x vocabulary are never materialised.
-"""
+"""Divergence from both models' hidden states, computed inside the student's output head (`actors.student.output_head`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +10,13 @@ import torch
 
 from actors.student.backend import Forward
 from actors.student.features import feature_inputs, with_features
+from actors.student.micro_batch_loss import model_inputs
+from actors.student.output_head import AfterHead, loss_in_head
 from kdray.config import LossSettings
 from kdray.errors import ConfigError, TrainingError
 from kdray.losses import LossOutput, chunked_divergence, divergence_of
+from kdray.losses.chunked import DEFAULT_CHUNK_ROWS
+from kdray.losses.features import predicting
 from kdray.losses.support import Buckets, at_tokens
 from kdray.types import TrainBatch
 
@@ -88,28 +85,29 @@ def load_output_head(model: str, revision: str | None = None) -> OutputHead:
     return OutputHead(weight, tensor(biases))
 
 
-def model_inputs(part: TrainBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask of a micro-batch, both [rows, seq] long; a padding row keeps one position."""
-    ids = torch.from_numpy(part.token_ids).to(device, torch.long)
-    lengths = torch.from_numpy(part.lengths).to(device)
-    return ids, (torch.arange(ids.shape[1], device=device) < lengths.clamp(min=1).unsqueeze(1)).long()
-
-
 def hidden_state_loss(
-    forward: Forward, module: Any, part: TrainBatch, settings: LossSettings | None, teacher_head: OutputHead, vocab_size: int
+    forward: Forward,
+    module: Any,
+    part: TrainBatch,
+    settings: LossSettings | None,
+    teacher_head: OutputHead,
+    vocab_size: int,
+    after_head: AfterHead | None = None,
+    chunk_tokens: int = DEFAULT_CHUNK_ROWS,
 ) -> LossOutput:
     """Sum of the divergence selected by `settings` over the masked tokens of a micro-batch, over the whole vocabulary.
 
     Args: forward: runs the student through its backend; module: the student, on the teacher's head's device; part: with the
-    column `teacher_hidden`.
+    column `teacher_hidden`; after_head: of the student; None finds it.
     The sum `teacher_head_error` measures the difference between the head's log p at the recorded tokens and the teacher's
     recorded one.
-    Raises: TrainingError if the batch has no hidden states.
+    Raises: TrainingError if the batch has no hidden states, or the student's output head cannot be run by itself.
     """
     assert settings is not None
     if "teacher_hidden" not in part.columns:
         raise TrainingError("the batch has no column teacher_hidden; set rollout.teacher_signal=hidden for the run")
     device = teacher_head.weight.device
+    student_head = AfterHead(module, device) if after_head is None else after_head
     mask = torch.from_numpy(part.loss_mask).to(device)
     tokens = torch.from_numpy(part.token_ids).to(device, torch.long)[mask]
     teacher_hidden = torch.from_numpy(part.columns["teacher_hidden"]).to(device)[mask].to(teacher_head.weight.dtype)
@@ -129,33 +127,21 @@ def hidden_state_loss(
         return divergence(rows)
 
     def loss(head: Any, hidden: torch.Tensor) -> torch.Tensor:
-        # The state at s - 1 predicts token s.
-        states = hidden.roll(1, dims=1)[mask]
-        total = chunked_divergence(
-            states,
+        return chunked_divergence(
+            hidden[predicting(mask)],
             head.weight,
             teacher_hidden,
             teacher_head.weight,
             measured,
             vocab_size,
-            student_bias=getattr(head, "bias", None),
+            chunk_tokens,
+            student_bias=head.bias,
             teacher_bias=teacher_head.bias,
             token_ids=tokens,
+            after_head=student_head,
         )
-        return total.reshape(1)
 
     ids, attention = model_inputs(part, device)
-    with _replaced_head(module.get_output_embeddings(), loss):
-        inputs = feature_inputs(module, mask)
-        output = forward(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
-    return with_features(LossOutput(total=output.logits.reshape(()), sums=sums), output, module)
-
-
-@contextmanager
-def _replaced_head(head: Any, function: Any) -> Iterator[None]:
-    """Make `head(x)` return `function(head, x)`; its hooks, which gather and release its weight, run as usual."""
-    head.forward = lambda hidden: function(head, hidden)
-    try:
-        yield
-    finally:
-        del head.forward
+    inputs = {"input_ids": ids, "attention_mask": attention, "use_cache": False, **feature_inputs(module, mask)}
+    total, output = loss_in_head(forward, module, student_head, inputs, loss)
+    return with_features(LossOutput(total=total, sums=sums), output, module)

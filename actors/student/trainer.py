@@ -21,20 +21,18 @@ from actors.student.backend import Forward, Optimization, StudentBackend, open_b
 from actors.student.dropout import set_recomputation, without_dropout
 from actors.student.features import (
     StudentWithFeatures,
-    feature_inputs,
     load_feature_teacher,
     place_teacher,
     unwrapped,
     weigh_features,
-    with_features,
 )
 from actors.student.file_tensors import export_gap, in_files, persistent_buffers
-from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head, model_inputs
+from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head
+from actors.student.micro_batch_loss import MicroBatchLoss
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
-from kdray.losses import LossBatch, LossFunction, LossOutput, loss_function
+from kdray.losses import LossOutput, Objective
 from kdray.losses.policy_gradient import Whitening, return_sums
-from kdray.losses.pretraining import pretraining
 from kdray.models.attention import attention_arguments
 from kdray.models.saving import save_model
 from kdray.rollouts.batching import micro_batches, take_rows
@@ -97,6 +95,7 @@ class StudentTrainer:
         self._loss: LossSettings | None = None
         self._average: dict[str, torch.Tensor] = {}
         self._teacher_head: OutputHead | None = None
+        self._micro_batch_loss: MicroBatchLoss | None = None
 
     def start_phase(self, phase: Phase) -> None:
         """Load the phase's weights and start a fresh optimizer and schedule."""
@@ -115,6 +114,9 @@ class StudentTrainer:
         set_recomputation(self.backend.module, training.gradient_checkpointing)
         place_teacher(module, self.device)
         self._teacher_head = None
+        self._micro_batch_loss = MicroBatchLoss(self.backend.module, training, self.vocab_size, self.device)
+        if self.rank == 0:
+            self._micro_batch_loss.log()
         if phase.teacher is not None:
             self._teacher_head = load_output_head(*phase.teacher).to(self.device, self._dtype)
         if phase.loss is not None:
@@ -180,8 +182,8 @@ class StudentTrainer:
             self._loss = self._loss.model_copy(update=of_section("loss", scheduled or {}))
         weigh_features(self.backend.module, scheduled or {})
         updates = list(self._updates(batch, text))
-        loss_fn = loss_function(self._loss, self._whitening(batch))
-        done = [self._update(part, text_part, loss_fn, number) for number, (part, text_part) in enumerate(updates)]
+        objective = Objective.of(self._loss, self._whitening(batch))
+        done = [self._update(part, text_part, objective, number) for number, (part, text_part) in enumerate(updates)]
         sums: dict[str, float] = {}
         for update in done:
             for name, value in update.sums.items():
@@ -229,7 +231,7 @@ class StudentTrainer:
         (tokens,) = self.backend.reduce([float(part.loss_mask.sum())])
         return replace(part, num_target_tokens=int(tokens))
 
-    def _update(self, batch: TrainBatch, text: TrainBatch | None, loss_fn: LossFunction, number: int) -> _Update:
+    def _update(self, batch: TrainBatch, text: TrainBatch | None, objective: Objective, number: int) -> _Update:
         """Run one optimizer update. Args: number: updates made before it in this step."""
         size = self.training.micro_batch_size
         parts = [(part, False) for part in micro_batches(batch, size)]
@@ -245,7 +247,7 @@ class StudentTrainer:
         bad: list[str] = []
         for index, (part, is_text) in enumerate(parts):
             last = index == len(parts) - 1
-            output, weighted = self._micro_batch(part, is_text, loss_fn, text_scale if is_text else scale, last)
+            output, weighted = self._micro_batch(part, is_text, objective, text_scale if is_text else scale, last)
             if not bool(torch.isfinite(output.total)):
                 what = "window" if is_text else "sample"
                 samples = [str(sample) for sample in part.sample_ids if sample >= 0]
@@ -277,13 +279,13 @@ class StudentTrainer:
         )
 
     def _micro_batch(
-        self, part: TrainBatch, is_text: bool, loss_fn: LossFunction, scale: float, last: bool
+        self, part: TrainBatch, is_text: bool, objective: Objective, scale: float, last: bool
     ) -> tuple[LossOutput, torch.Tensor]:
         """Forward and backward pass of a micro-batch. Returns: its sums, and its scaled share of the update's loss."""
         done: list[tuple[LossOutput, torch.Tensor]] = []
 
         def loss(forward: Forward) -> torch.Tensor:
-            output = self._pretraining_loss(forward, part) if is_text else self._distillation_loss(forward, part, loss_fn)
+            output = self._pretraining_loss(forward, part) if is_text else self._distillation_loss(forward, part, objective)
             done.append((output, output.total * scale))
             return done[0][1]
 
@@ -292,27 +294,22 @@ class StudentTrainer:
 
     def _pretraining_loss(self, forward: Forward, part: TrainBatch) -> LossOutput:
         assert self.training.pretraining is not None
-        tensors = LossBatch.from_train_batch(part, self.vocab_size, self.device)
-        return pretraining(_aligned(self._run(forward, part)), tensors, self.training.pretraining)
+        assert self._micro_batch_loss is not None
+        return self._micro_batch_loss(forward, part, Objective.of_text(self.training.pretraining))
 
-    def _distillation_loss(self, forward: Forward, part: TrainBatch, loss_fn: LossFunction) -> LossOutput:
-        """The phase's loss on one micro-batch: from logits, or from hidden states if the phase has the teacher's head."""
-        module = self.backend.module
-        if self._teacher_head is not None:
-            return hidden_state_loss(forward, module, part, self._loss, self._teacher_head, self.vocab_size)
-        tensors = LossBatch.from_train_batch(part, self.vocab_size, self.device)
-        output = self._run(forward, part, **feature_inputs(module, tensors.mask))
-        return with_features(loss_fn(_aligned(output), tensors, self._loss), output, module)
+    def _distillation_loss(self, forward: Forward, part: TrainBatch, objective: Objective) -> LossOutput:
+        """The phase's loss on one micro-batch: with the teacher's hidden states if the phase has its head."""
+        assert self._micro_batch_loss is not None
+        if self._teacher_head is None:
+            return self._micro_batch_loss(forward, part, objective, features=True)
+        return hidden_state_loss(
+            forward, self.backend.module, part, self._loss, self._teacher_head, self.vocab_size, *self._micro_batch_loss.chunks
+        )
 
     def _whitening(self, batch: TrainBatch) -> Whitening | None:
         """Mean and deviation of the whole step's returns, for losses that whiten them; the same on all ranks."""
         sums = return_sums(batch, self._loss)
         return None if sums is None else Whitening.from_sums(self.backend.reduce(sums.tolist()))
-
-    def _run(self, forward: Forward, part: TrainBatch, **inputs: torch.Tensor) -> Any:
-        """The model's output for a micro-batch."""
-        ids, attention = model_inputs(part, self.device)
-        return forward(input_ids=ids, attention_mask=attention, use_cache=False, **inputs)
 
     def _refuse(self, reasons: list[str], step: int, number: int) -> None:
         """Raises: TrainingError on all ranks if any of them has a reason."""
@@ -444,12 +441,6 @@ class StudentTrainer:
     def close(self) -> None:
         """Release the model and its optimizer; another `start_phase` may follow."""
         self.backend.close()
-
-
-def _aligned(output: Any) -> torch.Tensor:
-    """Logits [rows, seq, vocab] aligned with the token that they predict; column 0 predicts nothing."""
-    logits: torch.Tensor = output.logits
-    return logits.roll(1, dims=1)
 
 
 def _not_finite(batch: TrainBatch) -> str:

@@ -1,7 +1,7 @@
 """Memory of a replica and of a student rank, by component, estimated before anything is started.
 
-Exact: weights, KV cache and optimizer states, which follow from shapes. Modelled: activations (the tensors that a Llama-like
-layer keeps for its backward pass, with fused attention) and the rows of log-probabilities.
+Exact: weights, KV cache and optimizer states, which follow from shapes. Counted: the tensors of a loss. Modelled: activations
+(the tensors that a Llama-like layer keeps for its backward pass, with fused attention) and the engine's rows.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kdray.config import TrainingSettings
+from kdray.config import LossSettings, RolloutSettings, TrainingSettings
 from kdray.models.tensor_parallel import num_kv_heads
 
 GIB = 2**30
 _FLOAT32 = 4
 # Rows alive at once while log-probabilities are computed: of teacher, student, their mixture, and one working copy.
 _ENGINE_ROWS = 4
-# The same during training: the student's logits, their log-softmax, its gradient.
-_TRAINING_ROWS = 3
+# Float32 rows of the vocabulary alive at once for each token whose loss is computed. Of a chunk: products of the head, their
+# log-softmax, its gradient and what the loss makes in between; of a whole micro-batch, also copies of the logits by autograd.
+_CHUNK_ROWS, _CHUNK_ROWS_BY_LOGITS, _CHUNK_ROWS_HIDDEN, _WHOLE_ROWS = 4.25, 9.25, 13.0, 6.0
+# Rows of a chunk that take half as much in half precision: products and their gradient.
+_HALF_ROWS = 1.5
+# Bytes of an id of the support for each token: id and log p, and for a loss over buckets what it makes of them.
+_SLOT, _SLOT_OF_BUCKETS = 12, 35
 # Memory of a process before any model is loaded: libraries, CUDA context or allocator.
 ENGINE_BASE_BYTES = {"GPU": 1 * GIB, "CPU": 2 * GIB}
 
@@ -167,7 +172,35 @@ class Lengths:
     response: int
 
 
-def rank_memory(model: ModelShape, training: TrainingSettings, lengths: Lengths, teacher_bytes: float = 0.0) -> RankMemory:
+@dataclass(frozen=True)
+class LossTensors:
+    """Number and size of the tensors that a loss makes."""
+
+    rows: float = _CHUNK_ROWS
+    """Rows of the vocabulary for each token of a chunk."""
+    chunks: bool = True
+    """False if the loss reads the logits of a whole micro-batch."""
+    slots: float = 0.0
+    """Bytes for each token that do not depend on the vocabulary."""
+
+    @classmethod
+    def of(cls, loss: LossSettings, rollout: RolloutSettings) -> LossTensors:
+        """What a loss makes of rollouts."""
+        support = rollout.teacher_top_k + rollout.student_top_k
+        if rollout.teacher_signal == "hidden":
+            return cls(_CHUNK_ROWS_HIDDEN, slots=_SLOT * support)
+        by_buckets = loss.divergence or loss.reads == "buckets"
+        slot = _SLOT_OF_BUCKETS if loss.reads == "buckets" else _SLOT
+        return cls(_CHUNK_ROWS if by_buckets else _CHUNK_ROWS_BY_LOGITS, loss.in_chunks, slot * support)
+
+
+def rank_memory(
+    model: ModelShape,
+    training: TrainingSettings,
+    lengths: Lengths,
+    teacher_bytes: float = 0.0,
+    loss: LossTensors = LossTensors(),
+) -> RankMemory:
     """Memory of one rank with AdamW; the backend states the bytes per parameter.
 
     Args: lengths: of the longest prompt and response; teacher_bytes: parts of a teacher held by the rank.
@@ -184,11 +217,34 @@ def rank_memory(model: ModelShape, training: TrainingSettings, lengths: Lengths,
         gradients=model.parameters * each.gradients,
         optimizer=0.0 if in_main_memory else model.parameters * each.optimizer,
         activations=activation_bytes(model, tokens, element, training.gradient_checkpointing),
-        logprobs=_TRAINING_ROWS * sequences * lengths.response * model.vocab * _FLOAT32,
+        logprobs=loss_bytes(model, training, sequences * lengths.response, tokens, loss),
         teacher=teacher_bytes,
         base=ENGINE_BASE_BYTES["GPU" if training.gpus_per_rank > 0 else "CPU"],
         sent=copies * model.parameters * element,
     )
+
+
+def loss_bytes(model: ModelShape, training: TrainingSettings, targets: int, tokens: int, loss: LossTensors) -> float:
+    """Bytes of the new tensors at once while a micro-batch's loss and its gradients in hidden states and head are made.
+
+    Args: targets: tokens of the responses; tokens: with prompts.
+    """
+    element = 2 if training.precision == "bf16" else _FLOAT32
+    chunk = training.chunk_tokens(model.vocab)
+    if not loss.chunks or tokens <= chunk:
+        return _WHOLE_ROWS * targets * model.vocab * _FLOAT32
+    rows = loss.rows - _HALF_ROWS * (1 - element / _FLOAT32)
+    head = model.vocab * model.hidden
+    # The head's gradient is added up in float32; then it exists in the head's own precision, and once more multiplied by the
+    # gradient that arrives in the backward pass.
+    of_head = max(
+        _FLOAT32 * head + rows * min(chunk, targets) * model.vocab * _FLOAT32,
+        (_FLOAT32 + element % _FLOAT32) * head,
+        2 * element * head,
+    )
+    # States of the targets, their gradient, the same multiplied, and its place among all tokens.
+    states = (3 * targets + tokens) * model.hidden * element
+    return of_head + states + targets * loss.slots
 
 
 def activation_bytes(model: ModelShape, tokens: int, element: int, gradient_checkpointing: bool) -> float:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, EngineMemory, Lengths, ModelShape, RankMemory, engine_memory, rank_memory
+from cluster.planning.memory import GIB, EngineMemory, Lengths, LossTensors, ModelShape, RankMemory, engine_memory, rank_memory
 from cluster.planning.placement import (
     ACCELERATOR_LABEL,
     Bundle,
@@ -341,7 +341,7 @@ def _student_role(
         held = shapes[config.white_box_teacher[0]].parameters * element
 
     def memory(settings: TrainingSettings) -> RankMemory:
-        return rank_memory(student, settings, lengths, held)
+        return rank_memory(student, settings, lengths, held, LossTensors.of(config.loss, config.rollout))
 
     found = memory(training)
     if on_gpu and limit is not None and found.total > limit:

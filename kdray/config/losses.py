@@ -16,6 +16,9 @@ from kdray.config.signals import Signal
 
 StalenessHandling = Literal["truncate", "mask"]
 
+Reads = Literal["token", "buckets", "logits"]
+"""What a loss reads of the student, from the least to the most: see `LossSettings.reads`."""
+
 LOSSES: SettingsRegistry[LossSettings] = SettingsRegistry("kdray.losses", "loss", default="minillm")
 
 
@@ -42,10 +45,16 @@ class LossSettings(Settings):
     """Name of the loss; a subclass narrows it to a `Literal` of its own."""
 
     implementation: ClassVar[str]
-    """Implementation as `module:name`: `f(student_logits, batch, settings) -> LossOutput`, or for a divergence
-    `f(rows, settings) -> [N]`, one value per position; see `kdray.losses`."""
+    """Implementation as `module:name`: `f(student_logits, batch, settings) -> LossOutput`; for a divergence
+    `f(rows, settings) -> [N]`, one value per position; for a loss that reads `buckets`, `f(rows, batch, settings) ->
+    LossOutput`. See `kdray.losses`."""
     divergence: ClassVar[bool] = False
     """The loss is a function of both models' rows at each position and nothing else."""
+    reads: ClassVar[Reads] = "logits"
+    """What the implementation reads of the student; the first two are computed in chunks of tokens, so that the logits of all
+    tokens never exist at once. `token`: the loss is a sum over tokens, each term from the logits and columns of that token
+    alone, so that any split of the tokens gives the same sums (every divergence is). `buckets`: log q at the recorded token, at
+    the support and of its tail, of all tokens together (`kdray.losses.support.Buckets`). `logits`: anything else."""
     importance_weight: ClassVar[Literal["q/m", "p/m"] | None] = None
     """Density ratio that weights each token, with m the density that the token was sampled from; None does not use m."""
     shared_ids: ClassVar[bool] = True
@@ -73,6 +82,11 @@ class LossSettings(Settings):
         return None
 
     @property
+    def in_chunks(self) -> bool:
+        """The loss can be computed in chunks of tokens."""
+        return self.divergence or self.reads != "logits"
+
+    @property
     def whitens(self) -> bool:
         """The loss normalises `returns` by their mean and variance over the whole step, which it is given."""
         return False
@@ -87,6 +101,7 @@ class MiniLLMLoss(LossSettings):
     """Policy gradient of the sequence-level reverse KL, split in a single-step and a long term (MiniLLM, eq. 3-6)."""
 
     implementation = "kdray.losses.minillm:minillm"
+    reads = "buckets"
     importance_weight = "q/m"
     ensemble_mean = "geometric"
 
@@ -130,6 +145,7 @@ class LMOpsLoss(LossSettings):
     """MiniLLM as its reference code computes it (microsoft/LMOps), with that code's defaults; for comparison."""
 
     implementation = "kdray.losses.lmops:lmops"
+    reads = "buckets"
     importance_weight = "q/m"
     ensemble_mean = "geometric"
 
@@ -172,6 +188,7 @@ class PerDecisionLoss(LossSettings):
     """Reverse KL over whole responses with per-decision importance weights: unbiased under mixing and staleness."""
 
     implementation = "kdray.losses.per_decision:per_decision"
+    reads = "buckets"
     importance_weight = "q/m"
     ensemble_mean = "geometric"
 
@@ -190,6 +207,7 @@ class VOPDLoss(LossSettings):
     """Reverse KL at the sampled token with the state's KL as baseline (vOPD, Oh et al. 2026)."""
 
     implementation = "kdray.losses.vopd:vopd"
+    reads = "buckets"
     importance_weight = "q/m"
     ensemble_mean = "geometric"
 
@@ -323,6 +341,7 @@ class ForwardKLSampledLoss(LossSettings):
     The weight is at most 1 / alpha; at alpha 0 it is unbounded."""
 
     implementation = "kdray.losses.forward_kl_sampled:forward_kl_sampled"
+    reads = "token"
     importance_weight = "p/m"
     zero_gradient_at_teacher = False
 
@@ -339,6 +358,7 @@ class SequenceLoss(LossSettings):
     text, so a black-box teacher suffices; on the student's own samples it teaches nothing."""
 
     implementation = "kdray.losses.sft:sft"
+    reads = "token"
 
     type: Literal["sequence"]
 
@@ -360,6 +380,7 @@ class ULDLoss(LossSettings):
     """Universal Logit Distillation from a teacher with another tokenizer, over texts aligned as in GOLD."""
 
     implementation = "kdray.losses.uld:uld"
+    reads = "token"
     shared_ids = False
 
     type: Literal["uld"]

@@ -23,6 +23,7 @@ TRAINING_PLACE = frozenset(
         "labels",
         "placement",
         "micro_batch_size",
+        "loss_chunk_tokens",
         "gradient_checkpointing",
     )
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +43,13 @@ class LossBatch:
     teacher_logits: torch.Tensor | None = None  # [B, S, vocab >= vocab_size]; where given, read instead of the support
     more: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Further columns, without a field of their own, by name."""
+    all_targets: bool = False
+    """`mask` is True everywhere, so that nothing has to be gathered: see `packed`."""
 
     @classmethod
     def from_train_batch(cls, batch: TrainBatch, vocab_size: int, device: torch.device | str = "cpu") -> LossBatch:
         """Convert a batch to tensors on `device`, without columns that no loss reads."""
-        columns = {}
+        columns: dict[str, Any] = {}
         for column in _COLUMNS:
             if column.name in batch.columns:
                 tensor = torch.from_numpy(batch.columns[column.name]).to(device)
@@ -71,7 +74,25 @@ class LossBatch:
             raise TrainingError(
                 f"the batch has no column {name}, which this loss needs; let a teacher sample or score the rollouts first"
             )
-        return column[self.mask]
+        return self.at_targets(column)
+
+    def at_targets(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [B, S, ...] at the N masked positions, row by row: [N, ...]."""
+        return values.flatten(0, 1) if self.all_targets else values[self.mask]
+
+    def packed(self) -> LossBatch:
+        """The masked positions alone, one after the other in a single row, [1, N]: for losses that are sums over tokens."""
+        return self._with_columns(lambda column: self.at_targets(column).unsqueeze(0), all_targets=True)
+
+    def tokens(self, part: slice) -> LossBatch:
+        """Some of the tokens of a packed batch, without copies."""
+        return self._with_columns(lambda column: column[:, part], all_targets=self.all_targets)
+
+    def _with_columns(self, change: Callable[[torch.Tensor], torch.Tensor], all_targets: bool) -> LossBatch:
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        changed: dict[str, Any] = {name: change(column) for name, column in columns.items() if isinstance(column, torch.Tensor)}
+        more = {name: change(column) for name, column in self.more.items()}
+        return replace(self, **changed, more=more, all_targets=all_targets)
 
     def shares(self, name: str, flags: torch.Tensor) -> dict[str, torch.Tensor]:
         """Sums of `flags` [N] over all tokens, and over those of each group together with their number.
@@ -96,7 +117,7 @@ class LossBatch:
         Raises: VocabError if the logits have fewer columns than `vocab_size`.
         """
         check_columns("student's logits", student_logits.shape[-1], self.vocab_size)
-        return log_rows(student_logits[..., : self.vocab_size][self.mask])
+        return log_rows(self.at_targets(student_logits[..., : self.vocab_size]))
 
 
 def log_rows(logits: torch.Tensor) -> torch.Tensor:

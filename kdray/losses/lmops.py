@@ -17,20 +17,18 @@ import torch
 from kdray.config import LMOpsLoss
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.policy_gradient import Whitening, sampled_tokens, whitened_returns
-from kdray.losses.support import buckets
+from kdray.losses.support import Buckets
 
 
-def lmops(
-    student_logits: torch.Tensor, batch: LossBatch, settings: LMOpsLoss, whitening: Whitening | None = None
-) -> LossOutput:
+def lmops(rows: Buckets, batch: LossBatch, settings: LMOpsLoss, whitening: Whitening | None = None) -> LossOutput:
     """Sum over masked tokens of KL(q || p)(prefix_t) + max(-A_t rho_t, -A_t clip(rho_t, 1 - eps, 1 + eps)).
 
     A_t: whitened returns from t on; rho_t = q_theta(y_t) / m_old(y_t), with gradient. Since rho_t is q_old / m_old even before
     the first update, the clip zeroes the gradient on {A > 0, rho > 1 + eps} and {A < 0, rho < 1 - eps} from the start.
-    Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
+    Args: rows: both models at the masked positions; batch: each row of it is one rollout.
           whitening: statistics of the whole step, required by settings.whitening.
     """
-    tokens = sampled_tokens(student_logits, batch)
+    tokens = sampled_tokens(rows, batch)
     advantages = whitened_returns(batch, settings, whitening, tokens.current.dtype)
     ratio = (tokens.logprobs - tokens.mixture).exp()
     surrogate = -advantages * ratio
@@ -41,7 +39,7 @@ def lmops(
         flat = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
     policy_gradient = surrogate.sum()
 
-    both = buckets(tokens.rows if settings.single_step else tokens.rows.detach(), batch)
+    both = rows if settings.single_step else rows.detach()
     single_step = both.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
     return LossOutput(
         total=single_step + policy_gradient,

@@ -14,12 +14,10 @@ from kdray.config import MiniLLMLoss
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.importance import staleness_ratio
 from kdray.losses.policy_gradient import Whitening, returns_after, returns_from, sampled_tokens, whitened_returns
-from kdray.losses.support import buckets
+from kdray.losses.support import Buckets
 
 
-def minillm(
-    student_logits: torch.Tensor, batch: LossBatch, settings: MiniLLMLoss, whitening: Whitening | None = None
-) -> LossOutput:
+def minillm(rows: Buckets, batch: LossBatch, settings: MiniLLMLoss, whitening: Whitening | None = None) -> LossOutput:
     """Sum over masked tokens of KL(q || p)(prefix_t) - w_t R_{t+1} log q(y_t); only KL and log q carry gradient.
 
     r_t = log p(y_t) / q(y_t); R_{t+1} = sum over t' > t of gamma^(t' - t - 1) r_t', divided by the number of its terms under
@@ -28,10 +26,10 @@ def minillm(
     Without the single-step term the return starts at the token itself, as in equation 2: r_t is a one-sample estimate of that
     KL, and without either the token would get no credit. Under whitening r_t uses the sampler's q, whose returns are known
     before the step's first forward pass.
-    Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
+    Args: rows: both models at the masked positions; batch: each row of it is one rollout.
           whitening: statistics of the whole step, required by settings.whitening.
     """
-    tokens = sampled_tokens(student_logits, batch)
+    tokens = sampled_tokens(rows, batch)
     if settings.whitening:
         returns = whitened_returns(batch, settings, whitening, tokens.current.dtype)
     else:
@@ -41,7 +39,7 @@ def minillm(
     policy_gradient = -(tokens.mixing * staleness * returns * tokens.logprobs).sum()
 
     # Without the single-step term the KL is still reported, detached from the backward pass.
-    both = buckets(tokens.rows if settings.single_step else tokens.rows.detach(), batch)
+    both = rows if settings.single_step else rows.detach()
     single_step = both.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
     return LossOutput(
         total=single_step + policy_gradient,

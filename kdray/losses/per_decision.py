@@ -14,10 +14,10 @@ from kdray.config import PerDecisionLoss
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.policy_gradient import by_response, of_tokens, sampled_tokens
 from kdray.losses.reverse_kl import reverse_kl
-from kdray.losses.support import buckets
+from kdray.losses.support import Buckets
 
 
-def per_decision(student_logits: torch.Tensor, batch: LossBatch, settings: PerDecisionLoss) -> LossOutput:
+def per_decision(rows: Buckets, batch: LossBatch, settings: PerDecisionLoss) -> LossOutput:
     """Sum over masked tokens of W_t KL(q || p)(prefix_t) - W_t rho_t [sum over k > t of rho_{t+1..k} r_k] log q(y_t).
 
     rho_j = q_theta(y_j) / m_old(y_j): mixing and staleness combined, never capped; rho_{a..b} is its product over a to b; W_t =
@@ -25,9 +25,9 @@ def per_decision(student_logits: torch.Tensor, batch: LossBatch, settings: PerDe
     responses for any alpha below 1 and any sampler with full support.
     With horizon h: k is at most t + h, and W_t = rho_{t-h..t-1}. h = 0 is the per-position reverse KL; for h at least the
     longest response's length minus one, the form is exact.
-    Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
+    Args: rows: both models at the masked positions; batch: each row of it is one rollout.
     """
-    tokens = sampled_tokens(student_logits, batch)
+    tokens = sampled_tokens(rows, batch)
     # Products of hundreds of ratios exceed the range of float32.
     log_ratios = by_response((tokens.current - tokens.mixture).double(), batch.mask)  # [B, T], one target after the other
     rewards = by_response(tokens.rewards.double(), batch.mask)
@@ -44,8 +44,7 @@ def per_decision(student_logits: torch.Tensor, batch: LossBatch, settings: PerDe
     history_weight = of_tokens(history, batch.mask).exp()
     weight = of_tokens(history + log_ratios, batch.mask).exp()
     policy_gradient = -((weight * of_tokens(returns, batch.mask)).to(tokens.current) * tokens.logprobs).sum()
-    both = buckets(tokens.rows, batch)
-    single_step = (history_weight.to(tokens.current) * reverse_kl(both)).sum()
+    single_step = (history_weight.to(tokens.current) * reverse_kl(rows)).sum()
     return LossOutput(
         total=single_step + policy_gradient,
         sums={
@@ -55,6 +54,6 @@ def per_decision(student_logits: torch.Tensor, batch: LossBatch, settings: PerDe
             "trajectory_weight": weight.sum(),
             "trajectory_weight_sq": weight.square().sum(),
             **tokens.metric_sums(),
-            **both.metric_sums(),
+            **rows.metric_sums(),
         },
     )

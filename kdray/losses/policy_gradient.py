@@ -1,6 +1,6 @@
 """Shared parts of the policy-gradient losses: sampled tokens under every model, returns, whitening over a whole step.
 
-The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is detached except `SampledTokens.rows` and `.logprobs`.
+The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is detached except `SampledTokens.logprobs`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from kdray.config.losses import LossSettings
 from kdray.errors import TrainingError
 from kdray.losses.batch import LossBatch
 from kdray.losses.importance import mixing_weight
+from kdray.losses.support import Buckets
 from kdray.types import TrainBatch
 
 
@@ -24,7 +25,6 @@ from kdray.types import TrainBatch
 class SampledTokens:
     """Log-probabilities of the N sampled tokens, row by row, all in the dtype of the student's rows."""
 
-    rows: torch.Tensor  # [N, vocab] log q_theta, with gradient
     logprobs: torch.Tensor  # [N] log q_theta of the sampled token, with gradient
     current: torch.Tensor  # [N] the same, detached
     student: torch.Tensor  # [N] log q of the sampler
@@ -46,20 +46,19 @@ class SampledTokens:
         return {"log_ratio": self.rewards.sum()}
 
 
-def sampled_tokens(student_logits: torch.Tensor, batch: LossBatch) -> SampledTokens:
-    """The sampled tokens of a micro-batch. Args: student_logits: [B, S, vocab], aligned with the token they predict.
+def sampled_tokens(rows: Buckets, batch: LossBatch) -> SampledTokens:
+    """The sampled tokens of a micro-batch. Args: rows: both models at its masked positions, from `buckets`.
 
     Raises: TrainingError if the sampler recorded no log m, log q or log p.
     """
-    rows = batch.masked_rows(student_logits)
-    logprobs = rows.gather(-1, batch.masked("token_ids").unsqueeze(-1)).squeeze(-1)
+    logprobs = rows.token_logprobs
+    assert logprobs is not None
     return SampledTokens(
-        rows=rows,
         logprobs=logprobs,
         current=logprobs.detach(),
-        student=batch.masked("student_logprobs").to(rows.dtype),
-        mixture=batch.masked("mixture_logprobs").to(rows.dtype),
-        teacher=batch.masked("teacher_logprobs").to(rows.dtype),
+        student=batch.masked("student_logprobs").to(logprobs.dtype),
+        mixture=batch.masked("mixture_logprobs").to(logprobs.dtype),
+        teacher=batch.masked("teacher_logprobs").to(logprobs.dtype),
     )
 
 

@@ -9,8 +9,8 @@ be rewarded for moving mass out of the support, so no loss here can drop it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,30 @@ class Buckets:
     has_tail: bool = True
     """False if each bucket is one id of the vocabulary: all are present, and the divergence is exact."""
     token_logprobs: torch.Tensor | None = None  # [N] log q of the recorded token, with gradient
+
+    @classmethod
+    def joined(cls, parts: Sequence[Buckets]) -> Buckets:
+        """The positions of all parts, one after the other. Args: parts: at least one, all over the same buckets."""
+        tokens = [part.token_logprobs for part in parts if part.token_logprobs is not None]
+        return cls(
+            teacher=torch.cat([part.teacher for part in parts]),
+            student=torch.cat([part.student for part in parts]),
+            present=torch.cat([part.present for part in parts]),
+            has_tail=parts[0].has_tail,
+            token_logprobs=torch.cat(tokens) if tokens else None,
+        )
+
+    def part(self, rows: slice) -> Buckets:
+        """Some of the positions, without copies."""
+        tokens = None if self.token_logprobs is None else self.token_logprobs[rows]
+        return replace(
+            self, teacher=self.teacher[rows], student=self.student[rows], present=self.present[rows], token_logprobs=tokens
+        )
+
+    def detach(self) -> Buckets:
+        """The same without the student's gradient."""
+        tokens = None if self.token_logprobs is None else self.token_logprobs.detach()
+        return replace(self, student=self.student.detach(), token_logprobs=tokens)
 
     def filled(self, values: torch.Tensor, fill: float) -> torch.Tensor:
         """`values` [N, C] with `fill` in the absent buckets."""
@@ -76,7 +100,7 @@ def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
     token_ids = batch.masked("token_ids")
     if batch.teacher_logits is not None:
         check_columns("teacher's logits", batch.teacher_logits.shape[-1], batch.vocab_size)
-        teacher_rows = log_rows(batch.teacher_logits[..., : batch.vocab_size][batch.mask].detach())
+        teacher_rows = log_rows(batch.at_targets(batch.teacher_logits[..., : batch.vocab_size]).detach())
         return full_rows(teacher_rows, student_rows, token_ids)
     ids = batch.masked("support_ids")  # [N, K]
     num_rows, vocab = student_rows.shape
@@ -102,6 +126,39 @@ def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:
     )
 
 
+@torch.no_grad()
+def logits_gradient(
+    student_rows: torch.Tensor,
+    found: Buckets,
+    batch: LossBatch,
+    of_student: torch.Tensor | None,
+    of_tokens: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of a loss in the student's logits, [N, vocab], from its gradient in `buckets(student_rows, batch)`.
+
+    With g the gradient in a bucket, S the support and T the student's mass outside it:
+    d/dz_j = [j in S] g_j + [j not in S] g_tail q_j / T - q_j sum g, and as much for the recorded token.
+    Args: student_rows: [N, vocab] log-softmax, overwritten; found: the buckets; of_student: [N, K + 1], gradient in
+          `found.student`; of_tokens: [N], in `found.token_logprobs`; None where the loss does not read it.
+    """
+    num_rows, vocab = student_rows.shape
+    # Unused slots of the support scatter into an extra column, which is then removed.
+    gradient = student_rows.new_zeros(num_rows, vocab + 1)
+    total = student_rows.new_zeros(num_rows, 1)
+    if of_student is not None:
+        of_student = found.filled(of_student, 0.0)
+        ids = batch.masked("support_ids")
+        ids = ids.where(ids >= 0, vocab)
+        # As a difference of logarithms: T itself may underflow.
+        torch.sub(student_rows, found.student[:, -1:], out=gradient[:, :vocab])
+        gradient.exp_().scatter_(-1, ids, 0.0).mul_(of_student[:, -1:]).scatter_add_(-1, ids, of_student[:, :-1])
+        total += of_student.sum(-1, keepdim=True)
+    if of_tokens is not None:
+        gradient.scatter_add_(-1, batch.masked("token_ids").unsqueeze(-1), of_tokens.unsqueeze(-1))
+        total += of_tokens.unsqueeze(-1)
+    return gradient[:, :vocab].sub_(student_rows.exp_().mul_(total))
+
+
 def full_rows(teacher_rows: torch.Tensor, student_rows: torch.Tensor, token_ids: torch.Tensor | None = None) -> Buckets:
     """Both models over the whole vocabulary. Args: log-softmax rows [N, vocab]; token_ids: [N] recorded tokens, if known."""
     return Buckets(
@@ -122,12 +179,26 @@ Divergence = Callable[[Buckets, Any], torch.Tensor]
 """(buckets, the loss's settings) -> one value per position [N], nats, with the student's gradient."""
 
 
+def buckets_loss(implementation: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+    """Wrap a loss that reads buckets, `f(rows, batch, settings)`, as a loss that reads logits."""
+
+    def loss(student_logits: torch.Tensor, batch: LossBatch, settings: Any, **step: Any) -> LossOutput:
+        return implementation(buckets(batch.masked_rows(student_logits), batch), batch, settings, **step)
+
+    loss.__doc__ = implementation.__doc__
+    return loss
+
+
 def divergence_loss(divergence: Divergence) -> Callable[..., LossOutput]:
     """Wrap a divergence as a loss that sums it over the masked tokens of a batch, with prefixes taken as given."""
 
     def loss(student_logits: torch.Tensor, batch: LossBatch, settings: Any) -> LossOutput:
-        both = buckets(batch.masked_rows(student_logits), batch)
-        return LossOutput(total=divergence(both, settings).sum(), sums=both.metric_sums())
+        return divergence_sum(divergence, buckets(batch.masked_rows(student_logits), batch), settings)
 
     loss.__doc__ = divergence.__doc__
     return loss
+
+
+def divergence_sum(divergence: Divergence, rows: Buckets, settings: Any) -> LossOutput:
+    """Sum of a divergence over positions, with the sums that every support loss reports."""
+    return LossOutput(total=divergence(rows, settings).sum(), sums=rows.metric_sums())

@@ -7,26 +7,24 @@ Source: Oh et al. 2026 (arXiv 2605.07865), its closed-form value function; gamma
 
 from __future__ import annotations
 
-import torch
-
 from kdray.config import VOPDLoss
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.importance import staleness_ratio
 from kdray.losses.policy_gradient import returns_from, sampled_tokens
 from kdray.losses.reverse_kl import reverse_kl
-from kdray.losses.support import buckets
+from kdray.losses.support import Buckets
 
 
-def vopd(student_logits: torch.Tensor, batch: LossBatch, settings: VOPDLoss) -> LossOutput:
+def vopd(rows: Buckets, batch: LossBatch, settings: VOPDLoss) -> LossOutput:
     """Sum over masked tokens of -w_t (R_t + KL(q || p)(prefix_t)) log q(y_t); only log q carries gradient.
 
     R_t = sum over t' >= t of gamma^(t' - t) r_t', r_t = log p(y_t) / q(y_t), whose mean given the prefix is -KL: the baseline
     removes that part of its variance. The KL is on the support and its tail: a smaller support makes the baseline worse,
     without bias. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings).
-    Args: student_logits: [B, S, vocab], aligned with the token that they predict; each row is one rollout.
+    Args: rows: both models at the masked positions; batch: each row of it is one rollout.
     """
-    tokens = sampled_tokens(student_logits, batch)
-    both = buckets(tokens.rows.detach(), batch)
+    tokens = sampled_tokens(rows, batch)
+    both = rows.detach()
     returns = returns_from(tokens.rewards, batch.mask, settings.gamma, length_norm=False)
     advantages = returns + reverse_kl(both)
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)

@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from actors.student import trainer as trainer_module
 from actors.student.trainer import Phase, StudentTrainer
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.config.registry import all_plugins
 from kdray.errors import TrainingError
-from kdray.losses import LossBatch, LossOutput, loss_function
+from kdray.losses import LossBatch, LossOutput, Objective, loss_function
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.rollouts.batching import examples_to_batch, micro_batches, rollouts_to_batch, shard, take_rows
 from kdray.types import Prompt, Rollout, StepReport, TrainBatch
@@ -196,13 +195,16 @@ def divergence(model: Any, batch: TrainBatch) -> torch.Tensor:
     return loss_function(LOSS)(logits_of(model, batch), tensors, LOSS).total / batch.num_target_tokens
 
 
-def test_losses_norms_and_weights_are_those_of_a_plain_loop(backend: dict[str, Any], models: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("model", "chunk"), [("student", None), ("student", 5), ("tied", 5)])
+def test_losses_norms_and_weights_are_those_of_a_plain_loop(
+    backend: dict[str, Any], models: dict[str, Path], model: str, chunk: int | None
+) -> None:
     """Two micro-batches an update against whole batches; the norms are those before clipping, which happens in every update."""
-    training = training_of(backend)
-    trainer = started(training, phase_of(models["student"]))
+    training = training_of(backend, loss_chunk_tokens=chunk)
+    trainer = started(training, phase_of(models[model]))
     assert not trainer.backend.module.training
     reports = [trainer.train_step(batch) for batch in BATCHES]
-    want, weights = plain_loop(models["student"], BATCHES, divergence, training)
+    want, weights = plain_loop(models[model], BATCHES, divergence, training)
     found = [(report.loss, report.grad_norm, report.learning_rate) for report in reports]
     np.testing.assert_allclose(found, want, rtol=1e-5)
     assert min(norm for _, norm, _ in want) > training.gradient_clipping
@@ -226,13 +228,15 @@ def test_a_split_in_micro_batches_does_not_change_the_gradient(
     assert other.metrics == pytest.approx(usual.metrics, rel=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
 def test_mini_batches_epochs_text_and_whitening_are_the_loop_that_one_would_write(
-    backend: dict[str, Any], models: dict[str, Path]
+    backend: dict[str, Any], models: dict[str, Path], chunk: int | None
 ) -> None:
     """Four updates a step, each with its own statistics of tokens and text; the returns are whitened over the whole step."""
     settings = MiniLLMLoss(whitening=True)
     text_settings = {"source": {"type": "task"}, "batch_size": ROWS, "window_tokens": 16, "weight": 0.5}
-    training = training_of(backend, mini_batch_size=4, inner_epochs=2, micro_batch_size=2, pretraining=text_settings)
+    sizes = {"mini_batch_size": 4, "inner_epochs": 2, "micro_batch_size": 2, "loss_chunk_tokens": chunk}
+    training = training_of(backend, pretraining=text_settings, **sizes)
     texts = [replace(batch, num_target_tokens=int(batch.loss_mask.sum())) for batch in reversed(BATCHES[:2])]
     trainer = started(training, phase_of(models["student"], loss=settings))
     reports = [trainer.train_step(batch, text) for batch, text in zip(BATCHES, texts, strict=False)]
@@ -264,11 +268,13 @@ def test_mini_batches_epochs_text_and_whitening_are_the_loop_that_one_would_writ
         assert report.learning_rate == of_step[-1][2]
 
 
-def test_supervised_rows_are_plain_cross_entropy(backend: dict[str, Any], models: dict[str, Path]) -> None:
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_supervised_rows_are_plain_cross_entropy(backend: dict[str, Any], models: dict[str, Path], chunk: int | None) -> None:
     rng = np.random.default_rng(0)
     rows = [(Prompt(n, rng.integers(2, VOCAB, 3).astype(np.int32)), rng.integers(2, VOCAB, n + 1)) for n in range(ROWS)]
     batch = examples_to_batch([(prompt, answer.astype(np.int32)) for prompt, answer in rows], 1)
-    report = started(training_of(backend), phase_of(models["student"], loss=None)).train_step(shard(batch, 0, 1))
+    trainer = started(training_of(backend, loss_chunk_tokens=chunk), phase_of(models["student"], loss=None))
+    report = trainer.train_step(shard(batch, 0, 1))
     model = AutoModelForCausalLM.from_pretrained(models["student"]).eval()
     mask = torch.from_numpy(batch.loss_mask)
     words = torch.from_numpy(batch.token_ids).long()[mask]
@@ -467,14 +473,14 @@ def test_no_part_of_an_update_is_made_where_one_part_of_the_loss_is_not_finite(
 ) -> None:
     """The gradient is finite here, and would move the weights."""
 
-    def plus_nothing(logits: torch.Tensor, batch: LossBatch, settings: Any) -> LossOutput:
+    def plus_nothing(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
         output = loss_function(LOSS)(logits, batch, LOSS)
         return replace(output, total=output.total + (0.0 if calls.append(0) or len(calls) == 1 else torch.nan))
 
     calls: list[int] = []
     trainer = started(training_of(backend), phase_of(models["student"], warmup_steps=0))
     before = weights_of(trainer)
-    monkeypatch.setattr(trainer_module, "loss_function", lambda *_: plus_nothing)
+    monkeypatch.setattr(Objective, "of", lambda *_: Objective("logits", plus_nothing))
     samples = ", ".join(str(sample) for sample in BATCHES[0].sample_ids[4:])
     with pytest.raises(TrainingError, match=f"it is not finite for sample {samples}. The optimizer was not moved"):
         trainer.train_step(BATCHES[0])
@@ -486,12 +492,12 @@ def test_a_gradient_that_is_not_finite_is_refused(
 ) -> None:
     """The loss is 0, and its root has no slope there; whether the weights have moved is said as it is."""
 
-    def rooted(logits: torch.Tensor, batch: LossBatch, settings: Any) -> LossOutput:
+    def rooted(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
         return LossOutput(total=(0.0 * logits[batch.mask].sum()).sqrt())
 
     trainer = started(training_of(backend), phase_of(models["student"]))
     before = weights_of(trainer)
-    monkeypatch.setattr(trainer_module, "loss_function", lambda *_: rooted)
+    monkeypatch.setattr(Objective, "of", lambda *_: Objective("logits", rooted))
     with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite .*samples \[10\d") as raised:
         trainer.train_step(BATCHES[0])
     if backend.get("zero_stage"):

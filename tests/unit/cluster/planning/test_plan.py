@@ -12,12 +12,25 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
-from cluster.planning.memory import GIB, Lengths, ModelShape, activation_bytes, engine_memory, rank_memory
+from cluster.planning.memory import (
+    GIB,
+    Lengths,
+    LossTensors,
+    ModelShape,
+    activation_bytes,
+    engine_memory,
+    loss_bytes,
+    rank_memory,
+)
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
 from cluster.planning.plan import described_nodes, plan
 from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
-from kdray.config import Config, TrainingSettings, parse_config
+from kdray.config import Config, MiniLLMLoss, RolloutSettings, TrainingSettings, parse_config
 from kdray.errors import CapacityError, DataError
+from kdray.losses import Objective, chunked_loss
+from kdray.losses.features import predicting
+from tests.support.loss_batches import built_in_losses, loss_batch
+from tests.support.storages import Storages
 
 LLAMA_8B = {
     "dtype": "bfloat16",
@@ -152,6 +165,59 @@ def test_one_process_of_torch_holds_everything() -> None:
     whole = rank_memory(shape, TrainingSettings.model_validate(torch_alone), Lengths(32, 32))
     assert half.weights + half.gradients + half.optimizer == (2 + 4 + 12) * shape.parameters
     assert whole == rank_memory(shape, TrainingSettings(), Lengths(32, 32)), "as DeepSpeed without sharding"
+
+
+torch.set_num_threads(1)
+
+LOSS_SIZES = [(2, 17, 8_000, 8, 32), (4, 33, 8_000, 8, 32), (2, 17, 20_000, 4, 128)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "length", "vocab", "chunk", "width"), LOSS_SIZES)
+@pytest.mark.parametrize("loss", ["minillm", "reverse_kl", "uld"])
+def test_the_loss_takes_what_a_meter_finds(
+    loss: str, rows: int, length: int, vocab: int, chunk: int, width: int, precision: str
+) -> None:
+    """Within a fifth, over numbers of tokens, vocabularies, chunks and widths."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    batch = loss_batch(rows, length, vocab, width=12, dtype=torch.float32)
+    states = torch.randn(rows, length, width).to(dtype).requires_grad_()
+    head = torch.randn(vocab, width).to(dtype).requires_grad_()
+    settings = next(each for each in built_in_losses() if each.type == loss)
+    objective = Objective.of(settings)
+    with Storages().known((states, head)) as meter:
+        chunked_loss(states[predicting(batch.mask)], head, None, batch, objective, chunk).total.backward()
+    shape = ModelShape(1, 1, width, 1, 1, vocab, 1)
+    training = TrainingSettings.model_validate({"loss_chunk_tokens": chunk, "precision": precision})
+    tensors = LossTensors.of(settings, RolloutSettings(teacher_top_k=8, student_top_k=4))
+    counted = loss_bytes(shape, training, int(batch.mask.sum()), rows * length, tensors)
+    assert 0.8 < counted / meter.peak < 1.2
+
+
+@pytest.mark.parametrize("tokens", [17, 65])
+def test_whole_logits_take_what_a_meter_finds(tokens: int) -> None:
+    """For a loss that reads them, and for a micro-batch that is no more than a chunk."""
+    vocab, width = 2_000, 16
+    batch = loss_batch(2, tokens, vocab, width=12, dtype=torch.float32)
+    states, head = torch.randn(2, tokens, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()
+    objective = Objective.of(MiniLLMLoss())
+    with Storages().known((states, head)) as meter:
+        objective.of_logits((states @ head.T).roll(1, dims=1), batch).total.backward()
+    shape, targets = ModelShape(1, 1, width, 1, 1, vocab, 1), int(batch.mask.sum())
+    for training, loss in (
+        (TrainingSettings(), LossTensors()),
+        (TrainingSettings(loss_chunk_tokens=1), LossTensors(chunks=False)),
+    ):
+        assert 0.8 < loss_bytes(shape, training, targets, 2 * tokens, loss) / meter.peak < 1.25
+
+
+def test_the_loss_of_long_responses_does_not_grow_with_tokens_times_vocabulary() -> None:
+    shape = ModelShape.of(LlamaConfig(**LLAMA_8B))
+    training = TrainingSettings.model_validate({"precision": "bf16", "micro_batch_size": 1})
+    short, long = (rank_memory(shape, training, Lengths(64, length)).logprobs for length in (1024, 8192))
+    assert long - short == 4 * (8192 - 1024) * 4096 * 2, "states"
+    assert long < 4 * GIB
+    assert rank_memory(shape, training, Lengths(64, 8192), loss=LossTensors(chunks=False)).logprobs > 23 * GIB
 
 
 def test_activations_are_near_what_autograd_keeps() -> None:

@@ -1,13 +1,10 @@
 """Divergences out of hidden states: the same numbers as with all logits at hand, and never all logits at hand."""
 
-import weakref
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdray.config import (
     AdaptiveKLLoss,
@@ -25,6 +22,7 @@ from kdray.config.registry import name_of
 from kdray.errors import TrainingError, VocabError
 from kdray.losses import chunked_divergence, divergence_of
 from kdray.losses.support import full_rows
+from tests.support.storages import Storages
 
 torch.set_num_threads(1)
 
@@ -208,34 +206,6 @@ def test_errors_name_what_is_wrong():
 
 
 # --------------------------------------------------------------------------------------------------------- memory
-
-
-class Storages(TorchDispatchMode):
-    """Bytes of the storages that live at once, as operators make them: the most, and the largest single one."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.seen, self.peak, self.largest = 0, set(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for item in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(item, torch.Tensor):
-                self.note(item.untyped_storage())
-        return result
-
-    def note(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.live += size
-        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-        weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key, size):
-        self.seen.discard(key)
-        self.live -= size
 
 
 @pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.type)

@@ -12,6 +12,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdray.errors import KdrayError
+
 _LOG_BYTES = 2**20
 """Most bytes that are kept of each of the two streams: their end."""
 _CAUSE_CHARACTERS = 600
@@ -63,6 +65,9 @@ def own_log_files() -> list[Path]:
 
 def root_cause(error: Exception, log: str) -> str:
     """Last error in `log` if `error` only points there, else `error` itself; one line."""
+    if isinstance(error, KdrayError):
+        # Its message alone tells the user what to change.
+        return _one_line(str(error))
     raised = _one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
     if not _POINTS_ELSEWHERE.search(raised):
         return raised

@@ -117,10 +117,25 @@ def test_no_attention_backend_is_asked_for_anything(monkeypatch: pytest.MonkeyPa
     model.teacher, model.student = (
         lambda ids, *_, width=width: torch.ones(len(ids), width) * ids.unsqueeze(-1) for width in (3, 2)
     )
-    model.outputs = None
+    model.outputs, model._hidden, model._max_tokens = None, torch.empty(0, 5), 4
     for metadata, kept in ((None, False), ({"layers.0": object()}, True)):
         context = SimpleNamespace(attn_metadata=metadata)
         monkeypatch.setattr(mixture_model, "get_forward_context", lambda context=context: context)
         outputs = model.forward(torch.arange(4), torch.arange(4))
         assert (model.outputs is not None) == kept
     assert torch.equal(model.outputs, outputs)
+
+
+def test_outputs_of_one_model_survive_the_other_that_writes_into_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs share one pool of memory: what a model returned may be overwritten by the next one."""
+    model = MixtureForCausalLM.__new__(MixtureForCausalLM)
+    torch.nn.Module.__init__(model)
+    pool = torch.zeros(4, 3)
+    model.teacher, model.student = (lambda ids, *_, value=value: pool[: len(ids)].fill_(value) for value in (1.0, 2.0))
+    model.outputs, model._hidden, model._max_tokens = None, torch.empty(0, 6), 8
+    monkeypatch.setattr(mixture_model, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"layers.0": object()}))
+    outputs = model.forward(torch.arange(4), torch.arange(4))
+    assert torch.equal(outputs, torch.tensor([[1.0, 1.0, 1.0, 2.0, 2.0, 2.0]] * 4))
+    address = model._hidden.data_ptr()
+    model.forward(torch.arange(3), torch.arange(3))
+    assert model._hidden.data_ptr() == address

@@ -30,7 +30,7 @@ from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
 from kdray.checks.parity import refusal
 from kdray.data.dataset import PromptStream, encode_answer
-from kdray.errors import Interrupted, KdrayError, TrainingError
+from kdray.errors import EngineError, Interrupted, KdrayError, TrainingError
 from kdray.loop import Distillation, Hooks
 from kdray.models.inspect import decoder
 from kdray.rollouts.batching import examples_to_batch
@@ -348,10 +348,20 @@ class Runner:
 
     async def _check_parity(self, version: int) -> None:
         """Wait until a replica has loaded the student and compared it with the trainer's. A refusal ends the run as in
-        `_watched`."""
+        `_watched`.
+
+        Raises: EngineError if no replica has within `training.stuck_after_s`.
+        """
         route = self._checked.route
         if route.student_in_replicas or route.student_pool:
-            verdict = await self._stores.weights.verdict.remote(version)
+            limit = self._config.training.stuck_after_s
+            try:
+                verdict = await asyncio.wait_for(_awaited(self._stores.weights.verdict.remote(version)), limit)
+            except TimeoutError as error:
+                raise EngineError(
+                    f"no replica has loaded student version {version} within training.stuck_after_s={limit:g}; the reason is in "
+                    f"{self._folder.path / 'logs'} and in Ray's own logs of the replicas"
+                ) from error
             self.reporter.event("parity", **asdict(verdict))
 
     async def _check_signals(self, pools: Pools, version: int) -> None:
@@ -466,3 +476,7 @@ class Runner:
         # After the summary: anything before it in the file is from a run that had not ended.
         self.reporter.event("finished", steps=steps)
         return summary
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference

@@ -446,7 +446,7 @@ class TeacherEngine:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_reading_prefix_cache=True,
-            extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "last_id": int(ids[-1]), "top_k": False}},
+            extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "last_id": int(ids[-1])}},
         )
         job = (key, [int(token_id) for token_id in ids[:-1]], params)
         async with aclosing(self._finish([job], [len(ids) - 1])) as finished:

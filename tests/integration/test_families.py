@@ -136,6 +136,7 @@ def plant():
 """
 
 
+@pytest.mark.full
 def test_a_run_ends_after_a_checkpoint_when_replicas_hold_another_student(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,9 @@ _FLOAT32 = 4
 _ENGINE_ROWS = 4
 # Float32 rows of the vocabulary alive at once for each token whose loss is computed. Of a chunk: products of the head, their
 # log-softmax, its gradient and what the loss makes in between; of a whole micro-batch, also copies of the logits by autograd.
-_CHUNK_ROWS, _CHUNK_ROWS_BY_LOGITS, _CHUNK_ROWS_HIDDEN, _WHOLE_ROWS = 4.25, 9.25, 13.0, 6.0
+_CHUNK_ROWS, _CHUNK_ROWS_HIDDEN, _WHOLE_ROWS = 4.25, 13.0, 6.0
+# Of a chunk whose logits autograd goes through: for log q of the tokens alone, and for whole sorted rows.
+_CHUNK_ROWS_OF_TOKENS, _CHUNK_ROWS_BY_LOGITS = 5.0, 9.25
 # Rows of a chunk that take half as much in half precision: products and their gradient.
 _HALF_ROWS = 1.5
 # Bytes of an id of the support for each token: id and log p, and for a loss over buckets what it makes of them.
@@ -189,9 +191,11 @@ class LossTensors:
         support = rollout.teacher_top_k + rollout.student_top_k
         if rollout.teacher_signal == "hidden":
             return cls(_CHUNK_ROWS_HIDDEN, slots=_SLOT * support)
-        by_buckets = loss.divergence or loss.reads == "buckets"
-        slot = _SLOT_OF_BUCKETS if loss.reads == "buckets" else _SLOT
-        return cls(_CHUNK_ROWS if by_buckets else _CHUNK_ROWS_BY_LOGITS, loss.in_chunks, slot * support)
+        if loss.divergence or loss.reads == "buckets":
+            rows = _CHUNK_ROWS
+        else:
+            rows = _CHUNK_ROWS_BY_LOGITS if "top_k" in loss.signals else _CHUNK_ROWS_OF_TOKENS
+        return cls(rows, loss.in_chunks, support * (_SLOT_OF_BUCKETS if loss.reads == "buckets" else _SLOT))
 
 
 def rank_memory(

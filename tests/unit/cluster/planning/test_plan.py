@@ -174,7 +174,7 @@ LOSS_SIZES = [(2, 17, 8_000, 8, 32), (4, 33, 8_000, 8, 32), (2, 17, 20_000, 4, 1
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("rows", "length", "vocab", "chunk", "width"), LOSS_SIZES)
-@pytest.mark.parametrize("loss", ["minillm", "reverse_kl", "uld"])
+@pytest.mark.parametrize("loss", ["minillm", "reverse_kl", "uld", "sequence"])
 def test_the_loss_takes_what_a_meter_finds(
     loss: str, rows: int, length: int, vocab: int, chunk: int, width: int, precision: str
 ) -> None:

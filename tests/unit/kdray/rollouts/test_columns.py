@@ -79,7 +79,7 @@ def test_batches_have_the_columns_that_losses_read_with_their_types_and_fills() 
 
 
 def test_loss_batches_have_the_columns_that_losses_read() -> None:
-    rows = {"token_ids", "mask", "vocab_size", "groups", "teacher_logits", "more"}
+    rows = {"token_ids", "mask", "vocab_size", "groups", "teacher_logits", "more", "all_targets"}
     assert {field.name for field in fields(LossBatch)} - rows <= read_by("loss")
     batch = LossBatch.from_train_batch(rollouts_to_batch([rollout()], step=1, weights={0: 1.0}), vocab_size=9)
     for name in read_by("loss"):

@@ -359,8 +359,8 @@ class Runner:
                 verdict = await asyncio.wait_for(_awaited(self._stores.weights.verdict.remote(version)), limit)
             except TimeoutError as error:
                 raise EngineError(
-                    f"no replica has loaded student version {version} within training.stuck_after_s={limit:g}; the reason is in "
-                    f"{self._folder.path / 'logs'} and in Ray's own logs of the replicas"
+                    f"no replica has loaded student version {version} within training.stuck_after_s={limit:g}; the reason is "
+                    f"in {self._folder.path / 'logs'} and in Ray's own logs of the replicas"
                 ) from error
             self.reporter.event("parity", **asdict(verdict))
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import doctor
 from cluster.cli import app
+from cluster.diagnosis import doctor
 from kdray import __version__
 from kdray.config import load_config, parse_config
 from kdray.errors import CapacityError, ConfigError, DataError, EngineError, Interrupted, VocabError

@@ -27,8 +27,8 @@ class StubEngine:
         made.arguments, made.environment = arguments, dict(os.environ)
         return made
 
-    async def collective_rpc(self, method: str) -> list[None]:
-        assert method == "kdray_end_with_parent"
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[None]:
+        assert method in ("kdray_end_with", "kdray_attach")
         return [None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ class FileTrainer:
     def start_phase(self, phase: Phase) -> None:
         self.base = (Path(phase.model) / "model.safetensors").read_text()
 
-    def export(self, folder: Path, tokenizer: str) -> None:
+    def export(self, folder: Path, tokenizer: str, ids: Sequence[int] = ()) -> None:
         if self.rank == 0:
             (folder / "model.safetensors").write_text(f"weights {self.state}")
 
@@ -199,7 +199,7 @@ class FailingTrainer(FileTrainer):
         super().save(folder)
         raise RuntimeError("unexpected pos 64 vs 0")
 
-    def export(self, folder: Path, tokenizer: str) -> None:
+    def export(self, folder: Path, tokenizer: str, ids: Sequence[int] = ()) -> None:
         raise RuntimeError("unexpected pos 64 vs 0")
 
 

@@ -187,7 +187,7 @@ def test_the_loss_takes_what_a_meter_finds(
     objective = Objective.of(settings)
     with Storages().known((states, head)) as meter:
         chunked_loss(states[predicting(batch.mask)], head, None, batch, objective, chunk).total.backward()
-    shape = ModelShape(1, 1, width, 1, 1, vocab, 1)
+    shape = ModelShape(1, 1, width, 1, 1, vocab, 1, 1)
     training = TrainingSettings.model_validate({"loss_chunk_tokens": chunk, "precision": precision})
     tensors = LossTensors.of(settings, RolloutSettings(teacher_top_k=8, student_top_k=4))
     counted = loss_bytes(shape, training, int(batch.mask.sum()), rows * length, tensors)
@@ -203,7 +203,7 @@ def test_whole_logits_take_what_a_meter_finds(tokens: int) -> None:
     objective = Objective.of(MiniLLMLoss())
     with Storages().known((states, head)) as meter:
         objective.of_logits((states @ head.T).roll(1, dims=1), batch).total.backward()
-    shape, targets = ModelShape(1, 1, width, 1, 1, vocab, 1), int(batch.mask.sum())
+    shape, targets = ModelShape(1, 1, width, 1, 1, vocab, 1, 1), int(batch.mask.sum())
     for training, loss in (
         (TrainingSettings(), LossTensors()),
         (TrainingSettings(loss_chunk_tokens=1), LossTensors(chunks=False)),

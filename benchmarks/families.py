@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from cluster.diagnosis.exactness import try_pair
 from tests.support.families import FAMILIES, family
 
 _MARK = "RESULT "
+_ERROR = re.compile(r"\w+(Error|Exception): ")
 
 
 def run_one(name: str) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def run_apart(name: str) -> dict[str, Any]:
         if line.startswith(_MARK):
             return json.loads(line.removeprefix(_MARK))
     # vLLM's last error says only that there is an earlier one.
-    errors = [line for line in done.stderr.splitlines() if "Error" in line and "See root cause above" not in line]
+    errors = [line for line in done.stderr.splitlines() if _ERROR.search(line) and "See root cause above" not in line]
     return {"ok": False, "error": (errors or done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1][-400:]}
 
 

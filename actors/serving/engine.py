@@ -20,7 +20,7 @@ from actors.serving import prompt_logprobs
 from actors.serving.spec import EngineSpec
 from actors.vllm_plugin.record_table import Record, read_records
 from kdray.errors import EngineError, RequestRefused
-from kdray.models.precision import checkpoint_dtype
+from kdray.models.precision import checkpoint_dtype, cpu_dtype
 from kdray.models.resolve import model_name
 from kdray.rollouts.columns import scored_columns, with_columns
 from kdray.rollouts.race import all_of, first_of
@@ -106,6 +106,11 @@ class TeacherEngine:
                 "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
                 "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
             }
+            if _latent_attention(spec):
+                # vLLM's CPU kernel of rotary embeddings misreads slices of queries, which latent attention gives it (0.32).
+                arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+                # Its kernels of latent attention are of half precision; with plain keys and values it computes the same.
+                os.environ["VLLM_MLA_DISABLE"] = "1"
         else:
             arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
         arguments |= spec.engine_args
@@ -472,7 +477,16 @@ def _scores(record: Record) -> Record:
 def _dtype(spec: EngineSpec, on_cpu: bool) -> str:
     if spec.dtype != "auto":
         return spec.dtype
-    return "float32" if on_cpu else checkpoint_dtype(spec.model, spec.revision)
+    return (cpu_dtype if on_cpu else checkpoint_dtype)(spec.model, spec.revision)
+
+
+def _latent_attention(spec: EngineSpec) -> bool:
+    """True if a model of the engine caches a latent in place of keys and values, as DeepSeek's do."""
+    from transformers import AutoConfig
+
+    held = [(spec.model, spec.revision), *([] if spec.student is None else [(spec.student, spec.student_revision)])]
+    configs = (AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False) for model, revision in held)
+    return any(getattr(config.get_text_config(), "kv_lora_rank", None) is not None for config in configs)
 
 
 def _architectures(model: str, revision: str | None) -> list[str]:

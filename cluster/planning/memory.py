@@ -11,6 +11,7 @@ from typing import Any
 
 from kdray.config import LossSettings, RolloutSettings, TrainingSettings
 from kdray.models.tensor_parallel import num_kv_heads
+from kdray.models.weight_format import WeightFormat
 
 GIB = 2**30
 _FLOAT32 = 4
@@ -44,6 +45,10 @@ class ModelShape:
     kv_heads: int
     latent: int | None = None
     """Numbers that a layer caches for each token in place of keys and values (multi-head latent attention); None without it."""
+    quantised: int = 0
+    """Parameters whose weights are quantised."""
+    quantised_bytes: float = 0.0
+    """Bytes of each of those, with its share of a scale."""
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -63,6 +68,11 @@ class ModelShape:
         rank = getattr(text, "kv_lora_rank", None)
         if rank is not None:
             head_dim = int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim)
+        form = WeightFormat.of(config)
+        # Embeddings, output head and norms keep their dtype.
+        linear = sum(
+            p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name and "head" not in name
+        )
         return cls(
             # Tied weights count as one parameter.
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -74,7 +84,13 @@ class ModelShape:
             heads=heads,
             kv_heads=kv_heads,
             latent=None if rank is None else int(rank) + int(text.qk_rope_head_dim),
+            quantised=0 if form is None else linear,
+            quantised_bytes=0.0 if form is None else form.weight_bytes,
         )
+
+    def weight_bytes(self, element: int) -> float:
+        """Weights in memory, bytes. Args: element: bytes of a weight that is not quantised."""
+        return (self.parameters - self.quantised) * element + self.quantised * self.quantised_bytes
 
     def kv_bytes(self, element: int, tensor_parallel: int = 1) -> int:
         """KV cache of one token on each of the GPUs that share the model, bytes.
@@ -130,7 +146,7 @@ def engine_memory(
     """
     vocab = max(model.vocab for model in models)
     widest = max(2 * model.hidden + 3 * model.intermediate / tensor_parallel for model in models)
-    weights = sum(model.parameters for model in models) * element / tensor_parallel
+    weights = sum(model.weight_bytes(element) for model in models) / tensor_parallel
     logprobs = _ENGINE_ROWS * max_num_seqs * vocab * _FLOAT32
     activations = step_tokens * widest * element
     base = ENGINE_BASE_BYTES[device]

@@ -11,6 +11,7 @@ from typing import Any
 from kdray.config import EngineSettings, ModelSource
 from kdray.errors import ConfigError
 from kdray.models.inspect import architecture, describe, loaded_from
+from kdray.models.weight_format import WeightFormat
 
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Safetensors' names of the dtypes that an engine computes in."""
@@ -23,7 +24,12 @@ def engine_dtype(engine: EngineSettings, source: ModelSource, revision: str | No
     """
     if engine.dtype != "auto":
         return engine.dtype
-    return checkpoint_dtype(source, revision) if engine.num_gpus else "float32"
+    return checkpoint_dtype(source, revision) if engine.num_gpus else cpu_dtype(source, revision)
+
+
+def cpu_dtype(source: ModelSource, revision: str | None) -> str:
+    """Dtype of an engine on CPUs by default: float32, except for quantised weights, whose kernels there are of bfloat16."""
+    return "float32" if WeightFormat.of(architecture(source, revision)) is None else "bfloat16"
 
 
 def checkpoint_dtype(source: ModelSource, revision: str | None) -> str:

@@ -36,13 +36,18 @@ class RandomModel:
     """Rows of the embedding, at least `VOCAB`: those beyond are padding."""
     tied: bool = False
     seed: int = 0
+    vision: Mapping[str, Any] | None = None
+    """Config of the vision tower of a model that also sees, whose language model the other fields describe."""
 
     def write(self, folder: Path) -> Path:
         """Write a Hugging Face folder: safetensors in float32, config, tokenizer. Returns: the folder."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(self.seed)
-        config = AutoConfig.for_model(self.model_type, **self._keys())
+        keys = self._keys()
+        if self.vision is not None:
+            keys = {"text_config": keys, "vision_config": dict(self.vision), "mm_tokens_per_image": 4}
+        config = AutoConfig.for_model(self.model_type, **keys)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -63,7 +68,8 @@ class RandomModel:
             "intermediate_size": 2 * self.size,
             "num_hidden_layers": self.layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 2),
+            # Latent attention has as many of both.
+            "num_key_value_heads": heads if "kv_lora_rank" in self.config else max(1, heads // 2),
             "head_dim": 32,
             "max_position_embeddings": 512,
             "tie_word_embeddings": self.tied,

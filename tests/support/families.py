@@ -67,12 +67,11 @@ def _experts(**other: Any) -> dict[str, Any]:
 QWEN2 = RandomModel("qwen2", 64, 2, seed=2)
 _LATENT = {
     "kv_lora_rank": 32,
-    "q_lora_rank": 48,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "head_dim": None,
-    "num_key_value_heads": 2,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
@@ -80,6 +79,15 @@ _LATENT = {
     "first_k_dense_replace": 1,
     "n_group": 2,
     "topk_group": 1,
+}
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
 }
 
 FAMILIES: tuple[Family, ...] = (
@@ -130,9 +138,14 @@ FAMILIES: tuple[Family, ...] = (
     _of("GPT-NeoX", "gpt_neox", num_key_value_heads=None, head_dim=None),
     _of("GPT-2", "gpt2", tied=True),
     _of("SmolLM 3", "smollm3"),
-    _of("gpt-oss", "gpt_oss", tolerance=ROUTED, num_local_experts=8, num_experts_per_tok=2, sliding_window=128),
-    _of("DeepSeek V2", "deepseek_v2", tolerance=ROUTED, **_LATENT),
-    _of("DeepSeek V3", "deepseek_v3", tolerance=ROUTED, **_LATENT),
+    Family(
+        "gpt-oss > Qwen 2",
+        RandomModel("gpt_oss", 128, 3, {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 128}, seed=1),
+        QWEN2,
+        tolerance=ROUTED,
+    ),
+    _of("DeepSeek V2", "deepseek_v2", tolerance=ROUTED, topk_method="group_limited_greedy", **_LATENT),
+    _of("DeepSeek V3", "deepseek_v3", tolerance=ROUTED, topk_method="noaux_tc", scoring_func="sigmoid", **_LATENT),
     _of("OPT", "opt", ffn_dim=128, word_embed_proj_dim=None, num_key_value_heads=None, head_dim=None),
     _of("StableLM", "stablelm"),
     _of("StarCoder 2", "starcoder2", sliding_window=None),
@@ -142,7 +155,12 @@ FAMILIES: tuple[Family, ...] = (
     _of("Exaone 4", "exaone4", sliding_window=32),
     _of("Ernie 4.5", "ernie4_5"),
     _of("Nemotron", "nemotron"),
-    _of("Apertus", "apertus"),
+    Family("Apertus > Qwen 2", RandomModel("apertus", 128, 3, seed=1), QWEN2, tolerance=ROUTED),
+    Family(
+        "Gemma 3 that also sees > Gemma 3",
+        RandomModel("gemma3", 128, 3, {"sliding_window": 32, "query_pre_attn_scalar": 32}, tied=True, seed=1, vision=_VISION),
+        RandomModel("gemma3_text", 64, 2, {"sliding_window": 32, "query_pre_attn_scalar": 32}, tied=True, seed=2),
+    ),
     # vLLM's CPU build computes int4 in bfloat16 alone.
     Family("Qwen 2, int4 teacher", RandomModel("qwen2", 128, 3, seed=1), QWEN2, {"dtype": "bfloat16"}, HALF, "int4"),
 )  # fmt: skip

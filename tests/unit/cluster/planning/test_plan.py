@@ -48,6 +48,13 @@ LLAMA_70B = LLAMA_8B | {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
+QWEN_32B = LLAMA_8B | {
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "vocab_size": 152064,
+}
 
 
 def _tiny(tied: bool = False) -> LlamaForCausalLM:
@@ -425,3 +432,32 @@ def test_every_accelerator_is_one_that_ray_knows() -> None:
     from ray.util.accelerators import accelerators
 
     assert set(ACCELERATORS) <= {value for name, value in vars(accelerators).items() if name.isupper()}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "weight", "parallel", "gpu_gib", "responses"),
+    [
+        # Bytes of a layer's weight, GPUs of a replica, their memory, responses of 8k tokens that its cache holds at once.
+        (LLAMA_70B | {"quantization_config": {"quant_method": "fp8"}}, 1 + 2 / 4096, 8, 79.6, 110),
+        (QWEN_32B, 2.0, 4, 79.6, 60),
+        (
+            LLAMA_70B | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+            0.5 + 2 / 128,
+            4,
+            44.4,
+            24,
+        ),
+    ],
+    ids=["70B FP8 on 8 H100", "32B bf16 on 4 H100", "70B int4 on 4 L40S"],
+)
+def test_a_large_teacher_with_an_8b_student(
+    teacher: dict[str, Any], weight: float, parallel: int, gpu_gib: float, responses: int
+) -> None:
+    large, student = ModelShape.of(LlamaConfig(**teacher)), ModelShape.of(LlamaConfig(**LLAMA_8B))
+    embedding = 2 * teacher["vocab_size"] * teacher["hidden_size"]
+    norms = (2 * teacher["num_hidden_layers"] + 1) * teacher["hidden_size"]
+    layers = large.parameters - embedding - norms
+    memory = engine_memory([large, student], 2, parallel, 256, 4096, 0.85 * gpu_gib * GIB)
+    expected = layers * weight + (embedding + norms + student.parameters) * 2
+    assert memory.weights == pytest.approx(expected / parallel, rel=1e-6)
+    assert memory.kv_tokens > responses * (8192 + 512)

@@ -280,6 +280,8 @@ for command in (submit, status, stop, logs):
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A recipe whose teachers to start and test, too.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings, as section.key=value.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Try tiny models through engine, trainer and export; minutes.")] = False,
+    out: Annotated[Path, typer.Option(help="File of the results of --deep, to attach to a report.")] = Path("doctor.json"),
 ) -> None:
     """Show what this machine has, what it lacks, and what to do; exit 1 when something required is missing.
 
@@ -300,6 +302,11 @@ def doctor(
         Console().print(table)
         if any(check.ok is False for check in found):
             raise typer.Exit(1)
+        if deep:
+            from cluster.diagnosis.deep import examine
+
+            if not examine(found, out, typer.echo):
+                raise typer.Exit(1)
         if config is not None:
             from cluster.launch import check_teachers
             from kdray.config import load_config

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from kdray.config import Config, EngineSettings, ModelSource, vllm_build
 from kdray.config.route import Route
 from kdray.errors import ConfigError
+from kdray.models.inspect import architecture
 from kdray.models.precision import engine_dtype
+from kdray.models.weight_format import WeightFormat
 
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 """`training.precision` -> dtype of the student's forward pass."""
@@ -46,6 +48,14 @@ def precision_notes(config: Config) -> Iterator[str]:
             f"note: {setting} samples the student's rollouts in {sampled}, and training.precision={precision} computes in "
             f"{trained}: their probabilities differ by rounding; set {setting}.dtype={trained}{remedy} to have one precision"
         )
+
+
+def quantisation_notes(config: Config) -> Iterator[str]:
+    """One line for each served teacher whose weights are quantised."""
+    for name in config.served_teachers:
+        form = WeightFormat.of(architecture(*config.source(name)))
+        if form is not None:
+            yield f"note: teachers.{name}.model has quantised weights ({form}); the student beside it stays plain"
 
 
 def _engines(config: Config) -> dict[str, EngineSettings]:

@@ -134,14 +134,18 @@ class StudentTrainer:
         maps = features is not None and features.attention is not None
         with self.backend.loading():
             torch.manual_seed(self.seed)
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 phase.model,
                 revision=phase.revision,
                 dtype=self._dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
                 **attention_arguments(phase.model, phase.revision, self.training.attention, maps=maps),
             )
+        if lacking := sorted(info["missing_keys"]):
+            # Transformers only warns, and goes on with random weights.
+            raise TrainingError(f"{phase.model}: its files lack {', '.join(lacking[:4])} ({len(lacking)} tensors in all)")
         model.config.use_cache = False
         if self.training.gradient_checkpointing:
             model.gradient_checkpointing_enable()

@@ -24,7 +24,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.config import get_config
 
 from actors.vllm_plugin.row_statistics import Rows
-from actors.vllm_plugin.sub_models import build, text_weights
+from actors.vllm_plugin.sub_models import build, text_weights, unfilled
 
 ARCHITECTURE = "KdrayMixtureForCausalLM"
 _STUDENT = "student."
@@ -65,6 +65,8 @@ class MixtureForCausalLM(nn.Module):
                 vllm_config, "student", student_config, student_config.architectures, quantised=False, prefix="student"
             )
             self.secondary_weights = [DefaultModelLoader.Source(source, revision=revision, prefix=_STUDENT)]
+        self.plain = vllm_config.quant_config is None
+        """True if the weights of the engine's own checkpoint are not quantised."""
         self.teacher_width = _width(self.teacher)
         self.filled: dict[str, set[str]] = {"teacher": set(), "student": set()}
         """Parameters and buffers that each model's first load filled; an update has to fill the same."""
@@ -140,6 +142,10 @@ class MixtureForCausalLM(nn.Module):
             names = self.load(which, ((name.removeprefix(_STUDENT), tensor) for name, tensor in group))
             self.filled[which] |= names
             loaded |= {f"{which}.{name}" for name in names}
+        for which, model, plain in (("teacher", self.teacher, self.plain), ("student", self.student, True)):
+            # vLLM's own check leaves out linear layers. Of quantised ones, only vLLM knows what files have to hold.
+            if model is not None and plain and (lacking := unfilled(model, self.filled[which])):
+                raise ValueError(f"the files of the {which} lack {', '.join(lacking[:4])} ({len(lacking)} tensors in all)")
         return loaded
 
     def load(self, which: str, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

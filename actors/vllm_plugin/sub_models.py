@@ -61,6 +61,12 @@ def _uniform_window(text: Any) -> int | None:
     return getattr(text, "sliding_window", None)
 
 
+def unfilled(model: torch.nn.Module, filled: set[str]) -> list[str]:
+    """Parameters that a load left as they were made, without a tied output head, in order."""
+    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    return sorted({name for name, _ in model.named_parameters(remove_duplicate=True)} - filled - tied)
+
+
 def text_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """A checkpoint's tensors under the names that its text model has by itself, without those of other modalities."""
     for name, tensor in weights:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from actors.student.file_tensors import export_gap, in_files, persistent_buffers
 from actors.student.trainer import Phase, StudentTrainer
 from kdray.config import TrainingSettings
+from kdray.errors import TrainingError
 from kdray.models.random_models import VOCAB, RandomModel
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -71,3 +73,15 @@ def test_an_export_that_lost_a_tensor_is_found(tmp_path: Path) -> None:
     message = export_gap(tmp_path / "export", torch.float32, IDS, trained + np.float32(0.3), VOCAB)
     assert message is not None
     assert "log q differs by 0.3 nats a token" in message
+
+
+def test_a_student_whose_files_lack_a_tensor_is_not_trained_from_random_weights(tmp_path: Path) -> None:
+    folder = RandomModel("llama").write(tmp_path / "model")
+    tensors = of_files(folder)
+    lost = "model.layers.1.mlp.down_proj.weight"
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != lost}, folder / "model.safetensors", {"format": "pt"}
+    )
+    trainer = StudentTrainer(TrainingSettings.model_validate({"backend": {"type": "torch"}}), VOCAB, 0)
+    with pytest.raises(TrainingError, match=rf"its files lack {lost} \(1 tensors in all\)"):
+        trainer.start_phase(Phase("sft", str(folder), None, None, 1e-3, 1))

@@ -57,7 +57,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for each in FAMILIES:
         row = known.get(each.name)
         if row is None or "error" in row:
-            lines.append(f"| {each.name} | {'not run' if row is None else row['error']} | | | | |")
+            lines.append(f"| {each.name} | {'not run yet' if row is None else row['error']} | | | | |")
         else:
             gaps = " | ".join(f"{row[name]:.0e}" for name in ("teacher", "student", "scored", "updated", "export"))
             lines.append(f"| {each.name}{'' if row['ok'] else ' (beyond tolerance)'} | {gaps} |")

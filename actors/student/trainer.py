@@ -454,12 +454,3 @@ def _not_finite(batch: TrainBatch) -> str:
 def _what_now(number: int) -> str:
     """State of the optimizer after a failed update. Args: number: updates made before it in its step."""
     return "the optimizer was not moved" if number == 0 else f"{number} updates of the step were made: go back to a checkpoint"
-
-
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Merge `extra` over `base`, section by section."""
-    merged = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

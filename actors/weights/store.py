@@ -29,8 +29,10 @@ class WeightStore:
         self._version = -1
         self._buckets: list[np.ndarray] = []
         self._trained: np.ndarray | None = None
-        self._verdicts: list[Verdict] = []
-        self._seen = 0
+        self._verdict: Verdict | None = None
+        """Of the newest version that a replica has compared."""
+        self._refusal: Verdict | None = None
+        self._largest_gap: float | None = None
         self._published = asyncio.Condition()
 
     async def put_bucket(self, version: int, index: int, data: np.ndarray) -> None:
@@ -68,32 +70,33 @@ class WeightStore:
     async def report(self, verdict: Verdict) -> None:
         """Report a replica's comparison of a version that it has loaded, after its last attempt."""
         async with self._published:
-            self._verdicts.append(verdict)
+            if self._verdict is None or verdict.version > self._verdict.version:
+                self._verdict = verdict
+            if self._refusal is None and not verdict.accepted:
+                self._refusal = verdict
+            # So that nan, too, is the largest.
+            if self._largest_gap is None or not verdict.gap <= self._largest_gap:
+                self._largest_gap = verdict.gap
             self._published.notify_all()
 
     async def verdict(self, at_least: int) -> Verdict:
-        """Wait for the first comparison of a version that is `at_least` this, by any replica."""
+        """Wait for a comparison of a version that is `at_least` this, by any replica."""
         async with self._published:
-            while True:
-                for verdict in self._verdicts:
-                    if verdict.version >= at_least:
-                        return verdict
+            while self._verdict is None or self._verdict.version < at_least:
                 await self._published.wait()
+            return self._verdict
 
     async def refused(self) -> Verdict:
         """Wait until a replica has refused a version."""
         async with self._published:
-            while True:
-                for verdict in self._verdicts:
-                    if not verdict.accepted:
-                        return verdict
+            while self._refusal is None:
                 await self._published.wait()
+            return self._refusal
 
     async def largest_gap(self) -> float | None:
         """Largest gap of all comparisons since the last call, nats a token; None if there was none."""
-        gaps = [verdict.gap for verdict in self._verdicts[self._seen :]]
-        self._seen = len(self._verdicts)
-        return max(gaps, default=None)
+        gap, self._largest_gap = self._largest_gap, None
+        return gap
 
     async def bucket(self, version: int, index: int) -> np.ndarray | None:
         """A bucket of the newest version; None if `version` is no longer the newest."""

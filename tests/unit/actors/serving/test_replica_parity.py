@@ -11,6 +11,7 @@ import pytest
 from actors.serving import replica as module
 from actors.serving.replica import TeacherReplica
 from actors.weights.store import WeightStore
+from kdray.checks.parity import Verdict
 from kdray.errors import EngineError
 from tests.support.pools import engine_spec
 
@@ -101,3 +102,14 @@ async def test_a_version_without_the_trainers_numbers_is_not_compared(monkeypatc
 
 async def _none() -> None:
     return None
+
+
+async def test_the_store_keeps_what_is_asked_for_and_no_history() -> None:
+    store = WeightStore()
+    for version, gap in enumerate([1e-6, 3e-6, 2e-6]):
+        await store.report(Verdict(version, gap, 1e-3))
+    await store.report(Verdict(1, 0.5, 1e-3))
+    assert (await store.verdict(2)).gap == 2e-6
+    assert (await store.refused()).version == 1
+    assert await store.largest_gap() == 0.5
+    assert await store.largest_gap() is None

@@ -158,8 +158,11 @@ async def test_a_call_to_a_slow_replica_is_answered_by_another(pair: tuple[Repli
     )
     engine.suspend()
     try:
-        assert await asyncio.wait_for(_drawn(pool, 64), 60) == expected
-        hedges = [event for event in events if event["kind"] == "hedge"]
+        # On a busy machine, Serve may find one replica late in answering and give both halves to the other.
+        for _ in range(10):
+            assert await asyncio.wait_for(_drawn(pool, 64), 60) == expected
+            if hedges := [event for event in events if event["kind"] == "hedge"]:
+                break
         assert [(hedge["call"], hedge["rollouts"]) for hedge in hedges] == [("sample", 32)]
         assert await asyncio.wait_for(_drawn(pool, 64), 60) == expected
         assert pool.hedged == 32, "the slow replica was asked again"

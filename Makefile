@@ -16,12 +16,13 @@ quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write
 test: lint test-unit test-integration  ## what CI runs
 
 test-unit: $(STAMP)  ## seconds, no Ray
-	$(PYTEST) tests/unit
+	$(PYTEST) tests/unit -m "not full"
 
 test-integration: $(STAMP)  ## real engines on tiny models, minutes
 	$(PYTEST) tests/integration -m "not full"
 
-test-full: $(STAMP) lint test-unit  ## adds the longer real-engine tests
+test-full: $(STAMP) lint  ## adds the longer tests: more combinations, and more runs with real engines
+	$(PYTEST) tests/unit
 	$(PYTEST) tests/integration
 
 chaos: $(STAMP)  ## 30 faults on one run, real engines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pkgutil import resolve_name
 
@@ -15,7 +15,8 @@ from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.policy_gradient import Whitening
 from kdray.losses.pretraining import pretraining
 from kdray.losses.sft import sft
-from kdray.losses.support import Buckets, buckets_loss, divergence_loss, divergence_sum
+from kdray.losses.support import Buckets, buckets, buckets_loss, divergence_loss, divergence_sum
+from kdray.rollouts.batching import FRESH
 
 LossFunction = Callable[..., LossOutput]
 
@@ -66,14 +67,37 @@ class Objective:
         if settings is None:
             return cls("token", of_logits)
         implementation = resolve_name(settings.implementation)
-        if settings.divergence:
-            return cls("token", of_logits, lambda rows, batch: divergence_sum(implementation, rows, settings))
-        if settings.reads == "buckets":
-            step = {} if whitening is None else {"whitening": whitening}
-            return cls("buckets", of_logits, lambda rows, batch: implementation(rows, batch, settings, **step))
+        step = {} if whitening is None else {"whitening": whitening}
+
+        def of_buckets(rows: Buckets, batch: LossBatch) -> LossOutput:
+            if settings.divergence:
+                loss = divergence_sum(implementation, rows, settings)
+            else:
+                loss = implementation(rows, batch, settings, **step)
+            return replace(loss, sums={**loss.sums, **_rollout_gap(rows, batch)})
+
+        if settings.divergence or settings.reads == "buckets":
+            reads: Reads = "token" if settings.divergence else "buckets"
+            return cls(reads, lambda logits, batch: of_buckets(buckets(batch.masked_rows(logits), batch), batch), of_buckets)
         return cls(settings.reads, of_logits)
 
     @classmethod
     def of_text(cls, settings: PretrainingSettings) -> Objective:
         """The loss on pretraining text."""
         return cls("token", lambda logits, batch: pretraining(logits, batch, settings))
+
+
+@torch.no_grad()
+def _rollout_gap(rows: Buckets, batch: LossBatch) -> dict[str, torch.Tensor]:
+    """Sum of |log q_theta - log q of the sampler| over the tokens that the trained version sampled, and their number.
+
+    Both are the same model at the same prefix, computed by the trainer and by the engine; the sum is what they differ by.
+    """
+    logprobs, sampler = rows.token_logprobs, batch.student_logprobs
+    if logprobs is None or sampler is None or batch.group is None:
+        return {}
+    fresh = torch.tensor([name.endswith(FRESH) for name in batch.groups] + [False], device=batch.group.device)
+    # -1, the group of a position without a token, is the last entry.
+    is_fresh = fresh[batch.masked("group").long()]
+    gaps = (logprobs - batch.masked("student_logprobs").to(logprobs.dtype)).abs()
+    return {"rollout_gap": gaps.masked_fill(~is_fresh, 0.0).sum(), "rollout_gap_tokens": is_fresh.sum()}

@@ -19,6 +19,9 @@ _RECORDED = tuple(column for column in batch_columns() if column.stage != "batch
 """Columns of a batch that rollouts already have."""
 _MADE = {column.name: column for column in batch_columns() if column.stage == "batching"}
 
+FRESH = "/staleness_0"
+"""End of the names of groups whose tokens were sampled by the version that the step trains; see `token_groups`."""
+
 
 def rollouts_to_batch(
     rollouts: Sequence[Rollout],

@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "trajectory_weight_mean": Metric("1", "token_mean", "Product of q_theta / m up to a token, over its window; about 1"),
     "trajectory_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of these products"),
     "staleness_ratio": Metric("1", "token_mean", "q_theta / q of the sampler at the sampled tokens, as the loss uses it"),
+    "rollout_gap": Metric(
+        "nats/token", "ratio_of_sums", "|log q_theta - log q of the sampler| at tokens that the trained version sampled"
+    ),
     "staleness_clipped": Metric("share", "token_mean", "Tokens whose staleness ratio was above the cap"),
     "ppo_clipped": Metric("share", "token_mean", "Tokens that PPO's clip leaves without a policy gradient"),
     "policy_gradient": Metric("nats/token", "token_mean", "The sampled term of the loss; only its gradient has a meaning"),
@@ -88,6 +91,9 @@ METRICS: dict[str, Metric] = {
 _WEIGHT = "trajectory_weight"
 """Sum of weights: with the sum of squares under `<name>_sq` it becomes `<name>_mean` and `<name>_ess`."""
 
+_GAP = "rollout_gap"
+"""Sum over some of the tokens, whose number is under `<name>_tokens`: a step without any has no mean."""
+
 
 def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
     """Reduce the sums of a loss over all response tokens of a step to metrics: means, and the effective sample size.
@@ -108,6 +114,10 @@ def reduce_sums(sums: Mapping[str, float], num_tokens: int) -> dict[str, float]:
         means[f"{_WEIGHT}_mean"] = means.pop(_WEIGHT)
         del means[f"{_WEIGHT}_sq"]
         means[f"{_WEIGHT}_ess"] = effective_sample_size(float(sums[_WEIGHT]), float(sums[f"{_WEIGHT}_sq"]), num_tokens)
+    if (tokens := means.pop(f"{_GAP}_tokens", None)) is not None:
+        gap = means.pop(_GAP)
+        if tokens:
+            means[_GAP] = gap / tokens
     return means
 
 

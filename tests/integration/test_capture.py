@@ -243,6 +243,7 @@ def test_an_endpoint_is_called_again_for_nothing_but_what_was_in_flight(workplac
     assert read_manifest(folder).fingerprint is None  # type: ignore[union-attr]
 
 
+@pytest.mark.full
 def test_a_model_in_the_process_is_recognised_by_its_canary(workplace: Path, start: Any) -> None:
     local = {"type": "hf", "model": str(workplace / "teacher"), "batch_size": 64}
     recipe = str(_recipe(workplace, "local", teachers={"main": local}, data={"prompts": {"type": "task", "size": 40}}))

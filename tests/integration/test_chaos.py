@@ -10,6 +10,7 @@ from tests.soak.chaos import Chaos, cluster_of, recipe_of, steps_for
 
 
 @pytest.mark.timeout(1500)
+@pytest.mark.full
 def test_a_run_survives_a_stuck_engine_a_killed_rank_a_full_disk_and_a_corrupt_checkpoint(workplace: Path, marker: str) -> None:
     wanted = ["stop_engine", "kill_rank", "corrupt_checkpoint", "full_disk"]
     with cluster_of(1) as cluster:

@@ -40,9 +40,8 @@ ray.shutdown()
 """
 
 
-@pytest.mark.parametrize(
-    "program", [AS_A_SCRIPT, pytest.param(IN_A_NOTEBOOK, marks=pytest.mark.full)], ids=["script", "notebook"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("program", [AS_A_SCRIPT, IN_A_NOTEBOOK], ids=["script", "notebook"])
 def test_the_page_of_the_library_runs(tmp_path: Path, program: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, "-c", program]

@@ -310,6 +310,7 @@ def _run(
     return json.loads((folder / "far" / "summary.json").read_text()), [json.loads(line) for line in lines]
 
 
+@pytest.mark.full
 def test_a_run_learns_from_text_alone(endpoint: Endpoint, tmp_path: Path) -> None:
     """Sequence-level distillation: the endpoint writes, four steps ahead; the student is graded by student-only replicas."""
     rollout = {"alpha": 1.0, "max_new_tokens": 8, "max_staleness": 4}

@@ -188,6 +188,7 @@ def _is_without_b(rollout: Rollout, served: Served, models: TinyModels) -> bool:
     return False
 
 
+@pytest.mark.full
 async def test_a_teacher_whose_replicas_all_died_is_waited_for_or_ends_the_run(served: Served, tiny_models: TinyModels) -> None:
     await served.draw(_requests(12))
     served.events.clear()

@@ -46,6 +46,6 @@ def loss_batch(
         vocab_size=vocab,
         support_ids=ids.masked_fill(unused, -1),
         group=(place % 2).expand(rows, length).contiguous(),
-        groups=("one", "two"),
+        groups=("teacher/t/staleness_0", "teacher/t/staleness_1"),
         **{name: column.to(dtype) for name, column in columns.items()},
     )

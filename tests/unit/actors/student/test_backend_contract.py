@@ -54,18 +54,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What DeepSpeed finds in a Ray Train worker: a group, here of this process alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}.items():
-            patch.setenv(name, value)
-        meeting = tmp_path_factory.mktemp("group") / "file"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
-
-
 @pytest.fixture
 def installed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(install(tmp_path_factory.mktemp("site")))

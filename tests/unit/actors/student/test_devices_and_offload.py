@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 OPTIMIZATION = Optimization(0.01, (0.9, 0.95), 0.1, "constant", 0, 10)
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        meeting = tmp_path_factory.mktemp("group") / "file"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 def training(backend: dict[str, Any], **settings: Any) -> TrainingSettings:

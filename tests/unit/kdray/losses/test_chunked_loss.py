@@ -262,3 +262,22 @@ def test_the_default_chunk_follows_the_vocabulary() -> None:
     assert TrainingSettings().chunk_tokens(152_000) == 220
     assert TrainingSettings(loss_chunk_tokens=64).chunk_tokens(152_000) == 64
     assert TrainingSettings().chunk_tokens(2**26) == 1
+
+
+@pytest.mark.parametrize("loss", [Objective.of(MiniLLMLoss()), objective(built_in_losses()[1])], ids=["buckets", "divergence"])
+def test_the_gap_to_the_sampler_is_that_of_the_tokens_of_the_trained_version(loss: Objective) -> None:
+    batch = loss_batch(4, 9, VOCAB)
+    given = leaves(int(batch.mask.sum()))
+    with torch.no_grad():
+        rows = linear(*given)[:, :VOCAB].log_softmax(-1)
+    assert batch.group is not None
+    assert batch.student_logprobs is not None
+    fresh = batch.group[batch.mask] == 0
+    gaps = rows.gather(-1, batch.token_ids[batch.mask].unsqueeze(-1)).squeeze(-1) - batch.student_logprobs[batch.mask]
+    for found in (chunked_loss(*given, batch, loss, 4), plain(given, batch, loss, lambda products: products)):
+        torch.testing.assert_close(found.sums["rollout_gap"], gaps[fresh].abs().sum())
+        assert int(found.sums["rollout_gap_tokens"]) == int(fresh.sum()) > 0
+    same = batch.student_logprobs.masked_scatter(batch.mask, batch.student_logprobs[batch.mask] + gaps)
+    assert float(chunked_loss(*given, replace(batch, student_logprobs=same), loss, 4).sums["rollout_gap"]) < 1e-12
+    bare = chunked_loss(*given, replace(batch, group=None), loss, 4).sums
+    assert "rollout_gap" not in bare

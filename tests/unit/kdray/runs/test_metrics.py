@@ -59,6 +59,11 @@ def test_sums_of_a_group_become_means_over_its_own_tokens():
     assert reduce_sums({"clipped": 3.0, **of_a, **of_b}, 6) == {"clipped": 0.5, "teacher/a/clipped": 0.5}
 
 
+def test_the_gap_is_a_mean_over_fresh_tokens_alone():
+    assert reduce_sums({"rollout_gap": 0.5, "rollout_gap_tokens": 2.0}, 8) == {"rollout_gap": 0.25}
+    assert reduce_sums({"rollout_gap": 0.0, "rollout_gap_tokens": 0.0}, 8) == {}
+
+
 def test_no_tokens_no_means():
     assert reduce_sums({"trajectory_weight": 0.0, "trajectory_weight_sq": 0.0, "single_step": 0.0}, 0) == {}
 

@@ -83,7 +83,8 @@ class Student(Protocol):
         ...
 
     async def publish(self, version: int) -> None:
-        """Offer the current weights to all replicas as `version`. Returns once they can be pulled."""
+        """Offer the current weights to all replicas as `version`. Returns once they are copied: requests that need the version
+        wait for it."""
         ...
 
     async def save_checkpoint(self, step: int) -> None:

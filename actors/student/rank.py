@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from actors.student.checkpoint_io import RankFiles
 from actors.student.mailbox import Command
 from actors.student.trainer import StudentTrainer
+from actors.weights.publisher import Publisher
 from actors.weights.sender import WeightServer
 from kdray.checks.parity import LONG, SHORT
 from kdray.config import TrainingSettings
@@ -61,28 +63,27 @@ def run_rank(given: dict[str, RankConfig]) -> None:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     trainer = StudentTrainer(config.training, config.vocab_size, config.seed)
     files = RankFiles(trainer, config.run_folder, config.storage)
-    server = None
-    if config.training.weight_transfer != "object_store" and trainer.rank == 0:
-        server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
+    outlet = Outlet(config, trainer)
     try:
-        run_log(config, trainer, files, server)
+        run_log(config, trainer, files, outlet)
     finally:
         files.close()
-        if server is not None:
-            server.close()
+        outlet.close()
 
 
-def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, server: WeightServer | None) -> None:
+def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, outlet: Outlet) -> None:
     """Execute the log's commands in order, from the last committed checkpoint on, until the stop command."""
     mailbox, rank = config.mailbox, trainer.rank
     ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
         files.start_phase(phase, None if checkpoint is None else Path(checkpoint))
-        if config.training.weight_transfer != "object_store" and phase.loss is not None:
+        if phase.loss is not None:
             # Replicas that start now request the version that was published before the checkpoint: distillation's versions are
-            # its steps. No command of the log publishes it again.
-            announce(trainer, trainer.steps_done, config, server)
+            # its steps. No command of the log publishes it again, and the objects of the ranks before are lost.
+            outlet.publish(trainer.steps_done)
+            if config.average is not None:
+                outlet.renew(trainer.steps_done, decay=1.0)
     while True:
         try:
             command: Command = call_with_retry(lambda: mailbox.command.remote(index))  # noqa: B023 - called in this iteration
@@ -90,7 +91,7 @@ def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, serve
             # The driver has removed the mailbox: the run is over, and a restart would not find it either.
             return
         try:
-            result = execute(command, trainer, files, config, server)
+            result = execute(command, trainer, files, config, outlet)
         except (TrainingError, StorageError) as error:
             # A restart would fail in the same way: it is a result, not a lost rank.
             result = error
@@ -112,10 +113,11 @@ def call_with_retry(call: Callable[[], Any]) -> Any:
             time.sleep(_UNREACHABLE_S)
 
 
-def execute(
-    command: Command, trainer: StudentTrainer, files: RankFiles, config: RankConfig, server: WeightServer | None = None
-) -> Any:
+def execute(command: Command, trainer: StudentTrainer, files: RankFiles, config: RankConfig, outlet: Outlet) -> Any:
     """Execute a command, together with the other ranks. Returns: rank 0's result."""
+    if command.kind not in ("train", "publish", "renew"):
+        # A restart from a checkpoint publishes nothing that came before it.
+        outlet.flush()
     if command.kind == "phase":
         assert command.phase is not None
         files.start_phase(command.phase, None if command.checkpoint is None else Path(command.checkpoint))
@@ -125,14 +127,11 @@ def execute(
         return trainer.train_step(ray.get(command.shards[trainer.rank]), text, command.scheduled)
     elif command.kind == "publish":
         assert command.version is not None
-        if config.training.weight_transfer == "object_store":
-            _publish(trainer.weight_buckets(), command.version, config.weights, trainer.rank, _trained(trainer, config))
-        else:
-            announce(trainer, command.version, config, server)
+        outlet.publish(command.version)
     elif command.kind == "renew":
         assert command.version is not None
         assert command.decay is not None
-        _publish(trainer.averaged_buckets(command.decay), command.version, config.average, trainer.rank)
+        outlet.renew(command.version, command.decay)
     elif command.kind == "save":
         assert command.checkpoint is not None
         return files.save(Path(command.checkpoint), command.progress or {})
@@ -142,41 +141,76 @@ def execute(
     return None
 
 
-def _trained(trainer: StudentTrainer, config: RankConfig) -> np.ndarray | None:
-    """log q of the ids that replicas compare: all at the start of a phase or after a resume, a few after every update."""
-    length = SHORT if trainer.has_trained else LONG
-    ids = config.parity_ids[:length]
-    return trainer.log_probabilities(ids) if len(ids) > 1 else None
+class Outlet:
+    """Publication of the student's weights to replicas. Every rank takes part in gathering them, rank 0 sends."""
+
+    def __init__(self, config: RankConfig, trainer: StudentTrainer) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._server: WeightServer | None = None
+        self._publisher: Publisher | None = None
+        self._average: Publisher | None = None
+        # One for both: a replica that has a version of the student finds the average that belongs to it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weight-publisher")
+        if trainer.rank == 0 and config.training.weight_transfer != "object_store":
+            self._server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
+        if trainer.rank == 0 and config.training.weight_transfer == "object_store":
+            self._publisher = Publisher(config.weights, self._thread)
+        if trainer.rank == 0 and config.average is not None:
+            self._average = Publisher(config.average, self._thread)
+
+    def publish(self, version: int) -> None:
+        """Publish the weights as they are now. Through the object store, they may arrive after this returns."""
+        if self._config.training.weight_transfer == "object_store":
+            trained = self._trained()
+            _send(self._publisher, version, self._trainer.weight_buckets(), trained)
+        else:
+            self._announce(version)
+
+    def renew(self, version: int, decay: float) -> None:
+        """Update the average of the weights, and publish it. Args: decay: share of the average that is kept."""
+        _send(self._average, version, self._trainer.averaged_buckets(decay))
+
+    def flush(self) -> None:
+        """Return once everything is published. Raises: the error of a version that did not arrive."""
+        for publisher in (self._publisher, self._average):
+            if publisher is not None:
+                publisher.flush()
+
+    def close(self) -> None:
+        """Stop sending."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._server is not None:
+            self._server.close()
+
+    def _announce(self, version: int) -> None:
+        """Announce a version that rank 0 sends to replicas on request."""
+        if self._server is not None:
+            self._server.withdraw()
+        tensors: dict[str, torch.Tensor] = {}
+        for bucket in self._trainer.weight_buckets(self._trainer.device):
+            tensors |= bucket
+        trained = self._trained()
+        if self._server is not None:
+            self._server.publish(version, tensors)
+            ray.get(self._config.weights.commit.remote(version, trained=trained))
+
+    def _trained(self) -> np.ndarray | None:
+        """log q of the ids that replicas compare: all at the start of a phase or after a resume, a few after every update."""
+        length = SHORT if self._trainer.has_trained else LONG
+        ids = self._config.parity_ids[:length]
+        return self._trainer.log_probabilities(ids) if len(ids) > 1 else None
 
 
-def _publish(
-    buckets: Iterator[dict[str, torch.Tensor]], version: int, weights: Any, rank: int, trained: np.ndarray | None = None
+def _send(
+    publisher: Publisher | None, version: int, buckets: Iterator[dict[str, torch.Tensor]], trained: np.ndarray | None = None
 ) -> None:
-    """Send the weights to the store, bucket by bucket. Every rank takes part in gathering, rank 0 sends."""
-    from safetensors.torch import save
-
-    count = 0
-    for bucket in buckets:
-        if rank == 0:
-            # Safetensors bytes: replicas write them to a file unchanged.
-            data = np.frombuffer(save(bucket), dtype=np.uint8)
-            ray.get(weights.put_bucket.remote(version, count, data))
-        count += 1
-    if rank == 0:
-        ray.get(weights.commit.remote(version, count, trained))
-
-
-def announce(trainer: StudentTrainer, version: int, config: RankConfig, server: WeightServer | None) -> None:
-    """Announce a version that rank 0 sends to replicas on request. Every rank takes part in gathering."""
-    if server is not None:
-        server.withdraw()
-    tensors: dict[str, torch.Tensor] = {}
-    for bucket in trainer.weight_buckets(trainer.device):
-        tensors |= bucket
-    trained = _trained(trainer, config)
-    if server is not None:
-        server.publish(version, tensors)
-        ray.get(config.weights.commit.remote(version, 0, trained))
+    """Publish buckets, which every rank takes part in gathering. Args: publisher: rank 0's; None on the others."""
+    if publisher is not None:
+        publisher.publish(version, buckets, trained)
+    else:
+        for _ in buckets:
+            pass
 
 
 _UNREACHABLE_S = 1.0

@@ -1,33 +1,53 @@
 """Store of student weights: published once by rank 0, pulled by every replica that is behind.
 
-The store keeps only the newest complete version. A replica that starts late or restarts holds an old version like any slow one,
-and catches up in the same way; nothing is pushed, so no list of replicas is needed.
+The bytes lie in Ray's object store on rank 0's node, and move from there once to each node that has replicas; the store holds
+references. It keeps only the newest complete version, and older ones while a replica is fetching them. A replica that starts
+late or restarts holds an old version like any slow one, and catches up in the same way; nothing is pushed, so no list of
+replicas is needed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.exceptions import ObjectLostError
 
 from kdray.checks.parity import Verdict
+from kdray.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+_LEASE_S = 900.0
+"""Time after which a version is no longer kept for a replica that began to fetch it: the replica has died."""
+_FETCH_S = 300.0
+"""Time for one bucket. A fetch that takes longer, or finds the objects lost with rank 0, begins again."""
+_LOST_S = 1.0
 
 
 class WeightStore:
-    """Newest published weights, bucket by bucket; an actor with async methods.
+    """References to the newest published weights, bucket by bucket; an actor with async methods.
 
-    Buckets are returned as results of calls, not as references to stored objects: a reference handed out by the store, and
-    dropped by it for a new version, left a replica's get waiting forever, once in a few hundred updates (Ray 2.60).
+    A version is kept while it is being fetched (`lease`): a reference that the store dropped for a newer version, while the
+    replica that it had been handed to was fetching, left that replica's get waiting forever, once in a few hundred updates
+    (Ray 2.60).
     """
 
     def __init__(self) -> None:
-        self._pending: dict[int, dict[int, np.ndarray]] = {}
         self._version = -1
-        self._buckets: list[np.ndarray] = []
+        self._buckets: Sequence[Sequence[Any]] = ()
+        """One reference in a sequence for each bucket: Ray would replace a bare one by its value."""
+        self._publisher = ""
+        self._leases: dict[int, tuple[float, Sequence[Sequence[Any]]]] = {}
+        """Start and buckets of each fetch."""
+        self._leased = 0
         self._trained: np.ndarray | None = None
         self._verdict: Verdict | None = None
         """Of the newest version that a replica has compared."""
@@ -35,27 +55,25 @@ class WeightStore:
         self._largest_gap: float | None = None
         self._published = asyncio.Condition()
 
-    async def put_bucket(self, version: int, index: int, data: np.ndarray) -> None:
-        """Add a bucket: safetensors bytes as uint8 [size], which stay in the object store while the array is referenced."""
-        self._pending.setdefault(version, {})[index] = data
+    async def commit(
+        self,
+        version: int,
+        buckets: Sequence[Sequence[Any]] = (),
+        trained: np.ndarray | None = None,
+        publisher: str = "",
+    ) -> None:
+        """Make `version` the newest; an older version (a replay) is dropped.
 
-    async def commit(self, version: int, num_buckets: int, trained: np.ndarray | None = None) -> None:
-        """Make `version` the newest, once all its buckets are here; an older version (a replay) is dropped.
-
-        Args: trained: the trainer's log q under this version, by which replicas check what they loaded
-              (`kdray.checks.parity`); None if they cannot.
-        Raises: ValueError naming the missing buckets.
+        Args: buckets: a reference to the safetensors bytes, uint8 [size], of each; trained: the trainer's log q under this
+              version, by which replicas check what they loaded (`kdray.checks.parity`), None if they cannot; publisher: the
+              process that owns the buckets. Those of another one are gone with it, so its first version replaces any other.
         """
-        buckets = self._pending.pop(version, {})
-        missing = sorted(set(range(num_buckets)) - set(buckets))
-        if missing:
-            raise ValueError(f"student version {version}: buckets {missing} of {num_buckets} never arrived")
         async with self._published:
-            if version > self._version:
-                self._version = version
-                self._buckets = [buckets[index] for index in range(num_buckets)]
-                self._trained = trained
+            if version > self._version or publisher != self._publisher:
+                self._version, self._publisher = version, publisher
+                self._buckets, self._trained = buckets, trained
                 self._published.notify_all()
+            self._forget_the_dead()
 
     async def newest(self, at_least: int) -> tuple[int, int]:
         """Wait until the newest version is `at_least` this; return it and its number of buckets."""
@@ -98,38 +116,58 @@ class WeightStore:
         gap, self._largest_gap = self._largest_gap, None
         return gap
 
-    async def bucket(self, version: int, index: int) -> np.ndarray | None:
-        """A bucket of the newest version; None if `version` is no longer the newest."""
-        return self._buckets[index] if version == self._version else None
+    async def lease(self, at_least: int) -> tuple[int, int, Sequence[Sequence[Any]]]:
+        """Wait until the newest version is `at_least` this, and keep it: (number to release it by, version, buckets)."""
+        async with self._published:
+            await self._published.wait_for(lambda: self._version >= at_least)
+            self._forget_the_dead()
+            self._leased += 1
+            self._leases[self._leased] = (time.monotonic(), self._buckets)
+            return self._leased, self._version, self._buckets
+
+    async def release(self, lease: int) -> None:
+        """Keep the version of a lease no longer for its sake."""
+        self._leases.pop(lease, None)
+
+    def _forget_the_dead(self) -> None:
+        now = time.monotonic()
+        self._leases = {number: lease for number, lease in self._leases.items() if now - lease[0] < _LEASE_S}
 
 
 async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
     """Fetch the newest weights into files: (version, folder to delete afterwards, safetensors files).
 
     The engine that loads them is a separate process outside Ray, so it gets the weights by path, in shared memory if that has
-    room for them twice. If a newer version appears during the fetch, the fetch restarts with it.
+    room for them twice. Weights whose owner has died are waited for: the ranks start again, and publish them once more.
     """
     while True:
-        version, num_buckets = await store.newest.remote(at_least)
+        lease, version, buckets = await store.lease.remote(at_least)
         folder: Path | None = None
         paths: list[Path] = []
         try:
-            for index in range(num_buckets):
-                bucket = await store.bucket.remote(version, index)
-                if bucket is None:
-                    break
+            for index, (reference,) in enumerate(buckets):
+                bucket = await asyncio.wait_for(_value(reference), _FETCH_S)
                 if folder is None:
-                    folder = await asyncio.to_thread(_spacious_folder, bucket.nbytes * num_buckets)
+                    folder = await asyncio.to_thread(_spacious_folder, bucket.nbytes * len(buckets))
                 paths.append(folder / f"bucket-{index:05d}.safetensors")
                 await asyncio.to_thread(paths[-1].write_bytes, bucket.data)
-        except BaseException:
+        except BaseException as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if folder is not None and len(paths) == num_buckets:
-            return version, folder, paths
+            if not isinstance(error, ObjectLostError | TimeoutError):
+                raise
+            logger.warning("student version %d could not be fetched, and is asked for again: %r", version, error)
+            await asyncio.sleep(_LOST_S)
+            continue
+        finally:
+            store.release.remote(lease)
         if folder is not None:
-            await asyncio.to_thread(shutil.rmtree, folder)
+            return version, folder, paths
+        raise EngineError(f"student version {version} was published without weights")
+
+
+async def _value(reference: Any) -> Any:
+    return await reference
 
 
 def _spacious_folder(size: int) -> Path:

@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
     "parity_gap": Metric(
         "nats/token", "step", "Largest mean |log q of a replica - log q of the trainer| since the step before, on fixed ids"
     ),
-    "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be published"),
+    "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be copied; replicas get them meanwhile"),
     # From a System-2 program, over the rollouts that ended since the step before.
     "teacher_calls": Metric("calls", "rollout_mean", "Calls to the teacher for one answer"),
     "teacher_tokens": Metric("tokens", "rollout_mean", "Tokens that the teacher wrote for one answer, all calls together"),

@@ -41,9 +41,8 @@ class Served:
 
         tensors = list(load_file(self.students[version] / "model.safetensors").items())
         half = len(tensors) // 2
-        for index, part in enumerate((tensors[:half], tensors[half:])):
-            await self.store.put_bucket.remote(version, index, np.frombuffer(save(dict(part)), dtype=np.uint8))
-        await self.store.commit.remote(version, 2)
+        files = [np.frombuffer(save(dict(part)), dtype=np.uint8) for part in (tensors[:half], tensors[half:])]
+        await self.store.commit.remote(version, [[ray.put(file)] for file in files])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,21 +12,11 @@ from actors.serving.replica import TeacherReplica
 from actors.weights.store import WeightStore
 from kdray.checks.parity import Verdict
 from kdray.errors import EngineError
+from tests.support.local_actors import Handle, reference
 from tests.support.pools import engine_spec
 
 IDS = tuple(range(10))
 TRAINED = np.full(9, -1.0, dtype=np.float32)
-
-
-class Handle:
-    """An actor handle over an object of this process."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.target, name)
-        return type("Method", (), {"remote": staticmethod(method)})
 
 
 class Engine:
@@ -55,8 +44,7 @@ class Engine:
 async def loaded(answers: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, WeightStore, Exception | None]:
     monkeypatch.setattr(module, "_RUN_ENDS_S", 0.0)
     store, engine = WeightStore(), Engine(answers)
-    await store.put_bucket(4, 0, np.zeros(3, dtype=np.uint8))
-    await store.commit(4, 1, TRAINED)
+    await store.commit(4, [[reference(np.zeros(3, dtype=np.uint8))], [reference(np.ones(2, dtype=np.uint8))]], TRAINED)
     replica = TeacherReplica.__new__(TeacherReplica)
     replica._spec = engine_spec(Path("teacher"), Path("student"), parity_ids=IDS)
     replica._engine = engine  # type: ignore[assignment]

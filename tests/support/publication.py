@@ -1,0 +1,134 @@
+"""Publication on a cluster of several nodes: a rank, replicas that load its versions, and the bytes that every node moved."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from actors.weights.publisher import Publisher
+from actors.weights.store import WeightStore, pull
+
+NODES, REPLICAS = 4, 2
+_REPORTED_MS = 1000
+_MOVED = re.compile(r'^ray_object_manager_bytes\{.*Type="(PushedFromLocalPlasma|Received)".*\} (\S+)$', re.MULTILINE)
+
+
+class Rank:
+    """Rank 0 as a publisher: version v is `count` tensors of `size` numbers, all equal to v."""
+
+    def __init__(self, store: Any, count: int, size: int) -> None:
+        self._publisher = Publisher(store, ThreadPoolExecutor(1))
+        self._count, self._size = count, size
+
+    def publish(self, version: int) -> float:
+        """Returns: seconds that training would have waited."""
+        begun = time.perf_counter()
+        buckets = ({str(index): torch.full((self._size,), float(version))} for index in range(self._count))
+        self._publisher.publish(version, buckets)
+        return time.perf_counter() - begun
+
+    def flush(self) -> float:
+        """Returns: seconds until everything was published."""
+        begun = time.perf_counter()
+        self._publisher.flush()
+        return time.perf_counter() - begun
+
+
+class Replica:
+    """A replica's fetching of weights, without an engine."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    async def follow(self, first: int, last: int, pause_s: float) -> list[int]:
+        """Load every version that it meets from `first` to `last`; returns them. Raises: ValueError for mixed weights."""
+        versions: list[int] = []
+        while not versions or versions[-1] < last:
+            version, folder, paths = await pull(self._store, versions[-1] + 1 if versions else first)
+            tensors = [tensor for path in paths for tensor in load_file(path).values()]
+            if not all(bool((tensor == version).all()) for tensor in tensors):
+                raise ValueError(f"version {version} holds other weights")
+            shutil.rmtree(folder)
+            versions.append(version)
+            await asyncio.sleep(pause_s)
+        return versions
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes between nodes, by node: the driver's, then the nodes in their order; the rank is on the first of these."""
+
+    sent: list[float]
+    received: list[float]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The actors of a cluster."""
+
+    store: Any
+    rank: Any
+    replicas: list[Any]
+    start_rank: Callable[[], Any]
+    """Starts another rank 0 in place of one that has died."""
+
+    def moved(self) -> Moved:
+        """Bytes that every node has sent and received so far."""
+        # The nodes report after the fact.
+        time.sleep(3 * _REPORTED_MS / 1000)
+        found = {}
+        for node in ray.nodes():
+            name = next((name for name in node["Resources"] if name.startswith("at-")), "at-0")
+            address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(address, timeout=10) as page:
+                found[name] = {kind: float(value) for kind, value in _MOVED.findall(page.read().decode())}
+        in_order = [found[f"at-{number}"] for number in range(len(found))]
+        return Moved([each["PushedFromLocalPlasma"] for each in in_order], [each["Received"] for each in in_order])
+
+    def follow(self, first: int, last: int, pauses_s: Sequence[float] = (0.0,)) -> list[Any]:
+        """Start following in every replica, with these pauses in turn."""
+        return [
+            replica.follow.remote(first, last, pauses_s[index % len(pauses_s)]) for index, replica in enumerate(self.replicas)
+        ]
+
+
+@contextmanager
+def publication(count: int, size: int, store_mib: int = 256) -> Iterator[Publication]:
+    """A driver's node and `NODES` others, each with `REPLICAS` replicas, on this machine.
+
+    Args: count, size: tensors of the model, and float32 numbers in each; store_mib: object store of a node, MiB.
+    """
+    options = {"object_store_memory": store_mib * 2**20, "num_cpus": 1}
+    system = {"metrics_report_interval_ms": _REPORTED_MS}
+    cluster = Cluster(initialize_head=True, head_node_args={**options, "_system_config": system})
+    try:
+        for number in range(1, NODES + 1):
+            cluster.add_node(**options, resources={f"at-{number}": 100})
+        ray.init(address=cluster.address, log_to_driver=False)
+        store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
+        places: list[dict[str, float]] = [{f"at-{number}": 1} for number in range(1, NODES + 1)]
+
+        def actor(kind: type[Any], place: dict[str, float]) -> Any:
+            return ray.remote(kind).options(num_cpus=0, max_concurrency=4, resources=place)
+
+        def start_rank() -> Any:
+            return actor(Rank, places[0]).remote(store, count, size)
+
+        replicas = [actor(Replica, place).remote(store) for place in places for _ in range(REPLICAS)]
+        yield Publication(store, start_rank(), replicas, start_rank)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

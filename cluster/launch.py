@@ -50,6 +50,10 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     Args: prompts: texts or records, for `data.prompts.type: iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
+    if not resume:
+        # Said at once, not after models are read and the cluster has room. `create` says why a folder cannot be read.
+        with contextlib.suppress(OSError):
+            RunFolder(config.run_folder).check_free()
     _quieten()
     configs = {"": config}
     given = None if prompts is None else list(prompts)

@@ -84,14 +84,20 @@ class RunFolder:
             self._check_resumable(config)
             for path in (self.metrics, self.events):
                 drop_torn_line(path)
-        elif self.path.exists() and (not self.path.is_dir() or not all(_may_be_there(p) for p in self.path.iterdir())):
-            if self.config.is_file():
-                remedies = "continue it with --resume, or choose another run.name"
-                raise ConfigError(f"{self.path}: already holds a run; {remedies}")
-            raise ConfigError(f"{self.path}: exists and is not a run folder; choose another run.name or run.output")
+        else:
+            self.check_free()
         for path in (self.path, self.checkpoints, self.samples, self.logs):
             path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.dump())
+
+    def check_free(self) -> None:
+        """Check that a new run may begin here. Raises: ConfigError that names the folder and the remedies."""
+        if not self.path.exists() or (self.path.is_dir() and all(_may_be_there(path) for path in self.path.iterdir())):
+            return
+        if self.config.is_file():
+            remedies = "continue it with --resume, or choose another run.name"
+            raise ConfigError(f"{self.path}: already holds a run; {remedies}")
+        raise ConfigError(f"{self.path}: exists and is not a run folder; choose another run.name or run.output")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

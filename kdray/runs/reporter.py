@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from kdray.runs.folder import RunFolder, utc_now
@@ -36,6 +37,8 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 _PLAIN_LINE_EVERY_S = 30.0
+_NARROW = 140
+"""Columns of a terminal below which the bar is short."""
 
 
 class RunReporter:
@@ -77,13 +80,15 @@ class RunReporter:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         if self._console.is_terminal:
+            # Phase, bar, step and time stay whole on a narrow terminal; the numbers take what is left, and are cut.
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=12 if self._console.width < _NARROW else 30),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"),
+                TextColumn("{task.fields[values]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
                 console=self._console,
+                expand=True,
             )
             self._progress.start()
         if self._trackers is not None:

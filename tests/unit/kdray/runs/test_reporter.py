@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 
 from kdray.config import parse_config
 from kdray.runs.folder import RunFolder, read_lines
@@ -169,6 +172,23 @@ def test_terminal_shows_one_bar_with_the_numbers(folder):
     assert "3/4" in last
     assert "loss 0.625" in last
     assert "sft" not in last
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 150])
+def test_a_narrow_terminal_shows_phase_step_and_time_and_cuts_the_numbers(folder, width):
+    output = io.StringIO()
+    reporter = RunReporter(folder, 10_000, Console(file=output, force_terminal=True, width=width))
+    numbers = {"reverse_kl": 0.25, "tokens_per_s": 1234.5, "wait_rollout_s": 0.5, "wait_teacher_s": 0.0, "wait_sync_s": 0.1}
+    try:
+        for step in (9_998, 9_999):
+            reporter.step(step_report(step, loss=0.625), numbers)
+    finally:
+        reporter.close()
+    lines = [line for line in Text.from_ansi(output.getvalue()).plain.splitlines() if "9999/10000" in line]
+    assert lines
+    assert re.match(r"distill \S+ +9999/10000 +\d:\d\d:\d\d loss 0.625", lines[-1]), lines[-1]
+    assert cell_len(lines[-1].rstrip()) <= width
+    assert ("sync" in lines[-1]) == (width == 150)
 
 
 def test_samples_of_some_steps_are_kept(make, folder):

@@ -26,6 +26,7 @@ class ChatTemplate:
         self.present = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer = tokenizer
         self._kwargs = dict(kwargs or {})
+        self._special_tokens: list[str] | None = None
 
     def check_arguments(self) -> None:
         """Raises: DataError for an argument of the recipe that the template does not read."""
@@ -72,12 +73,14 @@ class ChatTemplate:
             before = self.render(messages[:index], more, place)
             last = index == len(messages) - 1
             until = text if last else self.render(messages[: index + 1], more, place, generation_prompt=False)
-            for part in (before, until):
-                if not text.startswith(part):
-                    raise _unstable(place, index, last, part, text)
-            if len(before) >= len(until):
-                raise DataError(f"{place}: the chat template renders nothing of message {index + 1}; remove the row")
-            spans.append((len(before), len(before) + self._length(text[len(before) : len(until)], text_of(messages[index]))))
+            if not text.startswith(before):
+                raise _unstable(place, index, last, before, text)
+            # Templates may close a conversation with more than its last turn, such as an end of sequence.
+            same = _common(until, text)
+            length = self._length(text[len(before) : same], text_of(messages[index]), whole=same == len(until))
+            if not length:
+                raise _unstable(place, index, last, until, text)
+            spans.append((len(before), len(before) + length))
         return text, spans
 
     def ends_turn(self, text: str) -> bool:
@@ -94,7 +97,7 @@ class ChatTemplate:
         except DataError:
             # A template for other conversations, such as one that asks for tools: the data's own are checked.
             return None
-        found = max((token for token in self._special() if text[start:end].endswith(token)), key=len, default=None)
+        found = next((token for token in self._special() if text[start:end].endswith(token)), None)
         return None if found is None else int(self._tokenizer.convert_tokens_to_ids(found))
 
     def _marked_spans(
@@ -124,18 +127,31 @@ class ChatTemplate:
         by_turn = dict(zip(turns, marks, strict=True))
         return text, [tuple(by_turn[index]) for index in targets]
 
-    def _length(self, turn: str, content: str) -> int:
-        """Number of characters of a rendered turn up to its end: a separator that follows is not the assistant's."""
+    def _length(self, turn: str, content: str, whole: bool) -> int:
+        """Number of characters of a rendered turn up to its end, which is the special token behind its text; 0 if it has none.
+
+        Args: whole: the turn is known to end where `turn` does, so that it need not have such a token: separators that follow
+              are not the assistant's.
+        """
+        if content.strip():
+            found = re.search(rf"{re.escape(content.strip())}\s*(?:{'|'.join(map(re.escape, self._special()))})", turn)
+            if found is not None:
+                return found.end()
+        if not whole:
+            return 0
         stripped = turn.rstrip()
         if self.ends_turn(stripped):
             return len(stripped)
-        # Without a token that ends the turn, white space belongs to it if the message itself ends with it.
+        # White space belongs to the turn if the message itself ends with it.
         own = content[len(content.rstrip()) :]
         return len(stripped) + (len(own) if turn.startswith(own, len(stripped)) else 0)
 
     def _special(self) -> list[str]:
-        added = self._tokenizer.added_tokens_decoder.values()
-        return [*(str(token.content) for token in added if token.special), *map(str, self._tokenizer.all_special_tokens)]
+        """Special tokens, longest first."""
+        if self._special_tokens is None:
+            added = {str(token.content) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+            self._special_tokens = sorted(added.union(map(str, self._tokenizer.all_special_tokens)), key=len, reverse=True)
+        return self._special_tokens
 
     def _arguments(self, more: Mapping[str, Any]) -> dict[str, Any]:
         return {**self._kwargs, **more}
@@ -144,13 +160,19 @@ class ChatTemplate:
         return str(self._tokenizer.get_chat_template(None, more.get("tools")))
 
 
+def _common(one: str, other: str) -> int:
+    """Number of characters at the beginning that two texts have in common."""
+    shorter = min(len(one), len(other))
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)
+
+
 def _refused(place: str, error: Exception) -> DataError:
     what = str(error) or type(error).__name__
     return DataError(f"{place}: the student's chat template refuses these messages: {what}")
 
 
 def _unstable(place: str, index: int, last: bool, part: str, text: str) -> DataError:
-    at = next((number for number, (one, other) in enumerate(zip(part, text, strict=False)) if one != other), len(text))
+    at = _common(part, text)
     differs = f"{part[at : at + _SHOWN]!r} becomes {text[at : at + _SHOWN]!r}"
     if last:
         return DataError(

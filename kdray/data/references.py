@@ -62,7 +62,7 @@ def render_reference(
         at = stop
     ids = encode_pieces(tokenizer, pieces)
     if not all_turns:
-        # The tokens that responses follow: some tokenizers choose others when more text follows.
+        # The tokens that responses follow.
         ids[0] = prompt.token_ids.tolist()
     if not template.ends_turn(text[start:end]):
         ids[-1] = [*ids[-1], _eos(tokenizer)]
@@ -72,20 +72,23 @@ def render_reference(
 
 
 def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
-    """Tokenize a text whose pieces must not share tokens: as a whole, and apart only where a token would cross a border.
+    """Tokenize a text whose pieces must not share tokens; returns the ids of every piece.
 
-    A special token that swallows the white space behind it belongs to the piece in which it begins.
-    Returns: the ids of every piece.
+    Pieces are tokenized apart, as a response is drawn after the tokens of its prompt alone. Tokenizers that would read another
+    text then, since they put a space before every text, tokenize the whole, and apart only where a token would cross a border.
     """
-    text = "".join(pieces)
-    if not getattr(tokenizer, "is_fast", False):
-        return [_ids(tokenizer, piece) for piece in pieces]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = list(accumulate(map(len, pieces)))
+    apart = [_ids(tokenizer, piece) for piece in pieces]
+    whole = _ids(tokenizer, "".join(pieces))
+    alike = tokenizer.decode([token for piece in apart for token in piece]) == tokenizer.decode(whole)
+    return apart if alike or not getattr(tokenizer, "is_fast", False) else _within(tokenizer, pieces)
+
+
+def _within(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
+    """Ids of the pieces as parts of one text. A special token keeps the white space behind it that it swallows."""
+    encoded = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
     ids: list[list[int]] = [[] for _ in pieces]
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     reached = 0
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         # Tokens tile the text, and some tokenizers leave white space out of their offsets.
@@ -95,7 +98,7 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
         overhang = text[ends[piece] : end]
         if overhang and not (token in special and not overhang.strip()):
             cut = piece + 1
-            return [*encode_pieces(tokenizer, pieces[:cut]), *encode_pieces(tokenizer, pieces[cut:])]
+            return [*_within(tokenizer, pieces[:cut]), *_within(tokenizer, pieces[cut:])]
         ids[piece].append(int(token))
     return ids
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -77,10 +78,15 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
     Pieces are tokenized apart, as a response is drawn after the tokens of its prompt alone. Tokenizers that would read another
     text then, since they put a space before every text, tokenize the whole, and apart only where a token would cross a border.
     """
-    apart = [_ids(tokenizer, piece) for piece in pieces]
-    whole = _ids(tokenizer, "".join(pieces))
-    alike = tokenizer.decode([token for piece in apart for token in piece]) == tokenizer.decode(whole)
-    return apart if alike or not getattr(tokenizer, "is_fast", False) else _within(tokenizer, pieces)
+    if _reads_apart(tokenizer) or not getattr(tokenizer, "is_fast", False):
+        return [_ids(tokenizer, piece) for piece in pieces]
+    return _within(tokenizer, pieces)
+
+
+@lru_cache(maxsize=8)
+def _reads_apart(tokenizer: Any) -> bool:
+    """True if texts that are tokenized apart are read as the text that they make together."""
+    return bool(tokenizer.decode([*_ids(tokenizer, "ab"), *_ids(tokenizer, "cd")]) == tokenizer.decode(_ids(tokenizer, "abcd")))
 
 
 def _within(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:

@@ -33,7 +33,8 @@ from kdray.data.dataset import PromptStream
 from kdray.data.references import reference_of
 from kdray.errors import EngineError, Interrupted, KdrayError, TrainingError
 from kdray.loop import Distillation, Hooks
-from kdray.models.inspect import decoder
+from kdray.models.inspect import chat_template_text, decoder
+from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
@@ -99,13 +100,15 @@ class Runner:
         """Start the run's parts, run them, shut them down; returns the run's summary."""
         config, stores = self._config, self._stores
         self.reporter.event("start", resumed_step=self._checkpoint.step if self._checkpoint else None)
+        for line in self._checked.dataset.lines:
+            self.reporter.event("data", found=line)
         context: RunContext = await self._or_stop(in_daemon_thread(self._checked.with_models))
         self._on_start()
         student = StudentGroup(
             training=config.training,
             vocab_size=context.vocab_size,
             seed=config.run.seed,
-            tokenizer=context.models.student,
+            tokenizer=TokenizerSource(context.models.student, chat_template_text(config)),
             weights=stores.weights,
             checkpoints=self._folder.checkpoints,
             storage=self._folder.path / "logs" / "ray_train",

@@ -231,7 +231,7 @@ def asked_text(
 
     Args: chat: True if the teacher applies its own chat template; otherwise it gets the text after the student's template.
     """
-    questions = {prompt.prompt_id: prompt.question if chat else prompt.text for prompt in prompts}
+    questions = {prompt.prompt_id: _sent(prompt.question) if chat else prompt.text for prompt in prompts}
     encode = question_encoder(config, tokenizer)
 
     def text(request: SampleRequest) -> str | Messages:
@@ -240,6 +240,13 @@ def asked_text(
         return request.question if chat else encode(request.question).text
 
     return text
+
+
+def _sent(question: str | Messages) -> str | Messages:
+    """A question as it is sent to an endpoint: without weights, which are for training alone."""
+    if isinstance(question, str):
+        return question
+    return [{key: value for key, value in message.items() if key != "weight"} for message in question]
 
 
 def response_encoder(tokenizer: Any) -> Callable[[str], list[int]]:

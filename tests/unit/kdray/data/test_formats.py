@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdray.config import parse_config
-from kdray.data.dataset import Dataset, load_dataset
+from kdray.config import Config, parse_config
+from kdray.data.dataset import Dataset, asked_text, load_dataset
 from kdray.data.formats import Columns, Row, Table, read_rows
 from kdray.errors import ConfigError, DataError
 from kdray.models.resolve import task_tokenizer
+from kdray.types import SampleRequest
 
 USER, ASSISTANT = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -38,19 +39,16 @@ def row(record: dict[str, Any], **columns: str) -> Row:
     return found
 
 
+def config_of(prompts: dict[str, Any], **data: Any) -> Config:
+    tiny = {"type": "tiny"}
+    models = {"student": {"model": tiny}, "teachers": {"t": {"model": tiny}}}
+    return parse_config({"run": {"name": "r"}, "data": {"prompts": prompts, **data}, **models})
+
+
 def load(prompts: dict[str, Any], template: str | None = TEMPLATE, handed: Any = None, **data: Any) -> Dataset:
     tokenizer = task_tokenizer()
     tokenizer.chat_template = template
-    tiny = {"type": "tiny"}
-    config = parse_config(
-        {
-            "run": {"name": "r"},
-            "data": {"prompts": prompts, **data},
-            "student": {"model": tiny},
-            "teachers": {"t": {"model": tiny}},
-        }
-    )
-    return load_dataset(config, tokenizer, handed)
+    return load_dataset(config_of(prompts, **data), tokenizer, handed)
 
 
 # ------------------------------------------------------------------------------------------------------------ formats
@@ -374,3 +372,12 @@ def test_tools_and_their_calls_render_through_the_template() -> None:
     assert data.train[0].text == (
         '[tools][{"name": "add"}][user]1+1=<eos>[assistant]<add {"a": 1}><eos>[tool]2<eos>[assistant]'
     )
+
+
+def test_weights_of_turns_are_not_sent_to_endpoints() -> None:
+    talk = [USER, ASSISTANT | {"weight": 0}, USER]
+    data = load({"type": "iterable"}, handed=[{"messages": talk}] * 2, heldout_size=1)
+    request = SampleRequest(0, 0, data.train[0].token_ids, 1.0, 0, 4)
+    tokenizer = task_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    assert asked_text(config_of({"type": "iterable"}), tokenizer, data.train, chat=True)(request) == [USER, ASSISTANT, USER]

@@ -101,14 +101,14 @@ class Layout:
         used = {prompt, answer, *inputs, system, *template, columns.domain}
         return cls(prompt, answer, inputs, system, template, tuple(str(name) for name in record if name not in used))
 
-    def describe(self, form: str, answered: int, rows: int) -> str:
-        """One line for the user. Args: form: of the prompts; answered: rows with an answer in the prompt column itself."""
+    def describe(self, form: str, answers: str | None, rows: int) -> str:
+        """One line for the user. Args: form: of the prompts; answers: those in the prompt column itself, None without any."""
         parts = [f"prompts from {' and '.join(map(repr, (self.prompt, *self.inputs)))}"]
-        if answered:
-            parts.append("answers are the assistant's last turns")
+        if answers is not None:
+            parts.append(f"answers are {answers}")
         if self.answer is not None:
-            parts.append(f"{'graded against' if answered else 'answers from'} {self.answer!r}")
-        if not answered and self.answer is None:
+            parts.append(f"{'answers from' if answers is None else 'graded against'} {self.answer!r}")
+        if answers is None and self.answer is None:
             parts.append("no answers")
         if self.system is not None:
             parts.append(f"system messages from {self.system!r}")
@@ -149,7 +149,8 @@ def read_rows(records: Records, columns: Columns, place: str, turns: Turns = "la
     form = " and ".join(name for name in ("texts", "chat messages", "ShareGPT conversations") if counts[name])
     if layout.inputs:
         form = "instructions with input"
-    lines = [layout.describe(form, counts["replies"], counts["rows"])]
+    answers = f"the assistant's {'turns' if every_turn else 'last turns'}" if counts["replies"] else None
+    lines = [layout.describe(form, answers, counts["rows"])]
     if every_turn and counts["replies"]:
         lines.append(f"{len(rows)} prompts from {counts['rows']} rows: every turn of an assistant has a prompt of its own")
     if counts["numbers"]:

@@ -114,6 +114,7 @@ def test_every_turn_is_a_prompt_of_its_own() -> None:
     found = table({"messages": [SYSTEM, USER, ASSISTANT, USER, silent, USER, ASSISTANT, USER]}, turns="each")
     assert [len(each.prompt) for each in found.rows] == [2, 6, 8]
     assert [each.answer for each in found.rows] == ["2", "2", None]
+    assert "; answers are the assistant's turns" in found.lines[0]
     assert found.lines[1] == "3 prompts from 1 rows: every turn of an assistant has a prompt of its own"
 
 

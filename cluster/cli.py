@@ -125,12 +125,30 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Resolve a config, check it, print it; exit 2 and say what is wrong otherwise."""
     with exit_codes():
         settings = load(config, overrides)
+        from kdray.checks.data_look import look_at
         from kdray.checks.preflight import check
 
+        checked = check(settings)
         # Findings as comments, so that the whole output is again a valid config.
-        for line in check(settings).lines:
+        for line in [*checked.lines, *look_at(settings, checked.tokenizer, checked.dataset).short()]:
             typer.echo(f"# {line}")
         typer.echo(settings.dump(), nl=False)
+
+
+@app.command()
+def data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Number of training rows to show.")] = 5,
+) -> None:
+    """Show the data as the model will see them: columns, tokens, what counts, lengths, what is dropped. Starts nothing."""
+    with exit_codes():
+        settings = load(config, overrides)
+        from rich.console import Console
+
+        from kdray.checks.data_look import look, show
+
+        show(look(settings, rows), Console())
 
 
 @app.command()

@@ -29,10 +29,12 @@ from cluster.parts import Pools, RunStores, SideBySide
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
 from kdray.checks.parity import refusal
-from kdray.data.dataset import PromptStream, encode_answer
+from kdray.data.dataset import PromptStream
+from kdray.data.references import reference_of
 from kdray.errors import EngineError, Interrupted, KdrayError, TrainingError
 from kdray.loop import Distillation, Hooks
-from kdray.models.inspect import decoder
+from kdray.models.inspect import chat_template_text, decoder
+from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
@@ -98,13 +100,15 @@ class Runner:
         """Start the run's parts, run them, shut them down; returns the run's summary."""
         config, stores = self._config, self._stores
         self.reporter.event("start", resumed_step=self._checkpoint.step if self._checkpoint else None)
+        for line in self._checked.dataset.lines:
+            self.reporter.event("data", found=line)
         context: RunContext = await self._or_stop(in_daemon_thread(self._checked.with_models))
         self._on_start()
         student = StudentGroup(
             training=config.training,
             vocab_size=context.vocab_size,
             seed=config.run.seed,
-            tokenizer=context.models.student,
+            tokenizer=TokenizerSource(context.models.student, chat_template_text(config)),
             weights=stores.weights,
             checkpoints=self._folder.checkpoints,
             storage=self._folder.path / "logs" / "ray_train",
@@ -337,12 +341,13 @@ class Runner:
 
     def _examples(self, first: int) -> Callable[[int, int], TrainBatch]:
         """Batches of reference answers by (step from 0, size), starting at example `first` of the run's order."""
-        prompts = [prompt for prompt in self._checked.dataset.train if prompt.answer]
+        prompts = [prompt for prompt in self._checked.dataset.train if prompt.has_reference]
         stream = PromptStream(prompts, self._config.run.seed)
 
         def batch(step: int, size: int) -> TrainBatch:
             chosen = [stream.at(first + step * size + offset) for offset in range(size)]
-            return examples_to_batch([(prompt, encode_answer(self._checked.tokenizer, prompt)) for prompt in chosen], step + 1)
+            tokenizer = self._checked.tokenizer
+            return examples_to_batch([(prompt.prompt_id, reference_of(tokenizer, prompt)) for prompt in chosen], step + 1)
 
         return batch
 
@@ -413,8 +418,8 @@ class Runner:
     async def _control(self, student: StudentGroup, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
         """Train the same student further by SFT alone, on at least as many student tokens as distillation used."""
         sft = self._config.training.sft
-        answered = [prompt for prompt in self._checked.dataset.train if prompt.answer]
-        tokens = sum(len(encode_answer(self._checked.tokenizer, prompt)) for prompt in answered) / len(answered)
+        answered = [prompt for prompt in self._checked.dataset.train if prompt.has_reference]
+        tokens = sum(reference_of(self._checked.tokenizer, prompt).num_targets for prompt in answered) / len(answered)
         steps = max(1, math.ceil(1.02 * self._totals.trained_tokens / (tokens * sft.batch_size)))
         trained = await self._supervised(student, "control", base, revision, steps, sft.steps * sft.batch_size)
         version = self._numbers.control_version

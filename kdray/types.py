@@ -37,6 +37,29 @@ def written_by(writer: Writer, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference answer, or a conversation with several, as the tokens of a training row."""
+
+    prompt_ids: np.ndarray  # [P0] int32: tokens before the first target
+    token_ids: np.ndarray  # [T] int32: the tokens from the first target on, the last one's end included
+    is_target: np.ndarray  # [T] bool: tokens that the assistant wrote; the others are context
+
+    @property
+    def num_targets(self) -> int:
+        return int(np.count_nonzero(self.is_target))
+
+    def __len__(self) -> int:
+        """Number of tokens of the whole row."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def answer_ids(self) -> np.ndarray:
+        """Tokens of the last answer."""
+        context = np.flatnonzero(~self.is_target)
+        return self.token_ids[context[-1] + 1 :] if len(context) else self.token_ids
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt, with the metadata needed to route and grade its responses."""
 
@@ -46,11 +69,23 @@ class Prompt:
     text: str = ""
     """The tokenized text (after the chat template, if one applies)."""
     answer: str | None = None
-    """Reference completion: target of supervised fine-tuning and of the exact-match grader. None if unknown."""
+    """Reference answer, with which graders compare responses; the target of supervised fine-tuning, unless there is a `reply`.
+    None if unknown."""
     domain: str | None = None
     """Domain by which the prompt may be routed to a teacher: the task's name, or a column of its source."""
     question: str | list[dict[str, Any]] = ""
     """The prompt before any chat template: text or chat messages."""
+    reply: dict[str, Any] | None = None
+    """The assistant's message that answers the prompt, where the data have one; it may hold more than text, as tool calls."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for this prompt alone, such as its tools."""
+    reference: Reference | None = None
+    """The answer under the chat template, as tokens; None if there is neither, or nothing trains on it."""
+
+    @property
+    def has_reference(self) -> bool:
+        """True if supervised phases can train on the prompt."""
+        return bool(self.answer) or self.reply is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from actors.student.trainer import Phase, StudentTrainer
 from kdray.errors import DataError, StorageError, TrainingError
+from kdray.models.saving import TokenizerSource
 from kdray.runs.checkpoints import COMMITTED, FILES, commit, differing, read_marker
 from kdray.runs.storage import Storage
 
@@ -90,7 +91,7 @@ class RankFiles:
             retries=[each for rank in self._trainer.gather(told) for each in rank],
         )
 
-    def export(self, folder: Path, tokenizer: str, ids: Sequence[int] = ()) -> None:
+    def export(self, folder: Path, tokenizer: TokenizerSource, ids: Sequence[int] = ()) -> None:
         """Write the student as a Hugging Face folder, with a marker that distinguishes it from an interrupted one.
 
         Args: ids: as for `StudentTrainer.export`.

@@ -18,6 +18,7 @@ from actors.student.rank import RankConfig, run_rank
 from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
 from kdray.errors import KdrayError, TrainingError
+from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import shard
 from kdray.types import StepReport, TrainBatch
 
@@ -29,7 +30,7 @@ class StudentGroup:
     training: TrainingSettings
     vocab_size: int
     seed: int
-    tokenizer: str
+    tokenizer: TokenizerSource
     weights: Any
     """Actor handle of the WeightStore that versions are published to."""
     checkpoints: Path

@@ -27,6 +27,7 @@ from actors.weights.sender import WeightServer
 from kdray.checks.parity import LONG, SHORT
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
+from kdray.models.saving import TokenizerSource
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class RankConfig:
     training: TrainingSettings
     vocab_size: int
     seed: int
-    tokenizer: str
+    tokenizer: TokenizerSource
     mailbox: Any
     """Actor handle of the Mailbox."""
     weights: Any

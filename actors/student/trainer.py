@@ -34,7 +34,7 @@ from kdray.errors import TrainingError
 from kdray.losses import LossOutput, Objective
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.models.attention import attention_arguments
-from kdray.models.saving import save_model
+from kdray.models.saving import TokenizerSource, save_model
 from kdray.rollouts.batching import micro_batches, take_rows
 from kdray.rollouts.schedules import of_section
 from kdray.runs.metrics import reduce_sums
@@ -388,7 +388,7 @@ class StudentTrainer:
                 averaged[name] = self._average[name].to(tensor.dtype)
             yield averaged
 
-    def export(self, folder: Path, tokenizer: str | None = None, ids: Sequence[int] = ()) -> None:
+    def export(self, folder: Path, tokenizer: TokenizerSource | None = None, ids: Sequence[int] = ()) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it.
 
         Args: ids: token ids on which the folder, loaded anew, is compared with the student; empty leaves that out.
@@ -401,8 +401,6 @@ class StudentTrainer:
         for bucket in self._module_buckets():
             state |= bucket
         if self.rank == 0:
-            from transformers import AutoTokenizer
-
             folder.mkdir(parents=True, exist_ok=True)
             module = unwrapped(self.backend.module)
             module.config.use_cache = True
@@ -411,7 +409,7 @@ class StudentTrainer:
             if ids and (gap := export_gap(folder, self._dtype, ids, trained, self.vocab_size)) is not None:
                 reasons.append(gap)
             if tokenizer is not None:
-                AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
+                tokenizer.save(folder)
         (failed,) = self.gather(reasons)[:1]
         if failed:
             raise TrainingError(failed[0])

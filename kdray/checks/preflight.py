@@ -11,10 +11,12 @@ from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
 from kdray.checks.models import check_models
 from kdray.config import Config, EngineSettings
 from kdray.config.route import Route
-from kdray.data.dataset import Dataset, encode_answer, load_dataset
+from kdray.data.chat import ChatTemplate
+from kdray.data.dataset import Dataset, load_dataset
 from kdray.data.pretraining import load_windows
+from kdray.data.references import reference_of
 from kdray.errors import ConfigError
-from kdray.models.inspect import depth, describe, load_tokenizer, origin, shape
+from kdray.models.inspect import depth, describe, origin, shape, student_tokenizer
 from kdray.models.resolve import model_config, resolve_model
 from kdray.runs.context import Checked
 from kdray.teachers.kind import TeacherContext, kind_of
@@ -26,7 +28,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
     check_models(config)
     student = config.student
-    tokenizer = load_tokenizer(student.model, student.revision)
+    tokenizer = student_tokenizer(config)
     student_rows, student_positions = shape(student.model, student.revision)
     _check_student(config)
     check_capabilities(config)
@@ -53,7 +55,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         # Find a prompt that no teacher takes now, rather than when its turn comes.
         if not prompts_of(config, name, every):
             lines.append(f"teacher {name}: rollout.teachers sends it no prompt; it is started and never asked")
-    stop_ids = _stop_ids(config, tokenizer, vocab_size)
+    stop_ids = _stop_ids(config, tokenizer, vocab_size, dataset)
     context = TeacherContext(config, tokenizer, dataset, vocab_size, stop_ids)
     lines += [line for kind in kinds.values() if (line := kind.check_with_data(context)) is not None]
     _check_references(config, dataset, tokenizer)
@@ -68,6 +70,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         lines.append(f"pretraining text: {len(windows)} windows, {tokens} target tokens")
     dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
+    lines += [f"data: {line}" for line in dataset.lines]
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
     return Checked(config, tokenizer, dataset, vocab_size, stop_ids, Route.of(config), windows, lines)
@@ -118,7 +121,7 @@ def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:
 
 def _check_supervised(config: Config, dataset: Dataset, tokenizer: Any, student_positions: int | None) -> None:
     """Check that phases on reference answers have some, and that the student's context fits them."""
-    answered = [prompt for prompt in dataset.train if prompt.answer]
+    answered = [prompt for prompt in dataset.train if prompt.has_reference]
     if config.training.sft.steps and not answered:
         raise ConfigError(
             f"training.sft.steps={config.training.sft.steps}, but the prompts have no reference answers; "
@@ -127,7 +130,7 @@ def _check_supervised(config: Config, dataset: Dataset, tokenizer: Any, student_
     if config.evaluation.control and not answered:
         raise ConfigError("evaluation.control=true, but the prompts have no reference answers to train the control on")
     if (config.training.sft.steps or config.evaluation.control) and student_positions is not None:
-        lengths = [len(prompt.token_ids) + len(encode_answer(tokenizer, prompt)) for prompt in answered]
+        lengths = [len(reference_of(tokenizer, prompt)) for prompt in answered]
         if max(lengths) > student_positions:
             raise ConfigError(
                 f"student.model holds {student_positions} positions, but {sum(n > student_positions for n in lengths)} prompts "
@@ -147,7 +150,7 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
             for name, teacher in config.served_teachers.items()
         },
     }
-    lacking = sum(prompt.answer is None for prompt in dataset.train)
+    lacking = sum(prompt.answer is None and prompt.reply is None for prompt in dataset.train)
     for setting, asks in wanted.items():
         # Fine-tuning uses only the prompts that have an answer, as the first supervised phase does.
         if asks and (lacking == len(dataset.train) if setting.startswith("training") else lacking):
@@ -156,7 +159,7 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
                 "data.prompts.answer_column, or leave them out"
             )
     if config.rollout.data_share or schedule is not None:
-        longest = max(len(encode_answer(tokenizer, prompt)) for prompt in dataset.train)
+        longest = max(len(reference_of(tokenizer, prompt).answer_ids) for prompt in dataset.train)
         if longest > config.rollout.max_new_tokens:
             raise ConfigError(
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest reference answer has {longest} "
@@ -189,8 +192,12 @@ def _check_grading(config: Config, dataset: Dataset) -> None:
         grade.check(dataset.train)
 
 
-def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """End-of-sequence id of the tokenizer, plus those of the student's generation config (chat models have several)."""
+def _stop_ids(config: Config, tokenizer: Any, vocab_size: int, dataset: Dataset) -> tuple[int, ...]:
+    """End-of-sequence id of the tokenizer, plus those of the student's generation config (chat models have several).
+
+    Where prompts go through the chat template, the token that ends an assistant's turn in it is one of them: a base model's
+    tokenizer can have a template of chats without saying that its turns end.
+    """
     ids = [int(tokenizer.eos_token_id)]
     source, revision = origin(config.student.model, config.student.revision)
     if isinstance(source, str):
@@ -206,6 +213,9 @@ def _stop_ids(config: Config, tokenizer: Any, vocab_size: int) -> tuple[int, ...
                 ) from error
             declared = None
         ids += declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if any(not isinstance(prompt.question, str) or prompt.text != prompt.question for prompt in dataset.train):
+        end = ChatTemplate(tokenizer, config.data.chat_template_kwargs).end_of_turn()
+        ids += [] if end is None else [end]
     outside = [token_id for token_id in ids if token_id >= vocab_size]
     if outside:
         raise ConfigError(

@@ -4,6 +4,7 @@ from kdray.config.backends import DeepSpeedSettings, StudentBackendSettings, Tor
 from kdray.config.base import Settings
 from kdray.config.data import (
     DataSettings,
+    FilePrompts,
     HubPrompts,
     HubText,
     IterablePrompts,
@@ -89,6 +90,7 @@ __all__ = [
     "EnsembleSettings",
     "EvaluationSettings",
     "FeatureSettings",
+    "FilePrompts",
     "FilterSettings",
     "ForwardKLLoss",
     "ForwardKLSampledLoss",

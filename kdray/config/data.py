@@ -7,9 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.config.base import NonNegativeFloat, Positive, Settings, check_weights, with_default_type
+from kdray.config.base import LocalPath, NonNegativeFloat, Positive, Settings, check_weights, with_default_type
 from kdray.config.graders import GraderSource
 from kdray.config.tasks import TaskName
+
+DEFAULT_HELDOUT = 256
+"""Held-out prompts where `data.heldout_size` is not set, and there are enough."""
 
 
 class PromptSettings(Settings):
@@ -57,37 +60,47 @@ class TaskPrompts(PromptSettings):
         return list(dict.fromkeys([*self.tasks, *self.transfer_tasks]))
 
 
-class JsonlPrompts(PromptSettings):
-    """A file with one JSON object per line."""
+class PromptFile(PromptSettings):
+    """A file of rows in the format that its name says: `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv` or `.parquet`; text formats
+    may be compressed (`.gz`, `.bz2`, `.zst`)."""
 
-    type: Literal["jsonl"]
-    path: Path
-    """The file; relative paths are resolved from the directory in which the command was started."""
+    default_ending: ClassVar[str] = ""
+    """Ending that a file with another name is taken to have; "" refuses it."""
+
+    path: LocalPath
+    """The file; `~` is the home folder, and relative paths are resolved from the directory in which the command was started."""
     prompt_column: str | None = None
-    """Key of the prompt: a text, or a list of chat messages. Default: `prompt`, `question`, `instruction` or `messages`,
-    whichever the first line has."""
+    """Column of the prompt: a text, or a list of chat messages. Default: chosen by the first row (docs/data.md); `kdray data`
+    shows it."""
     answer_column: str | None = None
-    """Key of the reference answer. Default: `answer`, `completion`, `response` or `output`, if present."""
+    """Column of the reference answer: a text, a number, or chat messages. Default: `answer`, `completion`, `response`, `output`
+    or `solution`, if present; of chat messages, the assistant's last turn."""
     domain_column: str | None = None
-    """Key of the prompt's domain, used by `rollout.teachers` and for metrics by domain."""
-    heldout_path: Path | None = None
+    """Column of the prompt's domain, used by `rollout.teachers` and for metrics by domain."""
+    heldout_path: LocalPath | None = None
     """A file of held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
 
 
-class ParquetPrompts(PromptSettings):
-    """A Parquet file, or a folder of them."""
+class FilePrompts(PromptFile):
+    """A file whose name says its format."""
+
+    type: Literal["file"]
+
+
+class JsonlPrompts(PromptFile):
+    """A file with one JSON object per line, unless its name says otherwise."""
+
+    default_ending = ".jsonl"
+
+    type: Literal["jsonl"]
+
+
+class ParquetPrompts(PromptFile):
+    """A Parquet file, or a folder of them, unless the name says otherwise."""
+
+    default_ending = ".parquet"
 
     type: Literal["parquet"]
-    path: Path
-    """The file or folder."""
-    prompt_column: str | None = None
-    """Column of the prompt; defaults as for JSONL."""
-    answer_column: str | None = None
-    """Column of the reference answer; defaults as for JSONL."""
-    domain_column: str | None = None
-    """Column of the prompt's domain; as for JSONL."""
-    heldout_path: Path | None = None
-    """A file or folder of held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
 
 
 class HubPrompts(PromptSettings):
@@ -107,11 +120,11 @@ class HubPrompts(PromptSettings):
     revision: str | None = None
     """Commit or tag, for reproducibility."""
     prompt_column: str | None = None
-    """Column of the prompt; defaults as for JSONL."""
+    """Column of the prompt; default as for files."""
     answer_column: str | None = None
-    """Column of the reference answer; defaults as for JSONL."""
+    """Column of the reference answer; default as for files."""
     domain_column: str | None = None
-    """Column of the prompt's domain; as for JSONL."""
+    """Column of the prompt's domain; as for files."""
 
 
 class IterablePrompts(PromptSettings):
@@ -124,7 +137,7 @@ class IterablePrompts(PromptSettings):
 
 
 PromptSource = Annotated[
-    TaskPrompts | JsonlPrompts | ParquetPrompts | HubPrompts | IterablePrompts, Field(discriminator="type")
+    TaskPrompts | FilePrompts | JsonlPrompts | ParquetPrompts | HubPrompts | IterablePrompts, Field(discriminator="type")
 ]
 
 
@@ -181,7 +194,7 @@ TextSource = Annotated[TaskText | JsonlText | ParquetText | HubText, Field(discr
 
 class DataSettings(Settings):
     prompts: PromptSource = TaskPrompts()
-    """Source of prompts; the keys depend on `type`: task, jsonl, parquet, hub, iterable."""
+    """Source of prompts; the keys depend on `type`: task, file, jsonl, parquet, hub, iterable."""
     grader: GraderSource = None
     """Comparison of a response with the reference answer: exact, last_number, regex, multiple_choice, or a grader of another
     distribution; the keys depend on `type`, and a bare name suffices for a grader without any. `exact_match` is then measured,
@@ -190,13 +203,25 @@ class DataSettings(Settings):
     prefix: str = ""
     """Text put before every prompt, training and held-out, such as `[label] ` to let a student tell tasks apart. In chat
     messages it is put before the last one."""
-    heldout_size: Positive = 256
-    """Number of prompts kept out of training, on which the student is measured before and after."""
+    heldout_size: Positive | None = None
+    """Number of prompts kept out of training, on which the student is measured before and after. None: 256, or a fifth of the
+    prompts of a source that has no held-out prompts of its own, whichever is less."""
     max_prompt_tokens: Positive = 256
     """Maximum prompt length, tokens."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """Handling of longer prompts: `refuse` stops at start with their number, `drop` leaves them out and reports their number. A
     prompt is never truncated."""
+    turns: Literal["last", "all", "each"] = "last"
+    """Turns of an assistant in a conversation that are learned. `last`: the conversation up to its last turn is a prompt, and
+    that turn the reference answer. `all`: the same, but supervised phases and `rollout.data_share` train on the earlier turns
+    too. `each`: every turn is the answer of a prompt of its own."""
+    system_prompt: str | None = None
+    """System message put before every prompt that has none; text prompts then become chat messages."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the student's chat template, such as `enable_thinking: false`. A row's own, in a column
+    `chat_template_kwargs`, override them; a column `tools` is passed as tools."""
+    chat_template_file: LocalPath | None = None
+    """File with a chat template (Jinja), in place of the one of the student's tokenizer."""
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Wrap text prompts as a user message with the student tokenizer's chat template: `auto` does so if the tokenizer has one.
     Chat messages always require one."""
@@ -205,3 +230,11 @@ class DataSettings(Settings):
     @classmethod
     def _default_type(cls, tree: Any) -> Any:
         return with_default_type(tree, "prompts", "task")
+
+    @model_validator(mode="after")
+    def _one_way_to_prompt(self) -> DataSettings:
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise ValueError("system_prompt: is blank; write one, or remove the setting")
+        if self.system_prompt is not None and self.chat_template == "never":
+            raise ValueError("system_prompt needs a chat template, and chat_template=never; set chat_template=auto")
+        return self

@@ -325,6 +325,15 @@ def _paired_rows_stay_pairs(config: Config) -> Iterator[str]:
         )
 
 
+def _whole_conversations_are_scored_as_they_are(config: Config) -> Iterator[str]:
+    responds = config.rollout.data_share > 0.0 or "rollout.data_share" in config.training.schedules
+    if config.data.turns == "all" and responds and config.loss.signals and (config.other_teachers or config.teacher_apart):
+        yield (
+            "data.turns=all with rollout.data_share: only a teacher in replicas, which reads the student's tokens, scores "
+            "several turns of one row; set data.turns=each"
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _teachers_are_shared_out,
     _loss_learns_from_its_writers,
@@ -341,4 +350,5 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _batches_hold_whole_prompts,
     _programs_are_written_by_one_teacher,
     _paired_rows_stay_pairs,
+    _whole_conversations_are_scored_as_they_are,
 )

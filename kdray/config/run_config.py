@@ -120,6 +120,12 @@ class Config(Settings):
         templates = any(teacher.prompt_template is not None for teacher in self.served_teachers.values())
         return templates or not self.loss.shared_ids
 
+    @property
+    def trains_on_references(self) -> bool:
+        """True if a phase trains on the data's reference answers."""
+        supervised = self.training.sft.steps or self.training.finetune.steps or self.evaluation.control
+        return bool(supervised) or self.rollout.data_share > 0.0 or "rollout.data_share" in self.training.schedules
+
     def student_beside(self, name: str) -> bool:
         """True if a served teacher's replicas also hold the student."""
         return self.served_teachers[name].holds_student and not self.teacher_apart

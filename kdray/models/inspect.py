@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kdray.config import ModelSource, PrunedModel, TinyModel
-from kdray.errors import ConfigError
+from kdray.config import Config, ModelSource, PrunedModel, TinyModel
+from kdray.errors import ConfigError, DataError
 from kdray.models.pruning import plan_pruning
 from kdray.models.resolve import calibration_texts, model_config, resolve_model, task_tokenizer
 from kdray.models.safetensors_check import check_weights
@@ -37,6 +37,32 @@ def load_tokenizer(source: ModelSource, revision: str | None) -> Any:
     # The libraries raise arbitrary errors on malformed files, and have no base class for them.
     except Exception as error:
         raise _unloadable(f"model {source}: no tokenizer could be loaded", error) from error
+
+
+def student_tokenizer(config: Config) -> Any:
+    """Load the student's tokenizer, with the chat template of `data.chat_template_file` if there is one.
+
+    Raises: ConfigError if it cannot be loaded; DataError if the file cannot be read.
+    """
+    tokenizer = load_tokenizer(config.student.model, config.student.revision)
+    template = chat_template_text(config)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_template_text(config: Config) -> str | None:
+    """Content of `data.chat_template_file`; None if it is not set. Raises: DataError if it cannot be read."""
+    path = config.data.chat_template_file
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template_file={path}: cannot be read: {error}; name a text file with a template") from error
+    if not text.strip():
+        raise DataError(f"data.chat_template_file={path}: is empty; write a template into it, or remove the setting")
+    return text
 
 
 def _unloadable(what: str, error: Exception) -> ConfigError:

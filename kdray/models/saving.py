@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,3 +30,22 @@ def save_model(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | Non
         from transformers.utils import GENERATION_CONFIG_NAME
 
         generation.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Tokenizer that a student is exported with."""
+
+    model: str
+    """Folder or hub id."""
+    chat_template: str | None = None
+    """Chat template in place of its own."""
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer into a model's folder."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        tokenizer.save_pretrained(folder)

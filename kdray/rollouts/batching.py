@@ -13,7 +13,7 @@ import numpy as np
 
 from kdray.errors import DataError
 from kdray.rollouts.columns import Column, batch_columns, target_mask, values_of
-from kdray.types import Prompt, Rollout, TrainBatch
+from kdray.types import Reference, Rollout, TrainBatch
 
 _RECORDED = tuple(column for column in batch_columns() if column.stage != "batching")
 """Columns of a batch that rollouts already have."""
@@ -70,9 +70,20 @@ def rollouts_to_batch(
     return replace(batch, loss_mask=loss_mask, num_target_tokens=int(loss_mask.sum()), groups=groups)
 
 
-def examples_to_batch(examples: Sequence[tuple[Prompt, np.ndarray]], step: int) -> TrainBatch:
-    """Build a batch for supervised fine-tuning: a row per (prompt, answer ids) pair; sample ids are prompt ids. No columns."""
-    return _pad([prompt.prompt_id for prompt, _ in examples], [(prompt.token_ids, answer) for prompt, answer in examples], step)
+def examples_to_batch(examples: Sequence[tuple[int, Reference]], step: int) -> TrainBatch:
+    """Build a batch for supervised fine-tuning: a row per (prompt id, reference), with the prompt id as sample id. No columns.
+
+    Targets are the tokens that the reference says the assistant wrote.
+    """
+    rows = [(reference.prompt_ids, reference.token_ids) for _, reference in examples]
+    batch = _pad([prompt_id for prompt_id, _ in examples], rows, step)
+    starts = np.array([len(prompt) for prompt, _ in rows], dtype=np.int64)
+    loss_mask = np.zeros_like(batch.loss_mask)
+    if rows:
+        places = _places(starts, np.array([len(response) for _, response in rows], dtype=np.int64))
+        loss_mask[places] = np.concatenate([reference.is_target for _, reference in examples])
+    loss_mask &= batch.loss_mask
+    return replace(batch, loss_mask=loss_mask, num_target_tokens=int(loss_mask.sum()))
 
 
 def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:

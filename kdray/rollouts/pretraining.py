@@ -8,7 +8,7 @@ from kdray.config import PretrainingSettings
 from kdray.data.dataset import PromptStream
 from kdray.interfaces import Scorer
 from kdray.rollouts.batching import examples_to_batch, rollouts_to_batch
-from kdray.types import Prompt, Rollout, TrainBatch, written_by
+from kdray.types import Prompt, Reference, Rollout, TrainBatch, written_by
 
 
 class PretrainingText:
@@ -28,10 +28,15 @@ class PretrainingText:
         first = (step - 1) * self._batch_size
         windows = [self._windows.at(first + offset) for offset in range(self._batch_size)]
         if self._scorer is None:
-            return examples_to_batch([(Prompt(w.prompt_id, w.token_ids[:1]), w.token_ids[1:]) for w in windows], step)
+            return examples_to_batch([(window.prompt_id, _as_reference(window)) for window in windows], step)
         wanted = [_as_rollout(window, position) for position, window in enumerate(windows)]
         scored = [rollout async for part in self._scorer.score(wanted) for rollout in part]
         return rollouts_to_batch(sorted(scored, key=lambda rollout: rollout.sample_id), step)
+
+
+def _as_reference(window: Prompt) -> Reference:
+    ids = window.token_ids
+    return Reference(ids[:1], ids[1:], np.ones(len(ids) - 1, dtype=bool))
 
 
 def _as_rollout(window: Prompt, position: int) -> Rollout:

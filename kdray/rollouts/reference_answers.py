@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from kdray.data.dataset import encode_answer
+from kdray.data.references import reference_of
 from kdray.errors import DataError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.merge import Merged
-from kdray.types import Prompt, Rollout, SampleRequest, written_by
+from kdray.types import WRITERS, Prompt, Reference, Rollout, SampleRequest
+
+_DATA, _ENVIRONMENT = WRITERS.index("data"), WRITERS.index("environment")
 
 
 class WithReferences:
@@ -27,12 +29,13 @@ class WithReferences:
         """
         self._sampler = sampler
         self._scorer = scorer
-        self._answers: Mapping[int, np.ndarray] = {prompt.prompt_id: encode_answer(tokenizer, prompt) for prompt in prompts}
-        longest = max(self._answers, key=lambda prompt_id: len(self._answers[prompt_id]))
-        if len(self._answers[longest]) > limit:
+        self._references: Mapping[int, Reference] = {prompt.prompt_id: reference_of(tokenizer, prompt) for prompt in prompts}
+        lengths = {prompt_id: len(reference.answer_ids) for prompt_id, reference in self._references.items()}
+        longest = max(lengths, key=lambda prompt_id: lengths[prompt_id])
+        if lengths[longest] > limit:
             raise DataError(
                 f"rollout.max_new_tokens={limit}, but the reference answer of prompt {longest} has "
-                f"{len(self._answers[longest])} tokens; raise it to that"
+                f"{lengths[longest]} tokens; raise it to that"
             )
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
@@ -50,11 +53,13 @@ class WithReferences:
                 yield rollouts
 
     def _reference(self, request: SampleRequest) -> Rollout:
-        token_ids = self._answers[request.prompt_id]
+        reference = self._references[request.prompt_id]
+        token_ids = reference.token_ids
         return Rollout(
             sample_id=request.sample_id,
             prompt_id=request.prompt_id,
-            prompt_ids=request.prompt_ids,
+            # Shorter than the request's if earlier turns of the conversation are targets, too.
+            prompt_ids=reference.prompt_ids,
             token_ids=token_ids,
             mixture_logprobs=None,
             student_logprobs=None,
@@ -62,5 +67,5 @@ class WithReferences:
             student_versions=np.full(len(token_ids), request.min_version, dtype=np.int32),
             alpha=0.0,
             finish_reason="stop",
-            writer=written_by("data", len(token_ids)),
+            writer=np.where(reference.is_target, _DATA, _ENVIRONMENT).astype(np.int8),
         )

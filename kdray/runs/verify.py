@@ -303,7 +303,7 @@ def _check_prompts(proof: Proof, told: Sequence[_Step], config: Config) -> Datas
 
 def _dataset(config: Config) -> Dataset:
     """Load the prompts of the run. Raises: DataError if they are not on this machine, or cannot be read."""
-    from kdray.models.inspect import load_tokenizer, loaded_from
+    from kdray.models.inspect import loaded_from, student_tokenizer
 
     source, model = config.data.prompts, config.student.model
     if not source.local:
@@ -313,7 +313,7 @@ def _dataset(config: Config) -> Dataset:
         raise DataError(
             f"student.model={folder} is no folder on this machine, and its tokenizer decides which prompts are too long"
         )
-    return load_dataset(config, load_tokenizer(config.student.model, config.student.revision))
+    return load_dataset(config, student_tokenizer(config), references=False)
 
 
 def _check_checkpoint(proof: Proof, marker: Path, told: Sequence[_Step], config: Config) -> None:

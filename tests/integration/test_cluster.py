@@ -26,6 +26,7 @@ from cluster.planning.reservation import await_placed, reserved
 from cluster.runner import Runner
 from kdray.config import ClusterSettings, parse_config
 from kdray.errors import CapacityError
+from kdray.models.saving import TokenizerSource
 from tests.integration.conftest import EOS, VOCAB, TinyModels
 from tests.support.runs import check_ledger, finish, json_lines, start, write_recipe
 
@@ -227,7 +228,8 @@ def test_room_that_others_took_after_the_reservation_is_not_waited_for_for_ever(
     spec = EngineSpec("teacher", model, None, VOCAB, (EOS,), 64, teacher="a", kv_cache_gib=0.1)
     pool = ReplicaPool("a", spec, config.served_teachers["a"], config.cluster, RunHandles(), retries=0)
     store = ray.remote(WeightStore).options(num_cpus=0).remote()
-    student = StudentGroup(config.training, VOCAB, 0, model, store, tmp_path / "checkpoints", tmp_path / "train")
+    tokenizer = TokenizerSource(model)
+    student = StudentGroup(config.training, VOCAB, 0, tokenizer, store, tmp_path / "checkpoints", tmp_path / "train")
     job: Any = SimpleNamespace(_config=config, _beside=SimpleNamespace(rank_groups=1))
     holder = ray.util.placement_group([{"large": 1.0}])
     assert holder.wait(20)

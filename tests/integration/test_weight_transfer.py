@@ -27,6 +27,7 @@ from actors.weights.transfer import TransferStore
 from cluster.connect import start_local
 from kdray.config import ReverseKLLoss
 from kdray.models.resolve import task_tokenizer
+from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.types import Rollout, SampleRequest, TrainBatch
 from tests.integration.conftest import VOCAB, TinyModels
@@ -94,7 +95,7 @@ async def run(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory)
     # Two ranks that each hold a half of the weights, gathered in buckets smaller than a layer.
     sizes = {"batch_size": 8, "micro_batch_size": 4, "sft": {"batch_size": 8}, "cpus_per_rank": 1}
     training = GlooTraining.model_validate(sizes | {"ranks": 2, "zero_stage": 3, "sync_bucket_mib": 0.03, "max_restarts": 1})
-    tokenizer, checkpoints = str(folder / "tokenizer"), folder / "checkpoints"
+    tokenizer, checkpoints = TokenizerSource(str(folder / "tokenizer")), folder / "checkpoints"
     ranks = StudentGroup(training, VOCAB, 0, tokenizer, store, checkpoints, folder / "ray", on_event=on_event)
     spec = engine_spec(teacher, student, stuck_after_s=STUCK_S, weight_transfer="gloo", engine_args=EXTENSION)
     pool = replica_pool(spec, events, RunHandles(weights=store), retries=20)

@@ -16,6 +16,7 @@ from actors.student.trainer import Phase
 from actors.weights.store import WeightStore
 from kdray.config import MiniLLMLoss, TrainingSettings
 from kdray.models.resolve import task_tokenizer
+from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.types import Rollout, TrainBatch
 from tests.integration.conftest import VOCAB, TinyModels
@@ -71,7 +72,9 @@ async def open_group(
     task_tokenizer().save_pretrained(folder / "tokenizer")
     weights, average = (ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote() for _ in range(2))
     checkpoints, storage = folder / "checkpoints", folder / "ray"
-    ranks = StudentGroup(training, VOCAB, 0, str(folder / "tokenizer"), weights, checkpoints, storage, average, stored)
+    ranks = StudentGroup(
+        training, VOCAB, 0, TokenizerSource(str(folder / "tokenizer")), weights, checkpoints, storage, average, stored
+    )
     await ranks.start()
     try:
         yield ranks, weights

@@ -67,8 +67,11 @@ def launch(monkeypatch):
 @pytest.fixture
 def preflight(monkeypatch):
     fake = ModuleType("kdray.checks.preflight")
-    fake.check = lambda config: SimpleNamespace(lines=["prompts: 12 to train on"])
+    fake.check = lambda config: SimpleNamespace(lines=["prompts: 12 to train on"], tokenizer=None, dataset=None)
     monkeypatch.setitem(sys.modules, "kdray.checks.preflight", fake)
+    seen = ModuleType("kdray.checks.data_look")
+    seen.look_at = lambda *given: SimpleNamespace(short=lambda: ["example (line 1): 1+1=⟦2⟧"])
+    monkeypatch.setitem(sys.modules, "kdray.checks.data_look", seen)
     return fake
 
 
@@ -234,6 +237,7 @@ def test_validate_prints_a_config_that_can_be_read_again(recipe, preflight):
     result = call("validate", recipe, "training.steps=7")
     assert result.exit_code == 0, result.output
     assert "prompts: 12 to train on" in result.stdout
+    assert "# example (line 1): 1+1=⟦2⟧" in result.stdout
     assert parse_config(yaml.safe_load(result.stdout)) == load_config(recipe, ["training.steps=7"])
 
 

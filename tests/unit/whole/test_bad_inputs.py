@@ -346,16 +346,20 @@ DATA: list[Case] = [
     ("no messages", lambda p: p.data('{"messages": []}\n'), ("bad.jsonl line 1", "empty")),
     ("a message without a role", lambda p: p.data('{"messages": [{"content": "a"}]}\n'), ("message 1", "`role` and `content`")),
     (
-        "messages that end with the answer",
+        "an answer to nothing",
         lambda p: p.data('{"messages": [{"role": "assistant", "content": "a"}]}\n'),
-        ("line 1", "assistant's", "answer column"),
+        ("line 1", "nothing comes before the assistant's turn", "remove the row"),
     ),
     (
         "messages for a base model",
         lambda p: p.data('{"messages": [{"role": "user", "content": "a"}]}\n' * 20),
         ("chat template",),
     ),
-    ("an answer that is a number", lambda p: p.data('{"prompt": "a", "answer": 2}\n'), ("line 1", "'answer'", "text", "int 2")),
+    (
+        "a list as the answer",
+        lambda p: p.data('{"prompt": "a", "answer": [2]}\n'),
+        ("line 1", "'answer'", "text", "list [2]"),
+    ),
     ("all held out", lambda p: p.data(ROW * 8), ("data.heldout_size=8 of 8", "lower")),
     (
         "all too long",

@@ -6,6 +6,9 @@ import re
 
 import pytest
 
+from kdray.config import parse_config
+from kdray.data.dataset import encode_answer, load_dataset
+from kdray.models.random_models import byte_tokenizer
 from tests.support.plugins import EXAMPLE
 from tests.support.snippets import DOCS, run_page, snippets
 
@@ -15,6 +18,27 @@ def test_every_snippet_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert snippets(page), "the page has no snippets: nothing was tested"
     run_page(page)
+
+
+FORMATS = re.findall(r"^```jsonl\n(.*?)^```", (DOCS / "data.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("rows", FORMATS)
+def test_every_format_of_the_page_of_data_loads(rows, tmp_path):
+    """As a file of two such rows: question and answer are found, and the answer is what the assistant would write."""
+    (tmp_path / "rows.jsonl").write_text(rows * 2, encoding="utf-8")
+    tiny = {"model": {"type": "tiny"}}
+    data = {"prompts": {"type": "file", "path": str(tmp_path / "rows.jsonl")}, "heldout_size": 1}
+    config = parse_config({"run": {"name": "x"}, "data": data, "student": tiny, "teachers": {"main": tiny}})
+    tokenizer = byte_tokenizer()
+    (prompt,) = load_dataset(config, tokenizer, references=True).train
+    assert "France" in prompt.text
+    assert prompt.answer == "Paris."
+    assert tokenizer.decode(encode_answer(tokenizer, prompt)) == "Paris.<|im_end|>"
+
+
+def test_the_page_of_data_shows_the_usual_formats():
+    assert len(FORMATS) == 8
 
 
 def test_the_page_of_plugins_shows_the_files_that_are_tested():

@@ -28,6 +28,7 @@ from kdray.capturing.teacher import CapturedTeacher
 from kdray.config import Config, TinyModel, load_config, parse_config
 from kdray.data.dataset import load_dataset
 from kdray.errors import ConfigError, DataError
+from kdray.models.random_models import byte_tokenizer
 from kdray.models.resolve import build_tiny_model, task_tokenizer
 from kdray.models.safetensors_check import check_weights
 from kdray.runs.verify import verify
@@ -229,11 +230,22 @@ def test_an_override_is_applied_or_refused(key: str, value: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- data
 
+MESSAGE = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "tool_calls", "weight"]),
+    st.sampled_from(
+        ["user", "assistant", "human", "gpt", "a", "", None, 0, [], [{"type": "text", "text": "a"}], [{"function": {}}]]
+    ),
+    max_size=4,
+)
+TALK = st.lists(MESSAGE | JUNK, max_size=4)
 ROW = st.fixed_dictionaries(
     {},
     optional={
-        name: PLAIN | st.text(max_size=6) | st.just("1+1=") | st.just([{"role": "user", "content": "a"}]) | JUNK
-        for name in ("prompt", "question", "messages", "answer", "output", "domain")
+        name: PLAIN | st.text(max_size=6) | st.just("1+1=") | st.just([{"role": "user", "content": "a"}]) | TALK | JUNK
+        for name in (
+            *("prompt", "question", "messages", "conversations", "instruction", "input", "answer", "output", "completion"),
+            *("system", "tools", "chat_template_kwargs", "domain"),
+        )
     },
 )
 ODD_LINES = [
@@ -270,6 +282,7 @@ def data_config(path: Path, kind: str, **more: Any) -> Config:
 
 
 TOKENIZER = task_tokenizer()
+CHAT_TOKENIZER = byte_tokenizer()
 
 
 def read(path: Path, kind: str, **more: Any) -> None:
@@ -292,6 +305,26 @@ def test_lines_are_read_or_refused(
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
     path.write_bytes(b"\n".join(lines) + end)
     read(path, "jsonl", **more)
+
+
+@fuzz(150)
+@given(
+    ending=st.sampled_from(["json", "csv", "tsv", "jsonl.gz"]),
+    content=st.lists(ROW, max_size=4).map(lambda rows: json.dumps(rows).encode())
+    | st.binary(max_size=40)
+    | st.sampled_from(
+        [b"prompt,answer\n1+1=,2\n2+2=,4\n", b'prompt\n"a', b"prompt,prompt\na,b\n", b"\xef\xbb\xbf[", b"[1", b"\x1f\x8b"]
+    ),
+    turns=st.sampled_from(["last", "all", "each"]),
+)
+def test_other_files_are_read_or_refused(
+    ending: str, content: bytes, turns: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"other.{ending}"
+    path.write_bytes(content)
+    config = data_config(path, "file")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"turns": turns})})
+    refusal(lambda: load_dataset(config, CHAT_TOKENIZER, references=True))
 
 
 def parquet(table: pa.Table) -> bytes:

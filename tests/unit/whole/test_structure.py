@@ -83,7 +83,16 @@ KINDS = {
     if isinstance(registry, SettingsRegistry)
     for kind in (registry.base, *registry.known())
 } | {"TaskPrompts", "JsonlPrompts", "ParquetPrompts", "HubPrompts", "IterablePrompts", "TaskText", "JsonlText", "ParquetText"}
-KINDS |= {"HubText", "RouteSettings", "EnsembleSettings", "StepSchedule", "SignalSchedule", "HiddenTerm", "AttentionTerm"}
+KINDS |= {
+    "FilePrompts",
+    "HubText",
+    "RouteSettings",
+    "EnsembleSettings",
+    "StepSchedule",
+    "SignalSchedule",
+    "HiddenTerm",
+    "AttentionTerm",
+}
 KINDS |= {"RelationTerm", "TinyModel", "PrunedModel", "HFTeacher", "RemoteTeacher", "CapturedTeacher"}
 KINDS |= {kind.__name__ for kind in ProgramBase.__subclasses__()}
 

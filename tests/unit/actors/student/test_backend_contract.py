@@ -27,7 +27,7 @@ from kdray.errors import TrainingError
 from kdray.losses import LossBatch, LossOutput, Objective, loss_function
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.rollouts.batching import examples_to_batch, micro_batches, rollouts_to_batch, shard, take_rows
-from kdray.types import Prompt, Rollout, StepReport, TrainBatch
+from kdray.types import Reference, Rollout, StepReport, TrainBatch
 from tests.support.flat_backend import install
 
 VOCAB, ROWS, STEPS = 29, 8, 6
@@ -259,8 +259,9 @@ def test_mini_batches_epochs_text_and_whitening_are_the_loop_that_one_would_writ
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_supervised_rows_are_plain_cross_entropy(backend: dict[str, Any], models: dict[str, Path], chunk: int | None) -> None:
     rng = np.random.default_rng(0)
-    rows = [(Prompt(n, rng.integers(2, VOCAB, 3).astype(np.int32)), rng.integers(2, VOCAB, n + 1)) for n in range(ROWS)]
-    batch = examples_to_batch([(prompt, answer.astype(np.int32)) for prompt, answer in rows], 1)
+    drawn = [[rng.integers(2, VOCAB, size).astype(np.int32) for size in (3, n + 3)] for n in range(ROWS)]
+    # Turns of a conversation: the loss mask has gaps.
+    batch = examples_to_batch([(n, Reference(*row, np.arange(n + 3) != 1)) for n, row in enumerate(drawn)], 1)
     trainer = started(training_of(backend, loss_chunk_tokens=chunk), phase_of(models["student"], loss=None))
     report = trainer.train_step(shard(batch, 0, 1))
     model = AutoModelForCausalLM.from_pretrained(models["student"]).eval()

@@ -14,6 +14,7 @@ from actors.student.mailbox import Command, Mailbox
 from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
+from kdray.models.saving import TokenizerSource
 
 WARMUP = Phase("sft", "base", None, None, 1e-3, 10)
 DISTILL = Phase("distill", "base", None, None, 1e-4, 20)
@@ -199,7 +200,7 @@ def _ranks_of(
         training,
         8,
         0,
-        "tokenizer",
+        TokenizerSource("tokenizer"),
         None,
         Path("run"),
         Path("ray"),

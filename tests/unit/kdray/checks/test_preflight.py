@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from kdray.checks.preflight import check
 from kdray.config import TinyModel, parse_config
+from kdray.data.references import encode_answer
 from kdray.errors import ConfigError, DataError, KdrayError, VocabError
 from kdray.models.resolve import build_tiny_model
 
@@ -232,3 +234,51 @@ def test_a_grader_needs_references_that_it_can_use(models: Path, tmp_path: Path)
         check(of("1", None, "3", "4", **graded, **correct))
     with pytest.raises(ConfigError, match="rollout.filters.correct=true: nothing grades the responses; set data.grader"):
         check(of("1", "2", "3", "4", **correct))
+
+
+# -------------------------------------------------------------------------------------------------------- chat data
+
+
+@pytest.fixture
+def chat(models: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A recipe of conversations, for a student whose tokenizer has no template and ends sequences with <eos>."""
+    talk = [{"role": role, "content": text} for role, text in (("user", "1+1="), ("assistant", "2")) * 2]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 4)
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<unk>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    prompts = {"type": "file", "path": str(tmp_path / "chat.jsonl")}
+
+    def of(data: dict[str, Any], **sections: Any) -> Any:
+        files = {"prompts": prompts, "chat_template_file": str(tmp_path / "chat.jinja"), "heldout_size": 1}
+        return _config(models, data=files | data, **sections)
+
+    return of
+
+
+def test_conversations_go_through_a_template_given_by_file(chat: Callable[..., Any]) -> None:
+    checked = check(chat({}, training={"sft": {"steps": 1}}))
+    assert checked.dataset.train[0].text == "u:1+1=<unk>a:2<unk>u:1+1=<unk>a:"
+    assert encode_answer(checked.tokenizer, checked.dataset.train[0]).tolist() == checked.tokenizer("2<unk>")["input_ids"]
+    assert checked.stop_ids == (checked.tokenizer.eos_token_id, checked.tokenizer.unk_token_id), "a rollout would not end there"
+    assert any(line.startswith("data: 4 rows, chat messages") for line in checked.lines)
+    with pytest.raises(DataError, match=r"data\.chat_template_file=.*gone\.jinja: cannot be read"):
+        check(chat({"chat_template_file": "gone.jinja"}))
+    with pytest.raises(DataError, match=r"chat messages need a chat template"):
+        check(chat({"chat_template_file": None}))
+
+
+def test_the_turns_that_count_follow_the_setting(chat: Callable[..., Any]) -> None:
+    def targets(turns: str) -> list[int]:
+        train = check(chat({"turns": turns}, training={"sft": {"steps": 1}})).dataset.train
+        return [prompt.reference.num_targets for prompt in train if prompt.reference is not None]
+
+    assert targets("last") == [2] * 3
+    assert targets("all") == [4] * 3
+    assert targets("each") == [2] * 6
+
+
+def test_whole_conversations_need_a_teacher_that_scores_them(chat: Callable[..., Any]) -> None:
+    capture = {"teachers": {"main": {"type": "capture", "path": "x"}}, "loss": {"type": "forward_kl"}}
+    with pytest.raises(ConfigError, match=r"data\.turns=all with rollout\.data_share: only a teacher in replicas"):
+        chat({"turns": "all"}, rollout={"data_share": 1.0, "alpha": 1.0}, **capture)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kdray.config import PrunedModel, TinyModel
 from kdray.models.quantization import quantize
+from kdray.models.random_models import byte_tokenizer
 from kdray.models.resolve import build_pruned_model, build_tiny_model
-from kdray.models.saving import save_model
+from kdray.models.saving import TokenizerSource, save_model
 
 CONTRADICTORY = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [1, 2], "pad_token_id": 0}
 """As some chat models have it: settings of sampling, and nothing that switches it on."""
@@ -59,3 +60,11 @@ def test_pruned_and_quantised_models_keep_it_too(source: Path, tmp_path: Path) -
     for name in ("pruned", "quantised"):
         assert written(tmp_path / name) == CONTRADICTORY
         AutoTokenizer.from_pretrained(tmp_path / name)
+
+
+def test_a_tokenizer_is_written_with_the_template_that_the_student_was_trained_with(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "own")
+    TokenizerSource(str(tmp_path / "own")).save(tmp_path / "same")
+    TokenizerSource(str(tmp_path / "own"), "{{ messages }}").save(tmp_path / "other")
+    found = {name: AutoTokenizer.from_pretrained(tmp_path / name).chat_template for name in ("own", "same", "other")}
+    assert found == {"own": byte_tokenizer().chat_template, "same": byte_tokenizer().chat_template, "other": "{{ messages }}"}

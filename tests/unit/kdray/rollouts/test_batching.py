@@ -12,7 +12,7 @@ from kdray.config import MiniLLMLoss, ReverseKLLoss
 from kdray.errors import DataError
 from kdray.losses import LossBatch, loss_function
 from kdray.rollouts.batching import examples_to_batch, micro_batches, rollouts_to_batch, shard
-from kdray.types import Prompt, Rollout
+from kdray.types import Reference, Rollout
 
 torch.set_num_threads(1)
 
@@ -120,11 +120,22 @@ def test_tokens_of_the_environment_are_context():
     assert (alone.num_target_tokens, alone.groups) == (0, ())
 
 
+def reference(prompt: list[int], response: list[int], is_target: list[bool]) -> Reference:
+    return Reference(np.array(prompt, np.int32), np.array(response, np.int32), np.array(is_target))
+
+
+def test_earlier_turns_of_a_conversation_are_targets_with_context_between():
+    examples = [(1, reference([3, 4], [5, 6, 7, 8], [True, False, False, True])), (2, reference([], [5, 6], [True, True]))]
+    batch = examples_to_batch(examples, step=1)
+    assert batch.token_ids.tolist() == [[3, 4, 5, 6, 7, 8], [5, 6, 0, 0, 0, 0]]
+    assert batch.loss_mask.tolist() == [[False, False, True, False, False, True], [False, True, False, False, False, False]]
+    assert batch.num_target_tokens == 3, "nothing predicts a first token"
+    (part,) = micro_batches(shard(batch, 0, 1), 2)
+    assert part.loss_mask.tolist() == batch.loss_mask.tolist()
+
+
 def test_examples_have_targets_on_the_answer_only():
-    examples = [
-        (Prompt(prompt_id=4, token_ids=np.array([1, 2, 3], dtype=np.int32)), np.array([7, 8], dtype=np.int32)),
-        (Prompt(prompt_id=6, token_ids=np.array([5], dtype=np.int32)), np.array([9], dtype=np.int32)),
-    ]
+    examples = [(4, reference([1, 2, 3], [7, 8], [True, True])), (6, reference([5], [9], [True]))]
     batch = examples_to_batch(examples, step=2)
     assert batch.sample_ids.tolist() == [4, 6]
     assert batch.token_ids.tolist() == [[1, 2, 3, 7, 8], [5, 9, 0, 0, 0]]

@@ -9,9 +9,10 @@ import pytest
 
 from kdray.data.dataset import PromptStream
 from kdray.errors import DataError
+from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.rollouts.reference_answers import WithReferences
-from kdray.types import Prompt, Rollout, SampleRequest
+from kdray.types import Prompt, Reference, Rollout, SampleRequest
 from tests.support.fakes import EOS, FakeScorer, Rig, make_prompts
 
 
@@ -106,3 +107,23 @@ async def test_a_whole_run_on_data_alone_asks_no_sampler(tmp_path: Path) -> None
 def test_a_longer_answer_is_refused_with_the_number_to_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rollout\.max_new_tokens=3, but the reference answer of prompt 11 has 4 tokens"):
         WithReferences(Rig(tmp_path).sampler, None, answered(make_prompts()), Digits(), limit=3)
+
+
+async def test_earlier_turns_are_targets_and_what_lies_between_is_context(tmp_path: Path) -> None:
+    """A conversation of two turns: the row begins at the first, and its prompt is shorter than the request's."""
+    rig = Rig(tmp_path)
+    ids = [np.array(part, np.int32) for part in ([0, 1], [2, 1, 0, 2, EOS])]
+    reference = Reference(*ids, np.array([True, False, False, True, True]))
+    prompt = Prompt(10, np.array([0, 1, 2, 1, 0], np.int32), answer="2", reference=reference)
+    route = WithReferences(rig.sampler, FakeScorer(rig.world, rig.history), [prompt], Digits(), limit=2)
+    request = SampleRequest(0, 10, prompt.token_ids, 0.3, 0, 6, writer="data")
+    ((rollout,),) = [part async for part in route.sample([request])]
+    assert rollout.prompt_ids.tolist() == [0, 1]
+    assert rollout.token_ids.tolist() == [2, 1, 0, 2, EOS]
+    assert rollout.writers == ("data", "environment")
+    assert rollout.is_target.tolist() == [True, False, False, True, True]
+    assert rollout.teacher_logprobs is not None
+    batch = rollouts_to_batch([rollout], step=1)
+    assert batch.loss_mask.tolist() == [[False, False, True, False, False, True, True]]
+    with pytest.raises(DataError, match="max_new_tokens=1, but the reference answer of prompt 10 has 2 tokens"):
+        WithReferences(rig.sampler, None, [prompt], Digits(), limit=1)

@@ -82,9 +82,10 @@ def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, outle
         if phase.loss is not None:
             # Replicas that start now request the version that was published before the checkpoint: distillation's versions are
             # its steps. No command of the log publishes it again, and the objects of the ranks before are lost.
-            outlet.publish(trainer.steps_done)
             if config.average is not None:
+                # Before the student's version that it belongs to, as in every step.
                 outlet.renew(trainer.steps_done, decay=1.0)
+            outlet.publish(trainer.steps_done)
     while True:
         try:
             command: Command = call_with_retry(lambda: mailbox.command.remote(index))  # noqa: B023 - called in this iteration

@@ -96,8 +96,10 @@ def _rollout_gap(rows: Buckets, batch: LossBatch) -> dict[str, torch.Tensor]:
     logprobs, sampler = rows.token_logprobs, batch.student_logprobs
     if logprobs is None or sampler is None or batch.group is None:
         return {}
-    fresh = torch.tensor([name.endswith(FRESH) for name in batch.groups] + [False], device=batch.group.device)
-    # -1, the group of a position without a token, is the last entry.
-    is_fresh = fresh[batch.masked("group").long()]
+    group = batch.masked("group")
+    is_fresh = torch.zeros_like(group, dtype=torch.bool)
+    # By comparison with numbers: a table of the groups would be copied to the device in every chunk.
+    for number in (number for number, name in enumerate(batch.groups) if name.endswith(FRESH)):
+        is_fresh |= group == number
     gaps = (logprobs - batch.masked("student_logprobs").to(logprobs.dtype)).abs()
     return {"rollout_gap": gaps.masked_fill(~is_fresh, 0.0).sum(), "rollout_gap_tokens": is_fresh.sum()}

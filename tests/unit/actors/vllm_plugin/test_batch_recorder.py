@@ -197,7 +197,8 @@ def test_a_decode_step_transfers_nothing_and_reads_the_rows_few_times(shift: int
 )
 def test_the_guard_sees_a_transfer(transfer: Callable[[torch.Tensor], object]) -> None:
     values = torch.empty(2, 3, device=META)
-    # The guard asserts; torch itself refuses some of these for a tensor without data, each with an exception of its own.
+    # Any refusal will do: the guard asserts, and torch itself refuses some of these for a tensor without data, before the guard
+    # sees them, each with an exception of its own.
     with pytest.raises((AssertionError, NotImplementedError, RuntimeError, TypeError)), NoTransfers():
         transfer(values)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -54,39 +56,61 @@ def undisturbed(forked: Any, folder: Path, **sections: Any) -> Path:
 
 
 def moments(seed: int, steps: int) -> Iterator[tuple[int, float]]:
-    """(steps that are done, seconds after that) at which a driver dies; a third of them while it starts."""
+    """(steps that are done, seconds after that) at which a driver dies; a third of them, with 0 steps, while it starts.
+
+    Enough steps are left for a driver not to end by itself on a busy machine.
+    """
     rng = np.random.default_rng(seed)
-    for reached in sorted(rng.integers(0, steps - 4, size=KILLS).tolist()):
+    for reached in sorted(rng.integers(1, steps - 15, size=KILLS).tolist()):
         yield (0, rng.uniform(0.0, 0.3)) if rng.random() < 0.33 else (reached, rng.uniform(0.0, 0.04))
+
+
+def starts(run: Path) -> list[dict[str, Any]]:
+    """The lines of every driver that had begun to train; a line that was being written when it died does not count."""
+    events = run / "events.jsonl"
+    lines = events.read_text().split("\n")[:-1] if events.exists() else []
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == "start"]
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def dying_driver(recipe: Path, run: Path, reached: int, wait_s: float) -> None:
+    """A driver with a thread that kills it: a watcher in another process may get its turn too late on a busy machine."""
+    before = len(starts(run))
+
+    def die() -> None:
+        # An earlier driver may have done as many steps already: this one's own start is waited for too.
+        while reached and (len(starts(run)) == before or lines_of(run / "ledger.jsonl") < reached):
+            time.sleep(0.001)
+        time.sleep(wait_s)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Thread(target=die, daemon=True).start()
+    main(recipe)
 
 
 def killed_and_resumed(forked: Any, folder: Path, seed: int, **sections: Any) -> Path:
     """A run whose driver dies at each of the moments, and then ends."""
     config = stub_config(folder, "killed", **sections)
-    path, ledger = recipe(folder, config), config.run_folder / "ledger.jsonl"
-    killed = 0
+    path, run = recipe(folder, config), config.run_folder
+    going = 0
     for reached, wait_s in moments(seed, config.training.steps):
-        driver = forked.Process(target=main, args=(path,))
+        driver = forked.Process(target=dying_driver, args=(path, run, reached, wait_s))
         driver.start()
-        deadline = time.monotonic() + 120
-        while reached and (not ledger.exists() or ledger.read_bytes().count(b"\n") < reached):
-            assert driver.is_alive(), f"the driver ended with {driver.exitcode} before step {reached}"
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(wait_s)
-        driver.kill()
-        driver.join()
+        driver.join(120)
         assert driver.exitcode == -signal.SIGKILL
-        killed += 1
+        going += reached > 0
         # A folder is consistent after every death, too: nobody has to resume it to see what it did.
-        if (config.run_folder / "events.jsonl").exists():
-            assert verify(config.run_folder).problems == []
-    assert killed == KILLS
+        if (run / "events.jsonl").exists():
+            assert verify(run).problems == []
+    assert len(starts(run)) >= going > KILLS / 2
     driver = forked.Process(target=main, args=(path,))
     driver.start()
     driver.join(120)
     assert driver.exitcode == 0
-    return config.run_folder
+    return run
 
 
 def trained_prompts(run: Path) -> Counter[tuple[int, int]]:
@@ -111,9 +135,7 @@ def test_a_driver_killed_20_times_ends_with_the_same_prompts_and_the_same_curve(
     assert (killed / "ledger.jsonl").read_text() == (whole / "ledger.jsonl").read_text()
     proof = verify(killed)
     assert (proof.state, proof.problems, proof.notes) == ("finished", [], [])
-    resumed = [line["resumed_step"] for line in json_lines(killed / "events.jsonl") if line["kind"] == "start"]
-    assert len(resumed) > KILLS / 2, "the kills did not reach runs that were going"
-    assert len({step for step in resumed if step}) > 3
+    assert len({line["resumed_step"] for line in starts(killed)}) > 4
 
 
 def test_with_staleness_the_same_prompts_are_trained_once(forked: Any, tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ class Runner:
         stored = self._checkpoint.progress if self._checkpoint else None
         start_step, self._totals = rewind(self._folder, self._ledger, schedules, steps, stored)
         base, revision = models.student, config.student.revision
+        self._base = base, revision
         if training.sft.steps:
             if self._checkpoint is None:
                 await self._or_stop(self._supervised(student, "sft", base, revision, training.sft.steps))
@@ -193,6 +194,7 @@ class Runner:
             training.warmup_steps * updates,
             training.schedule,
             self._teacher_of_head(models),
+            self._base,
             self._teacher_of_features(models),
         )
         progress: dict[str, Any] = {"horizon": steps, "stage": "distill"}
@@ -310,7 +312,14 @@ class Runner:
             recoverable.progress["stage"] = "finetune"
         settings = training.finetune
         phase = Phase(
-            "finetune", str(distilled), None, None, settings.learning_rate, settings.steps, schedule=training.schedule
+            "finetune",
+            str(distilled),
+            None,
+            None,
+            settings.learning_rate,
+            settings.steps,
+            schedule=training.schedule,
+            base=self._base,
         )
         checkpoint = self._checkpoint if resumed else None
         await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
@@ -405,7 +414,9 @@ class Runner:
         """Supervised fine-tuning for `steps`; returns the target tokens trained. The control decays like distillation."""
         sft = self._config.training.sft
         schedule = self._config.training.schedule if name == "control" else "constant"
-        await student.start_phase(Phase(name, model, revision, None, sft.learning_rate, steps, schedule=schedule))
+        await student.start_phase(
+            Phase(name, model, revision, None, sft.learning_rate, steps, schedule=schedule, base=self._base)
+        )
         examples = self._examples(first_example)
         self.reporter.phase(name, steps)
         trained = 0

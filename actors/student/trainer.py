@@ -6,6 +6,7 @@ notebook as it does on a rank. One instance per rank; every public method is a c
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.student import lora
 from actors.student.backend import Forward, Optimization, StudentBackend, open_backend
 from actors.student.dropout import set_recomputation, without_dropout
 from actors.student.features import (
@@ -62,6 +64,8 @@ class Phase:
     teacher: tuple[str, str | None] | None = None
     """Folder or hub id, and revision, of the teacher whose output head turns hidden states into rows; None if the batches come
     with a support."""
+    base: tuple[str, str | None] | None = None
+    """Folder or hub id, and revision, of the weights that the adapter in `model` changes; None if they are `model`'s own."""
     feature_teacher: tuple[str, str | None] | None = None
     """Folder or hub id, and revision, of the teacher that `training.features` compares with; None if the phase does not."""
 
@@ -94,6 +98,7 @@ class StudentTrainer:
         self.phase: Phase | None = None
         self._loss: LossSettings | None = None
         self._average: dict[str, torch.Tensor] = {}
+        self._facts: dict[str, Any] | None = None
         self._teacher_head: OutputHead | None = None
         self._micro_batch_loss: MicroBatchLoss | None = None
 
@@ -101,6 +106,7 @@ class StudentTrainer:
         """Load the phase's weights and start a fresh optimizer and schedule."""
         training = self.training
         self.backend.close()
+        self._facts = None
         module = self._load(phase)
         optimization = Optimization(
             phase.learning_rate,
@@ -132,21 +138,27 @@ class StudentTrainer:
 
         features = self.training.features if phase.feature_teacher is not None else None
         maps = features is not None and features.attention is not None
+        source, revision, adapter = phase.model, phase.revision, None
+        if self.training.lora is not None and phase.base is not None and (Path(phase.model) / lora.ADAPTER).is_dir():
+            # An earlier phase's student: its own files are merged and rounded.
+            (source, revision), adapter = phase.base, Path(phase.model) / lora.ADAPTER
         with self.backend.loading():
             torch.manual_seed(self.seed)
             model, info = AutoModelForCausalLM.from_pretrained(
-                phase.model,
-                revision=phase.revision,
+                source,
+                revision=revision,
                 dtype=self._dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **attention_arguments(phase.model, phase.revision, self.training.attention, maps=maps),
+                **attention_arguments(source, revision, self.training.attention, maps=maps),
             )
         if lacking := sorted(info["missing_keys"]):
             # Transformers only warns, and goes on with random weights.
-            raise TrainingError(f"{phase.model}: its files lack {', '.join(lacking[:4])} ({len(lacking)} tensors in all)")
+            raise TrainingError(f"{source}: its files lack {', '.join(lacking[:4])} ({len(lacking)} tensors in all)")
         model.config.use_cache = False
+        if self.training.lora is not None:
+            lora.add_adapter(model, self.training.lora, (source, revision), adapter, self.seed)
         if self.training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         # Dropout would make the trained distribution differ from the one that the replicas sample from.
@@ -354,15 +366,15 @@ class StudentTrainer:
     def _module_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
         """Parameters, then persistent buffers, under the names that they have in the module."""
         limit = self.training.sync_bucket_mib * 2**20
-        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        bucket: list[lora.Published] = []
         size = 0.0
         module = unwrapped(self.backend.module)
-        for name, parameter in module.named_parameters():
-            needed = self.backend.numel(parameter) * parameter.element_size()
+        for each in lora.published(module):
+            needed = self.backend.numel(each.parameters[0]) * each.parameters[0].element_size()
             if bucket and size + needed > limit:
                 yield self._whole(bucket, device)
                 bucket, size = [], 0.0
-            bucket.append((name, parameter))
+            bucket.append(each)
             size += needed
         if bucket:
             yield self._whole(bucket, device)
@@ -370,9 +382,27 @@ class StudentTrainer:
             # No backend shards them.
             yield {name: buffer.to(device, copy=True) for name, buffer in buffers.items()} if self.rank == 0 else {}
 
-    def _whole(self, bucket: list[tuple[str, torch.nn.Parameter]], device: torch.device | str) -> dict[str, torch.Tensor]:
-        tensors = self.backend.whole([parameter for _, parameter in bucket], device)
-        return {name: tensor for (name, _), tensor in zip(bucket, tensors, strict=False)}
+    def _whole(self, bucket: list[lora.Published], device: torch.device | str) -> dict[str, torch.Tensor]:
+        tensors = iter(self.backend.whole([parameter for each in bucket for parameter in each.parameters], device))
+        if self.rank != 0:
+            return {}
+        return {each.name: each.value(tuple(next(tensors) for _ in each.parameters)) for each in bucket}
+
+    def _adapter(self) -> dict[str, torch.Tensor]:
+        """Whole A and B by name in the module, on rank 0's CPU; empty on other ranks, and without an adapter."""
+        parameters = lora.adapter_parameters(unwrapped(self.backend.module))
+        tensors = self.backend.whole(list(parameters.values()), "cpu") if parameters else []
+        return dict(zip(parameters, tensors, strict=False))
+
+    def _adapter_facts(self) -> dict[str, Any] | None:
+        """What the adapter belongs to, on rank 0; computed once a phase, since its base is frozen."""
+        if self.training.lora is None:
+            return None
+        if self._facts is None:
+            parts = (each.parameters[:1] for each in lora.published(unwrapped(self.backend.module)))
+            tensors = (tensor for part in parts for tensor in self.backend.whole(part, "cpu"))
+            self._facts = lora.facts_of(self.training.lora, tensors)
+        return self._facts
 
     def averaged_buckets(self, decay: float) -> Iterator[dict[str, torch.Tensor]]:
         """Exponential moving average of the weights, after an update: average <- decay average + (1 - decay) weights.
@@ -397,6 +427,7 @@ class StudentTrainer:
         state: dict[str, torch.Tensor] = {}
         reasons: list[str] = []
         trained = self.log_probabilities(ids) if ids else np.empty(0)
+        adapter = self._adapter()
         # `save_pretrained` itself turns names of the module into those of files.
         for bucket in self._module_buckets():
             state |= bucket
@@ -405,6 +436,8 @@ class StudentTrainer:
             module = unwrapped(self.backend.module)
             module.config.use_cache = True
             save_model(module, folder, state)
+            if adapter:
+                lora.save_adapter(module, adapter, folder / lora.ADAPTER)
             module.config.use_cache = False
             if ids and (gap := export_gap(folder, self._dtype, ids, trained, self.vocab_size)) is not None:
                 reasons.append(gap)
@@ -427,6 +460,9 @@ class StudentTrainer:
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint into `folder`; complete once every rank has returned."""
         self.backend.save(folder, {"steps_done": self.steps_done})
+        facts = self._adapter_facts()
+        if facts is not None and self.rank == 0:
+            (folder / lora.FACTS).write_text(json.dumps(facts), encoding="utf-8")
         if self._average:
             save_file(self._average, folder / _AVERAGE)
         self._meet()
@@ -436,6 +472,11 @@ class StudentTrainer:
 
         Raises: TrainingError if it cannot be read, or contains more than tensors and plain values.
         """
+        own = self._adapter_facts()
+        reason = lora.differing_facts(folder, own) if self.rank == 0 else None
+        (found,) = self.gather(reason)[:1]
+        if found is not None:
+            raise TrainingError(found)
         self.steps_done = int(self.backend.load(folder)["steps_done"])
         if self.rank == 0 and (folder / _AVERAGE).exists():
             self._average = load_file(folder / _AVERAGE)

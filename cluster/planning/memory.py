@@ -49,6 +49,8 @@ class ModelShape:
     """Parameters whose weights are quantised."""
     quantised_bytes: float = 0.0
     """Bytes of each of those, with its share of a scale."""
+    adapter: int | None = None
+    """Parameters of low-rank adapters, which alone are trained; None trains all of the model's."""
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -232,10 +234,11 @@ def rank_memory(
     # Weights sent by rank 0 exist twice more: the version being sent, and the next one.
     copies = 0 if training.weight_transfer == "object_store" else 2
     tokens = sequences * (lengths.prompt + lengths.response)
+    trained = model.parameters if model.adapter is None else model.adapter
     return RankMemory(
-        weights=model.parameters * each.weights,
-        gradients=model.parameters * each.gradients,
-        optimizer=0.0 if in_main_memory else model.parameters * each.optimizer,
+        weights=(model.parameters + (model.adapter or 0)) * each.weights,
+        gradients=trained * each.gradients,
+        optimizer=0.0 if in_main_memory else trained * each.optimizer,
         activations=activation_bytes(model, tokens, element, training.gradient_checkpointing),
         logprobs=loss_bytes(model, training, sequences * lengths.response, tokens, loss),
         teacher=teacher_bytes,

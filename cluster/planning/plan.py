@@ -36,6 +36,7 @@ from kdray.config import (
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
+from kdray.models.adapters import adapted_layers
 from kdray.models.inspect import architecture
 from kdray.models.precision import engine_dtype
 from kdray.runs.folder import RunFolder, read_lines
@@ -232,7 +233,10 @@ def _shapes(config: Config) -> dict[str, ModelShape]:
     found: dict[str, ModelShape] = {}
     for name, (source, revision) in sources.items():
         try:
-            found[name] = ModelShape.of(architecture(source, revision))
+            model = architecture(source, revision)
+            found[name] = ModelShape.of(model)
+            if name == _STUDENT and config.training.lora is not None:
+                found[name] = replace(found[name], adapter=adapted_layers(model, config.training.lora).parameters)
         except (OSError, ValueError) as error:
             where = f"teachers.{name}.model" if name else "student.model"
             first = str(error).splitlines()[0]

@@ -16,6 +16,7 @@ from kdray.data.dataset import Dataset, load_dataset
 from kdray.data.pretraining import load_windows
 from kdray.data.references import reference_of
 from kdray.errors import ConfigError
+from kdray.models.adapters import adapted_layers
 from kdray.models.inspect import depth, describe, origin, shape, student_tokenizer
 from kdray.models.resolve import model_config, resolve_model
 from kdray.runs.context import Checked
@@ -39,6 +40,9 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     vocab_size = min([student_rows, *(each.vocab_size for each in found.values() if each.vocab_size is not None)])
     lines = [f"student: {describe(student.model)}, {student_rows} vocabulary rows"]
     lines += [each.line for each in found.values() if each.line is not None]
+    if config.training.lora is not None:
+        student_config = model_config(*origin(student.model, student.revision))
+        lines.append(f"lora: {adapted_layers(student_config, config.training.lora)}")
     lines += [*precision_notes(config), *quantisation_notes(config)]
     if config.training.features is not None:
         lines.append(_features(config))
@@ -80,8 +84,8 @@ def _check_student(config: Config) -> None:
     student = config.student
     if getattr(model_config(*origin(student.model, student.revision)), "quantization_config", None) is not None:
         raise ConfigError(
-            f"student.model={student.model}: its weights are quantised, and training moves plain numbers; name the "
-            "folder before quantisation (kdray eval --student measures a quantised one)"
+            f"student.model={student.model}: its weights are quantised, and training moves plain numbers, also beside an "
+            "adapter (training.lora); name the folder before quantisation (kdray eval --student measures a quantised one)"
         )
 
 

@@ -21,6 +21,7 @@ from kdray.config.features import AttentionTerm, FeatureSettings, HiddenTerm, Re
 from kdray.config.filters import FilterSettings
 from kdray.config.job import JobSettings
 from kdray.config.load import load_config, parse_config
+from kdray.config.lora import LoRASettings
 from kdray.config.losses import (
     AdaptiveKLLoss,
     ForwardKLLoss,
@@ -105,6 +106,7 @@ __all__ = [
     "JsonlPrompts",
     "JsonlText",
     "LMOpsLoss",
+    "LoRASettings",
     "LossSettings",
     "LossSource",
     "MSELogitLoss",

@@ -242,6 +242,11 @@ def _scheduled_settings_are_valid_throughout(config: Config) -> Iterator[str]:
 
 
 def _features_have_a_teacher_to_compare_with(config: Config) -> Iterator[str]:
+    if config.training.features is not None and config.training.lora is not None:
+        yield (
+            "training.features with training.lora: the maps between both models' layers are trained beside the student, and an "
+            "adapter's checkpoint and result have no place for them; remove one of the two"
+        )
     if config.training.features is None:
         return
     described = ", ".join(f"{name} (type={teacher.type})" for name, teacher in config.teachers.items())

@@ -11,6 +11,7 @@ from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive,
 from kdray.config.data import TextSource
 from kdray.config.features import FeatureSettings
 from kdray.config.labels import LabelSelector
+from kdray.config.lora import LoRASettings
 from kdray.config.schedules import ScheduleSettings
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -128,6 +129,8 @@ class TrainingSettings(Settings):
     """Supervised phase after distillation, on the task's reference answers: the second stage of two-stage distillation."""
     pretraining: PretrainingSettings | None = None
     """Pretraining text mixed into every update; None disables it."""
+    lora: LoRASettings | None = None
+    """Train adapters of low rank on frozen weights (LoRA); None trains all weights."""
     features: FeatureSettings | None = None
     """Hidden states, attention maps and relations of a white-box teacher that the student matches in addition to the loss; None
     disables them."""

@@ -71,7 +71,7 @@ class DeepSpeedBackend(StudentBackend):
             dist_init_required=False,
         )
         if self._adds_up_itself:
-            for parameter in self.module.parameters():
+            for parameter in filter(lambda each: each.requires_grad, self.module.parameters()):
                 parameter.grad_dtype = torch.float32
         if self.training.precision == "bf16" and self._settings.zero_stage == 0:
             _undo_first_step(self._engine.optimizer)
@@ -95,6 +95,10 @@ class DeepSpeedBackend(StudentBackend):
     @property
     def device(self) -> torch.device:
         return self._engine.device
+
+    @property
+    def _has_frozen(self) -> bool:
+        return not all(parameter.requires_grad for parameter in self.module.parameters())
 
     @property
     def _adds_up_itself(self) -> bool:
@@ -196,7 +200,8 @@ class DeepSpeedBackend(StudentBackend):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=state)
+        # Frozen weights are those that the phase was started with.
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=state, exclude_frozen_parameters=self._has_frozen)
 
     def load(self, folder: Path) -> dict[str, Any]:
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -206,7 +211,7 @@ class DeepSpeedBackend(StudentBackend):
         loaded = state = None
         if (folder / _TAG).is_dir():
             with tensors_alone(LossScaler, ZeroStageEnum, fragment_address):
-                loaded, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
+                loaded, state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not self._has_frozen)
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
         return state

@@ -131,17 +131,34 @@ class TorchBackend(StudentBackend):
         optimizer = self._optimizer.state_dict()
         tensors = {f"{number}.{name}": value for number, values in optimizer["state"].items() for name, value in values.items()}
         tensors |= {f"{number}.{_MASTER}": master.detach() for number, (_, master) in enumerate(self._masters)}
-        save_model(self.module, str(folder / _WEIGHTS))
+        trained = self._trained_alone()
+        if trained is None:
+            save_model(self.module, str(folder / _WEIGHTS))
+        else:
+            save_file({name: parameter.detach() for name, parameter in trained.items()}, folder / _WEIGHTS)
         save_file(tensors, folder / _OPTIMIZER)
         plain = {"state": state, "groups": optimizer["param_groups"], "scheduler": self._scheduler.state_dict()}
         (folder / _PLAIN).write_text(json.dumps(plain), encoding="utf-8")
+
+    def _trained_alone(self) -> dict[str, torch.nn.Parameter] | None:
+        """Parameters that are trained, if others are frozen: those are as the phase was started with; None if none is."""
+        named = dict(self.module.named_parameters())
+        trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        return None if len(trained) == len(named) else trained
 
     def load(self, folder: Path) -> dict[str, Any]:
         try:
             plain = json.loads((folder / _PLAIN).read_text(encoding="utf-8"))
             tensors = load_file(folder / _OPTIMIZER)
             masters = [tensors.pop(f"{number}.{_MASTER}") for number in range(len(self._masters))]
-            load_model(self.module, str(folder / _WEIGHTS), device=str(self._device))
+            trained = self._trained_alone()
+            if trained is None:
+                load_model(self.module, str(folder / _WEIGHTS), device=str(self._device))
+            else:
+                weights = load_file(folder / _WEIGHTS, device=str(self._device))
+                with torch.no_grad():
+                    for name, parameter in trained.items():
+                        parameter.copy_(weights[name])
             saved, groups, scheduler = plain["state"], plain["groups"], plain["scheduler"]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise TrainingError(f"{folder}: no checkpoint that training.backend.type=torch wrote: {error}") from error

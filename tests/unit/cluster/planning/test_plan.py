@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from cluster.planning.memory import (
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
 from cluster.planning.plan import described_nodes, plan
 from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
-from kdray.config import Config, MiniLLMLoss, RolloutSettings, TrainingSettings, parse_config
+from kdray.config import Config, LoRASettings, MiniLLMLoss, RolloutSettings, TrainingSettings, parse_config
 from kdray.errors import CapacityError, DataError
 from kdray.losses import Objective, chunked_loss
 from kdray.losses.features import predicting
+from kdray.models.adapters import adapted_layers
 from tests.support.loss_batches import built_in_losses, loss_batch
 from tests.support.storages import Storages
 
@@ -162,6 +164,22 @@ def test_an_offloaded_optimizer_takes_no_memory_of_the_gpu(gpus: int, optimizer:
     sizes = {"precision": "bf16", "ranks": 8, "micro_batch_size": 2, "gpus_per_rank": gpus}
     training = TrainingSettings.model_validate(sizes | {"backend": {"zero_stage": 2, "options": options}})
     assert rank_memory(shape, training, Lengths(32, 32)).optimizer == optimizer * shape.parameters
+
+
+def test_an_adapter_alone_has_gradients_and_optimizer_states() -> None:
+    config = LlamaConfig(**LLAMA_8B)
+    layers = adapted_layers(config, LoRASettings(rank=16))
+    # q, k, v, o, gate, up, down of 32 layers: rank x (inputs + outputs) each.
+    hidden, kv, inner = 4096, 1024, 14336
+    each = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + inner)
+    assert (len(layers.names), layers.parameters) == (7 * 32, 16 * 32 * each)
+    whole = ModelShape.of(config)
+    training = TrainingSettings.model_validate({"precision": "bf16", "micro_batch_size": 2})
+    found = rank_memory(replace(whole, adapter=layers.parameters), training, Lengths(32, 32))
+    full = rank_memory(whole, training, Lengths(32, 32))
+    assert found.weights == 2 * (whole.parameters + layers.parameters)
+    assert (found.gradients, found.optimizer) == (4 * layers.parameters, 12 * layers.parameters)
+    assert found.activations == full.activations
 
 
 def test_one_process_of_torch_holds_everything() -> None:

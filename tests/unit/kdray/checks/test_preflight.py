@@ -164,6 +164,20 @@ def test_layers_of_features_are_looked_up_in_both_models(models: Path) -> None:
         check(_config(models, training={"features": {"relation": {"layers": [[1, 2]]}}}))
 
 
+def test_layers_with_an_adapter_are_looked_up_in_the_student(models: Path) -> None:
+    lines = check(_config(models, training={"lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]}})).lines
+    assert any(line.startswith("lora: 2 layers, ") for line in lines), lines
+    for target, message in (
+        ("q_prj", r"target_modules: 'q_prj' ends the path of no layer.*linear layers there: .*q_proj"),
+        ("self_attn", r"'self_attn' is no linear layer"),
+        ("lm_head", r"selects lm_head, the output head"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(_config(models, training={"lora": {"target_modules": [target]}}))
+    with pytest.raises(ConfigError, match=r"lora\.dropout=0\.1: the replicas sample without dropout"):
+        _config(models, training={"lora": {"dropout": 0.1}})
+
+
 def _with_program(tmp_path: Path, **sections: Any) -> Any:
     tree: dict[str, Any] = {
         "run": {"name": "x", "output": str(tmp_path)},

@@ -285,6 +285,7 @@ def test_locations_keep_keys_that_are_also_tags(sections, message):
         ({"loss": {"type": "forward_kl_sampled"}, "rollout": {"alpha": 0.0}}, "p/m is unbounded"),
         ({"loss": {"type": "vopd"}, "rollout": {"alpha": 1.0}}, "q/m is unbounded"),
         ({"training": {"features": {}}}, "training.features names no term"),
+        ({"training": {"features": {"hidden": {}}, "lora": {}}}, "training.features with training.lora"),
         (
             {
                 "training": {"features": {"hidden": {}}},

@@ -1,0 +1,55 @@
+"""A run whose student is a frozen model with a low-rank adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+
+
+@pytest.mark.full
+def test_a_run_trains_an_adapter_and_leaves_it_beside_the_merged_model(workplace: Path, marker: str) -> None:
+    """Warm-up, distillation on two ranks, a resume: replicas hold what is trained, and only adapted layers have moved."""
+    recipe = write_recipe(
+        workplace,
+        "adapted",
+        rollout={"max_new_tokens": 8},
+        training={
+            "lora": {"rank": 8, "alpha": 16},
+            "learning_rate": 1e-2,
+            "batch_size": BATCH,
+            "checkpoint_every": 6,
+            "ranks": 2,
+            "zero_stage": 2,
+            "sft": {"steps": 20, "batch_size": 32, "learning_rate": 1e-2},
+        },
+        cluster={"local_cpus": 5},
+    )
+    finish(start("run", str(recipe)), 0)
+    finish(start("run", str(recipe), "--resume", "training.steps=16"), 0)
+    run = workplace / "runs" / "adapted"
+    check_ledger(run, 16)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["resumed_from_step"] == 12
+    assert summary["after"]["reverse_kl"] < 0.8 * summary["before"]["reverse_kl"]
+    gaps = [row["parity_gap"] for row in json_lines(run / "metrics.jsonl") if row.get("parity_gap") is not None]
+    assert gaps
+    assert max(gaps) < 1e-4
+    assert not [event for event in json_lines(run / "events.jsonl") if event["kind"] == "version_refused"]
+
+    merged, base = (load_file(folder / "model.safetensors") for folder in (run / "student", workplace / "student"))
+    adapter = load_file(run / "student" / "adapter" / "adapter_model.safetensors")
+    adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") + ".weight" for name in adapter}
+    assert {name for name in base if not torch.equal(base[name], merged[name])} == adapted
+    for name in adapted:
+        a, b = (adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(merged[name], base[name] + 2.0 * b @ a, rtol=1e-5, atol=1e-5)
+    frozen = sum(tensor.numel() * tensor.element_size() for tensor in base.values())
+    checkpoint = run / "checkpoints" / "step-000016"
+    assert sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) < frozen
+    assert_nothing_left(marker)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from actors.serving.spec import RunHandles
 from actors.student.group import StudentGroup
 from actors.student.trainer import Phase
 from cluster.assembly import open_pools, training_sources
+from cluster.batch_hooks import batch_hooks
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from cluster.engine_specs import student_ids
 from cluster.evaluation import check_signals, held_out, measure_program
@@ -33,11 +34,10 @@ from kdray.data.dataset import PromptStream
 from kdray.data.references import reference_of
 from kdray.errors import EngineError, Interrupted, KdrayError, TrainingError
 from kdray.loop import Distillation, Hooks
-from kdray.models.inspect import chat_template_text, decoder
+from kdray.models.inspect import chat_template_text
 from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
-from kdray.rollouts.filters import Filters
 from kdray.rollouts.pretraining import PretrainingText
 from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.schedules import Schedules
@@ -50,8 +50,7 @@ from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
 from kdray.runs.versions import installed_versions
 from kdray.teachers.kind import kind_of
-from kdray.teachers.programs import row_weights
-from kdray.types import Rollout, TrainBatch
+from kdray.types import TrainBatch
 
 _CLEAN_UP_S = 30.0
 
@@ -273,8 +272,7 @@ class Runner:
                 pool_metrics=pools.metrics,
                 text=self._text(pools),
                 on_wait=pools.awaited,
-                filters=self._filters(),
-                weights=self._weights(),
+                **batch_hooks(checked),
             ),
             stop=self.stop,
             start_step=start_step,
@@ -285,22 +283,6 @@ class Runner:
     def _renewal(self) -> Renewal | None:
         found = (teacher.renewal for teacher in self._config.teachers.values())
         return next((Renewal(*renewal) for renewal in found if renewal is not None), None)
-
-    def _weights(self) -> Callable[[Sequence[Rollout]], dict[int, float] | None]:
-        """Weights of the rows of a batch, if a program makes two kinds of rows."""
-        program, siblings = self._config.rollout.program, self._config.rollout.samples_per_prompt
-        weight = None if program is None else program.second_row_weight
-        if weight is None:
-            return lambda rollouts: None
-        return lambda rollouts: row_weights(rollouts, siblings, weight)
-
-    def _filters(self) -> Callable[[Sequence[Rollout]], dict[int, str]]:
-        """The filters of `rollout.filters`."""
-        settings, dataset = self._config.rollout.filters, self._checked.dataset
-        if settings is None:
-            return lambda rollouts: {}
-        prompts = {prompt.prompt_id: prompt for prompt in dataset.train}
-        return Filters(settings, decoder(self._checked.tokenizer), dataset.grade, prompts)
 
     async def _finetune(self, student: StudentGroup, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
         """Run the second stage, on the reference answers; a resume continues it from its last checkpoint."""

@@ -34,6 +34,7 @@ from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
 from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
 from kdray.rollouts.race import Stopped, first_of
+from kdray.rollouts.rewards import Rewards
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.ledger import Ledger, Totals, fates
 from kdray.runs.metrics import batch_metrics, filter_metrics
@@ -54,6 +55,8 @@ class Hooks:
     """Called with the sample ids that training starts to wait for, and with none when the wait ends."""
     filters: Callable[[Sequence[Rollout]], dict[int, str]] = lambda rollouts: {}
     """Returns the rule by which each rollout of a batch is excluded from training, by sample id."""
+    rewards: Callable[[Sequence[Rollout]], Rewards | None] = lambda rollouts: None
+    """Returns the rewards of a batch; None without a reward."""
     weights: Callable[[Sequence[Rollout]], dict[int, float] | None] = lambda rollouts: None
     """Returns the loss weights of the rollouts of a batch, by sample id; None if all have equal weight."""
 
@@ -170,7 +173,9 @@ class Distillation:
         """
         rollouts, done = ready.rollouts, step + 1
         dropped, values = self.hooks.filters(rollouts), self._schedules.at(step)
-        batch = rollouts_to_batch(rollouts, done, dropped, self.hooks.weights(rollouts))
+        rewards = self.hooks.rewards(rollouts)
+        advantages = None if rewards is None else rewards.advantages
+        batch = rollouts_to_batch(rollouts, done, dropped, self.hooks.weights(rollouts), advantages)
         report = await self.student.train_step(batch, text, values)
         trained = time.perf_counter()
         measured = batch_metrics(rollouts, trained_version=step)
@@ -186,6 +191,7 @@ class Distillation:
         return report, {
             **measured,
             **filter_metrics(dropped, len(rollouts)),
+            **({} if rewards is None else rewards.metrics()),
             **{f"schedule/{name}": value for name, value in values.items()},
             "tokens_per_s": report.num_target_tokens / (now - started),
             "wait_rollout_s": ready.wait_rollout_s,

@@ -175,6 +175,8 @@ def _check_grading(config: Config, dataset: Dataset) -> None:
     """Raises: ConfigError or DataError if responses are to be graded but the prompts do not allow it."""
     filters, grade = config.rollout.filters, dataset.grade
     asking = [rule.setting for rule in ([] if filters is None else filters.in_order()) if rule.needs_grader]
+    if config.rewarded:
+        asking.append("loss.reward_weight")
     if grade is None:
         if asking:
             raise ConfigError(f"{asking[0]}: nothing grades the responses; set data.grader, or use `pattern` or `agreement`")

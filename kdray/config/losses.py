@@ -6,6 +6,7 @@ A loss from another distribution is a subclass of `LossSettings`, registered und
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -43,6 +44,11 @@ class LossSettings(Settings):
 
     type: str
     """Name of the loss; a subclass narrows it to a `Literal` of its own."""
+    reward_weight: NonNegativeFloat = 0.0
+    """Weight of a reward beside distillation: the grader's value of a response (1 if right, 0 if wrong) minus the mean value of
+    the prompt's other responses, as a policy gradient. Needs a grader and `rollout.samples_per_prompt` of at least 2."""
+    distillation_weight: NonNegativeFloat = 1.0
+    """Weight of the distillation loss beside a reward; 0 trains on the reward alone."""
 
     implementation: ClassVar[str]
     """Implementation as `module:name`: `f(student_logits, batch, settings) -> LossOutput`; for a divergence
@@ -80,6 +86,22 @@ class LossSettings(Settings):
     def returns(self) -> RecordedReturns | None:
         """The returns that the loss computes from recorded log-probabilities; None if it uses none."""
         return None
+
+    @property
+    def staleness_bound(self) -> tuple[float, StalenessHandling]:
+        """Cap of the staleness ratio q_theta / q_sampled in sampled terms, and the handling of a token above it."""
+        return 2.0, "truncate"
+
+    @property
+    def response_window(self) -> int | None:
+        """Number of tokens to either side whose ratios q_theta / m weight a sampled term, from 0 to the largest integer for the
+        whole response; None weights each token by its own ratio, bounded by `staleness_bound`."""
+        return None
+
+    @property
+    def reads_buckets(self) -> bool:
+        """The loss is a function of `Buckets`: terms of the sampled tokens can be added to it."""
+        return self.divergence or self.reads == "buckets"
 
     @property
     def in_chunks(self) -> bool:
@@ -126,6 +148,10 @@ class MiniLLMLoss(LossSettings):
     @property
     def signals(self) -> frozenset[Signal]:
         return frozenset(("top_k" if self.single_step else "sampled",))
+
+    @property
+    def staleness_bound(self) -> tuple[float, StalenessHandling]:
+        return self.staleness_cap, self.staleness
 
     @property
     def returns(self) -> RecordedReturns:
@@ -201,6 +227,10 @@ class PerDecisionLoss(LossSettings):
     def signals(self) -> frozenset[Signal]:
         return frozenset(("sampled",))
 
+    @property
+    def response_window(self) -> int:
+        return sys.maxsize if self.horizon is None else self.horizon
+
 
 @LOSSES.add("vopd")
 class VOPDLoss(LossSettings):
@@ -218,6 +248,10 @@ class VOPDLoss(LossSettings):
     """As for minillm: clip the ratio to the cap (`truncate`), or leave the token out (`mask`)."""
     staleness_cap: PositiveFloat = 2.0
     """Upper bound of the staleness ratio q_theta / q_sampled."""
+
+    @property
+    def staleness_bound(self) -> tuple[float, StalenessHandling]:
+        return self.staleness_cap, self.staleness
 
 
 @LOSSES.add("reverse_kl")

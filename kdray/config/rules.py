@@ -100,6 +100,40 @@ def _loss_learns_from_its_writers(config: Config) -> Iterator[str]:
         )
 
 
+def _rewards_have_what_they_need(config: Config) -> Iterator[str]:
+    rollout, loss = config.rollout, config.loss
+    if not config.rewarded:
+        if loss.distillation_weight != 1.0 or "loss.distillation_weight" in config.training.schedules:
+            yield (
+                f"loss.distillation_weight={loss.distillation_weight:g} without a reward: it weighs the loss against "
+                "loss.reward_weight; set that, or remove it"
+            )
+        return
+    if not loss.reads_buckets:
+        able = sorted(name_of(kind) for kind in LOSSES.known() if kind.divergence or kind.reads == "buckets")
+        yield (
+            f"loss.reward_weight with loss.type={loss.type}: a reward joins the divergences and the policy-gradient losses "
+            f"({', '.join(able)}); choose one of them, or set it to 0"
+        )
+    if rollout.samples_per_prompt == 1:
+        yield (
+            "loss.reward_weight with rollout.samples_per_prompt=1: a response is compared with the others to its prompt; raise "
+            "rollout.samples_per_prompt"
+        )
+    undrawn = {"alpha": rollout.alpha == 1.0, "teacher_share": rollout.teacher_share > 0, "data_share": rollout.data_share > 0}
+    for name in (name for name, there in undrawn.items() if there):
+        yield (
+            f"loss.reward_weight with rollout.{name}={getattr(rollout, name):g}: the reward's gradient weighs each token by "
+            "q / m, which is unbounded or unknown where the student did not draw; set it "
+            + ("below 1" if name == "alpha" else "to 0")
+        )
+    if rollout.teacher_signal == "hidden":
+        yield (
+            "loss.reward_weight with rollout.teacher_signal=hidden: exact rows are made for the divergences alone; use "
+            "rollout.teacher_signal=support"
+        )
+
+
 def _importance_weights_are_bounded(config: Config) -> Iterator[str]:
     loss, alpha = config.loss, config.rollout.alpha
     if loss.importance_weight == "q/m" and alpha == 1.0:
@@ -348,6 +382,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _both_ends_of_nccl_have_gpus,
     _scheduled_settings_are_valid_throughout,
     _importance_weights_are_bounded,
+    _rewards_have_what_they_need,
     _hidden_states_are_for_divergences,
     _other_tokenizer_scores_alone,
     _features_have_a_teacher_to_compare_with,

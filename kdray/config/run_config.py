@@ -126,6 +126,11 @@ class Config(Settings):
         supervised = self.training.sft.steps or self.training.finetune.steps or self.evaluation.control
         return bool(supervised) or self.rollout.data_share > 0.0 or "rollout.data_share" in self.training.schedules
 
+    @property
+    def rewarded(self) -> bool:
+        """True if responses are rewarded in some step."""
+        return self.loss.reward_weight > 0.0 or "loss.reward_weight" in self.training.schedules
+
     def student_beside(self, name: str) -> bool:
         """True if a served teacher's replicas also hold the student."""
         return self.served_teachers[name].holds_student and not self.teacher_apart

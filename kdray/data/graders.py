@@ -5,6 +5,7 @@ Their settings are in `kdray.config.graders`. A run grades through `Grading`, wh
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections import deque
@@ -46,6 +47,10 @@ class Grader(ABC):
     @abstractmethod
     def grade(self, prompt: Prompt, response: str) -> bool:
         """Return True for a correct response. An exception ends the run, reported with the prompt's id and text."""
+
+    def value(self, prompt: Prompt, response: str) -> float:
+        """Compute the reward of a response (`loss.reward_weight`), finite; by default 1 for a correct one and 0 for others."""
+        return float(self.grade(prompt, response))
 
     def answer_of(self, response: str) -> Hashable | None:
         """Extract the answer by which responses are compared (`rollout.filters.agreement`); None if there is none."""
@@ -182,6 +187,20 @@ class Grading:
         if not isinstance(right, bool | np.bool_):
             raise ResponseError(self._failed(prompt, f"grade gave {right!r:.{_SHOWN}}, neither True nor False", response))
         return bool(right)
+
+    def value(self, prompt: Prompt, response: str) -> float:
+        """See `Grader`. Raises: ResponseError if the grader raised, or did not return a finite number."""
+        given = getattr(self._grader, "value", None)
+        if given is None:
+            return float(self(prompt, response))
+        try:
+            value = float(given(prompt, response))
+        # As in `__call__`.
+        except Exception as error:
+            raise ResponseError(self._failed(prompt, f"{type(error).__name__}: {error}", response)) from error
+        if not math.isfinite(value):
+            raise ResponseError(self._failed(prompt, f"value gave {value}, no finite number", response))
+        return value
 
     def can_grade(self, prompt: Prompt) -> bool:
         """Return True if the prompt has the reference answer, or the grader needs none."""

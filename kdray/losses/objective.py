@@ -14,6 +14,7 @@ from kdray.config.losses import LossSettings, Reads
 from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.policy_gradient import Whitening
 from kdray.losses.pretraining import pretraining
+from kdray.losses.reward import with_reward
 from kdray.losses.sft import sft
 from kdray.losses.support import Buckets, buckets, buckets_loss, divergence_loss, divergence_sum
 from kdray.rollouts.batching import FRESH
@@ -34,7 +35,14 @@ def loss_function(settings: LossSettings | None, whitening: Whitening | None = N
         function = divergence_loss(implementation)
     elif settings.reads == "buckets":
         function = buckets_loss(implementation)
-    return function if whitening is None else partial(function, whitening=whitening)
+    bound: LossFunction = function if whitening is None else partial(function, whitening=whitening)
+    as_it_is = not settings.reads_buckets or (settings.reward_weight == 0.0 and settings.distillation_weight == 1.0)
+    return bound if as_it_is else partial(_rewarded, bound)
+
+
+def _rewarded(function: LossFunction, logits: torch.Tensor, batch: LossBatch, settings: LossSettings) -> LossOutput:
+    """A loss of whole logits with its reward term."""
+    return with_reward(function(logits, batch, settings), buckets(batch.masked_rows(logits), batch), batch, settings)
 
 
 def divergence_of(settings: LossSettings) -> Callable[[Buckets], torch.Tensor]:
@@ -74,9 +82,10 @@ class Objective:
                 loss = divergence_sum(implementation, rows, settings)
             else:
                 loss = implementation(rows, batch, settings, **step)
+            loss = with_reward(loss, rows, batch, settings)
             return replace(loss, sums={**loss.sums, **_rollout_gap(rows, batch)})
 
-        if settings.divergence or settings.reads == "buckets":
+        if settings.reads_buckets:
             reads: Reads = "token" if settings.divergence else "buckets"
             return cls(reads, lambda logits, batch: of_buckets(buckets(batch.masked_rows(logits), batch), batch), of_buckets)
         return cls(settings.reads, of_logits)

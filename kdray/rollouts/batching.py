@@ -28,6 +28,7 @@ def rollouts_to_batch(
     step: int,
     dropped: Collection[int] = (),
     weights: Mapping[int, float] | None = None,
+    advantages: Mapping[int, float] | None = None,
 ) -> TrainBatch:
     """Build a batch with one row per rollout, in order, and every per-token column that a loss may read and the rollouts have.
 
@@ -35,7 +36,8 @@ def rollouts_to_batch(
     If a teacher wrote some of the rollouts without the student, columns that only some have are omitted: a loss on the text
     alone trains both kinds together, and one that needs more raises an error.
     Args: step: the optimizer step that trains them, counted from 1; it starts from student version `step - 1`; dropped: sample
-          ids whose tokens are not targets; weights: loss weights of the rollouts, by sample id; None weighs all equally.
+          ids whose tokens are not targets; weights: loss weights of the rollouts, by sample id; None weighs all equally;
+          advantages: of the rollouts in reward, by sample id; None without a reward.
     Raises: DataError if in any other case only some of the rollouts have a column.
     """
     batch = _pad(
@@ -60,9 +62,10 @@ def rollouts_to_batch(
     groups, of_targets = token_groups(rollouts, step - 1)
     if rollouts:
         batch.columns["group"] = places.flat_column(_MADE["group"], of_targets, is_target)
-    if weights is not None:
-        each = np.array([weights[rollout.sample_id] for rollout in rollouts], dtype=np.float32)
-        batch.columns["weights"] = places.flat_column(_MADE["weights"], np.repeat(each, places.lengths))
+    for name, given in (("weights", weights), ("advantages", advantages)):
+        if given is not None:
+            each = np.array([given[rollout.sample_id] for rollout in rollouts], dtype=np.float32)
+            batch.columns[name] = places.flat_column(_MADE[name], np.repeat(each, places.lengths))
     kept = np.array([rollout.sample_id not in dropped for rollout in rollouts], dtype=bool)
     loss_mask = batch.loss_mask & kept[:, None]
     if not is_target.all():

@@ -139,6 +139,8 @@ COLUMNS: tuple[Column, ...] = (
     ),
     # Weight of the token in the loss.
     Column("weights", np.float32, "token", 0.0, "batching", _by("batching"), _for("loss")),
+    # Advantage of the token's response in reward.
+    Column("advantages", np.float32, "token", 0.0, "batching", _by("batching"), _for("loss")),
     # Index in `TrainBatch.groups`; -1 where there is no response token.
     Column("group", np.int32, "token", -1, "batching", _by("batching"), _for("loss")),
 )  # fmt: skip

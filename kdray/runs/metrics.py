@@ -41,6 +41,8 @@ METRICS: dict[str, Metric] = {
     "staleness_mean": Metric("steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"),
     "staleness_max": Metric("steps", "max", "The same, of the stalest rollout"),
     "filtered": Metric("share", "rollout_mean", "Rollouts that rollout.filters left out; filtered/<rule> says by which rule"),
+    "reward": Metric("1", "rollout_mean", "Value that the grader gives a response: 1 if it is right, 0 if wrong"),
+    "reward_contrast": Metric("share", "step", "Prompts whose responses differ in reward; the others teach nothing by it"),
     "importance_weight_mean": Metric("1", "token_mean", "Mixing weight q / m at the sampled tokens; expected to be 1"),
     "importance_weight_ess": Metric("share", "ratio_of_sums", "Effective sample size of the mixing weights over tokens"),
     # From the sums of the loss.
@@ -54,6 +56,7 @@ METRICS: dict[str, Metric] = {
     "ppo_clipped": Metric("share", "token_mean", "Tokens that PPO's clip leaves without a policy gradient"),
     "policy_gradient": Metric("nats/token", "token_mean", "The sampled term of the loss; only its gradient has a meaning"),
     "single_step": Metric("nats/token", "token_mean", "The per-position reverse KL term, as it enters the loss"),
+    "reward_gradient": Metric("1/token", "token_mean", "The reward's term of the loss; only its gradient has a meaning"),
     "log_ratio": Metric("nats/token", "token_mean", "Reward log p / q_theta at the sampled tokens"),
     "reverse_kl_support": Metric("nats/token", "token_mean", "KL(student || teacher) on support and tail: a lower bound"),
     "teacher_head_error": Metric("nats/token", "token_mean", "Distance of the output head's log p from the recorded one"),

@@ -37,6 +37,7 @@ def loss_batch(
         "support_logprobs": support.masked_fill(unused, -torch.inf),
         "tail_logprobs": tail,
         "weights": draw(rows, length).exp(),
+        "advantages": draw(rows, length),
     }
     for column in columns.values():
         column[~mask] = torch.nan
@@ -47,5 +48,6 @@ def loss_batch(
         support_ids=ids.masked_fill(unused, -1),
         group=(place % 2).expand(rows, length).contiguous(),
         groups=("teacher/t/staleness_0", "teacher/t/staleness_1"),
+        more={"advantages": columns.pop("advantages").to(dtype)},
         **{name: column.to(dtype) for name, column in columns.items()},
     )

@@ -66,11 +66,6 @@ ALLOWED = {
         "actors.background_call actors.serving cluster.planning cluster.parts cluster.engine_specs"
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
-    "cluster.runner": (
-        "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
-        "kdray.checks actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
-        "cluster.parts cluster.engine_specs cluster.evaluation cluster.assembly cluster.checkpointing"
-    ),
     "cluster.cli_base": "kdray.errors kdray.config",
     "cluster.interrupt": "",
     "cluster.capture_run": (
@@ -78,20 +73,27 @@ ALLOWED = {
         "kdray.capturing actors.driver_actor actors.serving cluster.parts cluster.engine_specs cluster.assembly "
         "cluster.interrupt"
     ),
+    "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
+    "cluster.diagnosis": "kdray.types kdray.config kdray.models kdray.rollouts actors.serving actors.student cluster.connect",
+    "cluster.batch_hooks": "kdray.types kdray.models kdray.rollouts kdray.teachers kdray.runs",
+    "cluster.runner": (
+        "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
+        "kdray.checks actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
+        "cluster.parts cluster.engine_specs cluster.evaluation cluster.assembly cluster.checkpointing "
+        "cluster.batch_hooks"
+    ),
     "cluster.peer_runs": (
         "kdray.errors kdray.teachers kdray.runs actors.driver_actor actors.weights actors.serving cluster.parts "
-        "cluster.runner cluster.interrupt"
+        "cluster.interrupt cluster.runner"
     ),
     "cluster.launch": (
         "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs kdray.capturing kdray.checks "
         "actors.driver_actor actors.serving cluster.planning cluster.connect cluster.evaluation cluster.assembly "
-        "cluster.checkpointing cluster.runner cluster.interrupt cluster.capture_run cluster.peer_runs"
+        "cluster.checkpointing cluster.interrupt cluster.capture_run cluster.runner cluster.peer_runs"
     ),
-    "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
-    "cluster.diagnosis": "kdray.types kdray.config kdray.models kdray.rollouts actors.serving actors.student cluster.connect",
     "cluster.cli": (
         "kdray kdray.errors kdray.config kdray.models kdray.runs kdray.checks cluster.planning cluster.connect "
-        "cluster.cli_base cluster.launch cluster.jobs cluster.diagnosis"
+        "cluster.cli_base cluster.jobs cluster.diagnosis cluster.launch"
     ),
     "cluster.job_entrypoint": "kdray cluster.jobs cluster.cli",
 }

@@ -16,6 +16,7 @@ from kdray.config import (
     MiniLLMLoss,
     PerDecisionLoss,
     PretrainingSettings,
+    ReverseKLLoss,
     TrainingSettings,
     VOPDLoss,
 )
@@ -34,6 +35,9 @@ VARIANTS: list[LossSettings] = [
     LMOpsLoss(type="lmops", whitening=False, clip=None),
     PerDecisionLoss(type="per_decision", horizon=1),
     VOPDLoss(type="vopd", gamma=0.7),
+    MiniLLMLoss(reward_weight=0.6),
+    PerDecisionLoss(type="per_decision", horizon=2, reward_weight=0.6),
+    LMOpsLoss(type="lmops", reward_weight=0.6, distillation_weight=0.3),
 ]
 
 
@@ -48,6 +52,7 @@ def text(share: float) -> Objective:
 OBJECTIVES = {
     **{each.type: objective(each) for each in built_in_losses()},
     **{f"{each.type} {number}": objective(each) for number, each in enumerate(VARIANTS)},
+    "reverse_kl rewarded": objective(ReverseKLLoss(type="reverse_kl", reward_weight=0.6)),
     "supervised": objective(None),
     "text": text(0.0),
     "text with a teacher": text(0.5),

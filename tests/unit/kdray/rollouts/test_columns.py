@@ -66,7 +66,7 @@ def test_the_arrow_schema_has_the_columns_with_their_types() -> None:
 
 
 def test_batches_have_the_columns_that_losses_read_with_their_types_and_fills() -> None:
-    batch = rollouts_to_batch([rollout(0, 3), rollout(1, 2)], step=1, weights={0: 0.5, 1: 0.25})
+    batch = rollouts_to_batch([rollout(0, 3), rollout(1, 2)], step=1, weights={0: 0.5, 1: 0.25}, advantages={0: 1.0, 1: -1.0})
     assert set(batch.columns) == read_by("loss") | read_by("output_head")
     for column in COLUMNS:
         if column.name in batch.columns:
@@ -81,7 +81,9 @@ def test_batches_have_the_columns_that_losses_read_with_their_types_and_fills() 
 def test_loss_batches_have_the_columns_that_losses_read() -> None:
     rows = {"token_ids", "mask", "vocab_size", "groups", "teacher_logits", "more", "all_targets"}
     assert {field.name for field in fields(LossBatch)} - rows <= read_by("loss")
-    batch = LossBatch.from_train_batch(rollouts_to_batch([rollout()], step=1, weights={0: 1.0}), vocab_size=9)
+    batch = LossBatch.from_train_batch(
+        rollouts_to_batch([rollout()], step=1, weights={0: 1.0}, advantages={0: 0.5}), vocab_size=9
+    )
     for name in read_by("loss"):
         assert batch.masked(name).shape[:1] == (3,), name
     assert batch.masked("support_ids").dtype == torch.long

@@ -281,10 +281,10 @@ async def test_the_average_of_a_students_versions_is_the_one_computed_by_hand(ra
         for version, batch in enumerate(batches[:3]):
             await group.renew(version, decay=0.75)
             await group.publish(version)
-            student = await _tensors(weights)
+            student = await _tensors(weights, version)
             average = student if average is None else {k: 0.75 * average[k] + 0.25 * student[k] for k in student}
             wanted.append(average)
-            published.append(await _tensors(group.average))
+            published.append(await _tensors(group.average, version))
             await group.train_step(batch)
         await group.save_checkpoint(3)
     for got, want in zip(published, wanted, strict=True):
@@ -295,13 +295,14 @@ async def test_the_average_of_a_students_versions_is_the_one_computed_by_hand(ra
     async with open_group(training_of(ranks=ranks, zero_stage=stage), tmp_path / "two") as (group, _):
         await group.start_phase(phase, tmp_path / "one" / "checkpoints" / "step-000003")
         await group.renew(0, decay=1.0)
-        resumed = await _tensors(group.average)
+        resumed = await _tensors(group.average, 0)
     assert all(torch.equal(resumed[name], published[2][name]) for name in resumed)
 
 
-async def _tensors(store: Any) -> dict[str, torch.Tensor]:
-    """The newest weights of a store."""
-    _, folder, paths = await pull(store, 0)
+async def _tensors(store: Any, version: int) -> dict[str, torch.Tensor]:
+    """A version's weights, as soon as they have arrived in a store: they are put while the ranks go on."""
+    found, folder, paths = await pull(store, version)
+    assert found == version
     tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     shutil.rmtree(folder)
     return tensors

@@ -238,8 +238,7 @@ async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
 
 async def _evaluate(context: RunContext) -> dict[str, Any]:
     async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
-        numbers, _ = await held_out(context, pools).measure(version=0)
-        return numbers
+        return (await held_out(context, pools).measure(version=0)).numbers
 
 
 def _await_room(config: Config, starts: Callable[[str], bool]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
 from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
+from kdray.config import TeacherSettings
 from kdray.evaluation import HeldOut, Measurement
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
@@ -17,6 +18,7 @@ from kdray.rollouts.columns import unscored
 from kdray.rollouts.seeds import sample_seed
 from kdray.runs.context import Checked
 from kdray.runs.reporter import RunReporter
+from kdray.runs.results.comparison import TeacherFacts
 from kdray.types import Prompt, SampleRequest
 
 _SIGNAL_PROMPTS = 8
@@ -102,9 +104,19 @@ def teacher_left_out(checked: Checked) -> str | None:
     for name, teacher in config.teachers.items():
         if not (teacher.served or teacher.white_box):
             return f"teacher {name} {'replays recorded answers' if teacher.replays else 'returns text only'}"
-        if teacher.learns or teacher.renewal is not None:
+        if _changes(teacher):
             return f"teacher {name} changes during the run"
     return None
+
+
+def teacher_facts(checked: Checked) -> TeacherFacts:
+    """Facts about the run's teachers that the comparison of its evaluations needs."""
+    return TeacherFacts(teacher_left_out(checked), any(_changes(each) for each in checked.config.teachers.values()))
+
+
+def _changes(teacher: TeacherSettings) -> bool:
+    """Return True for a teacher whose weights change during the run."""
+    return teacher.learns or teacher.renewal is not None
 
 
 def _record(checked: Checked, reporter: RunReporter, name: str, found: Measurement) -> dict[str, float]:

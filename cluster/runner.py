@@ -24,7 +24,7 @@ from actors.student.trainer import Phase
 from cluster.assembly import open_pools, training_sources
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from cluster.engine_specs import student_ids
-from cluster.evaluation import check_signals, measure_at_start, measure_student
+from cluster.evaluation import check_signals, measure_at_start, measure_student, teacher_facts
 from cluster.parts import Pools, RunStores, SideBySide
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
@@ -47,6 +47,7 @@ from kdray.runs.folder import RunFolder
 from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
+from kdray.runs.results.comparison import compare
 from kdray.runs.resume import counts, rewind
 from kdray.runs.versions import installed_versions
 from kdray.teachers.kind import kind_of
@@ -464,6 +465,7 @@ class Runner:
             "resumed_from_step": self._checkpoint.step if self._checkpoint else None,
             **installed_versions(self._config),
         }
+        summary |= compare(self._folder, summary, self._config.evaluation.passes, teacher_facts(self._checked))
         self._folder.write_summary(summary)
         self.reporter.finish(summary)
         # After the summary: anything before it in the file is from a run that had not ended.

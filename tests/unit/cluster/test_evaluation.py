@@ -17,6 +17,7 @@ from kdray.models.resolve import task_tokenizer
 from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.context import Checked
 from kdray.runs.folder import RunFolder, read_lines
+from kdray.runs.report import write_report
 from kdray.runs.results.draws import ratios, read_draws
 from tests.support.stub_run import EOS, stub_config
 from tests.support.stub_runner import StubRun
@@ -49,6 +50,28 @@ async def test_the_teacher_is_measured_beside_the_student_with_its_draws(tmp_pat
         assert len(draws) == 24
         numbers = {metric: ratio.value for metric, ratio in ratios(draws, config.evaluation.passes).items()}
         assert numbers == {metric: pytest.approx(summary[name][metric]) for metric in numbers}
+
+
+async def test_the_summary_holds_the_verdict_and_the_report_begins_with_it(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"evaluation": {"control": True}, "training": {"steps": 20}, "data": {"heldout_size": 40}}
+    config = config_of(tmp_path, **sections)
+    run = await StubRun(config)()
+    folder = RunFolder(config.run_folder)
+    summary = json.loads(folder.summary.read_text())
+    assert {"before", "after", "teacher", "control"} == set(summary["intervals"])
+    assert set(summary["differences"]) == {"after - before", "after - control"}
+    for name, (low, high) in summary["intervals"]["after"].items():
+        assert low <= summary["after"][name] <= high, name
+    change = summary["differences"]["after - before"]["reverse_kl"]
+    assert change["value"] == pytest.approx(summary["after"]["reverse_kl"] - summary["before"]["reverse_kl"])
+    assert change["high"] < 0.0, "a table student that follows the exact gradient gets closer"
+    # Neither table knows the task: no share of a gap between two that are always wrong.
+    assert summary["gap_closed"]["reason"].startswith("the teacher is not distinguishable from the student before")
+    page = write_report(folder.path).read_text()
+    assert page.index(summary["verdict"]) < page.index("<h2>Results</h2>")
+    again = StubRun(config_of(tmp_path, name="again", **sections))
+    await again()
+    assert again.summary["intervals"] == run.summary["intervals"], "the bootstrap has a seed of its own"
 
 
 async def test_a_resume_measures_neither_the_teacher_nor_the_student_before_again(tmp_path: Path) -> None:

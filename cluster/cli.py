@@ -86,10 +86,13 @@ def run(
         from cluster.launch import run as launch
 
         summary = launch(settings, resume=resume)
-        shown = ("before", "program", "distilled", "after", "control")
-        results = {name: summary[name] for name in shown if isinstance(summary.get(name), dict)}
+        from kdray.runs.results.comparison import OUTCOMES, headlines
+
+        for line in headlines(summary):
+            typer.echo(line)
+        results = {name: summary[name] for name in OUTCOMES if isinstance(summary.get(name), dict)}
         if results:
-            _print_columns("held-out", results)
+            _print_columns("held-out", results, summary.get("intervals"))
         typer.echo(f"run folder: {settings.run_folder}")
         if settings.run.storage is not None:
             typer.echo(f"storage: {settings.run.storage}")
@@ -217,7 +220,8 @@ def evaluate(
         if plain is not None:
             # With a trailing slash it is always a folder's name.
             columns[f"{other}/"] = launch(settings, plain)
-        _print_columns("held-out", columns)
+        found = {name: numbers.pop("intervals", {}) for name, numbers in columns.items()}
+        _print_columns("held-out", columns, found)
 
 
 @app.command()
@@ -384,16 +388,21 @@ def _finished_student(run_folder: Path) -> Path:
     return run_folder / _STUDENT
 
 
-def _print_columns(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print a table with a row for each key and a column for each mapping."""
+def _print_columns(
+    title: str, columns: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Print a table with a row for each key and a column for each mapping. Args: intervals: of some numbers, by column."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
+    from kdray.runs.results.comparison import show_interval
+
     # Text, not markup: a path may contain square brackets.
     table = Table(title, *(Column(Text(name)) for name in columns))
     for key in dict.fromkeys(key for values in columns.values() for key in values):
-        table.add_row(key, *(Text(_cell(values.get(key))) for values in columns.values()))
+        shown = [_cell(values.get(key)) + show_interval(intervals, name, key) for name, values in columns.items()]
+        table.add_row(key, *(Text(each) for each in shown))
     Console().print(table)
 
 

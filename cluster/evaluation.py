@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -9,13 +10,16 @@ import numpy as np
 from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
 from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
-from kdray.evaluation import HeldOut
+from kdray.config import TeacherSettings
+from kdray.evaluation import HeldOut, Measurement
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
 from kdray.rollouts.columns import unscored
 from kdray.rollouts.seeds import sample_seed
 from kdray.runs.context import Checked
-from kdray.types import SampleRequest
+from kdray.runs.reporter import RunReporter
+from kdray.runs.results.comparison import TeacherFacts
+from kdray.types import Prompt, SampleRequest
 
 _SIGNAL_PROMPTS = 8
 _SIGNAL_TOKENS = 16
@@ -33,34 +37,112 @@ def held_out(checked: Checked, pools: Pools) -> HeldOut:
         # Exact KLs need both models in one replica; without them, the student's responses are graded.
         assert pools.students is not None
         sampler, scorer = pools.students, None
-    return _held_out(checked, sampler=sampler, scorer=scorer, exact=route.measures_exact)
+    rollout = checked.config.rollout
+    top_ids = (rollout.teacher_top_k, rollout.student_top_k)
+    return _held_out(checked, sampler=sampler, scorer=scorer, exact=route.measures_exact, top_ids=top_ids)
 
 
-async def measure_program(checked: Checked, pools: Pools) -> dict[str, float] | None:
-    """Metrics of the System-2 program's answers to the held-out prompts; None without a program.
+async def measure_student(
+    checked: Checked, reporter: RunReporter, pools: Pools, version: int, name: str | None
+) -> dict[str, float]:
+    """Evaluate a student version. Args: name: name under which the evaluation is reported and stored; None does neither."""
+    found = await held_out(checked, pools).measure(version)
+    if name is not None:
+        _record(checked, reporter, name, found)
+    return found.numbers
 
-    Named as in `kdray.runs.metrics` and `kdray.evaluation`; an unreadable answer counts as wrong.
+
+async def measure_at_start(checked: Checked, reporter: RunReporter, pools: Pools) -> dict[str, dict[str, float] | None]:
+    """Evaluate what distillation starts from: `before`, the student; `program` and `teacher`, None where there is none.
+
+    The metrics of a program are named as in `kdray.runs.metrics` and `kdray.evaluation`; an unreadable answer counts as wrong.
     """
+    before = await measure_student(checked, reporter, pools, 0, "before")
+    return {
+        "before": before,
+        "program": await _measure_program(checked, reporter, pools),
+        "teacher": await _measure_teacher(checked, reporter, pools),
+    }
+
+
+async def _measure_program(checked: Checked, reporter: RunReporter, pools: Pools) -> dict[str, float] | None:
     if pools.program is None:
         return None
     program = pools.program.with_fresh_metrics()
     # The first of a prompt's samples: unperturbed, and a label row.
     siblings = checked.config.rollout.samples_per_prompt
-    measurement = _held_out(checked, sampler=program, scorer=None, alpha=1.0, exact=False, samples_per_prompt=siblings)
-    numbers, _ = await measurement.measure(version=0)
-    return numbers | program.metrics()
+    found = await _held_out(checked, sampler=program, scorer=None, alpha=1.0, exact=False, siblings=siblings).measure(version=0)
+    return _record(checked, reporter, "program", replace(found, numbers=found.numbers | program.metrics()))
+
+
+async def _measure_teacher(checked: Checked, reporter: RunReporter, pools: Pools) -> dict[str, float] | None:
+    reason = teacher_left_out(checked)
+    if reason is not None:
+        reporter.event("teacher_not_measured", reason=reason)
+        return None
+    teacher = pools.named[0] if pools.team is None else pools.team.with_fresh_metrics()
+    # Its divergence from itself is 0; from the student, it would be a divergence at other prefixes than the student's.
+    found = await _held_out(checked, sampler=teacher, scorer=None, alpha=1.0, exact=False).measure(version=0)
+    return _record(checked, reporter, "teacher", found)
+
+
+def teacher_left_out(checked: Checked) -> str | None:
+    """Reason why the teacher itself is not measured on the held-out prompts; None if it is."""
+    config, route, grade = checked.config, checked.route, checked.dataset.grade
+    if not config.evaluation.teacher:
+        return "evaluation.teacher is false"
+    if grade is None or not any(grade.can_grade(prompt) for prompt in _prompts(checked)):
+        return "nothing grades the held-out prompts"
+    if route.sampler == "program":
+        return "the teacher answers through its program, which is measured instead"
+    if route.teacher_reads == "own_ids":
+        return "the teacher has another tokenizer than the student"
+    if route.teacher_reads == "own_prompts":
+        return "the teacher reads prompts of its own (prompt_template)"
+    if config.rollout.teachers is not None and config.rollout.teachers.one_target:
+        return "the target of an ensemble is computed, and no model answers with it"
+    for name, teacher in config.teachers.items():
+        if not (teacher.served or teacher.white_box):
+            return f"teacher {name} {'replays recorded answers' if teacher.replays else 'returns text only'}"
+        if _changes(teacher):
+            return f"teacher {name} changes during the run"
+    return None
+
+
+def teacher_facts(checked: Checked) -> TeacherFacts:
+    """Facts about the run's teachers that the comparison of its evaluations needs."""
+    return TeacherFacts(teacher_left_out(checked), any(_changes(each) for each in checked.config.teachers.values()))
+
+
+def _changes(teacher: TeacherSettings) -> bool:
+    """Return True for a teacher whose weights change during the run."""
+    return teacher.learns or teacher.renewal is not None
+
+
+def _record(checked: Checked, reporter: RunReporter, name: str, found: Measurement) -> dict[str, float]:
+    reporter.event("evaluation", name=name, **found.numbers)
+    # The samples for inspection are of as many prompts as possible.
+    reporter.heldout_samples(found.rollouts[:: checked.config.evaluation.samples_per_prompt], name)
+    reporter.heldout_draws(found.draws, name)
+    return found.numbers
 
 
 def _held_out(checked: Checked, **how: Any) -> HeldOut:
     config = checked.config
     return HeldOut(
-        prompts=checked.dataset.heldout[: config.evaluation.prompts],
+        prompts=_prompts(checked),
         decode=decoder(checked.tokenizer),
         grade=checked.dataset.grade,
         max_new_tokens=config.rollout.max_new_tokens,
         seed=config.run.seed,
+        samples_per_prompt=config.evaluation.samples_per_prompt,
+        pass_at=config.evaluation.passes,
         **how,
     )
+
+
+def _prompts(checked: Checked) -> list[Prompt]:
+    return checked.dataset.heldout[: checked.config.evaluation.prompts]
 
 
 async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) -> dict[str, float]:

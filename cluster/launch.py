@@ -39,6 +39,8 @@ from kdray.runs.folder import CAPTURE, RunFolder
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
+from kdray.runs.results.comparison import intervals_of
+from kdray.runs.results.draws import ratios
 from kdray.runs.storage import Storage
 from kdray.runs.trackers import Trackers
 from kdray.teachers.peers import peer_configs
@@ -176,7 +178,10 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
 
 
 def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
-    """Evaluate a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model."""
+    """Evaluate a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model.
+
+    Returns: the numbers by name, and the bounds of their intervals under `intervals`.
+    """
     # If the teacher is the student itself, it remains the recipe's model, whichever student is evaluated.
     teachers = resolve_models(config).teachers
     if student is not None:
@@ -238,8 +243,8 @@ async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
 
 async def _evaluate(context: RunContext) -> dict[str, Any]:
     async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
-        numbers, _ = await held_out(context, pools).measure(version=0)
-        return numbers
+        found = await held_out(context, pools).measure(version=0)
+        return found.numbers | {"intervals": intervals_of(ratios(found.draws, context.config.evaluation.passes))}
 
 
 def _await_room(config: Config, starts: Callable[[str], bool]) -> None:

@@ -25,7 +25,7 @@ from cluster.assembly import open_pools, training_sources
 from cluster.batch_hooks import batch_hooks
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from cluster.engine_specs import student_ids
-from cluster.evaluation import check_signals, held_out, measure_program
+from cluster.evaluation import check_signals, measure_at_start, measure_student, teacher_facts
 from cluster.parts import Pools, RunStores, SideBySide
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
@@ -47,6 +47,7 @@ from kdray.runs.folder import RunFolder
 from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
+from kdray.runs.results.comparison import compare
 from kdray.runs.resume import counts, rewind
 from kdray.runs.versions import installed_versions
 from kdray.teachers.kind import kind_of
@@ -87,6 +88,7 @@ class Runner:
         self._on_start = plan.on_start
         self._stores = stores
         self._beside = beside
+        self._measure = partial(measure_student, self._checked, self.reporter)
         self._numbers = Numbering(self._config.training.steps)
         self._storage_retries = 0
         if self._stored is not None:
@@ -197,9 +199,10 @@ class Runner:
             self._teacher_of_features(models),
         )
         progress: dict[str, Any] = {"horizon": steps, "stage": "distill"}
-        if self._checkpoint is not None:
+        if stored is not None:
             kept = ("before", "program", "stage", "distilled", "totals", "schedules")
-            progress |= {name: self._checkpoint.progress[name] for name in kept}
+            # A run that an earlier version began has no score of the teacher.
+            progress |= {name: stored[name] for name in kept} | {"teacher": stored.get("teacher")}
         recoverable = CheckpointedStudent(
             student,
             self._folder,
@@ -251,8 +254,7 @@ class Runner:
         await self._or_stop(self._check_parity(start_step))
         await self._or_stop(self._check_signals(pools, start_step))
         if self._checkpoint is None:
-            progress["before"] = await self._or_stop(self._measure(pools, 0, "before"))
-            progress |= {"program": await self._or_stop(self._measure_program(pools)), "distilled": None}
+            progress |= await self._or_stop(measure_at_start(checked, self.reporter, pools)) | {"distilled": None}
             # From here on a resume repeats neither the supervised phase nor the first evaluation.
             await recoverable.save_checkpoint(0)
         sampler, scorer = training_sources(checked, pools)
@@ -420,20 +422,6 @@ class Runner:
         numbers = await self._measure(pools, version, "control")
         return {**numbers, "method": "sft", "trained_tokens": trained}
 
-    async def _measure(self, pools: Pools, version: int, name: str | None) -> dict[str, float]:
-        numbers, rollouts = await held_out(self._checked, pools).measure(version)
-        if name is not None:
-            self.reporter.event("evaluation", name=name, **numbers)
-            self.reporter.heldout_samples(rollouts, name)
-        return numbers
-
-    async def _measure_program(self, pools: Pools) -> dict[str, float] | None:
-        """Evaluate the System-2 program itself on the held-out prompts, if there is one."""
-        numbers = await measure_program(self._checked, pools)
-        if numbers is not None:
-            self.reporter.event("evaluation", name="program", **numbers)
-        return numbers
-
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
         """Return the result of `work`; if the user stops the run first, cancel it: nothing that it does is worth a checkpoint.
 
@@ -458,6 +446,7 @@ class Runner:
             "wall_s": round(time.monotonic() - self._started, 3),
             "before": progress["before"],
             "program": progress["program"],
+            "teacher": progress["teacher"],
             **({"distilled": progress["distilled"]} if self._config.training.finetune.steps else {}),
             "after": after,
             "control": control,
@@ -469,6 +458,7 @@ class Runner:
             "resumed_from_step": self._checkpoint.step if self._checkpoint else None,
             **installed_versions(self._config),
         }
+        summary |= compare(self._folder, summary, self._config.evaluation.passes, teacher_facts(self._checked))
         self._folder.write_summary(summary)
         self.reporter.finish(summary)
         # After the summary: anything before it in the file is from a run that had not ended.

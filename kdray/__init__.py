@@ -88,7 +88,8 @@ def evaluate(config: Config, student: Path | str | None = None) -> dict[str, Any
     """Measure a student against its teachers on the held-out prompts.
 
     Args: student: folder of the student, None for the config's own model.
-    Returns: by metric name, such as `reverse_kl` (nats per response token) and `exact_match` (a share).
+    Returns: by metric name, such as `reverse_kl` (nats per response token) and `exact_match` (a share); under `intervals`, the
+    bounds of those that have an interval (docs/evaluation.md).
     """
     from cluster import launch
 

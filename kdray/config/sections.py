@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdray.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.job import JobSettings
@@ -43,6 +43,32 @@ class EvaluationSettings(Settings):
     """Number of held-out prompts to use; None uses all of `data.heldout_size`."""
     control: bool = False
     """Also train a copy of the SFT student by SFT alone for the same number of student tokens, and report it for comparison."""
+    teacher: bool = True
+    """Measure the teacher itself once, at the start of distillation, on the same prompts, so that results can be seen against
+    it. Left out, with the reason, if nothing grades the prompts or the teacher cannot answer them as they are."""
+    samples_per_prompt: Positive = 1
+    """Responses drawn to each held-out prompt, each with a seed of its own. More narrow the intervals, up to what the number of
+    prompts allows."""
+    pass_at: list[Positive] | None = None
+    """Values of k for which `pass_at_<k>` is estimated, the probability that at least one of k responses is right; at most
+    `samples_per_prompt`. None is `samples_per_prompt` itself where that is above 1."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluationSettings:
+        for k in self.pass_at or []:
+            if k > self.samples_per_prompt:
+                raise ValueError(
+                    f"pass_at={self.pass_at} with samples_per_prompt={self.samples_per_prompt}: pass@{k} needs at least {k} "
+                    "responses to a prompt; raise evaluation.samples_per_prompt, or remove it from evaluation.pass_at"
+                )
+        return self
+
+    @property
+    def passes(self) -> list[int]:
+        """Values of k that are measured."""
+        if self.pass_at is not None:
+            return sorted(set(self.pass_at))
+        return [self.samples_per_prompt] if self.samples_per_prompt > 1 else []
 
 
 class ClusterSettings(Settings):

@@ -137,6 +137,11 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def evaluations(self) -> Path:
+        """Parquet files with the numbers of every held-out response (`kdray.runs.results.draws`), by evaluation."""
+        return self.path / "evaluations"
+
+    @property
     def student(self) -> Path:
         """Final student as a Hugging Face folder; written once training has ended."""
         return self.path / "student"

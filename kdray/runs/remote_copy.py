@@ -18,7 +18,7 @@ LEDGER = "ledger.jsonl"
 _LINES = ("metrics.jsonl", LEDGER)
 """Files with one line per step."""
 _FILES = ("config.yaml", *_LINES, "events.jsonl", "teachers.json")
-_FOLDERS = ("samples", "tb")
+_FOLDERS = ("samples", "evaluations", "tb")
 _RESULTS = ("summary.json", "report.html")
 _UNREAD = ("checkpoints/", "logs/", "peers/", "capture/")
 """Files that are not needed by the commands that read a run."""

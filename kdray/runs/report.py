@@ -19,9 +19,10 @@ from plotly.offline import get_plotlyjs
 from kdray.errors import DataError
 from kdray.rollouts.arrow import old_writer
 from kdray.runs.folder import RunFolder, read_lines, utc_now, write_atomically
+from kdray.runs.results.comparison import OUTCOMES, headlines, show_interval
 
-_OUTCOMES = ("before", "program", "distilled", "after", "control", "teacher")
-"""Sections of summary.json shown side by side in the first table, if present."""
+_APART = ("versions", "plugins", "verdict", "gap_closed", "warnings", "intervals", "differences", "resampling")
+"""Entries of summary.json that have places of their own."""
 
 _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats per token", ("loss",)),
@@ -53,7 +54,7 @@ def write_report(run_folder: Path) -> Path:
     summary = folder.read_summary() if folder.summary.exists() else {}
     metrics = read_lines(folder.metrics) if folder.metrics.exists() else []
     events = read_lines(folder.events) if folder.events.exists() else []
-    outcome_columns = [name for name in _OUTCOMES if isinstance(summary.get(name), dict)]
+    outcome_columns = [name for name in OUTCOMES if isinstance(summary.get(name), dict)]
     installed = [summary.get(key) for key in ("versions", "plugins")]
     versions = {name: version for each in installed if isinstance(each, dict) for name, version in each.items()}
     steps = [line["step"] for line in metrics if "step" in line]
@@ -64,9 +65,13 @@ def write_report(run_folder: Path) -> Path:
         written_at=utc_now(),
         last_step=max(steps, default=None),
         missing=[path.name for path in (folder.config, folder.metrics, folder.events, folder.summary) if not path.exists()],
+        headlines=headlines(summary),
         outcome_columns=outcome_columns,
         outcomes=_outcomes(summary, outcome_columns),
-        totals={key: _show(value) for key, value in summary.items() if key not in (*outcome_columns, "versions", "plugins")},
+        pairs=list(summary.get("differences", {})),
+        differences=_differences(summary.get("differences", {})),
+        resampling=summary.get("resampling"),
+        totals={key: _show(value) for key, value in summary.items() if key not in (*outcome_columns, *_APART)},
         versions={key: _show(value) for key, value in versions.items()},
         plotly=Markup(get_plotlyjs()),
         timeline=_timeline(metrics, events),
@@ -93,9 +98,27 @@ def _outcomes(summary: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[
     """Build rows of the before/after table: a metric, and its value in each column."""
     metrics = dict.fromkeys(metric for column in columns for metric in summary[column])
     return [
-        (metric, [_show(summary[column][metric]) if metric in summary[column] else "" for column in columns])
+        (
+            metric,
+            [
+                _show(summary[column][metric]) + show_interval(summary.get("intervals"), column, metric)
+                if metric in summary[column]
+                else ""
+                for column in columns
+            ],
+        )
         for metric in metrics
     ]
+
+
+def _differences(pairs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Build rows of the table of paired differences: a metric, and its difference in each pair of evaluations."""
+    metrics = dict.fromkeys(metric for found in pairs.values() for metric in found)
+    return [(metric, [_change(found.get(metric)) for found in pairs.values()]) for metric in metrics]
+
+
+def _change(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"{found['value']:+.3g} ({found['low']:+.3g} to {found['high']:+.3g})"
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, list[str]]]:
@@ -185,7 +208,7 @@ def _thinned(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 def _heldout(folder: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Read (names of the held-out evaluations, rows of (prompt, the student's answer in each))."""
-    files = {name: folder / f"heldout-{name}.parquet" for name in _OUTCOMES}
+    files = {name: folder / f"heldout-{name}.parquet" for name in OUTCOMES}
     answers = {name: _read(path) for name, path in files.items() if path.exists()}
     prompts = {row["prompt_id"]: _text(row, "prompt") for rows in answers.values() for row in rows}
     responses = {name: {row["prompt_id"]: _text(row, "response") for row in rows} for name, rows in answers.items()}
@@ -253,7 +276,7 @@ _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
   h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d5dae0; } h3 { margin: 1.2rem 0 0; }
   table { border-collapse: collapse; } th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; }
   th { font-weight: 600; border-bottom: 1px solid #d5dae0; } td.number { font-variant-numeric: tabular-nums; }
-  .note { color: #646d78; }
+  .note { color: #646d78; } .headline { font-size: 1.15rem; margin: .4rem 0; }
   .text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
   pre { background: #f5f7f9; padding: 1rem; overflow-x: auto; }
 </style>
@@ -261,6 +284,9 @@ _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
 </head>
 <body>
 <h1>{{ name }}</h1>
+{% for line in headlines %}
+<p class="headline">{{ line }}</p>
+{% endfor %}
 <p class="note">kdray run{% if last_step is not none %}, {{ last_step }} steps recorded{% endif %};
 written {{ written_at }}
 {%- if missing %}; missing: {{ missing | join(", ") }}{% endif %}</p>
@@ -273,10 +299,24 @@ written {{ written_at }}
 <tr><td>{{ metric }}</td>{% for value in values %}<td class="number">{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
 </table>
+{% if resampling %}
+<p class="note">In brackets: {{ "%.0f" | format(100 * resampling.level) }}% intervals, {{ resampling.method }},
+{{ resampling.resamples }} resamples. A number without brackets has no interval.</p>
+{% endif %}
 {% else %}
 <p class="note">Missing: summary.json has no before and after yet.</p>
 {% endif %}
+{% if differences %}
+<h3>Differences, paired by prompt</h3>
+<table id="differences">
+<tr><th>held-out</th>{% for pair in pairs %}<th>{{ pair }}</th>{% endfor %}</tr>
+{% for metric, values in differences %}
+<tr><td>{{ metric }}</td>{% for value in values %}<td class="number">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endif %}
 {% if totals %}
+<h3>Totals</h3>
 <table id="totals">
 {% for key, value in totals.items() %}
 <tr><td>{{ key }}</td><td class="number">{{ value }}</td></tr>

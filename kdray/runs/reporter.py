@@ -17,6 +17,7 @@ from rich.table import Column
 from rich.text import Text
 
 from kdray.runs.folder import RunFolder, utc_now
+from kdray.runs.results.draws import Draw, write_draws
 from kdray.runs.trackers import DISTILL, Trackers
 from kdray.types import Rollout, StepReport
 
@@ -134,6 +135,10 @@ class RunReporter:
     def heldout_samples(self, rollouts: Sequence[Rollout], name: str) -> None:
         """Store the first rollouts of a held-out evaluation (before, after, control), replacing one of the same name."""
         self._write_samples(f"heldout-{name}", [self._sample(r, name, None) for r in rollouts[: self._sample_count]])
+
+    def heldout_draws(self, draws: Sequence[Draw], name: str) -> None:
+        """Store the numbers of every response of a held-out evaluation, replacing one of the same name."""
+        write_draws(self._folder.evaluations / f"{name}.parquet", draws)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Keep the content of summary.json for the trackers, which receive it when they are closed."""

@@ -90,7 +90,8 @@ class Tables:
             cdf = np.cumsum(mixture)
             last = int(np.searchsorted(cdf, u * cdf[-1], side="right"))
             tokens.append(last)
-            rows.append((np.log(mixture[last]), log_q[last], log_p[last], np.exp(log_q) @ (log_q - log_p)))
+            kls = np.exp(log_q) @ (log_q - log_p), np.exp(log_p) @ (log_p - log_q)
+            rows.append((np.log(mixture[last]), log_q[last], log_p[last], *kls))
         columns = np.array(rows, dtype=np.float32).T
         return Rollout(
             sample_id=request.sample_id,
@@ -105,6 +106,7 @@ class Tables:
             teacher="toy",
             teacher_logprobs=columns[2],
             reverse_kl=columns[3],
+            forward_kl=columns[4],
         )
 
     def step(self, batch: TrainBatch, learning_rate: float) -> float:

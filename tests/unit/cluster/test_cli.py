@@ -141,6 +141,25 @@ def test_run_passes_the_resolved_config_and_prints_the_outcome(recipe, launch):
         assert expected in result.stdout
 
 
+def test_run_prints_the_verdict_first_and_intervals_beside_their_numbers(recipe, launch, monkeypatch):
+    summary = {
+        "before": {"exact_match": 0.25},
+        "after": {"exact_match": 0.5},
+        "teacher": {"exact_match": 0.75},
+        "verdict": "Distillation raised it [a lot].",
+        "gap_closed": {"metric": "exact_match", "reference": "teacher", "value": None, "reason": "there is none"},
+        "intervals": {"after": {"exact_match": [0.375, 0.625]}},
+    }
+    monkeypatch.setattr(launch, "run", lambda config, resume=False, prompts=None: summary)
+    result = call("run", recipe)
+    assert result.exit_code == 0, result.output
+    first, second, *rest = result.stdout.splitlines()
+    assert first == "Distillation raised it [a lot]."
+    assert second == "Share of the gap to the teacher closed: undefined, since there is none."
+    table = " ".join("".join(rest).replace("│", " ").split())
+    assert "0.25 0.5 (0.375 to 0.625) 0.75" in table
+
+
 def test_capture_passes_its_options_and_says_how_to_train_from_it(recipe, launch, tmp_path):
     result = call(
         "capture", recipe, "rollout.alpha=1", "loss.type=forward_kl", "--to", tmp_path / "there", "--epochs", 3, "--reuse"
@@ -299,14 +318,18 @@ def test_eval_measures_another_folder_beside(launch, finished, tmp_path, monkeyp
     other = tmp_path / "student"
     shutil.copytree(finished.student, other)
     measured = {finished.student: 0.25, Path("student"): 0.75}
-    monkeypatch.setattr(launch, "evaluate", lambda config, student=None: {"exact_match": measured[student]})
+
+    def evaluate(config, student=None):
+        return {"exact_match": measured[student], "intervals": {"exact_match": [0.125, measured[student]]}}
+
+    monkeypatch.setattr(launch, "evaluate", evaluate)
     result = call("eval", finished.path, "--student", "student")
     assert result.exit_code == 0, result.output
     header, *rows = [line for line in result.stdout.splitlines() if line.strip(" │┃━─┏┓└┘┡┩╇┴┳┼")]
     assert "held-out" in header
     assert header.index("student ") < header.index("student/")
     assert len(rows) == 1
-    assert rows[0].index("0.25") < rows[0].index("0.75")
+    assert rows[0].index("0.25 (0.125 to 0.25)") < rows[0].index("0.75 (0.125 to 0.75)")
 
 
 @pytest.mark.parametrize("files", [[], ["config.json"], ["model.safetensors"]])

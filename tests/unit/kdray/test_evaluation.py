@@ -12,7 +12,7 @@ import pytest
 from kdray.config.graders import ExactGrader, LastNumberGrader
 from kdray.data.graders import Exact, Grading, LastNumber
 from kdray.errors import EngineError, ResponseError
-from kdray.evaluation import HeldOut
+from kdray.evaluation import HeldOut, distinct, ends_in_a_loop
 from kdray.rollouts.seeds import sample_seed
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.support.fakes import BigramWorld, FakeSampler, FakeScorer, History, make_prompts
@@ -62,18 +62,24 @@ def decode(token_ids: np.ndarray) -> str:
 
 async def test_numbers_against_hand_computation() -> None:
     sampler = ScriptedSampler()
-    numbers, rollouts = await HeldOut(PROMPTS, sampler, None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=3)
-    assert numbers == pytest.approx(
+    found = await HeldOut(PROMPTS, sampler, None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=3)
+    assert found.numbers == pytest.approx(
         {
             "reverse_kl": (0.5 + 1.0 + 1.5 + 3.0) / 4,  # over tokens: over rollouts it would be 2.0
             "forward_kl": (1.0 + 1.0 + 2.0 + 8.0) / 4,
             "response_tokens": (3 + 1 + 0) / 3,
             "truncated": 1 / 3,
+            "repetition": 0.0,
+            # Of the first response alone: the second is no more than its end, the third is empty.
+            "distinct_1": 1.0,
+            "distinct_2": 1.0,
+            "distinct_3": 1.0,
             "prompts": 3.0,
+            "responses": 3.0,
             "exact_match": 1 / 3,  # "ab" is right; "c" is not "b"; nothing is not "c"
         }
     )
-    assert [rollout.prompt_id for rollout in rollouts] == [40, 7, 9]
+    assert [rollout.prompt_id for rollout in found.rollouts] == [40, 7, 9]
 
 
 async def test_context_of_the_environment_is_not_measured() -> None:
@@ -85,7 +91,7 @@ async def test_context_of_the_environment_is_not_measured() -> None:
             return replace(made, **longer, writer=np.append(made.writer, np.int8(4)))
 
     found = [
-        (await HeldOut(PROMPTS, sampler, None, decode, None, max_new_tokens=5, seed=3).measure(version=2))[0]
+        (await HeldOut(PROMPTS, sampler, None, decode, None, max_new_tokens=5, seed=3).measure(version=2)).numbers
         for sampler in (ScriptedSampler(), WithTurns())
     ]
     assert found[0] == found[1]
@@ -102,10 +108,14 @@ async def test_requests_are_fixed_by_seed_and_prompt() -> None:
 
 
 async def test_ungraded_and_unanswered_prompts_do_not_count_as_wrong() -> None:
-    numbers, _ = await HeldOut(PROMPTS, ScriptedSampler(), None, decode, None, max_new_tokens=8, seed=5).measure(version=0)
+    numbers = (
+        await HeldOut(PROMPTS, ScriptedSampler(), None, decode, None, max_new_tokens=8, seed=5).measure(version=0)
+    ).numbers
     assert "exact_match" not in numbers
     prompts = [PROMPTS[0], replace(PROMPTS[1], answer=None)]
-    numbers, _ = await HeldOut(prompts, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
+    numbers = (
+        await HeldOut(prompts, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
+    ).numbers
     assert numbers["exact_match"] == 1.0
 
 
@@ -127,7 +137,7 @@ async def test_the_same_version_gives_the_same_numbers_and_a_later_one_smaller_o
 
     async def measure(version: int, delay: int) -> dict[str, float]:
         sampler = FakeSampler(world, History(published=version), delay=lambda request: request.sample_id * delay % 5)
-        return (await HeldOut(make_prompts(40), sampler, None, decode, None, 8, seed=5).measure(version=version))[0]
+        return (await HeldOut(make_prompts(40), sampler, None, decode, None, 8, seed=5).measure(version=version)).numbers
 
     assert await measure(0, delay=1) == await measure(0, delay=3)
     assert (await measure(6, delay=1))["reverse_kl"] < 0.5 * (await measure(0, delay=1))["reverse_kl"]
@@ -135,8 +145,72 @@ async def test_the_same_version_gives_the_same_numbers_and_a_later_one_smaller_o
 
 async def test_what_cannot_be_graded_at_all_has_no_score_and_a_grader_that_fails_is_told() -> None:
     unanswered = [replace(each, answer=None) for each in PROMPTS]
-    numbers, _ = await HeldOut(unanswered, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
+    numbers = (
+        await HeldOut(unanswered, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(version=0)
+    ).numbers
     assert "exact_match" not in numbers
     number = Grading("data.grader.type=last_number", LastNumber(LastNumberGrader()))
     with pytest.raises(ResponseError, match="data.grader.type=last_number failed on prompt 40"):
         await HeldOut(PROMPTS, ScriptedSampler(), None, decode, number, max_new_tokens=8, seed=5).measure(version=0)
+
+
+async def test_every_response_to_a_prompt_has_a_seed_of_its_own_and_the_first_has_the_seed_of_an_only_one() -> None:
+    sampler = ScriptedSampler()
+    held_out = HeldOut(PROMPTS, sampler, None, decode, GRADE, 8, seed=5, samples_per_prompt=4, pass_at=[2, 4], siblings=3)
+    found = await held_out.measure(version=3)
+    assert [request.sample_id for request in sampler.seen] == [3 * index for index in range(12)]
+    assert [request.prompt_id for request in sampler.seen] == [40] * 4 + [7] * 4 + [9] * 4
+    seeds = [request.seed for request in sampler.seen]
+    assert len(set(seeds)) == 12
+    assert seeds[::4] == [sample_seed(5, "heldout", prompt_id) for prompt_id in (40, 7, 9)]
+    assert [(draw.prompt_id, draw.draw) for draw in found.draws] == [(p, d) for p in (40, 7, 9) for d in range(4)]
+    # The scripted responses of a prompt are all alike: nothing but the number of responses changes.
+    assert found.numbers["reverse_kl"] == pytest.approx(1.5)
+    assert (found.numbers["prompts"], found.numbers["responses"]) == (3.0, 12.0)
+    assert found.numbers["exact_match"] == found.numbers["pass_at_2"] == found.numbers["pass_at_4"] == pytest.approx(1 / 3)
+    assert found.numbers["distinct_1"] == pytest.approx(3 / 12)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "loops"),
+    [
+        ([], False),
+        ([7] * 5, False),  # the digits of 100000 are no loop
+        ([7] * 6, True),
+        ([1, 2, 3, 7, 7, 7, 7, 7, 7], True),
+        ([7, 7, 7, 7, 7, 7, 1], False),  # it got out of the loop
+        ([1, 2] * 3, True),
+        ([1, 2] * 2 + [1, 3], False),
+        ([9, *list(range(64)) * 3], True),
+        (list(range(65)) * 3, False),
+        ([1, 2, 3] * 2, False),  # twice is no loop yet
+    ],
+)
+def test_loops_at_the_end(token_ids: list[int], loops: bool) -> None:
+    assert ends_in_a_loop(np.array(token_ids, np.int32)) is loops
+
+
+def test_distinct_n_grams_do_not_cross_responses() -> None:
+    responses = [np.array(each, np.int32) for each in ([1, 2, 1, 2], [2, 1], [5], [])]
+    assert distinct(responses, 1) == pytest.approx(3 / 7)
+    assert distinct(responses, 2) == pytest.approx(2 / 4)  # 12, 21, 12 and 21
+    assert distinct(responses, 3) == pytest.approx(2 / 2)
+    assert distinct(responses, 5) is None
+
+
+async def test_overlap_of_top_ids_is_the_share_of_the_students_that_are_the_teachers() -> None:
+    class WithSupport(ScriptedSampler):
+        def _rollout(self, request: SampleRequest) -> Rollout:
+            made = super()._rollout(request)
+            # Two ids of the teacher; then those of the student's two that are not among them.
+            rows = {40: [[1, 2, -1, -1], [1, 2, -1, 3], [1, 2, 3, 4]], 7: [[1, 2, 3, -1]], 9: []}[request.prompt_id]
+            return replace(made, support_ids=np.array(rows, np.int32).reshape(-1, 4))
+
+    async def overlap(top_ids: tuple[int, int] | None) -> float | None:
+        held_out = HeldOut(PROMPTS, WithSupport(), None, decode, None, 8, seed=5, top_ids=top_ids)
+        return (await held_out.measure(version=0)).numbers.get("top_overlap")
+
+    assert await overlap((2, 2)) == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
+    assert await overlap((4, 4)) is None, "another support than these numbers say"
+    assert await overlap((4, 0)) is None
+    assert await overlap(None) is None

@@ -31,7 +31,7 @@ ALLOWED = {
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.data kdray.models kdray.rollouts kdray.losses"
     ),
     "kdray.runs": "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.losses kdray.teachers",
-    "kdray.evaluation": "kdray.errors kdray.types kdray.interfaces kdray.data kdray.rollouts",
+    "kdray.evaluation": "kdray.errors kdray.types kdray.interfaces kdray.data kdray.rollouts kdray.runs",
     "kdray.loop": "kdray.errors kdray.types kdray.interfaces kdray.data kdray.rollouts kdray.runs",
     "kdray.capturing": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.runs"
@@ -58,7 +58,7 @@ ALLOWED = {
     "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",
     "cluster.evaluation": (
-        "kdray.types kdray.interfaces kdray.models kdray.rollouts kdray.runs kdray.evaluation kdray.checks "
+        "kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.runs kdray.evaluation kdray.checks "
         "actors.serving cluster.parts"
     ),
     "cluster.assembly": (

@@ -167,7 +167,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"student": {"model": TINY | {"layer": 2}}}, "student.model.layer: unknown key; did you mean `layers`?"),
         ({"loss": {"type": "jsd", "bta": 0.1}}, "loss.bta: unknown key; did you mean `beta`?"),
         ({"data": {"prompts": {"type": "hub", "name": "x", "splitt": "y"}}}, "did you mean `split`?"),
-        ({"evaluation": {"qqqqqq": 1}}, "evaluation.qqqqqq: unknown key; valid keys: control, every, prompts"),
+        ({"evaluation": {"qqqqqq": 1}}, "evaluation.qqqqqq: unknown key; valid keys: control, every, pass_at, prompts, "),
     ],
 )  # fmt: skip
 def test_unknown_keys_are_refused_with_the_nearest_valid_one(sections, message):
@@ -363,3 +363,21 @@ def test_nccl_is_accepted_where_everyone_who_takes_weights_has_a_gpu(sections: d
 def test_pass_through_settings_pass() -> None:
     config = parse_config(tree(training={"deepspeed": {"zero_optimization": {"overlap_comm": True}}}))
     assert config.training.backend.model_dump()["options"]["zero_optimization"] == {"overlap_comm": True}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "passes"),
+    [
+        ({}, []),
+        ({"samples_per_prompt": 4}, [4]),
+        ({"samples_per_prompt": 4, "pass_at": [2, 1, 2]}, [1, 2]),
+        ({"samples_per_prompt": 4, "pass_at": []}, []),
+    ],
+)
+def test_pass_at_k_is_measured_for_all_responses_unless_told_otherwise(evaluation, passes):
+    assert parse_config(tree(evaluation=evaluation)).evaluation.passes == passes
+
+
+def test_pass_at_k_needs_k_responses():
+    with pytest.raises(ConfigError, match=r"pass@8 needs at least 8 responses .*raise evaluation.samples_per_prompt"):
+        parse_config(tree(evaluation={"samples_per_prompt": 4, "pass_at": [2, 8]}))

@@ -116,6 +116,42 @@ def test_results_stand_side_by_side(whole):
     assert page.tables["versions"] == [["ray", "2.60.0"]]
 
 
+def test_the_verdict_comes_first_and_numbers_have_their_intervals(folder):
+    folder.write_summary(
+        {
+            "steps": 3,
+            "before": {"exact_match": 0.25, "prompts": 40.0},
+            "after": {"exact_match": 0.5, "prompts": 40.0},
+            "teacher": {"exact_match": 0.75, "prompts": 40.0},
+            "verdict": f"Distillation raised it {HOSTILE}.",
+            "gap_closed": {"metric": "exact_match", "reference": "teacher", "value": 0.5, "low": 0.375, "high": 0.625}
+            | {"reason": None},
+            "warnings": ["responses became longer."],
+            "intervals": {"before": {"exact_match": [0.125, 0.375]}, "after": {"exact_match": [0.25, 0.75]}},
+            "differences": {"after - before": {"exact_match": {"value": 0.25, "low": 0.125, "high": 0.375}}},
+            "resampling": {"method": "percentile bootstrap over prompts", "level": 0.95, "resamples": 5000},
+        }
+    )
+    text, page = page_of(folder)
+    assert page.notes[:3] == [
+        f"Distillation raised it {HOSTILE}.",
+        "Share of the gap to the teacher closed: 50% (95% interval 38% to 62%), by exact match.",
+        "Warning: responses became longer.",
+    ]
+    assert "<script>alert" not in text
+    assert page.tables["outcomes"] == [
+        ["held-out", "before", "after", "teacher"],
+        ["exact_match", "0.25 (0.125 to 0.375)", "0.5 (0.25 to 0.75)", "0.75"],
+        ["prompts", "40", "40", "40"],
+    ]
+    assert page.tables["differences"] == [
+        ["held-out", "after - before"],
+        ["exact_match", "+0.25 (+0.125 to +0.375)"],
+    ]
+    assert page.tables["totals"] == [["steps", "3"]]
+    assert any("95% intervals, percentile bootstrap over prompts" in note for note in page.notes)
+
+
 def test_curves_hold_the_values_of_the_metrics(whole):
     text, page = page_of(whole)
     assert "0.42857142857142855" in text, "the loss of step 3"

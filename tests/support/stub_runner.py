@@ -1,0 +1,128 @@
+"""The true runner of a run, all its phases and evaluations included, over the models of `tests.support.stub_run`: no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from cluster.checkpointing import Checkpoint
+from cluster.parts import Pools, RunStores, SideBySide
+from cluster.runner import Runner, RunPlan
+from kdray.config import Config
+from kdray.config.route import Route
+from kdray.data.dataset import load_dataset
+from kdray.interfaces import Availability
+from kdray.models.resolve import task_tokenizer
+from kdray.runs.checkpoints import newest_checkpoint
+from kdray.runs.context import Checked, Models
+from kdray.runs.folder import RunFolder
+from kdray.runs.reporter import RunReporter
+from kdray.runs.storage import Storage
+from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
+from tests.support.stub_run import EOS, StubSampler, StubStudent, Tables
+
+
+class StubPool(StubSampler):
+    """A teacher's replicas, which hold the student, too."""
+
+    name = "toy"
+    spec = SimpleNamespace(role="teacher")
+    replicas_serving, retried, hedged = 1, 0, 0
+
+    def __init__(self, tables: Tables) -> None:
+        super().__init__(tables, lambda request: 0.0)
+        self.availability = Availability()
+        self.asked: list[SampleRequest] = []
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        self.asked.extend(requests)
+        async for part in super().sample(requests):
+            yield part
+
+    def awaited(self, sample_ids: Sequence[int]) -> None:
+        pass
+
+    def take_waited_s(self) -> float:
+        return 0.0
+
+
+class StubGroup(StubStudent):
+    """The ranks, as the runner commands them."""
+
+    on_step: Callable[[int], None] = staticmethod(lambda step: None)
+
+    async def start_phase(self, phase: Any, checkpoint: Path | None = None) -> None:
+        if checkpoint is not None:
+            self.restore(checkpoint)
+
+    async def train_step(self, batch: TrainBatch, *others: Any, **named: Any) -> StepReport:
+        self.on_step(batch.step)
+        return await super().train_step(batch)
+
+    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Any:
+        self.live = {name: lambda value=value: value for name, value in (progress or {}).items()}
+        await super().save_checkpoint(step)
+        return SimpleNamespace(retries=[], bytes=0, write_s=0.0, store_s=0.0)
+
+    async def export(self, folder: Path) -> None:
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+
+    async def restarts(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Agreement of a replica with the ranks."""
+
+    gap: float = 0.0
+
+
+@dataclass
+class StubRun:
+    """One start of a run; `resume` continues what an earlier one left in the folder."""
+
+    config: Config
+    resume: bool = False
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    async def __call__(self, stop_at: int | None = None) -> StubRun:
+        """Run it to its end. Args: stop_at: step in which the user interrupts the run."""
+        config, tokenizer = self.config, task_tokenizer()
+        folder = RunFolder.create(config, self.resume)
+        found = newest_checkpoint([Storage.local(folder.path)])[0] if self.resume else None
+        checkpoint = None if found is None else Checkpoint(folder.path / found.key, found.progress)
+        reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
+        dataset = load_dataset(config, tokenizer)
+        checked = Checked(config, tokenizer, dataset, len(tokenizer), (EOS,), Route.of(config))
+        tables = Tables(config.run.seed, len(tokenizer))
+        self.pool = StubPool(tables)
+        group = StubGroup(tables, folder, config, lambda: None)
+        stores: Any = RunStores(SimpleNamespace(verdict=SimpleNamespace(remote=_verdict)), None, None, {})
+        plan = RunPlan(checked, folder, reporter, checkpoint, None, on_start=lambda: None)
+        runner = Runner("", plan, stores, SideBySide([""]))
+
+        def on_step(step: int) -> None:
+            if step == stop_at:
+                runner.stop.set()
+
+        group.on_step = on_step
+        pool: Any = self.pool
+        pools = Pools(sampler=pool, scorer=None, all=[pool], others=[])
+        try:
+            self.summary = await runner._phases(Models("student", {"toy": "teacher"}), group, pools)  # type: ignore[arg-type]
+        finally:
+            reporter.close()
+        return self
+
+
+async def _verdict(version: int) -> Verdict:
+    await asyncio.sleep(0)
+    return Verdict()

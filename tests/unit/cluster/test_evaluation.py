@@ -1,0 +1,169 @@
+"""Evaluations of a run: the teacher beside the student, once, and the numbers of every response on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.evaluation import teacher_left_out
+from kdray.config import Config, parse_config
+from kdray.config.route import Route
+from kdray.data.dataset import load_dataset
+from kdray.errors import Interrupted
+from kdray.models.resolve import task_tokenizer
+from kdray.runs.checkpoints import COMMITTED
+from kdray.runs.context import Checked
+from kdray.runs.folder import RunFolder, read_lines
+from kdray.runs.report import write_report
+from kdray.runs.results.draws import ratios, read_draws
+from tests.support.stub_run import EOS, stub_config
+from tests.support.stub_runner import StubRun
+
+
+def config_of(tmp_path: Path, **sections: Any) -> Config:
+    sections = {"training": {"steps": 6}, "data": {"heldout_size": 12}} | sections
+    return stub_config(tmp_path, **sections)
+
+
+def measured(folder: RunFolder) -> list[str]:
+    return [line["name"] for line in read_lines(folder.events) if line["kind"] == "evaluation"]
+
+
+async def test_the_teacher_is_measured_beside_the_student_with_its_draws(tmp_path: Path) -> None:
+    config = config_of(tmp_path, evaluation={"control": True, "samples_per_prompt": 2})
+    run = await StubRun(config)()
+    folder = RunFolder(config.run_folder)
+    assert measured(folder) == ["before", "teacher", "after", "control"]
+    summary = json.loads(folder.summary.read_text())
+    assert summary["teacher"]["prompts"] == 12.0
+    assert {"exact_match", "pass_at_2", "response_tokens", "distinct_1"} <= set(summary["teacher"])
+    assert not {"reverse_kl", "top_overlap"} & set(summary["teacher"]), "they compare the student with the teacher"
+    # 12 prompts, two draws each: before and teacher have the same ones.
+    asked = [request for request in run.pool.asked if request.max_new_tokens == config.rollout.max_new_tokens][:56]
+    student, teacher = [[each for each in asked if each.alpha == alpha][-24:] for alpha in (0.0, 1.0)]
+    assert [(each.prompt_id, each.seed) for each in student] == [(each.prompt_id, each.seed) for each in teacher]
+    for name in ("before", "teacher", "after", "control"):
+        draws = read_draws(folder.evaluations / f"{name}.parquet")
+        assert len(draws) == 24
+        numbers = {metric: ratio.value for metric, ratio in ratios(draws, config.evaluation.passes).items()}
+        assert numbers == {metric: pytest.approx(summary[name][metric]) for metric in numbers}
+
+
+async def test_the_summary_holds_the_verdict_and_the_report_begins_with_it(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"evaluation": {"control": True}, "training": {"steps": 20}, "data": {"heldout_size": 40}}
+    config = config_of(tmp_path, **sections)
+    run = await StubRun(config)()
+    folder = RunFolder(config.run_folder)
+    summary = json.loads(folder.summary.read_text())
+    assert {"before", "after", "teacher", "control"} == set(summary["intervals"])
+    assert set(summary["differences"]) == {"after - before", "after - control"}
+    for name, (low, high) in summary["intervals"]["after"].items():
+        assert low <= summary["after"][name] <= high, name
+    change = summary["differences"]["after - before"]["reverse_kl"]
+    assert change["value"] == pytest.approx(summary["after"]["reverse_kl"] - summary["before"]["reverse_kl"])
+    assert change["high"] < 0.0, "a table student that follows the exact gradient gets closer"
+    # Neither table knows the task: no share of a gap between two that are always wrong.
+    assert summary["gap_closed"]["reason"].startswith("the teacher is not distinguishable from the student before")
+    page = write_report(folder.path).read_text()
+    assert page.index(summary["verdict"]) < page.index("<h2>Results</h2>")
+    again = StubRun(config_of(tmp_path, name="again", **sections))
+    await again()
+    assert again.summary["intervals"] == run.summary["intervals"], "the bootstrap has a seed of its own"
+
+
+async def test_a_resume_measures_neither_the_teacher_nor_the_student_before_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    folder = RunFolder(config.run_folder)
+    with pytest.raises(Interrupted):
+        await StubRun(config)(stop_at=3)
+    assert measured(folder) == ["before", "teacher"]
+    written = {path.name: path.stat().st_mtime_ns for path in folder.evaluations.iterdir()}
+    resumed = await StubRun(config, resume=True)()
+    assert measured(folder) == ["before", "teacher", "after"]
+    assert {name: (folder.evaluations / name).stat().st_mtime_ns for name in written} == written
+    assert not [request for request in resumed.pool.asked if request.alpha == 1.0 and request.max_new_tokens == 6][8:]
+    whole = await StubRun(config_of(tmp_path, name="whole"))()
+    for name in ("before", "teacher", "after"):
+        assert resumed.summary[name] == whole.summary[name]
+
+
+async def test_a_run_that_an_earlier_version_began_is_resumed_without_the_teachers_score(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    folder = RunFolder(config.run_folder)
+    with pytest.raises(Interrupted):
+        await StubRun(config)(stop_at=3)
+    for marker in folder.checkpoints.glob(f"*/{COMMITTED}"):
+        content = json.loads(marker.read_text())
+        del content["teacher"]
+        marker.write_text(json.dumps(content))
+    for path in folder.evaluations.iterdir():
+        path.unlink()
+    resumed = await StubRun(config, resume=True)()
+    assert resumed.summary["teacher"] is None
+    assert measured(folder) == ["before", "teacher", "after"], "that of the first start, and no other"
+
+
+TWO = {name: {"model": {"type": "tiny", "layers": 4}} for name in ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"rollout": {"sampler": "student", "alpha": 0.0}}, None),
+        ({"evaluation": {"teacher": False}}, "evaluation.teacher is false"),
+        ({"teachers": {"toy": {"type": "self"}}, "rollout": {"data_share": 0.5}, "loss": {"type": "jsd"}}, None),
+        (
+            {"teachers": {"toy": {"type": "self", "every": 2}}, "rollout": {"data_share": 0.5}, "loss": {"type": "jsd"}},
+            "teacher toy changes during the run",
+        ),
+        (
+            {
+                "teachers": {"toy": {"type": "openai", "base_url": "http://host/v1", "model": "m"}},
+                "loss": {"type": "sequence"},
+                "rollout": {"alpha": 1.0},
+            },
+            "teacher toy returns text only",
+        ),
+        (
+            {"teachers": {"toy": {"type": "capture", "path": "x"}}, "loss": {"type": "forward_kl"}, "rollout": {"alpha": 1.0}},
+            "teacher toy replays recorded answers",
+        ),
+        (
+            {"rollout": {"program": {"type": "direct"}, "alpha": 1.0}, "loss": {"type": "sequence"}},
+            "the teacher answers through its program, which is measured instead",
+        ),
+        (
+            {
+                "teachers": {"toy": {"model": {"type": "tiny"}, "prompt_template": "{answer} {prompt}"}},
+                "rollout": {"sampler": "student", "alpha": 0.0},
+                "loss": {"type": "forward_kl"},
+            },
+            "the teacher reads prompts of its own (prompt_template)",
+        ),
+        ({"teachers": TWO, "rollout": {"teachers": {"type": "route", "weights": {"a": 1.0, "b": 1.0}}}}, None),
+        (
+            {"teachers": TWO, "rollout": {"teachers": {"type": "ensemble"}, "sampler": "student", "alpha": 0.0}},
+            "the target of an ensemble is computed, and no model answers with it",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_answer_the_prompts_as_they_are_is_left_out(
+    tmp_path: Path, changes: dict[str, Any], reason: str | None
+) -> None:
+    plain = parse_config(
+        {
+            "run": {"name": "x", "output": str(tmp_path)},
+            "data": {"prompts": {"type": "task", "size": 48}, "heldout_size": 4},
+            "student": {"model": {"type": "tiny"}},
+            "teachers": {"toy": {"model": {"type": "tiny"}}},
+            "training": {"batch_size": 16, "sft": {"steps": 0}},
+        }
+        | changes
+    )
+    tokenizer = task_tokenizer()
+    checked = Checked(plain, tokenizer, load_dataset(plain, tokenizer), len(tokenizer), (EOS,), Route.of(plain))
+    assert teacher_left_out(checked) == reason

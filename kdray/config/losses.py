@@ -60,8 +60,9 @@ class LossSettings(Settings):
     shared_ids: ClassVar[bool] = True
     """Teacher and student use the same token ids; otherwise the teacher has its own tokenizer."""
     ensemble_mean: ClassVar[Literal["arithmetic", "geometric"]] = "arithmetic"
-    """Mean of several teachers' distributions for which a single loss has the gradient of the weighted sum over teachers:
-    geometric if the loss is linear in log p."""
+    """Mean of several teachers' distributions as the target of the loss. `geometric` if the loss is linear in log p: the target
+    then has the gradient of the weighted sum over teachers, over whole responses with log Z in the rewards. `arithmetic` has it
+    for forward KL; for the other losses no mean has it, and this one vetoes no id."""
     zero_gradient_at_teacher: ClassVar[bool] = True
     """The gradient vanishes at every sample when the student equals the teacher. False if it vanishes only in the mean over
     samples, or the loss has a kink there."""
@@ -271,7 +272,6 @@ class SkewReverseKLLoss(LossSettings):
 
     implementation = "kdray.losses.skew_kl:skew_reverse_kl"
     divergence = True
-    ensemble_mean = "geometric"
 
     type: Literal["skew_reverse_kl"]
     skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1

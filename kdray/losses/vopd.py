@@ -26,7 +26,8 @@ def vopd(rows: Buckets, batch: LossBatch, settings: VOPDLoss) -> LossOutput:
     tokens = sampled_tokens(rows, batch)
     both = rows.detach()
     returns = returns_from(tokens.rewards, batch.mask, settings.gamma, length_norm=False)
-    advantages = returns + reverse_kl(both)
+    # The mean of an ensemble's reward is log Z - KL: both are its baseline.
+    advantages = returns + reverse_kl(both) - tokens.log_z
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
     policy_gradient = -(tokens.mixing * staleness * advantages * tokens.logprobs).sum()
     return LossOutput(

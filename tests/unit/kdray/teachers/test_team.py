@@ -14,6 +14,7 @@ import pytest
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError, EngineError
 from kdray.interfaces import Availability
+from kdray.rollouts.batching import rollouts_to_batch
 from kdray.teachers.team import TeacherTeam
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.support.fakes import turns
@@ -338,3 +339,22 @@ def test_several_teachers_need_to_be_told_apart() -> None:
     sampler = {"rollout": {"sampler": "student", "teachers": {"type": "ensemble", "support": "sampler"}}}
     with pytest.raises(ConfigError, match=r"rollout\.teachers\.support=union"):
         parse_config(tree | sampler)
+
+
+async def test_the_reward_of_an_ensemble_is_the_mean_of_its_teachers() -> None:
+    """log g + log Z is sum_i w_i log p_i, also where a domain has one teacher, in one batch with the others."""
+    teachers = toys()
+    shares = {"x": {"a": 1.0}, "y": {"b": 1.0, "c": 3.0}, "z": {"a": 1.0, "b": 1.0}}
+    rollouts = await both(team(config("minillm", type="ensemble", domain_weights=shares), teachers))
+    for rollout in rollouts:
+        of_domain = shares["xyz"[rollout.prompt_id % 3]]
+        logs = {teacher.name: np.log(teacher.laws(rollout)[range(TOKENS), rollout.token_ids]) for teacher in teachers}
+        mean = sum(share * logs[name] for name, share in of_domain.items()) / sum(of_domain.values())
+        assert rollout.teacher_logprobs is not None
+        assert rollout.log_z is not None
+        np.testing.assert_allclose(rollout.teacher_logprobs + rollout.log_z, mean, atol=1e-5)
+        assert (rollout.log_z == 0).all() == (len(of_domain) == 1)
+    batch = rollouts_to_batch(rollouts, step=1)
+    assert batch.columns["log_z"][batch.loss_mask].shape == (12 * TOKENS,)
+    routed = team(config(type="route", pool="student", map={"x": "a", "y": "b", "z": "c"}), teachers)
+    assert all(rollout.log_z is None for rollout in await both(routed, StudentOnly()))

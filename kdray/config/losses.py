@@ -63,6 +63,8 @@ class LossSettings(Settings):
     """Mean of several teachers' distributions as the target of the loss. `geometric` if the loss is linear in log p: the target
     then has the gradient of the weighted sum over teachers, over whole responses with log Z in the rewards. `arithmetic` has it
     for forward KL; for the other losses no mean has it, and this one vetoes no id."""
+    support_with_token: ClassVar[bool] = True
+    """The support may hold the sampled token because it was sampled. False if the support must depend on the prefix alone."""
     zero_gradient_at_teacher: ClassVar[bool] = True
     """The gradient vanishes at every sample when the student equals the teacher. False if it vanishes only in the mean over
     samples, or the loss has a kink there."""
@@ -211,6 +213,8 @@ class VOPDLoss(LossSettings):
     reads = "buckets"
     importance_weight = "q/m"
     ensemble_mean = "geometric"
+    # A baseline that depends on the token that it is a baseline for changes the expected gradient.
+    support_with_token = False
 
     type: Literal["vopd"]
     gamma: Fraction = 0.0

@@ -87,6 +87,7 @@ class TeacherTeam:
         assert settings is not None
         self._settings: RouteSettings | EnsembleSettings = settings
         self._teachers = {teacher.name: teacher for teacher in teachers}
+        self._loss = config.loss
         self._router = router(settings, list(self._teachers), config.run.seed)
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
         self._vocab_size = vocab_size
@@ -150,7 +151,8 @@ class TeacherTeam:
             given = answers[rollout.sample_id]
             supports = [_columns(answer).support_ids for answer in given.values()]
             # Including the sampled token: its mean over teachers is then a bucket, exact for the geometric mean as well.
-            unions[rollout.sample_id] = union_ids(supports if of_sampler else [*supports, rollout.token_ids[:, None]])
+            with_token = self._loss.support_with_token and not of_sampler
+            unions[rollout.sample_id] = union_ids([*supports, rollout.token_ids[:, None]] if with_token else supports)
             for name, answer in given.items():
                 if not knows(_columns(answer), unions[rollout.sample_id]):
                     again[name].append(unscored(rollout, unions[rollout.sample_id]))

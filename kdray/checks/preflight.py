@@ -8,6 +8,7 @@ from typing import Any
 
 from kdray.checks.capabilities import check_capabilities
 from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
+from kdray.checks.gradient_notes import gradient_notes
 from kdray.checks.models import check_models
 from kdray.config import Config, EngineSettings
 from kdray.config.route import Route
@@ -39,7 +40,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     vocab_size = min([student_rows, *(each.vocab_size for each in found.values() if each.vocab_size is not None)])
     lines = [f"student: {describe(student.model)}, {student_rows} vocabulary rows"]
     lines += [each.line for each in found.values() if each.line is not None]
-    lines += [*precision_notes(config), *quantisation_notes(config)]
+    lines += [*precision_notes(config), *quantisation_notes(config), *gradient_notes(config)]
     if config.training.features is not None:
         lines.append(_features(config))
     positions = {f"teachers.{name}.model": each.positions for name, each in found.items()}

@@ -145,7 +145,7 @@ class MiniLLMLoss(LossSettings):
 
 @LOSSES.add("lmops")
 class LMOpsLoss(LossSettings):
-    """MiniLLM as its reference code computes it (microsoft/LMOps), with that code's defaults; for comparison."""
+    """MiniLLM as its reference code computes it (microsoft/LMOps), with the values of its training scripts; for comparison."""
 
     implementation = "kdray.losses.lmops:lmops"
     reads = "buckets"
@@ -162,9 +162,9 @@ class LMOpsLoss(LossSettings):
     whitening: bool = True
     """Normalise the returns to mean 0 and variance 1 over the response tokens of the whole step."""
     reward_scaling: PositiveFloat = 0.5
-    """Divisor of a token's log-ratio; whitening undoes most of its effect."""
+    """Divisor of a token's log-ratio; whitening undoes most of its effect. The code's parser defaults to none."""
     reward_clip: PositiveFloat = 100.0
-    """Largest absolute reward of a token, after scaling."""
+    """Largest absolute reward of a token, after scaling. The code's parser defaults to none, the scripts set it."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.2
     """PPO clip range of q_theta / m: no gradient above 1 + clip at a positive advantage, or below 1 - clip at a negative one.
     Mixing alone reaches it, before any staleness. None turns it off."""
@@ -342,7 +342,8 @@ class HintonLoss(LossSettings):
 @LOSSES.add("forward_kl_sampled")
 class ForwardKLSampledLoss(LossSettings):
     """Forward KL at the sampled token, weighted by p / m: sequence-level distillation at `rollout.alpha: 1` (Kim & Rush 2016).
-    The weight is at most 1 / alpha; at alpha 0 it is unbounded."""
+    With one teacher the weight is at most 1 / alpha; at alpha 0, and for an ensemble, of which one teacher samples, it is
+    unbounded."""
 
     implementation = "kdray.losses.forward_kl_sampled:forward_kl_sampled"
     reads = "token"

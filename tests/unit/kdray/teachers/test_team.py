@@ -250,6 +250,31 @@ async def test_confident_teachers_weigh_more_and_a_students_sample_is_scored_by_
             np.testing.assert_allclose(at, share * first[step][ids] + (1 - share) * second[step][ids], atol=1e-5)
 
 
+async def test_confidence_counts_the_ids_outside_the_union() -> None:
+    """The mass of a tail is spread over them: as one id, a flat teacher would look sure."""
+    teachers = toys()
+    settings = config(type="ensemble", pool="student", confidence_temperature=0.3, teachers=["c", "a"])
+    rows_with_several = 0
+    for rollout in await both(team(settings, teachers), StudentOnly()):
+        assert rollout.support_ids is not None
+        assert rollout.support_logprobs is not None
+        laws = [teacher.laws(rollout) for teacher in (teachers[0], teachers[2])]
+        for step in range(TOKENS):
+            ids = rollout.support_ids[step][rollout.support_ids[step] >= 0]
+            outside = VOCAB - len(ids)
+            entropies = []
+            for law in laws:
+                tail = 1.0 - law[step][ids].sum()
+                of_tail = tail * np.log(tail / outside) if outside else 0.0
+                entropies.append(-(law[step][ids] * np.log(law[step][ids])).sum() - of_tail)
+            shares = np.exp(-np.array(entropies) / 0.3)
+            shares /= shares.sum()
+            expected = sum(share * law[step][ids] for share, law in zip(shares, laws, strict=True))
+            np.testing.assert_allclose(np.exp(rollout.support_logprobs[step][: len(ids)]), expected, atol=1e-5)
+            rows_with_several += outside > 1
+    assert rows_with_several > 5
+
+
 @pytest.mark.parametrize("when", ["before", "sampling", "scoring"])
 async def test_a_teacher_that_goes_away_is_left_out_and_nothing_is_lost_or_doubled(when: str) -> None:
     teachers = toys()

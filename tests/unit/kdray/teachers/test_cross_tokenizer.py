@@ -347,9 +347,13 @@ async def test_a_groups_log_p_is_the_sum_over_all_of_the_teachers_tokens() -> No
     assert found.support_logprobs is not None
     starts, ends = np.flatnonzero((found.support_logprobs > -np.inf).any(1)), boundaries(LARGE.decode, found.token_ids.tolist())
     assert len(starts) == len(found.token_ids), "every token of the student's begins a group"
+    assert found.support_ids is not None
+    mapped = vocabulary_map(LARGE, CHARACTERS, len(CHARACTERS))
     for start in starts:
         # The row of the group's first letter, not of a later one.
-        ranked = np.sort(rows[0 if start == 0 else ends[start - 1]])[::-1][:5]
-        np.testing.assert_allclose(found.support_logprobs[start], ranked, rtol=1e-5)
+        row = rows[0 if start == 0 else ends[start - 1]]
+        order = np.argsort(-row)[:5]
+        assert found.support_ids[start].tolist() == mapped[order].tolist()
+        np.testing.assert_allclose(found.support_logprobs[start], row[order], rtol=1e-5)
     assert found.teacher_logprobs is not None
     assert found.teacher_logprobs.sum() == pytest.approx(rows[np.arange(len(rows)), asked.token_ids].sum(), rel=1e-5)

@@ -46,6 +46,13 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
+def _alpha(name: str) -> str:
+    """Teacher's share of the mixture that a variant samples from."""
+    setting = "rollout.alpha="
+    given = [each.removeprefix(setting) for each in VARIANTS[name] if each.startswith(setting)]
+    return given[0] if given else "0.2"
+
+
 def _run(name: str, overrides: list[str]) -> dict[str, Any]:
     slug = "losses-" + "".join(c if c.isalnum() else "-" for c in name)
     folder = Path("runs") / slug
@@ -80,7 +87,7 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
     date = datetime.now(UTC).date().isoformat()
     before = results[0]["before"]
     rows = [
-        f"| {r['name']} | {r['after']['reverse_kl']:.3f} | {r['after']['forward_kl']:.3f} | "
+        f"| {r['name']} | {_alpha(r['name'])} | {r['after']['reverse_kl']:.3f} | {r['after']['forward_kl']:.3f} | "
         f"{100 * r['after']['exact_match']:.1f} | {r['after']['response_tokens']:.2f} |"
         for r in results
     ]
@@ -89,8 +96,8 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
         f"{before['reverse_kl']:.3f}, forward KL {before['forward_kl']:.3f}, exact match "
         f"{100 * before['exact_match']:.1f}%), one seed, held out, {date}. `python benchmarks/losses_on_letters.py`.",
         "",
-        "| loss | reverse KL | forward KL | exact match % | response tokens |",
-        "|---|---|---|---|---|",
+        "| loss | alpha | reverse KL | forward KL | exact match % | response tokens |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
     ]

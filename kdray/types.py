@@ -140,6 +140,7 @@ class Rollout:
     reverse_kl: np.ndarray | None = None  # [T] KL(student || teacher) over full rows
     forward_kl: np.ndarray | None = None  # [T] KL(teacher || student) over full rows
     teacher_hidden: np.ndarray | None = None  # [T, d] float16: input of the teacher's output head
+    log_z: np.ndarray | None = None  # [T] log Z of an ensemble's geometric mean; None where one teacher gave the columns
     writer: np.ndarray = field(default_factory=lambda: _AS_DRAWN)
     """[T] int8, codes of WRITERS. Default: the writer that follows from `alpha`. Environment tokens are context: never a
     target, never counted as sampled; the other columns may hold arbitrary values there."""

@@ -185,7 +185,8 @@ class StudentTrainer:
 
         A step is one optimizer update, or several if the phase distils and the settings use mini-batches or inner epochs.
         Within an update every token's loss has the same weight, however the batch is split into micro-batches and ranks: sums
-        are divided by the number of target tokens of all ranks. Pretraining text contributes to every update with its own mean.
+        are divided by the number of target tokens of all ranks, or by `training.loss_tokens`. Pretraining text contributes to
+        every update with its own mean.
         Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full name; those of
         sampling are not read.
         Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has then not made that
@@ -253,7 +254,7 @@ class StudentTrainer:
         parts = [(part, False) for part in micro_batches(batch, size)]
         parts += [] if text is None else [(part, True) for part in micro_batches(text, size)]
         # Backends average gradients over ranks; the loss is a sum over all of them.
-        scale = self.world_size / max(batch.num_target_tokens, 1)
+        scale = self.world_size / max(self._divisor(batch), 1)
         text_scale = 0.0
         if text is not None and self.training.pretraining is not None:
             text_scale = self.training.pretraining.weight * self.world_size / max(text.num_target_tokens, 1)
@@ -293,6 +294,12 @@ class StudentTrainer:
             grad_norm=moved.grad_norm,
             learning_rate=moved.learning_rate,
         )
+
+    def _divisor(self, batch: TrainBatch) -> int:
+        """Number of tokens that the sums of an update are divided by; supervised phases have no constant one."""
+        distils = self.phase is not None and self.phase.loss is not None
+        constant = self.training.loss_tokens if distils else None
+        return batch.num_target_tokens if constant is None else constant
 
     def _micro_batch(
         self, part: TrainBatch, is_text: bool, objective: Objective, scale: float, last: bool

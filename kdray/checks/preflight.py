@@ -8,6 +8,7 @@ from typing import Any
 
 from kdray.checks.capabilities import check_capabilities
 from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
+from kdray.checks.gradient_notes import gradient_notes
 from kdray.checks.models import check_models
 from kdray.config import Config, EngineSettings
 from kdray.config.route import Route
@@ -43,7 +44,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if config.training.lora is not None:
         student_config = model_config(*origin(student.model, student.revision))
         lines.append(f"lora: {adapted_layers(student_config, config.training.lora)}")
-    lines += [*precision_notes(config), *quantisation_notes(config)]
+    lines += [*precision_notes(config), *quantisation_notes(config), *gradient_notes(config)]
     if config.training.features is not None:
         lines.append(_features(config))
     positions = {f"teachers.{name}.model": each.positions for name, each in found.items()}

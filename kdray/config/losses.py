@@ -66,8 +66,11 @@ class LossSettings(Settings):
     shared_ids: ClassVar[bool] = True
     """Teacher and student use the same token ids; otherwise the teacher has its own tokenizer."""
     ensemble_mean: ClassVar[Literal["arithmetic", "geometric"]] = "arithmetic"
-    """Mean of several teachers' distributions for which a single loss has the gradient of the weighted sum over teachers:
-    geometric if the loss is linear in log p."""
+    """Mean of several teachers' distributions as the target of the loss. `geometric` if the loss is linear in log p: the target
+    then has the gradient of the weighted sum over teachers, over whole responses with log Z in the rewards. `arithmetic` has it
+    for forward KL; for the other losses no mean has it, and this one vetoes no id."""
+    support_with_token: ClassVar[bool] = True
+    """The support may hold the sampled token because it was sampled. False if the support must depend on the prefix alone."""
     zero_gradient_at_teacher: ClassVar[bool] = True
     """The gradient vanishes at every sample when the student equals the teacher. False if it vanishes only in the mean over
     samples, or the loss has a kink there."""
@@ -168,7 +171,7 @@ class MiniLLMLoss(LossSettings):
 
 @LOSSES.add("lmops")
 class LMOpsLoss(LossSettings):
-    """MiniLLM as its reference code computes it (microsoft/LMOps), with that code's defaults; for comparison."""
+    """MiniLLM as its reference code computes it (microsoft/LMOps), with the values of its training scripts; for comparison."""
 
     implementation = "kdray.losses.lmops:lmops"
     reads = "buckets"
@@ -185,9 +188,9 @@ class LMOpsLoss(LossSettings):
     whitening: bool = True
     """Normalise the returns to mean 0 and variance 1 over the response tokens of the whole step."""
     reward_scaling: PositiveFloat = 0.5
-    """Divisor of a token's log-ratio; whitening undoes most of its effect."""
+    """Divisor of a token's log-ratio; whitening undoes most of its effect. The code's parser defaults to none."""
     reward_clip: PositiveFloat = 100.0
-    """Largest absolute reward of a token, after scaling."""
+    """Largest absolute reward of a token, after scaling. The code's parser defaults to none, the scripts set it."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.2
     """PPO clip range of q_theta / m: no gradient above 1 + clip at a positive advantage, or below 1 - clip at a negative one.
     Mixing alone reaches it, before any staleness. None turns it off."""
@@ -240,6 +243,8 @@ class VOPDLoss(LossSettings):
     reads = "buckets"
     importance_weight = "q/m"
     ensemble_mean = "geometric"
+    # A baseline that depends on the token that it is a baseline for changes the expected gradient.
+    support_with_token = False
 
     type: Literal["vopd"]
     gamma: Fraction = 0.0
@@ -305,7 +310,6 @@ class SkewReverseKLLoss(LossSettings):
 
     implementation = "kdray.losses.skew_kl:skew_reverse_kl"
     divergence = True
-    ensemble_mean = "geometric"
 
     type: Literal["skew_reverse_kl"]
     skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
@@ -372,7 +376,8 @@ class HintonLoss(LossSettings):
 @LOSSES.add("forward_kl_sampled")
 class ForwardKLSampledLoss(LossSettings):
     """Forward KL at the sampled token, weighted by p / m: sequence-level distillation at `rollout.alpha: 1` (Kim & Rush 2016).
-    The weight is at most 1 / alpha; at alpha 0 it is unbounded."""
+    With one teacher the weight is at most 1 / alpha; at alpha 0, and for an ensemble, of which one teacher samples, it is
+    unbounded."""
 
     implementation = "kdray.losses.forward_kl_sampled:forward_kl_sampled"
     reads = "token"

@@ -119,6 +119,11 @@ class TrainingSettings(Settings):
     inner_epochs: Positive = 1
     """Passes over the rollouts of a step (PPO's inner epochs; MiniLLM uses 4). The weights change meanwhile: the staleness
     ratio of the policy-gradient losses corrects for that, up to its cap."""
+    loss_tokens: Positive | None = None
+    """Constant, in tokens, that the loss of an update is divided by; None divides by the number of its response tokens. That
+    number is random, and the expectation of a ratio is not the ratio of expectations: with a few responses an update it biases
+    the policy gradients, with 64 hardly. Near rollouts per update x mean response length, it keeps the scale of the loss
+    relative to pretraining text and of the gradient relative to `gradient_clipping`."""
     schedules: dict[str, ScheduleSettings] = Field(default={})
     """Settings that change during distillation, by their full name: rollout.alpha, rollout.teacher_share, rollout.data_share, a
     number of the loss, such as loss.temperature, or the weight of a term, such as training.features.hidden.weight. Each starts
@@ -180,6 +185,11 @@ class TrainingSettings(Settings):
     def mini_batches(self) -> int:
         """Number of mini-batches per step."""
         return self.batch_size // (self.mini_batch_size or self.batch_size)
+
+    @property
+    def update_size(self) -> int:
+        """Rollouts per optimizer update, over all ranks."""
+        return self.mini_batch_size or self.batch_size
 
     def chunk_tokens(self, vocab: int) -> int:
         """Tokens per chunk of the loss. Args: vocab: rows of the student's output head."""

@@ -33,9 +33,10 @@ class LossBatch:
     mixture_logprobs: torch.Tensor | None = None  # [B, S] log m of the sampler
     student_logprobs: torch.Tensor | None = None  # [B, S] log q of the sampler
     teacher_logprobs: torch.Tensor | None = None  # [B, S] log p
-    support_ids: torch.Tensor | None = None  # [B, S, K] long, all different; -1 is an unused slot
+    support_ids: torch.Tensor | None = None  # [B, S, K] long, all different (but for `uld`); -1 is an unused slot
     support_logprobs: torch.Tensor | None = None  # [B, S, K] log p at support_ids; -inf where unused
     tail_logprobs: torch.Tensor | None = None  # [B, S] log of the teacher's mass outside the support; -inf if it covers all
+    log_z: torch.Tensor | None = None  # [B, S] log Z of an ensemble's geometric mean; None where one teacher gave the columns
     group: torch.Tensor | None = None  # [B, S] int, index in `groups`
     groups: tuple[str, ...] = ()
     """Names under which `by_group` aggregates."""

@@ -13,8 +13,10 @@ def forward_kl_sampled(student_logits: torch.Tensor, batch: LossBatch, settings:
     """Sum over masked tokens of (p / m) log(p / q) at the sampled token, nats; only log q carries gradient.
 
     Given the prefix, value and gradient are unbiased estimates of those of KL(teacher || student), whichever student sampled
-    the token, since m is the density it was sampled from. p / m is at most 1 / alpha; at alpha 1 it is 1, and this is
-    sequence-level distillation on the teacher's samples, minus their constant entropy.
+    the token, since m is the density it was sampled from. With one teacher p / m is at most 1 / alpha; at alpha 1 it is 1, and
+    this is sequence-level distillation on the teacher's samples, minus their constant entropy. Against an ensemble p is the
+    mean of the teachers and m has the one that sampled, so that p / m is unbounded where the others like a token that both
+    the sampler and the student find unlikely.
     Args: student_logits: [B, S, vocab], aligned with the token that they predict.
     Source: Kim & Rush 2016 (arXiv 1606.07947) for alpha 1; importance sampling otherwise.
     """

@@ -7,7 +7,9 @@ sampling time.
 Different here: sums are divided by the response tokens of the whole step, not averaged per micro-batch, and whitening uses the
 real tokens of the whole step, without the zeros of padding, so that the gradient does not depend on how a batch is split; the
 single-step term is on support and tail, not on the full row. The loss on pretraining text is not part of this term.
-Source: microsoft/LMOps, folder minillm, losses.py and arguments.
+Defaults are those of its training scripts. Without single-step term, clip, whitening, scaling and length norm, at gamma 1, the
+expected gradient on fresh samples at alpha 0 is that of KL(student || teacher) over whole responses.
+Source: microsoft/LMOps, folder minillm, losses.py, arguments and scripts.
 """
 
 from __future__ import annotations

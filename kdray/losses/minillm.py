@@ -3,6 +3,8 @@
 With alpha 0, no length normalisation and gamma 1 its expected gradient is the gradient of KL(student || teacher) over whole
 responses. Mixing (alpha > 0) with the single-token weight w_t, length normalisation, discounting and whitening each change that
 expectation: they trade bias for variance. In particular, w_t does not remove the bias of mixing; `per_decision` does.
+Algorithm 1 of the paper clips q / m as PPO does, with eps 0.2, in its inner epochs; here only q / q_old is bounded, from above
+(`staleness_cap`), so that mixing alone never clips. `lmops` has the paper's clip.
 Source: MiniLLM, Gu et al. 2024 (arXiv 2306.08543), equations 3 to 6.
 """
 

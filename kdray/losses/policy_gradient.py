@@ -1,6 +1,8 @@
 """Shared parts of the policy-gradient losses: sampled tokens under every model, returns, whitening over a whole step.
 
-The reward of a token is r_t = log p(y_t) / q(y_t). Everything here is detached except `SampledTokens.logprobs`.
+The reward of a token is r_t = log p(y_t) / q(y_t). Against an ensemble's geometric mean g it is log g(y_t) + log Z(prefix_t) -
+log q(y_t), the mean over teachers of their rewards: Z depends on the prefix, which the student writes. Everything here is
+detached except `SampledTokens.logprobs`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class SampledTokens:
     student: torch.Tensor  # [N] log q of the sampler
     mixture: torch.Tensor  # [N] log m of the sampler
     teacher: torch.Tensor  # [N] log p
+    log_z: torch.Tensor  # [N] log Z of an ensemble's geometric mean; 0 for a single teacher
 
     @property
     def mixing(self) -> torch.Tensor:
@@ -38,8 +41,8 @@ class SampledTokens:
 
     @property
     def rewards(self) -> torch.Tensor:
-        """log p / q_theta, [N], detached."""
-        return self.teacher - self.current
+        """log p / q_theta, [N], detached; of an ensemble, the mean over its teachers."""
+        return self.teacher + self.log_z - self.current
 
     def metric_sums(self) -> dict[str, torch.Tensor]:
         """Detached sums that every policy-gradient loss reports."""
@@ -59,7 +62,15 @@ def sampled_tokens(rows: Buckets, batch: LossBatch) -> SampledTokens:
         student=batch.masked("student_logprobs").to(logprobs.dtype),
         mixture=batch.masked("mixture_logprobs").to(logprobs.dtype),
         teacher=batch.masked("teacher_logprobs").to(logprobs.dtype),
+        log_z=_log_z(batch, logprobs.dtype),
     )
+
+
+def _log_z(batch: LossBatch, dtype: torch.dtype) -> torch.Tensor:
+    """log Z at the masked tokens, [N]; 0 where a single teacher gave the columns."""
+    if batch.log_z is None:
+        return torch.zeros_like(batch.masked("teacher_logprobs"), dtype=dtype)
+    return batch.masked("log_z").to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- returns
@@ -154,7 +165,7 @@ def recorded_returns(batch: LossBatch, settings: LossSettings, dtype: torch.dtyp
     """Returns [N] from the recorded log p and log q, before whitening: they do not change with theta."""
     form = settings.returns
     assert form is not None, f"loss.type={settings.type} forms no returns"
-    recorded = batch.masked("teacher_logprobs").to(dtype) - batch.masked("student_logprobs").to(dtype)
+    recorded = batch.masked("teacher_logprobs").to(dtype) + _log_z(batch, dtype) - batch.masked("student_logprobs").to(dtype)
     if form.reward_scaling is not None:
         recorded = recorded / form.reward_scaling
     if form.reward_clip is not None:

@@ -81,12 +81,15 @@ class Buckets:
 
 def kl_terms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """exp(first) * (first - second), elementwise: the summands of KL(first || second); 0 where first is -inf."""
-    return first.exp() * (first.clamp(min=torch.finfo(first.dtype).min) - second)
+    # Both -inf would be 0 x inf; a masked fill also stops the gradient there.
+    return first.exp() * (first - second).masked_fill(first == -torch.inf, 0.0)
 
 
 def log_mixture(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:
     """log(share exp(first) + (1 - share) exp(second)), elementwise, for 0 < share < 1."""
-    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+    # Where both are -inf, the derivative of logaddexp is 0 / 0: far below any logarithm of a mass is as good.
+    far = 0.5 * torch.finfo(first.dtype).min
+    return torch.logaddexp(first.clamp(min=far) + math.log(share), second.clamp(min=far) + math.log1p(-share))
 
 
 def buckets(student_rows: torch.Tensor, batch: LossBatch) -> Buckets:

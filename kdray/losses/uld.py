@@ -9,7 +9,10 @@ q_(1) >= ...:
     KL  = KL(p || q) over {the student's ids with which the teacher's tokens begin, the rest}    forward KL of a coarse graining
     loss = sorted_weight ULD + matched_weight KL
 
-Source: Universal Logit Distillation, Boizard et al. 2024; matched and unmatched ids treated separately, as in TRL's GOLD.
+ULD is over the teacher's own probabilities, one for each of its ids; for the KL those of tokens with the same beginning add up.
+If K covers the teacher's vocabulary, ULD is the paper's distance of the two rows. The paper pairs the t-th tokens of both
+responses, and here groups of the same text are paired; GOLD sorts only what is not matched, and here all ids are.
+Source: Universal Logit Distillation, Boizard et al. 2024 (arXiv 2402.12030); KL over matched ids as in TRL's GOLD.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ UNMATCHED = -2
 def uld(student_logits: torch.Tensor, batch: LossBatch, settings: ULDLoss) -> LossOutput:
     """Sum over aligned positions, nats and probabilities combined by their weights; positions without a row contribute nothing.
 
-    Args: student_logits: [B, S, vocab], aligned with the token that they predict.
+    Args: student_logits: [B, S, vocab], aligned with the token that they predict; batch: `support_ids` may name a student's id
+          several times.
     """
     rows = batch.masked_rows(student_logits)  # [N, vocab]
     ids, teacher = batch.masked("support_ids"), batch.masked("support_logprobs").to(rows.dtype)  # [N, K]
@@ -35,7 +39,7 @@ def uld(student_logits: torch.Tensor, batch: LossBatch, settings: ULDLoss) -> Lo
     aligned = (ids != -1).any(-1)
     rows, ids, teacher, tail = (part[aligned] for part in (rows, ids, teacher, tail))
     by_rank = _sorted_distance(rows, ids, teacher, tail)
-    by_id = _matched_kl(rows, ids, teacher, tail)
+    by_id = _matched_kl(rows, *_merged(ids, teacher), tail)
     return LossOutput(
         total=settings.sorted_weight * by_rank.sum() + settings.matched_weight * by_id.sum(),
         sums={
@@ -60,8 +64,17 @@ def _sorted_distance(rows: torch.Tensor, ids: torch.Tensor, teacher: torch.Tenso
     return distance + (rest - (1.0 - inside.sum(-1))).abs()
 
 
+def _merged(ids: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each of the student's ids once, with the teacher's mass of all its slots; UNMATCHED likewise. Args, returns: [N, K]."""
+    ids, order = ids.sort(dim=-1)
+    starts = torch.cat([torch.zeros_like(ids[:, :1]), (ids[:, 1:] != ids[:, :-1]).long()], dim=-1)
+    place = starts.cumsum(-1)
+    masses = torch.zeros_like(teacher).scatter_add_(-1, place, teacher.gather(-1, order).exp().masked_fill(ids == -1, 0.0))
+    return torch.full_like(ids, -1).scatter_(-1, place, ids), masses.log()
+
+
 def _matched_kl(rows: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) over the ids that both have plus a bucket for everything else, [N]."""
+    """KL(teacher || student) over the ids that both have plus a bucket for everything else, [N]. Args: ids: all different."""
     vocab = rows.shape[-1]
     matched = ids >= 0
     inside = torch.zeros(len(rows), vocab + 1, dtype=torch.bool, device=ids.device)

@@ -20,13 +20,15 @@ def vopd(rows: Buckets, batch: LossBatch, settings: VOPDLoss) -> LossOutput:
 
     R_t = sum over t' >= t of gamma^(t' - t) r_t', r_t = log p(y_t) / q(y_t), whose mean given the prefix is -KL: the baseline
     removes that part of its variance. The KL is on the support and its tail: a smaller support makes the baseline worse,
-    without bias. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings).
+    without bias, as long as the support depends on the prefix alone (`support_with_token`).
+    w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings).
     Args: rows: both models at the masked positions; batch: each row of it is one rollout.
     """
     tokens = sampled_tokens(rows, batch)
     both = rows.detach()
     returns = returns_from(tokens.rewards, batch.mask, settings.gamma, length_norm=False)
-    advantages = returns + reverse_kl(both)
+    # The mean of an ensemble's reward is log Z - KL: both are its baseline.
+    advantages = returns + reverse_kl(both) - tokens.log_z
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
     policy_gradient = -(tokens.mixing * staleness * advantages * tokens.logprobs).sum()
     return LossOutput(

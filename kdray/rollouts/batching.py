@@ -1,7 +1,7 @@
 """Padded batch of an optimizer step from rollouts or supervised examples, with its shards and micro-batches.
 
-A loss is divided by the number of response tokens of the whole step, which every part carries; so neither the order of rows,
-nor padding, nor the split over ranks and micro-batches changes the gradient.
+A loss is divided by the number of response tokens of the whole update, which every part carries; so neither the order of rows,
+nor padding, nor the split over ranks and micro-batches changes its gradient.
 """
 
 from __future__ import annotations

@@ -112,6 +112,11 @@ COLUMNS: tuple[Column, ...] = (
         "tail_logprobs", np.float32, "token", 0.0, "scoring",
         _SCORERS, _for("loss", "ensemble", "capture"), "top_k", in_every_file=True,
     ),
+    # log Z of an ensemble's geometric mean at the token's prefix: with log p it adds up to the mean of the teachers' log p.
+    Column(
+        "log_z", np.float32, "token", 0.0, "scoring",
+        _by("ensemble"), _for("loss"),
+    ),
     # KL(student || teacher) over full rows.
     Column(
         "reverse_kl", np.float32, "token", 0.0, "scoring",

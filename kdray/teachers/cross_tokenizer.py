@@ -117,7 +117,8 @@ class CrossTokenizerScorer:
         self._max_tokens = max_tokens
 
     async def score(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[Rollout]]:
-        """See `kdray.interfaces.Scorer`. `support_ids` holds the student's ids, UNMATCHED if it cannot produce the token.
+        """See `kdray.interfaces.Scorer`. The support is the teacher's, its ids mapped to the student's: UNMATCHED if it cannot
+        produce the token, and one id for all tokens that it begins in the same way.
 
         A response gets no rows if it has no complete character, or if the teacher cannot read it to its end.
         """
@@ -186,8 +187,9 @@ class CrossTokenizerScorer:
             assert scored.tail_logprobs is not None
             assert scored.teacher_logprobs is not None
             for group in groups:
-                row, given = scored.support_ids[group.second_start], scored.support_logprobs[group.second_start]
-                ids[group.first_start], logprobs[group.first_start] = self._on_student(row, given)
+                row = scored.support_ids[group.second_start]
+                ids[group.first_start] = np.where(row >= 0, self.mapped[row.clip(min=0)], -1)
+                logprobs[group.first_start] = scored.support_logprobs[group.second_start]
                 tails[group.first_start] = scored.tail_logprobs[group.second_start]
                 # log p of the group's text, by the chain rule over the teacher's tokens.
                 tokens[group.first_start] = scored.teacher_logprobs[group.second_start : group.second_end].sum()
@@ -199,20 +201,6 @@ class CrossTokenizerScorer:
             tail_logprobs=tails,
             teacher_logprobs=tokens,
         )
-
-    def _on_student(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Map a row of the teacher's support [K] to the student's ids; probabilities of the same first token add up."""
-        mapped = np.where(ids >= 0, self.mapped[ids.clip(min=0)], -1)
-        unique, inverse = np.unique(mapped[mapped >= 0], return_inverse=True)
-        sums = np.full(len(unique), -np.inf, dtype=np.float32)
-        np.logaddexp.at(sums, inverse, logprobs[mapped >= 0])
-        unmatched = mapped == UNMATCHED
-        order = np.argsort(-sums, kind="stable")
-        out_ids = np.concatenate([unique[order], mapped[unmatched]])
-        out_logprobs = np.concatenate([sums[order], logprobs[unmatched]])
-        padded = np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), -np.inf, dtype=np.float32)
-        padded[0][: len(out_ids)], padded[1][: len(out_ids)] = out_ids, out_logprobs
-        return padded
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return _decode(self._student, token_ids)

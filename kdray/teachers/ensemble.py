@@ -9,7 +9,14 @@ The mean depends on the divergence, for weights w_i that sum to 1:
     sum_i w_i KL(p_i || q) = KL(m || q) + sum_i w_i KL(p_i || m),  m = sum_i w_i p_i             forward KL: `arithmetic`
     sum_i w_i KL(q || p_i) = KL(q || g) - log Z,                   g = prod_i p_i^w_i / Z        reverse KL: `geometric`
 
-The additional terms do not depend on the student, so one target replaces n losses. Both identities hold exactly on the buckets.
+At a given prefix the additional terms do not depend on the student, so one target replaces n losses. Over whole responses they
+do, because the prefixes are the student's own:
+
+    sum_i w_i KL(q || p_i) = KL(q || prod_t g_t) - E_{y~q} sum_t log Z(prefix_t)
+
+So a loss over whole responses adds log Z to the reward of each token, log g + log Z - log q = sum_i w_i log p_i - log q; the
+target has it as a column of its own (`log_z`). The identities at a prefix hold exactly on the buckets; that of the reward on
+every support.
 Sums and bucketing commute: m on the buckets is the bucketed m. Products and bucketing do not: g on the buckets is the product
 of the coarse distributions, and equals the bucketed g only if the union covers all ids (or the teachers' tails have the same
 shape).
@@ -68,9 +75,12 @@ class TeacherColumns:
 
 @dataclass(frozen=True, slots=True)
 class Target(TeacherColumns):
-    """The combined distribution, float32, in the columns of a single teacher."""
+    """The combined distribution, float32, in the columns of a single teacher, and its log Z."""
 
     log_z: np.ndarray  # [T] log Z of the geometric mean, <= 0: minus the teachers' disagreement; 0 for the arithmetic mean
+
+    def named(self) -> dict[str, np.ndarray | None]:
+        return super(Target, self).named() | {"log_z": self.log_z}
 
 
 # ---------------------------------------------------------------------------------------------------- one support
@@ -159,7 +169,8 @@ def combine(columns: Sequence[TeacherColumns], weights: np.ndarray, kind: Kind) 
     """Combine several teachers into a target, in a single teacher's columns, float32.
 
     For the geometric mean, log p of a sampled token outside the union is divided by the Z of the buckets, which is at least the
-    exact Z (Hölder): it is a lower bound of the exact value. Otherwise it equals the token's bucket.
+    exact Z (Hölder): it is a lower bound of the exact value. Otherwise it equals the token's bucket. In either case it adds up
+    with log Z to the mean of the teachers' log p.
     Args: columns: all on one union, by `at_union`; weights: [n] or [n, T].
     Raises: ValueError if the supports differ, for invalid weights, or if the teachers have no bucket in common.
     """

@@ -79,7 +79,8 @@ class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
     def open(self, context: TeacherContext) -> RemoteTeacher:
         # A chat endpoint applies its own template, so it gets the question as it was before the student's.
         text_of = asked_text(context.config, context.tokenizer, context.prompts, self.settings.chat)
-        return RemoteTeacher(self.name, self.settings, context.tokenizer, text_of, context.vocab_size, context.stop_ids)
+        of_student = context.tokenizer, text_of, context.vocab_size, context.stop_ids
+        return RemoteTeacher(self.name, self.settings, *of_student, context.config.loss.support_with_token)
 
 
 class RemoteTeacher:
@@ -93,11 +94,11 @@ class RemoteTeacher:
         text_of: Callable[[SampleRequest], str | list[dict[str, Any]]],
         vocab_size: int,
         stop_ids: Sequence[int],
+        support_with_token: bool = True,
     ) -> None:
         """Args: tokenizer: the student's; text_of: a request's prompt for the endpoint, possibly as messages for chat
               completions; unused with `token_ids`; vocab_size: ids of the student; stop_ids: end-of-sequence ids, the
-              tokenizer's
-              own first.
+              tokenizer's own first; support_with_token: a token that is not among the top ids is added to them.
         Raises: ConfigError if the key is missing.
         """
         self.name = name
@@ -116,6 +117,7 @@ class RemoteTeacher:
         self._text_of = text_of
         self._vocab_size = vocab_size
         self._stop_ids = tuple(stop_ids)
+        self._support_with_token = support_with_token
         self._free = asyncio.Semaphore(settings.max_concurrency)
         self._turn = asyncio.Lock()
         self._rate_limiter = RateLimiter(settings.requests_per_minute)
@@ -253,7 +255,7 @@ class RemoteTeacher:
     async def _scored(self, rollout: Rollout) -> Rollout:
         start, response = len(rollout.prompt_ids), rollout.token_ids.tolist()
         if not response:
-            return replace(rollout, teacher=self.name, **_support([], [], self._settings.logprobs + 1, self._vocab_size))
+            return replace(rollout, teacher=self.name, **_support([], [], self._width, self._vocab_size))
         sequence = [*rollout.prompt_ids.tolist(), *response]
         choice = await self._complete(sequence, max_tokens=0, echo=True)
         return replace(rollout, teacher=self.name, **self._columns(choice, sequence, start))
@@ -281,7 +283,15 @@ class RemoteTeacher:
             raise EngineError(f"teachers.{self.name}: {self._where} gave logprobs of other tokens than those asked for")
         for row, token_id, logprob in zip(tops, token_ids[start:], logprobs, strict=True):
             row[token_id] = logprob
-        return _support(logprobs, tops, self._settings.logprobs + 1, self._vocab_size)
+            if not self._support_with_token and len(row) > self._settings.logprobs:
+                # One more than the top ids, so it is here because it was drawn; sorting would not tell ties apart.
+                del row[token_id]
+        return _support(logprobs, tops, self._width, self._vocab_size)
+
+    @property
+    def _width(self) -> int:
+        """Slots of the support."""
+        return self._settings.logprobs + self._support_with_token
 
     def _ids(self, choice: Any, name: str) -> list[int]:
         """Token ids returned by the endpoint, all of them the student's. Raises: EngineError."""
@@ -460,11 +470,11 @@ def _token_id(token: str) -> int:
 
 
 def _support(logprobs: Sequence[float], tops: Sequence[dict[int, float]], width: int, vocab_size: int) -> dict[str, Any]:
-    """Columns of T tokens from log p at each and the rows of top logprobs, each including its token.
+    """Columns of T tokens from log p at each and the rows of top logprobs, with or without its token.
 
-    The likeliest ids come first, and a token below them takes the last slot. Rows of the endpoint's head that the student does
-    not have count as tail. A tail is the rest of 1, which is unknown below `_TAIL_FLOOR`; -inf if no id is outside.
-    Args: width: slots of the support, one more than the top logprobs requested.
+    The likeliest ids come first, then a token below them. Rows of the endpoint's head that the student does not have count as
+    tail. A tail is the rest of 1, which is unknown below `_TAIL_FLOOR`; -inf if no id is outside.
+    Args: width: slots of the support: the top logprobs requested, and one more where tokens are added to them.
     """
     support_ids = np.full((len(tops), width), -1, dtype=np.int32)
     support_logprobs = np.full((len(tops), width), -np.inf)

@@ -5,8 +5,9 @@
                queried for the ids that only some had recorded, and `kdray.teachers.ensemble` combines the answers.
 
 With a student-only sampler the teachers only score. A teacher that is lost is waited for, left out, or ends the run, depending
-on the settings. Exact KLs of an ensemble are the weighted means of its teachers' KLs: they differ from the KL to the combined
-distribution by the teachers' disagreement, which does not depend on the student.
+on the settings. Exact KLs of an ensemble are the weighted means of its teachers' KLs: at each prefix they differ from the KL to
+the combined distribution by the teachers' disagreement there. Which prefixes occur is up to the student, so losses over whole
+responses keep it (`log_z`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import cast
 
 import numpy as np
@@ -86,6 +87,7 @@ class TeacherTeam:
         assert settings is not None
         self._settings: RouteSettings | EnsembleSettings = settings
         self._teachers = {teacher.name: teacher for teacher in teachers}
+        self._loss = config.loss
         self._router = router(settings, list(self._teachers), config.run.seed)
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
         self._vocab_size = vocab_size
@@ -149,7 +151,8 @@ class TeacherTeam:
             given = answers[rollout.sample_id]
             supports = [_columns(answer).support_ids for answer in given.values()]
             # Including the sampled token: its mean over teachers is then a bucket, exact for the geometric mean as well.
-            unions[rollout.sample_id] = union_ids(supports if of_sampler else [*supports, rollout.token_ids[:, None]])
+            with_token = self._loss.support_with_token and not of_sampler
+            unions[rollout.sample_id] = union_ids([*supports, rollout.token_ids[:, None]] if with_token else supports)
             for name, answer in given.items():
                 if not knows(_columns(answer), unions[rollout.sample_id]):
                     again[name].append(unscored(rollout, unions[rollout.sample_id]))
@@ -227,7 +230,9 @@ class TeacherTeam:
             raise EngineError(f"sample {rollout.sample_id}: none of the teachers {', '.join(choice.scorers)} could score it")
         kept = [given[name] for name in choice.scorers if name in given]
         if union is None:
-            return replace(kept[0], teacher=teacher)
+            # A teacher that teaches a prompt alone; the column is that of the batch's other rollouts.
+            log_z = np.zeros(len(rollout.token_ids), np.float32) if self._ensemble is not None else None
+            return with_columns(kept[0], {"log_z": log_z}, teacher=teacher)
         assert self._ensemble is not None
         assert self._mean is not None
         columns = [at_union(_columns(answer), union) for answer in kept]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 from kdray.config import LossSettings
 from kdray.losses import LossBatch, Whitening, loss_function
 from kdray.losses.policy_gradient import recorded_returns
+from kdray.rollouts.batching import rollouts_to_batch
+from kdray.types import Rollout
 
 VOCAB, LENGTH, EOS, PARAMETERS = 5, 3, 0, 12
 
@@ -105,6 +107,40 @@ class ToyWorld:
             support_logprobs=self.teacher.gather(-1, order)[self.prefix],
             tail_logprobs=self.teacher.masked_fill(inside, -torch.inf).logsumexp(-1)[self.prefix],
         )
+
+    def rollouts(self, alpha: float) -> list[Rollout]:
+        """Every sequence as an unscored rollout, prompted by id 0, with the sample ids of the rows of `batch`."""
+        student, mixture = (
+            self.token_logprobs(rows).numpy() for rows in (self.student(self.theta), self.mixture(self.theta, alpha))
+        )
+        made = []
+        for row, tokens in enumerate(self.sequences):
+            part = slice(1, 1 + len(tokens))
+            made.append(
+                Rollout(
+                    sample_id=row,
+                    prompt_id=0,
+                    prompt_ids=np.zeros(1, np.int32),
+                    token_ids=np.array(tokens, np.int32),
+                    mixture_logprobs=mixture[row, part].astype(np.float32),
+                    student_logprobs=student[row, part].astype(np.float32),
+                    student_versions=np.zeros(len(tokens), np.int32),
+                    alpha=alpha,
+                    finish_reason="stop" if tokens[-1] == EOS else "length",
+                )
+            )
+        return made
+
+    def rows_before(self, rows: torch.Tensor, token_ids: Sequence[int]) -> np.ndarray:
+        """Those of `rows` [prefixes, VOCAB] that predict the tokens of a sequence, [T, VOCAB]."""
+        row = self.sequences.index(list(token_ids))
+        return rows[self.prefix[row, 1 : 1 + len(token_ids)]].numpy()
+
+    def expected_of_records(self, settings: LossSettings, rollouts: Sequence[Rollout], alpha: float) -> torch.Tensor:
+        """Mean of the loss's gradient over all sequences, in the order of `rollouts`, with the columns that these recorded."""
+        batch = LossBatch.from_train_batch(rollouts_to_batch(rollouts, step=1), VOCAB)
+        assert torch.equal(batch.token_ids, self.tokens)
+        return self.probabilities(self.mixture(self.theta, alpha)) @ self.gradients(settings, batch)
 
     def whitening(self, settings: LossSettings, alpha: float, sampler: torch.Tensor | None = None) -> Whitening | None:
         """Statistics of a step of infinitely many samples; None unless the settings whiten."""

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 
+from actors.student.backend import Update
+from actors.student.backends.torch import TorchBackend
 from actors.student.trainer import Phase, StudentTrainer
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.config.registry import all_plugins
@@ -254,6 +256,62 @@ def test_mini_batches_epochs_text_and_whitening_are_the_loop_that_one_would_writ
         assert report.loss == pytest.approx(np.mean([loss for loss, _, _ in of_step]), rel=1e-4)
         assert report.grad_norm == pytest.approx(max(norm for _, norm, _ in of_step), rel=1e-4)
         assert report.learning_rate == of_step[-1][2]
+
+
+def test_a_constant_divides_the_loss_of_distillation_alone(models: dict[str, Path]) -> None:
+    """Mini-batches of unequal numbers of tokens are then sums with one divisor, and so is every step."""
+    sizes = {"mini_batch_size": 4, "micro_batch_size": 2, "gradient_clipping": 1e6}
+    trainer = started(training_of({"type": "torch"}, loss_tokens=50, **sizes), phase_of(models["student"]))
+    order = np.random.default_rng([5, BATCHES[0].step, 0]).permutation(ROWS)
+    parts = [take_rows(BATCHES[0], np.sort(order[number::2])) for number in range(2)]
+    assert len({int(part.loss_mask.sum()) for part in parts}) == 2
+
+    def in_50(model: Any, batch: TrainBatch) -> torch.Tensor:
+        return loss_function(LOSS)(logits_of(model, batch), LossBatch.from_train_batch(batch, VOCAB), LOSS).total / 50
+
+    want, _ = plain_loop(models["student"], parts, in_50, trainer.training)
+    report = trainer.train_step(BATCHES[0])
+    assert report.loss == pytest.approx(np.mean([loss for loss, _, _ in want]), rel=1e-5)
+    assert report.grad_norm == pytest.approx(max(norm for _, norm, _ in want), rel=1e-5)
+    supervised = [
+        started(training_of({"type": "torch"}, loss_tokens=constant), phase_of(models["student"], loss=None)).train_step(
+            BATCHES[0]
+        )
+        for constant in (None, 50)
+    ]
+    assert supervised[0].loss == supervised[1].loss
+
+
+class _OneOfTwo(TorchBackend):
+    """A rank of two, whose gradients the other's would be averaged with."""
+
+    def __init__(self, training: TrainingSettings) -> None:
+        super().__init__(training)
+        self.world_size = 2
+        self.gradient: dict[str, torch.Tensor] = {}
+
+    def step(self) -> Update:
+        self.gradient = {name: each.grad.clone() for name, each in self.module.named_parameters() if each.grad is not None}
+        return super().step()
+
+
+def test_the_mean_over_ranks_of_their_gradients_is_the_gradient_of_the_step(models: dict[str, Path]) -> None:
+    """The loss of a rank has the factor of their number, since backends average."""
+    training = training_of({"type": "torch"}, gradient_clipping=1e6)
+    whole = StudentTrainer(training, VOCAB, seed=5)
+    whole.start_phase(phase_of(models["student"]))
+    together = whole.train_step(BATCHES[0])
+    losses, gradients = [], []
+    for rank in range(2):
+        backend = _OneOfTwo(training)
+        trainer = StudentTrainer(training, VOCAB, seed=5, backend=backend)
+        trainer.start_phase(phase_of(models["student"]))
+        losses.append(trainer.train_step(shard(BATCHES[0], rank, 2)).loss)
+        gradients.append(backend.gradient)
+    mean = {name: (gradients[0][name] + gradients[1][name]) / 2 for name in gradients[0]}
+    norm = torch.stack([each.norm() for each in mean.values()]).norm().item()
+    assert norm == pytest.approx(together.grad_norm, rel=1e-5)
+    assert sum(losses) == pytest.approx(together.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

@@ -296,3 +296,24 @@ def test_whole_conversations_need_a_teacher_that_scores_them(chat: Callable[...,
     capture = {"teachers": {"main": {"type": "capture", "path": "x"}}, "loss": {"type": "forward_kl"}}
     with pytest.raises(ConfigError, match=r"data\.turns=all with rollout\.data_share: only a teacher in replicas"):
         chat({"turns": "all"}, rollout={"data_share": 1.0, "alpha": 1.0}, **capture)
+
+
+@pytest.mark.parametrize(
+    ("sections", "noted"),
+    [
+        ({"training": {"batch_size": 8, "micro_batch_size": 8, "sft": {"batch_size": 8}}}, "training.batch_size=8"),
+        ({"training": {"mini_batch_size": 8, "micro_batch_size": 8}}, "training.mini_batch_size=8"),
+        ({"training": {"mini_batch_size": 16}}, None),
+        ({"training": {"mini_batch_size": 8, "micro_batch_size": 8, "loss_tokens": 100}}, None),
+        ({"training": {"mini_batch_size": 8, "micro_batch_size": 8}, "loss": {"type": "reverse_kl"}}, None),
+        ({"rollout": {"filters": {"distinct": True}}}, "rollout.filters (unparsable, finished, distinct)"),
+        ({"rollout": {"filters": {"finished": False}}}, None),
+        ({"rollout": {"filters": {}}, "loss": {"type": "jsd"}}, None),
+    ],
+)
+def test_settings_that_bias_a_policy_gradient_are_said_at_start(
+    models: Path, sections: dict[str, Any], noted: str | None
+) -> None:
+    found = [line for line in check(_config(models, **sections)).lines if "docs/losses.md" in line]
+    assert len(found) == (noted is not None)
+    assert all(line.startswith(f"note: {noted} with loss.type=minillm: ") for line in found)

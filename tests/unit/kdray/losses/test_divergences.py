@@ -28,7 +28,7 @@ from kdray.config.registry import name_of as type_of
 from kdray.errors import TrainingError, VocabError
 from kdray.losses import LossBatch, divergence_of, loss_function
 from kdray.losses.adaptive_kl import head_share
-from kdray.losses.support import buckets, full_rows
+from kdray.losses.support import buckets, full_rows, kl_terms
 
 torch.set_num_threads(1)
 
@@ -578,3 +578,31 @@ def test_padding_order_and_split_change_nothing(data):
     assert total == pytest.approx(expected.total.item(), rel=1e-11, abs=1e-12)
     assert sums == pytest.approx({name: float(item) for name, item in expected.sums.items()}, rel=1e-11, abs=1e-12)
     torch.testing.assert_close(seen, whole.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", [*F_DIVERGENCES, ADAPTIVE], ids=lambda loss: loss.type)
+def test_an_id_that_both_models_mask_counts_nothing(loss):
+    """Such as ids that no text has, set to -inf in both heads: value and gradient are those without the id."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 6, generator=random, dtype=torch.float64) for _ in range(2))
+    values, gradients = [], []
+    for masked in (False, True):
+        logits, other = student.clone(), teacher.clone()
+        if masked:
+            logits, other = (torch.cat([each, torch.full((3, 1), -torch.inf)], dim=-1) for each in (logits, other))
+        logits.requires_grad_()
+        value = divergence_of(loss)(full_rows(other.log_softmax(-1), logits.log_softmax(-1)))
+        values.append(value.detach())
+        gradients.append(torch.autograd.grad(value.sum(), logits)[0])
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(gradients[1][:, :6], gradients[0])
+    assert (gradients[1][:, 6] == 0).all()
+
+
+def test_kl_terms_of_nothing_are_nothing():
+    nothing = torch.tensor([-torch.inf, -torch.inf, 0.0], dtype=torch.float64)
+    assert kl_terms(nothing, torch.tensor([-torch.inf, -1.0, -torch.inf], dtype=torch.float64)).tolist() == [
+        0.0,
+        0.0,
+        torch.inf,
+    ]

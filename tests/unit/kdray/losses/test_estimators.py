@@ -103,6 +103,24 @@ def test_per_decision_is_unbiased_whoever_samples(world, exact, alpha, stale, ho
     assert error(world.expected_gradient(loss, alpha, sampler), exact) < 1e-8
 
 
+def test_a_random_number_of_tokens_biases_the_ratio_and_a_constant_does_not():
+    """One response an update, every response enumerated: what docs/losses.md says of the divisor, and of filters."""
+    found = []
+    for seed in range(4):
+        world = ToyWorld(seed)
+        chance, lengths = world.probabilities(world.student(world.theta)), world.mask.sum(-1)
+        rows = world.gradients(EXACT, world.batch(0.0))
+        mean = chance @ rows
+        assert error(chance @ (rows / 50.0) * 50.0, mean) < 1e-12
+        in_tokens = mean / (chance @ lengths.double())
+        finished = chance * (world.tokens.gather(1, lengths[:, None]).squeeze(1) == 0)
+        kept = (finished @ rows) / (finished @ lengths.double())
+        found.append((error(chance @ (rows / lengths[:, None]), in_tokens), error(kept, in_tokens)))
+    ratios, filtered = zip(*found, strict=True)
+    assert ratios[:3] == pytest.approx((0.018, 0.489, 0.075), abs=0.001)
+    assert filtered == pytest.approx((0.226, 0.818, 0.765, 0.316), abs=0.001)
+
+
 @pytest.mark.parametrize("loss", [PUBLISHED, MiniLLMLoss(), VOPD_RETURN, LMOPS], ids=name_of)
 @pytest.mark.parametrize("alpha", [0.2, 0.5])
 def test_biased_under_mixing_as_published(world, exact, loss, alpha):

@@ -23,7 +23,8 @@ def case(seed: int = 0, rows: int = 5) -> tuple[torch.Tensor, LossBatch]:
     for row in range(rows - 1):
         p = rng.dirichlet(np.ones(K + 1))
         used = rng.integers(1, K + 1)
-        ids[0, row, :used] = np.where(rng.random(used) < 0.5, UNMATCHED, rng.permutation(VOCAB)[:used])
+        # Several of the teacher's tokens may begin with one of the student's.
+        ids[0, row, :used] = np.where(rng.random(used) < 0.4, UNMATCHED, rng.integers(0, 3, used))
         logprobs[0, row, :used] = np.log(p[:used])
         tail[0, row] = np.log(p[used:].sum())
     batch = LossBatch(
@@ -53,9 +54,11 @@ def by_hand(logits: torch.Tensor, batch: LossBatch, settings: ULDLoss) -> float:
         ranked_p, ranked_q = np.sort(p[used])[::-1], np.sort(q)[::-1][:n]
         rest_p = np.exp(float(batch.tail_logprobs[0, row]))
         total += settings.sorted_weight * (np.abs(ranked_p - ranked_q).sum() + abs(rest_p - (1 - ranked_q.sum())))
-        matched = ids >= 0
-        other_p, other_q = 1 - p[matched].sum(), 1 - q[ids[matched]].sum()
-        kl = (p[matched] * np.log(p[matched] / q[ids[matched]])).sum() + other_p * np.log(other_p / other_q)
+        masses: dict[int, float] = {}
+        for token_id, mass in zip(ids[ids >= 0].tolist(), p[ids >= 0], strict=True):
+            masses[token_id] = masses.get(token_id, 0.0) + mass
+        other_p, other_q = 1 - sum(masses.values()), 1 - q[list(masses)].sum()
+        kl = sum(mass * np.log(mass / q[token_id]) for token_id, mass in masses.items()) + other_p * np.log(other_p / other_q)
         total += settings.matched_weight * kl
     return total
 
@@ -68,6 +71,28 @@ def test_value_against_numpy(seed: int, weights: tuple[float, float]) -> None:
     output = loss_function(settings)(logits, batch, settings)
     assert float(output.total) == pytest.approx(by_hand(logits, batch, settings), abs=1e-10)
     assert float(output.sums["aligned"]) == 4
+
+
+def test_ranks_are_those_of_the_teachers_own_probabilities() -> None:
+    """Two of its tokens begin alike: their masses add up for the KL, and are two ranks for the distance."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    batch = LossBatch(
+        token_ids=torch.zeros(1, 1, dtype=torch.long),
+        mask=torch.ones(1, 1, dtype=torch.bool),
+        vocab_size=VOCAB,
+        support_ids=torch.tensor([[[5, 5, 1, UNMATCHED]]]),
+        support_logprobs=p.log()[None, None],
+        tail_logprobs=torch.full((1, 1), -torch.inf, dtype=torch.float64),
+    )
+    settings = ULDLoss(type="uld")
+    same_shape = torch.full((1, 1, VOCAB), -torch.inf, dtype=torch.float64)
+    same_shape[0, 0, [3, 2, 5, 1]] = p.log()
+    assert loss_function(settings)(same_shape, batch, settings).sums["uld"].item() == pytest.approx(0.0, abs=1e-12)
+    same_masses = torch.full((1, 1, VOCAB), -torch.inf, dtype=torch.float64)
+    same_masses[0, 0, [5, 1, 0]] = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()
+    sums = loss_function(settings)(same_masses, batch, settings).sums
+    assert sums["matched_kl"].item() == pytest.approx(0.0, abs=1e-12)
+    assert sums["uld"].item() == pytest.approx(0.3 + 0.1 + 0.1 + 0.1)
 
 
 def test_gradient() -> None:

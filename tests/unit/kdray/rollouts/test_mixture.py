@@ -174,3 +174,21 @@ def test_sample_seeds_are_apart_by_run_stream_and_sample():
     assert len(seeds) == 2000
     assert all(0 <= seed < 2**64 for seed in seeds)
     assert sample_seed(0, "train", 7) == sample_seed(0, "train", 7)
+
+
+@pytest.mark.parametrize("peak", [0.0, 12.0], ids=["flat", "peaked"])
+def test_a_large_vocabulary_is_drawn_from_as_its_float64_sums_say(peak: float) -> None:
+    """A float32 sum over 150,000 ids is off by a hundred of them in a flat row, and skips most of the tail of a peaked one."""
+    vocab = 151_936
+    logits = 0.1 * np.random.default_rng(0).normal(size=vocab)
+    logits[vocab // 3] += peak
+    rows = torch.from_numpy(logits).float().log_softmax(-1)[None]
+    uniforms = (torch.arange(2000, dtype=torch.float64) + 0.37) / 2000
+    masses = np.exp(rows[0].numpy().astype(np.float64))
+    cdf = np.cumsum(masses)
+    expected = np.searchsorted(cdf, uniforms.numpy() * cdf[-1], side="right")
+    found = draw(rows.expand(len(uniforms), -1), uniforms)
+    np.testing.assert_array_equal(found.numpy(), expected)
+    # Sums within a block of 256 ids are float32: a neighbour at most, of masses at a boundary.
+    blocks = draw_mixed([(torch.ones(len(uniforms), 1), rows.exp().expand(len(uniforms), -1))], uniforms)
+    assert np.abs(blocks.numpy() - expected).max() <= 1

@@ -60,7 +60,12 @@ class Bigram:
                     teacher=self.name,
                     support_ids=ids,
                     support_logprobs=logprobs.astype(np.float32),
-                    tail_logprobs=np.log(1 - np.exp(logprobs).sum(1)).astype(np.float32),
+                    # All of its ids leave nothing.
+                    tail_logprobs=(
+                        np.full(len(rows), -np.inf, np.float32)
+                        if ids.shape[1] == rows.shape[1]
+                        else np.log(1 - np.exp(logprobs).sum(1)).astype(np.float32)
+                    ),
                     teacher_logprobs=rows[np.arange(len(rows)), rollout.token_ids].astype(np.float32),
                 )
             ]
@@ -182,7 +187,8 @@ async def test_rows_stand_where_groups_begin(stop: bool) -> None:
         for token_id in np.argsort(-inner.rows[last])[:5]:
             masses[mapped[token_id]] = masses.get(mapped[token_id], 0.0) + np.exp(inner.rows[last][token_id])
         ids = found.support_ids[start]
-        assert len(set(ids[ids >= 0].tolist())) == (ids >= 0).sum(), "no id twice"
+        ranked = np.sort(inner.rows[last])[::-1][:5]
+        np.testing.assert_allclose(found.support_logprobs[start], ranked, rtol=1e-5, err_msg="the teacher's own, unmerged")
         for token_id, mass in masses.items():
             got = np.exp(found.support_logprobs[start][ids == token_id].astype(float)).sum()
             assert got == pytest.approx(mass, rel=1e-5)
@@ -223,6 +229,29 @@ async def test_an_empty_response_is_its_end() -> None:
     assert inner.asked[0].token_ids.tolist() == [LARGE.eos_token_id]
     assert found.teacher_logprobs is not None
     assert found.teacher_logprobs[0] == pytest.approx(inner.rows[2][LARGE.eos_token_id], rel=1e-6)
+
+
+async def test_without_the_matched_term_the_loss_is_the_papers() -> None:
+    """Universal Logit Distillation written from the paper: both rows sorted, the shorter one padded, sum of |differences|."""
+    inner = Bigram(len(LARGE), top_k=len(LARGE))
+    text = "the coin is heads"
+    (found,) = await score(scorer(CHARACTERS, LARGE, inner), rollout(CHARACTERS, text))
+    batch = LossBatch.from_train_batch(rollouts_to_batch([found], 1), len(CHARACTERS))
+    logits = torch.randn(
+        *batch.token_ids.shape, len(CHARACTERS), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    settings = ULDLoss(type="uld", sorted_weight=1.0, matched_weight=0.0)
+    encoded = LARGE(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]] + [len(text)]
+    mapped = vocabulary_map(CHARACTERS, LARGE, len(LARGE))
+    assert len(set(mapped[mapped >= 0].tolist())) < (mapped >= 0).sum(), "some of the teacher's tokens begin alike"
+    expected = 0.0
+    for start, last in zip(starts, [2, *encoded["input_ids"]], strict=True):
+        p = np.sort(np.exp(inner.rows[last]))[::-1]
+        q = np.sort(torch.softmax(logits[0, 2 + start], -1).numpy())[::-1]
+        length = max(len(p), len(q))
+        expected += np.abs(np.pad(p, (0, length - len(p))) - np.pad(q, (0, length - len(q)))).sum()
+    assert loss_function(settings)(logits, batch, settings).total.item() == pytest.approx(expected, rel=1e-5)
 
 
 def merges(pairs: Sequence[tuple[str, str]]) -> Any:
@@ -315,5 +344,16 @@ async def test_a_groups_log_p_is_the_sum_over_all_of_the_teachers_tokens() -> No
     (asked,) = inner.asked
     assert len(asked.token_ids) > len(found.token_ids)
     rows = inner.rows[[2, *asked.token_ids[:-1]]]
+    assert found.support_logprobs is not None
+    starts, ends = np.flatnonzero((found.support_logprobs > -np.inf).any(1)), boundaries(LARGE.decode, found.token_ids.tolist())
+    assert len(starts) == len(found.token_ids), "every token of the student's begins a group"
+    assert found.support_ids is not None
+    mapped = vocabulary_map(LARGE, CHARACTERS, len(CHARACTERS))
+    for start in starts:
+        # The row of the group's first letter, not of a later one.
+        row = rows[0 if start == 0 else ends[start - 1]]
+        order = np.argsort(-row)[:5]
+        assert found.support_ids[start].tolist() == mapped[order].tolist()
+        np.testing.assert_allclose(found.support_logprobs[start], row[order], rtol=1e-5)
     assert found.teacher_logprobs is not None
     assert found.teacher_logprobs.sum() == pytest.approx(rows[np.arange(len(rows)), asked.token_ids].sum(), rel=1e-5)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from kdray.checks.teacher_signal import check_loss
-from kdray.config import MiniLLMLoss, OpenAITeacherSettings, ProgramSettings, SequenceLoss, parse_config
+from kdray.config import (
+    MiniLLMLoss,
+    OpenAITeacherSettings,
+    ProgramSettings,
+    ReverseKLLoss,
+    SequenceLoss,
+    parse_config,
+)
 from kdray.data.dataset import asked_text, question_encoder, response_encoder
 from kdray.errors import ConfigError, DataError, EngineError, RequestRefused, TrainingError
 from kdray.losses import LossBatch, loss_function
@@ -29,10 +37,12 @@ from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.arrow import rollouts_to_table, table_to_rollouts
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.runs.metrics import batch_metrics
+from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.teachers.openai import RemoteTeacher, _support
 from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.teachers.rate_limit import RateLimiter
 from kdray.types import Rollout, SampleRequest
+from tests.support.toy_world import ToyWorld
 
 TOKENIZER = task_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -571,6 +581,39 @@ def test_ids_that_the_student_lacks_are_tail_and_minus_infinity_is_exact() -> No
     assert columns["tail_logprobs"][1] == pytest.approx(np.log(1e-7), rel=1e-4)
     third = np.log(1 / 3)
     assert _support([third], [dict.fromkeys(range(3), third)], 4, 3)["tail_logprobs"].tolist() == [-np.inf]
+
+
+async def test_vopds_baseline_on_an_endpoints_support_does_not_depend_on_the_token() -> None:
+    """Its expected gradient is that of the KL at the sampled prefixes, of which whole rows give it exactly."""
+    world, k = ToyWorld(3), 2
+
+    def reply(number: int, body: dict[str, Any]) -> Any:
+        sequence = body["prompt"]
+        rows = np.concatenate([np.zeros((1, 5)), world.rows_before(world.teacher, sequence[1:])])
+        logprobs = named(sequence, rows, k)
+        logprobs["token_logprobs"][0] = logprobs["top_logprobs"][0] = None
+        return written("", "length", logprobs=logprobs)
+
+    with serving(reply) as server:
+        far = settings_for(server.port, chat=False, token_ids=True, logprobs=k).model_dump(exclude_unset=True)
+        config = parse_config(
+            {
+                "run": {"name": "x"},
+                "student": {"model": {"type": "tiny"}},
+                "teachers": {"far": {"type": "openai"} | far},
+                "rollout": {"sampler": "student"},
+                "loss": {"type": "vopd"},
+            }
+        )
+        context = TeacherContext(config, TOKENIZER, SimpleNamespace(train=[], heldout=[]), 5, (EOS,))
+        teacher = kind_of(config, "far").open(context)
+        scored = await collect(teacher.score(world.rollouts(0.0)))
+        await teacher.close()
+    scored.sort(key=lambda rollout: rollout.sample_id)
+    found = world.expected_of_records(config.loss, scored, 0.0)
+    exact = world.expected_gradient(ReverseKLLoss(type="reverse_kl"), 0.0)
+    assert (found - exact).norm() / exact.norm() < 1e-5
+    assert {rollout.support_ids.shape[1] for rollout in scored} == {k}
 
 
 # -------------------------------------------------------------------------------- what the rest makes of its rollouts

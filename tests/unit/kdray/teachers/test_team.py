@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from kdray.config import Config, parse_config
+from kdray.config import Config, ReverseKLLoss, parse_config
 from kdray.errors import ConfigError, EngineError
 from kdray.interfaces import Availability
+from kdray.rollouts.batching import rollouts_to_batch
 from kdray.teachers.team import TeacherTeam
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.support.fakes import turns
+from tests.support.toy_world import ToyWorld
 
 VOCAB, TOP_K, TOKENS = 6, 2, 3
 COLUMNS = ("teacher_logprobs", "support_ids", "support_logprobs", "tail_logprobs", "reverse_kl", "forward_kl")
@@ -186,7 +189,16 @@ async def test_routed_scoring_of_students_samples_asks_the_one_teacher_once() ->
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind"), [("forward_kl", "arithmetic"), ("reverse_kl", "geometric"), ("minillm", "geometric")]
+    ("loss", "kind"),
+    [
+        ("forward_kl", "arithmetic"),
+        ("skew_reverse_kl", "arithmetic"),
+        ("reverse_kl", "geometric"),
+        ("mse_logit", "geometric"),
+        ("minillm", "geometric"),
+        ("lmops", "geometric"),
+        ("per_decision", "geometric"),
+    ],
 )
 async def test_an_ensembles_target_is_the_mean_that_the_loss_asks_for(loss: str, kind: str) -> None:
     teachers = toys()
@@ -236,6 +248,31 @@ async def test_confident_teachers_weigh_more_and_a_students_sample_is_scored_by_
             share = 1 / (1 + np.exp((entropy[0] - entropy[1]) / 0.05))
             at = np.exp(rollout.support_logprobs[step][: len(ids)])  # type: ignore[index]
             np.testing.assert_allclose(at, share * first[step][ids] + (1 - share) * second[step][ids], atol=1e-5)
+
+
+async def test_confidence_counts_the_ids_outside_the_union() -> None:
+    """The mass of a tail is spread over them: as one id, a flat teacher would look sure."""
+    teachers = toys()
+    settings = config(type="ensemble", pool="student", confidence_temperature=0.3, teachers=["c", "a"])
+    rows_with_several = 0
+    for rollout in await both(team(settings, teachers), StudentOnly()):
+        assert rollout.support_ids is not None
+        assert rollout.support_logprobs is not None
+        laws = [teacher.laws(rollout) for teacher in (teachers[0], teachers[2])]
+        for step in range(TOKENS):
+            ids = rollout.support_ids[step][rollout.support_ids[step] >= 0]
+            outside = VOCAB - len(ids)
+            entropies = []
+            for law in laws:
+                tail = 1.0 - law[step][ids].sum()
+                of_tail = tail * np.log(tail / outside) if outside else 0.0
+                entropies.append(-(law[step][ids] * np.log(law[step][ids])).sum() - of_tail)
+            shares = np.exp(-np.array(entropies) / 0.3)
+            shares /= shares.sum()
+            expected = sum(share * law[step][ids] for share, law in zip(shares, laws, strict=True))
+            np.testing.assert_allclose(np.exp(rollout.support_logprobs[step][: len(ids)]), expected, atol=1e-5)
+            rows_with_several += outside > 1
+    assert rows_with_several > 5
 
 
 @pytest.mark.parametrize("when", ["before", "sampling", "scoring"])
@@ -338,3 +375,64 @@ def test_several_teachers_need_to_be_told_apart() -> None:
     sampler = {"rollout": {"sampler": "student", "teachers": {"type": "ensemble", "support": "sampler"}}}
     with pytest.raises(ConfigError, match=r"rollout\.teachers\.support=union"):
         parse_config(tree | sampler)
+
+
+async def test_the_reward_of_an_ensemble_is_the_mean_of_its_teachers() -> None:
+    """log g + log Z is sum_i w_i log p_i, also where a domain has one teacher, in one batch with the others."""
+    teachers = toys()
+    shares = {"x": {"a": 1.0}, "y": {"b": 1.0, "c": 3.0}, "z": {"a": 1.0, "b": 1.0}}
+    rollouts = await both(team(config("minillm", type="ensemble", domain_weights=shares), teachers))
+    for rollout in rollouts:
+        of_domain = shares["xyz"[rollout.prompt_id % 3]]
+        logs = {teacher.name: np.log(teacher.laws(rollout)[range(TOKENS), rollout.token_ids]) for teacher in teachers}
+        mean = sum(share * logs[name] for name, share in of_domain.items()) / sum(of_domain.values())
+        assert rollout.teacher_logprobs is not None
+        assert rollout.log_z is not None
+        np.testing.assert_allclose(rollout.teacher_logprobs + rollout.log_z, mean, atol=1e-5)
+        assert (rollout.log_z == 0).all() == (len(of_domain) == 1)
+    batch = rollouts_to_batch(rollouts, step=1)
+    assert batch.columns["log_z"][batch.loss_mask].shape == (12 * TOKENS,)
+    routed = team(config(type="route", pool="student", map={"x": "a", "y": "b", "z": "c"}), teachers)
+    assert all(rollout.log_z is None for rollout in await both(routed, StudentOnly()))
+
+
+class PrefixTeacher(ToyTeacher):
+    """A teacher of the enumerated world, of whose rows it records the likeliest id."""
+
+    def __init__(self, name: str, world: ToyWorld, rows: torch.Tensor) -> None:
+        super().__init__(name, 0)
+        self.world, self.by_prefix = world, rows
+
+    def laws(self, rollout: Rollout) -> np.ndarray:
+        return np.exp(self.world.rows_before(self.by_prefix, rollout.token_ids.tolist()))
+
+    def answer(self, rollout: Rollout, top_k: bool) -> Rollout:
+        rows, tokens = np.log(self.laws(rollout)), rollout.token_ids
+        top = np.argsort(-rows, axis=1)[:, :1].astype(np.int32)
+        ids = top if rollout.support_ids is None else rollout.support_ids
+        outside = np.ones_like(rows)
+        for row, named in enumerate(ids):
+            outside[row, named[named >= 0]] = 0.0
+        logprobs = np.where(ids >= 0, np.take_along_axis(rows, ids.clip(min=0).astype(np.int64), axis=1), -np.inf)
+        return replace(
+            rollout,
+            teacher=self.name,
+            teacher_logprobs=rows[np.arange(len(tokens)), tokens].astype(np.float32),
+            support_ids=ids,
+            support_logprobs=logprobs.astype(np.float32),
+            tail_logprobs=np.log((np.exp(rows) * outside).sum(1)).astype(np.float32),
+        )
+
+
+async def test_vopds_baseline_on_a_union_does_not_depend_on_the_token() -> None:
+    """Its expected gradient is that of the KL at the sampled prefixes, of which whole rows give it exactly."""
+    world = ToyWorld(3)
+    other = torch.randn(world.teacher.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).log_softmax(-1)
+    teachers = [PrefixTeacher("a", world, world.teacher), PrefixTeacher("b", world, other)]
+    settings = config("vopd", pool="student", type="ensemble", teachers=["a", "b"])
+    one = TeacherTeam(settings, teachers, [Prompt(0, np.zeros(1, np.int32), "text")], VOCAB)
+    scored = await read(one.score(world.rollouts(0.0)))
+    found = world.expected_of_records(settings.loss, scored, 0.0)
+    world.teacher = (0.5 * (world.teacher + other)).log_softmax(-1)
+    exact = world.expected_gradient(ReverseKLLoss(type="reverse_kl"), 0.0)
+    assert (found - exact).norm() / exact.norm() < 1e-5

@@ -185,8 +185,7 @@ class StudentTrainer:
 
         A step is one optimizer update, or several if the phase distils and the settings use mini-batches or inner epochs.
         Within an update every token's loss has the same weight, however the batch is split into micro-batches and ranks: sums
-        are divided by the number of target tokens of all ranks, or by `training.loss_tokens`. Pretraining text contributes to
-        every update with its own mean.
+        are divided by the target tokens of all ranks, or by `training.loss_tokens`. Pretraining text adds its own mean to each.
         Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full name; those of
         sampling are not read.
         Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has then not made that
@@ -297,8 +296,7 @@ class StudentTrainer:
 
     def _divisor(self, batch: TrainBatch) -> int:
         """Number of tokens that the sums of an update are divided by; supervised phases have no constant one."""
-        distils = self.phase is not None and self.phase.loss is not None
-        constant = self.training.loss_tokens if distils else None
+        constant = None if self.phase is None or self.phase.loss is None else self.training.loss_tokens
         return batch.num_target_tokens if constant is None else constant
 
     def _micro_batch(

@@ -21,7 +21,10 @@ from kdray.rollouts.arrow import old_writer
 from kdray.runs.folder import RunFolder, read_lines, utc_now, write_atomically
 from kdray.runs.results.comparison import OUTCOMES, headlines, show_interval
 
-_APART = ("versions", "plugins", "verdict", "gap_closed", "warnings", "intervals", "differences", "resampling")
+_APART = (
+    *("versions", "plugins"),
+    *("verdict", "gap_closed", "teacher_left_out", "warnings", "intervals", "differences", "resampling"),
+)
 """Entries of summary.json that have places of their own."""
 
 _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (

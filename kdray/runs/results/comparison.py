@@ -64,8 +64,8 @@ class TeacherFacts:
 
 
 def compare(folder: RunFolder, summary: Mapping[str, Any], passes: Sequence[int], teacher: TeacherFacts) -> dict[str, Any]:
-    """Entries of summary.json that follow from the numbers of every response: `verdict`, `gap_closed`, `warnings`, `intervals`,
-    `differences`, `resampling`.
+    """Entries of summary.json that follow from the numbers of every response: `verdict`, `gap_closed`, `teacher_left_out`,
+    `warnings`, `intervals`, `differences`, `resampling`.
 
     Args: summary: holds the evaluations by name; passes: values of k of `pass_at_<k>`.
     Raises: DataError if a file cannot be read.
@@ -86,6 +86,7 @@ def compared(summary: Mapping[str, Any], found: Mapping[str, Mapping[str, Ratio]
     return {
         "verdict": _verdict(summary, changes, teacher),
         "gap_closed": _gap_closed(found, teacher),
+        "teacher_left_out": _left_out(summary, teacher),
         "warnings": _warnings(found, changes["before"]),
         "intervals": {name: intervals_of(metrics) for name, metrics in found.items()},
         "differences": {
@@ -108,6 +109,9 @@ def headlines(summary: Mapping[str, Any]) -> list[str]:
         else:
             value, low, high = (f"{gap[key]:.0%}" for key in ("value", "low", "high"))
             lines.append(f"{what}: {value} ({LEVEL:.0%} interval {low} to {high}), by {gap['metric'].replace('_', ' ')}.")
+    left_out = summary.get("teacher_left_out")
+    if left_out is not None and (gap is None or gap["reason"] != left_out):
+        lines.append(f"The teacher's own score is left out: {left_out}.")
     return lines + [f"Warning: {line}" for line in summary.get("warnings") or []]
 
 
@@ -196,6 +200,14 @@ def _entry(entry: dict[str, Any], estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
         return entry | {"reason": "there are fewer than two prompts"}
     return entry | asdict(estimate) | {"reason": None}
+
+
+def _left_out(summary: Mapping[str, Any], teacher: TeacherFacts) -> str | None:
+    """Reason why the summary has no score of the teacher; None if it has one."""
+    if summary.get("teacher") is not None:
+        return None
+    # An earlier version, or evaluation.teacher=false at that time.
+    return teacher.left_out or "it was not measured when the run began"
 
 
 def _warnings(found: Mapping[str, Mapping[str, Ratio]], change: Mapping[str, Estimate]) -> list[str]:

@@ -39,6 +39,7 @@ async def test_the_teacher_is_measured_beside_the_student_with_its_draws(tmp_pat
     assert measured(folder) == ["before", "teacher", "after", "control"]
     summary = json.loads(folder.summary.read_text())
     assert summary["teacher"]["prompts"] == 12.0
+    assert summary["teacher_left_out"] is None
     assert {"exact_match", "pass_at_2", "response_tokens", "distinct_1"} <= set(summary["teacher"])
     assert not {"reverse_kl", "top_overlap"} & set(summary["teacher"]), "they compare the student with the teacher"
     # 12 prompts, two draws each: before and teacher have the same ones.
@@ -103,6 +104,7 @@ async def test_a_run_that_an_earlier_version_began_is_resumed_without_the_teache
         path.unlink()
     resumed = await StubRun(config, resume=True)()
     assert resumed.summary["teacher"] is None
+    assert resumed.summary["teacher_left_out"] == "it was not measured when the run began"
     assert measured(folder) == ["before", "teacher", "after"], "that of the first start, and no other"
 
 

@@ -54,6 +54,7 @@ def test_a_run_that_beats_before_and_its_control() -> None:
     assert lines[1].startswith("Share of the gap to the teacher closed: 57% (95% interval ")
     assert lines[1].endswith(", by exact match.")
     assert lines[2:] == []
+    assert found["teacher_left_out"] is None
     assert found["differences"]["after - before"]["exact_match"]["value"] == pytest.approx(0.4)
     low, high = found["intervals"]["before"]["exact_match"]
     assert low == pytest.approx(0.2 - 1.96 * np.sqrt(0.16 / PROMPTS), abs=0.01)
@@ -100,6 +101,8 @@ def test_without_a_score_of_the_teacher_the_gap_is_that_of_the_reverse_kl() -> N
     assert found["gap_closed"]["value"] == pytest.approx(1 - 0.5 / 2.0)
     assert found["gap_closed"]["low"] == pytest.approx(0.75), "KLs that are all a quarter of those before leave no spread"
     assert found["verdict"].startswith("Distillation lowered reverse KL from 2 nats per token to 0.5 nats per token (-1.5 nats")
+    assert headlines(found)[1].startswith("Share of the gap to the teacher closed: 75% (")
+    assert headlines(found)[2] == "The teacher's own score is left out: nothing grades the held-out prompts."
     better = comparison(left_out, before=draws_of(kl=2.0), after=draws_of(kl=0.5), control=draws_of(kl=1.0))
     assert "the student beats its control, 1 nats per token (-0.5 nats" in better["verdict"]
 
@@ -116,6 +119,8 @@ def test_without_a_score_of_the_teacher_the_gap_is_that_of_the_reverse_kl() -> N
 def test_the_gap_in_reverse_kl_is_undefined_too(teacher: TeacherFacts, before: float | None, reason: str) -> None:
     found = comparison(teacher, before=draws_of(kl=before), after=draws_of(kl=before))
     assert (found["gap_closed"]["value"], found["gap_closed"]["reason"]) == (None, reason)
+    said = [line for line in headlines(found) if str(found["teacher_left_out"]) in line]
+    assert len(said) == 1, "once"
 
 
 def test_a_programs_score_stands_for_its_teacher() -> None:
@@ -139,7 +144,7 @@ def test_responses_that_degenerate_are_a_warning() -> None:
     longer, loops = found["warnings"]
     assert longer.startswith("responses became longer: 4 tokens before, 6 after (+2, ")
     assert loops.startswith("more responses end in a loop: 1.0% before, 15.0% after (+14.0 points, ")
-    assert headlines(found)[2:] == [f"Warning: {longer}", f"Warning: {loops}"]
+    assert headlines(found)[-2:] == [f"Warning: {longer}", f"Warning: {loops}"]
     assert comparison(before=draws_of(40, tokens=8), after=draws_of(40, tokens=9))["warnings"] == [], "a little longer"
 
 

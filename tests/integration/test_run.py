@@ -134,6 +134,7 @@ def test_a_run_with_features(workplace: Path, marker: str) -> None:
     assert_nothing_left(marker)
 
 
+@pytest.mark.full
 def test_a_teacher_without_a_signal_stops_the_run(workplace: Path) -> None:
     """Through real replicas: a uniform teacher is refused with the reason, before the first step."""
     import torch
@@ -202,15 +203,26 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
 
 @pytest.mark.full
 def test_the_same_seed_twice_is_the_same_run(workplace: Path) -> None:
-    """Strictly on-policy, one rank, real engines: the same token ids in every step, losses within 1e-5."""
+    """Strictly on-policy, one rank, a reward, real engines: the same token ids in every step, losses within 1e-5."""
     for name in ("once", "again"):
-        finish(start("run", str(write_recipe(workplace, name, rollout={"max_new_tokens": 8, "max_staleness": 0}))), 0)
+        recipe = write_recipe(
+            workplace,
+            name,
+            data={"grader": {"type": "regex", "pattern": "^(.)", "reference_pattern": "^(.)"}},
+            rollout={"max_new_tokens": 8, "max_staleness": 0, "samples_per_prompt": 4},
+            loss={"reward_weight": 0.5},
+        )
+        finish(start("run", str(recipe)), 0)
     once, again = (workplace / "runs" / name for name in ("once", "again"))
     drawn, drawn_again = ([line["responses_sha256"] for line in json_lines(run / "ledger.jsonl")] for run in (once, again))
     assert drawn == drawn_again
     assert len(set(drawn)) == 12, "the steps do not differ: nothing was compared"
     losses, losses_again = ([line["loss"] for line in json_lines(run / "metrics.jsonl")] for run in (once, again))
     assert losses == pytest.approx(losses_again, abs=1e-5, rel=0)
+    rewards = json_lines(once / "metrics.jsonl")
+    assert all(0.0 <= line["reward"] <= 1.0 for line in rewards)
+    assert all((line["reward_contrast"] > 0) == (line["reward_gradient"] != 0) for line in rewards)
+    assert any(line["reward_contrast"] for line in rewards), "no step had a reward to learn from"
 
 
 @pytest.mark.full

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
@@ -36,8 +38,6 @@ def test_a_run_trains_an_adapter_and_leaves_it_beside_the_merged_model(workplace
     check_ledger(run, 16)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["resumed_from_step"] == 12
-    # The frozen weights are random: an adapter on them learns little of a task in 16 steps.
-    assert summary["after"]["reverse_kl"] < 0.98 * summary["before"]["reverse_kl"]
     gaps = [row["parity_gap"] for row in json_lines(run / "metrics.jsonl") if row.get("parity_gap") is not None]
     assert gaps
     assert max(gaps) < 1e-4
@@ -50,7 +50,10 @@ def test_a_run_trains_an_adapter_and_leaves_it_beside_the_merged_model(workplace
     for name in adapted:
         a, b = (adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "AB")
         torch.testing.assert_close(merged[name], base[name] + 2.0 * b @ a, rtol=1e-5, atol=1e-5)
-    frozen = sum(tensor.numel() * tensor.element_size() for tensor in base.values())
-    checkpoint = run / "checkpoints" / "step-000016"
-    assert sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) < frozen
+    frozen = base["model.embed_tokens.weight"].numpy().tobytes()
+    files = [path for path in (run / "checkpoints" / "step-000016").rglob("*") if path.is_file()]
+    assert not [path for path in files if frozen in path.read_bytes()], "a checkpoint holds the adapter alone"
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workplace / "student"), run / "student" / "adapter")
+    exported, ids = AutoModelForCausalLM.from_pretrained(run / "student"), torch.arange(1, 20)[None]
+    torch.testing.assert_close(peft(ids).logits, exported(ids).logits, rtol=0, atol=2e-5)
     assert_nothing_left(marker)

@@ -200,8 +200,19 @@ class DeepSpeedBackend(StudentBackend):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        # Frozen weights are those that the phase was started with.
-        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=state, exclude_frozen_parameters=self._has_frozen)
+        # Frozen weights are those that the phase was started with. DeepSpeed leaves out one name of each, and keeps the others.
+        every = self.module.named_parameters(remove_duplicate=False)
+        frozen = [name for name, parameter in every if not parameter.requires_grad]
+
+        def leave_out(module: Any, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+            for name in frozen:
+                tensors.pop(prefix + name, None)
+
+        hook = self.module.register_state_dict_post_hook(leave_out)
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=state, exclude_frozen_parameters=self._has_frozen)
+        finally:
+            hook.remove()
 
     def load(self, folder: Path) -> dict[str, Any]:
         from deepspeed.runtime.fp16.loss_scaler import LossScaler

@@ -145,7 +145,7 @@ def test_the_optimizer_holds_the_adapter_alone(models: dict[str, Path]) -> None:
 def test_a_checkpoint_has_the_adapter_alone_and_continues_exactly(
     backend: dict[str, Any], models: dict[str, Path], precision: str, tmp_path: Path
 ) -> None:
-    training, phase = lora_of(backend, precision=precision), phase_of(models["student"])
+    training, phase = lora_of(backend, precision=precision), phase_of(models["tied"])
     trainer = started(training, phase)
     trainer.train_step(BATCHES[0])
     trainer.save(tmp_path)
@@ -157,11 +157,19 @@ def test_a_checkpoint_has_the_adapter_alone_and_continues_exactly(
     assert_same(weights_of(again), weights)
 
 
-def test_the_files_of_a_checkpoint_have_no_base(models: dict[str, Path], tmp_path: Path) -> None:
-    trainer = started(lora_of({"type": "torch"}), phase_of(models["student"]))
+@pytest.mark.parametrize("model", ["student", "tied"])
+def test_the_files_of_a_checkpoint_have_no_base(
+    backend: dict[str, Any], models: dict[str, Path], model: str, tmp_path: Path
+) -> None:
+    trainer = started(lora_of(backend), phase_of(models[model]))
     trainer.train_step(BATCHES[0])
     trainer.save(tmp_path)
-    assert all(".lora_" in name for name in load_file(tmp_path / "weights.safetensors"))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    base = load_file(models[model] / "model.safetensors")
+    # A norm's weights are all 1.
+    large = {name: tensor.numpy().tobytes() for name, tensor in base.items() if tensor.dim() == 2}
+    assert not [(path.name, name) for path, content in files.items() for name, weight in large.items() if weight in content]
+    assert any(path.stat().st_size > 1000 for path in files)
 
 
 def test_a_checkpoint_of_another_adapter_or_base_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -222,6 +222,11 @@ class Chaos:
     def _corrupt_checkpoint(self) -> None:
         """Break the newest checkpoint and kill the driver: the resume must take the one before."""
         self._kill_driver()
+        # Ranks that outlive the driver for a moment may still commit a newer one.
+        deadline = time.monotonic() + _GONE_S
+        while left := _ranks():
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.1)
         newest = max((self._run / "checkpoints").glob("step-*/COMMITTED.json")).parent
         files = sorted(path for path in newest.rglob("*") if path.is_file() and path.suffix != ".json")
         victim = self._random.choice(files)

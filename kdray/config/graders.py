@@ -84,5 +84,15 @@ class MultipleChoiceGrader(GraderSettings):
     """Letters of the choices."""
 
 
+@GRADERS.add("math")
+class MathGrader(GraderSettings):
+    """Mathematical equality of the last expression in the response (in LaTeX, also boxed, or plain) with the reference's, by
+    math-verify: 1/2 is 0.5, and (x + 1)^2 is x^2 + 2x + 1. Takes milliseconds to seconds a response."""
+
+    implementation = "kdray.data.math_equality:MathEquality"
+
+    type: Literal["math"] = "math"
+
+
 GraderSource = Annotated[SerializeAsAny[GraderSettings] | None, GRADERS.member(short=True)]
 """A grader of any kind, or its name if it needs no other settings; None disables grading."""

@@ -46,7 +46,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, kinds
         (
             {"data": {"grader": "last_numbr"}},
             "data.grader.type='last_numbr': no installed grader has this name; did you mean `last_number`? there are exact, "
-            "last_number, multiple_choice, regex",
+            "last_number, math, multiple_choice, regex",
         ),
         ({"data": {"grader": {"least": 3}}}, "data.grader.type: not given; it says which grader it is: one of exact,"),
         ({"data": {"grader": {"type": "regex"}}}, "data.grader.pattern: required"),

@@ -34,6 +34,52 @@ def right(made: Grader, response: str, answer: str) -> bool:
     return made.grade(prompt(answer), response)
 
 
+@pytest.fixture(scope="module")
+def mathematical() -> Grader:
+    return grader("math")
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "same"),
+    [
+        (r"so it is \boxed{\frac{1}{2}}", "0.5", True),
+        ("The answer is $(x+1)^2$.", "$x^2+2x+1$", True),
+        ("#### 42", "6 * 7 = 42\n#### 42", True),
+        ("It costs 1,200 dollars.", "1200", True),
+        (r"\boxed{\{2, 1\}}", r"$\{1, 2\}$", True),
+        (r"\boxed{\frac{1}{3}}", "0.5", False),
+        ("no idea", "0.5", False),
+        ("", "0.5", False),
+        # Nobody computes that in time.
+        ("$9^{9^{9^{9}}}$", "$9^{9^{9^{8}}}$", False),
+    ],
+)
+def test_equal_expressions_are_the_same_answer(mathematical: Grader, response: str, answer: str, same: bool) -> None:
+    assert right(mathematical, response, answer) == same
+
+
+def test_expressions_of_votes_and_references_without_one(mathematical: Grader) -> None:
+    assert mathematical.answer_of(r"first 3, then \boxed{\frac{2}{4}}") == mathematical.answer_of(r"$\frac{1}{2}$") == "1/2"
+    assert mathematical.answer_of("none") is None
+    with pytest.raises(ValueError, match="no mathematical expression in the reference answer 'none'"):
+        mathematical.check(prompt("none"))
+
+
+def test_a_process_that_dies_is_started_again_and_one_that_never_answers_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: Any = grader("math")
+    assert right(made, "2", "2")
+    made._process.kill()
+    made._process.wait()
+    assert right(made, "2", "2")
+    monkeypatch.setattr("kdray.data.math_equality.sys.executable", "/bin/false")
+    made._process.kill()
+    made._process.wait()
+    with pytest.raises(RuntimeError, match="does not answer; is math-verify installed"):
+        made.grade(prompt("2"), "2")
+
+
 def test_exact_is_the_same_text() -> None:
     assert right(grader("exact"), " ab\n", "ab ")
     assert not right(grader("exact"), "ab.", "ab")

@@ -37,5 +37,15 @@ class TensorBoardTracker(TrackerSettings):
     type: Literal["tensorboard"] = "tensorboard"
 
 
+@TRACKERS.add("prometheus")
+class PrometheusTracker(TrackerSettings):
+    """Gauges among Ray's metrics, which every node exports for Prometheus: `ray_kdray_<metric>` with the labels `run`, `phase`
+    and `of` (the teacher and staleness, for numbers of a part), and the counter `ray_kdray_events_total` by `kind`."""
+
+    implementation = "actors.run_metrics:RayMetrics"
+
+    type: Literal["prometheus"] = "prometheus"
+
+
 TrackerSource = Annotated[SerializeAsAny[TrackerSettings], TRACKERS.member(short=True)]
 """A tracker of any kind, or its name if it needs no other settings."""

@@ -37,7 +37,8 @@ ALLOWED = {
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.runs"
     ),
     "kdray.checks": (
-        "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.losses kdray.teachers kdray.runs"
+        "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.losses kdray.teachers "
+        "kdray.runs"
     ),
     # Engines and actors.
     "actors.background_call": "",
@@ -96,6 +97,7 @@ ALLOWED = {
         "cluster.cli_base cluster.jobs cluster.diagnosis cluster.launch"
     ),
     "cluster.job_entrypoint": "kdray cluster.jobs cluster.cli",
+    "actors.run_metrics": "kdray.config kdray.runs",
 }
 """Room -> the rooms that it may import."""
 

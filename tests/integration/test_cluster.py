@@ -97,7 +97,7 @@ def _steps(run: Path) -> int:
     return 0
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_rank(
     cluster: Cluster, workplace: Path, marker: str
 ) -> None:
@@ -108,7 +108,7 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     recipe.write_text(yaml.safe_dump(plain | {"cluster": _roles(cluster) | {"health_check_period_s": 2}}))
     process = start("run", str(recipe))
     run = workplace / "runs" / "placed"
-    _until(lambda: len(_ranks()) == 2 and len(_replicas()) == 2 and _steps(run) >= 7, "placed and training", 400)
+    _until(lambda: len(_ranks()) == 2 and len(_replicas()) == 2 and _steps(run) >= 7, "placed and training", 600)
     labels = _labels()
     assert {labels[node].get("kind") for node in _replicas()} == {"large", "small"}
     assert [labels[node].get("role") for node in _ranks()] == ["student", "student"]
@@ -120,7 +120,7 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     _until(lambda: len(_replicas()) == 1, "the teacher's node is gone")
     before = _steps(run)
     cluster.remove_node(raylets[by_label["student"]], allow_graceful=False)
-    finish(process, 0, 400)
+    finish(process, 0, 600)
 
     assert before < _STEPS, "the student's node went in mid-run"
     check_ledger(run, _STEPS)

@@ -96,8 +96,10 @@ async def test_two_ranks_are_exact_and_agree_and_die_together(tiny_models: TinyM
         workers = [each for each in processes if "Worker" in each.name()]
         assert len(processes) == 3, "the engine and two workers"
         assert len(workers) == 2
-        drawing = asyncio.create_task(_draw(engine, _requests(4, max_new_tokens=200)))
-        await asyncio.sleep(0.5)
+        drawing = asyncio.create_task(_draw(engine, _requests(16, max_new_tokens=200)))
+        # Neither before the first of them is drawn, nor after the last.
+        while not drawing.done() and not (await engine._engine.collective_rpc("kdray_stats"))[0]["held_positions"]:
+            pass
         os.kill(workers[1].pid, signal.SIGKILL)
         with pytest.raises(EngineError):
             await asyncio.wait_for(drawing, 60)

@@ -37,8 +37,7 @@ ALLOWED = {
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.runs"
     ),
     "kdray.checks": (
-        "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.losses kdray.teachers "
-        "kdray.runs"
+        "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.losses kdray.teachers kdray.runs"
     ),
     # Engines and actors.
     "actors.background_call": "",

@@ -108,7 +108,7 @@ def verify(run: Path) -> Proof:
     _check_dropped(proof, steps, config)
     told = _with_fates(proof, steps)
     _check_fates(proof, told, config)
-    _check_metrics(proof, steps, told, metrics, config)
+    _check_metrics(proof, steps, told, metrics, events, config)
     dataset = _check_prompts(proof, told, config)
     if config.run.storage is not None:
         proof.notes.append("checkpoints in run.storage were not looked at")
@@ -251,18 +251,29 @@ def _check_fates(proof: Proof, told: Sequence[_Step], config: Config) -> None:
                 proof.wrong("prompts", f"samples {[sample_id for sample_id, _ in pairs]} are of one prompt, and have several")
 
 
+def _resumed_step(events: Sequence[Mapping[str, Any]]) -> int | None:
+    """Checkpoint from which the last driver went on; None if it began the run."""
+    return next((line.get("resumed_step") for line in reversed(events) if _kind(line) == "start"), None)
+
+
 def _check_metrics(
-    proof: Proof, steps: Sequence[_Step], told: Sequence[_Step], metrics: Sequence[Mapping[str, Any]], config: Config
+    proof: Proof,
+    steps: Sequence[_Step],
+    told: Sequence[_Step],
+    metrics: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    config: Config,
 ) -> None:
     """Check for one line per step of the ledger, and for agreement of the numbers that both files have."""
     numbers = [line.get("step") for line in metrics]
     if not _whole_numbers(numbers):
         proof.wrong("unreadable", "metrics.jsonl has a line without a step")
         return
-    last = max((line.step for line in steps), default=0)
-    # A step's line is written to the ledger first; after a kill at that point, or during the write, the other is missing.
-    cut = proof.state != "finished" and max(numbers, default=0) == last - 1
-    _check_numbers(proof, "metrics.jsonl", numbers, last - 1 if cut else last)
+    last, reached = max((line.step for line in steps), default=0), max(numbers, default=0)
+    # A step's line is written to the ledger first; after a kill at that point, or during the write, the other is missing. A
+    # resume takes lines back from metrics.jsonl first, and may be killed at that point too.
+    cut = proof.state != "finished" and reached in (last - 1, _resumed_step(events)) and reached <= last
+    _check_numbers(proof, "metrics.jsonl", numbers, reached if cut else last)
     by_step = {line.step: line for line in told}
     for line in metrics:
         step, staleness = line["step"], line.get("staleness_max")

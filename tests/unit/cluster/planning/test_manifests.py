@@ -519,7 +519,7 @@ def test_documented_roles_are_the_recipes() -> None:
 
 def test_documented_files_exist() -> None:
     text = (ROOT / "docs" / "clusters.md").read_text()
-    named = re.findall(r"(?:cluster/manifests|configs|tests|docs)/[\w/.-]+\.(?:yaml|py|md)", text)
+    named = re.findall(r"(?:cluster/manifests|configs|tests|docs)/[\w/.-]+\.(?:yaml|json|py|md)", text)
     assert {f"cluster/manifests/{path.name}" for path in MANIFESTS.iterdir()} <= set(named)
     assert all((ROOT / name).exists() for name in named)
 

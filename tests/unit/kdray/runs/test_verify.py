@@ -249,6 +249,14 @@ def test_a_run_that_was_killed_between_the_files_of_a_step_is_sound(run: Path) -
     assert any("step-000009 is ahead of the ledger" in note for note in proof.notes)
 
 
+@pytest.mark.parametrize(("resumed", "sound"), [(3, True), (4, False), (None, False)])
+def test_a_resume_that_was_killed_while_it_took_lines_back_is_sound(run: Path, resumed: int | None, sound: bool) -> None:
+    cut_to(run, 7, 3)
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "start", "resumed_step": resumed}) + "\n")
+    assert kinds(run) == (set() if sound else {"gap"})
+
+
 @pytest.mark.parametrize("lines", [0, 1])
 def test_a_run_that_was_killed_before_its_second_step_is_sound(run: Path, lines: int) -> None:
     cut_to(run, lines, 0)

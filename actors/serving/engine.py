@@ -7,7 +7,6 @@ samples alone at alpha 1), `student` (samples alone at alpha 0). All calls belon
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -16,11 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.serving import prompt_logprobs
+from actors.serving.engine_arguments import engine_arguments, set_environment
+from actors.serving.scoring import prompt_logprobs
+from actors.serving.scoring.gathered import GatheredScoring
 from actors.serving.spec import EngineSpec
 from actors.vllm_plugin.record_table import Record, read_records
 from kdray.errors import EngineError, RequestRefused
-from kdray.models.precision import checkpoint_dtype, cpu_dtype
 from kdray.models.resolve import model_name
 from kdray.rollouts.columns import scored_columns, with_columns
 from kdray.rollouts.race import all_of, first_of
@@ -43,81 +43,15 @@ class TeacherEngine:
         self._broken: str | None = None
         self._counter = 0
         self._cached_tokens = 0
+        self._gathered = GatheredScoring(self._scored, spec.max_num_batched_tokens)
 
     async def start(self) -> None:
         """Load the models and start the engine process; seconds to minutes. Propagates vLLM's exceptions."""
-        # vLLM's first model runner is the one whose logits processors carry request state; the newer one has a different
-        # interface.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        # The single-worker executor works on CPUs only within one process; AsyncLLM keeps its engine-core process.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(math.ceil(self.spec.start_timeout_s))
+        set_environment(self.spec)
         from vllm import AsyncEngineArgs
-        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actors.vllm_plugin.mixture_model import ARCHITECTURE
-
-        spec = self.spec
-        overrides: dict[str, Any] = {
-            "architectures": [ARCHITECTURE],
-            "kdray_role": spec.role,
-            "kdray_student": spec.student,
-            "kdray_student_revision": spec.student_revision,
-            "kdray_vocab_size": spec.vocab_size,
-            "kdray_architectures": _architectures(spec.model, spec.revision),
-        }
-        arguments: dict[str, Any] = {
-            "model": spec.model,
-            "revision": spec.revision,
-            "hf_overrides": overrides,
-            "additional_config": {
-                "kdray": {
-                    "teacher_top_k": spec.teacher_top_k,
-                    "student_top_k": spec.student_top_k,
-                    "record_hidden": spec.record_hidden,
-                }
-            },
-            "logits_processors": ["actors.vllm_plugin.recorder:Recorder"],
-            "worker_extension_cls": "actors.vllm_plugin.worker_extension.WorkerExtension",
-            "skip_tokenizer_init": True,
-            # vLLM's own `auto` would round a float32 checkpoint to bfloat16 on GPUs.
-            "dtype": _dtype(spec, current_platform.is_cpu()),
-            "seed": spec.seed,
-            "max_model_len": spec.max_model_len,
-            "max_num_seqs": spec.max_num_seqs,
-            "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
-            "tensor_parallel_size": spec.tensor_parallel_size,
-            "enable_prefix_caching": True,
-            "trust_remote_code": False,
-            # Never a pickle, which can execute code.
-            "load_format": "safetensors",
-            "disable_log_stats": True,
-            "max_logprobs": max(20, spec.teacher_top_k),
-        }
-        if current_platform.is_cpu():
-            arguments |= {
-                "enforce_eager": True,
-                "block_size": 32,
-                # One worker runs in the engine's process; several need processes of their own.
-                "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
-                "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
-            }
-            if _latent_attention(spec):
-                # vLLM's CPU kernel of rotary embeddings misreads slices of queries, which latent attention gives it (0.32).
-                arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
-                # Its kernels of latent attention are of half precision; with plain keys and values it computes the same.
-                os.environ["VLLM_MLA_DISABLE"] = "1"
-        else:
-            arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
-        arguments |= spec.engine_args
-        if not current_platform.is_cpu():
-            # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
-            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"} | spec.engine_args.get("compilation_config", {})
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self.spec)))
         await self._engine.collective_rpc("kdray_end_with", args=(os.getpid(),))
         await self._engine.collective_rpc("kdray_attach")
 
@@ -152,20 +86,34 @@ class TeacherEngine:
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         """Sample every request; each item holds the rollouts that finished together.
 
-        The rollouts carry the teacher's columns if the engine holds a teacher.
+        The rollouts carry the teacher's columns if the engine holds a teacher. At alpha 0 a teacher beside the student does not
+        take part in the draw, and scores it afterwards.
         Raises: EngineError for an alpha that this engine's role cannot sample with, or a request that does not fit.
         """
+        for request in requests:
+            self._check(request)
+        stream = self._drawn(requests)
+        if unscored := sum(self._student_only(request) for request in requests):
+            stream = self._gathered.complete(stream, len(requests), unscored)
+        async with aclosing(stream) as rollouts:
+            async for part in rollouts:
+                yield part
+
+    def _student_only(self, request: SampleRequest) -> bool:
+        """True if an engine with both models draws from the student alone, and scores afterwards."""
+        return self.spec.role == "mixture" and self.spec.scoring == "recorder" and request.alpha == 0.0
+
+    async def _drawn(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        for request in requests:
-            self._check(request)
         jobs = []
         # Kept KV counts as that of the version under which its request began; its later parts may be newer.
         kept = {"kv_version": self.student_version} if self.spec.update_kv == "keep" else {}
         for request in requests:
             key = self._key(request.sample_id)
             draw = {"key": key, "mode": "sample", "alpha": request.alpha, "seed": request.seed}
+            draw["student_only"] = self._student_only(request)
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=request.max_new_tokens,
@@ -186,16 +134,18 @@ class TeacherEngine:
         The new support holds the rollout's `support_ids`, if any, in their order, and then the models' own top ids unless
         `top_k` is False. If the engine also holds the student, both exact KLs are filled in, under the version that it holds.
         """
+        if self.spec.role == "student":
+            raise RequestRefused("a student-only replica cannot score")
+        plainly = self.spec.scoring == "prompt_logprobs"
+        async with aclosing((self._scored_plainly if plainly else self._scored)(rollouts, top_k)) as scored:
+            async for part in scored:
+                yield [rollout for _, rollout in part]
+
+    async def _scored(self, rollouts: Sequence[Rollout], top_k: bool = True) -> AsyncGenerator[list[tuple[int, Rollout]]]:
+        """Stream (index, rollout with the teacher's columns)."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if self.spec.role == "student":
-            raise RequestRefused("a student-only replica cannot score")
-        if self.spec.scoring == "prompt_logprobs":
-            async with aclosing(self._score_plainly(rollouts, top_k)) as plain:
-                async for part in plain:
-                    yield part
-            return
         jobs = []
         for rollout in rollouts:
             key = self._key(rollout.sample_id)
@@ -219,9 +169,12 @@ class TeacherEngine:
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         async with aclosing(self._finish(jobs, lengths)) as finished:
             async for ended in finished:
-                yield [with_columns(rollouts[index], _scores(record), teacher=self.spec.teacher) for index, _, record in ended]
+                yield [
+                    (index, with_columns(rollouts[index], _scores(record), teacher=self.spec.teacher))
+                    for index, _, record in ended
+                ]
 
-    async def _score_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[Rollout]]:
+    async def _scored_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[tuple[int, Rollout]]]:
         if not top_k or any(rollout.support_ids is not None for rollout in rollouts):
             raise RequestRefused("scoring=prompt_logprobs gives a teacher's own top ids alone; set scoring=recorder")
         width = min(self.spec.teacher_top_k, self.spec.vocab_size)
@@ -234,7 +187,7 @@ class TeacherEngine:
                 scored = []
                 for index, output in ended:
                     found = prompt_logprobs.columns(output, len(rollouts[index].prompt_ids), self.spec.vocab_size)
-                    scored.append(with_columns(rollouts[index], found, teacher=self.spec.teacher))
+                    scored.append((index, with_columns(rollouts[index], found, teacher=self.spec.teacher)))
                 yield scored
 
     async def fingerprint(self) -> Fingerprint:
@@ -292,8 +245,12 @@ class TeacherEngine:
             final = None
             # Cached prefixes are those of requests that began under the same student; an update that drops them needs no name.
             prompt: dict[str, Any] = {"prompt_token_ids": ids}
-            if self.spec.update_kv == "keep":
-                prompt["cache_salt"] = f"student version {self.student_version}"
+            salt = [f"student version {self.student_version}"] if self.spec.update_kv == "keep" else []
+            if params is not None and (params.extra_args or {}).get("kdray", {}).get("student_only"):
+                # The teacher has written no keys and values for these tokens.
+                salt.append("student only")
+            if salt:
+                prompt["cache_salt"] = ", ".join(salt)
             try:
                 async for output in self._engine.generate(prompt, params, key):
                     final = output
@@ -354,10 +311,13 @@ class TeacherEngine:
             finish_reason="stop" if len(tokens) and int(tokens[-1]) in self.spec.stop_ids else "length",
             teacher="" if self.spec.role == "student" else self.spec.teacher,
         )
+        if self._student_only(request):
+            record = {name: values for name, values in record.items() if name not in _SCORED}
         return with_columns(rollout, {**record, "token_ids": tokens})
 
     async def stats(self) -> dict[str, int]:
-        """Counters since the start: prompt tokens served from the prefix cache, requests preempted, records held."""
+        """Counters since the start: forward passes (`steps`) and those that ran the teacher (`teacher_steps`), prompt tokens
+        served from the prefix cache, requests preempted, records held."""
         return {"cached_tokens": self._cached_tokens, **(await self._worker_stats())}
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
@@ -472,27 +432,3 @@ class TeacherEngine:
 def _scores(record: Record) -> Record:
     """The teacher's columns of a record; the sampling columns of given tokens stay unchanged."""
     return {name: values for name, values in record.items() if name in _SCORED}
-
-
-def _dtype(spec: EngineSpec, on_cpu: bool) -> str:
-    if spec.dtype != "auto":
-        return spec.dtype
-    return (cpu_dtype if on_cpu else checkpoint_dtype)(spec.model, spec.revision)
-
-
-def _latent_attention(spec: EngineSpec) -> bool:
-    """True if a model of the engine caches a latent in place of keys and values, as DeepSeek's do."""
-    from transformers import AutoConfig
-
-    held = [(spec.model, spec.revision), *([] if spec.student is None else [(spec.student, spec.student_revision)])]
-    configs = (AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False) for model, revision in held)
-    return any(getattr(config.get_text_config(), "kv_lora_rank", None) is not None for config in configs)
-
-
-def _architectures(model: str, revision: str | None) -> list[str]:
-    from transformers import AutoConfig
-
-    architectures = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).architectures
-    if not architectures:
-        raise EngineError(f"{model}: config.json names no architecture")
-    return list(architectures)

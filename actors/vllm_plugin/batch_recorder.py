@@ -12,7 +12,7 @@ truncates to the output's length.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,6 +50,8 @@ class Request:
     top_k: bool = True
     kv_version: int = NEWEST
     """Version of the student since which the request's keys and values have been written, if updates keep them."""
+    student_only: bool = False
+    """Drawn from the student alone: the teacher's rows of this request mean nothing, since it has no keys and values of it."""
 
 
 class Chunk(NamedTuple):
@@ -77,6 +79,30 @@ class _Cell(NamedTuple):
 
     arrival: Arrival
     row: int
+
+
+class _Sampled:
+    """Sampling requests of a batch that are drawn from rows of the same models, with what a step needs on the device."""
+
+    def __init__(self, requests: Sequence[tuple[int, Request]], device: torch.device) -> None:
+        self.requests = [request for _, request in requests]
+        rows = np.array([row for row, _ in requests], dtype=np.int64)
+        # The usual batch is alike sampling requests alone, whose rows are then read in place.
+        self.in_place = bool((rows == np.arange(len(rows))).all())
+        self.rows = to_device(rows, device)
+        alpha = np.array([[request.alpha] for request in self.requests], dtype=np.float32).reshape(-1, 1)
+        self.alpha = to_device(alpha, device)
+        seeds = np.array([request.seed for request in self.requests], dtype=np.uint64)
+        self.seeds = to_device(seeds.view(np.int64), device)
+        kv_versions = np.array([request.kv_version for request in self.requests], dtype=np.int64)
+        self.kv_versions = to_device(kv_versions, device)
+        self._device = device
+        self.advance()
+
+    def advance(self) -> None:
+        """Note how many tokens every request has."""
+        self.lengths = np.array([len(request.output_ids) for request in self.requests], dtype=np.int64)
+        self.positions = to_device(self.lengths, self._device)
 
 
 class BatchRecorder:
@@ -113,23 +139,17 @@ class BatchRecorder:
         ordered = sorted(requests.items())
         self.scoring = [(row, request) for row, request in ordered if request.score]
         sampling = [(row, request) for row, request in ordered if not request.score]
-        self._sampling = [request for _, request in sampling]
-        rows = np.array([row for row, _ in sampling], dtype=np.int64)
-        # The usual batch is sampling requests alone, whose rows are then read in place.
-        self._in_place = bool((rows == np.arange(len(rows))).all())
-        self._rows = to_device(rows, self.device)
-        alpha = np.array([[request.alpha] for request in self._sampling], dtype=np.float32).reshape(-1, 1)
-        self._alpha = to_device(alpha, self.device)
-        seeds = np.array([request.seed for request in self._sampling], dtype=np.uint64)
-        self._seeds = to_device(seeds.view(np.int64), self.device)
-        kv_versions = np.array([request.kv_version for request in self._sampling], dtype=np.int64)
-        self._kv_versions = to_device(kv_versions, self.device)
-        self.advance()
+        mixed = [(row, request) for row, request in sampling if not request.student_only]
+        alone = [(row, request) for row, request in sampling if request.student_only]
+        self._mixed = _Sampled(mixed, self.device) if mixed else None
+        self._alone = _Sampled(alone, self.device) if alone else None
+        self.student_only_rows = len(alone)
 
     def advance(self) -> None:
         """Note how many tokens every request has: a step begins."""
-        self._lengths = np.array([len(request.output_ids) for request in self._sampling], dtype=np.int64)
-        self._positions = to_device(self._lengths, self.device)
+        for sampled in (self._mixed, self._alone):
+            if sampled is not None:
+                sampled.advance()
 
     def sample(self, logits: torch.Tensor, rows: Rows, student_version: int) -> None:
         """Draw the next token of every sampling request, force the engine to choose it, and record it.
@@ -137,25 +157,31 @@ class BatchRecorder:
         Args: logits: [batch, declared vocab], the engine's, in which a drawn token becomes the largest; rows: the batch's rows,
               log-probabilities as the logits are; student_version: that of the present weights.
         """
-        count = len(self._sampling)
+        if self._mixed is not None:
+            self._draw(self._mixed, logits, rows, student_version)
+        if self._alone is not None:
+            self._draw(self._alone, logits, Rows(None, rows.student, None), student_version)
+
+    def _draw(self, sampled: _Sampled, logits: torch.Tensor, rows: Rows, student_version: int) -> None:
+        count = len(sampled.requests)
         for start in range(0, count, CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, count))
-            index = part if self._in_place else self._rows[part]
-            alpha = self._alpha[part]
+            index = part if sampled.in_place else sampled.rows[part]
+            alpha = sampled.alpha[part]
             chosen = Rows(*(None if each is None else each[index] for each in rows))
             masses = probabilities(chosen)
-            hashed = hashes(self._seeds[part], self._positions[part])
+            hashed = hashes(sampled.seeds[part], sampled.positions[part])
             tokens = draw_rows(masses, alpha, uniforms_of(hashed))
             # A sum, which does not depend on the order of the rows; each draw's factor is odd, so that no token is lost in it.
             self._checksum += (hashed * (2 * tokens + 1)).sum()
             # No log-probability is as large as 1.
-            logits.index_put_((self._rows[part], tokens), torch.ones_like(tokens, dtype=logits.dtype))
+            logits.index_put_((sampled.rows[part], tokens), torch.ones_like(tokens, dtype=logits.dtype))
             if self.keeps_records:
-                versions = self._kv_versions[part].clamp(max=student_version)
+                versions = sampled.kv_versions[part].clamp(max=student_version)
                 measured = self.statistics.measure(chosen, masses, tokens, versions, alpha=alpha)
                 arrival = self.readback.send(measured)
-                for row, request in enumerate(self._sampling[part]):
-                    self.cells[request.key][int(self._lengths[start + row])] = _Cell(arrival, row)
+                for row, request in enumerate(sampled.requests[part]):
+                    self.cells[request.key][int(sampled.lengths[start + row])] = _Cell(arrival, row)
 
     def score(
         self,

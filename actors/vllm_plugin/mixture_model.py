@@ -74,6 +74,11 @@ class MixtureForCausalLM(nn.Module):
         # memory, so that a model's output is copied here before the other model runs.
         self._hidden = torch.empty(0, self.teacher_width + _width(self.student))
         self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.student_only_step = False
+        """Set by the recorder before each step: all of its requests are drawn from the student alone, so the teacher rests."""
+        self.steps = 0
+        self.teacher_steps = 0
+        """Forward passes since the start, and those that ran the teacher."""
         self.rows: Rows | None = None
         self.outputs: torch.Tensor | None = None
         """Outputs of the latest forward pass, [tokens, teacher width + student width], which scoring needs."""
@@ -92,18 +97,23 @@ class MixtureForCausalLM(nn.Module):
         intermediate_tensors: object | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of both models, concatenated: [tokens, teacher width + student width]."""
-        first = 0
-        for model in (self.teacher, self.student):
+        """Hidden states of both models, concatenated: [tokens, teacher width + student width].
+
+        The teacher's part is undefined in a step of requests that are drawn from the student alone.
+        """
+        # No metadata while vLLM profiles memory: there are no requests yet.
+        is_step = bool(get_forward_context().attn_metadata)
+        teacher_rests = is_step and self.student_only_step
+        for model, first in ((None if teacher_rests else self.teacher, 0), (self.student, self.teacher_width)):
             if model is not None:
                 output = model(input_ids, positions, None, None)
                 self._reserve(output)
                 self._hidden[: len(output), first : first + output.shape[-1]].copy_(output)
-                first += output.shape[-1]
         hidden = self._hidden[: len(positions)]
-        # No metadata while vLLM profiles memory: there are no requests yet.
-        if get_forward_context().attn_metadata:
+        if is_step:
             self.outputs = hidden
+            self.steps += 1
+            self.teacher_steps += self.teacher is not None and not teacher_rests
         return hidden
 
     def _reserve(self, output: torch.Tensor) -> None:
@@ -112,20 +122,21 @@ class MixtureForCausalLM(nn.Module):
             self._hidden = output.new_empty(max(len(output), self._max_tokens), self._hidden.shape[-1])
 
     def log_rows(self, hidden: torch.Tensor) -> Rows:
-        """Both models' log-softmax rows from hidden states as returned by `forward`."""
+        """Log-softmax rows of the models that ran, from hidden states as returned by `forward`."""
         halves = (hidden[..., : self.teacher_width], hidden[..., self.teacher_width :])
+        teacher = None if self.student_only_step else self.teacher
         rows: list[torch.Tensor | None] = []
-        for model, half in zip((self.teacher, self.student), halves, strict=True):
+        for model, half in zip((teacher, self.student), halves, strict=True):
             if model is None:
                 rows.append(None)
                 continue
             logits = model.compute_logits(half.contiguous())
             # Truncated before the softmax: padding rows of a model's embedding must not receive probability mass.
             rows.append(logits[:, : self.vocab_size].log_softmax(-1, dtype=torch.float32))
-        return Rows(rows[0], rows[1], None if self.teacher is None else halves[0])
+        return Rows(rows[0], rows[1], None if teacher is None else halves[0])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The teacher's log p (log q without a teacher), padded to the model's declared vocabulary with -inf."""
+        """The teacher's log p (log q if it did not run), padded to the model's declared vocabulary with -inf."""
         self.rows = self.log_rows(hidden_states)
         rows = self.rows.teacher if self.rows.teacher is not None else self.rows.student
         assert rows is not None

@@ -52,6 +52,10 @@ class Recorder(LogitsProcessor):
             self.batch.set_batch(self.requests)
         else:
             self.batch.advance()
+        if batch_update is not None:
+            model = MixtureForCausalLM.active
+            assert model is not None
+            model.student_only_step = 0 < batch_update.batch_size == self.batch.student_only_rows
 
     def _admit(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> Request | None:
         args: dict[str, Any] | None = (params.extra_args or {}).get("kdray")
@@ -70,6 +74,7 @@ class Recorder(LogitsProcessor):
             asked=np.frombuffer(args["asked"], dtype=np.int32).reshape(-1, args["width"]) if "asked" in args else None,
             top_k=args.get("top_k", True),
             kv_version=args.get("kv_version", NEWEST),
+            student_only=args.get("student_only", False),
         )
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,13 @@ from kdray.rollouts.mixture import draw_mixed, log_mixture
 
 
 class Rows(NamedTuple):
-    """Log-softmax rows over the shared vocabulary, float32 [rows, vocab]; None for a model that this engine does not hold."""
+    """Log-softmax rows over the shared vocabulary, float32 [rows, vocab]; None for a model that this engine does not hold, or
+    that it did not run."""
 
     teacher: torch.Tensor | None
     student: torch.Tensor | None
     hidden: torch.Tensor | None
-    """The teacher's last hidden states, [rows, teacher width]."""
+    """The teacher's last hidden states, [rows, teacher width]; None without a teacher."""
 
 
 class Probabilities(NamedTuple):
@@ -82,7 +83,7 @@ class RowStatistics:
         asked: torch.Tensor | None = None,
         top_k: bool = True,
     ) -> Statistics:
-        """All recorded columns of rows [n, vocab] at tokens [n]; nan for columns of a model that this engine does not hold.
+        """All recorded columns of rows [n, vocab] at tokens [n]; nan, or of width 0, for columns of a model without rows.
 
         Args: masses: the rows' probabilities, overwritten; versions: [n] int64 versions of the student; alpha: [n, 1], None for
               tokens that the mixture did not draw; asked: [n, M] ids that come first in the support; top_k: whether the support
@@ -116,8 +117,7 @@ class RowStatistics:
             floats["mixture_logprobs"] = floats["teacher_logprobs" if teacher is not None else "student_logprobs"]
         ints = {"token_ids": at, "student_versions": versions.unsqueeze(-1), "support_ids": support}
         hidden = torch.empty((count, 0), dtype=torch.float16, device=device)
-        if self.record_hidden:
-            assert rows.hidden is not None
+        if self.record_hidden and rows.hidden is not None:
             hidden = rows.hidden.to(torch.float16)
         return Statistics(
             torch.cat([floats[name] for name in FLOATS.names], dim=-1),

@@ -52,11 +52,14 @@ class WorkerExtension:
         Recorder.active.batch.drop(keys)
 
     def kdray_stats(self) -> dict[str, int]:
-        """Counters of this worker: requests resumed after preemption and their tokens, requests and positions with records
-        held, and the checksum of all tokens drawn."""
+        """Counters of this worker: forward passes and those that ran the teacher, requests resumed after preemption and their
+        tokens, requests and positions with records held, and the checksum of all tokens drawn."""
         assert Recorder.active is not None
-        batch = Recorder.active.batch
+        assert MixtureForCausalLM.active is not None
+        batch, model = Recorder.active.batch, MixtureForCausalLM.active
         return {
+            "steps": model.steps,
+            "teacher_steps": model.teacher_steps,
             "readmitted": batch.readmitted,
             "recomputed_tokens": batch.recomputed_tokens,
             "held": len(batch.cells),

@@ -176,7 +176,10 @@ def read_columns(table: pa.Table | pa.RecordBatch, columns: Iterable[Column]) ->
         rows = _slices(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
         if column.width != "token":
             widths = table.column(WIDTHS[column.width]).to_pylist()
-            rows = [None if row is None else row.reshape(-1, width) for row, width in zip(rows, widths, strict=True)]
+            # A row without slots has no such column: the engine that drew it did not run the teacher.
+            rows = [
+                row.reshape(-1, width) if width and row is not None else None for row, width in zip(rows, widths, strict=True)
+            ]
         found[column.name] = rows
     return found
 

@@ -139,6 +139,24 @@ async def test_recorded_columns_are_exact_under_load(pair: Pair, tiny_models: Ti
     assert after["held"] == 0, "records of finished requests are given away"
 
 
+async def test_at_alpha_0_the_teacher_scores_what_the_student_drew_alone(pair: Pair, tiny_models: TinyModels) -> None:
+    """Every column as under the one pass, prefix hits included, with few passes of the teacher."""
+    before = await pair.engine.stats()
+    requests = _requests(48, seed=9, alphas=(0.0,))
+    rollouts = await _draw(pair.engine, requests)
+    after = await pair.engine.stats()
+    for request in requests:
+        rollout = rollouts[request.sample_id]
+        rows = (tiny_models.log_rows(model, rollout.prompt_ids, rollout.token_ids) for model in (pair.teacher, pair.student))
+        _check(rollout, *rows)
+        assert rollout.teacher_hidden is not None
+        assert rollout.teacher == "wise"
+    assert after["cached_tokens"] > before["cached_tokens"], "no prefix-cache hit: the test does not test what it says"
+    rested = (after["steps"] - after["teacher_steps"]) - (before["steps"] - before["teacher_steps"])
+    assert rested > 20, "the teacher ran in every pass"
+    assert after["held"] == 0
+
+
 async def test_same_request_draws_the_same_tokens(pair: Pair) -> None:
     requests = _requests(24, seed=5)
     first = await _draw(pair.engine, requests)

@@ -84,6 +84,37 @@ def test_every_step_draws_and_records_as_the_plain_computation(rows_of: Callable
     assert not found.cells
 
 
+@pytest.mark.parametrize("ran", [True, False], ids=["beside others", "alone"])
+def test_requests_of_the_student_alone_read_nothing_of_the_teacher(ran: bool) -> None:
+    """Beside requests that need the teacher, it computes rows for them from keys and values that it never wrote."""
+    found = BatchRecorder(RowStatistics(*TOP, record_hidden=True), CPU, True)
+    alone = [replace(sampling(str(row), seed=row, alpha=0.0), student_only=True) for row in range(4)]
+    begin(found, {row: alone[row] if row % 2 == 0 or not ran else sampling(f"mixed {row}", seed=row) for row in range(4)})
+    assert found.student_only_rows == (2 if ran else 4)
+    rows = random_rows(4, VOCAB, seed=3)
+    assert rows.teacher is not None
+    assert rows.hidden is not None
+    logits = torch.full((4, VOCAB), -1.0)
+    broken = rows._replace(teacher=rows.teacher.clone(), hidden=rows.hidden.clone())
+    for part in (broken.teacher, broken.hidden):
+        assert part is not None
+        part[::2] = torch.nan
+    found.sample(logits, broken if ran else Rows(None, rows.student, None), 7)
+    for row in (0, 2):
+        own = Rows(None, None if rows.student is None else rows.student[row : row + 1], None)
+        token = plain.drawn(own, torch.zeros(1, 1), [row], [0])
+        assert logits[row].argmax() == token
+        (slab,) = found.take([(str(row), 1)])
+        assert column(slab, "student_logprobs") == column(slab, "mixture_logprobs") == own.student[0, token].numpy()
+        assert np.isnan(column(slab, "teacher_logprobs")).all()
+        assert (slab.hidden.shape, column(slab, "support_ids").shape) == ((1, 0), (1, 0))
+    if ran:
+        (mixed,) = found.take([("mixed 1", 1)])
+        own = Rows(*(None if each is None else each[1:2] for each in rows))
+        alpha = torch.tensor([[0.4]])
+        check(mixed, [plain.columns(own, plain.drawn(own, alpha, [1], [0]), alpha, TOP)])
+
+
 def test_a_position_evaluated_again_replaces_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """As partial prefills do. Surplus positions are cut off, missing ones are refused by name."""
     request = sampling("a")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,8 +104,8 @@ def test_scoring_reads_positions_from_the_runner(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("rank", "held"), [(0, 1), (1, 0)])
 def test_the_first_rank_keeps_the_records(rank: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = made(rank, monkeypatch)
-    found.update_state(BatchUpdate(1, [], [(0, params("a", 1, 0.5), [1], [])], []))
     monkeypatch.setattr(MixtureForCausalLM, "active", SimpleNamespace(rows=random_rows(1, VOCAB, 1), student_version=0))
+    found.update_state(BatchUpdate(1, [], [(0, params("a", 1, 0.5), [1], [])], []))
     found.apply(torch.zeros(1, VOCAB))
     assert found.batch.held_positions() == held
 
@@ -118,6 +118,7 @@ def test_no_attention_backend_is_asked_for_anything(monkeypatch: pytest.MonkeyPa
         lambda ids, *_, width=width: torch.ones(len(ids), width) * ids.unsqueeze(-1) for width in (3, 2)
     )
     model.outputs, model._hidden, model._max_tokens = None, torch.empty(0, 5), 4
+    model.student_only_step, model.teacher_width, model.steps, model.teacher_steps = False, 3, 0, 0
     for metadata, kept in ((None, False), ({"layers.0": object()}, True)):
         context = SimpleNamespace(attn_metadata=metadata)
         monkeypatch.setattr(mixture_model, "get_forward_context", lambda context=context: context)
@@ -133,9 +134,43 @@ def test_outputs_of_one_model_survive_the_other_that_writes_into_the_same_memory
     pool = torch.zeros(4, 3)
     model.teacher, model.student = (lambda ids, *_, value=value: pool[: len(ids)].fill_(value) for value in (1.0, 2.0))
     model.outputs, model._hidden, model._max_tokens = None, torch.empty(0, 6), 8
+    model.student_only_step, model.teacher_width, model.steps, model.teacher_steps = False, 3, 0, 0
     monkeypatch.setattr(mixture_model, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"layers.0": object()}))
     outputs = model.forward(torch.arange(4), torch.arange(4))
     assert torch.equal(outputs, torch.tensor([[1.0, 1.0, 1.0, 2.0, 2.0, 2.0]] * 4))
     address = model._hidden.data_ptr()
     model.forward(torch.arange(3), torch.arange(3))
     assert model._hidden.data_ptr() == address
+
+
+def test_the_teacher_rests_in_steps_that_draw_from_the_student_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while one request, also one without kdray's arguments, needs it; and it runs while vLLM measures memory."""
+    found = made(0, monkeypatch)
+    model = MixtureForCausalLM.__new__(MixtureForCausalLM)
+    torch.nn.Module.__init__(model)
+    ran = []
+
+    def part(name: str, width: int) -> Callable[..., torch.Tensor]:
+        return lambda ids, *_: ran.append(name) or torch.ones(len(ids), width)  # type: ignore[func-returns-value]
+
+    model.teacher, model.student = part("teacher", 3), part("student", 2)
+    model.outputs, model._hidden, model._max_tokens = None, torch.empty(0, 5), 4
+    model.student_only_step, model.teacher_width, model.steps, model.teacher_steps = False, 3, 0, 0
+    monkeypatch.setattr(MixtureForCausalLM, "active", model)
+    alone = SamplingParams(extra_args={"kdray": {"key": "a", "mode": "sample", "alpha": 0.0, "seed": 1, "student_only": True}})
+
+    def step(update: BatchUpdate | None, metadata: object) -> list[str]:
+        found.update_state(update)
+        monkeypatch.setattr(mixture_model, "get_forward_context", lambda: SimpleNamespace(attn_metadata=metadata))
+        ran.clear()
+        model.forward(torch.arange(2), torch.arange(2))
+        return list(ran)
+
+    both, metadata = ["teacher", "student"], {"layers.0": object()}
+    assert step(BatchUpdate(1, [], [(0, alone, [1], [])], []), metadata) == ["student"]
+    assert step(None, metadata) == ["student"]
+    assert step(None, None) == both, "a pass that vLLM makes to measure memory"
+    assert step(BatchUpdate(2, [], [(1, params("b", 2, 0.2), [1], [])], []), metadata) == both
+    assert step(BatchUpdate(1, [1], [], []), metadata) == ["student"]
+    assert step(BatchUpdate(2, [], [(1, SamplingParams(), [1], [])], []), metadata) == both
+    assert (model.steps, model.teacher_steps) == (5, 2)

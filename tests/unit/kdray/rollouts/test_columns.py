@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from actors.serving import prompt_logprobs
+from actors.serving.scoring import prompt_logprobs
 from actors.vllm_plugin import record_table
 from kdray.capturing.format import SIGNAL_COLUMNS
 from kdray.config.signals import MEANING

@@ -1,0 +1,112 @@
+"""Arguments and environment of a vLLM engine that holds kdray's mixture model."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from actors.serving.spec import EngineSpec
+from kdray.errors import EngineError
+from kdray.models.precision import checkpoint_dtype, cpu_dtype
+
+
+def set_environment(spec: EngineSpec) -> None:
+    """Set the variables that vLLM reads when it is imported; call it before."""
+    # vLLM's first model runner is the one whose logits processors carry request state; the newer one has a different
+    # interface.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # The single-worker executor works on CPUs only within one process; AsyncLLM keeps its engine-core process.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(math.ceil(spec.start_timeout_s))
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`: kdray's own, and those of `spec.engine_args`."""
+    from vllm.platforms import current_platform
+
+    from actors.vllm_plugin.mixture_model import ARCHITECTURE
+
+    overrides: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "kdray_role": spec.role,
+        "kdray_student": spec.student,
+        "kdray_student_revision": spec.student_revision,
+        "kdray_vocab_size": spec.vocab_size,
+        "kdray_architectures": _architectures(spec.model, spec.revision),
+    }
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "revision": spec.revision,
+        "hf_overrides": overrides,
+        "additional_config": {
+            "kdray": {
+                "teacher_top_k": spec.teacher_top_k,
+                "student_top_k": spec.student_top_k,
+                "record_hidden": spec.record_hidden,
+            }
+        },
+        "logits_processors": ["actors.vllm_plugin.recorder:Recorder"],
+        "worker_extension_cls": "actors.vllm_plugin.worker_extension.WorkerExtension",
+        "skip_tokenizer_init": True,
+        # vLLM's own `auto` would round a float32 checkpoint to bfloat16 on GPUs.
+        "dtype": _dtype(spec, current_platform.is_cpu()),
+        "seed": spec.seed,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_num_seqs,
+        "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        "trust_remote_code": False,
+        # Never a pickle, which can execute code.
+        "load_format": "safetensors",
+        "disable_log_stats": True,
+        "max_logprobs": max(20, spec.teacher_top_k),
+    }
+    if current_platform.is_cpu():
+        arguments |= {
+            "enforce_eager": True,
+            "block_size": 32,
+            # One worker runs in the engine's process; several need processes of their own.
+            "distributed_executor_backend": "uni" if spec.tensor_parallel_size == 1 else "mp",
+            "kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30),
+        }
+        if _latent_attention(spec):
+            # vLLM's CPU kernel of rotary embeddings misreads slices of queries, which latent attention gives it (0.32).
+            arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+            # Its kernels of latent attention are of half precision; with plain keys and values it computes the same.
+            os.environ["VLLM_MLA_DISABLE"] = "1"
+    else:
+        arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
+    arguments |= spec.engine_args
+    if not current_platform.is_cpu():
+        # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
+        arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"} | spec.engine_args.get("compilation_config", {})
+    return arguments
+
+
+def _dtype(spec: EngineSpec, on_cpu: bool) -> str:
+    if spec.dtype != "auto":
+        return spec.dtype
+    return (cpu_dtype if on_cpu else checkpoint_dtype)(spec.model, spec.revision)
+
+
+def _latent_attention(spec: EngineSpec) -> bool:
+    """True if a model of the engine caches a latent in place of keys and values, as DeepSeek's do."""
+    from transformers import AutoConfig
+
+    held = [(spec.model, spec.revision), *([] if spec.student is None else [(spec.student, spec.student_revision)])]
+    configs = (AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False) for model, revision in held)
+    return any(getattr(config.get_text_config(), "kv_lora_rank", None) is not None for config in configs)
+
+
+def _architectures(model: str, revision: str | None) -> list[str]:
+    from transformers import AutoConfig
+
+    architectures = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).architectures
+    if not architectures:
+        raise EngineError(f"{model}: config.json names no architecture")
+    return list(architectures)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ from kdray.rollouts.schedules import Schedules
 from kdray.runs.ledger import Ledger, Totals, fates
 from kdray.runs.metrics import batch_metrics, filter_metrics
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
+
+RATE_STEPS = 10
+"""Steps that `tokens_per_s` is taken over: with stale samples, steps that wait take turns with steps that do not."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Distillation:
         self._buffer = RolloutBuffer(settings.batch_size, settings.max_staleness, settings.steps, self.start_step)
         self._schedules = self.schedules or Schedules({}, {}, settings.steps, settings.max_staleness)
         self._producer: asyncio.Task[None] | None = None
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS)
+        """Tokens and seconds of the latest steps."""
         self._saved = self.start_step
         """Step of the newest checkpoint."""
 
@@ -185,6 +191,7 @@ class Distillation:
         await self._buffer.published(done)
         now = time.perf_counter()
         facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens}
+        self._recent.append((report.num_target_tokens, now - started))
         self.ledger.append(done, [rollout.sample_id for rollout in rollouts], dropped, facts)
         self.totals.prompts_consumed += len(rollouts) // self.settings.samples_per_prompt
         self.totals.trained_tokens += report.num_target_tokens
@@ -193,7 +200,7 @@ class Distillation:
             **filter_metrics(dropped, len(rollouts)),
             **({} if rewards is None else rewards.metrics()),
             **{f"schedule/{name}": value for name, value in values.items()},
-            "tokens_per_s": report.num_target_tokens / (now - started),
+            "tokens_per_s": sum(tokens for tokens, _ in self._recent) / sum(seconds for _, seconds in self._recent),
             "wait_rollout_s": ready.wait_rollout_s,
             "wait_teacher_s": ready.wait_teacher_s,
             "wait_sync_s": now - trained,

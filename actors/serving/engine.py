@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,17 @@ from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import Rollout, SampleRequest
 
 _SCORED = frozenset(column.name for column in scored_columns())
+
+
+class Job(NamedTuple):
+    """A request to vLLM's engine."""
+
+    key: str
+    ids: list[int]
+    params: Any
+    """vLLM's SamplingParams."""
+    priority: int = 0
+    """The sample's number: the lowest is served first, so that a step ends as early as it can."""
 
 
 class TeacherEngine:
@@ -123,7 +134,7 @@ class TeacherEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={"kdray": draw | kept},
             )
-            jobs.append((key, request.prompt_ids.tolist(), params))
+            jobs.append(Job(key, request.prompt_ids.tolist(), params, request.sample_id))
         async with aclosing(self._finish(jobs)) as finished:
             async for ended in finished:
                 yield [self._sampled(requests[index], *answer) for index, *answer in ended]
@@ -147,6 +158,7 @@ class TeacherEngine:
         from vllm.sampling_params import RequestOutputKind
 
         jobs = []
+        block_size = self._engine.vllm_config.cache_config.block_size
         for rollout in rollouts:
             key = self._key(rollout.sample_id)
             sequence = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
@@ -161,11 +173,11 @@ class TeacherEngine:
                 detokenize=False,
                 ignore_eos=True,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                # Rows served from the prefix cache are never computed, and so never recorded.
-                skip_reading_prefix_cache=True,
+                # Rows served from the prefix cache are not computed, and the last one of the prompt is needed.
+                skip_reading_prefix_cache=start % block_size == 0,
                 extra_args={"kdray": extra},
             )
-            jobs.append((key, sequence[:-1], params))
+            jobs.append(Job(key, sequence[:-1], params, rollout.sample_id))
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         async with aclosing(self._finish(jobs, lengths)) as finished:
             async for ended in finished:
@@ -181,7 +193,8 @@ class TeacherEngine:
         jobs = []
         for rollout in rollouts:
             ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
-            jobs.append((self._key(rollout.sample_id), ids[:-1], prompt_logprobs.sampling_params(width, ids[-1])))
+            params = prompt_logprobs.sampling_params(width, ids[-1])
+            jobs.append(Job(self._key(rollout.sample_id), ids[:-1], params, rollout.sample_id))
         async with aclosing(self._outputs(jobs)) as outputs:
             async for ended in outputs:
                 scored = []
@@ -215,15 +228,15 @@ class TeacherEngine:
         )
 
     async def _finish(
-        self, jobs: list[tuple[str, list[int], Any]], lengths: list[int] | None = None
+        self, jobs: Sequence[Job], lengths: Sequence[int] | None = None
     ) -> AsyncGenerator[list[tuple[int, Any, Record]]]:
-        """Run jobs (key, ids, params) and stream (index, output, record) of those that finished since the last item."""
+        """Run jobs and stream (index, output, record) of those that finished since the last item."""
         complete = False
         try:
             async with aclosing(self._outputs(jobs)) as outputs:
                 async for batch in outputs:
                     wanted = [
-                        (jobs[index][0], len(output.outputs[0].token_ids) if lengths is None else lengths[index])
+                        (jobs[index].key, len(output.outputs[0].token_ids) if lengths is None else lengths[index])
                         for index, output in batch
                     ]
                     # The first tensor-parallel rank's; the others record nothing.
@@ -234,26 +247,31 @@ class TeacherEngine:
         finally:
             if not complete and self._engine is not None:
                 # The reader was closed or a request failed: the worker discards the remaining records.
-                await self._call("kdray_drop", [key for key, _, _ in jobs])
+                await self._call("kdray_drop", [job.key for job in jobs])
 
-    async def _outputs(self, jobs: list[tuple[str, list[int], Any]]) -> AsyncGenerator[list[tuple[int, Any]]]:
-        """Run jobs (key, ids, params) and stream (index, output) of those that finished since the last item."""
+    async def _outputs(self, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[int, Any]]]:
+        """Run jobs and stream (index, output) of those that finished since the last item."""
         ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
         async def follow(index: int) -> None:
-            key, ids, params = jobs[index]
+            key, ids, params, priority = jobs[index]
             final = None
             # Cached prefixes are those of requests that began under the same student; an update that drops them needs no name.
             prompt: dict[str, Any] = {"prompt_token_ids": ids}
             salt = [f"student version {self.student_version}"] if self.spec.update_kv == "keep" else []
-            if params is not None and (params.extra_args or {}).get("kdray", {}).get("student_only"):
+            if _kdray_args(params).get("student_only"):
                 # The teacher has written no keys and values for these tokens.
                 salt.append("student only")
             if salt:
                 prompt["cache_salt"] = ", ".join(salt)
             try:
-                async for output in self._engine.generate(prompt, params, key):
+                async for output in self._engine.generate(prompt, params, key, priority=priority):
                     final = output
+                if final is not None and _lacks_rows(final, params):
+                    again = params.clone()
+                    again.skip_reading_prefix_cache = True
+                    async for output in self._engine.generate(prompt, again, key, priority=priority):
+                        final = output
             except Exception:
                 await self.check_health()
                 raise
@@ -413,7 +431,7 @@ class TeacherEngine:
             skip_reading_prefix_cache=True,
             extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "last_id": int(ids[-1])}},
         )
-        job = (key, [int(token_id) for token_id in ids[:-1]], params)
+        job = Job(key, [int(token_id) for token_id in ids[:-1]], params, priority=-1)
         async with aclosing(self._finish([job], [len(ids) - 1])) as finished:
             ((_, _, record),) = [answer async for part in finished for answer in part]
         return record["student_logprobs"]
@@ -427,6 +445,18 @@ class TeacherEngine:
         """Set the version of the weights loaded at start."""
         await self._engine.collective_rpc("kdray_set_version", args=(version,))
         self.student_version = version
+
+
+def _kdray_args(params: Any) -> Mapping[str, Any]:
+    """What the recorder is told of a request. Args: params: vLLM's SamplingParams."""
+    return (getattr(params, "extra_args", None) or {}).get("kdray", {})
+
+
+def _lacks_rows(output: Any, params: Any) -> bool:
+    """True if a scoring request found some of its response in the prefix cache, whose rows are then not computed."""
+    start = _kdray_args(params).get("start")
+    # The row of the token before the response predicts its first token.
+    return start is not None and (output.num_cached_tokens or 0) > start - 1
 
 
 def _scores(record: Record) -> Record:

@@ -60,6 +60,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
         "tensor_parallel_size": spec.tensor_parallel_size,
         "enable_prefix_caching": True,
+        # The oldest sample first; the newest is the one that is preempted.
+        "scheduling_policy": "priority",
         "trust_remote_code": False,
         # Never a pickle, which can execute code.
         "load_format": "safetensors",

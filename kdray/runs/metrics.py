@@ -74,7 +74,7 @@ METRICS: dict[str, Metric] = {
     "teacher_tail_mass": Metric("share", "token_mean", "Teacher's probability outside the support"),
     "student_tail_mass": Metric("share", "token_mean", "Student's probability outside the support; high: raise student_top_k"),
     # From the loop and the pools.
-    "tokens_per_s": Metric("tokens/s", "step", "Response tokens trained per second of the whole step, waits included"),
+    "tokens_per_s": Metric("tokens/s", "step", "Response tokens trained per second of the last 10 steps, waits included"),
     "wait_rollout_s": Metric("s", "step", "Training waited for sampling"),
     "wait_teacher_s": Metric("s", "step", "Training waited for scoring by a teacher that did not sample"),
     "parity_gap": Metric(

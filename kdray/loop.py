@@ -23,13 +23,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from kdray.data.dataset import PromptStream
-from kdray.errors import Interrupted, first_reason
+from kdray.errors import Interrupted, TrainingError, first_reason
 from kdray.interfaces import Reporter, Sampler, Scorer, Student
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
@@ -37,8 +37,9 @@ from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
 from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.rewards import Rewards
 from kdray.rollouts.schedules import Schedules
-from kdray.runs.ledger import Ledger, Totals, fates
+from kdray.runs.ledger import Ledger, Totals, fates, ledger_line
 from kdray.runs.metrics import batch_metrics, filter_metrics
+from kdray.runs.training_record import differences, training_columns
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 RATE_STEPS = 10
@@ -184,15 +185,21 @@ class Distillation:
         batch = rollouts_to_batch(rollouts, done, dropped, self.hooks.weights(rollouts), advantages)
         report = await self.student.train_step(batch, text, values)
         trained = time.perf_counter()
+        facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens, **training_columns(batch, report.shards)}
+        ids = [rollout.sample_id for rollout in rollouts]
+        wrong = self._difference(ledger_line(done, ids, dropped, facts), report)
+        if wrong is not None:
+            # With the line, `kdray verify` says the same.
+            self.ledger.append(done, ids, dropped, facts)
+            raise wrong
         measured = batch_metrics(rollouts, trained_version=step)
         # Before anything is admitted that depends on this step's signals.
         self._schedules.observe(done, measured)
         await self.student.publish(done)
         await self._buffer.published(done)
         now = time.perf_counter()
-        facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens}
         self._recent.append((report.num_target_tokens, now - started))
-        self.ledger.append(done, [rollout.sample_id for rollout in rollouts], dropped, facts)
+        self.ledger.append(done, ids, dropped, facts)
         self.totals.prompts_consumed += len(rollouts) // self.settings.samples_per_prompt
         self.totals.trained_tokens += report.num_target_tokens
         return report, {
@@ -206,6 +213,22 @@ class Distillation:
             "wait_sync_s": now - trained,
             **self.hooks.pool_metrics(),
         }
+
+    def _difference(self, line: Mapping[str, Any], report: StepReport) -> TrainingError | None:
+        """Compare what the ranks trained with what they were given, before any replica gets their weights.
+
+        Returns: an error that names step and ranks; None if they agree, or the student keeps no record.
+        """
+        settings, step = self.settings, report.step
+        if not report.shards:
+            return None
+        found = differences(line, settings.batch_size, settings.inner_epochs, step * settings.updates_per_step)
+        if not found:
+            return None
+        return TrainingError(
+            f"step {step}: {'; '.join(found)}. These are not the weights of this run: continue from the last checkpoint with "
+            "--resume, and report it with the run folder if it happens again"
+        )
 
     async def _save(self, step: int) -> None:
         await self.student.save_checkpoint(step)

@@ -212,6 +212,20 @@ class TrainBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainedShard:
+    """A rank's own record of one step, from the micro-batches whose gradients were applied; text windows are left out."""
+
+    sample_ids: tuple[int, ...]
+    """Samples that it trained, in order, each once."""
+    digest: str
+    """Digest of their tokens and targets, over all passes (`kdray.rollouts.training_digest`)."""
+    num_target_tokens: int
+    """Targets that the rank counted in its masks, over all passes."""
+    updates: int
+    """The optimizer's own count of its updates after the step, since the phase began."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """Result of one optimizer step, already reduced over ranks and micro-batches."""
 
@@ -220,7 +234,10 @@ class StepReport:
     loss: float
     """Sum over target tokens divided by their number, nats."""
     num_target_tokens: int
+    """Targets of the step, as the ranks counted them in their masks."""
     grad_norm: float
     learning_rate: float
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+    shards: tuple[TrainedShard, ...] = ()
+    """What each rank trained, by rank; empty from a student that keeps no record."""

@@ -133,6 +133,11 @@ class StudentBackend(ABC):
         A gradient known to be non-finite before the update leaves weights and optimizer unchanged.
         """
 
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Number of updates since `start`, as the optimizer itself counts them; restored by `load`."""
+
     def evaluate(self, **inputs: Any) -> Any:
         """The module's output without gradients, as a forward pass of training computes it."""
         with torch.no_grad():

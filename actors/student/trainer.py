@@ -7,7 +7,6 @@ notebook as it does on a rank. One instance per rank; every public method is a c
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from actors.student.features import (
 from actors.student.file_tensors import export_gap, in_files, persistent_buffers
 from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head
 from actors.student.micro_batch_loss import MicroBatchLoss
+from actors.student.refusal import refuse_gradient, refuse_loss
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossOutput, Objective
@@ -39,6 +39,7 @@ from kdray.models.attention import attention_arguments
 from kdray.models.saving import TokenizerSource, save_model
 from kdray.rollouts.batching import micro_batches, take_rows
 from kdray.rollouts.schedules import of_section
+from kdray.rollouts.training_digest import ShardRecord
 from kdray.runs.metrics import reduce_sums
 from kdray.types import StepReport, TrainBatch
 
@@ -101,6 +102,7 @@ class StudentTrainer:
         self._facts: dict[str, Any] | None = None
         self._teacher_head: OutputHead | None = None
         self._micro_batch_loss: MicroBatchLoss | None = None
+        self._record = ShardRecord()
 
     def start_phase(self, phase: Phase) -> None:
         """Load the phase's weights and start a fresh optimizer and schedule."""
@@ -197,6 +199,7 @@ class StudentTrainer:
         if self._loss is not None:
             self._loss = self._loss.model_copy(update=of_section("loss", scheduled or {}))
         weigh_features(self.backend.module, scheduled or {})
+        self._record = ShardRecord()
         updates = list(self._updates(batch, text))
         objective = Objective.of(self._loss, self._whitening(batch))
         done = [self._update(part, text_part, objective, number) for number, (part, text_part) in enumerate(updates)]
@@ -204,19 +207,22 @@ class StudentTrainer:
         for update in done:
             for name, value in update.sums.items():
                 sums[name] = sums.get(name, 0.0) + value
-        metrics = reduce_sums(sums, batch.num_target_tokens * len(done) // self._parts)
+        passes = len(done) // self._parts
+        metrics = reduce_sums(sums, batch.num_target_tokens * passes)
         text_sums = {name: sum(update.text_sums[name] for update in done) for name in done[0].text_sums}
         metrics |= reduce_sums(text_sums, sum(update.text_tokens for update in done))
         self.steps_done += 1
         self.has_trained = True
+        shards = tuple(self.gather(self._record.shard(self.backend.updates)))
         return StepReport(
             step=batch.step,
             loss=sum(update.loss for update in done) / len(done),
-            num_target_tokens=batch.num_target_tokens,
+            num_target_tokens=sum(shard.num_target_tokens for shard in shards) // passes,
             grad_norm=max(update.grad_norm for update in done),
             learning_rate=done[-1].learning_rate,
             seconds=time.perf_counter() - started,
             metrics=metrics,
+            shards=shards,
         )
 
     @property
@@ -261,9 +267,12 @@ class StudentTrainer:
         sums: dict[str, float] = {}
         text_sums: dict[str, float] = {}
         bad: list[str] = []
+        wrong: list[str] = []
         for index, (part, is_text) in enumerate(parts):
             last = index == len(parts) - 1
             output, weighted = self._micro_batch(part, is_text, objective, text_scale if is_text else scale, last)
+            if not is_text:
+                self._record.add(part)
             if not bool(torch.isfinite(output.total)):
                 what = "window" if is_text else "sample"
                 samples = [str(sample) for sample in part.sample_ids if sample >= 0]
@@ -275,15 +284,14 @@ class StudentTrainer:
         tokens_here = int(batch.loss_mask.sum())
         if sums.get("teacher_head_error", 0.0) > HEAD_TOLERANCE * tokens_here:
             error = sums["teacher_head_error"] / tokens_here
-            bad.append(
+            wrong.append(
                 f"the teacher's output head gives log p {error:.2g} nats from the recorded ones, so it is not the whole "
                 "way from hidden state to logits: set rollout.teacher_signal=support"
             )
-        self._refuse(bad, batch.step, number)
+        refuse_loss(self.backend, bad, wrong, batch.step, number)
         moved = self.backend.step()
-        if not math.isfinite(moved.grad_norm):
-            remedy = "continue from the last checkpoint" if moved.applied else _what_now(number)
-            raise TrainingError(f"{_not_finite(batch)}; {remedy}")
+        refuse_gradient(moved, batch, number)
+        self._record.applied()
         reduced = self._reduce({"": float(total), **sums})
         return _Update(
             loss=reduced.pop("") / self.world_size,
@@ -331,17 +339,6 @@ class StudentTrainer:
         """Mean and deviation of the whole step's returns, for losses that whiten them; the same on all ranks."""
         sums = return_sums(batch, self._loss)
         return None if sums is None else Whitening.from_sums(self.backend.reduce(sums.tolist()))
-
-    def _refuse(self, reasons: list[str], step: int, number: int) -> None:
-        """Raises: TrainingError on all ranks if any of them has a reason."""
-        (count,) = self.backend.reduce([float(len(reasons))])
-        if count:
-            named: list[list[str]] = self.backend.gather(reasons)
-            found = sorted(reason for rank in named for reason in rank)
-            raise TrainingError(
-                f"step {step}: the loss of the batch cannot be used: {'; '.join(found[:8])}. {_what_now(number).capitalize()}. "
-                "Where it is not finite, lower training.learning_rate or look at these samples"
-            )
 
     def _reduce(self, sums: dict[str, float]) -> dict[str, float]:
         """Sums over ranks; all ranks have the same names."""
@@ -489,12 +486,3 @@ class StudentTrainer:
     def close(self) -> None:
         """Release the model and its optimizer; another `start_phase` may follow."""
         self.backend.close()
-
-
-def _not_finite(batch: TrainBatch) -> str:
-    return f"step {batch.step}: the gradient is not finite (here with samples {batch.sample_ids[:8].tolist()} and others)"
-
-
-def _what_now(number: int) -> str:
-    """State of the optimizer after a failed update. Args: number: updates made before it in its step."""
-    return "the optimizer was not moved" if number == 0 else f"{number} updates of the step were made: go back to a checkpoint"

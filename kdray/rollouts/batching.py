@@ -96,12 +96,17 @@ def shard(batch: TrainBatch, rank: int, world_size: int) -> TrainBatch:
     Padding rows fill up the last deal: every rank must run the same number of forward passes, which are collective.
     `num_target_tokens` remains that of the whole step.
     """
-    by_length = np.argsort(-batch.lengths, kind="stable")
+    return take_rows(batch, deal(batch.lengths, world_size)[:, rank])
+
+
+def deal(lengths: np.ndarray, world_size: int) -> np.ndarray:
+    """Return the rows that `shard` gives to the ranks, [deals, world_size]; -1 is a padding row."""
+    by_length = np.argsort(-lengths, kind="stable")
     num_deals = -(-len(by_length) // world_size)
     dealt = np.full((num_deals, world_size), -1)
     dealt.ravel()[: len(by_length)] = by_length
     dealt[1::2] = dealt[1::2, ::-1]
-    return take_rows(batch, dealt[:, rank])
+    return dealt
 
 
 def micro_batches(batch: TrainBatch, micro_batch_size: int) -> Iterator[TrainBatch]:

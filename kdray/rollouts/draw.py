@@ -30,6 +30,8 @@ class LoopSettings:
     evaluate_every: int
     teacher_share: float = 0.0
     data_share: float = 0.0
+    updates_per_step: int = 1
+    inner_epochs: int = 1
 
     @classmethod
     def of(cls, config: Config) -> LoopSettings:
@@ -45,6 +47,8 @@ class LoopSettings:
             evaluate_every=config.evaluation.every,
             teacher_share=config.rollout.teacher_share,
             data_share=config.rollout.data_share,
+            updates_per_step=config.training.updates_per_step,
+            inner_epochs=config.training.inner_epochs,
         )
 
 

@@ -22,7 +22,8 @@ class Ledger:
     `prompt_ids`, `tokens` (of the response, without those of the environment), `oldest` and `newest` (student versions that
     sampled them; null if there is none), `scored_by` (a teacher's name; empty if none scored), in the order of the ids. A
     column whose values are all equal is stored as that single value. `responses_sha256` is a digest of all responses, for
-    comparing two runs; `trained_tokens` is the number of targets that the ranks counted.
+    comparing two runs; `trained_tokens` is the number of targets that the ranks counted. What each rank was given and has
+    trained follows in the columns of `kdray.runs.training_record`, which lines of earlier versions lack.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,16 +32,9 @@ class Ledger:
     def append(
         self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Record a step. The line reaches the disk before the call returns.
-
-        Args: dropped: the rule that excluded a sample, by sample id; facts: further entries of the line.
-        """
-        by_rule: dict[str, list[int]] = {}
-        for sample_id, rule in (dropped or {}).items():
-            by_rule.setdefault(rule, []).append(sample_id)
-        line = {"step": step, "sample_ids": sample_ids} | ({"dropped": by_rule} if by_rule else {}) | dict(facts or {})
+        """Record a step. The line reaches the disk before the call returns. Args: as for `ledger_line`."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(ledger_line(step, sample_ids, dropped, facts)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -57,6 +51,19 @@ class Ledger:
 
     def _lines(self) -> list[dict[str, Any]]:
         return read_lines(self._path) if self._path.exists() else []
+
+
+def ledger_line(
+    step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Build the line of a step.
+
+    Args: dropped: the rule that excluded a sample, by sample id; facts: further entries of the line.
+    """
+    by_rule: dict[str, list[int]] = {}
+    for sample_id, rule in (dropped or {}).items():
+        by_rule.setdefault(rule, []).append(sample_id)
+    return {"step": step, "sample_ids": sample_ids} | ({"dropped": by_rule} if by_rule else {}) | dict(facts or {})
 
 
 def fates(rollouts: Sequence[Rollout]) -> dict[str, Any]:

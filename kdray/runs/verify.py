@@ -23,6 +23,7 @@ from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.folder import RunFolder, read_lines
+from kdray.runs.training_record import differences, has_record
 
 _FATES = ("prompt_ids", "tokens", "oldest", "newest", "scored_by")
 _ENDS = {
@@ -108,6 +109,7 @@ def verify(run: Path) -> Proof:
     _check_dropped(proof, steps, config)
     told = _with_fates(proof, steps)
     _check_fates(proof, told, config)
+    _check_training(proof, told, config)
     _check_metrics(proof, steps, told, metrics, events, config)
     dataset = _check_prompts(proof, told, config)
     if config.run.storage is not None:
@@ -249,6 +251,25 @@ def _check_fates(proof: Proof, told: Sequence[_Step], config: Config) -> None:
             pairs = list(group)
             if len({prompt_id for _, prompt_id in pairs}) > 1:
                 proof.wrong("prompts", f"samples {[sample_id for sample_id, _ in pairs]} are of one prompt, and have several")
+
+
+def _check_training(proof: Proof, told: Sequence[_Step], config: Config) -> None:
+    """Check each rank's own record of what it trained against the rollouts that it was given, and its optimizer's counter."""
+    training = config.training
+    begun = next((line.step for line in told if has_record(line.line)), None)
+    if told and (begun is None or begun > told[0].step):
+        until = "its steps" if begun is None else f"steps 1 to {begun - 1}"
+        proof.notes.append(
+            f"{until} were trained by an older version: what the ranks say they trained is not known, so that these are proved "
+            "from the driver's lines alone"
+        )
+    for line in told:
+        if has_record(line.line):
+            updates = line.step * training.updates_per_step
+            for what in differences(line.line, training.batch_size, training.inner_epochs, updates):
+                proof.wrong("training", f"step {line.step}: {what}")
+        elif begun is not None and line.step > begun:
+            proof.wrong("training", f"step {line.step}: no rank says what it trained")
 
 
 def _resumed_step(events: Sequence[Mapping[str, Any]]) -> int | None:
@@ -407,6 +428,13 @@ def _prompts(steps: Sequence[_Step], config: Config) -> int:
 # --------------------------------------------------------------------------------------------------------- reporting
 
 
+def _ranks_fact(told: Sequence[_Step]) -> str:
+    recorded = [line.line["trained"] for line in told if has_record(line.line)]
+    if not recorded or not isinstance(recorded[-1], list):
+        return "no record of what they trained"
+    return f"{len(recorded[-1])}, whose own records were compared in {len(recorded)} of {len(told)} steps"
+
+
 def _facts(
     proof: Proof,
     steps: Sequence[_Step],
@@ -433,6 +461,7 @@ def _facts(
         facts += [
             ("scored", ", ".join(named)),
             ("tokens trained", str(sum(line.kept_tokens for line in told))),
+            ("ranks", _ranks_fact(told)),
             ("staleness", f"at most {max(line.staleness for line in told)} of {config.rollout.max_staleness} steps"),
         ]
     facts += [

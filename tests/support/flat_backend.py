@@ -88,6 +88,10 @@ class FlatBackend(StudentBackend):
         self._scheduler.step()
         return Update(norm, learning_rate, applied=True)
 
+    @property
+    def updates(self) -> int:
+        return self._steps
+
     def _give_back(self) -> None:
         with torch.no_grad():
             start = 0

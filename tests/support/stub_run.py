@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import sys
 import time
@@ -24,10 +25,12 @@ from kdray.config import Config, load_config, parse_config
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.loop import Distillation, Hooks
 from kdray.models.resolve import task_tokenizer
+from kdray.rollouts.batching import shard
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.filters import Filters
 from kdray.rollouts.schedules import Schedules
 from kdray.rollouts.seeds import uniforms
+from kdray.rollouts.training_digest import ShardRecord
 from kdray.runs.checkpoints import COMMITTED, commit, newest_checkpoint, prune_checkpoints
 from kdray.runs.folder import RunFolder
 from kdray.runs.ledger import Ledger
@@ -35,10 +38,12 @@ from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
 from kdray.runs.storage import Storage
 from kdray.runs.trackers import Trackers
-from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
+from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch, TrainedShard
 
 EOS = 1
 """Of the task tokenizer."""
+RATE = 2.0
+"""Learning rate."""
 
 
 def stub_config(output: Path, name: str = "stub", **sections: Any) -> Config:
@@ -109,19 +114,41 @@ class Tables:
             forward_kl=columns[4],
         )
 
-    def step(self, batch: TrainBatch, learning_rate: float) -> float:
-        """One step of gradient descent on the mean reverse KL at the batch's targets; returns that mean before it."""
-        rows, places = np.nonzero(batch.loss_mask)
+    def gradient(self, shard: TrainBatch) -> tuple[np.ndarray, float]:
+        """Gradient of the summed reverse KL at a shard's targets, and that sum."""
+        rows, places = np.nonzero(shard.loss_mask)
         gradient, loss = np.zeros_like(self.student), 0.0
-        for last in batch.token_ids[rows, places - 1]:
+        for last in shard.token_ids[rows, places - 1]:
             log_q = _log_softmax(self.student[last])
             difference = log_q - self.teacher[last]
             divergence = float(np.exp(log_q) @ difference)
             gradient[last] += np.exp(log_q) * (difference - divergence)
             loss += divergence
-        count = max(1, batch.num_target_tokens)
-        self.student = self.student - learning_rate * gradient / count
-        return loss / count
+        return gradient, loss
+
+
+class StubRank:
+    """A rank: its share of a step's gradient, its count of the updates, its own record of both."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self.updates = 0
+
+    def backward(self, shard: TrainBatch) -> tuple[np.ndarray, float]:
+        """Gradient and loss of a shard, as sums."""
+        self._record.add(shard)
+        return self._tables.gradient(shard)
+
+    def begin(self) -> None:
+        self._record = ShardRecord()
+
+    def apply(self) -> None:
+        """Step the optimizer."""
+        self.updates += 1
+        self._record.applied()
+
+    def told(self) -> TrainedShard:
+        return self._record.shard(self.updates)
 
 
 class StubSampler:
@@ -146,7 +173,7 @@ class StubSampler:
 
 
 class StubStudent:
-    """The group of ranks: a table, its optimizer, and checkpoints as files."""
+    """The group of two ranks: a table, its optimizer, and checkpoints as files."""
 
     def __init__(self, tables: Tables, folder: RunFolder, config: Config, pause: Callable[[], None]) -> None:
         """Args: pause: called between the parts of a save, where a kill would hurt."""
@@ -155,13 +182,26 @@ class StubStudent:
         self._config = config
         self._pause = pause
         self.live: dict[str, Callable[[], Any]] = {}
+        self.ranks = [StubRank(tables) for _ in range(2)]
 
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
-        learning_rate = 2.0
-        loss = self._tables.step(batch, learning_rate)
-        return StepReport(batch.step, loss, batch.num_target_tokens, grad_norm=1.0, learning_rate=learning_rate, seconds=0.0)
+        for rank in self.ranks:
+            rank.begin()
+        shards = [shard(batch, number, len(self.ranks)) for number in range(len(self.ranks))]
+        loss = self.update(shards, batch.num_target_tokens)
+        told = tuple(rank.told() for rank in self.ranks)
+        targets = sum(each.num_target_tokens for each in told)
+        return StepReport(batch.step, loss, targets, grad_norm=1.0, learning_rate=RATE, seconds=0.0, shards=told)
+
+    def update(self, shards: Sequence[TrainBatch], targets: int) -> float:
+        """One step of gradient descent on the mean reverse KL at the batch's targets; returns that mean before it."""
+        gradients, losses = zip(*(rank.backward(given) for rank, given in zip(self.ranks, shards, strict=True)), strict=True)
+        self._tables.student = self._tables.student - RATE * sum(gradients) / max(1, targets)
+        for rank in self.ranks:
+            rank.apply()
+        return sum(losses) / max(1, targets)
 
     async def publish(self, version: int) -> None:
         oldest = version - self._config.rollout.max_staleness
@@ -175,14 +215,18 @@ class StubStudent:
             weights = io.BytesIO()
             np.save(weights, self._tables.student)
             digest = storage.write(f"{key}/student.npy", weights.getvalue())
+            counters = json.dumps([rank.updates for rank in self.ranks]).encode()
+            counted = storage.write(f"{key}/updates.json", counters)
             self._pause()
             progress = {"step": step} | {name: entry() for name, entry in self.live.items()}
-            commit(storage, key, progress, [{"student.npy": digest}])
+            commit(storage, key, progress, [{"student.npy": digest, "updates.json": counted}])
             self._pause()
         prune_checkpoints(storage, self._config.training.keep_checkpoints)
 
     def restore(self, checkpoint: Path) -> None:
         self._tables.student = np.load(checkpoint / "student.npy")
+        for rank, updates in zip(self.ranks, json.loads((checkpoint / "updates.json").read_bytes()), strict=True):
+            rank.updates = updates
 
 
 def main(config_path: Path, slow: bool = True) -> None:
@@ -190,7 +234,12 @@ def main(config_path: Path, slow: bool = True) -> None:
     asyncio.run(drive(load_config(config_path), slow=slow))
 
 
-async def drive(config: Config, slow: bool = False, dataset: Dataset | None = None) -> dict[str, Any]:
+async def drive(
+    config: Config,
+    slow: bool = False,
+    dataset: Dataset | None = None,
+    student_type: type[StubStudent] = StubStudent,
+) -> dict[str, Any]:
     """The run. Args: slow: sleep where a kill would hurt, and let answers come in another order each time."""
     tokenizer = task_tokenizer()
     resume = (config.run_folder / "config.yaml").is_file()
@@ -206,7 +255,7 @@ async def drive(config: Config, slow: bool = False, dataset: Dataset | None = No
     start_step, totals = rewind(folder, ledger, schedules, config.training.steps, found.progress if found else None)
     tables = Tables(config.run.seed, len(tokenizer))
     haste = np.random.default_rng(time.time_ns())
-    student = StubStudent(tables, folder, config, (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None))
+    student = student_type(tables, folder, config, (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None))
     student.live = {"totals": lambda: asdict(totals), "schedules": schedules.state}
     if found:
         student.restore(config.run_folder / found.key)

@@ -160,6 +160,10 @@ class DeepSpeedBackend(StudentBackend):
         engine.step()
         return Update(float(engine.get_global_grad_norm()) if norm is None else norm, learning_rate, applied=True)
 
+    @property
+    def updates(self) -> int:
+        return int(self._engine.global_steps - self._engine.skipped_steps)
+
     def _plain_grad_norm(self) -> float | None:
         """Gradient norm before clipping, for the case that DeepSpeed has no optimizer of its own that reports it."""
         if self._settings.zero_stage or (self.training.precision != "fp32" and not self._adds_up_itself):

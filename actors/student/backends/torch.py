@@ -47,6 +47,7 @@ class TorchBackend(StudentBackend):
         self._masters: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
         """Parameters of lower precision, and their float32 copies."""
         self._accumulating = False
+        self._updates = 0
 
     # ----------------------------------------------------------------------------------------------------- a phase
 
@@ -57,8 +58,14 @@ class TorchBackend(StudentBackend):
         self._masters = []
         for group in self._optimizer.param_groups:
             group["params"] = [self._master(parameter) for parameter in group["params"]]
+        # By the optimizer, not by the code that calls it: a call that is missing or repeated is then seen.
+        self._updates = 0
+        self._optimizer.register_step_post_hook(self._count)
         self._scheduler = optimization.scheduler(self._optimizer)
         self._accumulating = False
+
+    def _count(self, *_: Any) -> None:
+        self._updates += 1
 
     def _master(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         """The tensor that the optimizer updates for a parameter: itself, or a float32 copy that accumulates its gradients."""
@@ -114,6 +121,10 @@ class TorchBackend(StudentBackend):
         self._give_back()
         return Update(float(norm), learning_rate, applied=True)
 
+    @property
+    def updates(self) -> int:
+        return self._updates
+
     def _give_back(self) -> None:
         """Round the float32 copies into the parameters."""
         with torch.no_grad():
@@ -138,6 +149,7 @@ class TorchBackend(StudentBackend):
             save_file({name: parameter.detach() for name, parameter in trained.items()}, folder / _WEIGHTS)
         save_file(tensors, folder / _OPTIMIZER)
         plain = {"state": state, "groups": optimizer["param_groups"], "scheduler": self._scheduler.state_dict()}
+        plain["updates"] = self._updates
         (folder / _PLAIN).write_text(json.dumps(plain), encoding="utf-8")
 
     def _trained_alone(self) -> dict[str, torch.nn.Parameter] | None:
@@ -160,6 +172,8 @@ class TorchBackend(StudentBackend):
                     for name, parameter in trained.items():
                         parameter.copy_(weights[name])
             saved, groups, scheduler = plain["state"], plain["groups"], plain["scheduler"]
+            # Checkpoints of earlier versions have only the schedule's position, which moves with every update.
+            updates = int(plain.get("updates", scheduler["last_epoch"]))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise TrainingError(f"{folder}: no checkpoint that training.backend.type=torch wrote: {error}") from error
         moments: dict[int, dict[str, torch.Tensor]] = {}
@@ -172,6 +186,7 @@ class TorchBackend(StudentBackend):
                 group["fused"] = own["fused"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._scheduler.load_state_dict(scheduler)
+        self._updates = updates
         with torch.no_grad():
             for (_, master), tensor in zip(self._masters, masters, strict=True):
                 master.copy_(tensor)

@@ -425,7 +425,7 @@ def test_a_checkpoint_continues_the_curve_exactly(
 
     again = started(training, phase)
     again.load(tmp_path / "second")
-    assert again.steps_done == 2
+    assert again.steps_done == again.backend.updates == 2
     assert [told(again.train_step(batch)) for batch in BATCHES[2:]] == expected
     assert_same(weights_of(again), weights)
     for left, right in zip(again.averaged_buckets(1.0), average, strict=True):
@@ -433,7 +433,7 @@ def test_a_checkpoint_continues_the_curve_exactly(
     # One trainer may go back, too.
     trainer.start_phase(phase)
     trainer.load(tmp_path / "first")
-    assert trainer.steps_done == 1
+    assert trainer.steps_done == trainer.backend.updates == 1
     assert told(trainer.train_step(BATCHES[1]))[1:4] != expected[0][1:4]
     assert [told(trainer.train_step(batch)) for batch in BATCHES[2:]] == expected
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -512,7 +512,7 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_moves_nothing(
     assert f"step 2: the loss of the batch cannot be used: it is not finite for sample {bad.sample_ids[3]}. " in message
     assert "The optimizer was not moved" in message
     assert_same(weights_of(trainer), before)
-    assert trainer.steps_done == 1
+    assert trainer.steps_done == trainer.backend.updates == 1
 
 
 def test_no_part_of_an_update_is_made_where_one_part_of_the_loss_is_not_finite(

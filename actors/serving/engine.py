@@ -113,10 +113,10 @@ class TeacherEngine:
                 os.environ["VLLM_MLA_DISABLE"] = "1"
         else:
             arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
-        arguments |= spec.engine_args
-        if not current_platform.is_cpu():
             # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
-            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"} | spec.engine_args.get("compilation_config", {})
+            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+        compilation = arguments.get("compilation_config", {}) | spec.engine_args.get("compilation_config", {})
+        arguments |= spec.engine_args | ({"compilation_config": compilation} if compilation else {})
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         await self._engine.collective_rpc("kdray_end_with", args=(os.getpid(),))
         await self._engine.collective_rpc("kdray_attach")

@@ -126,7 +126,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         student_dtype="bfloat16" if config.training.precision == "bf16" else "float32",
         update_kv=config.rollout.update_kv,
         weight_transfer=None if config.training.weight_transfer == "object_store" else config.training.weight_transfer,
-        engine_args=engine.engine_args,
+        engine_args=engine.engine_args | engine.unsafe_engine_args,
     )
 
 

@@ -30,6 +30,7 @@ from cluster.parts import Pools, RunStores, SideBySide
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
 from kdray.checks.parity import refusal
+from kdray.checks.unsafe_notes import unsafe_notes
 from kdray.data.dataset import PromptStream
 from kdray.data.references import reference_of
 from kdray.errors import EngineError, Interrupted, KdrayError, TrainingError
@@ -103,6 +104,8 @@ class Runner:
         self.reporter.event("start", resumed_step=self._checkpoint.step if self._checkpoint else None)
         for line in self._checked.dataset.lines:
             self.reporter.event("data", found=line)
+        for line in unsafe_notes(config):
+            self.reporter.event("unsafe", found=line)
         context: RunContext = await self._or_stop(in_daemon_thread(self._checked.with_models))
         self._on_start()
         student = StudentGroup(

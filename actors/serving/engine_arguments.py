@@ -83,10 +83,10 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             os.environ["VLLM_MLA_DISABLE"] = "1"
     else:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
-    arguments |= spec.engine_args
-    if not current_platform.is_cpu():
         # A full graph would replay the layers without this model's Python code, which keeps the inputs of scoring.
-        arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"} | spec.engine_args.get("compilation_config", {})
+        arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    compilation = arguments.get("compilation_config", {}) | spec.engine_args.get("compilation_config", {})
+    arguments |= spec.engine_args | ({"compilation_config": compilation} if compilation else {})
     return arguments
 
 

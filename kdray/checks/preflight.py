@@ -10,7 +10,8 @@ from kdray.checks.capabilities import check_capabilities
 from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
 from kdray.checks.gradient_notes import gradient_notes
 from kdray.checks.models import check_models
-from kdray.config import Config, EngineSettings
+from kdray.checks.unsafe_notes import unsafe_notes
+from kdray.config import Config
 from kdray.config.route import Route
 from kdray.data.chat import ChatTemplate
 from kdray.data.dataset import Dataset, load_dataset
@@ -34,7 +35,6 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     student_rows, student_positions = shape(student.model, student.revision)
     _check_student(config)
     check_capabilities(config)
-    _check_engines(config)
     check_gpus(config)
     kinds = {name: kind_of(config, name) for name in config.teachers}
     found = {name: kind.check(tokenizer, student_rows) for name, kind in kinds.items()}
@@ -44,7 +44,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if config.training.lora is not None:
         student_config = model_config(*origin(student.model, student.revision))
         lines.append(f"lora: {adapted_layers(student_config, config.training.lora)}")
-    lines += [*precision_notes(config), *quantisation_notes(config), *gradient_notes(config)]
+    lines += [*precision_notes(config), *quantisation_notes(config), *gradient_notes(config), *unsafe_notes(config)]
     if config.training.features is not None:
         lines.append(_features(config))
     positions = {f"teachers.{name}.model": each.positions for name, each in found.items()}
@@ -88,16 +88,6 @@ def _check_student(config: Config) -> None:
             f"student.model={student.model}: its weights are quantised, and training moves plain numbers, also beside an "
             "adapter (training.lora); name the folder before quantisation (kdray eval --student measures a quantised one)"
         )
-
-
-def _check_engines(config: Config) -> None:
-    engines: dict[str, EngineSettings] = {f"teachers.{name}": each for name, each in config.served_teachers.items()}
-    for setting, engine in {"rollout.pool": config.rollout.pool, **engines}.items():
-        if engine.engine_args.get("pipeline_parallel_size", 1) > 1:
-            raise ConfigError(
-                f"{setting}.engine_args.pipeline_parallel_size above 1: an engine here has all layers on one stage; remove it, "
-                f"and raise {setting}.tensor_parallel_size instead"
-            )
 
 
 def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:

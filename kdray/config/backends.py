@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from kdray.config.base import Settings
+from kdray.config.allowed import check_allowed
+from kdray.config.base import NonNegative, Positive, Settings
 from kdray.config.registry import SettingsRegistry
 
 Precision = Literal["fp32", "bf16"]
@@ -63,6 +64,11 @@ class StudentBackendSettings(Settings):
         """
         return ParameterBytes(2, 2, 12) if precision == "bf16" else ParameterBytes(4, 4, 8)
 
+    @property
+    def unsafe(self) -> Mapping[str, Any]:
+        """Settings that pass kdray's allow lists by, by name; a run that has any says so at its start."""
+        return {}
+
     def leaner(self) -> Iterator[StudentBackendSettings]:
         """Variants of the backend with less memory per rank, the smallest change first; for the planner's remedies."""
         yield from ()
@@ -80,18 +86,11 @@ class DeepSpeedSettings(StudentBackendSettings):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and parameters)."""
     options: dict[str, Any] = Field(default={})
-    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes); those that kdray sets itself
-    are rejected."""
-
-    @model_validator(mode="after")
-    def _check_options(self) -> DeepSpeedSettings:
-        for name in self.options:
-            if name in _TAKEN:
-                raise ValueError(f"training.backend.options.{name}: set by kdray; use training.{_TAKEN[name]}")
-        zero = self.options.get("zero_optimization")
-        if isinstance(zero, Mapping) and "stage" in zero:
-            raise ValueError("training.backend.options.zero_optimization.stage: set by kdray; use training.backend.zero_stage")
-        return self
+    """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes): those of an allow list,
+    which name no code and no file."""
+    unsafe_options: dict[str, Any] = Field(default={})
+    """DeepSpeed settings outside that list. They may run code that the config names, write anywhere, or train something else; a
+    run that has any says so at its start. Those that kdray sets itself are rejected."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> DeepSpeedSettings:
@@ -112,9 +111,34 @@ class DeepSpeedSettings(StudentBackendSettings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_options(self) -> DeepSpeedSettings:
+        for setting, options in {"options": self.options, "unsafe_options": self.unsafe_options}.items():
+            for name in options:
+                if name in _TAKEN:
+                    raise ValueError(f"training.backend.{setting}.{name}: set by kdray; use training.{_TAKEN[name]}")
+            zero = options.get("zero_optimization")
+            if isinstance(zero, Mapping) and "stage" in zero:
+                raise ValueError(
+                    f"training.backend.{setting}.zero_optimization.stage: set by kdray; use training.backend.zero_stage"
+                )
+        if twice := self.options.keys() & self.unsafe_options.keys():
+            raise ValueError(f"training.backend.unsafe_options.{min(twice)}: also in options; keep one of them")
+        check_allowed("training.backend.options", self.options, ALLOWED_OPTIONS, lambda _: _NOT_LISTED)
+        return self
+
+    @property
+    def every_option(self) -> dict[str, Any]:
+        """DeepSpeed's further settings, of both kinds."""
+        return self.options | self.unsafe_options
+
+    @property
+    def unsafe(self) -> Mapping[str, Any]:
+        return self.unsafe_options
+
     def _offload_device(self, name: str) -> str:
         """Device of a part of `zero_optimization` that may be offloaded; `none` if it stays where it is used."""
-        zero = self.options.get("zero_optimization")
+        zero = self.every_option.get("zero_optimization")
         part = zero.get(name) if isinstance(zero, Mapping) else None
         return str(part.get("device", "none")) if isinstance(part, Mapping) else "none"
 
@@ -125,7 +149,7 @@ class DeepSpeedSettings(StudentBackendSettings):
     @property
     def accumulates_in_float32(self) -> bool:
         """False if `options` asks for the accumulation of bfloat16 gradients in bfloat16."""
-        types = self.options.get("data_types")
+        types = self.every_option.get("data_types")
         asked = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
         return asked in (None, "fp32")
 
@@ -161,6 +185,47 @@ _TAKEN = {
     "fp16": "precision",
 }
 """DeepSpeed settings that kdray sets itself -> the training settings that determine them."""
+
+_DTYPE = Literal["fp32", "bf16"]
+ALLOWED_OPTIONS: dict[str, Any] = {
+    "communication_data_type": _DTYPE,
+    "data_types": {"grad_accum_dtype": _DTYPE},
+    "memory_breakdown": bool,
+    "wall_clock_breakdown": bool,
+    "steps_per_print": Positive,
+    "zero_optimization": {
+        "allgather_bucket_size": NonNegative,
+        "allgather_partitions": bool,
+        "contiguous_gradients": bool,
+        "memory_efficient_linear": bool,
+        "offload_optimizer": {"device": str, "pin_memory": bool},
+        "offload_param": {
+            "buffer_count": NonNegative,
+            "buffer_size": NonNegative,
+            "device": str,
+            "max_in_cpu": NonNegative,
+            "pin_memory": bool,
+        },
+        "overlap_comm": bool,
+        "reduce_bucket_size": Positive,
+        "reduce_scatter": bool,
+        "round_robin_gradients": bool,
+        "stage3_max_live_parameters": NonNegative,
+        "stage3_max_reuse_distance": NonNegative,
+        "stage3_model_persistence_threshold": NonNegative,
+        "stage3_param_persistence_threshold": NonNegative,
+        "stage3_prefetch_bucket_size": NonNegative,
+        "sub_group_size": Positive,
+        "use_multi_rank_bucket_allreduce": bool,
+        "zero_hpz_partition_size": Positive,
+    },
+}
+"""DeepSpeed setting -> type of its value, or of its keys: memory, communication and diagnostics of the same computation."""
+
+_NOT_LISTED = (
+    "it is not among DeepSpeed's settings known to run no code, write no file and train the same (at your own risk: "
+    "unsafe_options)"
+)
 
 
 @STUDENT_BACKENDS.add("torch")

@@ -136,8 +136,11 @@ class EngineSettings(Settings):
     gpu_memory_utilization: Fraction = 0.85
     """Share of GPU memory that the engine may use; leave room for the rows of log-probabilities."""
     engine_args: dict[str, Any] = Field(default={})
-    """Further vLLM engine arguments, passed through by name; those that kdray sets itself, and those under which its records
-    would be wrong, are rejected."""
+    """Further vLLM engine arguments, passed through by name: those of an allow list, which name no code and leave the records
+    right."""
+    unsafe_engine_args: dict[str, Any] = Field(default={})
+    """vLLM engine arguments outside that list. They may run code that the config names and make the records wrong; a run that
+    has any says so at its start. Those that kdray sets itself are rejected."""
 
     @property
     def label_selector(self) -> dict[str, str]:
@@ -152,7 +155,7 @@ class EngineSettings(Settings):
 
     @model_validator(mode="after")
     def _engine_rules(self) -> EngineSettings:
-        check_engine_args(self.engine_args)
+        check_engine_args(self.engine_args, self.unsafe_engine_args)
         if self.accelerator_types is not None:
             if self.accelerator_type is not None:
                 raise ValueError(

@@ -135,7 +135,7 @@ class DeepSpeedBackend(StudentBackend):
         if bf16 and settings.zero_stage < 2 and settings.accumulates_in_float32:
             # One reduction an update, of the float32 sums; from stage 2 on there is one for each micro-batch.
             config["communication_data_type"] = "fp32"
-        return _merge(config, settings.options)
+        return _merge(config, settings.every_option)
 
     # ---------------------------------------------------------------------------------------------------- an update
 

@@ -27,3 +27,18 @@ def test_every_engine_has_the_clusters_time_to_start(tmp_path: Path, cluster: di
     )
     context = check(config).with_models()
     assert teacher_spec(context, "t").start_timeout_s == student_spec(context).start_timeout_s == seconds
+
+
+def test_an_engine_gets_its_arguments_of_both_kinds(tmp_path: Path) -> None:
+    given = {"engine_args": {"block_size": 64}, "unsafe_engine_args": {"log_level": "debug"}}
+    config = parse_config(
+        {
+            "run": {"name": "x", "output": str(tmp_path)},
+            "data": {"prompts": {"type": "task", "tasks": ["last_letters"], "size": 16}, "heldout_size": 4},
+            "student": {"model": TINY | {"seed": 1}},
+            "teachers": {"t": {"model": TINY, **given}},
+            "rollout": {"max_new_tokens": 8},
+        }
+    )
+    context = check(config).with_models()
+    assert teacher_spec(context, "t").engine_args == {"block_size": 64, "log_level": "debug"}

@@ -228,7 +228,39 @@ CONFIGS: list[Case] = [
     (
         "an executor of one's own",
         lambda p: p.validate("teachers.main.engine_args={distributed_executor_backend: a.B}"),
-        ("distributed_executor_backend", "names code"),
+        ("distributed_executor_backend", "'mp', 'ray' or 'uni'"),
+    ),
+    (
+        "a configuration of logging, which calls functions by their names",
+        lambda p: p.validate("teachers.main.engine_args={log_config_file: logging.json}"),
+        ("teachers.main", "engine_args.log_config_file", "not free to set", "unsafe_engine_args"),
+    ),
+    (
+        "a manager of caches of one's own",
+        lambda p: p.validate(
+            "teachers.main.engine_args={ec_manager_config: {encoder_cache_manager_cls: evil.Module}}",
+        ),
+        ("teachers.main", "engine_args.ec_manager_config", "names code"),
+    ),
+    (
+        "a compiler of one's own",
+        lambda p: p.validate("teachers.main.engine_args={compilation_config: {backend: evil.module}}"),
+        ("engine_args.compilation_config.backend", "not free to set"),
+    ),
+    (
+        "a worker of one's own, at one's own risk",
+        lambda p: p.validate("teachers.main.unsafe_engine_args={worker_extension_cls: evil.Module}"),
+        ("unsafe_engine_args.worker_extension_cls", "the worker extension needs it"),
+    ),
+    (
+        "an engine's argument that vLLM does not have",
+        lambda p: p.validate("rollout.pool.engine_args={enforce_eagr: true}"),
+        ("rollout.pool", "engine_args.enforce_eagr", "not free to set"),
+    ),
+    (
+        "a compiler of the student",
+        lambda p: p.validate("training.deepspeed={compile: {backend: evil.module}}"),
+        ("training.backend.options.compile", "not free to set"),
     ),
     (
         "code of a model's folder",

@@ -104,6 +104,7 @@ async def test_vllm_never_chooses_the_dtype(
         ({}, {"cudagraph_mode": "PIECEWISE"}),
         ({"cudagraph_capture_sizes": [1, 8]}, {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1, 8]}),
         ({"cudagraph_mode": "NONE"}, {"cudagraph_mode": "NONE"}),
+        ({"backend": "eager"}, {"cudagraph_mode": "PIECEWISE", "backend": "eager"}),
     ],
 )
 async def test_other_compilation_settings_leave_the_graphs_piecewise(

@@ -95,9 +95,11 @@ def test_an_override_by_either_name_wins(recipe: Path, override: str) -> None:
 
 
 def test_an_override_reaches_into_the_options(recipe: Path) -> None:
-    config = load_config(recipe, ["training.deepspeed.zero_optimization.reduce_bucket_size=5", "training.backend.options.x=1"])
-    wanted = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5}, "x": 1}
-    assert config.training.backend == DeepSpeedSettings(zero_stage=1, options=wanted)
+    config = load_config(
+        recipe, ["training.deepspeed.zero_optimization.reduce_bucket_size=5", "training.backend.unsafe_options.x=1"]
+    )
+    wanted = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5}}
+    assert config.training.backend == DeepSpeedSettings(zero_stage=1, options=wanted, unsafe_options={"x": 1})
 
 
 def test_an_override_replaces_the_backend(recipe: Path) -> None:
@@ -237,6 +239,35 @@ def zero(**parts: Any) -> dict[str, Any]:
 def test_an_offload_that_would_not_take_place_is_refused(backend: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         training(backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        # Each imports a function or a class by its name, writes to a path, or rounds what is trained.
+        ({"options": {"compile": {"backend": "evil.module.function"}}}, r"options\.compile: not free to set; .*unsafe_options"),
+        ({"options": {"torch_autocast": {"lower_precision_safe_modules": ["a.B"]}}}, r"options\.torch_autocast: not free"),
+        ({"options": {"csv_monitor": {"enabled": True, "output_path": "/x"}}}, r"options\.csv_monitor: not free to set"),
+        ({"options": {"autotuning": {"enabled": True}}}, r"options\.autotuning: not free to set"),
+        ({"options": zero(zero_quantized_weights=True)}, r"options\.zero_optimization\.zero_quantized_weights: not free"),
+        ({"options": zero(leaf_module={"classes": ["a.B"]})}, r"options\.zero_optimization\.leaf_module: not free to set"),
+        ({"options": zero(overlap_comm="a.B")}, r"options\.zero_optimization\.overlap_comm='a\.B': "),
+        ({"options": {"zero_optimization": "a.B"}}, r"options\.zero_optimization='a\.B': expected settings"),
+        ({"unsafe_options": {"optimizer": {}}}, r"unsafe_options\.optimizer: set by kdray"),
+        ({"unsafe_options": zero(stage=3)}, r"unsafe_options\.zero_optimization\.stage: set by kdray"),
+        ({"options": zero(), "unsafe_options": zero()}, r"unsafe_options\.zero_optimization: also in options"),
+    ],
+)
+def test_an_option_that_is_not_listed_is_refused(backend: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        training(backend=backend)
+
+
+def test_unsafe_options_reach_deepspeed_and_the_facts_of_the_backend() -> None:
+    given = training(backend={"zero_stage": 1, "unsafe_options": zero(offload_optimizer={"device": "cpu", "ratio": 0.5})})
+    assert given.backend.offloads_optimizer
+    assert given.backend.unsafe == {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}
+    assert TorchSettings().unsafe == {}
 
 
 @pytest.mark.parametrize("device", ["none", "cpu"])

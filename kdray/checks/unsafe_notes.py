@@ -1,0 +1,22 @@
+"""Warnings about settings that go beyond kdray's allow lists (`unsafe_engine_args`, `unsafe_options`), each by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kdray.config import Config, EngineSettings
+
+
+def unsafe_notes(config: Config) -> Iterator[str]:
+    """Yield a line for every setting that holds such arguments."""
+    engines: dict[str, EngineSettings] = {f"teachers.{name}": each for name, each in config.served_teachers.items()}
+    for section, engine in {"rollout.pool": config.rollout.pool, **engines}.items():
+        yield from _note(f"{section}.unsafe_engine_args", engine.unsafe_engine_args)
+    yield from _note("training.backend.unsafe_options", config.training.backend.unsafe)
+
+
+def _note(setting: str, given: Mapping[str, Any]) -> Iterator[str]:
+    if given:
+        names = ", ".join(sorted(given))
+        yield f"{setting}: {names}: not checked by kdray; may run code, and may make records or training wrong"

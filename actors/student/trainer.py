@@ -37,7 +37,7 @@ from kdray.losses import LossOutput, Objective
 from kdray.losses.policy_gradient import Whitening, return_sums
 from kdray.models.attention import attention_arguments
 from kdray.models.saving import TokenizerSource, save_model
-from kdray.rollouts.batching import micro_batches, take_rows
+from kdray.rollouts.batching import micro_batches, packed_micro_batches, take_rows
 from kdray.rollouts.schedules import of_section
 from kdray.rollouts.training_digest import ShardRecord
 from kdray.runs.metrics import reduce_sums
@@ -211,6 +211,8 @@ class StudentTrainer:
         metrics = reduce_sums(sums, batch.num_target_tokens * passes)
         text_sums = {name: sum(update.text_sums[name] for update in done) for name in done[0].text_sums}
         metrics |= reduce_sums(text_sums, sum(update.text_tokens for update in done))
+        tokens, positions = self.backend.reduce([float(self._record.tokens), float(self._record.positions)])
+        metrics["padding"] = 1.0 - tokens / positions
         self.steps_done += 1
         self.has_trained = True
         shards = tuple(self.gather(self._record.shard(self.backend.updates)))
@@ -255,9 +257,8 @@ class StudentTrainer:
 
     def _update(self, batch: TrainBatch, text: TrainBatch | None, objective: Objective, number: int) -> _Update:
         """Run one optimizer update. Args: number: updates made before it in this step."""
-        size = self.training.micro_batch_size
-        parts = [(part, False) for part in micro_batches(batch, size)]
-        parts += [] if text is None else [(part, True) for part in micro_batches(text, size)]
+        parts = [(part, False) for part in self._micro_batches(batch)]
+        parts += [] if text is None else [(part, True) for part in self._micro_batches(text)]
         # Backends average gradients over ranks; the loss is a sum over all of them.
         scale = self.world_size / max(self._divisor(batch), 1)
         text_scale = 0.0
@@ -301,6 +302,13 @@ class StudentTrainer:
             grad_norm=moved.grad_norm,
             learning_rate=moved.learning_rate,
         )
+
+    def _micro_batches(self, batch: TrainBatch) -> Iterator[TrainBatch]:
+        """The forward passes of an update."""
+        if self.training.micro_batch_tokens is None:
+            return micro_batches(batch, self.training.micro_batch_size)
+        longest = np.max(self.backend.gather(batch.lengths.tolist()), axis=0)
+        return packed_micro_batches(batch, longest, self.training.micro_batch_tokens)
 
     def _divisor(self, batch: TrainBatch) -> int:
         """Number of tokens that the sums of an update are divided by; supervised phases have no constant one."""

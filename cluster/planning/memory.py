@@ -229,18 +229,19 @@ def rank_memory(
     """
     element = 2 if training.precision == "bf16" else 4
     each = training.backend.parameter_bytes(training.precision, training.ranks)
-    sequences = training.micro_batch_size
     in_main_memory = training.backend.offloads_optimizer and training.gpus_per_rank > 0
     # Weights sent by rank 0 exist twice more: the version being sent, and the next one.
     copies = 0 if training.weight_transfer == "object_store" else 2
-    tokens = sequences * (lengths.prompt + lengths.response)
+    tokens = training.micro_batch_tokens or training.micro_batch_size * (lengths.prompt + lengths.response)
+    # Packed rows may be of short prompts and long responses.
+    targets = training.micro_batch_tokens or training.micro_batch_size * lengths.response
     trained = model.parameters if model.adapter is None else model.adapter
     return RankMemory(
         weights=(model.parameters + (model.adapter or 0)) * each.weights,
         gradients=trained * each.gradients,
         optimizer=0.0 if in_main_memory else trained * each.optimizer,
         activations=activation_bytes(model, tokens, element, training.gradient_checkpointing),
-        logprobs=loss_bytes(model, training, sequences * lengths.response, tokens, loss),
+        logprobs=loss_bytes(model, training, targets, tokens, loss),
         teacher=teacher_bytes,
         base=ENGINE_BASE_BYTES["GPU" if training.gpus_per_rank > 0 else "CPU"],
         sent=copies * model.parameters * element,

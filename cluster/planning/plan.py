@@ -353,7 +353,7 @@ def _student_role(
             f"training: a rank needs {found.total / GIB:.1f} GiB (optimizer {found.optimizer / GIB:.1f}, gradients "
             f"{found.gradients / GIB:.1f}, weights {found.weights / GIB:.1f}, activations {found.activations / GIB:.1f}, "
             f"log-probabilities {found.logprobs / GIB:.1f}), and the smallest GPU that it may be placed on has "
-            f"{limit / GIB:.1f} GiB; {_smaller(training, memory, limit)}"
+            f"{limit / GIB:.1f} GiB; {_smaller(training, lengths, memory, limit)}"
         )
     rate = None
     if gpu is not None and on_gpu:
@@ -368,14 +368,20 @@ def _student_role(
     )
 
 
-def _smaller(training: TrainingSettings, memory: Callable[[TrainingSettings], RankMemory], limit: float) -> str:
+def _smaller(
+    training: TrainingSettings, lengths: Lengths, memory: Callable[[TrainingSettings], RankMemory], limit: float
+) -> str:
     """The smallest change of the training settings that makes a rank fit."""
     backend, most = training.backend, training.backend.max_ranks
     numbers = [ranks for ranks in (training.ranks * 2**power for power in range(6)) if most is None or ranks <= most]
-    micros = [training.micro_batch_size // 2**power for power in range(training.micro_batch_size.bit_length())]
+    size, least = "micro_batch_size", 1
+    if training.micro_batch_tokens is not None:
+        size, least = "micro_batch_tokens", lengths.prompt + lengths.response
+    whole = getattr(training, size)
+    micros = [part for part in (whole // 2**power for power in range(whole.bit_length())) if part >= least]
     for ranks, leaner in product(numbers, (backend, *backend.leaner())):
         for checkpointing, micro in product(sorted({training.gradient_checkpointing, True}), micros):
-            wanted = {"ranks": ranks, "gradient_checkpointing": checkpointing, "micro_batch_size": micro}
+            wanted = {"ranks": ranks, "gradient_checkpointing": checkpointing, size: micro}
             if memory(training.model_copy(update={**wanted, "backend": leaner})).total <= limit:
                 changed = {name: value for name, value in wanted.items() if value != getattr(training, name)}
                 changed |= {f"backend.{name}": value for name, value in leaner if value != getattr(backend, name)}

@@ -23,6 +23,7 @@ TRAINING_PLACE = frozenset(
         "labels",
         "placement",
         "micro_batch_size",
+        "micro_batch_tokens",
         "loss_chunk_tokens",
         "gradient_checkpointing",
     )

@@ -373,6 +373,23 @@ def _whole_conversations_are_scored_as_they_are(config: Config) -> Iterator[str]
         )
 
 
+def _a_pass_holds_the_longest_row(config: Config) -> Iterator[str]:
+    training, longest = config.training, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    budget = training.micro_batch_tokens
+    if budget is None:
+        return
+    if budget < longest:
+        yield (
+            f"training.micro_batch_tokens={budget} is less than the longest row, data.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {longest}; raise it to {longest} or more"
+        )
+    if training.pretraining is not None and budget < training.pretraining.window_tokens:
+        yield (
+            f"training.micro_batch_tokens={budget} is less than training.pretraining.window_tokens="
+            f"{training.pretraining.window_tokens}; raise it, or shorten the windows"
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _teachers_are_shared_out,
     _loss_learns_from_its_writers,
@@ -391,4 +408,5 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _programs_are_written_by_one_teacher,
     _paired_rows_stay_pairs,
     _whole_conversations_are_scored_as_they_are,
+    _a_pass_holds_the_longest_row,
 )

@@ -54,6 +54,10 @@ class TrainingSettings(Settings):
     """Rollouts per step, over all ranks."""
     micro_batch_size: Positive = 16
     """Rollouts per rank in one forward pass; the gradient does not depend on it."""
+    micro_batch_tokens: Positive | None = None
+    """Tokens per rank in one forward pass, prompts and padding included, in place of `micro_batch_size`: rollouts of like
+    length share a pass, as many as fit, so that short ones are not as few in a pass as long ones. The gradient does not depend
+    on it."""
     loss_chunk_tokens: Positive | None = None
     """Tokens per rank whose rows of log-probabilities exist at once while the loss is computed: memory is proportional to it,
     the result does not depend on it. None takes as many as make float32 rows of 128 MiB: 1,048 with 32,000 ids, 220 with
@@ -166,7 +170,8 @@ class TrainingSettings(Settings):
                     f"{self.ranks * self.mini_batches} or more"
                 )
         for name, size in sizes.items():
-            if size % (self.ranks * self.micro_batch_size):
+            # Packed by tokens, passes are of any number of rows, and the last rows of a rank may be padding.
+            if self.micro_batch_tokens is None and size % (self.ranks * self.micro_batch_size):
                 raise ValueError(
                     f"training.{name}={size} is not a multiple of ranks x micro_batch_size = {self.ranks} x "
                     f"{self.micro_batch_size}; choose {name} so that every rank gets whole micro-batches"

@@ -115,6 +115,25 @@ def micro_batches(batch: TrainBatch, micro_batch_size: int) -> Iterator[TrainBat
         yield take_rows(batch, np.arange(start, min(start + micro_batch_size, len(batch.lengths))))
 
 
+def packed_micro_batches(batch: TrainBatch, longest: np.ndarray, tokens: int) -> Iterator[TrainBatch]:
+    """Yield consecutive parts of as many rows as fit into `tokens` when padded to their longest one, at least one row each.
+
+    The rows of a shard come longest first, so that rows of a part have similar lengths.
+    Args: longest: [rows], the longest length that a row of this index has on any rank: all ranks then cut alike, and make the
+          same number of passes, which are collective.
+    """
+    start = 0
+    while start < len(longest):
+        end, width = start + 1, max(1, int(longest[start]))
+        while end < len(longest):
+            width = max(width, int(longest[end]))
+            if width * (end + 1 - start) > tokens:
+                break
+            end += 1
+        yield take_rows(batch, np.arange(start, end))
+        start = end
+
+
 def _pad(sample_ids: list[int], rows: list[tuple[np.ndarray, np.ndarray]], step: int) -> TrainBatch:
     """Right-pad rows of (prompt ids, response ids)."""
     prompts = np.array([len(prompt) for prompt, _ in rows], dtype=np.int32)

@@ -64,10 +64,15 @@ class ShardRecord:
         self._ids: set[int] = set()
         self._sum = 0
         self._targets = 0
+        self.tokens = 0
+        self.positions = 0
+        """Tokens in the forward passes, and positions, padding included."""
         self._pending: list[tuple[list[int], int, int]] = []
 
     def add(self, part: TrainBatch) -> None:
         """Record that the gradient of a micro-batch was computed."""
+        self.tokens += int(part.lengths.sum())
+        self.positions += part.token_ids.size
         self._pending.append((part.sample_ids.tolist(), sum(row_digests(part)), int(part.loss_mask.sum())))
 
     def applied(self) -> None:

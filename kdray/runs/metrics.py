@@ -32,6 +32,7 @@ METRICS: dict[str, Metric] = {
     "loss": Metric("nats/token", "token_mean", "What the optimizer minimises; with minillm a surrogate, not a divergence"),
     "grad_norm": Metric("1", "step", "Global gradient norm before clipping"),
     "learning_rate": Metric("1", "step", "Learning rate of the step"),
+    "padding": Metric("share", "step", "Positions of the student's forward passes that hold no token"),
     "step_s": Metric("s", "step", "Optimizer step: forward, backward, update, on the slowest rank"),
     # From the rollouts of the step.
     "reverse_kl": Metric("nats/token", "token_mean", "KL(student || teacher), full rows, at the sampled prefixes"),

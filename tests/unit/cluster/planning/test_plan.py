@@ -360,6 +360,10 @@ def test_a_teacher_far_larger_than_its_student_is_warned_of(models: dict[str, st
             r"training: a rank needs .*it fits with training.ranks=2, training.micro_batch_size=\d+",
         ),
         (
+            {"training": {"ranks": 1, "micro_batch_tokens": 2**19}},
+            r"training: a rank needs .*it fits with training.ranks=2, training.micro_batch_tokens=\d+",
+        ),
+        (
             # No number of ranks and no stage is a remedy for a backend that has neither.
             {"training": {"backend": {"type": "torch"}, "ranks": 1, "micro_batch_size": 64}},
             r"training: a rank needs .*use GPUs with more memory, or a smaller student",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kdray.config import MiniLLMLoss, ReverseKLLoss
 from kdray.errors import DataError
 from kdray.losses import LossBatch, loss_function
-from kdray.rollouts.batching import examples_to_batch, micro_batches, rollouts_to_batch, shard
+from kdray.rollouts.batching import examples_to_batch, micro_batches, packed_micro_batches, rollouts_to_batch, shard
 from kdray.types import Reference, Rollout
 
 torch.set_num_threads(1)
@@ -193,6 +193,28 @@ def test_micro_batches_keep_rows_and_trim_to_their_longest(sizes, micro_batch_si
                     np.testing.assert_array_equal(part.columns[name][row][part.loss_mask[row]], getattr(one, name))
     # Forward passes are collective: all ranks run the same number.
     assert len(counts) == 1
+
+
+@settings(max_examples=40)
+@given(shapes, st.integers(1, 3), st.integers(1, 40))
+def test_packed_passes_are_alike_on_all_ranks_and_within_the_budget(sizes, world_size, tokens):
+    """Every row once; no pass is larger than its budget, if one row of it is not, and none could have held the next row."""
+    batch = rollouts_to_batch([rollout(index, *size) for index, size in enumerate(sizes)], step=1)
+    shards = [shard(batch, rank, world_size) for rank in range(world_size)]
+    longest = np.max([piece.lengths for piece in shards], axis=0)
+    packed = [list(packed_micro_batches(piece, longest, tokens)) for piece in shards]
+    rows = [[len(part.lengths) for part in parts] for parts in packed]
+    assert all(each == rows[0] for each in rows)
+    found = sorted(int(each) for parts in packed for part in parts for each in part.sample_ids if each >= 0)
+    assert found == list(range(len(sizes)))
+    for parts in packed:
+        for part in parts:
+            assert part.token_ids.size <= tokens or len(part.lengths) == 1
+    start = 0
+    for count in rows[0]:
+        if start + count < len(longest):
+            assert max(longest[start : start + count + 1]) * (count + 1) > tokens
+        start += count
 
 
 def test_parts_are_copies_that_torch_can_take():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
 from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
 from kdray.config import TeacherSettings
+from kdray.errors import SignalError
 from kdray.evaluation import HeldOut, Measurement
 from kdray.interfaces import Teacher
 from kdray.models.inspect import decoder
@@ -23,6 +26,8 @@ from kdray.types import Prompt, SampleRequest
 
 _SIGNAL_PROMPTS = 8
 _SIGNAL_TOKENS = 16
+_ATTEMPTS = 5
+"""Checks of a teacher that learns, of which one has to pass."""
 
 
 def held_out(checked: Checked, pools: Pools) -> HeldOut:
@@ -168,6 +173,14 @@ async def check_signals(checked: Checked, teacher: Teacher, version: int = 0) ->
         )
         for index, prompt in enumerate(checked.dataset.heldout[:_SIGNAL_PROMPTS])
     ]
+    # A peer trains on: new weights may have come between sampling and scoring, but not every time.
+    attempts = _ATTEMPTS if settings.learns else 1
+    again = AsyncRetrying(retry=retry_if_exception_type(SignalError), stop=stop_after_attempt(attempts), reraise=True)
+    return await again(_check_signals, checked, teacher, requests)
+
+
+async def _check_signals(checked: Checked, teacher: Teacher, requests: Sequence[SampleRequest]) -> dict[str, float]:
+    config, settings = checked.config, checked.config.teachers[teacher.name]
     sampled = [rollout async for part in teacher.sample(requests) for rollout in part]
     if any(rollout.support_logprobs is None for rollout in sampled):
         return {"tokens": float(sum(len(rollout.token_ids) for rollout in sampled))}

@@ -177,9 +177,11 @@ def test_nodes_come_for_replicas_and_go_when_the_pool_shrinks_and_when_the_run_e
     finally:
         seen.close()
 
-    sizes = [change["nodes"] for change in seen.changes]
+    # On a busy machine, Ray may end the first node before the replica's processes use it, and start another in its place.
+    begins = max(index for index, change in enumerate(seen.changes) if not change["step"])
+    sizes = [change["nodes"] for change in seen.changes[begins:]]
     assert sizes == [1, 2, 1, 0], seen.changes
-    first, second, third, last = seen.changes
+    first, (second, third, last) = seen.changes[0], seen.changes[begins + 1 :]
     events = json_lines(run / "events.jsonl")
     begun = _when(next(event for event in events if event["kind"] == "start"))
     assert first["time"] < begun + 1, "the run's placement group asked for the first, and nothing starts before it is placed"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from cluster import evaluation
 from cluster.evaluation import teacher_left_out
 from kdray.config import Config, parse_config
 from kdray.config.route import Route
 from kdray.data.dataset import load_dataset
-from kdray.errors import Interrupted
+from kdray.errors import Interrupted, SignalError
 from kdray.models.resolve import task_tokenizer
 from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.context import Checked
@@ -73,6 +76,30 @@ async def test_the_summary_holds_the_verdict_and_the_report_begins_with_it(tmp_p
     again = StubRun(config_of(tmp_path, name="again", **sections))
     await again()
     assert again.summary["intervals"] == run.summary["intervals"], "the bootstrap has a seed of its own"
+
+
+@pytest.mark.parametrize(("learns", "failures", "passes"), [(True, 4, True), (True, 5, False), (False, 1, False)])
+async def test_a_teacher_that_learns_may_change_during_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool, failures: int, passes: bool
+) -> None:
+    """Its weights are new ones between sampling and scoring now and then; a teacher that is fixed has one chance."""
+    left = [SignalError("log p of the same tokens differs")] * failures
+
+    async def check(*_: Any) -> dict[str, float]:
+        if left:
+            raise left.pop()
+        return {"prefill_gap": 0.0}
+
+    monkeypatch.setattr(evaluation, "_check_signals", check)
+    settings = SimpleNamespace(learns=learns, replays=False)
+    checked = Mock(route=SimpleNamespace(teacher_reads="ids"), **{"dataset.heldout": []})
+    checked.config.teachers = {"other": settings}
+    checking = evaluation.check_signals(checked, SimpleNamespace(name="other"))  # type: ignore[arg-type]
+    if passes:
+        assert await checking == {"prefill_gap": 0.0}
+    else:
+        with pytest.raises(SignalError):
+            await checking
 
 
 async def test_a_resume_measures_neither_the_teacher_nor_the_student_before_again(tmp_path: Path) -> None:

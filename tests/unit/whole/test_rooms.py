@@ -58,8 +58,8 @@ ALLOWED = {
     "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",
     "cluster.evaluation": (
-        "kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.runs kdray.evaluation kdray.checks "
-        "actors.serving cluster.parts"
+        "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.runs kdray.evaluation "
+        "kdray.checks actors.serving cluster.parts"
     ),
     "cluster.assembly": (
         "kdray.errors kdray.config kdray.interfaces kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs "

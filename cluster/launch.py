@@ -80,7 +80,8 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
             for name, each in configs.items():
                 # Only now: a config that cannot run leaves no folder that would block the corrected one.
                 fetched = _fetch(each, stored[name], checkpoints[name]) if resume else False
-                folder = RunFolder.create(each, resume)
+                found = checkpoints[name]
+                folder = RunFolder.create(each, resume, 0 if found is None else found.step)
                 # Peers report to their folders only: a terminal shows one run at a time.
                 console = Console(quiet=True) if name else None
                 decode = decoder(checked[name].tokenizer)
@@ -158,10 +159,12 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
     checkpoint = Checkpoint(folder=config.run_folder.absolute() / found.key, progress=found.progress)
     training = config.training
     fine_tuning = checkpoint.progress.get("stage") == "finetune"
-    if fine_tuning and training.steps != checkpoint.progress["horizon"]:
+    # Checkpoints of earlier versions were always of runs as long as they were laid out for.
+    distilled = checkpoint.progress.get("steps", checkpoint.progress["horizon"])
+    if fine_tuning and training.steps != distilled:
         raise ConfigError(
-            f"training.steps={training.steps}, but the run is fine-tuning after {checkpoint.progress['horizon']} steps of "
-            "distillation already; set training.steps to that"
+            f"training.steps={training.steps}, but the run is fine-tuning after {distilled} steps of distillation already; set "
+            "training.steps to that"
         )
     if not fine_tuning and training.steps < checkpoint.step:
         raise ConfigError(
@@ -169,10 +172,10 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
             "set training.steps to at least that"
         )
     horizon = checkpoint.progress["horizon"]
-    if training.schedule != "constant" and training.steps != horizon:
+    if training.schedule != "constant" and training.steps > horizon:
         raise ConfigError(
             f"training.steps={training.steps}, but the run's {training.schedule} schedule was laid out for {horizon} steps; "
-            "a resumed run may change training.steps only with training.schedule=constant"
+            "a resumed run may end earlier, and go on longer only with training.schedule=constant"
         )
     return checkpoint, passed_over
 

@@ -177,8 +177,10 @@ class Runner:
         config = self._config
         training = config.training
         steps = training.steps
-        schedules = Schedules.of(config)
         stored = self._checkpoint.progress if self._checkpoint else None
+        # A run that ends earlier than it was laid out keeps its curve until there.
+        horizon = steps if stored is None or training.schedule == "constant" else max(steps, int(stored["horizon"]))
+        schedules = Schedules.of(config, horizon)
         start_step, self._totals = rewind(self._folder, self._ledger, schedules, steps, stored)
         base, revision = models.student, config.student.revision
         self._base = base, revision
@@ -194,14 +196,14 @@ class Runner:
             revision,
             config.loss,
             training.learning_rate,
-            steps * updates,
+            horizon * updates,
             training.warmup_steps * updates,
             training.schedule,
             self._teacher_of_head(models),
             self._base,
             self._teacher_of_features(models),
         )
-        progress: dict[str, Any] = {"horizon": steps, "stage": "distill"}
+        progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "distill"}
         if stored is not None:
             kept = ("before", "program", "stage", "distilled", "totals", "schedules")
             # A run that an earlier version began has no score of the teacher.

@@ -78,7 +78,8 @@ class Student(Protocol):
         """Run one optimizer step on a batch, together with a batch of pretraining text if given.
 
         Args: scheduled: settings whose values differ in this step, by full name, such as loss.beta.
-        Raises: TrainingError naming the samples, before the optimizer updates the weights, if a loss is not finite.
+        If a loss or gradient is not finite, the weights stay as they are: the report says that the batch was left out, if the
+        settings allow that. Raises: TrainingError naming the samples if not.
         """
         ...
 

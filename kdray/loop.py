@@ -37,13 +37,15 @@ from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
 from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.rewards import Rewards
 from kdray.rollouts.schedules import Schedules
-from kdray.runs.ledger import Ledger, Totals, fates, ledger_line
+from kdray.runs.ledger import NOT_FINITE, Ledger, Totals, fates, ledger_line
 from kdray.runs.metrics import batch_metrics, filter_metrics
 from kdray.runs.training_record import differences, training_columns
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
 
 RATE_STEPS = 10
 """Steps that `tokens_per_s` is taken over: with stale samples, steps that wait take turns with steps that do not."""
+SKIP_WINDOW = 100
+"""Steps in which at most `training.max_skipped` batches are left out."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Distillation:
         """Tokens and seconds of the latest steps."""
         self._saved = self.start_step
         """Step of the newest checkpoint."""
+        self._left_out = self.ledger.not_finite_steps()
+        """Steps whose batch the ranks left out, those before a resume included."""
 
     async def run(self) -> None:
         """Produce and train until the last step is done, or `stop` is set.
@@ -185,8 +189,11 @@ class Distillation:
         batch = rollouts_to_batch(rollouts, done, dropped, self.hooks.weights(rollouts), advantages)
         report = await self.student.train_step(batch, text, values)
         trained = time.perf_counter()
-        facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens, **training_columns(batch, report.shards)}
         ids = [rollout.sample_id for rollout in rollouts]
+        if report.left_out:
+            self._leave_out(done, report.left_out)
+            dropped = dict.fromkeys(ids, NOT_FINITE)
+        facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens, **training_columns(batch, report.shards)}
         wrong = self._difference(ledger_line(done, ids, dropped, facts), report)
         if wrong is not None:
             # With the line, `kdray verify` says the same.
@@ -214,6 +221,19 @@ class Distillation:
             **self.hooks.pool_metrics(),
         }
 
+    def _leave_out(self, step: int, reason: str) -> None:
+        """Count a batch that the ranks left out. Raises: TrainingError if there were too many of late."""
+        most = self.settings.max_skipped
+        recent = [left_out for left_out in self._left_out if left_out > step - SKIP_WINDOW]
+        if len(recent) >= most:
+            raise TrainingError(
+                f"{reason}. training.on_not_finite=skip left out {len(recent)} batches of the last {SKIP_WINDOW} steps already "
+                f"(steps {', '.join(map(str, recent))}), which is training.max_skipped={most}: lower training.learning_rate or "
+                "training.gradient_clipping, and continue with --resume"
+            )
+        self._left_out.append(step)
+        self.reporter.event("batch_left_out", step=step, rule=NOT_FINITE, reason=reason)
+
     def _difference(self, line: Mapping[str, Any], report: StepReport) -> TrainingError | None:
         """Compare what the ranks trained with what they were given, before any replica gets their weights.
 
@@ -222,7 +242,9 @@ class Distillation:
         settings, step = self.settings, report.step
         if not report.shards:
             return None
-        found = differences(line, settings.batch_size, settings.inner_epochs, step * settings.updates_per_step)
+        passes = 0 if report.left_out else settings.inner_epochs
+        updates = (step - len(self._left_out)) * settings.updates_per_step
+        found = differences(line, settings.batch_size, passes, updates)
         if not found:
             return None
         return TrainingError(

@@ -241,3 +241,5 @@ class StepReport:
     metrics: dict[str, float] = field(default_factory=dict)
     shards: tuple[TrainedShard, ...] = ()
     """What each rank trained, by rank; empty from a student that keeps no record."""
+    left_out: str = ""
+    """Reason why the ranks left the batch out, so that no update was made; empty if they trained it."""

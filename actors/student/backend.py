@@ -62,6 +62,19 @@ class Optimization:
         return get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=self.steps)
 
 
+def keep_learning_rates(scheduler: Any, starting: Sequence[float]) -> None:
+    """Continue a restored schedule from other peak learning rates. Args: starting: `base_lrs` before it was restored."""
+    state = scheduler.state_dict()
+    stored, groups = state["base_lrs"], scheduler.optimizer.param_groups
+    if list(stored) == list(starting):
+        return
+    for group, own, other in zip(groups, starting, stored, strict=True):
+        group["initial_lr"] = own
+        # The schedules are factors of the peak.
+        group["lr"] *= own / other
+    scheduler.load_state_dict(state | {"base_lrs": list(starting), "_last_lr": [group["lr"] for group in groups]})
+
+
 class Update(NamedTuple):
     """Outcome of `StudentBackend.step`, the same on all ranks."""
 
@@ -120,8 +133,8 @@ class StudentBackend(ABC):
     def forward_backward(self, loss: Callable[[Forward], torch.Tensor], last: bool) -> None:
         """Add the gradient of one micro-batch to the update's.
 
-        Gradients are averaged over ranks: the trainer's losses contain the factor `world_size`. After an abandoned update (an
-        exception, or no `step` after its last micro-batch), a backend may need `start` again.
+        Gradients are averaged over ranks: the trainer's losses contain the factor `world_size`. After an exception within an
+        update, a backend may need `start` again; after its last micro-batch, `step` or `abandon` follows.
         Args: loss: runs the forward pass that it receives, exactly once, and returns the scalar to be minimised, without
         further scaling; last: true if `step` follows.
         """
@@ -131,6 +144,13 @@ class StudentBackend(ABC):
         """Clip the gradient to a global norm of `training.gradient_clipping`, update the weights, advance the schedule.
 
         A gradient known to be non-finite before the update leaves weights and optimizer unchanged.
+        """
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Drop the gradients of an update after its last micro-batch, in place of `step` or after one that was not applied.
+
+        They leave no trace in the next update. No-op if there are none.
         """
 
     @property
@@ -181,6 +201,7 @@ class StudentBackend(ABC):
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore the output of `save`, after `start`: the next updates are bit-identical. Returns: the saved `state`.
 
+        Learning rate and gradient clipping are those of `start`, where they differ (`keep_learning_rates`).
         The folder has this rank's files and rank 0's. Nothing in a file may be executed: no pickles, or only those that contain
         just tensors and plain values (`actors.student.safe_load`).
         Raises: TrainingError if there is no checkpoint of this backend, or it contains anything else.

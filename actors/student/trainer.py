@@ -20,17 +20,11 @@ from safetensors.torch import load_file, save_file
 from actors.student import lora
 from actors.student.backend import Forward, Optimization, StudentBackend, open_backend
 from actors.student.dropout import set_recomputation, without_dropout
-from actors.student.features import (
-    StudentWithFeatures,
-    load_feature_teacher,
-    place_teacher,
-    unwrapped,
-    weigh_features,
-)
+from actors.student.features import StudentWithFeatures, load_feature_teacher, place_teacher, unwrapped, weigh_features
 from actors.student.file_tensors import export_gap, in_files, persistent_buffers
 from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head
 from actors.student.micro_batch_loss import MicroBatchLoss
-from actors.student.refusal import refuse_gradient, refuse_loss
+from actors.student.refusal import NotFinite, refuse_gradient, refuse_loss
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossOutput, Objective
@@ -190,8 +184,8 @@ class StudentTrainer:
         are divided by the target tokens of all ranks, or by `training.loss_tokens`. Pretraining text adds its own mean to each.
         Args: text: this rank's windows of the step; scheduled: settings that differ in this step, by full name; those of
         sampling are not read.
-        Raises: TrainingError on all ranks if any rank's loss or gradient is not finite; the optimizer has then not made that
-        update.
+        Raises: TrainingError on all ranks if any rank's loss or gradient is not finite, unless the settings leave the batch
+        out; the optimizer has then not made that update.
         """
         assert self.phase is not None
         started = time.perf_counter()
@@ -202,11 +196,13 @@ class StudentTrainer:
         self._record = ShardRecord()
         updates = list(self._updates(batch, text))
         objective = Objective.of(self._loss, self._whitening(batch))
-        done = [self._update(part, text_part, objective, number) for number, (part, text_part) in enumerate(updates)]
-        sums: dict[str, float] = {}
-        for update in done:
-            for name, value in update.sums.items():
-                sums[name] = sums.get(name, 0.0) + value
+        try:
+            done = [self._update(part, text_part, objective, number) for number, (part, text_part) in enumerate(updates)]
+        except NotFinite as error:
+            if self.phase.loss is None or not self.training.skips_not_finite:
+                raise
+            return self._leave_out(batch.step, str(error), started)
+        sums = {name: sum(update.sums[name] for update in done) for name in done[0].sums}
         passes = len(done) // self._parts
         metrics = reduce_sums(sums, batch.num_target_tokens * passes)
         text_sums = {name: sum(update.text_sums[name] for update in done) for name in done[0].text_sums}
@@ -226,6 +222,13 @@ class StudentTrainer:
             metrics=metrics,
             shards=shards,
         )
+
+    def _leave_out(self, step: int, reason: str, started: float) -> StepReport:
+        """Go on without a batch, whose one update was refused on all ranks; numbers that it would have are NaN."""
+        self.backend.abandon()
+        self.steps_done += 1
+        shards = tuple(self.gather(self._record.shard(self.backend.updates)))
+        return StepReport(step, np.nan, 0, np.nan, np.nan, time.perf_counter() - started, shards=shards, left_out=reason)
 
     @property
     def _parts(self) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, SerializeAsAny, model_validator
 
 from kdray.config.allowed import check_allowed
-from kdray.config.base import NonNegative, Positive, Settings
+from kdray.config.base import NonNegative, OnResume, Positive, Settings
 from kdray.config.registry import SettingsRegistry
 
 Precision = Literal["fp32", "bf16"]
@@ -85,7 +85,9 @@ class DeepSpeedSettings(StudentBackendSettings):
     type: Literal["deepspeed"] = "deepspeed"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and parameters)."""
-    options: dict[str, Any] = Field(default={})
+    options: Annotated[
+        dict[str, Any], OnResume(below=("zero_optimization.offload_optimizer", "zero_optimization.offload_param"))
+    ] = Field(default={})
     """Further DeepSpeed settings, merged over the generated ones (offload, overlap, bucket sizes): those of an allow list,
     which name no code and no file."""
     unsafe_options: dict[str, Any] = Field(default={})

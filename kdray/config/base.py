@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,14 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """Annotation of a field that a resumed run may change, as in `Annotated[int, OnResume()]`; see `kdray.config.resuming`."""
+
+    below: tuple[str, ...] = ()
+    """Dotted keys below the field that may change; empty for the field as a whole."""
 
 
 def _expanded(path: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
 from kdray.config.filters import FilterSettings
 from kdray.config.programs import ProgramSettings
 from kdray.config.teachers import EngineSettings
@@ -135,7 +135,7 @@ class RolloutSettings(Settings):
     data_share: Fraction = 0.0
     """Share of the responses that are the data's reference answers, which the teacher then scores: 1 is distillation on a fixed
     dataset; 0.3, with the teacher writing the rest, is the usual mix with real data. Applied before `teacher_share`."""
-    filters: FilterSettings | None = None
+    filters: Annotated[FilterSettings | None, OnResume()] = None
     """Filters that drop responses from training; None trains on all."""
     max_new_tokens: Positive = 128
     """Maximum response length, tokens."""
@@ -172,7 +172,7 @@ class RolloutSettings(Settings):
     rationale. Needs rollout.alpha=1 and loss.type=sequence."""
     pool: EngineSettings = EngineSettings()
     """The student-only replicas of `sampler: student`."""
-    retries: NonNegative = 5
+    retries: Annotated[NonNegative, OnResume()] = 5
     """Maximum number of times a request is resent after its replica died or failed."""
 
     @model_validator(mode="before")

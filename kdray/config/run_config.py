@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 import yaml
 from pydantic import Field, model_validator
 
-from kdray.config.base import Settings
+from kdray.config.base import OnResume, Settings
 from kdray.config.data import DataSettings
 from kdray.config.features import AttentionTerm, HiddenTerm, RelationTerm
 from kdray.config.losses import LossSource, MiniLLMLoss
@@ -46,9 +46,9 @@ class Config(Settings):
     """Objective; the keys depend on `type`, and docs/losses.md says when to use which."""
     training: TrainingSettings = TrainingSettings()
     """Optimizer, ranks, precision, checkpoints."""
-    evaluation: EvaluationSettings = EvaluationSettings()
+    evaluation: Annotated[EvaluationSettings, OnResume()] = EvaluationSettings()
     """Measurements on held-out prompts."""
-    cluster: ClusterSettings = ClusterSettings()
+    cluster: Annotated[ClusterSettings, OnResume()] = ClusterSettings()
     """Cluster and placement."""
 
     @model_validator(mode="before")

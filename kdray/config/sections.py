@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from kdray.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.base import NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
 from kdray.config.job import JobSettings
 from kdray.config.storage import check_storage_url
 from kdray.config.trackers import TensorBoardTracker, TrackerSource
@@ -18,15 +18,15 @@ class RunSettings(Settings):
     """Name of the run; its folder is `<output>/<name>`. Letters, digits, dot, dash and underscore."""
     seed: NonNegative = 0
     """Seed of all randomness: data order, sampling, initial weights of tiny models."""
-    output: Path = Path("runs")
+    output: Annotated[Path, OnResume()] = Path("runs")
     """Parent folder of run folders. Relative paths are resolved from the directory in which the command was started."""
-    storage: str | None = None
+    storage: Annotated[str | None, OnResume()] = None
     """URL of a folder in an object store, or of a shared folder, that holds a copy of run folders: `s3://bucket/folder`,
     `gs://bucket/folder`, `file:///folder`. Checkpoints are then written only there, and a run resumes from it on any machine.
     None: the run folder is the only copy, and every node with student ranks must be able to access it. Credentials come from
     the environment."""
 
-    trackers: list[TrackerSource] = Field(default=[TensorBoardTracker()])
+    trackers: Annotated[list[TrackerSource], OnResume()] = Field(default=[TensorBoardTracker()])
     """Destinations of numbers and events besides the run folder's own files; the keys depend on `type`: tensorboard, or one of
     another distribution. One that fails is reported as the event `tracker_failed` and dropped; the run continues."""
 

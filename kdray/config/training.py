@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kdray.config.backends import Backend, Precision, default_backend, with_backend
-from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
 from kdray.config.data import TextSource
 from kdray.config.features import FeatureSettings
 from kdray.config.labels import LabelSelector
@@ -48,7 +48,7 @@ class PretrainingSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    steps: Positive = 100
+    steps: Annotated[Positive, OnResume()] = 100
     """Steps of the distillation phase: each trains on one batch of rollouts and publishes one version of the student."""
     batch_size: Positive = 64
     """Rollouts per step, over all ranks."""
@@ -62,7 +62,7 @@ class TrainingSettings(Settings):
     """Tokens per rank whose rows of log-probabilities exist at once while the loss is computed: memory is proportional to it,
     the result does not depend on it. None takes as many as make float32 rows of 128 MiB: 1,048 with 32,000 ids, 220 with
     152,000. A micro-batch of no more tokens, prompts included, is computed without chunks."""
-    learning_rate: PositiveFloat = 5e-6
+    learning_rate: Annotated[PositiveFloat, OnResume()] = 5e-6
     """Peak AdamW learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the learning rate schedule after warm-up."""
@@ -72,7 +72,7 @@ class TrainingSettings(Settings):
     """AdamW's decay rates."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
-    gradient_clipping: PositiveFloat = 1.0
+    gradient_clipping: Annotated[PositiveFloat, OnResume()] = 1.0
     """Maximum global gradient norm."""
     ranks: Positive = 1
     """Number of student ranks, one process each (one GPU each on a GPU cluster)."""
@@ -99,25 +99,30 @@ class TrainingSettings(Settings):
     such as the soft-capping of attention logits of Gemma 2: then the one that computes what the replicas compute."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-    checkpoint_every: NonNegative = 50
+    checkpoint_every: Annotated[NonNegative, OnResume()] = 50
     """Steps between checkpoints; 0 writes one only at the end and on interruption. The batches since the last one are kept in
     Ray's object store, which spills them to disk when it is full: restarted ranks replay them."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Annotated[Positive, OnResume()] = 2
     """Number of most recent checkpoints to keep."""
-    max_restarts: NonNegative = 2
+    max_restarts: Annotated[NonNegative, OnResume()] = 2
     """Maximum number of restarts of the ranks from the last checkpoint after one is lost."""
-    stuck_after_s: PositiveFloat = 1800.0
+    stuck_after_s: Annotated[PositiveFloat, OnResume()] = 1800.0
     """Longest step, save or publication, and longest loading after a restart; beyond it the ranks count as stuck (one hanging
     rank blocks all) and are restarted from the last checkpoint."""
-    stuck_loading_after_s: PositiveFloat = 7200.0
+    stuck_loading_after_s: Annotated[PositiveFloat, OnResume()] = 7200.0
     """Longest loading of a phase's model, including the start of the ranks, and longest export: `stuck_after_s` for these."""
-    sync_bucket_mib: PositiveFloat = 256.0
+    sync_bucket_mib: Annotated[PositiveFloat, OnResume()] = 256.0
     """Size of a bucket of weights sent to the replicas, MiB."""
-    weight_transfer: Literal["object_store", "nccl"] = "object_store"
+    weight_transfer: Annotated[Literal["object_store", "nccl"], OnResume()] = "object_store"
     """Transport of weights to the replicas: `object_store` uses Ray's object store and files, and works everywhere; `nccl`
     sends them from rank 0's GPU to each replica's with vLLM's weight-transfer engine, one replica at a time. Untested: nccl has
     not run on GPUs; only the code around NCCL has run, on CPUs. It requires whole GPUs for ranks and replicas, memory for two
     more copies of the weights on rank 0's GPU, and for two buckets of `sync_bucket_mib` on both sides."""
+    on_not_finite: Annotated[Literal["stop", "skip"], OnResume()] = "stop"
+    """Consequence of a loss or gradient that is not finite during distillation: `stop` ends the run; `skip` leaves the whole
+    batch out of training, on all ranks, under the rule `not_finite` in the ledger. Supervised phases stop in either case."""
+    max_skipped: Annotated[Positive, OnResume()] = 3
+    """Largest number of batches that `on_not_finite: skip` leaves out within 100 consecutive steps; one more ends the run."""
     mini_batch_size: Positive | None = None
     """Rollouts per optimizer update, over all ranks; None takes `batch_size`."""
     inner_epochs: Positive = 1
@@ -169,6 +174,12 @@ class TrainingSettings(Settings):
                     f"{self.ranks} ranks in each of {self.mini_batches} mini-batches; raise it to "
                     f"{self.ranks * self.mini_batches} or more"
                 )
+        if self.skips_not_finite and self.updates_per_step > 1:
+            raise ValueError(
+                f"training.on_not_finite=skip with {self.updates_per_step} updates a step (training.mini_batch_size, "
+                "training.inner_epochs): a batch whose first update was made can no longer be left out; set "
+                "training.on_not_finite=stop, or make one update a step"
+            )
         for name, size in sizes.items():
             # Packed by tokens, passes are of any number of rows, and the last rows of a rank may be padding.
             if self.micro_batch_tokens is None and size % (self.ranks * self.micro_batch_size):
@@ -185,6 +196,11 @@ class TrainingSettings(Settings):
         if self.warmup_steps > self.steps:
             raise ValueError(f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}")
         return self
+
+    @property
+    def skips_not_finite(self) -> bool:
+        """True if batches without a finite loss and gradient are left out."""
+        return self.on_not_finite == "skip"
 
     @property
     def mini_batches(self) -> int:

@@ -32,6 +32,7 @@ class LoopSettings:
     data_share: float = 0.0
     updates_per_step: int = 1
     inner_epochs: int = 1
+    max_skipped: int = 3
 
     @classmethod
     def of(cls, config: Config) -> LoopSettings:
@@ -49,6 +50,7 @@ class LoopSettings:
             data_share=config.rollout.data_share,
             updates_per_step=config.training.updates_per_step,
             inner_epochs=config.training.inner_epochs,
+            max_skipped=config.training.max_skipped,
         )
 
 

@@ -19,7 +19,7 @@ class Schedules:
     def __init__(
         self, settings: Mapping[str, ScheduleSettings], own: Mapping[str, float], steps: int, max_staleness: int
     ) -> None:
-        """Args: own: unscheduled values of the settings, by the same names; steps: total steps of the run."""
+        """Args: own: unscheduled values of the settings, by the same names; steps: steps that they are laid out for."""
         self._settings = settings
         self._own = own
         self._steps = steps
@@ -27,11 +27,11 @@ class Schedules:
         self._averages: dict[int, dict[str, float]] = {}
 
     @classmethod
-    def of(cls, config: Config) -> Schedules:
-        """Build the schedules of a run."""
+    def of(cls, config: Config, horizon: int | None = None) -> Schedules:
+        """Build the schedules of a run. Args: horizon: steps that they are laid out for; None for those of the run."""
         settings = config.training.schedules
         own = {name: config.scheduled(name) or 0.0 for name in settings}
-        return cls(settings, own, config.training.steps, config.rollout.max_staleness)
+        return cls(settings, own, horizon or config.training.steps, config.rollout.max_staleness)
 
     def at(self, step: int) -> dict[str, float]:
         """Return the values for the batch of step `step`, counted from 0.

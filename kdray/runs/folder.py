@@ -14,40 +14,22 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from kdray.config import Config, load_config
-from kdray.config.roles import ENGINE_PLACE, TRAINING_PLACE
+from kdray.config.resuming import Change, changeable, changes
 from kdray.errors import ConfigError, DataError
 
 CAPTURE = "capture"
 """Subfolder that `kdray capture` writes to; a run may still be started in a folder that has it."""
 
-_FOLDERS = ("checkpoints", "samples", "logs")
+CHANGED = "setting_changed"
+"""Event of a setting that a resume changed: the step of its checkpoint, the setting's name, its old and new value."""
 
-_MAY_DIFFER = (
-    "training.steps",
-    # Monitoring of ranks, and weight transfer.
-    "training.max_restarts",
-    "training.stuck_after_s",
-    "training.stuck_loading_after_s",
-    "training.sync_bucket_mib",
-    "training.weight_transfer",
-    "evaluation",
-    "cluster",
-    "run.output",
-    "run.storage",
-    "run.trackers",
-    # Checkpoints are sharded by rank, and by the sharding of the student's backend.
-    *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks"})),
-    *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
-)
-"""Settings that a resumed run may change: length, evaluation, and placement. `run.output` and `run.storage` only locate the
-folder, which may have been moved, or the command may have been started in another directory."""
+_FOLDERS = ("checkpoints", "samples", "logs")
 
 
 def utc_now() -> str:
@@ -62,16 +44,17 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, config: Config, resume: bool = False) -> RunFolder:
+    def create(cls, config: Config, resume: bool = False, step: int = 0) -> RunFolder:
         """Create the folder of a run that is about to start, and write its resolved config.
 
-        With `resume`, the folder must contain a run whose config differs only in settings that a resumed run may change; lines
-        truncated by a kill are dropped.
+        With `resume`, the folder must contain a run whose config differs only in settings that a resumed run may change; each
+        change becomes an event, and lines truncated by a kill are dropped.
+        Args: step: of the checkpoint to resume from.
         Raises: ConfigError that names the folder and the remedies.
         """
         folder = cls(config.run_folder)
         try:
-            folder._start(config, resume)
+            folder._start(config, resume, step)
         except OSError as error:
             output = config.run.output
             raise ConfigError(
@@ -79,11 +62,14 @@ class RunFolder:
             ) from error
         return folder
 
-    def _start(self, config: Config, resume: bool) -> None:
+    def _start(self, config: Config, resume: bool, step: int) -> None:
         if resume:
-            self._check_resumable(config)
+            found = self._changes(config)
             for path in (self.metrics, self.events):
                 drop_torn_line(path)
+            # Before the config: a kill in between may repeat an event, and loses none.
+            for each in found:
+                self.append_event(CHANGED, step=step, setting=each.setting, old=each.old, new=each.new)
         else:
             self.check_free()
         for path in (self.path, self.checkpoints, self.samples, self.logs):
@@ -209,27 +195,22 @@ class RunFolder:
         kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
         write_atomically(self.metrics, "".join(_line(line) for line in kept))
 
-    def _check_resumable(self, config: Config) -> None:
+    def _changes(self, config: Config) -> list[Change]:
+        """Return the settings that a resumed run changes. Raises: ConfigError if it may not change one of them."""
         if not self.config.is_file():
             raise ConfigError(f"{self.path}: there is no run to resume; leave out --resume, or correct run.name")
-        stored, wanted = (_leaves(c.model_dump(mode="json")) for c in (load_config(self.config), config))
-        differing = sorted(
-            key
-            for key in stored.keys() | wanted.keys()
-            if stored.get(key, _ABSENT) != wanted.get(key, _ABSENT)
-            and not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in _MAY_DIFFER)
-        )
-        if differing:
-            changes = "; ".join(
-                f"{key}: {stored.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} now" for key in differing
-            )
+        found = changes(load_config(self.config), config)
+        if refused := [change for change in found if not change.allowed]:
+            told = "; ".join(f"{each.setting}: {_told(each.old)} there, {_told(each.new)} now" for each in refused)
             raise ConfigError(
-                f"{self.path}: the run to resume had other settings ({changes}); a resumed run may change training.steps, "
-                "evaluation, cluster, run.trackers and where its parts run only: set these back, or choose another run.name"
+                f"{self.path}: the run to resume had other settings ({told}). A resumed run may change where its parts run, "
+                f"and {', '.join(changeable(config))}: set the others back, or choose another run.name"
             )
+        return found
 
 
-_ABSENT = object()
+def _told(value: Any) -> str:
+    return "absent" if value is None else repr(value)
 
 
 def _may_be_there(path: Path) -> bool:
@@ -315,14 +296,3 @@ def drop_torn_line(path: Path) -> None:
         content = path.read_bytes()
         if not content.endswith(b"\n"):
             os.truncate(path, content.rfind(b"\n") + 1)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten sections into dotted key -> value."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves

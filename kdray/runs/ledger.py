@@ -14,6 +14,9 @@ from typing import Any
 from kdray.runs.folder import read_lines, write_atomically
 from kdray.types import Rollout
 
+NOT_FINITE = "not_finite"
+"""Rule under which a whole batch is left out whose loss or gradient was not finite (`training.on_not_finite: skip`)."""
+
 
 class Ledger:
     """`ledger.jsonl`: the outcome of every sample, one line per step, appended when it is done; read by `kdray.runs.verify`.
@@ -37,6 +40,10 @@ class Ledger:
             file.write(json.dumps(ledger_line(step, sample_ids, dropped, facts)) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def not_finite_steps(self) -> list[int]:
+        """Return the steps whose batch was left out under the rule NOT_FINITE."""
+        return [line["step"] for line in self._lines() if NOT_FINITE in line.get("dropped", {})]
 
     def truncate(self, step: int) -> None:
         """Drop steps after `step`, which a resume trains again."""

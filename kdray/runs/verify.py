@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kdray.config import Config, load_config
+from kdray.config.filters import FILTERS
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
-from kdray.runs.folder import RunFolder, read_lines
-from kdray.runs.training_record import differences, has_record
+from kdray.runs.folder import CHANGED, RunFolder, read_lines
+from kdray.runs.ledger import NOT_FINITE
+from kdray.runs.training_record import compare_records, described
 
 _FATES = ("prompt_ids", "tokens", "oldest", "newest", "scored_by")
 _ENDS = {
@@ -80,6 +82,11 @@ class _Step:
         value = self.line[name]
         return value if isinstance(value, list) else [value] * len(self.sample_ids)
 
+    @property
+    def is_left_out(self) -> bool:
+        """True if the whole batch was left out because its loss or gradient was not finite."""
+        return NOT_FINITE in self.by_rule
+
     @cached_property
     def kept_tokens(self) -> int:
         pairs = zip(self.sample_ids, self.column("tokens"), strict=True)
@@ -106,7 +113,7 @@ def verify(run: Path) -> Proof:
                 proof.wrong("missing", f"{path.name} is not there")
     done = config.training.steps if proof.state == "finished" else max((line.step for line in steps), default=0)
     _check_ids(proof, steps, done, config.training.batch_size)
-    _check_dropped(proof, steps, config)
+    _check_dropped(proof, steps, config, events)
     told = _with_fates(proof, steps)
     _check_fates(proof, told, config)
     _check_training(proof, told, config)
@@ -211,13 +218,21 @@ def _check_numbers(proof: Proof, name: str, numbers: Sequence[int], done: int) -
         proof.wrong("order", f"{name}: step {at} stands after later ones")
 
 
-def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config) -> None:
-    """Check that an excluded sample belongs to its step and is excluded once, by a rule of the config."""
+def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config, events: Sequence[Mapping[str, Any]]) -> None:
+    """Check that an excluded sample belongs to its step and is excluded once, by a rule of the config at the time."""
     filters = config.rollout.filters
     rules = set() if filters is None else {rule.type for rule in filters.in_order()}
+    if config.training.skips_not_finite:
+        rules.add(NOT_FINITE)
+    # A resume may have changed them; events name the settings, not every rule that they turned on.
+    changed = _last_change(events, "rollout.filters"), _last_change(events, "training.on_not_finite")
     for line in steps:
-        for rule in line.by_rule.keys() - rules:
-            proof.wrong("rule", f"step {line.step}: left out by {rule!r}; rollout.filters has {sorted(rules) or 'no rules'}")
+        if line.is_left_out and set(line.by_rule[NOT_FINITE]) != set(line.sample_ids):
+            proof.wrong("rule", f"step {line.step}: {NOT_FINITE} leaves out a part of its batch, and not the whole")
+        before = {*FILTERS.names()} if line.step <= changed[0] else set()
+        before |= {NOT_FINITE} if line.step <= changed[1] else set()
+        for rule in line.by_rule.keys() - rules - before:
+            proof.wrong("rule", f"step {line.step}: left out by {rule!r}; the config has {sorted(rules) or 'no rules'}")
         counts = Counter(sample_id for ids in line.by_rule.values() for sample_id in ids)
         for sample_id, count in counts.items():
             if count > 1:
@@ -253,23 +268,19 @@ def _check_fates(proof: Proof, told: Sequence[_Step], config: Config) -> None:
                 proof.wrong("prompts", f"samples {[sample_id for sample_id, _ in pairs]} are of one prompt, and have several")
 
 
+def _last_change(events: Sequence[Mapping[str, Any]], setting: str) -> int:
+    """Return the step of the last resume that changed a setting, or one below it; 0 if none did."""
+    names = [(str(line.get("setting")), line.get("step")) for line in events if _kind(line) == CHANGED]
+    changed = [step for name, step in names if name == setting or name.startswith(f"{setting}.")]
+    return max((step for step in changed if type(step) is int), default=0)
+
+
 def _check_training(proof: Proof, told: Sequence[_Step], config: Config) -> None:
     """Check each rank's own record of what it trained against the rollouts that it was given, and its optimizer's counter."""
-    training = config.training
-    begun = next((line.step for line in told if has_record(line.line)), None)
-    if told and (begun is None or begun > told[0].step):
-        until = "its steps" if begun is None else f"steps 1 to {begun - 1}"
-        proof.notes.append(
-            f"{until} were trained by an older version: what the ranks say they trained is not known, so that these are proved "
-            "from the driver's lines alone"
-        )
-    for line in told:
-        if has_record(line.line):
-            updates = line.step * training.updates_per_step
-            for what in differences(line.line, training.batch_size, training.inner_epochs, updates):
-                proof.wrong("training", f"step {line.step}: {what}")
-        elif begun is not None and line.step > begun:
-            proof.wrong("training", f"step {line.step}: no rank says what it trained")
+    notes, problems = compare_records([line.line for line in told], config.training)
+    proof.notes += notes
+    for what in problems:
+        proof.wrong("training", what)
 
 
 def _resumed_step(events: Sequence[Mapping[str, Any]]) -> int | None:
@@ -428,11 +439,8 @@ def _prompts(steps: Sequence[_Step], config: Config) -> int:
 # --------------------------------------------------------------------------------------------------------- reporting
 
 
-def _ranks_fact(told: Sequence[_Step]) -> str:
-    recorded = [line.line["trained"] for line in told if has_record(line.line)]
-    if not recorded or not isinstance(recorded[-1], list):
-        return "no record of what they trained"
-    return f"{len(recorded[-1])}, whose own records were compared in {len(recorded)} of {len(told)} steps"
+def _changed(event: Mapping[str, Any]) -> str:
+    return f"{event.get('setting')} after step {event.get('step')}: {event.get('old')} -> {event.get('new')}"
 
 
 def _facts(
@@ -455,18 +463,21 @@ def _facts(
         ("trained", f"{samples - sum(rules.values())}, each in its step"),
         ("left out", ", ".join(f"{count} by {rule}" for rule, count in rules.items()) or "0"),
     ]
+    if batches := [line.step for line in steps if line.is_left_out]:
+        facts.append(("batches left out", f"{len(batches)}, not finite: step {', '.join(map(str, batches[:_SHOWN]))}"))
     if told:
         scorers = Counter(teacher for line in told for teacher in line.column("scored_by"))
         named = (f"{count} by {teacher}" if teacher else f"{count} not scored" for teacher, count in scorers.items())
         facts += [
             ("scored", ", ".join(named)),
             ("tokens trained", str(sum(line.kept_tokens for line in told))),
-            ("ranks", _ranks_fact(told)),
+            ("ranks", described([line.line for line in told])),
             ("staleness", f"at most {max(line.staleness for line in told)} of {config.rollout.max_staleness} steps"),
         ]
     facts += [
         ("metrics", "a line a step, as in the ledger"),
         ("checkpoints", str(checkpoints)),
+        ("settings changed", "; ".join(_changed(line) for line in events if _kind(line) == CHANGED) or "none"),
         ("resumed", ", ".join(f"at step {step}" for step in resumed) or "never"),
         ("asked again", f"{sum(number for number in retries if type(number) is int)} samples in {len(retries)} retries"),
     ]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.student.backend import Forward, Optimization, StudentBackend, Update
+from actors.student.backend import Forward, Optimization, StudentBackend, Update, keep_learning_rates
 from kdray.config import TrainingSettings
 from kdray.config.backends import StudentBackendSettings
 from kdray.errors import TrainingError
@@ -88,6 +88,9 @@ class FlatBackend(StudentBackend):
         self._scheduler.step()
         return Update(norm, learning_rate, applied=True)
 
+    def abandon(self) -> None:
+        self._gradient = None
+
     @property
     def updates(self) -> int:
         return self._steps
@@ -112,9 +115,11 @@ class FlatBackend(StudentBackend):
             raise TrainingError(f"{folder}: nothing flat is here")
         plain = json.loads((folder / "flat.json").read_text())
         self._vectors, self._steps = load_file(folder / "flat.safetensors"), plain["steps"]
+        starting = self._scheduler.base_lrs
         self._scheduler.load_state_dict(plain["scheduler"])
         for group, rate in zip(self._optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+        keep_learning_rates(self._scheduler, starting)
         self._give_back()
         return plain["state"]
 

@@ -244,7 +244,7 @@ async def drive(
     tokenizer = task_tokenizer()
     resume = (config.run_folder / "config.yaml").is_file()
     found, _ = newest_checkpoint([Storage.local(config.run_folder)]) if resume else (None, [])
-    folder = RunFolder.create(config, resume)
+    folder = RunFolder.create(config, resume, found.step if found else 0)
     trackers = Trackers(config, folder.path)
     reporter = RunReporter(
         folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode, trackers=trackers

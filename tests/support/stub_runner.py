@@ -96,8 +96,8 @@ class StubRun:
     async def __call__(self, stop_at: int | None = None) -> StubRun:
         """Run it to its end. Args: stop_at: step in which the user interrupts the run."""
         config, tokenizer = self.config, task_tokenizer()
-        folder = RunFolder.create(config, self.resume)
-        found = newest_checkpoint([Storage.local(folder.path)])[0] if self.resume else None
+        found = newest_checkpoint([Storage.local(config.run_folder)])[0] if self.resume else None
+        folder = RunFolder.create(config, self.resume, found.step if found else 0)
         checkpoint = None if found is None else Checkpoint(folder.path / found.key, found.progress)
         reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
         dataset = load_dataset(config, tokenizer)

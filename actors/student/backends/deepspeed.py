@@ -6,7 +6,7 @@ import gc
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from actors.student.backend import (
     Optimization,
     StudentBackend,
     Update,
+    keep_learning_rates,
     training_device,
     uses_fused_optimizer,
 )
@@ -28,6 +29,7 @@ from kdray.errors import TrainingError
 
 _TAG = "state"
 """DeepSpeed's tag for the only checkpoint of a folder."""
+_ABSENT = object()
 
 
 class DeepSpeedBackend(StudentBackend):
@@ -45,6 +47,7 @@ class DeepSpeedBackend(StudentBackend):
         self.world_size = dist.get_world_size()
         self._on = training_device(training)
         self._engine: Any = None
+        self._has_gradient = False
 
     # ----------------------------------------------------------------------------------------------------- a phase
 
@@ -145,6 +148,7 @@ class DeepSpeedBackend(StudentBackend):
             for parameter in self.module.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        self._has_gradient = True
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss(self._engine), scale_wrt_gas=False)
 
@@ -158,7 +162,31 @@ class DeepSpeedBackend(StudentBackend):
             clipping = self.training.gradient_clipping
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), clipping, torch.tensor(norm, device=self.device))
         engine.step()
-        return Update(float(engine.get_global_grad_norm()) if norm is None else norm, learning_rate, applied=True)
+        self._has_gradient = False
+        # Where DeepSpeed computes the norm, it also drops a gradient that is not finite.
+        if not (applied := engine.was_step_applied()):
+            self._drop_sums()
+        return Update(float(engine.get_global_grad_norm()) if norm is None else norm, learning_rate, applied)
+
+    def abandon(self) -> None:
+        if not self._has_gradient:
+            return
+        engine = self._engine
+        if self._settings.zero_stage == 0:
+            engine.zero_grad()
+            engine.optimizer.zero_grad()
+        else:
+            # A sharded gradient is in buffers of DeepSpeed's own, which it clears where it finds an overflow.
+            with _overflow(engine.optimizer, self._settings.zero_stage):
+                engine.step()
+            self._drop_sums()
+        self._has_gradient = False
+
+    def _drop_sums(self) -> None:
+        """Drop float32 sums of gradients: with an offloaded optimizer, DeepSpeed adds to those of an overflow."""
+        if self._settings.offloads_optimizer and self._settings.zero_stage < 3:
+            sums = self._engine.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
 
     @property
     def updates(self) -> int:
@@ -223,12 +251,17 @@ class DeepSpeedBackend(StudentBackend):
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
+        scheduler, optimizer = self._engine.lr_scheduler, self._engine.optimizer
+        starting, clipping = scheduler.base_lrs, getattr(optimizer, "clip_grad", None)
         loaded = state = None
         if (folder / _TAG).is_dir():
             with tensors_alone(LossScaler, ZeroStageEnum, fragment_address):
                 loaded, state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not self._has_frozen)
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
+        keep_learning_rates(scheduler, starting)
+        if clipping is not None:
+            optimizer.clip_grad = clipping
         return state
 
 
@@ -242,6 +275,35 @@ def _undo_first_step(optimizer: Any) -> None:
         for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
             for master, parameter in zip(masters, parameters, strict=True):
                 master.copy_(parameter)
+
+
+@contextmanager
+def _overflow(optimizer: Any, stage: int) -> Iterator[None]:
+    """Context in which the sharded optimizer takes its gradient for an overflow."""
+
+    def found(*_: Any, **__: Any) -> bool:
+        optimizer.overflow = True
+        return True
+
+    checks = {"check_grad_overflow": True, "check_overflow": found}
+    replaced = checks if stage < 3 else {"_overflow_check_and_loss_scale_update": found}
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(_replaced(optimizer, name, value))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context in which an object has another attribute."""
+    own = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if own is not _ABSENT:
+            setattr(owner, name, own)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

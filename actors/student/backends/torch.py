@@ -19,6 +19,7 @@ from actors.student.backend import (
     Optimization,
     StudentBackend,
     Update,
+    keep_learning_rates,
     training_device,
     uses_fused_optimizer,
 )
@@ -121,6 +122,10 @@ class TorchBackend(StudentBackend):
         self._give_back()
         return Update(float(norm), learning_rate, applied=True)
 
+    def abandon(self) -> None:
+        self._optimizer.zero_grad()
+        self._accumulating = False
+
     @property
     def updates(self) -> int:
         return self._updates
@@ -185,7 +190,9 @@ class TorchBackend(StudentBackend):
             if "fused" in own:
                 group["fused"] = own["fused"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        starting = self._scheduler.base_lrs
         self._scheduler.load_state_dict(scheduler)
+        keep_learning_rates(self._scheduler, starting)
         self._updates = updates
         with torch.no_grad():
             for (_, master), tensor in zip(self._masters, masters, strict=True):

@@ -22,8 +22,9 @@ from kdray.runs.context import Checked
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.report import write_report
 from kdray.runs.results.draws import ratios, read_draws
+from kdray.runs.verify import verify
 from tests.support.stub_run import EOS, stub_config
-from tests.support.stub_runner import StubRun
+from tests.support.stub_runner import StubGroup, StubRun
 
 
 def config_of(tmp_path: Path, **sections: Any) -> Config:
@@ -116,6 +117,32 @@ async def test_a_resume_measures_neither_the_teacher_nor_the_student_before_agai
     whole = await StubRun(config_of(tmp_path, name="whole"))()
     for name in ("before", "teacher", "after"):
         assert resumed.summary[name] == whole.summary[name]
+
+
+async def test_a_resume_that_ends_earlier_keeps_the_schedule_of_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a second resume: the checkpoint says what the schedule was laid out for."""
+    phases: list[Any] = []
+    start_phase = StubGroup.start_phase
+
+    async def noted(self: StubGroup, phase: Any, checkpoint: Path | None = None) -> None:
+        phases.append(phase)
+        await start_phase(self, phase, checkpoint)
+
+    monkeypatch.setattr(StubGroup, "start_phase", noted)
+    lengths = [8, 6, 5]
+    for start, (steps, stop_at) in enumerate(zip(lengths, (2, 4, None), strict=True)):
+        config = config_of(tmp_path, training={"steps": steps, "schedule": "cosine"})
+        run = StubRun(config, resume=start > 0)
+        if stop_at is None:
+            await run()
+        else:
+            with pytest.raises(Interrupted):
+                await run(stop_at=stop_at)
+    assert [phase.steps for phase in phases if phase.name == "distill"] == [8, 8, 8]
+    assert run.summary["steps"] == 5
+    assert verify(config.run_folder).problems == []
 
 
 async def test_a_run_that_an_earlier_version_began_is_resumed_without_the_teachers_score(tmp_path: Path) -> None:

@@ -453,6 +453,54 @@ def test_a_checkpoint_continues_the_curve_exactly(
     assert len({path.name for path in files}) < len(files), "the second save wrote files of the same names"
 
 
+def test_a_checkpoint_continues_with_the_learning_rate_and_clipping_of_the_start(
+    backend: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A resumed run may change them, and the checkpoint holds the old ones."""
+    training, phase = training_of(backend), phase_of(models["student"])
+    trainer = started(training, phase)
+    trainer.train_step(BATCHES[0])
+    trainer.train_step(BATCHES[1])
+    trainer.save(tmp_path)
+    before = weights_of(trainer)
+
+    def moved(training: TrainingSettings, phase: Phase) -> tuple[float, dict[str, torch.Tensor]]:
+        again = started(training, phase)
+        again.load(tmp_path)
+        assert_same(weights_of(again), before)
+        rates = [again.train_step(batch).learning_rate for batch in BATCHES[2:4]]
+        again.start_phase(phase)
+        again.load(tmp_path)
+        again.train_step(BATCHES[2])
+        return rates[1], {name: tensor - before[name] for name, tensor in weights_of(again).items()}
+
+    rate, way = moved(training, phase)
+    half_rate, half_way = moved(training, replace(phase, learning_rate=phase.learning_rate / 2))
+    assert half_rate == pytest.approx(rate / 2)
+    for name, tensor in half_way.items():
+        # Steps are near 1e-3; weights near 1 are rounded to 1.2e-7.
+        torch.testing.assert_close(tensor, way[name] / 2, rtol=1e-3, atol=1e-6)
+    clipped_rate, clipped = moved(training_of(backend, gradient_clipping=1e-6), phase)
+    assert clipped_rate == rate
+    assert max(float((tensor - way[name]).abs().max()) for name, tensor in clipped.items()) > 1e-4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pair", [("deepspeed-2", "deepspeed-offload-2"), ("deepspeed-offload-2", "deepspeed-2")])
+def test_a_checkpoint_continues_with_and_without_offload(
+    process_group: None, models: dict[str, Path], pair: tuple[str, str], tmp_path: Path
+) -> None:
+    phase = phase_of(models["student"])
+    trainer, again = (started(training_of(BACKENDS[each]), phase) for each in pair)
+    trainer.train_step(BATCHES[0])
+    trainer.save(tmp_path)
+    again.load(tmp_path)
+    for batch in BATCHES[1:4]:
+        expected, found = trainer.train_step(batch), again.train_step(batch)
+        assert (found.loss, found.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-4)
+        assert found.learning_rate == expected.learning_rate
+
+
 def test_a_checkpoint_before_the_first_step_is_the_start(
     backend: dict[str, Any], models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -550,22 +598,49 @@ def test_no_part_of_an_update_is_made_where_one_part_of_the_loss_is_not_finite(
 def test_a_gradient_that_is_not_finite_is_refused(
     backend: dict[str, Any], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is 0, and its root has no slope there; whether the weights have moved is said as it is."""
-
-    def rooted(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
-        return LossOutput(total=(0.0 * logits[batch.mask].sum()).sqrt())
-
     trainer = started(training_of(backend), phase_of(models["student"]))
     before = weights_of(trainer)
     monkeypatch.setattr(Objective, "of", lambda *_: Objective("logits", rooted))
     with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite .*samples \[10\d") as raised:
         trainer.train_step(BATCHES[0])
-    if backend.get("zero_stage"):
-        # Its optimizer is told of the gradient by the update alone.
-        assert "continue from the last checkpoint" in str(raised.value)
-    else:
-        assert "the optimizer was not moved" in str(raised.value)
-        assert_same(weights_of(trainer), before)
+    assert "the optimizer was not moved" in str(raised.value)
+    assert_same(weights_of(trainer), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_batch_that_is_not_finite_can_be_left_out_without_a_trace(
+    backend: dict[str, Any], models: dict[str, Path], what: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the weights and the optimizer, nor in the next gradient, nor in the learning rate."""
+    training = training_of(backend, on_not_finite="skip", precision=precision)
+    phase = phase_of(models["student"], warmup_steps=0)
+    first, second = started(training, phase), started(training, phase)
+    with monkeypatch.context() as patch:
+        assert told(first.train_step(BATCHES[0])) == told(second.train_step(BATCHES[0]))
+        if what == "gradient":
+            patch.setattr(Objective, "of", lambda *_: Objective("logits", rooted))
+        report = first.train_step(poisoned(BATCHES[1], 3) if what == "loss" else BATCHES[1])
+    assert f"step 2: the {what}" in report.left_out
+    (shard,) = report.shards
+    assert (report.num_target_tokens, shard.sample_ids, shard.num_target_tokens, shard.updates) == (0, (), 0, 1)
+    assert first.steps_done == 2
+    assert [told(first.train_step(batch)) for batch in BATCHES[2:4]] == [told(second.train_step(b)) for b in BATCHES[2:4]]
+    assert first.backend.updates == second.backend.updates == 3
+    assert_same(weights_of(first), weights_of(second))
+
+
+def test_a_supervised_batch_is_not_left_out(models: dict[str, Path]) -> None:
+    trainer = started(training_of({"type": "torch"}, on_not_finite="skip"), phase_of(models["student"], loss=None))
+    for parameter in trainer.backend.module.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="not finite"):
+        trainer.train_step(BATCHES[0])
+
+
+def rooted(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
+    """The loss is 0, and its root has no slope there."""
+    return LossOutput(total=(0.0 * logits[batch.mask].sum()).sqrt())
 
 
 def test_training_goes_on_from_a_checkpoint_after_a_refusal(

@@ -82,12 +82,43 @@ def test_resume_needs_a_run(tmp_path):
         {"evaluation": {"control": True, "every": 5}},
         {"cluster": {"address": "10.0.0.1:6379"}},
         {"run": {"storage": "s3://bucket/runs"}},
+        {"training": {"learning_rate": 1e-3, "gradient_clipping": 0.5, "on_not_finite": "skip", "max_skipped": 9}},
+        {"training": {"checkpoint_every": 7, "keep_checkpoints": 5}},
+        {"rollout": {"filters": {"finished": True}, "retries": 9}},
     ],
 )
 def test_resume_takes_the_same_run_or_one_that_differs_in_what_may(tmp_path, sections):
     RunFolder.create(config_in(tmp_path))
     wanted = config_in(tmp_path, **sections)
     assert load_config(RunFolder.create(wanted, resume=True).config) == wanted
+
+
+def test_every_change_of_a_resume_is_an_event(tmp_path):
+    RunFolder.create(config_in(tmp_path))
+    wanted = config_in(tmp_path, training={"learning_rate": 1e-3, "steps": 60}, rollout={"filters": {"finished": True}})
+    folder = RunFolder.create(wanted, resume=True, step=40)
+    found = {line["setting"]: (line["kind"], line["step"], line["old"], line["new"]) for line in read_lines(folder.events)}
+    assert found["training.learning_rate"] == ("setting_changed", 40, 5e-6, 1e-3)
+    assert found["training.steps"] == ("setting_changed", 40, 100, 60)
+    assert found["rollout.filters.finished"] == ("setting_changed", 40, None, True)
+    assert all(name.split(".")[0] in ("training", "rollout") for name in found)
+    RunFolder.create(wanted, resume=True, step=50)
+    assert len(read_lines(folder.events)) == len(found), "what is as it was is no change"
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_resume_takes_another_offload_of_the_same_stage(tmp_path, backwards):
+    def config(**options: dict) -> Config:
+        return config_in(tmp_path, training={"backend": {"zero_stage": 3, "options": options}})
+
+    both = [config(), config(zero_optimization={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}})]
+    stored, wanted = reversed(both) if backwards else both
+    RunFolder.create(stored)
+    folder = RunFolder.create(wanted, resume=True, step=3)
+    told = {line["setting"].removeprefix("training.backend.options.zero_optimization.") for line in read_lines(folder.events)}
+    assert told == {"offload_optimizer.device", "offload_param.device"}
+    with pytest.raises(ConfigError, match="overlap_comm: absent there, True now"):
+        RunFolder.create(config(zero_optimization={"overlap_comm": True}), resume=True)
 
 
 def test_resume_takes_a_run_that_was_moved(tmp_path):
@@ -99,11 +130,12 @@ def test_resume_takes_a_run_that_was_moved(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        ({"training": {"learning_rate": 1e-3}}, "training.learning_rate"),
+        ({"training": {"weight_decay": 0.1}}, "training.weight_decay"),
         ({"training": {"sft": {"steps": 3}}}, "training.sft.steps"),
         ({"run": {"seed": 7}}, "run.seed"),
         ({"loss": {"type": "forward_kl"}}, "loss.type"),
         ({"rollout": {"alpha": 0.5}}, "rollout.alpha"),
+        ({"training": {"backend": {"options": {"zero_allow_untested_optimizer": True}}}}, "training.backend.options"),
     ],
 )
 def test_resume_refuses_other_settings_by_name(tmp_path, sections, key):
@@ -111,7 +143,11 @@ def test_resume_refuses_other_settings_by_name(tmp_path, sections, key):
     RunFolder.create(stored)
     with pytest.raises(ConfigError) as caught:
         RunFolder.create(config_in(tmp_path, **sections), resume=True)
-    assert f"{key}: " in str(caught.value)
+    assert f"{key}" in str(caught.value)
+    assert "training.gradient_clipping, training.keep_checkpoints, training.learning_rate, training.max_restarts" in str(
+        caught.value
+    )
+    assert not (tmp_path / "trial" / "events.jsonl").exists()
     assert load_config(tmp_path / "trial" / "config.yaml") == stored, "a refused resume changes nothing"
 
 

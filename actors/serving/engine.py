@@ -37,8 +37,6 @@ class Job(NamedTuple):
     ids: list[int]
     params: Any
     """vLLM's SamplingParams."""
-    priority: int = 0
-    """The sample's number: the lowest is served first, so that a step ends as early as it can."""
 
 
 class TeacherEngine:
@@ -134,7 +132,7 @@ class TeacherEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={"kdray": draw | kept},
             )
-            jobs.append(Job(key, request.prompt_ids.tolist(), params, request.sample_id))
+            jobs.append(Job(key, request.prompt_ids.tolist(), params))
         async with aclosing(self._finish(jobs)) as finished:
             async for ended in finished:
                 yield [self._sampled(requests[index], *answer) for index, *answer in ended]
@@ -177,7 +175,7 @@ class TeacherEngine:
                 skip_reading_prefix_cache=start % block_size == 0,
                 extra_args={"kdray": extra},
             )
-            jobs.append(Job(key, sequence[:-1], params, rollout.sample_id))
+            jobs.append(Job(key, sequence[:-1], params))
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         async with aclosing(self._finish(jobs, lengths)) as finished:
             async for ended in finished:
@@ -194,7 +192,7 @@ class TeacherEngine:
         for rollout in rollouts:
             ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
             params = prompt_logprobs.sampling_params(width, ids[-1])
-            jobs.append(Job(self._key(rollout.sample_id), ids[:-1], params, rollout.sample_id))
+            jobs.append(Job(self._key(rollout.sample_id), ids[:-1], params))
         async with aclosing(self._outputs(jobs)) as outputs:
             async for ended in outputs:
                 scored = []
@@ -254,7 +252,7 @@ class TeacherEngine:
         ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
         async def follow(index: int) -> None:
-            key, ids, params, priority = jobs[index]
+            key, ids, params = jobs[index]
             final = None
             # Cached prefixes are those of requests that began under the same student; an update that drops them needs no name.
             prompt: dict[str, Any] = {"prompt_token_ids": ids}
@@ -265,12 +263,12 @@ class TeacherEngine:
             if salt:
                 prompt["cache_salt"] = ", ".join(salt)
             try:
-                async for output in self._engine.generate(prompt, params, key, priority=priority):
+                async for output in self._engine.generate(prompt, params, key):
                     final = output
                 if final is not None and _lacks_rows(final, params):
                     again = params.clone()
                     again.skip_reading_prefix_cache = True
-                    async for output in self._engine.generate(prompt, again, key, priority=priority):
+                    async for output in self._engine.generate(prompt, again, key):
                         final = output
             except Exception:
                 await self.check_health()
@@ -431,7 +429,7 @@ class TeacherEngine:
             skip_reading_prefix_cache=True,
             extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "last_id": int(ids[-1])}},
         )
-        job = Job(key, [int(token_id) for token_id in ids[:-1]], params, priority=-1)
+        job = Job(key, [int(token_id) for token_id in ids[:-1]], params)
         async with aclosing(self._finish([job], [len(ids) - 1])) as finished:
             ((_, _, record),) = [answer async for part in finished for answer in part]
         return record["student_logprobs"]

@@ -60,8 +60,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "max_num_batched_tokens": max(spec.max_num_batched_tokens, spec.max_num_seqs),
         "tensor_parallel_size": spec.tensor_parallel_size,
         "enable_prefix_caching": True,
-        # The oldest sample first; the newest is the one that is preempted.
-        "scheduling_policy": "priority",
+        # By priority, vLLM may preempt a request that it has scheduled in the same step, whose blocks then stay in the prefix
+        # cache although nothing was written to them (0.32).
+        "scheduling_policy": "fcfs",
         "trust_remote_code": False,
         # Never a pickle, which can execute code.
         "load_format": "safetensors",

@@ -84,7 +84,7 @@ SET_BY_KDRAY: dict[str, str] = {
     "code_revision": "kdray runs no code from model folders",
     "load_format": "kdray loads safetensors alone",
     "hf_token": "a key stands in no file; set HF_TOKEN in the environment",
-    "scheduling_policy": "the oldest sample is served first",
+    "scheduling_policy": "by priority, vLLM may cache keys and values that were never computed",
     "disable_log_stats": "kdray reads its own statistics of an engine",
 }
 """Argument -> what to do instead: those that kdray sets itself, or that no config may hold; refused in `unsafe_engine_args`

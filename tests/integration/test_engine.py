@@ -288,24 +288,6 @@ async def test_scoring_reads_the_prompts_of_a_group_once(pair: Pair, tiny_models
     assert (await pair.engine.stats())["held"] == 0
 
 
-async def test_the_oldest_samples_come_first(pair: Pair) -> None:
-    """Those of an earlier step overtake a queue of later ones, of which no more than 32 run at once."""
-    ended: list[int] = []
-    begun = asyncio.Event()
-
-    async def draw(ids: range) -> None:
-        requests = [replace(each, sample_id=number) for number, each in zip(ids, _requests(len(ids), seed=ids[0]), strict=True)]
-        async for part in pair.engine.sample([replace(each, alpha=0.5, max_new_tokens=24) for each in requests]):
-            ended.extend(rollout.sample_id for rollout in part)
-            begun.set()
-
-    later = asyncio.create_task(draw(range(1000, 1160)))
-    await begun.wait()
-    await asyncio.gather(later, draw(range(24)))
-    # Most are served before most of the queue; without priorities they would come after all of it.
-    assert np.median([ended.index(number) for number in range(24)]) < 100
-
-
 async def test_vllms_own_prompt_logprobs_agree_with_the_recorder(pair: Pair, tiny_models: TinyModels) -> None:
     """The fallback reads the same engine: log p, top ids and tail, up to what float32 leaves of a small tail."""
     foreign = _foreign(30, np.random.default_rng(13))

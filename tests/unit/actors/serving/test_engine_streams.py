@@ -32,7 +32,7 @@ class ScriptedEngine:
     async def collective_rpc(self, method: str, args: Any = ()) -> None:
         raise ValueError(f"{method} without workers")
 
-    async def generate(self, prompt: Any, params: Any, key: str, priority: int) -> AsyncGenerator[Any]:
+    async def generate(self, prompt: Any, params: Any, key: str) -> AsyncGenerator[Any]:
         self.running.add(key)
         try:
             given = self.script[key]

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdray.runs.folder import read_lines, write_atomically
+from kdray.runs.folder import read_lines, unguarded, write_atomically
 from kdray.types import Rollout
 
 
@@ -25,8 +25,10 @@ class Ledger:
     comparing two runs; `trained_tokens` is the number of targets that the ranks counted.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, guard: Callable[[], None] = unguarded) -> None:
+        """Args: guard: called before every write; raises if another driver has taken over the run."""
         self._path = path
+        self._guard = guard
 
     def append(
         self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None, facts: Mapping[str, Any] | None = None
@@ -39,6 +41,7 @@ class Ledger:
         for sample_id, rule in (dropped or {}).items():
             by_rule.setdefault(rule, []).append(sample_id)
         line = {"step": step, "sample_ids": sample_ids} | ({"dropped": by_rule} if by_rule else {}) | dict(facts or {})
+        self._guard()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -47,6 +50,7 @@ class Ledger:
     def truncate(self, step: int) -> None:
         """Drop steps after `step`, which a resume trains again."""
         lines = [line for line in self._lines() if line["step"] <= step]
+        self._guard()
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def check(self, steps: int, batch_size: int) -> tuple[int, int]:

@@ -174,7 +174,7 @@ async def capture_answers(
 
 @contextlib.contextmanager
 def _stoppable(folder: CaptureFolder) -> Iterator[None]:
-    """Let SIGINT and SIGTERM cancel the running task, which then ends with Interrupted."""
+    """Let SIGINT, SIGTERM and SIGHUP cancel the running task, which then ends with Interrupted."""
     main = asyncio.current_task()
     assert main is not None
     with on_interrupt(main.cancel):

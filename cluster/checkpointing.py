@@ -83,6 +83,8 @@ class CheckpointedStudent:
     on_event: Callable[..., None]
     on_retry: Callable[..., None]
     """Called for every operation on the storage that a rank retried."""
+    guard: Callable[[], None]
+    """Called before anything is committed or deleted; raises if another driver has taken over the run. It may block."""
 
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
@@ -96,6 +98,7 @@ class CheckpointedStudent:
         await self.ranks.publish(version)
 
     async def save_checkpoint(self, step: int) -> None:
+        await in_daemon_thread(self.guard)
         started = time.monotonic()
         # First: once the checkpoint is committed, the files have everything that a resume from it needs.
         sent = 0 if self.stored is None else await in_daemon_thread(self.stored.send)
@@ -108,4 +111,5 @@ class CheckpointedStudent:
             costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
             self.on_event("stored", step=step, **costs, files_bytes=sent, files_s=send_s)
         storage = Storage.local(self.folder.path) if self.stored is None else self.stored.storage
+        await in_daemon_thread(self.guard)
         await in_daemon_thread(prune_checkpoints, storage, self.keep)

@@ -1,4 +1,4 @@
-"""Interrupts of a run: SIGINT and SIGTERM as calls in its event loop; and the loop itself, also inside a running one."""
+"""Interrupts of a run: SIGINT, SIGTERM and SIGHUP as calls in its event loop; and that loop, also inside a running one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ELSEWHERE: list[tuple[asyncio.AbstractEventLoop, Callable[[], object]]] = []
 """Interrupts of loops outside the main thread, to which Python delivers no signals."""
 
 
 @contextlib.contextmanager
 def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` in the running loop for every SIGINT or SIGTERM received within the block.
+    """Call `act` in the running loop for every SIGINT, SIGTERM or SIGHUP received within the block.
 
+    SIGHUP, the end of the terminal, stays ignored where it is, as under nohup.
     Outside the main thread, for every one received while the main thread waits in `run_coroutine`.
     """
     loop = asyncio.get_running_loop()
@@ -32,13 +33,18 @@ def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
         finally:
             _ELSEWHERE.remove(entry)
         return
-    for number in _NUMBERS:
+    numbers = _heeded()
+    for number in numbers:
         loop.add_signal_handler(number, act)
     try:
         yield
     finally:
-        for number in _NUMBERS:
+        for number in numbers:
             loop.remove_signal_handler(number)
+
+
+def _heeded() -> list[signal.Signals]:
+    return [number for number in _NUMBERS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def run_coroutine(work: Coroutine[Any, Any, Result]) -> Result:
@@ -63,7 +69,7 @@ def _signals_passed_on() -> Iterator[None]:
         for loop, act in _ELSEWHERE:
             loop.call_soon_threadsafe(act)
 
-    before = {number: signal.signal(number, pass_on) for number in _NUMBERS}
+    before = {number: signal.signal(number, pass_on) for number in _heeded()}
     try:
         yield
     finally:

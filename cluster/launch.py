@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.preflight import check
 from kdray.config import Config
-from kdray.errors import ConfigError, StorageError
+from kdray.errors import ConfigError, LeaseLost, StorageError
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
-from kdray.runs.context import RunContext, resolve_models
+from kdray.runs.context import Checked, RunContext, resolve_models
 from kdray.runs.folder import CAPTURE, RunFolder
+from kdray.runs.lease import Lease, leased
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
@@ -65,6 +66,19 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         configs |= peer_configs(config, models.teachers, models.student)
         checked |= {name: check(each, given) for name, each in configs.items() if name}
     stored = {name: StoredRun.of(each) for name, each in configs.items()}
+    with leased(config, stored[""]) as lease:
+        return _run(configs, checked, stored, resume, lease)
+
+
+def _run(
+    configs: Mapping[str, Config],
+    checked: Mapping[str, Checked],
+    stored: Mapping[str, StoredRun | None],
+    resume: bool,
+    lease: Lease,
+) -> dict[str, Any]:
+    """Run what is checked, under a lease of the first run's folder and storage. Args: by the name of the concurrent run."""
+    config = configs[""]
     checkpoints: dict[str, Checkpoint | None] = dict.fromkeys(configs)
     passed_over: dict[str, list[NotWhole]] = {name: [] for name in configs}
     for name, each in configs.items():
@@ -81,7 +95,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                 # Only now: a config that cannot run leaves no folder that would block the corrected one.
                 fetched = _fetch(each, stored[name], checkpoints[name]) if resume else False
                 found = checkpoints[name]
-                folder = RunFolder.create(each, resume, 0 if found is None else found.step)
+                folder = RunFolder.create(each, resume, 0 if found is None else found.step, lease.check)
                 # Peers report to their folders only: a terminal shows one run at a time.
                 console = Console(quiet=True) if name else None
                 decode = decoder(checked[name].tokenizer)
@@ -92,17 +106,21 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
                     reporter.event("fetched", storage=each.run.storage)
                 for bad in passed_over[name]:
                     reporter.event("checkpoint_not_whole", checkpoint=bad.key, reason=bad.reason)
+                    lease.check_everywhere()
                     discard(bad)
-                plans[name] = RunPlan(checked[name], folder, reporter, checkpoints[name], stored[name], on_start=room.release)
+                plans[name] = RunPlan(
+                    checked[name], folder, reporter, checkpoints[name], stored[name], lease, on_start=room.release
+                )
             try:
-                summaries = run_coroutine(run_together(plans))
-            except StorageError:
+                summaries = run_coroutine(run_together(plans, lease))
+            except (StorageError, LeaseLost):
                 raise
             except Exception:
                 # The events go to the storage, too, since the machine itself may not persist.
                 for plan in plans.values():
                     _send_last(plan)
                 raise
+    lease.check_everywhere()
     for plan in plans.values():
         write_report(plan.folder.path)
         if plan.stored is not None:

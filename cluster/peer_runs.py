@@ -16,16 +16,18 @@ from actors.weights.transfer import TransferStore
 from cluster.interrupt import on_interrupt
 from cluster.parts import RunStores, SideBySide
 from cluster.runner import Runner, RunPlan
-from kdray.errors import Interrupted
+from kdray.errors import Interrupted, LeaseLost
 from kdray.runs.context import Checked
+from kdray.runs.lease import Lease
 from kdray.teachers.peers import MAIN_STUDENT
 
 
-async def run_together(plans: Mapping[str, RunPlan]) -> dict[str, dict[str, Any]]:
+async def run_together(plans: Mapping[str, RunPlan], lease: Lease) -> dict[str, dict[str, Any]]:
     """Run one run, or several whose students teach each other; returns their summaries, by name.
 
     The first signal stops all after a checkpoint, a second one immediately. Weight stores outlive every run: a student that has
     finished keeps teaching.
+    Args: lease: of the first run's folder, which the others' are in.
     """
     main = asyncio.current_task()
     assert main is not None
@@ -47,18 +49,21 @@ async def run_together(plans: Mapping[str, RunPlan]) -> dict[str, dict[str, Any]
         stores = _stores({name: plan.checked for name, plan in plans.items()}, make)
         runners = {name: Runner(name, plan, stores[name], beside) for name, plan in plans.items()}
         with on_interrupt(on_signal):
-            return await _all_of(runners)
+            return await _all_of(runners, lease)
     finally:
         for each in actors:
             ray.kill(each)
 
 
-async def _all_of(runners: Mapping[str, Runner]) -> dict[str, dict[str, Any]]:
+async def _all_of(runners: Mapping[str, Runner], lease: Lease) -> dict[str, dict[str, Any]]:
     tasks = {name: asyncio.create_task(runner.run()) for name, runner in runners.items()}
+    # Ends by its error alone: a driver may wait for long without writing anything.
+    watching = asyncio.create_task(lease.watch())
     try:
-        running = set(tasks.values())
+        running: set[asyncio.Task[Any]] = set(tasks.values())
         while running:
-            ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            ended, running = await asyncio.wait({*running, watching}, return_when=asyncio.FIRST_COMPLETED)
+            running.discard(watching)
             for error in (task.exception() for task in ended):
                 # An interrupted run has its checkpoint; the others are still writing theirs.
                 if error is not None and not isinstance(error, Interrupted):
@@ -69,13 +74,13 @@ async def _all_of(runners: Mapping[str, Runner]) -> dict[str, dict[str, Any]]:
     except BaseException as error:
         for runner in runners.values():
             # A full disk may be the cause; that error is the one to report.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, LeaseLost):
                 runner.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
         raise
     finally:
-        for task in tasks.values():
+        for task in (*tasks.values(), watching):
             task.cancel()
-        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks.values(), watching, return_exceptions=True)
 
 
 def _stores(runs: Mapping[str, Checked], make: Callable[[type[Any]], Any]) -> dict[str, RunStores]:

@@ -43,14 +43,14 @@ from kdray.rollouts.pretraining import PretrainingText
 from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.checkpoints import COMMITTED
-from kdray.runs.context import Checked, Models, RunContext
+from kdray.runs.context import Checked, Models, RunContext, installed_versions
 from kdray.runs.folder import RunFolder
+from kdray.runs.lease import Lease
 from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import compare
 from kdray.runs.resume import counts, rewind
-from kdray.runs.versions import installed_versions
 from kdray.teachers.kind import kind_of
 from kdray.types import TrainBatch
 
@@ -68,6 +68,8 @@ class RunPlan:
     """Checkpoint to resume from; None for a new run."""
     stored: StoredRun | None
     """The run in `run.storage`, if it has one."""
+    lease: Lease
+    """The driver's right to write to the run's files."""
     on_start: Callable[[], None]
     """Called when the first replica or rank is about to start."""
 
@@ -83,7 +85,8 @@ class Runner:
         self._name = name
         self._checked = plan.checked
         self._config = plan.checked.config
-        self._folder = RunFolder(plan.folder.path.absolute())
+        self._lease = plan.lease
+        self._folder = RunFolder(plan.folder.path.absolute(), plan.lease.check)
         self._checkpoint = plan.checkpoint
         self._stored = plan.stored
         self._on_start = plan.on_start
@@ -94,7 +97,7 @@ class Runner:
         self._storage_retries = 0
         if self._stored is not None:
             self._stored.storage.on_retry = lambda retry: self._on_retry(**asdict(retry))
-        self._ledger = Ledger(self._folder.path / LEDGER)
+        self._ledger = Ledger(self._folder.path / LEDGER, plan.lease.check)
         self._totals = Totals()
         self._started = time.monotonic()
 
@@ -120,6 +123,8 @@ class Runner:
             average=stores.average,
             on_event=self.reporter.event,
             stored=None if self._stored is None else self._stored.storage.url,
+            # Peers' folders are within the one that has it.
+            lease=None if self._name else self._lease.owner,
         )
         await student.start()
         self._beside.ranks_start(self._name)
@@ -218,12 +223,14 @@ class Runner:
             renewal=self._renewal(),
             on_event=self.reporter.event,
             on_retry=self._on_retry,
+            guard=self._lease.check_everywhere,
         )
         if progress["stage"] == "distill":
             await self._distill(student, pools, phase, recoverable, schedules, start_step)
         after = progress["distilled"]
         if training.finetune.steps:
             after = await self._finetune(student, pools, recoverable)
+        self._folder.guard()
         await student.export(self._folder.student)
         if self._stored is not None:
             await in_daemon_thread(self._stored.storage.get_tree, "student", self._folder.student, COMMITTED)

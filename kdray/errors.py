@@ -53,6 +53,10 @@ class StorageError(KdrayError, OSError):
     """`run.storage` could not be read or written, even after retries."""
 
 
+class LeaseLost(KdrayError, RuntimeError):
+    """Another driver has taken over the run; this one writes nothing more."""
+
+
 class Interrupted(KdrayError):
     """The user asked the run to stop; a checkpoint was written: the command exits with 130."""
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.student.trainer import Phase, StudentTrainer
-from kdray.errors import DataError, StorageError, TrainingError
+from kdray.errors import DataError, LeaseLost, StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
 from kdray.runs.checkpoints import COMMITTED, FILES, commit, differing, read_marker
+from kdray.runs.lease import check_owner
 from kdray.runs.storage import Storage
 
 T = TypeVar("T")
@@ -43,9 +44,11 @@ class Saved:
 class RankFiles:
     """A rank's access to the files of its run. Call `close` at the end."""
 
-    def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None) -> None:
-        """Args: storage: URL of the run in `run.storage`; None if there is only the run folder."""
+    def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None, lease: str | None = None) -> None:
+        """Args: storage: URL of the run in `run.storage`; None if there is only the run folder; lease: owner of the run's
+        lease, without which nothing is committed or deleted; None if there is none."""
         self._trainer = trainer
+        self._lease = lease
         self._run_folder = run_folder
         self._retried: list[dict[str, Any]] = []
         self._storage = Storage.local(run_folder) if storage is None else Storage(storage)
@@ -71,6 +74,7 @@ class RankFiles:
                 return False
             if self._storage.read(f"{key}/{COMMITTED}") is not None:
                 return True
+            check_owner(self._storage, self._lease)
             # Remains of an interrupted save must not be mixed with this one.
             self._storage.delete(key)
             return False
@@ -82,7 +86,14 @@ class RankFiles:
             self._write(own, lambda: self._trainer.save(own))
             written = time.perf_counter()
             parts = self._together(lambda: self._storage.put_tree(own, key, move=True))
-        self._together(lambda: commit(self._storage, key, progress, parts) if first else None)
+
+        def committed() -> None:
+            if first:
+                # A driver that stood still for long may have been followed by another one, which has checkpoints of its own.
+                check_owner(self._storage, self._lease)
+                commit(self._storage, key, progress, parts)
+
+        self._together(committed)
         told, self._retried = self._retried, []
         return Saved(
             bytes=sum(digest.size for part in parts for digest in part.values()),
@@ -100,6 +111,7 @@ class RankFiles:
 
         def store(own: Path) -> None:
             if self._trainer.rank == 0:
+                check_owner(self._storage, self._lease)
                 self._storage.delete(key)
                 commit(self._storage, key, {}, [self._storage.put_tree(own, key, move=True)])
 
@@ -189,7 +201,7 @@ class RankFiles:
         problem: tuple[bool, str] | None = None
         try:
             result = work()
-        except (StorageError, DataError, OSError) as error:
+        except (StorageError, DataError, LeaseLost, OSError) as error:
             problem = isinstance(error, StorageError), str(error)
         answers = self._trainer.gather((result, problem))
         for rank, (_, failed) in enumerate(answers):

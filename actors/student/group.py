@@ -42,6 +42,9 @@ class StudentGroup:
     stored: str | None = None
     """URL of the run in `run.storage`, to which checkpoints and exports then go; None for the run folder itself."""
 
+    lease: str | None = None
+    """Owner of the run's lease for which checkpoints and exports are written; None if there is none in that folder."""
+
     parity_ids: tuple[int, ...] = ()
     """Token ids on which replicas compare the student with the trainer's; empty if they do not."""
 
@@ -77,6 +80,7 @@ class StudentGroup:
                     weights=self.weights,
                     run_folder=self.checkpoints.parent,
                     storage=self.stored,
+                    lease=self.lease,
                     average=self.average,
                     parity_ids=self.parity_ids,
                 )

@@ -49,6 +49,8 @@ class RankConfig:
     """Absolute path."""
     storage: str | None = None
     """URL of the run in `run.storage`; None if the run has only its run folder."""
+    lease: str | None = None
+    """Owner of the run's lease whose rank this is; None if there is none."""
     parity_ids: tuple[int, ...] = ()
     """Token ids whose log q is published with every version, so that replicas can compare; empty leaves it out."""
     average: Any = None
@@ -63,7 +65,7 @@ def run_rank(given: dict[str, RankConfig]) -> None:
     if config.training.gpus_per_rank == 0:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     trainer = StudentTrainer(config.training, config.vocab_size, config.seed)
-    files = RankFiles(trainer, config.run_folder, config.storage)
+    files = RankFiles(trainer, config.run_folder, config.storage, config.lease)
     outlet = Outlet(config, trainer)
     try:
         run_log(config, trainer, files, outlet)

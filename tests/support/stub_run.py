@@ -33,6 +33,7 @@ from kdray.rollouts.seeds import uniforms
 from kdray.rollouts.training_digest import ShardRecord
 from kdray.runs.checkpoints import COMMITTED, commit, newest_checkpoint, prune_checkpoints
 from kdray.runs.folder import RunFolder
+from kdray.runs.lease import STALE_AFTER_S, Lease, leased
 from kdray.runs.ledger import Ledger
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
@@ -175,8 +176,16 @@ class StubSampler:
 class StubStudent:
     """The group of two ranks: a table, its optimizer, and checkpoints as files."""
 
-    def __init__(self, tables: Tables, folder: RunFolder, config: Config, pause: Callable[[], None]) -> None:
-        """Args: pause: called between the parts of a save, where a kill would hurt."""
+    def __init__(
+        self,
+        tables: Tables,
+        folder: RunFolder,
+        config: Config,
+        pause: Callable[[], None],
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args: pause: called between the parts of a save, where a kill would hurt; guard: before it commits or deletes."""
+        self._guard = guard
         self._tables = tables
         self._folder = folder
         self._config = config
@@ -218,9 +227,11 @@ class StubStudent:
             counters = json.dumps([rank.updates for rank in self.ranks]).encode()
             counted = storage.write(f"{key}/updates.json", counters)
             self._pause()
+            self._guard()
             progress = {"step": step} | {name: entry() for name, entry in self.live.items()}
             commit(storage, key, progress, [{"student.npy": digest, "updates.json": counted}])
             self._pause()
+        self._guard()
         prune_checkpoints(storage, self._config.training.keep_checkpoints)
 
     def restore(self, checkpoint: Path) -> None:
@@ -229,9 +240,9 @@ class StubStudent:
             rank.updates = updates
 
 
-def main(config_path: Path, slow: bool = True) -> None:
+def main(config_path: Path, slow: bool = True, stale_after_s: float = STALE_AFTER_S) -> None:
     """Start the run that a config describes, or go on with it, as `cluster.launch.run` and `cluster.runner.Runner` do."""
-    asyncio.run(drive(load_config(config_path), slow=slow))
+    asyncio.run(drive(load_config(config_path), slow=slow, stale_after_s=stale_after_s))
 
 
 async def drive(
@@ -239,23 +250,32 @@ async def drive(
     slow: bool = False,
     dataset: Dataset | None = None,
     student_type: type[StubStudent] = StubStudent,
+    stale_after_s: float = STALE_AFTER_S,
 ) -> dict[str, Any]:
     """The run. Args: slow: sleep where a kill would hurt, and let answers come in another order each time."""
+    with leased(config, None, stale_after_s) as lease:
+        return await _drive(config, slow, dataset, student_type, lease)
+
+
+async def _drive(
+    config: Config, slow: bool, dataset: Dataset | None, student_type: type[StubStudent], lease: Lease
+) -> dict[str, Any]:
     tokenizer = task_tokenizer()
     resume = (config.run_folder / "config.yaml").is_file()
     found, _ = newest_checkpoint([Storage.local(config.run_folder)]) if resume else (None, [])
-    folder = RunFolder.create(config, resume, found.step if found else 0)
+    folder = RunFolder.create(config, resume, found.step if found else 0, lease.check)
     trackers = Trackers(config, folder.path)
     reporter = RunReporter(
         folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode, trackers=trackers
     )
     reporter.event("start", resumed_step=found.step if found else None)
     dataset = dataset or load_dataset(config, tokenizer)
-    ledger, schedules = Ledger(folder.path / "ledger.jsonl"), Schedules.of(config)
+    ledger, schedules = Ledger(folder.path / "ledger.jsonl", lease.check), Schedules.of(config)
     start_step, totals = rewind(folder, ledger, schedules, config.training.steps, found.progress if found else None)
     tables = Tables(config.run.seed, len(tokenizer))
     haste = np.random.default_rng(time.time_ns())
-    student = student_type(tables, folder, config, (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None))
+    pause = (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None)
+    student = student_type(tables, folder, config, pause, lease.check_everywhere)
     student.live = {"totals": lambda: asdict(totals), "schedules": schedules.state}
     if found:
         student.restore(config.run_folder / found.key)

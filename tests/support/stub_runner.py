@@ -23,6 +23,7 @@ from kdray.models.resolve import task_tokenizer
 from kdray.runs.checkpoints import newest_checkpoint
 from kdray.runs.context import Checked, Models
 from kdray.runs.folder import RunFolder
+from kdray.runs.lease import Lease, leased
 from kdray.runs.reporter import RunReporter
 from kdray.runs.storage import Storage
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
@@ -95,9 +96,13 @@ class StubRun:
 
     async def __call__(self, stop_at: int | None = None) -> StubRun:
         """Run it to its end. Args: stop_at: step in which the user interrupts the run."""
+        with leased(self.config, None) as lease:
+            return await self._run(stop_at, lease)
+
+    async def _run(self, stop_at: int | None, lease: Lease) -> StubRun:
         config, tokenizer = self.config, task_tokenizer()
         found = newest_checkpoint([Storage.local(config.run_folder)])[0] if self.resume else None
-        folder = RunFolder.create(config, self.resume, found.step if found else 0)
+        folder = RunFolder.create(config, self.resume, found.step if found else 0, lease.check)
         checkpoint = None if found is None else Checkpoint(folder.path / found.key, found.progress)
         reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
         dataset = load_dataset(config, tokenizer)
@@ -106,7 +111,7 @@ class StubRun:
         self.pool = StubPool(tables)
         group = StubGroup(tables, folder, config, lambda: None)
         stores: Any = RunStores(SimpleNamespace(verdict=SimpleNamespace(remote=_verdict)), None, None, {})
-        plan = RunPlan(checked, folder, reporter, checkpoint, None, on_start=lambda: None)
+        plan = RunPlan(checked, folder, reporter, checkpoint, None, lease, on_start=lambda: None)
         runner = Runner("", plan, stores, SideBySide([""]))
 
         def on_step(step: int) -> None:

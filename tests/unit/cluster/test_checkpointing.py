@@ -38,6 +38,7 @@ def student(tmp_path: Path, ranks: Any, **changes: Any) -> CheckpointedStudent:
         "renewal": None,
         "on_event": lambda kind, **fields: None,
         "on_retry": lambda **retry: None,
+        "guard": lambda: None,
     }
     return CheckpointedStudent(ranks, RunFolder(tmp_path), **given | changes)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from actors.student.checkpoint_io import RankFiles, Saved
 from actors.student.trainer import Phase
 from kdray.errors import StorageError, TrainingError
 from kdray.runs.checkpoints import COMMITTED
+from kdray.runs.lease import Lease
 from kdray.runs.storage import Storage
 
 T = TypeVar("T")
@@ -106,6 +109,26 @@ def group(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def step(group: Group, tmp_path: Path, number: int) -> Path:
     return tmp_path / "run" / "checkpoints" / f"step-{number:06d}"
+
+
+def test_ranks_of_a_driver_that_lost_its_lease_commit_and_delete_nothing(group: Group, tmp_path: Path) -> None:
+    root = Path(group.storage.root)
+    root.mkdir(exist_ok=True)
+    first = Lease([group.storage]).take()
+    for files in group.files:
+        files._lease = first.owner
+    group.all(lambda files: files.save(step(group, tmp_path, 4), {"step": 4}))
+    first.release()
+    with Lease([group.storage]).take():
+        there = set(group.storage.list())
+        for work in (
+            lambda files: files.save(step(group, tmp_path, 5), {"step": 5}),
+            lambda files: files.export(tmp_path / "run" / "checkpoints" / "sft", "unused"),
+        ):
+            for error in group.all(work):
+                assert isinstance(error, TrainingError)
+                assert re.search(f"rank 0: .*process {os.getpid()} on .* has taken over the run", str(error))
+        assert {name for name in group.storage.list() if ".rank-" not in name} == there
 
 
 def test_what_is_saved_is_loaded(group: Group, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_resume_takes_a_run_that_was_moved(tmp_path):
         ({"run": {"seed": 7}}, "run.seed"),
         ({"loss": {"type": "forward_kl"}}, "loss.type"),
         ({"rollout": {"alpha": 0.5}}, "rollout.alpha"),
-        ({"training": {"backend": {"options": {"zero_allow_untested_optimizer": True}}}}, "training.backend.options"),
+        ({"training": {"backend": {"options": {"steps_per_print": 5}}}}, "training.backend.options"),
     ],
 )
 def test_resume_refuses_other_settings_by_name(tmp_path, sections, key):

@@ -124,8 +124,12 @@ async def test_a_pool_follows_its_load(scaled: Scaled) -> None:
         training.cancel()
         await asyncio.gather(training, return_exceptions=True)
 
-    await scaled.until(lambda: pool.replicas_serving == 1, 120)
-    last = [event for event in scaled.events if event["kind"] == "scale"][-1]
+    def scales() -> list[dict[str, Any]]:
+        return [event for event in scaled.events if event["kind"] == "scale"]
+
+    # The decision is told by another poll than the one that counts replicas.
+    await scaled.until(lambda: pool.replicas_serving == 1 and scales()[-1]["now"] == 1, 120)
+    last = scales()[-1]
     assert (last["before"], last["now"]) == (3, 1)
     assert "no work" in last["reason"]
     assert len(await _draw(pool, 20)) == 20

@@ -49,7 +49,7 @@ async def pair(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Async
         max_num_seqs=32,
         # Prompts of up to 150 tokens in chunks of 64, and a KV cache too small for 32 of them: chunking and preemption.
         max_num_batched_tokens=64,
-        engine_args={"num_gpu_blocks_override": 60},
+        engine_args={"num_gpu_blocks_override": 36},
     )
     engine = TeacherEngine(spec)
     await engine.start()

@@ -2,7 +2,7 @@
 
 Source: Dean & Barroso 2013, The Tail at Scale (Communications of the ACM 56, 2). Their threshold is a percentile of all
 requests; here calls are few and differ in size, so the threshold is the slowest of the last calls, and a call must also have
-been overtaken.
+been overtaken, or the whole pool must have stopped answering.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ _ENOUGH = 8
 
 AT_LEAST_S = 2.0
 """Duration below which no call is slow: brief pauses, such as a replica's weight update, need no hedge."""
+
+_STALLED = 3.0
+"""Multiple of the time allowed, after which a call is slow although none overtook it, if no other has been answered either."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class CallTimes:
         self._running: dict[str, _Call] = {}
         self._took: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
         self._newest_answered = float("-inf")
+        """Time at which the newest of the answered calls was sent."""
+        self._answered_at = float("-inf")
 
     def begin(self, call: str, size: int, now: float) -> None:
         """Register a call that was sent. Args: size: maximum number of tokens to sample, or number of tokens to score."""
@@ -44,16 +49,20 @@ class CallTimes:
         if answered:
             self._took.append((ended.size, now - ended.began))
             self._newest_answered = max(self._newest_answered, ended.began)
+            self._answered_at = max(self._answered_at, now)
 
     def is_slow(self, call: str, now: float) -> bool:
         """Check for a running call that takes much longer than expected, while a call sent no earlier has already finished.
 
-        If no other call overtook it, the whole pool is slow, and a second request would only add load. The time allowed grows
+        If no other call overtook it, the whole pool is slow, and a second request would only add load; unless no call at all
+        has been answered for long: all of them may have been sent to the one replica that stands still. The time allowed grows
         in proportion to size compared with smaller calls, and is no less than that of larger ones.
         """
         if len(self._took) < _ENOUGH:
             return False
         asked = self._running[call]
         slowest = max(took * max(1.0, asked.size / size) for size, took in self._took)
-        late = now - asked.began > max(AT_LEAST_S, self._factor * slowest)
-        return late and self._newest_answered >= asked.began
+        allowed = max(AT_LEAST_S, self._factor * slowest)
+        if self._newest_answered >= asked.began:
+            return now - asked.began > allowed
+        return now - max(asked.began, self._answered_at) > _STALLED * allowed

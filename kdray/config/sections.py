@@ -91,9 +91,10 @@ class ClusterSettings(Settings):
     """Longest time between two steps of an engine; beyond it the engine counts as stuck, and its replica is replaced."""
     hedge_after: Annotated[float, Field(gt=1.0)] | None = 3.0
     """Factor over the slowest of the last 32 calls (per token; at least 2 s) after which a call to a replica counts as slow, if
-    another call sent no earlier has been answered. A slow call is also sent to another replica, and the first answer counts;
-    the slow replica gets no calls for a minute, as long as there are others. Never before 8 calls were answered. None disables
-    hedging. Pools of several `accelerator_types` go by measured speed instead."""
+    another call sent no earlier has been answered, or three times that long while none is answered at all. A slow call is also
+    sent to another replica, and the first answer counts; the slow replica gets no calls for a minute, as long as there are
+    others. Never before 8 calls were answered. None disables hedging. Pools of several `accelerator_types` go by measured speed
+    instead."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
     job: JobSettings = JobSettings()

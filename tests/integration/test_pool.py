@@ -157,14 +157,16 @@ async def test_a_call_to_a_slow_replica_is_answered_by_another(pair: tuple[Repli
     )
     engine.suspend()
     try:
-        # On a busy machine, Serve may find one replica late in answering and give both halves to the other.
+        # On a busy machine, Serve may find one replica late in answering and give both halves to the other: if that is the one
+        # that answers, there is nothing to hedge, and if not, there are two calls.
         for _ in range(10):
-            assert await asyncio.wait_for(_drawn(pool, 64), 60) == expected
+            assert await asyncio.wait_for(_drawn(pool, 64), 120) == expected
             if hedges := [event for event in events if event["kind"] == "hedge"]:
                 break
-        assert [(hedge["call"], hedge["rollouts"]) for hedge in hedges] == [("sample", 32)]
+        assert len(hedges) in (1, 2)
+        assert {(hedge["call"], hedge["rollouts"]) for hedge in hedges} == {("sample", 32)}
         assert await asyncio.wait_for(_drawn(pool, 64), 60) == expected
-        assert pool.hedged == 32, "the slow replica was asked again"
+        assert pool.hedged == 32 * len(hedges), "the slow replica was asked again"
         assert pool.retried == 0
     finally:
         engine.resume()

@@ -38,10 +38,20 @@ def test_a_call_that_none_overtook_is_not_slow() -> None:
     made.begin("earlier", 10, 99.0)
     made.begin("a", 10, 100.0)
     made.end("earlier", True, 101.0)
-    assert not made.is_slow("a", 1e6), "the whole pool is behind"
-    made.begin("later", 10, 1e6)
-    made.end("later", True, 1e6 + 1)
-    assert made.is_slow("a", 1e6 + 2)
+    assert not made.is_slow("a", 115.0), "the whole pool is behind"
+    made.begin("later", 10, 115.0)
+    made.end("later", True, 116.0)
+    assert made.is_slow("a", 116.1)
+
+
+def test_a_call_is_slow_once_nothing_is_answered_any_more() -> None:
+    """Every running call may have gone to the replica that stands still; then none can overtake another."""
+    made = times(took_s=2.0)
+    made.begin("earlier", 10, 99.5)
+    made.begin("a", 10, 100.0)
+    made.end("earlier", True, 101.0)
+    assert not made.is_slow("a", 118.9), "one was answered at 101"
+    assert made.is_slow("a", 119.1)
 
 
 @pytest.mark.parametrize(("size", "after"), [(10, 6.0), (30, 18.0), (1, 6.0)])

@@ -114,6 +114,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         teacher_top_k=config.rollout.teacher_top_k,
         student_top_k=config.rollout.student_top_k,
         dtype=engine.dtype,
+        logits=config.training.logits,
         tensor_parallel_size=engine.tensor_parallel_size,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,

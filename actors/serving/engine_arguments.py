@@ -37,6 +37,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "kdray_student_revision": spec.student_revision,
         "kdray_vocab_size": spec.vocab_size,
         "kdray_architectures": _architectures(spec.model, spec.revision),
+        "kdray_logits": spec.logits,
     }
     arguments: dict[str, Any] = {
         "model": spec.model,

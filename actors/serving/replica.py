@@ -28,7 +28,7 @@ from actors.serving.spec import EngineSpec, RunHandles
 from actors.serving.start_failure import StartFailure
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
-from kdray.checks.parity import Verdict, judge, refusal, tolerance
+from kdray.checks.parity import Verdict, judge, refusal
 from kdray.errors import EngineError
 from kdray.rollouts.arrow import rollouts_to_table, table_to_requests, table_to_rollouts
 from kdray.teachers.fingerprint import Fingerprint
@@ -187,8 +187,8 @@ class TeacherReplica:
         trained = await weights.trained.remote(version)
         if trained is None or not self._spec.parity_ids:
             return None
-        served = await self._engine.student_log_probabilities(self._spec.parity_ids[: len(trained) + 1])
-        return judge(version, trained, served, tolerance(self._engine.dtype, self._spec.student_dtype))
+        served = await self._engine.student_log_probabilities(self._spec.parity_ids[: len(trained.logprobs) + 1])
+        return judge(version, trained, served, self._engine.dtype, self._spec.student_dtype)
 
     async def _renew_teacher(self) -> None:
         """Load the newest weights of a changing teacher, waiting for its first."""

@@ -40,6 +40,8 @@ class EngineSpec:
     teacher_top_k: int = 32
     student_top_k: int = 16
     dtype: str = "auto"
+    logits: Literal["model", "float32"] = "model"
+    """Dtype of logits; `model` is that of the model's weights."""
     tensor_parallel_size: int = 1
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 4096

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from kdray.checks.parity import judge, tolerance
+from kdray.checks.parity import TrainedLogprobs, judge
 from kdray.models.attention import attention_arguments
 
 
@@ -31,10 +30,10 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer.detach() for name, buffer in model.named_buffers() if name in kept}
 
 
-def export_gap(folder: Path, dtype: torch.dtype, ids: Sequence[int], trained: np.ndarray, vocab_size: int) -> str | None:
+def export_gap(folder: Path, dtype: torch.dtype, ids: Sequence[int], trained: TrainedLogprobs, vocab_size: int) -> str | None:
     """Compare an exported student, loaded anew on the CPU, with the one that was trained. Returns: the fault, None if none.
 
-    Args: trained: its log q of every id but the first, over the first `vocab_size` rows, [len(ids) - 1].
+    Args: trained: its log q of `ids`, over the first `vocab_size` rows.
     """
     from transformers import AutoModelForCausalLM
 
@@ -45,11 +44,11 @@ def export_gap(folder: Path, dtype: torch.dtype, ids: Sequence[int], trained: np
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1, :vocab_size].float()
     found = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].numpy()
-    verdict = judge(0, trained, found, tolerance(str(dtype).removeprefix("torch.")))
+    verdict = judge(0, trained, found, str(dtype).removeprefix("torch."))
     if verdict.accepted:
         return None
     return (
         f"{folder}: the exported student, loaded anew, is another model than the one that was trained: log q differs by "
-        f"{verdict.gap:.2g} nats a token (at most {verdict.tolerance:g} is rounding); transformers does not save or load this "
-        "architecture whole"
+        f"{verdict.gap:.2g} nats a token (at most {verdict.tolerance:.2g} is rounding); transformers does not save or load "
+        "this architecture whole"
     )

@@ -11,7 +11,7 @@ import torch
 from actors.student.backend import Forward
 from actors.student.features import feature_inputs, with_features
 from actors.student.micro_batch_loss import model_inputs
-from actors.student.output_head import AfterHead, loss_in_head
+from actors.student.output_head import AfterHead, logits_dtype, loss_in_head
 from kdray.config import LossSettings
 from kdray.errors import ConfigError, TrainingError
 from kdray.losses import LossOutput, chunked_divergence, divergence_of
@@ -139,6 +139,7 @@ def hidden_state_loss(
             teacher_bias=teacher_head.bias,
             token_ids=tokens,
             after_head=student_head,
+            logits_dtype=logits_dtype(head, hidden),
         )
 
     ids, attention = model_inputs(part, device)

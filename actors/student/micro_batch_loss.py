@@ -9,7 +9,7 @@ import torch
 
 from actors.student.backend import Forward
 from actors.student.features import feature_inputs, with_features
-from actors.student.output_head import AfterHead, UnknownHeadError, loss_in_head
+from actors.student.output_head import AfterHead, UnknownHeadError, logits_dtype, loss_in_head
 from kdray.config import TrainingSettings
 from kdray.losses import LossBatch, LossOutput, Objective, chunked_loss
 from kdray.losses.features import predicting
@@ -68,8 +68,9 @@ class MicroBatchLoss:
 
             def in_head(head: Any, hidden: torch.Tensor) -> torch.Tensor:
                 states = hidden[predicting(batch.mask)]
+                dtype = logits_dtype(head, states)
                 found.append(
-                    chunked_loss(states, head.weight, head.bias, batch, objective, self.chunk_tokens, after_head=after_head)
+                    chunked_loss(states, head.weight, head.bias, batch, objective, self.chunk_tokens, after_head, dtype)
                 )
                 return found[0].total
 

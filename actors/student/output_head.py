@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from actors.student.backend import Forward
 from actors.student.features import unwrapped
 from kdray.errors import TrainingError
+from kdray.losses.head_products import WideProducts
 
 HeadLoss = Callable[[Any, torch.Tensor], torch.Tensor]
 """(head, hidden states [B, S, d]) -> the loss, a scalar with gradient."""
@@ -23,6 +24,40 @@ HeadLoss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 class UnknownHeadError(TrainingError):
     """The way from the head's products to logits is not one that can be taken in chunks."""
+
+
+class Float32Head(torch.nn.Linear):
+    """Output head of a half-precision model whose logits are float32: the sums of its products are not rounded."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        """Args: head: whose parameters it takes over, the same objects."""
+        # Without parameters of its own.
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = head.in_features, head.out_features
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., vocab] float32. Args: input: [..., d]."""
+        return cast(torch.Tensor, WideProducts.apply(input, self.weight, self.bias, torch.float32))
+
+
+def use_float32_head(model: Any) -> None:
+    """Put a `Float32Head` in the place of a model's output head. Raises: UnknownHeadError if that is not a linear layer."""
+    head = model.get_output_embeddings()
+    model.add_module(_name_of_head(model), Float32Head(head))
+
+
+def logits_dtype(head: Any, hidden: torch.Tensor) -> torch.dtype:
+    """Dtype of the logits that a head makes of hidden states."""
+    return torch.float32 if isinstance(head, Float32Head) else hidden.dtype
+
+
+def _name_of_head(model: Any) -> str:
+    head, kind = model.get_output_embeddings(), type(model).__name__
+    names = [name for name, child in model.named_children() if child is head]
+    if not names or type(head).forward not in (torch.nn.Linear.forward, Float32Head.forward):
+        raise UnknownHeadError(f"{kind}: its output head is a {type(head).__name__}, not a linear layer of its own")
+    return str(names[0])
 
 
 class AfterHead:
@@ -41,9 +76,7 @@ class AfterHead:
         model = unwrapped(module)
         head = model.get_output_embeddings()
         self.kind = type(model).__name__
-        names = [name for name, child in model.named_children() if child is head]
-        if not names or type(head).forward is not torch.nn.Linear.forward:
-            raise UnknownHeadError(f"{self.kind}: its output head is a {type(head).__name__}, not a linear layer of its own")
+        name = _name_of_head(model)
         decoder = model.base_model_prefix
         if decoder not in dict(model.named_children()):
             raise UnknownHeadError(f"{self.kind}: it has no decoder named {decoder!r}")
@@ -54,7 +87,7 @@ class AfterHead:
         self._twin.__dict__["_modules"] = {
             **model._modules,
             decoder: _Placeholder(getattr(model, decoder)),
-            names[0]: self._pop,
+            name: self._pop,
         }
         self.slope = self._checked(torch.device(device))
 

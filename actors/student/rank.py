@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
@@ -24,7 +23,7 @@ from actors.student.mailbox import Command
 from actors.student.trainer import StudentTrainer
 from actors.weights.publisher import Publisher
 from actors.weights.sender import WeightServer
-from kdray.checks.parity import LONG, SHORT
+from kdray.checks.parity import LONG, SHORT, TrainedLogprobs
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
@@ -199,7 +198,7 @@ class Outlet:
             self._server.publish(version, tensors)
             ray.get(self._config.weights.commit.remote(version, trained=trained))
 
-    def _trained(self) -> np.ndarray | None:
+    def _trained(self) -> TrainedLogprobs | None:
         """log q of the ids that replicas compare: all at the start of a phase or after a resume, a few after every update."""
         length = SHORT if self._trainer.has_trained else LONG
         ids = self._config.parity_ids[:length]
@@ -207,7 +206,10 @@ class Outlet:
 
 
 def _send(
-    publisher: Publisher | None, version: int, buckets: Iterator[dict[str, torch.Tensor]], trained: np.ndarray | None = None
+    publisher: Publisher | None,
+    version: int,
+    buckets: Iterator[dict[str, torch.Tensor]],
+    trained: TrainedLogprobs | None = None,
 ) -> None:
     """Publish buckets, which every rank takes part in gathering. Args: publisher: rank 0's; None on the others."""
     if publisher is not None:

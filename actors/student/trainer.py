@@ -24,7 +24,9 @@ from actors.student.features import StudentWithFeatures, load_feature_teacher, p
 from actors.student.file_tensors import export_gap, in_files, persistent_buffers
 from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head
 from actors.student.micro_batch_loss import MicroBatchLoss
+from actors.student.output_head import use_float32_head
 from actors.student.refusal import NotFinite, refuse_gradient, refuse_loss
+from kdray.checks.parity import TrainedLogprobs
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossOutput, Objective
@@ -153,6 +155,8 @@ class StudentTrainer:
             # Transformers only warns, and goes on with random weights.
             raise TrainingError(f"{source}: its files lack {', '.join(lacking[:4])} ({len(lacking)} tensors in all)")
         model.config.use_cache = False
+        if self._dtype != torch.float32 and self.training.logits == "float32":
+            use_float32_head(model)
         if self.training.lora is not None:
             lora.add_adapter(model, self.training.lora, (source, revision), adapter, self.seed)
         if self.training.gradient_checkpointing:
@@ -171,8 +175,6 @@ class StudentTrainer:
     @property
     def device(self) -> torch.device:
         return self.backend.device
-
-    # -------------------------------------------------------------------------------------------------- training
 
     def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
@@ -356,17 +358,16 @@ class StudentTrainer:
         names = sorted(sums)
         return dict(zip(names, self.backend.reduce([sums[name] for name in names]), strict=True))
 
-    def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
-        """log q of every id but the first under the present weights, by the forward pass of training: float32 [len(ids) - 1].
+    def log_probabilities(self, ids: Sequence[int]) -> TrainedLogprobs:
+        """log q of every id but the first under the present weights, by the forward pass of training.
 
         Replicas compare theirs with it; a collective, like everything here.
         """
         tokens = torch.tensor([list(ids)], device=self.device)
         output = self.backend.evaluate(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
         rows = output.logits[0, :-1, : self.vocab_size].log_softmax(-1, dtype=torch.float32)
-        return rows.gather(-1, tokens[0, 1:, None])[:, 0].cpu().numpy()
-
-    # --------------------------------------------------------------------------------------------------- weights
+        logprobs = rows.gather(-1, tokens[0, 1:, None])[:, 0]
+        return TrainedLogprobs(logprobs.cpu().numpy(), float(rows.std(-1).mean()))
 
     def weight_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
         """The student's tensors as checkpoint files have them, in buckets of `training.sync_bucket_mib`: copies on `device`.
@@ -439,7 +440,7 @@ class StudentTrainer:
         """
         state: dict[str, torch.Tensor] = {}
         reasons: list[str] = []
-        trained = self.log_probabilities(ids) if ids else np.empty(0)
+        trained = self.log_probabilities(ids) if ids else None
         adapter = self._adapter()
         # `save_pretrained` itself turns names of the module into those of files.
         for bucket in self._module_buckets():
@@ -452,15 +453,13 @@ class StudentTrainer:
             if adapter:
                 lora.save_adapter(module, adapter, folder / lora.ADAPTER)
             module.config.use_cache = False
-            if ids and (gap := export_gap(folder, self._dtype, ids, trained, self.vocab_size)) is not None:
+            if trained is not None and (gap := export_gap(folder, self._dtype, ids, trained, self.vocab_size)) is not None:
                 reasons.append(gap)
             if tokenizer is not None:
                 tokenizer.save(folder)
         (failed,) = self.gather(reasons)[:1]
         if failed:
             raise TrainingError(failed[0])
-
-    # ----------------------------------------------------------------------------------------------- checkpoints
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on all ranks."""

@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 
 from actors.vllm_plugin.row_statistics import Rows
@@ -44,6 +45,10 @@ class MixtureForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            # vLLM's attention in bfloat16 uses AMX tiles but leaves it to other kernels to ask the system for them (0.32).
+            # Where none does, as with float32 logits, its first step is an illegal instruction. Without AMX this does nothing.
+            torch.cpu._init_amx()
         config = vllm_config.model_config.hf_config
         self.role: str = config.kdray_role
         self.vocab_size: int = config.kdray_vocab_size

@@ -41,6 +41,8 @@ def build(
     own = vllm_config.with_hf_config(text, architectures=architectures)
     own.model_config.hf_text_config = own.model_config.hf_config.get_text_config()
     own.model_config.model_arch_config = own.model_config.get_model_arch_config()
+    # vLLM's `LogitsProcessor` reads it when it is made.
+    own.model_config.hf_config.head_dtype = vllm_config.model_config.hf_config.kdray_logits
     # `replace` derives the quantisation again from the model config.
     if not quantised:
         own.model_config.quantization = None

@@ -12,6 +12,8 @@ import ray
 import torch
 from safetensors.torch import save
 
+from kdray.checks.parity import TrainedLogprobs
+
 
 class Publisher:
     """Publication of versions in order, one at a time, from a thread of this process.
@@ -26,7 +28,7 @@ class Publisher:
         self._thread = thread
         self._sending: Future[None] | None = None
 
-    def publish(self, version: int, buckets: Iterable[dict[str, torch.Tensor]], trained: np.ndarray | None = None) -> None:
+    def publish(self, version: int, buckets: Iterable[dict[str, torch.Tensor]], trained: TrainedLogprobs | None = None) -> None:
         """Copy the weights, which may change as soon as this returns, and send them in the background.
 
         Args: buckets: copies in main memory, which belong to the publisher from now on; trained: as for `WeightStore.commit`.
@@ -47,7 +49,7 @@ class Publisher:
         # Safetensors bytes: replicas write them to a file unchanged.
         return ray.put(np.frombuffer(save(bucket), dtype=np.uint8))
 
-    def _commit(self, version: int, puts: list[Future[Any]], trained: np.ndarray | None) -> None:
+    def _commit(self, version: int, puts: list[Future[Any]], trained: TrainedLogprobs | None) -> None:
         # In lists, since Ray replaces references that are arguments themselves by their values.
         references = [[put.result()] for put in puts]
         ray.get(self._store.commit.remote(version, references, trained, self._name))

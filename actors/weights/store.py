@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray.exceptions import ObjectLostError
 
-from kdray.checks.parity import Verdict
+from kdray.checks.parity import TrainedLogprobs, Verdict
 from kdray.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ class WeightStore:
         self._leases: dict[int, tuple[float, Sequence[Sequence[Any]]]] = {}
         """Start and buckets of each fetch."""
         self._leased = 0
-        self._trained: np.ndarray | None = None
+        self._trained: TrainedLogprobs | None = None
         self._verdict: Verdict | None = None
         """Of the newest version that a replica has compared."""
         self._refusal: Verdict | None = None
@@ -59,7 +58,7 @@ class WeightStore:
         self,
         version: int,
         buckets: Sequence[Sequence[Any]] = (),
-        trained: np.ndarray | None = None,
+        trained: TrainedLogprobs | None = None,
         publisher: str = "",
     ) -> None:
         """Make `version` the newest; an older version (a replay) is dropped.
@@ -81,7 +80,7 @@ class WeightStore:
             await self._published.wait_for(lambda: self._version >= at_least)
             return self._version, len(self._buckets)
 
-    async def trained(self, version: int) -> np.ndarray | None:
+    async def trained(self, version: int) -> TrainedLogprobs | None:
         """The trainer's log q under the newest version; None if `version` is no longer the newest, or has none."""
         return self._trained if version == self._version else None
 

@@ -257,7 +257,8 @@ def loss_bytes(model: ModelShape, training: TrainingSettings, targets: int, toke
     chunk = training.chunk_tokens(model.vocab)
     if not loss.chunks or tokens <= chunk:
         return _WHOLE_ROWS * targets * model.vocab * _FLOAT32
-    rows = loss.rows - _HALF_ROWS * (1 - element / _FLOAT32)
+    of_logits = _FLOAT32 if training.logits == "float32" else element
+    rows = loss.rows - _HALF_ROWS * (1 - of_logits / _FLOAT32)
     head = model.vocab * model.hidden
     # The head's gradient is added up in float32; then it exists in the head's own precision, and once more multiplied by the
     # gradient that arrives in the backward pass.

@@ -97,6 +97,9 @@ class TrainingSettings(Settings):
     attention: Attention = "auto"
     """Attention implementation of transformers. `auto` takes transformers' default unless that leaves out a part of the model,
     such as the soft-capping of attention logits of Gemma 2: then the one that computes what the replicas compute."""
+    logits: Literal["model", "float32"] = "model"
+    """Dtype of logits, in the ranks and in all replicas: `model` computes them in that of the model, `float32` does not round
+    what the output head adds up. Half precision rounds a logit of 16 by up to 0.06, and its log-probability with it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     checkpoint_every: Annotated[NonNegative, OnResume()] = 50

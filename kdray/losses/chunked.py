@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from kdray.errors import TrainingError
 from kdray.losses.batch import LossBatch, LossOutput, check_columns, log_rows
+from kdray.losses.head_products import head_products
 from kdray.losses.objective import Objective
 from kdray.losses.support import Buckets, buckets, full_rows, logits_gradient
 
@@ -43,16 +43,17 @@ def chunked_loss(
     objective: Objective,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     after_head: Callable[[torch.Tensor], torch.Tensor] = as_it_is,
+    logits_dtype: torch.dtype | None = None,
 ) -> LossOutput:
     """The loss of a batch from hidden states at its N masked positions: the value and gradient that all logits would give.
 
     A loss that reads `token` is computed chunk by chunk. One that reads `buckets` gets those of all tokens, which need no
     vocabulary; its gradient in them then goes through each chunk, whose logits are computed a second time.
-    Differentiable once, in hidden states, head and bias. Logits are computed in the dtype of the hidden states, rows and their
-    sums in float32 (float64 stays).
+    Differentiable once, in hidden states, head and bias. Rows and their sums are computed in float32 (float64 stays).
     Args: hidden: [N, d], the states that predict the masked tokens, row by row; head: [vocab >= vocab_size, d]; bias: [vocab];
           batch: with a support, not with the teacher's logits, if the loss reads buckets; chunk_rows: tokens per chunk;
-          after_head: scaling or capping between the head's products and the logits, elementwise.
+          after_head: scaling or capping between the head's products and the logits, elementwise; logits_dtype: None computes
+          logits in the dtype of the hidden states.
     Raises: VocabError if the head has fewer rows than the shared vocabulary; TrainingError if the numbers of tokens differ,
     `chunk_rows` is not positive, or the loss reads whole logits.
     """
@@ -70,19 +71,19 @@ def chunked_loss(
         # With the teacher's logits the buckets are whole rows, which autograd takes through.
         of_buckets = objective.of_buckets is not None and batch.teacher_logits is None
         terms = chunks.by_buckets if of_buckets else chunks.by_logits
-        total = _Chunked.apply(hidden, head, bias, terms, batch.vocab_size, chunk_rows)
+        total = _Chunked.apply(hidden, head, bias, terms, batch.vocab_size, chunk_rows, logits_dtype)
         return LossOutput(total, chunks.sums)
     with torch.no_grad():
         used_head, used_bias = head[: batch.vocab_size], _cut(bias, batch.vocab_size)
         parts = [
-            chunks.found(rows, after_head(linear(hidden[rows], used_head, used_bias)))[1]
+            chunks.found(rows, after_head(head_products(hidden[rows], used_head, used_bias, logits_dtype)))[1]
             for rows in _slices(len(hidden), chunk_rows)
         ]
     both = Buckets.joined(parts)
     value, gradients = chunks.evaluated(both, batch)
     again = partial(chunks.again, both=both, gradients=gradients)
     # The value of the chunks is 0: only the gradient is missing.
-    total = value + _Chunked.apply(hidden, head, bias, again, batch.vocab_size, chunk_rows)
+    total = value + _Chunked.apply(hidden, head, bias, again, batch.vocab_size, chunk_rows, logits_dtype)
     return LossOutput(total, chunks.sums)
 
 
@@ -99,17 +100,18 @@ def chunked_divergence(
     teacher_bias: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     after_head: Callable[[torch.Tensor], torch.Tensor] = as_it_is,
+    logits_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Sum of `divergence` over N positions, with rows computed by both models' heads, nats; a scalar, at least float32.
 
-    Differentiable once, in the student's hidden states, head and bias; the teacher gets no gradient. Logits are computed in the
-    dtype of the hidden states, rows and their sums in float32 (float64 stays).
+    Differentiable once, in the student's hidden states, head and bias; the teacher gets no gradient. Rows and their sums are
+    computed in float32 (float64 stays).
     Args: student_hidden, teacher_hidden: [N, d_student], [N, d_teacher], after the final norm, in the dtype of their head;
           student_head, teacher_head: [vocab >= vocab_size, d]; further rows are embedding padding, cut before the softmax;
           divergence: one value per row, such as `kdray.losses.divergence_of(settings)`;
           chunk_rows: rows per chunk; more rows take more memory, and less of the time to accumulate head gradients;
           student_bias, teacher_bias: [vocab], if the head has one; token_ids: [N] long, for `hinton`'s hard labels;
-          after_head: as for `chunked_loss`, of the student.
+          after_head: as for `chunked_loss`, of the student; logits_dtype: as for `chunked_loss`, of both models.
     Raises: VocabError if a head has fewer rows than `vocab_size`; TrainingError if the numbers of positions differ
     or `chunk_rows` is not positive.
     """
@@ -125,11 +127,11 @@ def chunked_divergence(
     def chunk_value(rows: slice, products: torch.Tensor) -> Terms:
         """The divergence of a chunk from the student's logits; the teacher's are computed here and freed afterwards."""
         with torch.no_grad():
-            teacher_rows = log_rows(linear(teacher_hidden[rows], teacher_head, teacher_bias))
+            teacher_rows = log_rows(head_products(teacher_hidden[rows], teacher_head, teacher_bias, logits_dtype))
         ids = None if token_ids is None else token_ids[rows]
         return [(divergence(full_rows(teacher_rows, log_rows(after_head(products)), ids)).sum(), None)]
 
-    return _Chunked.apply(student_hidden, student_head, student_bias, chunk_value, vocab_size, chunk_rows)
+    return _Chunked.apply(student_hidden, student_head, student_bias, chunk_value, vocab_size, chunk_rows, logits_dtype)
 
 
 def _check(chunk_rows: int, head_rows: int, vocab_size: int) -> None:
@@ -216,6 +218,7 @@ class _Chunked(torch.autograd.Function):
         chunk_terms: Callable[[slice, torch.Tensor], Terms],
         vocab_size: int,
         chunk_rows: int,
+        logits_dtype: torch.dtype | None,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -227,7 +230,7 @@ class _Chunked(torch.autograd.Function):
         used_head, used_bias = head[:vocab_size], _cut(bias, vocab_size)
         wanted = any(ctx.needs_input_grad)
         for rows in _slices(len(hidden), chunk_rows):
-            products = linear(hidden[rows], used_head, used_bias).requires_grad_(wanted)
+            products = head_products(hidden[rows], used_head, used_bias, logits_dtype).requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 terms = chunk_terms(rows, products)
             total += sum(term.detach() for term, gradient in terms if gradient is None)
@@ -235,14 +238,15 @@ class _Chunked(torch.autograd.Function):
                 continue
             grad = _gradient(terms, products)  # [rows, vocab] in the dtype of the products
             del products, terms
+            if grad_bias is not None:
+                grad_bias[:vocab_size] += grad.sum(0, dtype=wide)
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ used_head
             if grad_head is not None and grad_head.dtype == grad.dtype:
                 grad_head[:vocab_size].addmm_(grad.T, hidden[rows])
             elif grad_head is not None:
                 grad_head[:vocab_size] += grad.T @ hidden[rows]
-            if grad_bias is not None:
-                grad_bias[:vocab_size] += grad.sum(0, dtype=wide)
         ctx.save_for_backward(
             grad_hidden,
             None if grad_head is None else grad_head.to(head.dtype),
@@ -255,7 +259,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # The incoming scale is float32; gradients keep the dtype of their tensor.
         scaled = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def _gradient(terms: Terms, products: torch.Tensor) -> torch.Tensor:

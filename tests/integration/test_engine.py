@@ -377,3 +377,26 @@ async def test_a_teacher_that_changes_is_exact_after_its_update(pair: Pair, tiny
         teacher = tiny_models.log_rows(newer, rollout.prompt_ids, rollout.token_ids)
         at = torch.from_numpy(rollout.token_ids).long().unsqueeze(1)
         _close("log p", rollout.teacher_logprobs, teacher.gather(1, at).squeeze(1), 1e-3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("logits", ["model", "float32"])
+async def test_float32_logits_of_a_half_precision_engine_are_not_rounded(logits: str, tiny_models: TinyModels) -> None:
+    """Recorded log p against the exact product of the recorded hidden state and the head."""
+    teacher = tiny_models.make("teacher", 3, 128, rows=VOCAB + 5, seed=1)
+    student = tiny_models.make("student-half", 2, 64, seed=2)
+    engine = TeacherEngine(engine_spec(teacher, student, dtype="bfloat16", logits=logits, record_hidden=True))
+    try:
+        await engine.start()
+        rollouts = await _draw(engine, _requests(8, alphas=(0.2,)))
+    finally:
+        await engine.close()
+    head = load_output_head(str(teacher)).weight.bfloat16().double()
+    gaps = []
+    for rollout in rollouts.values():
+        assert rollout.teacher_hidden is not None
+        states = torch.from_numpy(rollout.teacher_hidden.astype(np.float32)).bfloat16().double()
+        rows = (states @ head.T)[:, :VOCAB].log_softmax(-1)
+        exact = rows.gather(1, torch.from_numpy(rollout.token_ids).long().unsqueeze(1)).squeeze(1)
+        gaps.append(np.abs(rollout.teacher_logprobs - exact.numpy()).max())
+    assert max(gaps) < 1e-4 if logits == "float32" else max(gaps) > 1e-3, max(gaps)

@@ -14,7 +14,7 @@ from actors.serving.engine import TeacherEngine
 from actors.student import trainer as trainer_module
 from actors.student.trainer import StudentTrainer
 from cluster.diagnosis.exactness import open_trainer, publish, try_pair
-from kdray.checks.parity import judge, tolerance
+from kdray.checks.parity import judge
 from kdray.errors import EngineError
 from kdray.models.random_models import VOCAB
 from tests.support.families import FAMILIES, Family, family
@@ -58,7 +58,7 @@ class Parts:
 
     async def accepted(self) -> bool:
         served = await self.engine.student_log_probabilities(IDS)
-        verdict = judge(self.version, self.trainer.log_probabilities(IDS), served, tolerance(self.engine.dtype, "float32"))
+        verdict = judge(self.version, self.trainer.log_probabilities(IDS), served, self.engine.dtype, "float32")
         print(verdict)
         return verdict.accepted
 

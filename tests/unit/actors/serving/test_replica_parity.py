@@ -10,7 +10,7 @@ import pytest
 from actors.serving import replica as module
 from actors.serving.replica import TeacherReplica
 from actors.weights.store import WeightStore
-from kdray.checks.parity import Verdict
+from kdray.checks.parity import TrainedLogprobs, Verdict
 from kdray.errors import EngineError
 from tests.support.local_actors import Handle, reference
 from tests.support.pools import engine_spec
@@ -44,7 +44,9 @@ class Engine:
 async def loaded(answers: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, WeightStore, Exception | None]:
     monkeypatch.setattr(module, "_RUN_ENDS_S", 0.0)
     store, engine = WeightStore(), Engine(answers)
-    await store.commit(4, [[reference(np.zeros(3, dtype=np.uint8))], [reference(np.ones(2, dtype=np.uint8))]], TRAINED)
+    await store.commit(
+        4, [[reference(np.zeros(3, dtype=np.uint8))], [reference(np.ones(2, dtype=np.uint8))]], TrainedLogprobs(TRAINED, 1.0)
+    )
     replica = TeacherReplica.__new__(TeacherReplica)
     replica._spec = engine_spec(Path("teacher"), Path("student"), parity_ids=IDS)
     replica._engine = engine  # type: ignore[assignment]

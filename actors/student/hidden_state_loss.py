@@ -14,9 +14,10 @@ from actors.student.micro_batch_loss import model_inputs
 from actors.student.output_head import AfterHead, logits_dtype, loss_in_head
 from kdray.config import LossSettings
 from kdray.errors import ConfigError, TrainingError
-from kdray.losses import LossOutput, chunked_divergence, divergence_of
+from kdray.losses import LossBatch, LossOutput, chunked_divergence, divergence_of
 from kdray.losses.chunked import DEFAULT_CHUNK_ROWS
 from kdray.losses.features import predicting
+from kdray.losses.rollout_gap import rollout_gap
 from kdray.losses.support import Buckets, at_tokens
 from kdray.types import TrainBatch
 
@@ -113,6 +114,7 @@ def hidden_state_loss(
     teacher_hidden = torch.from_numpy(part.columns["teacher_hidden"]).to(device)[mask].to(teacher_head.weight.dtype)
     recorded = torch.from_numpy(part.columns["teacher_logprobs"]).to(device)[mask]
     divergence = divergence_of(settings)
+    targets = LossBatch.from_train_batch(part, vocab_size, device).packed()
     sums = {"reverse_kl_support": torch.zeros((), device=device), "teacher_head_error": torch.zeros((), device=device)}
     seen = 0
 
@@ -123,6 +125,8 @@ def hidden_state_loss(
             sums["reverse_kl_support"] += rows.reverse_kl()
             made = at_tokens(rows.teacher, tokens[seen : seen + count])
             sums["teacher_head_error"] += (made - recorded[seen : seen + count]).abs().sum()
+            for name, value in rollout_gap(rows.token_logprobs, targets.tokens(slice(seen, seen + count))).items():
+                sums[name] = sums.get(name, 0) + value
         seen += count
         return divergence(rows)
 

@@ -15,9 +15,9 @@ from kdray.losses.batch import LossBatch, LossOutput
 from kdray.losses.policy_gradient import Whitening
 from kdray.losses.pretraining import pretraining
 from kdray.losses.reward import with_reward
+from kdray.losses.rollout_gap import rollout_gap, rollout_gap_of_logits
 from kdray.losses.sft import sft
 from kdray.losses.support import Buckets, buckets, buckets_loss, divergence_loss, divergence_sum
-from kdray.rollouts.batching import FRESH
 
 LossFunction = Callable[..., LossOutput]
 
@@ -70,7 +70,8 @@ class Objective:
         function = loss_function(settings, whitening)
 
         def of_logits(logits: torch.Tensor, batch: LossBatch) -> LossOutput:
-            return function(logits, batch, settings)
+            loss = function(logits, batch, settings)
+            return replace(loss, sums={**loss.sums, **rollout_gap_of_logits(logits, batch)})
 
         if settings is None:
             return cls("token", of_logits)
@@ -83,7 +84,7 @@ class Objective:
             else:
                 loss = implementation(rows, batch, settings, **step)
             loss = with_reward(loss, rows, batch, settings)
-            return replace(loss, sums={**loss.sums, **_rollout_gap(rows, batch)})
+            return replace(loss, sums={**loss.sums, **rollout_gap(rows.token_logprobs, batch)})
 
         if settings.reads_buckets:
             reads: Reads = "token" if settings.divergence else "buckets"
@@ -94,21 +95,3 @@ class Objective:
     def of_text(cls, settings: PretrainingSettings) -> Objective:
         """The loss on pretraining text."""
         return cls("token", lambda logits, batch: pretraining(logits, batch, settings))
-
-
-@torch.no_grad()
-def _rollout_gap(rows: Buckets, batch: LossBatch) -> dict[str, torch.Tensor]:
-    """Sum of |log q_theta - log q of the sampler| over the tokens that the trained version sampled, and their number.
-
-    Both are the same model at the same prefix, computed by the trainer and by the engine; the sum is what they differ by.
-    """
-    logprobs, sampler = rows.token_logprobs, batch.student_logprobs
-    if logprobs is None or sampler is None or batch.group is None:
-        return {}
-    group = batch.masked("group")
-    is_fresh = torch.zeros_like(group, dtype=torch.bool)
-    # By comparison with numbers: a table of the groups would be copied to the device in every chunk.
-    for number in (number for number, name in enumerate(batch.groups) if name.endswith(FRESH)):
-        is_fresh |= group == number
-    gaps = (logprobs - batch.masked("student_logprobs").to(logprobs.dtype)).abs()
-    return {"rollout_gap": gaps.masked_fill(~is_fresh, 0.0).sum(), "rollout_gap_tokens": is_fresh.sum()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.student.hidden_state_loss import hidden_state_loss, load_output_head
+from actors.student.output_head import AfterHead
 from kdray.config import ForwardKLLoss, HintonLoss, JSDLoss, ReverseKLLoss
 from kdray.errors import ConfigError, TrainingError
 from kdray.losses import LossBatch, loss_function
@@ -102,6 +105,27 @@ def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient(tmp_path):
     output.total.backward()
     assert output.total.item() / batch.num_target_tokens < 1e-5
     assert max(parameter.grad.abs().max().item() for parameter in teacher.parameters()) < 0.05
+
+
+def test_the_gap_to_the_sampler_is_that_of_the_tokens_of_the_trained_version(tmp_path):
+    teacher, student = llama(64, seed=1), llama(32, seed=2)
+    teacher.save_pretrained(tmp_path)
+    batch, _ = batch_with_hidden(teacher)
+    ids, mask = torch.from_numpy(batch.token_ids).long(), torch.from_numpy(batch.loss_mask)
+    with torch.no_grad():
+        rows = student(ids).logits.log_softmax(-1).roll(1, dims=1)
+    q = rows.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    fresh = torch.arange(ids.shape[1]) % 3 > 0
+    batch.columns["student_logprobs"] = torch.where(fresh, q - 0.25, q - 9.0).numpy()
+    batch.columns["group"] = (~fresh).to(torch.int8).expand(ids.shape).numpy()
+    batch = replace(batch, groups=("teacher/a/staleness_0", "teacher/a/staleness_1"))
+    loss = ReverseKLLoss(type="reverse_kl")
+    sums = hidden_state_loss(
+        student, student, batch, loss, load_output_head(str(tmp_path)), VOCAB, AfterHead(student), chunk_tokens=4
+    ).sums
+    count = int((mask & fresh).sum())
+    assert int(sums["rollout_gap_tokens"]) == count > 0
+    assert float(sums["rollout_gap"]) == pytest.approx(0.25 * count, rel=1e-4)
 
 
 def test_another_models_head_shows(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from kdray.config import (
+    ForwardKLSampledLoss,
     LMOpsLoss,
     LossSettings,
     MiniLLMLoss,
@@ -269,7 +270,15 @@ def test_the_default_chunk_follows_the_vocabulary() -> None:
     assert TrainingSettings().chunk_tokens(2**26) == 1
 
 
-@pytest.mark.parametrize("loss", [Objective.of(MiniLLMLoss()), objective(built_in_losses()[1])], ids=["buckets", "divergence"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Objective.of(MiniLLMLoss()),
+        objective(built_in_losses()[1]),
+        Objective.of(ForwardKLSampledLoss(type="forward_kl_sampled")),
+    ],
+    ids=["buckets", "divergence", "tokens"],
+)
 def test_the_gap_to_the_sampler_is_that_of_the_tokens_of_the_trained_version(loss: Objective) -> None:
     batch = loss_batch(4, 9, VOCAB)
     given = leaves(int(batch.mask.sum()))

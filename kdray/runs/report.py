@@ -30,6 +30,8 @@ _APART = (
 _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats per token", ("loss",)),
     ("Divergence from the teacher", "nats per token", ("reverse_kl", "forward_kl")),
+    ("Trainer against replicas", "nats per token", ("rollout_gap", "parity_gap")),
+    ("Rewards", "1", ("reward", "reward_contrast")),
     ("Response tokens", "tokens", ("response_tokens",)),
     ("Importance weights", "weight", ("importance_weight_mean", "importance_weight_ess")),
     ("Staleness", "steps", ("staleness_mean", "staleness_max")),
@@ -38,6 +40,8 @@ _CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Waits", "seconds per step", ("wait_rollout_s", "wait_teacher_s", "wait_sync_s")),
 )
 _STACKED = "Waits"
+_OPTIONAL = ("Rewards",)
+"""Plots that are left out if no step has a value: runs without what they show are no less whole."""
 _TEACHER_EVENTS = ("scale", "scale_stuck", "retry", "hedge", "teacher_missing", "teacher_refused", "teacher_back")
 """Events marked in the timeline of the teachers."""
 _MAX_POINTS = 2000
@@ -155,6 +159,8 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, list[s
             legend={"orientation": "h", "y": 1.12},
         )
         html = None
+        if title in _OPTIONAL and not figure.data:
+            continue
         if figure.data:
             html = Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
         curves.append((title, html, absent))

@@ -157,6 +157,16 @@ def test_curves_hold_the_values_of_the_metrics(whole):
     assert "0.42857142857142855" in text, "the loss of step 3"
     assert "0.777" in text, "the held-out measurement"
     assert any("forward_kl" in note for note in page.notes), "what no step has is named as missing"
+    assert not any("reward" in note for note in page.notes), "a run without rewards lacks nothing"
+
+
+def test_the_distance_of_trainer_and_replicas_has_a_plot_of_its_own(folder):
+    folder.append_metrics({"step": 1, "rollout_gap": 0.00012345, "parity_gap": 0.0, "reward": 0.625})
+    text, page = page_of(folder)
+    assert "Trainer against replicas" in text
+    assert "0.00012345" in text
+    assert not any("rollout_gap" in note or "parity_gap" in note for note in page.notes)
+    assert "Rewards" in text
 
 
 def test_what_others_wrote_is_escaped(whole):

@@ -24,15 +24,10 @@ from cluster.planning.placement import (
     could_hold,
     describe_resources,
 )
+from cluster.planning.publication import publication_lines
 from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.checks.models import check_models
-from kdray.config import (
-    Config,
-    EngineSettings,
-    ModelSource,
-    TrainingSettings,
-    load_config,
-)
+from kdray.config import Config, EngineSettings, ModelSource, TrainingSettings, load_config
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
 from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
@@ -45,6 +40,9 @@ from kdray.teachers.kind import kind_of
 _CAPACITY_GAP = 20.0
 """Ratio of teacher to student parameters beyond which students learn less from the teacher than from a smaller one (Mirzadeh et
 al., 2020; Busbridge et al., 2025)."""
+
+_OBJECT_STORE_SHARE = 0.3
+"""Share of a node's memory that Ray's object store takes by default."""
 
 
 class NodeKind(Settings):
@@ -62,6 +60,8 @@ class NodeKind(Settings):
     """Memory of each GPU, GiB; None takes it from the type."""
     memory_gib: PositiveFloat | None = None
     """Memory of each node, GiB; None ignores it."""
+    object_store_gib: PositiveFloat | None = None
+    """Size of Ray's object store on each node, GiB; None takes Ray's default, 30% of `memory_gib`."""
     resources: dict[str, float] = Field(default={})
     """Custom Ray resources per node."""
     labels: dict[str, str] = Field(default={})
@@ -92,6 +92,8 @@ def described_nodes(path: Path) -> list[Node]:
         labels = dict(kind.labels)
         if kind.memory_gib is not None:
             resources["memory"] = kind.memory_gib * GIB
+        if (store := kind.object_store_gib or _OBJECT_STORE_SHARE * (kind.memory_gib or 0.0)) > 0:
+            resources["object_store_memory"] = store * GIB
         if kind.accelerator_type is not None:
             resources[f"accelerator_type:{kind.accelerator_type}"] = 1.0
             labels.setdefault(ACCELERATOR_LABEL, kind.accelerator_type)
@@ -173,6 +175,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
                 f"beyond about {_CAPACITY_GAP:.0f} a student often learns less than from a smaller teacher: consider one in "
                 "between, or two stages"
             )
+    lines += publication_lines(config, student, placed, nodes)
     lines += _growth(wanted, config, nodes)
     return Plan(roles, lines)
 

@@ -483,3 +483,24 @@ def test_a_large_teacher_with_an_8b_student(
     expected = layers * weight + (embedding + norms + student.parameters) * 2
     assert memory.weights == pytest.approx(expected / parallel, rel=1e-6)
     assert memory.kv_tokens > responses * (8192 + 512)
+
+
+def test_publication_is_counted_and_a_small_object_store_is_named(models: dict[str, str], tmp_path: Path) -> None:
+    """Two replicas on one node of 8 GPUs, the ranks on another of the same kind: two versions are 29.9 GiB."""
+    described = tmp_path / "cluster.yaml"
+    kinds = "nodes: [{count: 3, cpus: 32, gpus: 8, accelerator_type: H100, object_store_gib: 29}]"
+    described.write_text(kinds)
+    config = _config(models, training={"ranks": 8, "gpus_per_rank": 1, "precision": "bf16"})
+    version = ModelShape.of(LlamaConfig(**LLAMA_8B)).parameters * 2 / GIB
+    lines = plan(config, described_nodes(described)).lines
+    (told,) = (line for line in lines if line.startswith("publication: "))
+    assert f"has {version:.2f} GiB" in told
+    assert f"{3 * version:.2f} GiB on rank 0's node" in told
+    assert f"{4 * version:.2f} on a node of replicas" in told
+    (note,) = (line for line in lines if "object store" in line and line.startswith("note: "))
+    assert f"has 29.00 GiB, and 2 versions of the student {2 * version:.2f}" in note
+    assert "(on 2 such nodes)" in note
+    described.write_text(kinds.replace("object_store_gib: 29", "memory_gib: 100"))
+    assert not any("note: the object store" in line for line in plan(config, described_nodes(described)).lines), (
+        "30 GiB hold it"
+    )

@@ -1,0 +1,59 @@
+"""Main memory that the student's weights take on their way to the replicas, before anything is started."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from cluster.planning.memory import GIB, ModelShape
+from cluster.planning.placement import Node, Placed
+from kdray.config import Config
+
+_VERSIONS = 2
+"""Versions that a node's object store holds at most: the newest, and the one before it while a replica still fetches that."""
+
+
+def version_bytes(student: ModelShape, precision: str) -> float:
+    """Size of a published version: every weight in the dtype of training. An adapter is published merged."""
+    return student.parameters * (2.0 if precision == "bf16" else 4.0)
+
+
+def publication_lines(config: Config, student: ModelShape, placed: Sequence[Placed], nodes: Sequence[Node]) -> Iterator[str]:
+    """What publication takes, and a note for each node on which Ray would spill it to disk; nothing without publication.
+
+    Args: placed: the roles on `nodes`; an object store's size is the resource `object_store_memory` of its node, in bytes.
+    """
+    replicas: Counter[int] = Counter()
+    for item in placed:
+        if _holds_student(config, item.bundle.role):
+            replicas.update(item.nodes)
+    if not replicas or config.training.weight_transfer != "object_store":
+        return
+    version = version_bytes(student, config.training.precision)
+    most = max(replicas.values())
+    yield (
+        f"publication: a version of the student has {version / GIB:.2f} GiB; main memory for it, at most: "
+        f"{(1 + _VERSIONS) * version / GIB:.2f} GiB on rank 0's node (a copy, and {_VERSIONS} versions in Ray's object store), "
+        f"{(_VERSIONS + most) * version / GIB:.2f} on a node of replicas ({_VERSIONS} versions, and one in files for each of "
+        f"{most} that load)"
+    )
+    # Rank 0 may be on any node of the ranks.
+    ranks = {index for item in placed if item.bundle.role == "student" for index in item.nodes}
+    needed = _VERSIONS * version
+    short: dict[tuple[str, float], int] = Counter()
+    for index in ranks | set(replicas):
+        there = nodes[index].resources.get("object_store_memory")
+        if there is not None and there < needed:
+            short[nodes[index].name, there] += 1
+    for (name, there), count in short.items():
+        many = f" (on {count} such nodes)" if count > 1 else ""
+        yield (
+            f"note: the object store of node {name}{many} has {there / GIB:.2f} GiB, and {_VERSIONS} versions of the student "
+            f"{needed / GIB:.2f}: Ray would spill them to disk, and every publication would wait for that; start Ray there "
+            "with a larger object_store_memory (and /dev/shm)"
+        )
+
+
+def _holds_student(config: Config, role: str) -> bool:
+    """True if the replicas of a role sample from the student, and take its weights."""
+    return role == "rollout pool" or (role.startswith("teacher ") and config.student_beside(role.removeprefix("teacher ")))

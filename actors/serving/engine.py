@@ -439,6 +439,14 @@ class TeacherEngine:
         """The engine's dtype, such as `float32`."""
         return str(self._engine.vllm_config.model_config.dtype).removeprefix("torch.")
 
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Batch sizes for which the engine captured graphs, as far as it samples that many; none if it captures none."""
+        compilation = self._engine.vllm_config.compilation_config
+        if compilation.cudagraph_mode.name == "NONE":
+            return []
+        return sorted(size for size in compilation.cudagraph_capture_sizes or () if size <= self.spec.max_num_seqs)
+
     async def set_initial_version(self, version: int) -> None:
         """Set the version of the weights loaded at start."""
         await self._engine.collective_rpc("kdray_set_version", args=(version,))

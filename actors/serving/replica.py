@@ -24,6 +24,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from actors.serving.engine import TeacherEngine
 from actors.serving.load_stats import Workload
 from actors.serving.replica_choice import CallRoute
+from actors.serving.scoring.batch_sizes import check_batch_sizes
 from actors.serving.spec import EngineSpec, RunHandles
 from actors.serving.start_failure import StartFailure
 from actors.weights.store import pull
@@ -75,6 +76,7 @@ class TeacherReplica:
         """
         try:
             await self._engine.start()
+            await check_batch_sizes(self._engine, self._engine.graph_sizes)
             if run.registry is None or not run.compared or self._spec.role == "student":
                 return None
             return await self._engine.fingerprint()

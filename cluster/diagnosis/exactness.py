@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from actors.serving.engine import TeacherEngine
+from actors.serving.scoring.batch_sizes import batch_size_gap
 from actors.serving.spec import EngineSpec
 from actors.student.trainer import Phase, StudentTrainer
 from kdray.config import ReverseKLLoss, TrainingSettings
@@ -44,6 +45,8 @@ class Gaps:
     """Mean change of log q by the update: a trial in which nothing moves shows nothing."""
     export: float
     """Logits of the exported student, loaded anew, against those of the trainer."""
+    sizes: float
+    """log p and log q recorded at every batch size up to that of the engine, against prefill: the largest mean."""
 
     def over(self, tolerance: float) -> dict[str, float]:
         """The gaps beyond a tolerance, by name; nan counts as beyond."""
@@ -61,6 +64,8 @@ async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3) 
     engine = TeacherEngine(spec)
     try:
         await engine.start()
+        sizes = [2**power for power in range(spec.max_num_seqs.bit_length())]
+        sizes_gap = float(np.max([await batch_size_gap(engine, size) for size in sizes]))
         requests = _requests(spec.vocab_size, spec.max_model_len)
         first = [rollout async for part in engine.sample(requests) for rollout in part]
         scored = {rollout.sample_id: rollout async for part in engine.score(first) for rollout in part}
@@ -93,6 +98,7 @@ async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3) 
         updated=updated_gap,
         moved=float(np.abs(np.concatenate(after) - np.concatenate(before)).mean()),
         export=_export_gap(trainer.backend.module, _loaded(str(export), None), first),
+        sizes=sizes_gap,
     )
 
 

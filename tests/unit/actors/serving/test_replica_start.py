@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -34,6 +34,8 @@ class Engine:
     """An engine that fails where it is told to."""
 
     fails_in = ""
+    dtype = "float32"
+    graph_sizes: ClassVar[list[int]] = []
     closed = False
     asked: list[str]
 
@@ -99,3 +101,17 @@ async def test_replicas_of_a_changing_teacher_are_not_compared(
     assert Engine.asked == asked
     assert list(actor.registry.known()) == known
     assert actor.registry.failures("main") == []
+
+
+async def test_an_engine_with_captured_graphs_is_checked_at_their_sizes(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check(engine: Any, sizes: list[int]) -> None:
+        if sizes:
+            raise EngineError(f"wrong at one of {sizes}")
+
+    monkeypatch.setattr("actors.serving.replica.check_batch_sizes", check)
+    monkeypatch.setattr(Engine, "graph_sizes", [1, 8])
+    with pytest.raises(EngineError, match=r"wrong at one of \[1, 8\]"):
+        await start(RunHandles(registry=actor))
+    assert Engine.asked == ["start"], "an engine that is not trusted must not become a reference for others"
+    (failure,) = actor.registry.failures("main")
+    assert "wrong at one of" in failure.cause

@@ -14,6 +14,8 @@ from kdray.config.route import Route
 from kdray.errors import CapacityError
 
 _ACCELERATOR_RESOURCE = "accelerator_type:"
+STUDENT, ROLLOUT_POOL, _TEACHER = "student", "rollout pool", "teacher "
+"""Names of roles; a teacher's has its own name behind it."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,15 @@ def bundles(config: Config) -> list[Bundle]:
     """Every bundle of a run; autoscaled pools count with their initial size."""
     wanted = []
     for name, teacher in config.served_teachers.items():
-        wanted.append(_engine_bundle(f"teacher {name}", f"teachers.{name}", teacher))
+        wanted.append(_engine_bundle(_TEACHER + name, teacher))
     if Route.of(config).student_pool:
-        wanted.append(_engine_bundle("rollout pool", "rollout.pool", config.rollout.pool))
+        wanted.append(_engine_bundle(ROLLOUT_POOL, config.rollout.pool))
     training = config.training
     rank = {"CPU": training.cpus_per_rank, "GPU": training.gpus_per_rank} | training.resources
     rank |= _accelerator(training.accelerator_type)
     wanted.append(
         Bundle(
-            "student",
+            STUDENT,
             "training.ranks",
             training.ranks,
             {k: v for k, v in rank.items() if v},
@@ -91,14 +93,19 @@ def _accelerator(kind: str | None) -> dict[str, float]:
     return {} if kind is None else {f"{_ACCELERATOR_RESOURCE}{kind}": 0.001}
 
 
-def _engine_bundle(role: str, setting: str, settings: EngineSettings) -> Bundle:
+def engine_setting(role: str) -> str:
+    """Section of the settings that describes a role's engines."""
+    return "rollout.pool" if role == ROLLOUT_POOL else f"teachers.{role.removeprefix(_TEACHER)}"
+
+
+def _engine_bundle(role: str, settings: EngineSettings) -> Bundle:
     resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
     resources |= _accelerator(settings.accelerator_type)
     count, of = settings.replicas, "replicas"
     if settings.autoscaling is not None:
         count, of = settings.autoscaling.starting_replicas, "autoscaling.initial_replicas"
     taken = {name: amount for name, amount in resources.items() if amount}
-    return Bundle(role, f"{setting}.{of}", count, taken, settings.label_selector, settings.max_replicas_per_node)
+    return Bundle(role, f"{engine_setting(role)}.{of}", count, taken, settings.label_selector, settings.max_replicas_per_node)
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:

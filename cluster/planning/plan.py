@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError
 
-from cluster.planning.accelerators import ACCELERATORS, Accelerator
+from cluster.planning.accelerators import Accelerator
 from cluster.planning.memory import GIB, EngineMemory, Lengths, LossTensors, ModelShape, RankMemory, engine_memory, rank_memory
+from cluster.planning.node_memory import check_gpu_memory, check_node_memory
 from cluster.planning.placement import (
     ACCELERATOR_LABEL,
     Bundle,
@@ -25,6 +26,7 @@ from cluster.planning.placement import (
     describe_resources,
 )
 from cluster.planning.publication import publication_lines
+from cluster.planning.roles import GPU_MEMORY, Role, weakest_gpu
 from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.checks.models import check_models
 from kdray.config import Config, EngineSettings, ModelSource, TrainingSettings, load_config
@@ -98,7 +100,7 @@ def described_nodes(path: Path) -> list[Node]:
             resources[f"accelerator_type:{kind.accelerator_type}"] = 1.0
             labels.setdefault(ACCELERATOR_LABEL, kind.accelerator_type)
         if kind.gpu_memory_gib is not None:
-            resources[_GPU_MEMORY] = kind.gpu_memory_gib
+            resources[GPU_MEMORY] = kind.gpu_memory_gib
         nodes += [Node({k: v for k, v in resources.items() if v}, labels, f"kind {number + 1}")] * kind.count
     return nodes
 
@@ -110,25 +112,6 @@ def rates_of(run: Path) -> Measured:
         return measured(read_lines(folder.metrics), load_config(folder.config).training.batch_size)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--run {run}: its metrics say nothing of rates: {error}") from error
-
-
-_GPU_MEMORY = "memory of a GPU, GiB"
-"""Stored among a described node's resources; Ray has no resource of this name."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """A role of the run, as planned."""
-
-    bundle: Bundle
-    nodes: dict[str, int]
-    """Description of a node kind -> bundles there."""
-    memory: EngineMemory | RankMemory
-    memory_limit: float | None
-    """Memory of a GPU, bytes; None if unknown (or the role runs on CPUs)."""
-    rate: float | None
-    """Response tokens per second of the whole role; None if its hardware is unknown."""
-    does: str
 
 
 @dataclass(frozen=True)
@@ -161,12 +144,13 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
     roles = []
     for item in placed:
         # Ray may place it on any node that matches, not only on these.
-        gpu, limit = _weakest([node for node in nodes if could_hold(node, item.bundle)])
+        gpu, limit = weakest_gpu([node for node in nodes if could_hold(node, item.bundle)])
         if item.bundle.role == "student":
             roles.append(_student_role(config, item, shapes, nodes, gpu, limit, lengths))
         else:
             roles.append(_engine_role(config, item, shapes, nodes, gpu, limit, lengths))
-    _check_node_memory(placed, roles, nodes)
+    check_node_memory(placed, roles, nodes)
+    check_gpu_memory(placed, roles, nodes)
     lines = _balance(config, roles) if run is None else _measured_balance(run)
     for name, shape in shapes.items():
         if name != _STUDENT and shape.parameters > _CAPACITY_GAP * student.parameters:
@@ -247,19 +231,6 @@ def _shapes(config: Config) -> dict[str, ModelShape]:
     return found
 
 
-def _weakest(hosts: Sequence[Node]) -> tuple[Accelerator | None, float | None]:
-    """The slowest GPU among these nodes and the smallest memory of one, in bytes; None if a type is unknown."""
-    gpus = [ACCELERATORS.get(node.labels.get(ACCELERATOR_LABEL, "")) for node in hosts]
-    known = [gpu for gpu in gpus if gpu is not None]
-    slowest = min(known, key=lambda gpu: gpu.tflops) if known and len(known) == len(gpus) else None
-    memories = [
-        node.resources.get(_GPU_MEMORY) or (None if gpu is None else gpu.memory_gib)
-        for node, gpu in zip(hosts, gpus, strict=True)
-    ]
-    given = [memory for memory in memories if memory is not None]
-    return slowest, min(given) * GIB if given and len(given) == len(memories) else None
-
-
 def _engine_role(
     config: Config,
     item: Placed,
@@ -293,7 +264,8 @@ def _engine_role(
         )
 
     setting = "rollout.pool" if pool else f"teachers.{name}"
-    sharing = int(1 / settings.num_gpus) if 0 < settings.num_gpus < 1 else 1
+    most = settings.replicas if settings.autoscaling is None else settings.autoscaling.max_replicas
+    sharing = min(int(1 / settings.num_gpus), most) if 0 < settings.num_gpus < 1 else 1
     if sharing * settings.gpu_memory_utilization > 1:
         raise CapacityError(
             f"{setting}.num_gpus={settings.num_gpus:g} puts {sharing} replicas on a GPU, and each takes "
@@ -400,25 +372,6 @@ def _where(item: Placed, nodes: Sequence[Node]) -> dict[str, int]:
         labels = [f"{k}={v}" for k, v in sorted(node.labels.items()) if not k.startswith("ray.io/node")]
         kinds[" ".join([node.name, *labels]).strip()] += count
     return dict(kinds)
-
-
-def _check_node_memory(placed: Sequence[Placed], roles: Sequence[Role], nodes: Sequence[Node]) -> None:
-    """Raises: CapacityError if the CPU roles of a node need more memory than Ray reports for it."""
-    used: Counter[int] = Counter()
-    for item, role in zip(placed, roles, strict=True):
-        if role.bundle.resources.get("GPU"):
-            continue
-        memory = role.memory
-        each = memory.total if isinstance(memory, RankMemory) else memory.needed + memory.kv_room
-        for index, count in item.nodes.items():
-            used[index] += math.ceil(count * each)
-    for index, needed in used.items():
-        there = nodes[index].resources.get("memory")
-        if there is not None and needed > there:
-            raise CapacityError(
-                f"node {nodes[index].name}: the parts planned for it need {needed / GIB:.1f} GiB of memory, and it has "
-                f"{there / GIB:.1f}; lower kv_cache_gib or replicas, or spread them (max_replicas_per_node)"
-            )
 
 
 def _balance(config: Config, roles: Sequence[Role]) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
 from cluster.planning.memory import (
     GIB,
+    EngineMemory,
     Lengths,
     LossTensors,
     ModelShape,
@@ -26,7 +27,7 @@ from cluster.planning.memory import (
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
 from cluster.planning.plan import described_nodes, plan
 from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
-from kdray.config import Config, LoRASettings, MiniLLMLoss, RolloutSettings, TrainingSettings, parse_config
+from kdray.config import Config, LoRASettings, MiniLLMLoss, RolloutSettings, TrainingSettings, load_config, parse_config
 from kdray.errors import CapacityError, DataError
 from kdray.losses import Objective, chunked_loss
 from kdray.losses.features import predicting
@@ -504,3 +505,58 @@ def test_publication_is_counted_and_a_small_object_store_is_named(models: dict[s
     assert not any("note: the object store" in line for line in plan(config, described_nodes(described)).lines), (
         "30 GiB hold it"
     )
+
+
+@pytest.mark.parametrize(
+    ("shares", "utilisation", "fits"),
+    [((0.5, 0.5), 0.5, True), ((0.5, 0.5), 0.85, False), ((0.9, 0.5), 0.85, True), ((0.4, 0.2), 0.5, False)],
+)
+def test_parts_that_share_a_gpu_fit_into_it_together(
+    tmp_path: Path, shares: tuple[float, float], utilisation: float, fits: bool
+) -> None:
+    """A 3B teacher, with the 0.5B student beside it, and the rank on one L40S; a second replica may come onto the same GPU."""
+    small = LLAMA_8B | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16}
+    large = LLAMA_8B | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    for name, shape in (("student", small), ("teacher", large)):
+        LlamaConfig(**shape, max_position_embeddings=8192).save_pretrained(tmp_path / name)
+    replicas = 2 if shares[0] < 0.5 else 1
+    teacher = {"tensor_parallel_size": 1, "num_gpus": shares[0], "gpu_memory_utilization": utilisation, "replicas": replicas}
+    config = _config(
+        {name: str(tmp_path / name) for name in ("student", "teacher")},
+        teacher=teacher,
+        training={"ranks": 1, "gpus_per_rank": shares[1], "zero_stage": 2},
+    )
+    nodes = _nodes(1, "L40S", gpus=1 if fits and sum(shares) <= 1 else 2)
+    if fits:
+        assert {role.bundle.role for role in plan(config, nodes).roles} == {"teacher main", "student"}
+        return
+    with pytest.raises(CapacityError, match=r"on one GPU of 44\.\d GiB, and they need") as refused:
+        plan(config, nodes)
+    message = str(refused.value)
+    assert f"{replicas} x teacher main" in message
+    assert "1 x student" in message
+    lower = float(message.partition("gpu_memory_utilization to ")[2].split(",")[0])
+    assert 0.1 < lower < utilisation
+    changed = config.model_copy(
+        update={"teachers": {"main": config.teachers["main"].model_copy(update={"gpu_memory_utilization": lower})}}
+    )
+    assert plan(changed, nodes).roles
+
+
+def test_the_recipe_for_one_gpu_fits_into_48_gb(tmp_path: Path) -> None:
+    """The shapes of Qwen 2.5 7B and 0.5B, as their config.json has them."""
+    sizes = {
+        "teacher": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "vocab_size": 152064},
+        "student": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+        | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    }
+    for name, shape in sizes.items():
+        Qwen2Config(**shape, max_position_embeddings=32768, dtype="bfloat16").save_pretrained(tmp_path / name)
+    recipe = Path(__file__).parents[4] / "configs" / "gsm8k_one_gpu.yaml"
+    given = [f"student.model={tmp_path / 'student'}", f"teachers.math.model={tmp_path / 'teacher'}"]
+    found = plan(load_config(recipe, given), _nodes(1, "L40S", gpus=1))
+    teacher, student = found.roles
+    assert isinstance(teacher.memory, EngineMemory)
+    assert teacher.memory.kv_tokens > 64 * 1024, "a batch of the longest sequences is not held at once"
+    assert teacher.memory_bytes + student.memory_bytes < ACCELERATORS["L40S"].memory_gib * GIB

@@ -1,4 +1,5 @@
-"""Deep diagnosis: tiny models of real architectures through this machine's engines and trainer, as one file for a report.
+"""Deep diagnosis: tiny models of real architectures through this machine's engines and trainer, and its rates, as one file
+for a report.
 
 Each trial runs in a process of its own (`python -m cluster.diagnosis.deep NAME`), so that one that crashes is a result too.
 """
@@ -20,6 +21,7 @@ import torch
 
 from actors.serving.spec import EngineSpec
 from cluster.diagnosis.doctor import Check
+from cluster.diagnosis.rates import Throughput
 from kdray.config import vllm_build
 from kdray.models.random_models import EOS, VOCAB, RandomModel
 
@@ -56,6 +58,13 @@ class Trial:
             **self.engine,
         )
 
+    async def run(self, folder: Path) -> dict[str, Any]:
+        """Run the trial. Returns: `ok`, and the gaps in nats."""
+        from cluster.diagnosis.exactness import try_pair
+
+        gaps = await try_pair(self.spec(folder), folder)
+        return {"ok": not gaps.over(self.tolerance) and gaps.moved > self.tolerance, **asdict(gaps)}
+
 
 def _pair(model_type: str, tolerance: float, engine: Mapping[str, Any] | None = None, gpus: int = 0, **config: Any) -> Trial:
     tied = model_type == "gemma2"
@@ -66,16 +75,17 @@ def _pair(model_type: str, tolerance: float, engine: Mapping[str, Any] | None = 
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _FLOAT32: dict[str, Any] = {"dtype": "float32"}
 
-TRIALS: dict[str, Trial] = {
+TRIALS: dict[str, Trial | Throughput] = {
     "Llama, float32": _pair("llama", 1e-3, _FLOAT32),
     "Gemma 2, float32": _pair("gemma2", 1e-3, _FLOAT32, sliding_window=32, attn_logit_softcapping=2.0),
     "Qwen 3 MoE, float32": _pair("qwen3_moe", 1e-2, _FLOAT32, **_EXPERTS),
     "Llama, bfloat16": _pair("llama", 0.3, {"dtype": "bfloat16"}),
     "Llama, float32, tensor parallel 2": _pair("llama", 1e-3, _FLOAT32 | {"tensor_parallel_size": 2}, 2),
+    "rates": Throughput(),
 }
 
 
-def possible(gpus: int) -> dict[str, Trial]:
+def possible(gpus: int) -> dict[str, Trial | Throughput]:
     """Trials that this machine can run. Args: gpus: that it has; a build of vLLM for CPUs needs none."""
     if vllm_build.vllm_device() == "cpu":
         return TRIALS
@@ -90,7 +100,7 @@ def examine(checks: Sequence[Check], out: Path, say: Callable[[str], None]) -> b
     results: dict[str, dict[str, Any]] = {}
     for name, result in _results(possible(torch.cuda.device_count())):
         results[name] = result
-        numbers = ", ".join(f"{key} {value:.1e}" for key, value in result.items() if key not in ("ok", "error"))
+        numbers = ", ".join(f"{key} {value:.2g}" for key, value in result.items() if key not in ("ok", "error"))
         say(f"{'ok' if result['ok'] else 'FAILED':7}{name}: {numbers or result.get('error', '')}")
     content = {"time": datetime.now(UTC).isoformat(), "checks": [asdict(check) for check in checks], "trials": results}
     out.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -98,8 +108,8 @@ def examine(checks: Sequence[Check], out: Path, say: Callable[[str], None]) -> b
     return all(result["ok"] for result in results.values())
 
 
-def _results(trials: Mapping[str, Trial]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run trials, one after the other. Yields: name; `ok`, and the gaps in nats or the error."""
+def _results(trials: Mapping[str, Trial | Throughput]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run trials, one after the other. Yields: name; `ok`, and the numbers of the trial or its error."""
     for name in trials:
         command = [sys.executable, "-m", "cluster.diagnosis.deep", name]
         try:
@@ -114,13 +124,10 @@ def _results(trials: Mapping[str, Trial]) -> Iterator[tuple[str, dict[str, Any]]
             yield name, {"ok": False, "error": done.stderr[-4000:]}
 
 
-def run_trial(trial: Trial) -> dict[str, Any]:
+def run_trial(trial: Trial | Throughput) -> dict[str, Any]:
     """Run a trial in this process."""
-    from cluster.diagnosis.exactness import try_pair
-
     with TemporaryDirectory() as scratch:
-        gaps = asyncio.run(try_pair(trial.spec(Path(scratch)), Path(scratch)))
-    return {"ok": not gaps.over(trial.tolerance) and gaps.moved > trial.tolerance, **asdict(gaps)}
+        return asyncio.run(trial.run(Path(scratch)))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from cluster.diagnosis import deep
+from cluster.diagnosis import deep, rates
 from cluster.diagnosis.doctor import Check
 from kdray.config import vllm_build
+
+CPU = torch.device("cpu")
 
 
 def test_a_machine_runs_what_it_has_gpus_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +24,23 @@ def test_a_machine_runs_what_it_has_gpus_for(monkeypatch: pytest.MonkeyPatch) ->
     assert deep.possible(2) == deep.TRIALS
     monkeypatch.setattr(vllm_build, "vllm_device", lambda: "cpu")
     assert deep.possible(0) == deep.TRIALS
+
+
+def test_the_rates_of_the_device_are_plausible() -> None:
+    found = rates.device_rates()
+    assert 1e-3 < found["TFLOP/s"] < 100
+    assert 0.1 < found["GB/s"] < 10_000
+    assert not any("peak" in name for name in found), "a CPU has no data sheet here"
+
+
+def test_rates_of_a_known_gpu_stand_beside_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rates.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(rates.torch, "device", lambda name: CPU)
+    monkeypatch.setattr(rates, "_seconds", lambda work, device: 2 * 8192**3 / 494.5e12)
+    found = rates.device_rates()
+    assert found["TFLOP/s, share of peak"] == pytest.approx(0.5)
+    assert found["GB/s, share of peak"] == pytest.approx(found["GB/s"] / 4800)
 
 
 def test_results_and_crashes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

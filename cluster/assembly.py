@@ -87,6 +87,8 @@ async def open_pools(
             await other.check()
         try:
             if pools:
+                # Engines load for a minute or more, in which nothing else is said.
+                on_event("starting", pools=[pool.name for pool in pools])
                 await deployed(pools, bundles(config), config.cluster, on_event)
         except EngineError as error:
             await asyncio.to_thread(_keep_logs, pools, logs)

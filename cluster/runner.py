@@ -109,7 +109,7 @@ class Runner:
             self.reporter.event("data", found=line)
         for line in unsafe_notes(config):
             self.reporter.event("unsafe", found=line)
-        context: RunContext = await self._or_stop(in_daemon_thread(self._checked.with_models))
+        context: RunContext = await self._or_stop(self._with_models())
         self._on_start()
         student = StudentGroup(
             training=config.training,
@@ -143,6 +143,23 @@ class Runner:
         finally:
             await student.close()
             self._beside.ranks_end(self._name)
+
+    async def _with_models(self) -> RunContext:
+        """The context, with the models that have to be trained first; their progress is shown."""
+        loop = asyncio.get_running_loop()
+
+        def on_step(what: str, done: int, total: int) -> None:
+            # The interpreter must not end while a thread computes in native code, which aborts the process.
+            if self.stop.is_set():
+                raise Stopped
+            loop.call_soon_threadsafe(self.reporter.preparing, what, done, total)
+
+        building = in_daemon_thread(self._checked.with_models, None, on_step)
+        try:
+            return await asyncio.shield(building)
+        finally:
+            await asyncio.wait({building})
+            building.exception()
 
     async def _watched(self, phases: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         """Run the phases; end them after a checkpoint if a replica refuses a version of the student.

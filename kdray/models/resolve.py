@@ -13,7 +13,7 @@ import re
 import shutil
 import string
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ _WARMUP_STEPS = 30
 _BETAS = (0.9, 0.98)
 _HASHED_BYTES = 4096
 """Bytes of each piece of a tensor that the weights' hash reads."""
+OnStep = Callable[[int, int], None]
+"""(training steps made, steps in all)"""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -72,17 +74,18 @@ def task_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def resolve_model(source: ModelSource, cache: Path) -> str:
+def resolve_model(source: ModelSource, cache: Path, on_step: OnStep | None = None) -> str:
     """Return a hub id or absolute folder that an engine or `from_pretrained` can load.
 
     A tiny or pruned model is built under `cache` on first use and reused afterwards. Its folder is named by a hash of its
     settings; for a pruned model also of the source's files and the calibration texts, so that a different source gives a
     different model.
+    Args: on_step: called before every training step of a tiny model; what it raises ends the training.
     Raises: DataError if a local folder does not exist or holds no model, or texts cannot be read; ConfigError if a source
     cannot be pruned.
     """
     if isinstance(source, PrunedModel):
-        origin = resolve_model(source.source, cache)
+        origin = resolve_model(source.source, cache, on_step)
         cuts = source.model_dump(mode="json", exclude={"source", "revision"})
         read = None if source.calibration is None else list(calibration_texts(source.calibration))
         settings = json.dumps([PRUNING_FORMAT, cuts, _content(origin, source.revision), read], sort_keys=True)
@@ -90,7 +93,7 @@ def resolve_model(source: ModelSource, cache: Path) -> str:
         return str(folder if folder.is_dir() else build_pruned_model(source, origin, folder))
     if isinstance(source, TinyModel):
         folder = Path(cache).absolute() / model_name(source)
-        return str(folder if folder.is_dir() else build_tiny_model(source, folder))
+        return str(folder if folder.is_dir() else build_tiny_model(source, folder, on_step))
     folder = Path(source).expanduser()
     try:
         is_folder = folder.is_dir()
@@ -153,10 +156,11 @@ def weights_hash(source: str) -> str | None:
     return content.hexdigest()
 
 
-def build_tiny_model(source: TinyModel, folder: Path) -> Path:
+def build_tiny_model(source: TinyModel, folder: Path, on_step: OnStep | None = None) -> Path:
     """Build a tiny Llama with float32 weights and its tokenizer in `folder`, and train it if `source.train` is set.
 
     The folder appears complete or not at all. The same settings give the same weights on the same machine and thread count.
+    Args: on_step: as for `resolve_model`.
     Raises: DataError if the folder exists, or the settings are inconsistent.
     """
     import torch
@@ -175,7 +179,7 @@ def build_tiny_model(source: TinyModel, folder: Path) -> Path:
         torch.manual_seed(source.seed)
         model = LlamaForCausalLM(_llama_config(source, tokenizer))
     if source.train is not None:
-        _train(model, tokenizer, source, source.train)
+        _train(model, tokenizer, source, source.train, on_step)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with _whole_folder(folder) as staging:
         model.save_pretrained(staging)
@@ -292,7 +296,13 @@ def _llama_config(source: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Any:
     )
 
 
-def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: TinyModel, train: TinyTraining) -> None:
+def _train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    source: TinyModel,
+    train: TinyTraining,
+    on_step: OnStep | None,
+) -> None:
     """Train in place on fresh supervised examples in every step; only the answer and <eos> count in the loss."""
     import numpy as np
     import torch
@@ -316,7 +326,9 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source: 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     model.train()
-    for _ in range(train.steps):
+    for step in range(train.steps):
+        if on_step is not None:
+            on_step(step, train.steps)
         examples = [task.generate(rng, train.difficulty) for task in chosen]
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
         answers = tokenizer([example.answer for example in examples])["input_ids"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kdray.config import Config
 from kdray.config.plugins import versions_of
 from kdray.config.route import Route
-from kdray.models.resolve import resolve_model
+from kdray.models.resolve import OnStep, resolve_model
 from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.types import Prompt
 
@@ -35,9 +37,12 @@ class Checked(TeacherContext):
     lines: list[str] = field(default_factory=list)
     """Findings for the user, one line each."""
 
-    def with_models(self, models: Models | None = None) -> RunContext:
-        """Return the run's context. Args: models: None to resolve the config's, which blocks while tiny ones are built."""
-        return RunContext(**vars(self), models=resolve_models(self.config) if models is None else models)
+    def with_models(self, models: Models | None = None, on_step: Callable[[str, int, int], None] | None = None) -> RunContext:
+        """Return the run's context.
+
+        Args: models: None to resolve the config's, which blocks while tiny ones are built; on_step: as for `resolve_models`.
+        """
+        return RunContext(**vars(self), models=resolve_models(self.config, on_step) if models is None else models)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +52,25 @@ class RunContext(Checked):
     models: Models
 
 
-def resolve_models(config: Config) -> Models:
-    """Resolve the models of the config, building tiny ones if it uses them."""
+def resolve_models(config: Config, on_step: Callable[[str, int, int], None] | None = None) -> Models:
+    """Resolve the models of the config, building tiny ones if it uses them.
+
+    Args: on_step: called with (model, steps made, steps in all) before every training step of a tiny model; what it raises ends
+    the training.
+    """
+
+    def steps_of(what: str) -> OnStep | None:
+        return None if on_step is None else partial(on_step, what)
+
     cache = config.run.output / ".models"
     teachers = {name: kind_of(config, name).model for name in config.teachers}
     return Models(
-        student=_absolute(resolve_model(config.student.model, cache)),
-        teachers={name: _absolute(resolve_model(found[0], cache)) for name, found in teachers.items() if found is not None},
+        student=_absolute(resolve_model(config.student.model, cache, steps_of("student"))),
+        teachers={
+            name: _absolute(resolve_model(found[0], cache, steps_of(f"teacher {name}")))
+            for name, found in teachers.items()
+            if found is not None
+        },
     )
 
 

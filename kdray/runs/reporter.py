@@ -98,6 +98,21 @@ class RunReporter:
     def phase(self, name: str, total: int) -> None:
         """Announce a phase (sft, distill, control, evaluation) of `total` steps or prompts, and restart the progress bar."""
         self._record("phase", name=name, total=total)
+        self._show_phase(name, total)
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Show the progress of a model that is trained before the run: steps made, and in all. Only the terminal shows it."""
+        name = f"prepare {what}"
+        if self._phase != name:
+            self._show_phase(name, total)
+            self._last_line_at = time.monotonic()
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done)
+        elif time.monotonic() - self._last_line_at > _PLAIN_LINE_EVERY_S:
+            self._last_line_at = time.monotonic()
+            self._print(f"{name} {done}/{total}")
+
+    def _show_phase(self, name: str, total: int) -> None:
         self._phase, self._phase_total, self._last_line_at = name, total, -math.inf
         if self._progress is None:
             self._print(f"{name}: {total} to do")

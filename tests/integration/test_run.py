@@ -202,6 +202,26 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
 
 
 @pytest.mark.full
+def test_an_interruption_while_a_model_is_trained_first_ends_in_order(workplace: Path, marker: str, tmp_path: Path) -> None:
+    """The interpreter must not end under a thread in native code, which aborts the process with 134."""
+    model = {"type": "tiny", "layers": 2, "width": 64, "train": {"tasks": ["last_letters"], "steps": 100_000}}
+    recipe = write_recipe(workplace, "early", teachers={"main": {"model": model, "kv_cache_gib": 0.2}})
+    with (tmp_path / "output").open("w+") as log:
+        process = start("run", str(recipe), log=log)
+        deadline = time.monotonic() + 200
+        while "prepare teacher main: 100000 to do" not in (tmp_path / "output").read_text():
+            assert process.poll() is None, (tmp_path / "output").read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        finish(process, 130, timeout_s=120)
+    output = (tmp_path / "output").read_text()
+    assert "interrupted: stopped before there was anything new to save" in output
+    assert "Stack trace" not in output
+    assert_nothing_left(marker)
+
+
+@pytest.mark.full
 def test_the_same_seed_twice_is_the_same_run(workplace: Path) -> None:
     """Strictly on-policy, one rank, a reward, real engines: the same token ids in every step, losses within 1e-5."""
     for name in ("once", "again"):

@@ -15,7 +15,7 @@ import kdray.models.resolve
 from kdray.config import TinyModel, TinyTraining
 from kdray.data.tasks import generate_examples
 from kdray.errors import DataError
-from kdray.models.resolve import ALPHABET, build_tiny_model, resolve_model, task_tokenizer
+from kdray.models.resolve import ALPHABET, OnStep, build_tiny_model, resolve_model, task_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -89,9 +89,9 @@ def test_a_tiny_model_is_built_once_for_its_settings(tmp_path: Path, monkeypatch
     built: list[Path] = []
     build = build_tiny_model
 
-    def counting(source: TinyModel, folder: Path) -> Path:
+    def counting(source: TinyModel, folder: Path, on_step: OnStep | None = None) -> Path:
         built.append(folder)
-        return build(source, folder)
+        return build(source, folder, on_step)
 
     monkeypatch.setattr(kdray.models.resolve, "build_tiny_model", counting)
     first = resolve_model(_tiny(), tmp_path / "cache")
@@ -103,6 +103,21 @@ def test_a_tiny_model_is_built_once_for_its_settings(tmp_path: Path, monkeypatch
     assert resolve_model(_tiny(), tmp_path / "cache") != first
     assert len(built) == 4
     assert json.loads((Path(first) / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_training_tells_its_steps_and_ends_where_it_is_told(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+
+    def on_step(done: int, total: int) -> None:
+        steps.append((done, total))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    source = _tiny(train=TinyTraining(steps=4, batch_size=1))
+    with pytest.raises(KeyboardInterrupt):
+        resolve_model(source, tmp_path / "cache", on_step)
+    assert steps == [(0, 4), (1, 4), (2, 4)]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()], "half a model is left behind"
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,19 @@ def test_phases_are_events_and_their_steps_are_no_metrics(make, folder, output):
     assert "sft 2/2  loss 0.5" in output.getvalue()
 
 
+def test_models_that_are_trained_first_are_shown_on_the_terminal_alone(make, folder, output, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr("kdray.runs.reporter.time.monotonic", lambda: next(clock))
+    reporter = make(5)
+    for step in range(6):
+        reporter.preparing("teacher letters", step, 6)
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "prepare teacher letters: 6 to do"
+    assert lines[1:], "no progress is shown"
+    assert all(re.fullmatch(r"prepare teacher letters [1-5]/6", line) for line in lines[1:])
+    assert not folder.events.exists()
+
+
 def test_plain_lines_come_every_so_many_steps(make, output):
     reporter = make(total_steps=20, line_every=5)
     metrics = {"reverse_kl": 0.25, "tokens_per_s": 1234.0, "wait_rollout_s": 1.5, "wait_sync_s": 0.25}

@@ -34,7 +34,7 @@ def run_one(name: str) -> dict[str, Any]:
     pair = family(name)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        gaps = asyncio.run(try_pair(pair.spec(folder), folder))
+        gaps = asyncio.run(try_pair(pair.spec(folder), folder, reference=pair.reference(folder)))
     return {**asdict(gaps), "ok": not gaps.over(pair.tolerance) and gaps.moved > pair.tolerance}
 
 

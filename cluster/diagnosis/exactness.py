@@ -53,9 +53,11 @@ class Gaps:
         return {name: gap for name, gap in asdict(self).items() if name != "moved" and not gap <= tolerance}
 
 
-async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3) -> Gaps:
-    """Run the trial. Args: spec: of a mixture engine; folder: existing, for the published weights and the export.
+async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3, reference: Path | None = None) -> Gaps:
+    """Run the trial.
 
+    Args: spec: of a mixture engine; folder: existing, for the published weights and the export; reference: what transformers
+    loads as the teacher, where it cannot load the engine's own files.
     Propagates the exceptions of loading, sampling, training and publication.
     """
     assert spec.student is not None, "a trial needs a teacher and a student"
@@ -69,7 +71,7 @@ async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3) 
         requests = _requests(spec.vocab_size, spec.max_model_len)
         first = [rollout async for part in engine.sample(requests) for rollout in part]
         scored = {rollout.sample_id: rollout async for part in engine.score(first) for rollout in part}
-        teacher = _loaded(spec.model, spec.revision)
+        teacher = _loaded(spec.model, spec.revision) if reference is None else _loaded(str(reference), None)
         before = [_log_probabilities(trainer.backend.module, rollout, spec.vocab_size) for rollout in first]
         teacher_gap = _largest(
             (_values(rollout.teacher_logprobs), _log_probabilities(teacher, rollout, spec.vocab_size)) for rollout in first

@@ -51,10 +51,19 @@ def precision_notes(config: Config) -> Iterator[str]:
 
 
 def quantisation_notes(config: Config) -> Iterator[str]:
-    """One line for each served teacher whose weights are quantised."""
+    """One line for each served teacher whose weights are quantised.
+
+    Raises: ConfigError for a format that the CPU build of vLLM has no kernels for.
+    """
     for name in config.served_teachers:
         form = WeightFormat.of(architecture(*config.source(name)))
         if form is not None:
+            if vllm_build.vllm_device() == "cpu" and form.bits == 8 and (form.is_float or not form.rounds_activations):
+                raise ConfigError(
+                    f"teachers.{name}.model has quantised weights ({form}) that the CPU build of vLLM cannot compute with: "
+                    "it has kernels for 4-bit weights (compressed-tensors, GPTQ, AWQ), and for int8 weights with int8 "
+                    "activations; use one of these, the model as it was before quantisation, or vLLM's build for GPUs"
+                )
             yield f"note: teachers.{name}.model has quantised weights ({form}); the student beside it stays plain"
 
 

@@ -20,6 +20,10 @@ class WeightFormat:
     bits: int
     group_size: int | None
     """Weights that share a scale; None for a scale a row, or one for all."""
+    is_float: bool = False
+    """Weights are floating-point numbers, as in FP8."""
+    rounds_activations: bool = False
+    """Inputs of the layers are quantised too."""
 
     @classmethod
     def of(cls, config: Any) -> WeightFormat | None:
@@ -33,7 +37,13 @@ class WeightFormat:
         weights = next((group["weights"] for group in groups.values() if group.get("weights")), settings)
         bits = weights.get("num_bits") or settings.get("bits") or (4 if "mxfp4" in method else 8)
         size = weights.get("group_size") or settings.get("q_group_size")
-        return cls(method, int(bits), int(size) if size and int(size) > 0 else None)
+        return cls(
+            method,
+            int(bits),
+            int(size) if size and int(size) > 0 else None,
+            is_float="fp8" in method or weights.get("type") == "float",
+            rounds_activations=any(group.get("input_activations") for group in groups.values()),
+        )
 
     @property
     def weight_bytes(self) -> float:

@@ -29,7 +29,7 @@ IDS = tuple(np.random.default_rng(5).integers(3, VOCAB, size=100).tolist())
 
 @pytest.mark.parametrize("pair", EACH)
 async def test_a_pair_is_exact_from_the_first_sample_to_the_export(pair: Family, tmp_path: Path) -> None:
-    gaps = await try_pair(pair.spec(tmp_path), tmp_path)
+    gaps = await try_pair(pair.spec(tmp_path), tmp_path, reference=pair.reference(tmp_path))
     assert not gaps.over(pair.tolerance), gaps
     # An update that changed nothing would show nothing.
     assert gaps.moved > 10 * pair.tolerance or gaps.moved > 0.3, gaps

@@ -10,6 +10,7 @@ from typing import Any
 from actors.serving.spec import EngineSpec
 from kdray.models.quantization import quantize
 from kdray.models.random_models import EOS, VOCAB, RandomModel
+from tests.support.quantised_files import METHODS, write_quantised
 
 TOLERANCE = 1e-4
 """Nats a token, float32 on both sides."""
@@ -30,13 +31,20 @@ class Family:
     """Further fields of the engine's spec."""
     tolerance: float = TOLERANCE
     quantised: str | None = None
-    """Method by which the teacher's weights are quantised (`kdray.models.quantization`)."""
+    """Method by which the teacher's weights are quantised (`kdray.models.quantization`, `tests.support.quantised_files`)."""
+
+    def reference(self, folder: Path) -> Path | None:
+        """Folder of the teacher's weights for transformers, after `spec`; None if it loads the engine's own files."""
+        return folder / "rounded" if self.quantised in METHODS else None
 
     def spec(self, folder: Path) -> EngineSpec:
         """Write both models into a folder; returns the spec of their engine."""
         teacher = self.teacher.write(folder / "teacher")
         if self.quantised is not None:
-            quantize(teacher, folder / "quantised", self.quantised, group_size=32)
+            if self.quantised in METHODS:
+                write_quantised(teacher, self.quantised, folder / "quantised", folder / "rounded")
+            else:
+                quantize(teacher, folder / "quantised", self.quantised, group_size=32)
             teacher = folder / "quantised"
         given: dict[str, Any] = {
             "role": "mixture",
@@ -163,6 +171,10 @@ FAMILIES: tuple[Family, ...] = (
     ),
     # vLLM's CPU build computes int4 in bfloat16 alone.
     Family("Qwen 2, int4 teacher", RandomModel("qwen2", 128, 3, seed=1), QWEN2, {"dtype": "bfloat16"}, HALF, "int4"),
+    *(
+        Family(f"Qwen 2, {method} teacher", RandomModel("qwen2", 128, 3, seed=1), QWEN2, {"dtype": "bfloat16"}, HALF, method)
+        for method in METHODS
+    ),
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdray.checks.devices import check_gpus, precision_notes
+from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
 from kdray.config import Config, parse_config, vllm_build
 from kdray.errors import ConfigError
 
@@ -93,3 +93,40 @@ def test_on_gpus_the_checkpoints_own_precision_counts(on_gpus: None, tmp_path: P
     (note,) = precision_notes(config(teachers=teachers))
     assert note.startswith("note: teachers.t samples the student's rollouts in bfloat16, and training.precision=fp32")
     assert not list(precision_notes(config(teachers=teachers, training={"precision": "bf16"})))
+
+
+def compressed(kind: str, bits: int, activations: bool) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": weights if activations else None}
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cpus"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, True),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, True),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128}, False),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, False),
+        (compressed("int", 4, False), True),
+        (compressed("int", 8, True), True),
+        (compressed("int", 8, False), False),
+        (compressed("float", 8, True), False),
+    ],
+)
+def test_a_quantised_teacher_without_kernels_is_refused_on_cpus_alone(
+    settings: dict[str, Any], on_cpus: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(quantization_config=settings).save_pretrained(tmp_path)
+    teachers = {"t": {"model": str(tmp_path)}}
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "gpu")
+    (note,) = quantisation_notes(config(teachers=teachers))
+    assert note.startswith("note: teachers.t.model has quantised weights")
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "cpu")
+    if on_cpus:
+        assert list(quantisation_notes(config(teachers=teachers))) == [note]
+    else:
+        with pytest.raises(ConfigError, match=r"teachers\.t\.model has quantised weights .* the CPU build of vLLM cannot"):
+            list(quantisation_notes(config(teachers=teachers)))

@@ -33,7 +33,7 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
 fi
 
 if [ "$build" = cpu ]; then
-  say "installing PyTorch's CPU build, about 200 MB"
+  say "installing PyTorch's CPU build"
   # PyTorch's CPU build first: the registry's default build brings gigabytes of CUDA packages. Its own index is asked only
   # when pip does not find the build otherwise.
   "${pip[@]}" install --quiet "torch==$torch+cpu" ||

@@ -11,7 +11,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from actors.serving.pool import ReplicaPool
 from cluster.parts import Pools
-from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows
+from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows, prefill_tolerance
 from kdray.config import TeacherSettings
 from kdray.errors import SignalError
 from kdray.evaluation import HeldOut, Measurement
@@ -190,11 +190,9 @@ async def _check_signals(checked: Checked, teacher: Teacher, requests: Sequence[
     pool = cast(ReplicaPool, teacher)
     asked = [unscored(rollout) for rollout in sampled]
     scored = [rollout async for part in pool.score(asked) for rollout in part]
-    # Half-precision kernels round each layer in their own way; float32 ones differ only in the order of summation.
-    tolerance = 1e-3 if pool.dtype == "float32" else 0.25
     recorded = [rollout.reverse_kl for rollout in sampled if rollout.reverse_kl is not None]
     if recorded:
         # 0 for a student that equals the teacher, such as a snapshot of it.
         found["student_reverse_kl"] = float(np.concatenate(recorded).mean())
-    found["prefill_gap"] = check_prefill(sampled, scored, tolerance)
+    found["prefill_gap"] = check_prefill(sampled, scored, prefill_tolerance(pool.dtype))
     return found | check_loss(sampled, config.loss, config.rollout.alpha, checked.vocab_size)

@@ -13,13 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from actors.serving.spec import EngineSpec
+from kdray.checks.teacher_signal import prefill_tolerance
 from kdray.errors import EngineError
 from kdray.rollouts.columns import unscored
 from kdray.types import Rollout, SampleRequest
 
 _PROMPT, _NEW_TOKENS = 8, 4
-FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.25
-"""Mean |log p - log p'| in nats a token: other kernels add in another order, and half precision rounds every layer."""
 
 
 class CheckedEngine(Protocol):
@@ -36,7 +35,7 @@ class CheckedEngine(Protocol):
 
 async def check_batch_sizes(engine: CheckedEngine, sizes: Sequence[int]) -> None:
     """Compare at each of the sizes. Raises: EngineError naming the first that is beyond tolerance."""
-    tolerance = FLOAT32_TOLERANCE if engine.dtype == "float32" else HALF_TOLERANCE
+    tolerance = prefill_tolerance(engine.dtype)
     for size in sizes:
         gap = await batch_size_gap(engine, size)
         if not gap <= tolerance:

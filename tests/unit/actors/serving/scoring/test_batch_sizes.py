@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from actors.serving.scoring.batch_sizes import FLOAT32_TOLERANCE, HALF_TOLERANCE, batch_size_gap, check_batch_sizes
+from actors.serving.scoring.batch_sizes import batch_size_gap, check_batch_sizes
 from actors.serving.spec import EngineSpec
+from kdray.checks.teacher_signal import prefill_tolerance
 from kdray.errors import EngineError
 from kdray.types import Rollout, SampleRequest
 
@@ -90,7 +91,7 @@ async def test_a_wrong_size_is_named(role: Literal["mixture", "teacher", "studen
 
 
 async def test_rounding_is_that_of_the_dtype() -> None:
-    between = (FLOAT32_TOLERANCE + HALF_TOLERANCE) / 2
+    between = (prefill_tolerance("float32") + prefill_tolerance("bfloat16")) / 2
     await check_batch_sizes(Engine(wrong="student", error=between, dtype="bfloat16"), SIZES)
     with pytest.raises(EngineError, match="4 sequences"):
         await check_batch_sizes(Engine(wrong="student", error=between), SIZES)

@@ -102,7 +102,7 @@ class TeacherEngine:
         for request in requests:
             self._check(request)
         stream = self._drawn(requests)
-        if unscored := sum(self._student_only(request) for request in requests):
+        if unscored := {each.sample_id: each.min_version for each in requests if self._student_only(each)}:
             stream = self._gathered.complete(stream, len(requests), unscored)
         async with aclosing(stream) as rollouts:
             async for part in rollouts:

@@ -1,22 +1,24 @@
 """Scoring of responses that an engine drew from the student alone, gathered into few passes of the teacher.
 
 A step of the engine that scores one sequence runs the teacher on the tokens of every request in it. So finished draws wait for
-each other: until none is being drawn any more, until they fill a pass, or until one has waited for a tenth of the time that it
-took to draw, which bounds what the wait can add to any response.
+each other: until they fill a pass; until those of the oldest training step in the engine have all been drawn, since that step
+waits for nothing else; or until one has waited for half of the time that it took to draw, which bounds what the wait can add to
+any response.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
 from kdray.rollouts.race import first_of
 from kdray.types import Rollout
 
-PATIENCE = 0.1
+PATIENCE = 0.5
 """Longest wait of a draw, as a share of the time that it took."""
 
 Score = Callable[[Sequence[Rollout]], AsyncGenerator[list[tuple[int, Rollout]]]]
@@ -25,6 +27,8 @@ Score = Callable[[Sequence[Rollout]], AsyncGenerator[list[tuple[int, Rollout]]]]
 
 class _Waiting(NamedTuple):
     rollout: Rollout
+    min_version: int
+    """Oldest student version that its request allowed, which is the same for all samples of a training step."""
     scored: asyncio.Future[Rollout]
 
 
@@ -35,15 +39,19 @@ class GatheredScoring:
         """Args: pass_tokens: tokens that the engine processes in one pass."""
         self._score = score
         self._pass_tokens = pass_tokens
-        self._drawing = 0
+        self._drawing: Counter[int] = Counter()
+        """Number of draws in progress, by their requests' oldest student version."""
         self._waiting: list[_Waiting] = []
         self._deadline: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[None]] = set()
 
-    async def complete(self, drawn: AsyncGenerator[list[Rollout]], total: int, unscored: int) -> AsyncGenerator[list[Rollout]]:
+    async def complete(
+        self, drawn: AsyncGenerator[list[Rollout]], total: int, unscored: Mapping[int, int]
+    ) -> AsyncGenerator[list[Rollout]]:
         """Pass on the rollouts of a stream, those without the teacher's columns once they have been scored.
 
-        Args: total: number of rollouts in the stream; unscored: those that will have to be scored.
+        Args: total: number of rollouts in the stream; unscored: sample ids of those that will have to be scored, with the
+              oldest student version that each one's request allows.
         Raises: the exception of the stream, or of the scoring.
         """
         ended: asyncio.Queue[list[Rollout]] = asyncio.Queue()
@@ -60,23 +68,27 @@ class GatheredScoring:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
-    async def _follow(self, drawn: AsyncGenerator[list[Rollout]], left: int, ended: asyncio.Queue[list[Rollout]]) -> None:
+    async def _follow(
+        self, drawn: AsyncGenerator[list[Rollout]], unscored: Mapping[int, int], ended: asyncio.Queue[list[Rollout]]
+    ) -> None:
         async def pass_on(scored: asyncio.Future[Rollout]) -> None:
             ended.put_nowait([await scored])
 
         began = time.monotonic()
+        left = Counter(unscored.values())
         self._drawing += left
         try:
             async with asyncio.TaskGroup() as tasks, aclosing(drawn):
                 async for part in drawn:
                     took = time.monotonic() - began
-                    unscored = [rollout for rollout in part if rollout.teacher_logprobs is None]
-                    if len(unscored) < len(part):
-                        ended.put_nowait([rollout for rollout in part if rollout.teacher_logprobs is not None])
-                    for rollout in unscored:
-                        tasks.create_task(pass_on(self._add(rollout, took)))
-                    left -= len(unscored)
-                    self._drawing -= len(unscored)
+                    if scored := [rollout for rollout in part if rollout.teacher_logprobs is not None]:
+                        ended.put_nowait(scored)
+                    for rollout in part:
+                        if rollout.teacher_logprobs is None:
+                            version = unscored[rollout.sample_id]
+                            tasks.create_task(pass_on(self._add(rollout, version, took)))
+                            left[version] -= 1
+                            self._drawing[version] -= 1
                     self._flush_if_due()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -85,9 +97,9 @@ class GatheredScoring:
             self._drawing -= left
             self._flush_if_due()
 
-    def _add(self, rollout: Rollout, took: float) -> asyncio.Future[Rollout]:
+    def _add(self, rollout: Rollout, min_version: int, took: float) -> asyncio.Future[Rollout]:
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(rollout, loop.create_future())
+        waiting = _Waiting(rollout, min_version, loop.create_future())
         self._waiting.append(waiting)
         due = loop.time() + PATIENCE * took
         if self._deadline is None or due < self._deadline.when():
@@ -96,8 +108,11 @@ class GatheredScoring:
         return waiting.scored
 
     def _flush_if_due(self) -> None:
+        if not self._waiting:
+            return
         tokens = sum(len(each.rollout.prompt_ids) + len(each.rollout.token_ids) for each in self._waiting)
-        if not self._drawing or tokens >= self._pass_tokens:
+        oldest = min(each.min_version for each in self._waiting)
+        if tokens >= self._pass_tokens or not any(count for version, count in self._drawing.items() if version <= oldest):
             self._flush()
 
     def _flush(self) -> None:

@@ -49,8 +49,12 @@ async def stream(parts: Sequence[list[Rollout] | Exception], each: int = 3) -> A
         yield part
 
 
-async def read(found: GatheredScoring, parts: Sequence[list[Rollout] | Exception], total: int, unscored: int) -> list[Rollout]:
-    return [rollout async for part in found.complete(stream(parts), total, unscored) for rollout in part]
+async def read(
+    found: GatheredScoring, parts: Sequence[list[Rollout] | Exception], total: int, *unscored: int, step: int = 0
+) -> list[Rollout]:
+    """Args: unscored: sample ids without scores; step: oldest student version of all of their requests."""
+    rollouts = found.complete(stream(parts), total, dict.fromkeys(unscored, step))
+    return [rollout async for part in rollouts for rollout in part]
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +66,8 @@ async def test_draws_are_scored_together_once_none_is_being_drawn() -> None:
     """Those of two calls, and each answer goes to the call that drew it; what has scores is passed on at once."""
     scorer = Scorer()
     found = GatheredScoring(scorer, 1000)
-    first = read(found, [[drawn(1), drawn(2, scored=True)], [drawn(3)]], 3, 2)
-    second = read(found, [[drawn(1)], [], [], [], [drawn(5)]], 2, 2)
+    first = read(found, [[drawn(1), drawn(2, scored=True)], [drawn(3)]], 3, 1, 3)
+    second = read(found, [[drawn(1)], [], [], [], [drawn(5)]], 2, 1, 5)
     one, other = await asyncio.gather(first, second)
     assert scorer.batches == [[1, 1, 3, 5]]
     assert [rollout.sample_id for rollout in one] == [2, 3, 1]
@@ -76,8 +80,27 @@ async def test_draws_are_scored_together_once_none_is_being_drawn() -> None:
 async def test_draws_that_fill_a_pass_are_scored_while_others_are_drawn() -> None:
     scorer = Scorer()
     parts: list[list[Rollout] | Exception] = [[drawn(index)] for index in range(5)]
-    await read(GatheredScoring(scorer, 8), parts, 5, 5)
+    await read(GatheredScoring(scorer, 8), parts, 5, *range(5))
     assert scorer.batches == [[0, 1], [2, 3], [4]]
+
+
+async def test_a_training_step_does_not_wait_for_the_next_ones_draws() -> None:
+    """What of the next step waits beside it is scored with it; the older step's first draws wait for its last."""
+    scorer = Scorer()
+    found = GatheredScoring(scorer, 1000)
+    older = read(found, [[drawn(1)], [], [drawn(2)]], 2, 1, 2, step=3)
+    newer = read(found, [[drawn(11)], *([[]] * 10), [drawn(12)]], 2, 11, 12, step=4)
+    await asyncio.gather(older, newer)
+    assert [sorted(batch) for batch in scorer.batches] == [[1, 2, 11], [12]]
+
+
+async def test_a_step_that_is_drawn_first_waits_for_the_older_one() -> None:
+    scorer = Scorer()
+    found = GatheredScoring(scorer, 1000)
+    older = read(found, [[], [], [], [], [drawn(1)]], 1, 1, step=3)
+    newer = read(found, [[drawn(11)]], 1, 11, step=4)
+    await asyncio.gather(older, newer)
+    assert [sorted(batch) for batch in scorer.batches] == [[1, 11]]
 
 
 async def test_no_draw_waits_longer_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +113,7 @@ async def test_no_draw_waits_longer_than_its_share(monkeypatch: pytest.MonkeyPat
         await release.wait()
         yield [drawn(2)]
 
-    stream = GatheredScoring(scorer, 1000).complete(slow(), 2, 2)
+    stream = GatheredScoring(scorer, 1000).complete(slow(), 2, {1: 0, 2: 0})
     assert [rollout.sample_id for rollout in await asyncio.wait_for(anext(stream), 5.0)] == [1]
     release.set()
     assert [rollout.sample_id async for part in stream for rollout in part] == [2]
@@ -102,7 +125,7 @@ async def test_a_failed_draw_fails_its_call_and_frees_those_that_waited_for_it()
     found = GatheredScoring(scorer, 1000)
     healthy = asyncio.ensure_future(read(found, [[drawn(1)]], 1, 1))
     with pytest.raises(EngineError, match="dead"):
-        await read(found, [[drawn(2)], [], [], EngineError("dead")], 2, 2)
+        await read(found, [[drawn(2)], [], [], EngineError("dead")], 2, 2, 3)
     (rollout,) = await asyncio.wait_for(healthy, 5.0)
     assert rollout.sample_id == 1
     assert scorer.batches == [[1]], "what the failed call drew is scored for nobody"
@@ -112,18 +135,18 @@ async def test_failed_scoring_fails_every_call_that_waits_for_it() -> None:
     scorer = Scorer()
     scorer.error = EngineError("dead")
     found = GatheredScoring(scorer, 1000)
-    calls = [read(found, [[drawn(index)]], 1, 1) for index in range(2)]
+    calls = [read(found, [[drawn(index)]], 1, index) for index in range(2)]
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert [str(answer) for answer in answers] == ["dead", "dead"]
     scorer.error = None
-    assert len(await read(found, [[drawn(3)]], 1, 1)) == 1
+    assert len(await read(found, [[drawn(3)]], 1, 3)) == 1
 
 
 async def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
     scorer = Scorer()
     found = GatheredScoring(scorer, 1000)
-    left = found.complete(stream([[drawn(1, scored=True)], [], [], [drawn(2)]]), 2, 1)
+    left = found.complete(stream([[drawn(1, scored=True)], [], [], [drawn(2)]]), 2, {2: 0})
     await anext(left)
     await left.aclose()
-    assert len(await asyncio.wait_for(read(found, [[drawn(3)]], 1, 1), 5.0)) == 1
+    assert len(await asyncio.wait_for(read(found, [[drawn(3)]], 1, 3), 5.0)) == 1
     assert scorer.batches == [[3]]

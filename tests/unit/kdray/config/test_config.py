@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from kdray.config import Config, Settings, load_config, parse_config
 from kdray.errors import ConfigError
 
-RECIPES = sorted((Path(__file__).parents[4] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[4] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "clusters")
 TINY = {"type": "tiny"}
 
 

@@ -62,12 +62,14 @@ class Pools:
             pool.awaited(sample_ids)
 
     def metrics(self) -> dict[str, float]:
+        shares = {pool.name: pool.take_teacher_share() for pool in self.teachers}
         return {
             "teacher_replicas": float(sum(pool.replicas_serving for pool in self.teachers)),
             "retried_samples": float(self.retried),
             "hedged_samples": float(self.hedged),
             **{f"teacher/{pool.name}/replicas": float(pool.replicas_serving) for pool in self.teachers},
             **{f"teacher/{pool.name}/wait_s": pool.take_waited_s() for pool in self.teachers},
+            **{f"teacher/{name}/pass_share": share for name, share in shares.items() if share is not None},
             **(self.team.metrics() if self.team is not None else {}),
             **(self.program.metrics() if self.program is not None else {}),
         }

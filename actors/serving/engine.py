@@ -19,7 +19,7 @@ from actors.serving.engine_arguments import engine_arguments, set_environment
 from actors.serving.scoring import prompt_logprobs
 from actors.serving.scoring.gathered import GatheredScoring
 from actors.serving.spec import EngineSpec
-from actors.vllm_plugin.record_table import Record, read_records
+from actors.vllm_plugin.record_table import Passes, Record, read_records
 from kdray.errors import EngineError, RequestRefused
 from kdray.models.resolve import model_name
 from kdray.rollouts.columns import scored_columns, with_columns
@@ -52,6 +52,8 @@ class TeacherEngine:
         self._broken: str | None = None
         self._counter = 0
         self._cached_tokens = 0
+        self.passes = Passes()
+        """Forward passes until the latest request ended."""
         self._gathered = GatheredScoring(self._scored, spec.max_num_batched_tokens)
 
     async def start(self) -> None:
@@ -239,7 +241,7 @@ class TeacherEngine:
                     ]
                     # The first tensor-parallel rank's; the others record nothing.
                     answer, *_ = await self._call("kdray_take", wanted)
-                    records = read_records(answer)
+                    records, self.passes = read_records(answer)
                     yield [(index, output, record) for (index, output), record in zip(batch, records, strict=True)]
             complete = True
         finally:

@@ -23,6 +23,7 @@ from actors.serving.replica_choice import CallRoute
 from actors.serving.serve_autoscaling import serve_config
 from actors.serving.spec import EngineSpec, RunHandles
 from actors.serving.start_failure import StartFailure
+from actors.vllm_plugin.record_table import Passes
 from kdray.config import ClusterSettings, EngineSettings
 from kdray.errors import EngineError, RequestRefused
 from kdray.interfaces import Availability
@@ -53,13 +54,17 @@ class _Part:
     """Samples, and the number of tokens that each may take to sample or has to score."""
     sent: float
     """Time of the call; calls sent together share one time, so that each may overtake the others."""
+    count: Callable[[Passes], None]
+    """Called with the engine's forward passes that an answer reports."""
 
     async def ask(self, route: CallRoute) -> None:
         """Send the call to one replica; pass on the rollouts that are still missing, and remove them here."""
         response = self.call(list(self.missing), route)
         try:
             async for table in response:
-                rollouts = [rollout for rollout in table_to_rollouts(_table(table)) if rollout.sample_id in self.missing]
+                found = _table(table)
+                self.count(Passes.of(found.schema))
+                rollouts = [rollout for rollout in table_to_rollouts(found) if rollout.sample_id in self.missing]
                 for rollout in rollouts:
                     del self.missing[rollout.sample_id]
                 if rollouts:
@@ -93,6 +98,7 @@ class ReplicaPool:
         """Rollouts that were also sent to a second replica, because the first was slow."""
         self.availability = Availability()
         self.replicas_serving = 0
+        self._passes = Passes()
         self.ended = False
         """Set by `delete`: nothing of the pool may start any more."""
         self._application_id = uuid.uuid4().hex[:12]
@@ -179,6 +185,15 @@ class ReplicaPool:
     def take_waited_s(self) -> float:
         """Seconds that the trainer waited for this pool since the last call of this method."""
         return self._awaited.take_s(time.monotonic())
+
+    def take_teacher_share(self) -> float | None:
+        """Share of the replicas' forward passes that ran the teacher, from the answers since the last call of this method; None
+        if they report no pass."""
+        passes, self._passes = self._passes, Passes()
+        return passes.teacher_steps / passes.steps if passes.steps else None
+
+    def _count_passes(self, passes: Passes) -> None:
+        self._passes = Passes(self._passes.steps + passes.steps, self._passes.teacher_steps + passes.teacher_steps)
 
     def _note_waiting(self, waits: bool) -> None:
         # The board counts the seconds: it needs only the start and end of a wait.
@@ -327,7 +342,7 @@ class ReplicaPool:
         self._awaited.asked(unanswered, now)
         arrived: asyncio.Queue[list[Rollout]] = asyncio.Queue()
         parts = [
-            _Part(kind, call, arrived, {each: tokens[each] for each in ids[start : start + size]}, now)
+            _Part(kind, call, arrived, {each: tokens[each] for each in ids[start : start + size]}, now, self._count_passes)
             for start in range(0, len(ids), size)
         ]
         tasks = [asyncio.create_task(self._persist(part)) for part in parts]

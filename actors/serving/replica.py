@@ -27,6 +27,7 @@ from actors.serving.replica_choice import CallRoute
 from actors.serving.scoring.batch_sizes import check_batch_sizes
 from actors.serving.spec import EngineSpec, RunHandles
 from actors.serving.start_failure import StartFailure
+from actors.vllm_plugin.record_table import Passes
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
 from kdray.checks.parity import Verdict, judge, refusal
@@ -54,6 +55,7 @@ class TeacherReplica:
         self._owner = run.owner
         self._workload = Workload(spec.max_num_seqs, time.monotonic())
         self._engine = TeacherEngine(spec)
+        self._passes = Passes()
         self._sync_lock = asyncio.Lock()
         self._receiving: asyncio.Task[None] | None = None
         fingerprint = await self._start(run)
@@ -109,7 +111,7 @@ class TeacherReplica:
             async with aclosing(self._engine.sample(wanted)) as stream:
                 async for rollouts in stream:
                     self._note_done(call, rollouts)
-                    yield rollouts_to_table(rollouts)
+                    yield self._with_passes(rollouts_to_table(rollouts))
         finally:
             self._workload.end(call, time.monotonic())
 
@@ -127,9 +129,14 @@ class TeacherReplica:
             async with aclosing(self._engine.score(table_to_rollouts(rollouts), top_k)) as stream:
                 async for scored in stream:
                     self._note_done(call, scored)
-                    yield rollouts_to_table(scored)
+                    yield self._with_passes(rollouts_to_table(scored))
         finally:
             self._workload.end(call, time.monotonic())
+
+    def _with_passes(self, table: pa.Table) -> pa.Table:
+        """A table of answers with the engine's forward passes since the last one."""
+        before, self._passes = self._passes, self._engine.passes
+        return self._passes.since(before).added_to(table)
 
     def _note_done(self, call: int, rollouts: list[Rollout]) -> None:
         self._workload.done(call, len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts), time.monotonic())

@@ -85,19 +85,44 @@ Record = Mapping[str, np.ndarray]
 """Columns of one request, by name."""
 
 
-def write_records(slabs: Sequence[Slab], columns: Collection[Column]) -> bytes:
-    """An Arrow stream of these columns, one row per request."""
+class Passes(NamedTuple):
+    """Forward passes of an engine: all, and those that ran the teacher."""
+
+    steps: int = 0
+    teacher_steps: int = 0
+
+    def since(self, before: Passes) -> Passes:
+        return Passes(self.steps - before.steps, self.teacher_steps - before.teacher_steps)
+
+    def added_to(self, table: pa.Table) -> pa.Table:
+        """The table with these numbers in its schema's metadata."""
+        return table.replace_schema_metadata({**(table.schema.metadata or {}), _PASSES: b"%d %d" % self})
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> Passes:
+        """Numbers in a schema's metadata; none if it has none."""
+        steps, teacher_steps = (schema.metadata or {}).get(_PASSES, b"0 0").split()
+        return cls(int(steps), int(teacher_steps))
+
+
+_PASSES = b"kdray passes"
+
+
+def write_records(slabs: Sequence[Slab], columns: Collection[Column], passes: Passes) -> bytes:
+    """An Arrow stream of these columns, one row per request. Args: passes: of the engine since its start."""
     found: dict[str, pa.Array] = {}
     for layout, arrays in zip((FLOATS, INTS, HIDDEN), zip(*slabs, strict=True), strict=True):
         found |= layout.named(arrays, columns)
-    batch = pa.record_batch(found)
+    table = passes.added_to(pa.table(found))
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
-def read_records(answer: bytes) -> list[Record]:
+def read_records(answer: bytes) -> tuple[list[Record], Passes]:
     """The inverse of `write_records`."""
-    columns = read_columns(pa.ipc.open_stream(answer).read_next_batch(), _COLUMNS)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    batch = pa.ipc.open_stream(answer).read_next_batch()
+    columns = read_columns(batch, _COLUMNS)
+    records: list[Record] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return records, Passes.of(batch.schema)

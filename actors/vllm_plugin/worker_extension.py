@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 
 from actors.vllm_plugin.lifetime import end_with
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
-from actors.vllm_plugin.record_table import write_records
+from actors.vllm_plugin.record_table import Passes, write_records
 from actors.vllm_plugin.recorder import Recorder
 from actors.vllm_plugin.row_statistics import measured_columns
 
@@ -44,7 +44,8 @@ class WorkerExtension:
             return None
         slabs = recorder.batch.take([(key, length) for key, length in wanted])
         hidden = recorder.batch.statistics.record_hidden
-        return write_records(slabs, measured_columns(model.teacher is not None, model.student is not None, hidden))
+        columns = measured_columns(model.teacher is not None, model.student is not None, hidden)
+        return write_records(slabs, columns, Passes(model.steps, model.teacher_steps))
 
     def kdray_drop(self, keys: list[str]) -> None:
         """Discard the records of aborted requests."""

@@ -154,6 +154,9 @@ async def test_at_alpha_0_the_teacher_scores_what_the_student_drew_alone(pair: P
     assert after["cached_tokens"] > before["cached_tokens"], "no prefix-cache hit: the test does not test what it says"
     rested = (after["steps"] - after["teacher_steps"]) - (before["steps"] - before["teacher_steps"])
     assert rested > 20, "the teacher ran in every pass"
+    # The latest answer reports them, as far as it came before the last pass.
+    assert before["steps"] < pair.engine.passes.steps <= after["steps"]
+    assert pair.engine.passes.teacher_steps < pair.engine.passes.steps - rested / 2
     assert after["held"] == 0
 
 

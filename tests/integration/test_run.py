@@ -48,6 +48,8 @@ def test_a_run_from_own_folders(workplace: Path, marker: str, monkeypatch: pytes
         assert 0 < line["importance_weight_mean"] <= 1.25
         assert line["importance_weight_ess"] <= 1.0 + 1e-6
         assert {"loss", "reverse_kl", "forward_kl", "tokens_per_s", "wait_rollout_s", "wait_sync_s"} <= set(line)
+        (share,) = (value for name, value in line.items() if name.endswith("/pass_share"))
+        assert share == 1.0, "the mixture is drawn from both models"
     assert any(line["staleness_max"] > 0 for line in metrics), "sampling never overlapped training"
     assert pq.read_table(run / "samples").num_rows > 0
     assert (run / "report.html").stat().st_size > 10_000

@@ -50,6 +50,9 @@ class StubPool(StubSampler):
     def awaited(self, sample_ids: Sequence[int]) -> None:
         pass
 
+    def take_teacher_share(self) -> float | None:
+        return 1.0
+
     def take_waited_s(self) -> float:
         return 0.0
 

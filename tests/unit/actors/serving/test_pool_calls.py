@@ -15,6 +15,7 @@ from actors.serving.hedging import CallTimes
 from actors.serving.pool import ReplicaPool, _Part
 from actors.serving.replica_choice import CallRoute
 from actors.serving.spec import EngineSpec, RunHandles
+from actors.vllm_plugin.record_table import Passes
 from kdray.config import ClusterSettings, VLLMTeacherSettings
 from kdray.errors import EngineError, TeacherGone
 from kdray.rollouts.arrow import rollouts_to_table
@@ -98,7 +99,8 @@ class Rig:
 
     async def ask(self, count: int = 4) -> list[int]:
         """The samples that arrived, in order of their ids."""
-        part = _Part("sample", self._call, asyncio.Queue(), dict.fromkeys(range(count), 4), time.monotonic())
+        wanted = dict.fromkeys(range(count), 4)
+        part = _Part("sample", self._call, asyncio.Queue(), wanted, time.monotonic(), self.pool._count_passes)
         await asyncio.wait_for(self.pool._persist(part), 20)
         return sorted(each.sample_id for _ in range(part.arrived.qsize()) for each in part.arrived.get_nowait())
 
@@ -123,6 +125,18 @@ async def test_whoever_of_the_two_answers_counts_once(monkeypatch: pytest.Monkey
     assert await rig.ask() == [0, 1, 2, 3]
     assert len(rig.sent) == 2
     assert rig.pool.retried == 0
+
+
+async def test_the_teachers_share_of_the_passes_is_of_the_answers_since_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def counts(ids: list[int]) -> AsyncGenerator[pa.Table]:
+        for sample_id, passes in zip(ids, (Passes(10, 2), Passes(), Passes(30, 8)), strict=True):
+            yield passes.added_to(rollouts_to_table([rollout(sample_id)]))
+
+    rig = Rig(monkeypatch, counts, answers, slow=False)
+    assert await rig.ask(3) == [0, 1, 2]
+    assert rig.pool.take_teacher_share() == 10 / 40
+    await rig.ask(1)
+    assert rig.pool.take_teacher_share() is None, "its answers report no pass"
 
 
 async def test_where_both_fail_the_call_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:

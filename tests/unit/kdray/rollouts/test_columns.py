@@ -104,7 +104,8 @@ def test_the_workers_table_has_the_recorders_columns() -> None:
         for tokens, width in shapes
     ]
     measured = [column for column in COLUMNS if column.name in by("recorder") - {"forward_kl"}]
-    records = record_table.read_records(record_table.write_records(slabs, measured))
+    records, passes = record_table.read_records(record_table.write_records(slabs, measured, record_table.Passes(7, 3)))
+    assert passes == record_table.Passes(7, 3)
     assert [set(record) for record in records] == [by("recorder") - {"forward_kl"}] * len(slabs)
     for record, slab, (tokens, width) in zip(records, slabs, shapes, strict=True):
         for layout, array in zip(layouts, slab, strict=True):
@@ -208,7 +209,7 @@ assert tensors.masked("votes").tolist() == [[1, 2], [3, 4], [5, 6], [1, 2], [3, 
 slab = record_table.Slab(*(np.zeros((2, len(layout.names)), (*layout.single, *layout.wide)[0].dtype)
                            for layout in (record_table.FLOATS, record_table.INTS, record_table.HIDDEN)))
 slab.floats[:, record_table.FLOATS.names.index("entropy")] = (3, 4)
-(record,) = record_table.read_records(record_table.write_records([slab], columns.recorded_columns()))
+(record,), _ = record_table.read_records(record_table.write_records([slab], columns.recorded_columns(), record_table.Passes()))
 assert record["entropy"].tolist() == [3, 4]
 
 # A file that was written before knows nothing of it.

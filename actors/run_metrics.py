@@ -30,7 +30,7 @@ def exported(name: str) -> tuple[str, str]:
 
 
 class RayMetrics:
-    """`kdray.runs.trackers.Tracker` that sets gauges of Ray; it needs the driver's connection to the cluster."""
+    """`kdray.runs.tracking.trackers.Tracker` that sets gauges of Ray; it needs the driver's connection to the cluster."""
 
     def __init__(self, settings: PrometheusTracker) -> None:
         self._gauges: dict[str, Gauge] = {}

@@ -130,7 +130,9 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
         settings = load(config, overrides)
         from kdray.checks.data_look import look_at
         from kdray.checks.preflight import check
+        from kdray.checks.trackers import check_trackers
 
+        check_trackers(settings)
         checked = check(settings)
         # Findings as comments, so that the whole output is again a valid config.
         for line in [*checked.lines, *look_at(settings, checked.tokenizer, checked.dataset).short()]:

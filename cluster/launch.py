@@ -30,6 +30,7 @@ from cluster.planning.reservation import reserved
 from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.preflight import check
+from kdray.checks.trackers import check_trackers
 from kdray.config import Config
 from kdray.errors import ConfigError, LeaseLost, StorageError
 from kdray.models.inspect import decoder
@@ -43,7 +44,7 @@ from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import intervals_of
 from kdray.runs.results.draws import ratios
 from kdray.runs.storage import Storage
-from kdray.runs.trackers import Trackers
+from kdray.runs.tracking.trackers import Trackers
 from kdray.teachers.peers import peer_configs
 
 
@@ -57,6 +58,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         # Said at once, not after models are read and the cluster has room. `create` says why a folder cannot be read.
         with contextlib.suppress(OSError):
             RunFolder(config.run_folder).check_free()
+    check_trackers(config)
     _quieten()
     configs = {"": config}
     given = None if prompts is None else list(prompts)

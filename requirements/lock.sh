@@ -49,8 +49,8 @@ lock() {
   shift
   local file="requirements/$build.lock"
   [ ! -f "$file" ] || cp "$file" "$work/$build.lock"
-  "$work/venv/bin/uv" pip compile pyproject.toml --project "$work/$build" --extra "$build" --extra dev --universal \
-    --python-version "$lowest" --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+  "$work/venv/bin/uv" pip compile pyproject.toml --project "$work/$build" --extra "$build" --extra wandb --extra mlflow --extra dev \
+    --universal --python-version "$lowest" --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
     --quiet --output-file "$work/$build.lock" "$@"
   {
     echo "# Exact versions with hashes for Linux on x86_64, Python 3.11 to 3.13. Written by \`make lock\`; installed by \`LOCKED=1 ./setup.sh\`."

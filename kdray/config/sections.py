@@ -27,8 +27,9 @@ class RunSettings(Settings):
     the environment."""
 
     trackers: Annotated[list[TrackerSource], OnResume()] = Field(default=[TensorBoardTracker()])
-    """Destinations of numbers and events besides the run folder's own files; the keys depend on `type`: tensorboard, or one of
-    another distribution. One that fails is reported as the event `tracker_failed` and dropped; the run continues."""
+    """Destinations of numbers and events besides the run folder's own files; the keys depend on `type`: tensorboard,
+    prometheus, wandb, mlflow, or one of another distribution. One that fails is reported as the event `tracker_failed` and
+    dropped; the run continues."""
 
     @field_validator("storage")
     @classmethod

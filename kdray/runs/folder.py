@@ -26,6 +26,9 @@ from kdray.errors import ConfigError, DataError
 LEASE = "lease.json"
 """File that names the driver at work on the run (`kdray.runs.lease`)."""
 
+TRACKER_IDS = "trackers.json"
+"""File of the ids under which other services know the run (`kdray.runs.tracking`)."""
+
 CAPTURE = "capture"
 """Subfolder that `kdray capture` writes to; a run may still be started in a folder that has it."""
 

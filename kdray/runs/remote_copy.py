@@ -11,13 +11,13 @@ from pathlib import Path
 from kdray.config import Config
 from kdray.errors import ConfigError, DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
-from kdray.runs.folder import LEASE, RunFolder, parse_lines, read_lines
+from kdray.runs.folder import LEASE, TRACKER_IDS, RunFolder, parse_lines, read_lines
 from kdray.runs.storage import Storage
 
 LEDGER = "ledger.jsonl"
 _LINES = ("metrics.jsonl", LEDGER)
 """Files with one line per step."""
-_FILES = ("config.yaml", *_LINES, "events.jsonl", "teachers.json")
+_FILES = ("config.yaml", *_LINES, "events.jsonl", "teachers.json", TRACKER_IDS)
 _FOLDERS = ("samples", "evaluations", "tb")
 _RESULTS = ("summary.json", "report.html")
 _UNREAD = ("checkpoints/", "logs/", "peers/", "capture/", LEASE)

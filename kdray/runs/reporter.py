@@ -18,7 +18,7 @@ from rich.text import Text
 
 from kdray.runs.folder import RunFolder, utc_now
 from kdray.runs.results.draws import Draw, write_draws
-from kdray.runs.trackers import DISTILL, Trackers
+from kdray.runs.tracking.trackers import DISTILL, Trackers
 from kdray.types import Rollout, StepReport
 
 SAMPLE_SCHEMA = pa.schema(

@@ -38,7 +38,7 @@ from kdray.runs.ledger import Ledger
 from kdray.runs.reporter import RunReporter
 from kdray.runs.resume import counts, rewind
 from kdray.runs.storage import Storage
-from kdray.runs.trackers import Trackers
+from kdray.runs.tracking.trackers import Trackers
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch, TrainedShard
 
 EOS = 1

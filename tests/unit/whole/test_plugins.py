@@ -111,7 +111,7 @@ def test_other_processes_find_the_plugin_and_without_it_the_recipe_is_refused(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     for line in (
-        "run.trackers.1.type='csv': no installed tracker has this name; there are prometheus, tensorboard",
+        "run.trackers.1.type='csv': no installed tracker has this name; there are mlflow, prometheus, tensorboard, wandb",
         "data.grader.type='contains': no installed grader has this name; there are exact, last_number,",
         "data.prompts.tasks.0='reversal': no installed task has this name; there are arithmetic,",
         "rollout.filters.rules.0.type='repetition': no installed filter has this name; there are agreement,",

@@ -25,7 +25,7 @@ from kdray.models.resolve import build_tiny_model, task_tokenizer
 from kdray.runs.folder import RunFolder
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
-from kdray.runs.trackers import Trackers
+from kdray.runs.tracking.trackers import Trackers
 from kdray.teachers.openai import RemoteTeacher
 from kdray.types import Rollout, SampleRequest, StepReport
 from tests.unit.kdray.teachers.test_openai import serving

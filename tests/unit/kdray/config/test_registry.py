@@ -60,8 +60,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, kinds
             "rollout.filters.rules.0.type='distinctt': no installed filter has this name; did you mean `distinct`?",
         ),
         (
-            {"run": {"name": "x", "trackers": [{"type": "wandb"}]}},
-            "run.trackers.0.type='wandb': no installed tracker",
+            {"run": {"name": "x", "trackers": [{"type": "comet"}]}},
+            "run.trackers.0.type='comet': no installed tracker",
         ),
         (
             {"data": {"prompts": {"type": "task", "transfer_tasks": ["last_leters"]}}},

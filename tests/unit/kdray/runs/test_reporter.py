@@ -16,7 +16,7 @@ from rich.text import Text
 from kdray.config import parse_config
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.reporter import SAMPLE_SCHEMA, RunReporter
-from kdray.runs.trackers import Trackers
+from kdray.runs.tracking.trackers import Trackers
 from kdray.types import Rollout, StepReport
 
 TINY = {"type": "tiny"}

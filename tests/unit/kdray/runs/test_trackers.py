@@ -13,10 +13,10 @@ from rich.console import Console
 
 from kdray.config import Config, parse_config
 from kdray.config.trackers import TensorBoardTracker
-from kdray.runs import tensorboard
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.reporter import RunReporter
-from kdray.runs.trackers import Trackers
+from kdray.runs.tracking import tensorboard
+from kdray.runs.tracking.trackers import Trackers
 from kdray.types import StepReport
 
 TINY = {"type": "tiny"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +15,14 @@ from kdray.runs.folder import plain
 DISTILL = "distill"
 """Name of the phase that metrics.jsonl covers."""
 
+_SECRET = ("KEY", "TOKEN", "PASSWORD", "SECRET")
+_SHORTEST_SECRET = 8
+"""Characters of a secret; shorter values are words such as `true`."""
+
 
 class Tracker(Protocol):
-    """Tracker that a tracker's settings build. Calls block the run, so slow work belongs in the tracker's own thread."""
+    """Tracker that a tracker's settings build. Calls block the run; see
+    `kdray.runs.tracking.background` for one that waits for a service."""
 
     def start(self, config: Config, folder: Path) -> None:
         """Called when the run starts or resumes; on a resume, the folder contains the tracker's earlier files."""
@@ -86,4 +93,12 @@ class Trackers:
 
     def _fail(self, name: str, verb: str, error: Exception) -> None:
         self._running.pop(name, None)
-        self._report("tracker_failed", tracker=name, during=verb, reason=f"{type(error).__name__}: {error}")
+        self._report("tracker_failed", tracker=name, during=verb, reason=_without_secrets(f"{type(error).__name__}: {error}"))
+
+
+def _without_secrets(text: str) -> str:
+    """The text without secrets of the environment: a service's error may quote its key, or an address with a password."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and any(word in name.upper() for word in _SECRET):
+            text = text.replace(value, "***")
+    return re.sub(r"//[^/@\s]+@", "//***@", text)

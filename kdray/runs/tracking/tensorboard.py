@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from kdray.config import Config
 from kdray.config.trackers import TensorBoardTracker
 from kdray.runs.folder import RunFolder
-from kdray.runs.trackers import DISTILL
+from kdray.runs.tracking.trackers import DISTILL
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoard:
-    """`kdray.runs.trackers.Tracker` that writes a run's curves, with a writer per phase."""
+    """`kdray.runs.tracking.trackers.Tracker` that writes a run's curves, with a writer per phase."""
 
     def __init__(self, settings: TensorBoardTracker) -> None:
         self._folder = Path()

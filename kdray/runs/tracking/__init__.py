@@ -1,0 +1,1 @@
+"""Trackers: destinations of a run's numbers and events besides the run folder's own files."""

@@ -218,6 +218,7 @@ class Distillation:
             "wait_rollout_s": ready.wait_rollout_s,
             "wait_teacher_s": ready.wait_teacher_s,
             "wait_sync_s": now - trained,
+            "queue_age_s": ready.queue_age_s,
             **self.hooks.pool_metrics(),
         }
 

@@ -56,6 +56,7 @@ class StudentGroup:
         self.checkpoints = self.checkpoints.absolute()
         self._mailbox: Any = None
         self._fit: asyncio.Future[Any] | None = None
+        self._published_bytes: int | None = None
 
     async def start(self) -> None:
         """Start the ranks; returns at once, and the first call waits until they are up."""
@@ -132,14 +133,15 @@ class StudentGroup:
             )
         )
         gap = await self.weights.largest_gap.remote()
-        return report if gap is None else replace(report, metrics={**report.metrics, "parity_gap": gap})
+        measured = {"parity_gap": gap, "published_bytes": self._published_bytes}
+        return replace(report, metrics=report.metrics | {name: value for name, value in measured.items() if value is not None})
 
     def _shards(self, batch: TrainBatch) -> Sequence[ray.ObjectRef]:
         world_size = self.training.ranks
         return [ray.put(shard(batch, rank, world_size)) for rank in range(world_size)]
 
     async def publish(self, version: int) -> None:
-        await self._call(Command("publish", version=version))
+        self._published_bytes = await self._call(Command("publish", version=version))
         if self.training.weight_transfer != "object_store":
             for reason in await self.weights.take_failures.remote():
                 self.on_event("transfer_failed", reason=reason)

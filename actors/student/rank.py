@@ -130,7 +130,7 @@ def execute(command: Command, trainer: StudentTrainer, files: RankFiles, config:
         return trainer.train_step(ray.get(command.shards[trainer.rank]), text, command.scheduled)
     elif command.kind == "publish":
         assert command.version is not None
-        outlet.publish(command.version)
+        return outlet.publish(command.version)
     elif command.kind == "renew":
         assert command.version is not None
         assert command.decay is not None
@@ -162,13 +162,15 @@ class Outlet:
         if trainer.rank == 0 and config.average is not None:
             self._average = Publisher(config.average, self._thread)
 
-    def publish(self, version: int) -> None:
-        """Publish the weights as they are now. Through the object store, they may arrive after this returns."""
+    def publish(self, version: int) -> int:
+        """Publish the weights as they are now. Through the object store, they may arrive after this returns.
+
+        Returns: bytes of the published tensors, on rank 0.
+        """
         if self._config.training.weight_transfer == "object_store":
             trained = self._trained()
-            _send(self._publisher, version, self._trainer.weight_buckets(), trained)
-        else:
-            self._announce(version)
+            return _send(self._publisher, version, self._trainer.weight_buckets(), trained)
+        return self._announce(version)
 
     def renew(self, version: int, decay: float) -> None:
         """Update the average of the weights, and publish it. Args: decay: share of the average that is kept."""
@@ -186,7 +188,7 @@ class Outlet:
         if self._server is not None:
             self._server.close()
 
-    def _announce(self, version: int) -> None:
+    def _announce(self, version: int) -> int:
         """Announce a version that rank 0 sends to replicas on request."""
         if self._server is not None:
             self._server.withdraw()
@@ -197,6 +199,7 @@ class Outlet:
         if self._server is not None:
             self._server.publish(version, tensors)
             ray.get(self._config.weights.commit.remote(version, trained=trained))
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def _trained(self) -> TrainedLogprobs | None:
         """log q of the ids that replicas compare: all at the start of a phase or after a resume, a few after every update."""
@@ -210,13 +213,25 @@ def _send(
     version: int,
     buckets: Iterator[dict[str, torch.Tensor]],
     trained: TrainedLogprobs | None = None,
-) -> None:
-    """Publish buckets, which every rank takes part in gathering. Args: publisher: rank 0's; None on the others."""
+) -> int:
+    """Publish buckets, which every rank takes part in gathering; returns their bytes.
+
+    Args: publisher: rank 0's; None on the others, whose buckets are empty.
+    """
+    size = 0
+
+    def counted() -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal size
+        for bucket in buckets:
+            size += sum(tensor.nbytes for tensor in bucket.values())
+            yield bucket
+
     if publisher is not None:
-        publisher.publish(version, buckets, trained)
+        publisher.publish(version, counted(), trained)
     else:
-        for _ in buckets:
+        for _ in counted():
             pass
+    return size
 
 
 _UNREACHABLE_S = 1.0

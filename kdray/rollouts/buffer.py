@@ -27,6 +27,8 @@ class ReadyBatch:
     """Time spent waiting for samples."""
     wait_teacher_s: float
     """Time spent waiting for scores by prefill, after the last sample was drawn."""
+    queue_age_s: float
+    """Age of the oldest rollout in flight or waiting when the batch was taken, since its admission. It is in this batch."""
 
 
 class RolloutBuffer:
@@ -43,6 +45,7 @@ class RolloutBuffer:
         self._taken = self._next
         self._missing: set[int] = set()
         """Samples that the trainer waits for."""
+        self._admitted_at: dict[int, float] = {}
         self._sampled_at: dict[int, float] = {}
         self._changed = asyncio.Condition()
 
@@ -56,6 +59,7 @@ class RolloutBuffer:
             await self._changed.wait_for(lambda: self._next < self._limit() or self._next >= self._end)
             admitted = range(self._next, self._limit())
             self._next = admitted.stop
+            self._admitted_at |= dict.fromkeys(admitted, time.perf_counter())
             return admitted
 
     def _limit(self) -> int:
@@ -104,10 +108,13 @@ class RolloutBuffer:
                     on_wait(())
             ended = time.perf_counter()
             last_sampled = max(self._sampled_at.pop(sample_id) for sample_id in wanted)
+            first_admitted = min(self._admitted_at.pop(sample_id) for sample_id in wanted)
             rollouts = [self._ready.pop(sample_id) for sample_id in wanted]
             self._taken = wanted.stop
         drawn = min(max(last_sampled, started), ended)
-        return ReadyBatch(rollouts, wait_rollout_s=drawn - started, wait_teacher_s=ended - drawn)
+        return ReadyBatch(
+            rollouts, wait_rollout_s=drawn - started, wait_teacher_s=ended - drawn, queue_age_s=ended - first_admitted
+        )
 
     async def published(self, version: int) -> None:
         """Record that replicas can now pull `version`, and admit the samples that waited for it."""

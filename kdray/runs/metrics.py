@@ -33,7 +33,7 @@ METRICS: dict[str, Metric] = {
     "grad_norm": Metric("1", "step", "Global gradient norm before clipping"),
     "learning_rate": Metric("1", "step", "Learning rate of the step"),
     "padding": Metric("share", "step", "Positions of the student's forward passes that hold no token"),
-    "step_s": Metric("s", "step", "Optimizer step: forward, backward, update, on the slowest rank"),
+    "train_step_s": Metric("s", "step", "Optimizer step: forward, backward, update, on the slowest rank"),
     # From the rollouts of the step.
     "reverse_kl": Metric("nats/token", "token_mean", "KL(student || teacher), full rows, at the sampled prefixes"),
     "forward_kl": Metric("nats/token", "token_mean", "KL(teacher || student), full rows, at the sampled prefixes"),
@@ -82,6 +82,13 @@ METRICS: dict[str, Metric] = {
         "nats/token", "step", "Largest mean |log q of a replica - log q of the trainer| since the step before, on fixed ids"
     ),
     "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be copied; replicas get them meanwhile"),
+    "wait_s": Metric("s", "step", "Training waited for samples or scores of this teacher alone or among others"),
+    "queue_age_s": Metric(
+        "s", "step", "Age of the oldest rollout in flight or waiting, since its admission, at the batch's start"
+    ),
+    "published_bytes": Metric("B", "step", "Weights that the student published last for the replicas, before any compression"),
+    "retried_samples": Metric("samples", "step", "Samples asked for again after a replica failed, since the run's start"),
+    "hedged_samples": Metric("samples", "step", "Samples asked for twice since a replica was slow, since the run's start"),
     # From a System-2 program, over the rollouts that ended since the step before.
     "teacher_calls": Metric("calls", "rollout_mean", "Calls to the teacher for one answer"),
     "teacher_tokens": Metric("tokens", "rollout_mean", "Tokens that the teacher wrote for one answer, all calls together"),
@@ -89,6 +96,10 @@ METRICS: dict[str, Metric] = {
     "unparsable": Metric("share", "rollout_mean", "Rollouts without an answer that could be read"),
     "unparsable_cut": Metric("share", "rollout_mean", "Of all rollouts, those without one because a limit of tokens cut it"),
     "teacher_replicas": Metric("replicas", "step", "Teacher replicas that were ready"),
+    "replicas": Metric("replicas", "step", "Replicas of this teacher that were ready"),
+    "pass_share": Metric(
+        "share", "step", "Forward passes of this teacher's engines that ran the teacher, since the step before"
+    ),
 }
 
 

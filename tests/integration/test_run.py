@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ import yaml
 
 from kdray.config import TinyModel
 from kdray.data.tasks import generate_examples
+from kdray.runs.metrics import METRICS
 from tests.support.runs import (
     BATCH,
     assert_nothing_left,
@@ -27,6 +29,8 @@ from tests.support.runs import (
     start,
     write_recipe,
 )
+
+DASHBOARD = Path(__file__).parents[2] / "cluster" / "manifests" / "grafana-dashboard.json"
 
 
 def test_a_run_from_own_folders(workplace: Path, marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +55,13 @@ def test_a_run_from_own_folders(workplace: Path, marker: str, monkeypatch: pytes
         (share,) = (value for name, value in line.items() if name.endswith("/pass_share"))
         assert share == 1.0, "the mixture is drawn from both models"
     assert any(line["staleness_max"] > 0 for line in metrics), "sampling never overlapped training"
+    written = {name.rpartition("/")[2] for line in metrics for name in line if "/staleness_" not in name}
+    assert written - {"step", "time"} <= set(METRICS)
+    # Of what the dashboard shows, this recipe filters nothing.
+    shown = set(re.findall(r"ray_kdray_(\w+)\{", DASHBOARD.read_text())) - {"step", "events_total", "filtered"}
+    assert shown <= written
+    weights = (workplace / "student" / "model.safetensors").stat().st_size
+    assert metrics[-1]["published_bytes"] == pytest.approx(weights, rel=0.05)
     assert pq.read_table(run / "samples").num_rows > 0
     assert (run / "report.html").stat().st_size > 10_000
     assert any((run / "tb").rglob("events.out.tfevents*"))

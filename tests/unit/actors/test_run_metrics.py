@@ -77,6 +77,12 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     asked = set(re.findall(r"ray_kdray_\w+", DASHBOARD.read_text()))
     assert asked <= there
     assert len(asked) > 15
+    # Waits by stage and by teacher, age of the queue, replicas, versions, tokens, staleness, bytes.
+    wanted = """wait_rollout_s wait_teacher_s wait_sync_s wait_s queue_age_s teacher_replicas step tokens_per_s staleness_mean
+        staleness_max published_bytes train_step_s"""
+    assert {f"ray_kdray_{name}" for name in wanted.split()} <= asked
+    places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
+    assert len(set(places)) == len(places)
     labels = {label for expression in _expressions(board) for label in re.findall(r"(\w+)=~?\"", expression)}
     assert labels <= {"run", "phase", "of", "kind"}
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -16,6 +16,7 @@ from kdray.errors import EngineError, Interrupted, TrainingError
 from kdray.rollouts.columns import rollout_columns, value_of, with_columns
 from kdray.rollouts.draw import draw_scored
 from kdray.rollouts.seeds import sample_seed
+from kdray.runs.metrics import METRICS
 from kdray.types import Rollout, SampleRequest
 from tests.support.fakes import FakeScorer, Rig, make_prompts, newest, oldest_allowed, turns
 
@@ -58,6 +59,15 @@ async def test_staleness_memory_and_exactly_once_under_any_order(
     if version is oldest_allowed:
         # The bound is reached, so it was the loop that kept it, not the replicas' speed.
         assert rig.reporter.metrics[8]["staleness_max"] == max_staleness
+
+
+async def test_every_number_of_a_step_is_in_the_table_of_metrics(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, steps=2)
+    await rig.run()
+    written = rig.reporter.metrics[2]
+    assert {name.rpartition("/")[2] for name in written} <= set(METRICS)
+    assert written["queue_age_s"] > 0.0
+    assert written["queue_age_s"] >= written["wait_rollout_s"] + written["wait_teacher_s"] - 0.001
 
 
 async def test_max_staleness_0_never_overlaps(tmp_path: Path) -> None:
@@ -489,7 +499,7 @@ async def test_context_of_the_environment_is_trained_and_counted_nowhere(tmp_pat
         assert other[3] == one[3], "the targets"
         assert other[2] == (*one[2], 0, 0), "the turn is context, as the prompt is"
     assert turned.totals == plain.totals
-    clock = {"tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s"}
+    clock = {"tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s", "queue_age_s"}
     for step, metrics in plain.reporter.metrics.items():
         found = turned.reporter.metrics[step]
         assert {name: found[name] for name in found.keys() - clock} == {name: metrics[name] for name in metrics.keys() - clock}

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from actors.student import rank as module
+from actors.student.group import StudentGroup
 from actors.student.mailbox import Command
 from actors.student.trainer import Phase
-from kdray.config import MiniLLMLoss
+from kdray.config import MiniLLMLoss, TrainingSettings
+from kdray.types import StepReport
 
 PHASE = Phase("distill", "student", None, MiniLLMLoss(), 1e-3, 10)
 
@@ -28,8 +31,9 @@ class Outlet:
     def __init__(self) -> None:
         self.sent: list[Any] = []
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int) -> int:
         self.sent.append(("student", version))
+        return 48
 
     def renew(self, version: int, decay: float) -> None:
         self.sent.append(("average", version, decay))
@@ -54,3 +58,36 @@ def test_ranks_that_start_again_publish_their_checkpoint_the_average_first(
     assert began == [(PHASE, Path("step-000007"))]
     first = [] if average is None else [("average", 7, 1.0)]
     assert outlet.sent == [*first, ("student", 7), "flushed"]
+
+
+class Publisher:
+    def publish(self, version: int, buckets: Any, trained: Any) -> None:
+        self.given = (version, list(buckets), trained)
+
+
+def test_a_publication_counts_its_bytes() -> None:
+    buckets = [{"a": torch.zeros(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16)}, {"c": torch.zeros(5)}]
+    publisher: Any = Publisher()
+    assert module._send(publisher, 3, iter(buckets), "trained") == 48 + 4 + 20  # type: ignore[arg-type]
+    assert publisher.given == (3, buckets, "trained")
+    assert module._send(None, 3, iter([{}, {}])) == 0
+    nothing: Any = None
+    assert module.execute(Command("publish", version=3), nothing, nothing, nothing, Outlet()) == 48  # type: ignore[arg-type]
+
+
+async def test_a_step_reports_the_bytes_of_the_last_publication(tmp_path: Path) -> None:
+    group: Any = StudentGroup(TrainingSettings(), 8, 0, None, None, tmp_path, tmp_path)  # type: ignore[arg-type]
+    group.weights = SimpleNamespace(largest_gap=SimpleNamespace(remote=answered(None)))
+    group._shards = lambda batch: []
+    report = StepReport(1, 0.5, 4, 1.0, 0.1, 0.1, metrics={"padding": 0.25})
+    group._call = lambda command: answered(report if command.kind == "train" else 72)()
+    assert (await group.train_step(None)).metrics == {"padding": 0.25}, "nothing was published yet"
+    await group.publish(0)
+    assert (await group.train_step(None)).metrics == {"padding": 0.25, "published_bytes": 72}
+
+
+def answered(value: Any) -> Any:
+    async def answer() -> Any:
+        return value
+
+    return answer

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kdray.errors import EngineError
+from kdray.rollouts import buffer as buffer_module
 from kdray.rollouts.buffer import RolloutBuffer
 from kdray.types import Rollout
 
@@ -190,3 +191,20 @@ async def test_only_what_was_drawn_has_an_age() -> None:
     context = replace(rollout(3, (-1,)), writer=np.array([4], np.int8))
     await buffer.put([turns, context])
     assert [one.sample_id for one in (await buffer.batch(1)).rollouts] == [2, 3]
+
+
+async def test_the_queues_age_counts_from_the_admission_of_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(buffer_module.time, "perf_counter", lambda: now)
+    buffer = RolloutBuffer(batch_size=2, max_staleness=1, steps=3)
+    await buffer.admit()
+    now = 103.0
+    await buffer.put([rollout(each) for each in range(4)])
+    now = 105.0
+    assert (await buffer.batch(0)).queue_age_s == 5.0
+    await buffer.published(1)
+    await buffer.admit()
+    now = 107.0
+    assert (await buffer.batch(1)).queue_age_s == 7.0, "waiting in the buffer counts"
+    await buffer.put([rollout(each, [1, 1]) for each in (4, 5)])
+    assert (await buffer.batch(2)).queue_age_s == 2.0

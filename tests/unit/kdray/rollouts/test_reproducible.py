@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from tests.support.stub_run import drive, stub_config
 
-MEASURED = {"time", "tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s"}
+MEASURED = {"time", "tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s", "queue_age_s"}
 """What a clock says."""
 
 

@@ -94,7 +94,7 @@ def test_recorded_divergences_are_means_over_tokens_not_rollouts():
 def test_design_names_are_in_the_table():
     promised = """loss reverse_kl forward_kl response_tokens importance_weight_mean importance_weight_ess
         staleness_mean staleness_max tokens_per_s wait_rollout_s wait_teacher_s wait_sync_s teacher_replicas
-        learning_rate grad_norm step_s"""
+        learning_rate grad_norm train_step_s queue_age_s published_bytes"""
     assert set(promised.split()) <= set(METRICS)
     assert all(metric.unit and metric.meaning for metric in METRICS.values())
 

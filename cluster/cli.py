@@ -13,13 +13,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli_base import ConfigPath, Overrides, exit_codes, load
+from cluster.cli_base import ConfigPath, Outcome, Overrides, exit_codes, load
 from cluster.jobs.commands import logs, status, stop, submit
 from kdray.errors import DataError
+
+if TYPE_CHECKING:
+    from kdray.config import Config
 
 app = typer.Typer(
     name="kdray",
@@ -78,10 +81,16 @@ def run(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its checkpoint.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Run it with this many seeds, from run.seed on; mean and spread.")
+    ] = None,
 ) -> None:
     """Run a recipe: on a local Ray, or on the cluster that RAY_ADDRESS names."""
     with exit_codes() as outcome:
         settings = load(config, overrides)
+        if seeds is not None:
+            _run_seeds(settings, seeds, resume, outcome)
+            return
         outcome.watch(settings.run_folder)
         from cluster.launch import run as launch
 
@@ -99,6 +108,23 @@ def run(
         report_path = settings.run_folder / "report.html"
         if report_path.is_file():
             typer.echo(f"report: {report_path}")
+
+
+def _run_seeds(settings: Config, count: int, resume: bool, outcome: Outcome) -> None:
+    from cluster.launch import run_seeds
+    from kdray.runs.results.seeds import SEEDS
+
+    def on_start(each: Config) -> None:
+        outcome.watch(each.run_folder)
+        typer.echo(f"seed {each.run.seed}: {each.run_folder}")
+
+    found = run_seeds(settings, count, resume, on_start)
+    results = found["results"]
+    columns = {word: {name: entry[word] for name, entry in results.items()} for word in ("mean", "std")}
+    for seed in map(str, found["seeds"]):
+        columns[f"seed {seed}"] = {name: entry["values"].get(seed) for name, entry in results.items()}
+    _print_columns("held-out", columns)
+    typer.echo(f"results: {settings.run_folder / SEEDS}")
 
 
 @app.command()

@@ -43,6 +43,7 @@ from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import intervals_of
 from kdray.runs.results.draws import ratios
+from kdray.runs.results.seeds import check_seeds, finished, seeded, write_seeds
 from kdray.runs.storage import Storage
 from kdray.runs.tracking.trackers import Trackers
 from kdray.teachers.peers import peer_configs
@@ -70,6 +71,36 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     stored = {name: StoredRun.of(each) for name, each in configs.items()}
     with leased(config, stored[""]) as lease:
         return _run(configs, checked, stored, resume, lease)
+
+
+def run_seeds(
+    config: Config, count: int, resume: bool = False, on_start: Callable[[Config], None] = lambda config: None
+) -> dict[str, Any]:
+    """Run a config with `count` seeds, one after another; returns the content of seeds.json, which is written after each.
+
+    With `resume`, seeds that have ended are skipped, one that was interrupted goes on, and those not begun are started.
+    Args: on_start: called with each config that is about to run.
+    Raises: as `run`, for the seed that fails; the others stay as they are.
+    """
+    configs = seeded(config, count)
+    check_seeds(config, configs, resume)
+    # All of them before the first one runs: hours later is too late to learn that one has other settings.
+    ended = {seed: summary for seed, each in configs.items() if resume and (summary := finished(each)) is not None}
+    found: dict[str, Any] = {}
+    for seed, each in configs.items():
+        if seed not in ended:
+            on_start(each)
+            ended[seed] = run(each, resume and _begun(each))
+        found = write_seeds(config.run_folder, configs, ended)
+    return found
+
+
+def _begun(config: Config) -> bool:
+    """True if there is a run to resume, here or in the storage."""
+    if RunFolder(config.run_folder).config.is_file():
+        return True
+    stored = StoredRun.of(config)
+    return stored is not None and stored.storage.read("config.yaml") is not None
 
 
 def _run(

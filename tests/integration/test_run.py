@@ -470,3 +470,21 @@ def test_eval_reports_the_student_of_a_run(workplace: Path) -> None:
     after = json.loads((run / "summary.json").read_text())["after"]["reverse_kl"]
     shown = [float(word) for word in output.replace("│", " ").split() if word.replace(".", "", 1).isdigit()]
     assert np.isclose(shown, after, rtol=2e-2).any(), output
+
+
+@pytest.mark.full
+def test_several_seeds_by_one_command(workplace: Path) -> None:
+    recipe = write_recipe(workplace, "seeds", training={"steps": 2, "sft": {"steps": 2, "batch_size": 32}})
+    output = finish(start("run", str(recipe), "--seeds", "2"), 0)
+    found = json.loads((workplace / "runs" / "seeds" / "seeds.json").read_text())
+    summaries = [
+        json.loads((workplace / "runs" / "seeds" / name / "summary.json").read_text()) for name in found["runs"].values()
+    ]
+    kls = [summary["after"]["reverse_kl"] for summary in summaries]
+    assert kls[0] != kls[1]
+    assert found["results"]["after reverse_kl"]["values"] == {"0": kls[0], "1": kls[1]}
+    assert "after reverse_kl" in output
+    # Nothing is left to do, so nothing starts.
+    output = finish(start("run", str(recipe), "--seeds", "2", "--resume"), 0)
+    assert "seed 0:" not in output
+    assert "after reverse_kl" in output

@@ -96,7 +96,8 @@ def teacher_left_out(checked: Checked) -> str | None:
     config, route, grade = checked.config, checked.route, checked.dataset.grade
     if not config.evaluation.teacher:
         return "evaluation.teacher is false"
-    if grade is None or not any(grade.can_grade(prompt) for prompt in _prompts(checked)):
+    graded = grade is not None and any(grade.can_grade(prompt) for prompt in _prompts(checked))
+    if not (graded or config.evaluation.rouge_l):
         return "nothing grades the held-out prompts"
     if route.sampler == "program":
         return "the teacher answers through its program, which is measured instead"
@@ -142,6 +143,7 @@ def _held_out(checked: Checked, **how: Any) -> HeldOut:
         seed=config.run.seed,
         samples_per_prompt=config.evaluation.samples_per_prompt,
         pass_at=config.evaluation.passes,
+        rouge_l=config.evaluation.rouge_l,
         **how,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdray.data.graders import Grading
+from kdray.data.rouge import rouge_l
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer
 from kdray.rollouts.draw import draw_scored
@@ -68,6 +69,8 @@ class HeldOut:
     """Distance of sample ids for a sampler that tells a prompt's samples apart by them: each response is the first sample."""
     top_ids: tuple[int, int] | None = None
     """Numbers of the teacher's and the student's top ids in the recorded support; None leaves their overlap out."""
+    rouge_l: bool = False
+    """Measure the overlap of responses with the prompts' reference answers, `rouge_l`."""
 
     async def measure(self, version: int) -> Measurement:
         """Evaluate a student version.
@@ -112,6 +115,7 @@ class HeldOut:
             reverse_kl=_sum_of(rollout, rollout.reverse_kl) if self.exact else None,
             forward_kl=_sum_of(rollout, rollout.forward_kl) if self.exact else None,
             top_overlap=None if self.top_ids is None else _overlap(rollout, *self.top_ids),
+            rouge_l=rouge_l(prompt, self.decode(rollout.token_ids)) if self.rouge_l else None,
         )
 
 

@@ -64,6 +64,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     context = TeacherContext(config, tokenizer, dataset, vocab_size, stop_ids)
     lines += [line for kind in kinds.values() if (line := kind.check_with_data(context)) is not None]
     _check_references(config, dataset, tokenizer)
+    _check_rouge(config, dataset)
     _check_grading(config, dataset)
     _check_supervised(config, dataset, tokenizer, student_positions)
     if unknown := _with_unknown_tokens(dataset, tokenizer):
@@ -160,6 +161,16 @@ def _check_references(config: Config, dataset: Dataset, tokenizer: Any) -> None:
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens}, but the longest reference answer has {longest} "
                 "tokens; raise it to that"
             )
+
+
+def _check_rouge(config: Config, dataset: Dataset) -> None:
+    """Raises: ConfigError if ROUGE-L is asked for and no measured prompt has a reference answer."""
+    measured = dataset.heldout[: config.evaluation.prompts]
+    if config.evaluation.rouge_l and not any(prompt.answer for prompt in measured):
+        raise ConfigError(
+            f"evaluation.rouge_l=true, but none of the {len(measured)} held-out prompts has a reference answer; set "
+            "data.prompts.answer_column, or evaluation.rouge_l=false"
+        )
 
 
 def _check_grading(config: Config, dataset: Dataset) -> None:

@@ -47,6 +47,9 @@ class EvaluationSettings(Settings):
     teacher: bool = True
     """Measure the teacher itself once, at the start of distillation, on the same prompts, so that results can be seen against
     it. Left out, with the reason, if nothing grades the prompts or the teacher cannot answer them as they are."""
+    rouge_l: bool = False
+    """Measure `rouge_l` too, the overlap of responses with the reference answers: for summaries and other free text, where no
+    grader tells right from wrong. The held-out prompts need reference answers; those without are left out."""
     samples_per_prompt: Positive = 1
     """Responses drawn to each held-out prompt, each with a seed of its own. More narrow the intervals, up to what the number of
     prompts allows."""

@@ -31,6 +31,7 @@ DRAW_SCHEMA = pa.schema(
         pa.field("reverse_kl", pa.float64()),
         pa.field("forward_kl", pa.float64()),
         pa.field("top_overlap", pa.float64()),
+        pa.field("rouge_l", pa.float64()),
     ]
 )
 
@@ -55,6 +56,8 @@ class Draw:
     """Sum of KL(teacher || student) over the response, nats."""
     top_overlap: float | None
     """Sum over the response of the share of the student's top ids that are also among the teacher's."""
+    rouge_l: float | None = None
+    """`kdray.data.rouge`; None if it was not asked for, or the prompt has no reference answer."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class Ratio:
 def ratios(draws: Sequence[Draw], pass_at: Sequence[int] = ()) -> dict[str, Ratio]:
     """Metrics of an evaluation by name, each over all of its prompts; a metric without any value is absent.
 
-    `exact_match` and `pass_at_<k>` are means over prompts, the divergences and `top_overlap` over tokens, the others over
-    responses. Args: pass_at: values of k.
+    `exact_match`, `pass_at_<k>` and `rouge_l` are means over prompts, the divergences and `top_overlap` over tokens, the
+    others over responses. Args: pass_at: values of k.
     """
     prompt_ids, place = np.unique([draw.prompt_id for draw in draws], return_inverse=True)
 
@@ -109,6 +112,7 @@ def ratios(draws: Sequence[Draw], pass_at: Sequence[int] = ()) -> dict[str, Rati
         for domain in domains:
             found[f"exact_match/{domain}"] = of_prompts(over(partial(_match_in, domain)))
     found |= {f"pass_at_{k}": _pass_at(right, k) for k in pass_at}
+    found["rouge_l"] = of_prompts(over(lambda draw: draw.rouge_l))
     found |= {
         "reverse_kl": over(lambda draw: draw.reverse_kl, lambda draw: draw.tokens),
         "forward_kl": over(lambda draw: draw.forward_kl, lambda draw: draw.tokens),

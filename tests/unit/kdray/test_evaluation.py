@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from kdray.config.graders import ExactGrader, LastNumberGrader
@@ -14,6 +16,8 @@ from kdray.data.graders import Exact, Grading, LastNumber
 from kdray.errors import EngineError, ResponseError
 from kdray.evaluation import HeldOut, distinct, ends_in_a_loop
 from kdray.rollouts.seeds import sample_seed
+from kdray.runs.results.comparison import intervals_of
+from kdray.runs.results.draws import ratios, read_draws, write_draws
 from kdray.types import Prompt, Rollout, SampleRequest
 from tests.support.fakes import BigramWorld, FakeSampler, FakeScorer, History, make_prompts
 
@@ -80,6 +84,34 @@ async def test_numbers_against_hand_computation() -> None:
         }
     )
     assert [rollout.prompt_id for rollout in found.rollouts] == [40, 7, 9]
+
+
+WORDS = {40: "the Cat sat, on a mat", 7: "a dog", 9: "nothing of it"}
+REFERENCES = {40: "The cat lay on the mat.", 7: None, 9: "a bird sings"}
+
+
+async def test_rouge_l_against_hand_computation() -> None:
+    """the cat on mat: 4 of 6 words of either; and no word of 3. A prompt without a reference answer does not count."""
+    prompts = [replace(prompt, answer=REFERENCES[prompt.prompt_id]) for prompt in PROMPTS]
+    by_length = {3: WORDS[40], 1: WORDS[7], 0: WORDS[9]}
+
+    def words(token_ids: np.ndarray) -> str:
+        return by_length[len(token_ids)]
+
+    found = await HeldOut(prompts, ScriptedSampler(), None, words, None, max_new_tokens=8, seed=5, rouge_l=True).measure(0)
+    assert [draw.rouge_l for draw in found.draws] == [pytest.approx(4 / 6), None, 0.0]
+    assert found.numbers["rouge_l"] == pytest.approx(2 / 6)
+    assert intervals_of(ratios(found.draws))["rouge_l"] == [0.0, pytest.approx(4 / 6)]
+    without = await HeldOut(prompts, ScriptedSampler(), None, words, None, max_new_tokens=8, seed=5).measure(0)
+    assert "rouge_l" not in without.numbers
+
+
+async def test_numbers_of_earlier_versions_have_no_rouge_l(tmp_path: Path) -> None:
+    found = await HeldOut(PROMPTS, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(0)
+    write_draws(tmp_path / "now.parquet", found.draws)
+    assert read_draws(tmp_path / "now.parquet") == found.draws
+    pq.write_table(pq.read_table(tmp_path / "now.parquet").drop_columns("rouge_l"), tmp_path / "earlier.parquet")
+    assert read_draws(tmp_path / "earlier.parquet") == found.draws
 
 
 async def test_context_of_the_environment_is_not_measured() -> None:

@@ -248,6 +248,10 @@ def test_a_grader_needs_references_that_it_can_use(models: Path, tmp_path: Path)
         check(of("1", None, "3", "4", **graded, **correct))
     with pytest.raises(ConfigError, match="rollout.filters.correct=true: nothing grades the responses; set data.grader"):
         check(of("1", "2", "3", "4", **correct))
+    overlap: dict[str, Any] = {"evaluation": {"rouge_l": True}}
+    check(of("1", "2", "3", None, **overlap))
+    with pytest.raises(ConfigError, match="evaluation.rouge_l=true, but none of the 2 held-out prompts has a reference answer"):
+        check(of("1", "2", None, None, **overlap))
 
 
 # -------------------------------------------------------------------------------------------------------- chat data

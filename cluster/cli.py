@@ -226,6 +226,8 @@ def evaluate(
     with exit_codes() as outcome, contextlib.ExitStack() as opened:
         student = None
         path = opened.enter_context(_here(source))
+        if not path.exists():
+            raise DataError(f"{path}: no such recipe or run folder")
         config = path
         if path.is_dir():
             from kdray.runs.folder import RunFolder

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 from ray._private import ray_constants
+from ray._private.utils import get_num_cpus
 from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
 
-from cluster.planning.placement import Node
+from cluster.planning.placement import Bundle, Node, check_capacity
 from cluster.planning.reservation import live_nodes
 from kdray.config import Config
 from kdray.errors import ConfigError, KdrayError
@@ -100,6 +103,19 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
         # Stopping a local Ray also stops its Serve. On a cluster Serve keeps running: other runs may be using it by now.
         if not already:
             ray.shutdown()
+
+
+def check_local_cpus(config: Config, wanted: Sequence[Bundle]) -> None:
+    """Check that a local Ray, if the run starts one, has enough CPUs: said before it starts, which takes half a minute.
+
+    The rest of what the run needs is checked once Ray tells what it found. Raises: CapacityError.
+    """
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized() or (address and address != "local"):
+        return
+    cpus = float(config.cluster.local_cpus or get_num_cpus())
+    others = {name: math.inf for bundle in wanted for name in bundle.resources if name != "CPU"}
+    check_capacity([replace(bundle, labels={}) for bundle in wanted], [Node({**others, "CPU": cpus}, name="this machine")])
 
 
 _CONNECT_TIMEOUT_S = 2.0

@@ -21,7 +21,7 @@ from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools
 from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.checkpointing import Checkpoint
-from cluster.connect import connected
+from cluster.connect import check_local_cpus, connected
 from cluster.evaluation import check_signals, held_out
 from cluster.interrupt import run_coroutine
 from cluster.peer_runs import run_together
@@ -59,6 +59,8 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         # Said at once, not after models are read and the cluster has room. `create` says why a folder cannot be read.
         with contextlib.suppress(OSError):
             RunFolder(config.run_folder).check_free()
+    elif config.run.storage is None:
+        RunFolder(config.run_folder).check_resumable(config)
     check_trackers(config)
     _quieten()
     configs = {"": config}
@@ -121,6 +123,7 @@ def _run(
         elif held is not None:
             held.refuse_another()
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
+    check_local_cpus(config, wanted)
     with connected(config), reserved(wanted, config.cluster, _tell) as room:
         plans: dict[str, RunPlan] = {}
         with contextlib.ExitStack() as reporters:

@@ -139,6 +139,7 @@ class Runner:
                 await self._or_stop(await_placed(unplaced, config.cluster, self.reporter.event))
                 return await self._watched(self._phases(context.models, student, pools))
             finally:
+                self.reporter.say("closing: replicas and ranks end, then the report is written")
                 await opening.__aexit__(None, None, None)
         finally:
             await student.close()

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from kdray.config.registry import kinds_of
 
 _MAX_SHOWN = 200
+_NO_SECTION = ("model_type", "model_attributes_type")
 
 
 def explain(item: Any, root: type[BaseModel]) -> str:
@@ -21,9 +22,7 @@ def explain(item: Any, root: type[BaseModel]) -> str:
         known = _keys_at(root, tuple(location[:-1]))
         if location[-1] in known:
             return f"{setting}: a key of another `type` than the one chosen; remove it, or choose that one"
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(known)}"
-        return f"{setting}: unknown key; {hint}"
+        return f"{setting}: unknown key; {_hint(root, location, known)}"
     if kind == "missing":
         return f"{setting}: required, but not set"
     if kind == "value_error":
@@ -33,9 +32,29 @@ def explain(item: Any, root: type[BaseModel]) -> str:
             return f"{setting}{message}"
         return message if not setting or message.startswith(setting) else f"{setting}: {message}"
     message = item["msg"][0].lower() + item["msg"][1:]
+    value = item.get("input")
+    if kind in _NO_SECTION and isinstance(value, str) and "type" in _keys_at(root, tuple(location)):
+        return f"{setting}={_shown(value)}: a section, not a value; write {setting}.type={value:.{_MAX_SHOWN}}"
+    if kind == "list_type" and isinstance(value, str):
+        message += f"; write {setting}='[{value:.{_MAX_SHOWN}}]'"
     if kind.startswith("union_tag") or isinstance(item.get("input"), dict):
         return f"{setting}: {message}"
     return f"{setting}={_shown(item.get('input'))}: {message}"
+
+
+def _hint(root: type[BaseModel], location: list[str], known: list[str]) -> str:
+    """What an unknown key may have been meant as. Args: known: the keys of its section."""
+    key = location[-1]
+    # `lr` is no misspelling of anything, and its letters begin the words of one key.
+    short = [name for name in known if "_" in name and "".join(word[:1] for word in name.split("_")) == key]
+    near = short or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    if len(location) == 1:
+        inside = [f"{section}.{key}" for section in known if key in _keys_at(root, (section,))]
+        if inside:
+            return f"did you mean {' or '.join(f'`{name}`' for name in inside)}?"
+    return f"valid keys: {', '.join(known)}"
 
 
 def _shown(value: Any) -> str:

@@ -26,7 +26,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     try:
         if not path.is_file():
-            raise ConfigError(f"{path}: no such config file")
+            if (path / "config.yaml").is_file():
+                raise ConfigError(f"{path}: a run folder, not a config file; give {path / 'config.yaml'}")
+            raise ConfigError(f"{path}: {'a folder, not a config file' if path.is_dir() else 'no such config file'}")
         tree = strict_yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path!s:.100}: cannot be read: {error.strerror}") from error
@@ -41,7 +43,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: {error}") from error
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree, source=str(path))
+    return parse_config(tree, source=f"{path} with the overrides" if overrides else str(path))
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:

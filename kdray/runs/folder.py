@@ -86,6 +86,10 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.dump())
 
+    def check_resumable(self, config: Config) -> None:
+        """Check that a run is here which may go on with this config. Raises: ConfigError that says what differs."""
+        self._changes(config)
+
     def check_free(self) -> None:
         """Check that a new run may begin here. Raises: ConfigError that names the folder and the remedies."""
         if not self.path.exists() or (self.path.is_dir() and all(_may_be_there(path) for path in self.path.iterdir())):

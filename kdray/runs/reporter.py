@@ -141,6 +141,10 @@ class RunReporter:
         self._record(kind, **fields)
         self._print(" ".join([kind, *(f"{name}={_short(value)}" for name, value in fields.items())]))
 
+    def say(self, text: str) -> None:
+        """Show a line that is no event."""
+        self._print(text)
+
     def samples(self, rollouts: Sequence[Rollout], step: int) -> None:
         """Store the first rollouts of a step, if it is one whose samples are stored."""
         if not rollouts or (step % self._sample_every and step > 1 and step != self._total_steps):

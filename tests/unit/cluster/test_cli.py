@@ -343,6 +343,12 @@ def test_eval_of_another_folder_that_is_no_model_is_refused_before_anything_star
     assert "no Hugging Face model" in result.stderr
 
 
+def test_eval_of_nothing_says_what_it_takes(recipe):
+    result = call("eval", recipe.parent / "runs" / "none")
+    assert result.exit_code == 2
+    assert "none: no such recipe or run folder" in result.stderr
+
+
 # ----------------------------------------------------------------------------------------------- report, export
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.connect import check_local_cpus
 from cluster.launch import run
-from kdray.config import parse_config
-from kdray.errors import ConfigError
+from cluster.planning.placement import bundles
+from kdray.config import Config, parse_config
+from kdray.errors import CapacityError, ConfigError
 from kdray.runs.folder import RunFolder
 
 
@@ -24,3 +27,41 @@ def test_a_name_that_is_taken_is_refused_before_models_are_read(tmp_path: Path) 
     RunFolder.create(config)
     with pytest.raises(ConfigError, match="already holds a run; continue it with --resume"):
         run(config)
+
+
+def tiny(tmp_path: Path, **sections: Any) -> Config:
+    model = {"model": {"type": "tiny"}}
+    run = {"name": "small", "output": str(tmp_path)}
+    return parse_config({"run": run, "student": model, "teachers": {"t": model}} | sections)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("cluster.connect.start_local", refuse)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_too_few_cpus_are_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path, cluster={"local_cpus": 1})
+    with pytest.raises(CapacityError, match=r"the run needs 2 CPU .*cluster.local_cpus lets small models share cores"):
+        run(config)
+    assert not config.run_folder.exists()
+    monkeypatch.setattr("cluster.connect.get_num_cpus", lambda: 1)
+    with pytest.raises(CapacityError, match="needs 2 CPU"):
+        check_local_cpus(tiny(tmp_path), bundles(tiny(tmp_path)))
+    check_local_cpus(tiny(tmp_path, cluster={"local_cpus": 2}), bundles(tiny(tmp_path)))
+    # The cluster's CPUs are not this machine's.
+    check_local_cpus(tiny(tmp_path, cluster={"address": "head:6379"}), bundles(tiny(tmp_path)))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_resume_that_cannot_be_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no run to resume"):
+        run(tiny(tmp_path), resume=True)
+    RunFolder.create(tiny(tmp_path))
+    with pytest.raises(ConfigError, match="the run to resume had other settings .rollout.alpha: 0.2 there, 0.5 now"):
+        run(tiny(tmp_path, rollout={"alpha": 0.5}), resume=True)

@@ -164,7 +164,7 @@ Case = tuple[str, Callable[[Place], list[str]], tuple[str, ...]]
 
 CONFIGS: list[Case] = [
     ("a file that is not there", lambda p: ["validate", "nowhere.yaml"], ("nowhere.yaml", "no such config file")),
-    ("a folder", lambda p: ["validate", "."], ("no such config file",)),
+    ("a folder", lambda p: ["validate", "."], ("a folder, not a config file",)),
     ("nothing in it", lambda p: p.text(""), ("recipe.yaml", "expected sections")),
     ("a list", lambda p: p.text("- run\n"), ("recipe.yaml", "expected sections", "list")),
     ("a tab", lambda p: p.text("run:\n\tname: x\n"), ("recipe.yaml", "not valid YAML", "line 2")),

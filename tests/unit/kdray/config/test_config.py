@@ -162,6 +162,15 @@ def test_a_missing_file_is_named(tmp_path):
     ("sections", "message"),
     [
         ({"trainng": {}}, "trainng: unknown key; did you mean `training`?"),
+        ({"training": {"lr": 5}}, "training.lr: unknown key; did you mean `learning_rate`?"),
+        ({"learning_rate": 5}, "learning_rate: unknown key; did you mean `training.learning_rate`?"),
+        ({"seed": 5}, "seed: unknown key; did you mean `run.seed`?"),
+        ({"zzz": 5}, "zzz: unknown key; valid keys: cluster, data, evaluation"),
+        ({"loss": "reverse_kl"}, "loss='reverse_kl': a section, not a value; write loss.type=reverse_kl"),
+        (
+            {"data": {"prompts": {"type": "task", "tasks": "coin_flip"}}},
+            "data.prompts.tasks='coin_flip': input should be a valid list; write data.prompts.tasks='[coin_flip]'",
+        ),
         ({"training": {"stepz": 5}}, "training.stepz: unknown key; did you mean `steps`?"),
         ({"training": {"sft": {"stepz": 1}}}, "training.sft.stepz: unknown key; did you mean `steps`?"),
         ({"teachers": {"t": {"model": TINY, "replica": 2}}}, "teachers.t.replica: unknown key; did you mean"),
@@ -382,3 +391,15 @@ def test_pass_at_k_is_measured_for_all_responses_unless_told_otherwise(evaluatio
 def test_pass_at_k_needs_k_responses():
     with pytest.raises(ConfigError, match=r"pass@8 needs at least 8 responses .*raise evaluation.samples_per_prompt"):
         parse_config(tree(evaluation={"samples_per_prompt": 4, "pass_at": [2, 8]}))
+
+
+def test_a_message_says_that_the_overrides_may_be_what_is_wrong(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run: {name: x}\nstudent: {model: {type: tiny}}\nteachers: {t: {model: {type: tiny}}}\n")
+    with pytest.raises(ConfigError, match=r"recipe.yaml with the overrides: training.stepz: unknown key"):
+        load_config(path, ["training.stepz=3"])
+    with pytest.raises(ConfigError, match=r"a folder, not a config file"):
+        load_config(tmp_path)
+    path.rename(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"a run folder, not a config file; give .*/config.yaml"):
+        load_config(tmp_path)

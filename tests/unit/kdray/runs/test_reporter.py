@@ -253,3 +253,9 @@ def test_without_a_decoder_samples_hold_ids(folder, output):
     reporter.samples([rollout(3)], 1)
     (row,) = pq.read_table(folder.samples / "step-00000001.parquet").to_pylist()
     assert (row["prompt"], row["response"], row["token_ids"]) == (None, None, [3, 4, 5])
+
+
+def test_a_line_that_is_no_event_is_shown_alone(make, folder, output):
+    make().say("closing: [soon]")
+    assert "closing: [soon]" in output.getvalue()
+    assert not folder.events.exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ def save_adapter(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({_in_file(name): tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     model.peft_config[_NAME].save_pretrained(folder)
+    # As in `save_model`: the weights are readable by whoever may read the config.
+    shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
 
 
 def _in_file(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ def save_model(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | Non
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     finally:
         model.generation_config = generation
+    # safetensors lets the owner alone read its files, whatever the umask; the model's config is an ordinary file.
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)
     if generation is not None:
         from transformers.utils import GENERATION_CONFIG_NAME
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,14 @@ def test_a_tokenizer_is_written_with_the_template_that_the_student_was_trained_w
     TokenizerSource(str(tmp_path / "own"), "{{ messages }}").save(tmp_path / "other")
     found = {name: AutoTokenizer.from_pretrained(tmp_path / name).chat_template for name in ("own", "same", "other")}
     assert found == {"own": byte_tokenizer().chat_template, "same": byte_tokenizer().chat_template, "other": "{{ messages }}"}
+
+
+def test_weights_are_readable_by_whoever_may_read_the_config(source: Path, tmp_path: Path) -> None:
+    """safetensors writes files that the owner alone may read."""
+    before = os.umask(0o027)
+    try:
+        save_model(AutoModelForCausalLM.from_pretrained(source), tmp_path / "saved")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "saved").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == 0o640

@@ -133,6 +133,7 @@ def test_the_verdict_comes_first_and_numbers_have_their_intervals(folder):
         }
     )
     text, page = page_of(folder)
+    assert '<meta name="viewport"' in text, "a phone shows the page at its own width"
     assert page.notes[:3] == [
         f"Distillation raised it {HOSTILE}.",
         "Share of the gap to the teacher closed: 50% (95% interval 38% to 62%), by exact match.",

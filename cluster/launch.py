@@ -29,6 +29,7 @@ from cluster.planning.placement import bundles
 from cluster.planning.reservation import reserved
 from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
+from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation
 from kdray.checks.preflight import check
 from kdray.checks.trackers import check_trackers
 from kdray.config import Config
@@ -122,6 +123,7 @@ def _run(
             checkpoints[name], passed_over[name] = _checkpoint_to_resume(each, held)
         elif held is not None:
             held.refuse_another()
+    records = {name: _record(checked[name], checkpoints[name]) for name in configs}
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     check_local_cpus(config, wanted)
     with connected(config), reserved(wanted, config.cluster, _tell) as room:
@@ -144,8 +146,9 @@ def _run(
                     reporter.event("checkpoint_not_whole", checkpoint=bad.key, reason=bad.reason)
                     lease.check_everywhere()
                     discard(bad)
+                _tell_changes(reporter, found, records[name])
                 plans[name] = RunPlan(
-                    checked[name], folder, reporter, checkpoints[name], stored[name], lease, on_start=room.release
+                    checked[name], folder, reporter, found, stored[name], lease, records[name], on_start=room.release
                 )
             try:
                 summaries = run_coroutine(run_together(plans, lease))
@@ -168,6 +171,39 @@ def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | No
     """Download the run folder from the storage, to continue from the checkpoint in it; False if it was already here."""
     step = 0 if checkpoint is None else min(checkpoint.step, config.training.steps)
     return stored is not None and stored.fetch(step)
+
+
+def _record(checked: Checked, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What every checkpoint of the run records of its inputs and installation.
+
+    Raises: ConfigError if the inputs are not those of the checkpoint to resume from; DataError.
+    """
+    record = {"inputs": inputs_of(checked), "installation": installation(checked)}
+    if checkpoint is not None:
+        folder = RunFolder(checked.config.run_folder)
+        recorded = checkpoint.progress.get("inputs")
+        # Settings first: another one is the reason for what it names. A folder that is only in the storage is compared later.
+        found = folder.changes(checked.config) if folder.config.is_file() else []
+        check_revisions(recorded, found)
+        if recorded is not None:
+            check_inputs(recorded, record["inputs"], _changed_versions(checkpoint, record))
+    return record
+
+
+def _changed_versions(checkpoint: Checkpoint, record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    before = checkpoint.progress.get("installation")
+    return {} if before is None else changed_versions(before, record["installation"])
+
+
+def _tell_changes(reporter: RunReporter, checkpoint: Checkpoint | None, record: Mapping[str, Any]) -> None:
+    """Write the events of a resume with another installation, or with inputs that could not be compared."""
+    if checkpoint is None:
+        return
+    if "inputs" not in checkpoint.progress:
+        reason = "the checkpoint is of an earlier version of kdray: whether data and models are still the same is not known"
+        reporter.event("inputs_unknown", step=checkpoint.step, reason=reason)
+    if changed := _changed_versions(checkpoint, record):
+        reporter.event("versions_changed", step=checkpoint.step, changed=changed)
 
 
 def _send_last(plan: RunPlan) -> None:

@@ -50,7 +50,7 @@ from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import compare
-from kdray.runs.resume import counts, rewind
+from kdray.runs.resume import counts, kept, rewind
 from kdray.teachers.kind import kind_of
 from kdray.types import TrainBatch
 
@@ -70,6 +70,8 @@ class RunPlan:
     """The run in `run.storage`, if it has one."""
     lease: Lease
     """The driver's right to write to the run's files."""
+    record: dict[str, Any]
+    """Kept in every checkpoint: the run's `inputs` and `installation`, see `kdray.checks.inputs`."""
     on_start: Callable[[], None]
     """Called when the first replica or rank is about to start."""
 
@@ -89,6 +91,7 @@ class Runner:
         self._folder = RunFolder(plan.folder.path.absolute(), plan.lease.check)
         self._checkpoint = plan.checkpoint
         self._stored = plan.stored
+        self._record = plan.record
         self._on_start = plan.on_start
         self._stores = stores
         self._beside = beside
@@ -104,7 +107,8 @@ class Runner:
     async def run(self) -> dict[str, Any]:
         """Start the run's parts, run them, shut them down; returns the run's summary."""
         config, stores = self._config, self._stores
-        self.reporter.event("start", resumed_step=self._checkpoint.step if self._checkpoint else None)
+        step = None if self._checkpoint is None else self._checkpoint.step
+        self.reporter.event("start", resumed_step=step, **self._record["installation"])
         for line in self._checked.dataset.lines:
             self.reporter.event("data", found=line)
         for line in unsafe_notes(config):
@@ -226,11 +230,9 @@ class Runner:
             self._base,
             self._teacher_of_features(models),
         )
-        progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "distill"}
+        progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "distill", **self._record}
         if stored is not None:
-            kept = ("before", "program", "stage", "distilled", "totals", "schedules")
-            # A run that an earlier version began has no score of the teacher.
-            progress |= {name: stored[name] for name in kept} | {"teacher": stored.get("teacher")}
+            progress |= kept(stored)
         recoverable = CheckpointedStudent(
             student,
             self._folder,
@@ -453,10 +455,7 @@ class Runner:
         return {**numbers, "method": "sft", "trained_tokens": trained}
 
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
-        """Return the result of `work`; if the user stops the run first, cancel it: nothing that it does is worth a checkpoint.
-
-        Raises: Interrupted.
-        """
+        """Return the result of `work`; cancel it and raise Interrupted if the user stops the run first: nothing to save yet."""
         try:
             # Its own clean-up comes first, but must not keep the run from ending.
             return await first_of(work, self.stop.wait(), clean_up_s=_CLEAN_UP_S)

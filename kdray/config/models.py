@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kdray.config.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings, check_weights
+from kdray.config.base import NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings, check_weights
 from kdray.config.data import TextSource
 from kdray.config.tasks import LessonName
 
@@ -123,5 +123,5 @@ ModelSource = Annotated[
 class StudentSettings(Settings):
     model: ModelSource
     """Hugging Face id, local folder, a tiny model to build (`type: tiny`), or a pruned larger model (`type: pruned`)."""
-    revision: str | None = None
-    """Commit or tag on the hub."""
+    revision: Annotated[str | None, OnResume()] = None
+    """Commit or tag on the hub. A resume may set it to the commit that its checkpoint recorded."""

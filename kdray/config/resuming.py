@@ -65,6 +65,10 @@ def _annotated(settings: Settings, prefix: str) -> Iterator[str]:
             yield from (f"{full}.{key}" for mark in marks for key in mark.below) if marks[0].below else (full,)
         elif isinstance(value, Settings):
             yield from _annotated(value, f"{full}.")
+        elif isinstance(value, Mapping):
+            for key, each in value.items():
+                if isinstance(each, Settings):
+                    yield from _annotated(each, f"{full}.{key}.")
 
 
 def _within(name: str, pattern: str) -> bool:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SerializeAsAny, model_validator
 
 from kdray.config import vllm_build
-from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
 from kdray.config.engine_args import check_engine_args
 from kdray.config.labels import ACCELERATOR_LABEL, LabelSelector
 from kdray.config.models import ModelSource
@@ -252,8 +252,8 @@ class VLLMTeacherSettings(ServedTeacherSettings):
     type: Literal["vllm"] = "vllm"
     model: ModelSource
     """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
-    revision: str | None = None
-    """Commit or tag on the hub."""
+    revision: Annotated[str | None, OnResume()] = None
+    """Commit or tag on the hub. A resume may set it to the commit that its checkpoint recorded."""
 
 
 @TEACHERS.add("self")
@@ -292,8 +292,8 @@ class PeerTeacherSettings(ServedTeacherSettings):
     type: Literal["peer"]
     model: ModelSource
     """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
-    revision: str | None = None
-    """Commit or tag on the hub."""
+    revision: Annotated[str | None, OnResume()] = None
+    """Commit or tag on the hub. A resume may set it to the commit that its checkpoint recorded."""
 
 
 @TEACHERS.add("openai")
@@ -368,8 +368,8 @@ class HFTeacherSettings(TeacherSettings):
     type: Literal["hf"]
     model: ModelSource
     """Hugging Face id, local folder, or a tiny model to build (`type: tiny`)."""
-    revision: str | None = None
-    """Commit or tag on the hub."""
+    revision: Annotated[str | None, OnResume()] = None
+    """Commit or tag on the hub. A resume may set it to the commit that its checkpoint recorded."""
     batch_size: Positive = 16
     """Sequences per forward pass, which holds a row of logits for each of their tokens."""
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from kdray.config import Config, load_config
-from kdray.config.resuming import Change, changeable, changes
+from kdray.config import Config, load_config, resuming
+from kdray.config.resuming import Change, changeable
 from kdray.errors import ConfigError, DataError
 
 LEASE = "lease.json"
@@ -74,7 +74,7 @@ class RunFolder:
     def _start(self, config: Config, resume: bool, step: int) -> None:
         self.guard()
         if resume:
-            found = self._changes(config)
+            found = self.changes(config)
             for path in (self.metrics, self.events):
                 drop_torn_line(path)
             # Before the config: a kill in between may repeat an event, and loses none.
@@ -214,11 +214,11 @@ class RunFolder:
         kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
         write_atomically(self.metrics, "".join(_line(line) for line in kept))
 
-    def _changes(self, config: Config) -> list[Change]:
+    def changes(self, config: Config) -> list[Change]:
         """Return the settings that a resumed run changes. Raises: ConfigError if it may not change one of them."""
         if not self.config.is_file():
             raise ConfigError(f"{self.path}: there is no run to resume; leave out --resume, or correct run.name")
-        found = changes(load_config(self.config), config)
+        found = resuming.changes(load_config(self.config), config)
         if refused := [change for change in found if not change.allowed]:
             told = "; ".join(f"{each.setting}: {_told(each.old)} there, {_told(each.new)} now" for each in refused)
             raise ConfigError(

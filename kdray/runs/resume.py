@@ -30,6 +30,13 @@ def rewind(
     return start_step, Totals(**progress["totals"])
 
 
+def kept(progress: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a checkpoint's progress that the checkpoints of the resumed run repeat."""
+    names = ("before", "program", "stage", "distilled", "totals", "schedules")
+    # A run that an earlier version began has no score of the teacher.
+    return {name: progress[name] for name in names} | {"teacher": progress.get("teacher")}
+
+
 def counts(ledger: Ledger, totals: Totals, config: Config) -> dict[str, int]:
     """Return the counts in summary.json that come from the ledger and the loop."""
     lost, duplicated = ledger.check(config.training.steps, config.training.batch_size)

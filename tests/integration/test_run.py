@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,10 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
     assert 5 <= stopped_at < 60
     finish(start("run", str(recipe), "training.steps=" + str(stopped_at + 8), "--resume"), 0)
     check_ledger(run, stopped_at + 8)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["versions"]["torch"] for event in events if event["kind"] == "start"] == [version("torch")] * 2
+    # The same data, models and libraries.
+    assert not {event["kind"] for event in events} & {"inputs_unknown", "versions_changed"}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["resumed_from_step"] == stopped_at
     assert summary["prompts_consumed"] == (stopped_at + 8) * BATCH

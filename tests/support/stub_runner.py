@@ -114,7 +114,8 @@ class StubRun:
         self.pool = StubPool(tables)
         group = StubGroup(tables, folder, config, lambda: None)
         stores: Any = RunStores(SimpleNamespace(verdict=SimpleNamespace(remote=_verdict)), None, None, {})
-        plan = RunPlan(checked, folder, reporter, checkpoint, None, lease, on_start=lambda: None)
+        record: dict[str, Any] = {"inputs": {"tokenizer": {"vocabulary": "abc"}}, "installation": {"host": "here"}}
+        plan = RunPlan(checked, folder, reporter, checkpoint, None, lease, record, on_start=lambda: None)
         runner = Runner("", plan, stores, SideBySide([""]))
 
         def on_step(step: int) -> None:

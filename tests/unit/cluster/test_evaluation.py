@@ -119,6 +119,19 @@ async def test_a_resume_measures_neither_the_teacher_nor_the_student_before_agai
         assert resumed.summary[name] == whole.summary[name]
 
 
+async def test_every_checkpoint_records_what_the_run_reads(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(Interrupted):
+        await StubRun(config)(stop_at=3)
+    await StubRun(config, resume=True)()
+    markers = list(config.run_folder.glob("checkpoints/step-*/COMMITTED.json"))
+    assert len(markers) == 2
+    for marker in markers:
+        found = json.loads(marker.read_text())
+        assert found["inputs"] == {"tokenizer": {"vocabulary": "abc"}}
+        assert found["installation"] == {"host": "here"}
+
+
 async def test_a_resume_that_ends_earlier_keeps_the_schedule_of_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,71 @@
+"""Identity of a model's content, by which a resumed run knows its models again; cheap even for large ones.
+
+A hub model is its resolved commit. A folder is a digest of each file that an engine reads: the whole content of small ones; of
+safetensors the size, the header (name, shape and place of every tensor) and the beginning, middle and end of every tensor.
+Training or a conversion changes these bytes in every tensor that it touches; a few bytes edited elsewhere are not noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from kdray.config import ModelSource, PrunedModel, TinyModel
+from kdray.errors import DataError
+from kdray.models.resolve import calibration_texts, model_config, model_name
+
+COMMIT = "commit"
+"""Key of a hub model's resolved commit."""
+
+_READ = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Suffixes of the files that engines and tokenizers read beside the weights."""
+_WEIGHTS = ".safetensors"
+_HASHED_BYTES = 4096
+"""Bytes of each piece of a tensor that are read."""
+
+
+def model_identity(source: ModelSource, revision: str | None) -> dict[str, str]:
+    """Return what identifies the content of a model: part (a file, `commit`, or the settings it is built from) -> value.
+
+    The folder's own path is not part of it, so that a model may be moved.
+    Raises: DataError if a file of the model cannot be read.
+    """
+    if isinstance(source, PrunedModel):
+        cuts = source.model_dump(mode="json", exclude={"source", "revision"})
+        built = {"settings": _digest(json.dumps(cuts, sort_keys=True).encode())}
+        if source.calibration is not None:
+            built["calibration texts"] = _digest(json.dumps(list(calibration_texts(source.calibration))).encode())
+        return built | model_identity(source.source, source.revision)
+    if isinstance(source, TinyModel):
+        # Its weights follow from these, up to the rounding of another machine.
+        return {"settings": model_name(source)}
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return {COMMIT: str(model_config(source, revision)._commit_hash)}
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (*_READ, _WEIGHTS) and path.is_file()]
+    try:
+        return {path.name: _sampled(path) if path.suffix == _WEIGHTS else _digest(path.read_bytes()) for path in files}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"model {source}: its files cannot be read: {error}; restore the folder") from error
+
+
+def _sampled(path: Path) -> str:
+    content = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError(f"{path.name} is not a safetensors file")
+        text = file.read(size)
+        content.update(text)
+        header = json.loads(text)
+        for name in sorted(header.keys() - {"__metadata__"}):
+            start, end = header[name]["data_offsets"]
+            for place in (start, (start + end) // 2, max(start, end - _HASHED_BYTES)):
+                file.seek(8 + size + place)
+                content.update(file.read(min(_HASHED_BYTES, end - place)))
+    return content.hexdigest()[:16]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -110,8 +110,9 @@ async def open_pools(
         for watcher in watchers:
             watcher.cancel()
         # A deployment in progress cannot be cancelled inside its thread; deleting the application ends it.
-        deleting = (asyncio.to_thread(pool.delete) for pool in pools)
-        await asyncio.gather(*deleting, *(other.close() for other in others.values()), return_exceptions=True)
+        closing = {pool.name: in_daemon_thread(pool.delete) for pool in pools}
+        closing |= {name: asyncio.ensure_future(other.close()) for name, other in others.items()}
+        await _closed(closing, config.cluster.teardown_s, on_event)
 
 
 def _keep_logs(pools: Sequence[ReplicaPool], folder: Path | None) -> None:
@@ -162,6 +163,22 @@ async def deployed(
     finally:
         placing.cancel()
         serving.cancel()
+
+
+async def _closed(closing: Mapping[str, asyncio.Future[None]], limit_s: float, on_event: Callable[..., None]) -> None:
+    """Wait until all pools and teachers are closed, but not for ever: Serve's own wait for its controller has no end."""
+    if not closing:
+        return
+    ended, stuck = await asyncio.wait(closing.values(), timeout=limit_s)
+    for each in ended:
+        if not each.cancelled():
+            # Noted as seen: the reason why the run ends is another.
+            each.exception()
+    if stuck:
+        names = [name for name, each in closing.items() if each in stuck]
+        on_event("teardown_stuck", waited_for=names, waited_s=limit_s)
+        for each in stuck:
+            each.cancel()
 
 
 def _program(

@@ -91,6 +91,9 @@ class ClusterSettings(Settings):
     start_timeout_s: PositiveFloat = 3600.0
     """Longest start of an engine: reading the weights, compiling, capturing graphs. The 140 GB of a 70B model take 20 minutes
     at 120 MB/s."""
+    teardown_s: PositiveFloat = 120.0
+    """Longest wait for pools of replicas to be deleted when a run ends; what is not gone by then is named in an event
+    (`teardown_stuck`), and the command goes on without it."""
     stuck_after_s: PositiveFloat = 300.0
     """Longest time between two steps of an engine; beyond it the engine counts as stuck, and its replica is replaced."""
     hedge_after: Annotated[float, Field(gt=1.0)] | None = 3.0

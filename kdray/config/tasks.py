@@ -19,6 +19,8 @@ TASKS: Registry[Any] = Registry(
         "last_letters": f"{_MODULE}.last_letters:LastLetters",
         "coin_flip": f"{_MODULE}.coin_flip:CoinFlip",
         "arithmetic": f"{_MODULE}.arithmetic:Arithmetic",
+        "multiplication": f"{_MODULE}.multiplication:Multiplication",
+        "subtraction_game": f"{_MODULE}.subtraction_game:SubtractionGame",
         "backed_letters": f"{_MODULE}.opinion:BackedLetters",
         "misled_letters": f"{_MODULE}.opinion:MisledLetters",
         "judged_letters": f"{_MODULE}.judged_letters:JudgedLetters",
@@ -40,8 +42,11 @@ STAGES = (
     "judge_branch",
     "judge_solve",
     "judge_merge",
+    "calculator_call",
+    "calculator_read",
+    "game_move",
 )
-"""Calls of System-2 programs, as tasks for tiny models: `kdray.data.tasks.stages`."""
+"""Calls of System-2 programs and turns beside an environment, as tasks for tiny models: `kdray.data.tasks.stages`."""
 
 TaskName = Annotated[str, NameOf(TASKS)]
 """Name of a generated task."""

@@ -12,11 +12,11 @@ class Arithmetic:
 
     def num_prompts(self, difficulty: int) -> int:
         """Number of distinct prompts: 100 with one digit, 8,100 with two."""
-        return _num_numbers(difficulty) ** 2
+        return num_numbers(difficulty) ** 2
 
     def generate(self, rng: np.random.Generator, difficulty: int) -> Example:
         """Generate an example; the prompt has 2 + 2 x difficulty characters."""
-        left, right = _number(rng, difficulty), _number(rng, difficulty)
+        left, right = number(rng, difficulty), number(rng, difficulty)
         return Example(f"{left}+{right}=", str(left + right))
 
     def grade(self, response: str, answer: str) -> bool:
@@ -24,11 +24,11 @@ class Arithmetic:
         return exact_match(response, answer)
 
 
-def _num_numbers(digits: int) -> int:
+def num_numbers(digits: int) -> int:
     return 10 if digits == 1 else 9 * 10 ** (digits - 1)
 
 
-def _number(rng: np.random.Generator, digits: int) -> int:
+def number(rng: np.random.Generator, digits: int) -> int:
     # Digit by digit, in Python integers: numbers beyond 18 digits do not fit the generator's 64 bits.
     first = int(rng.integers(0 if digits == 1 else 1, 10))
     return int(str(first) + "".join(str(digit) for digit in rng.integers(10, size=digits - 1)))

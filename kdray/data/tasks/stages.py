@@ -1,4 +1,5 @@
-"""Stages of System-2 programs as separate tasks: lessons that teach a tiny base model to answer each call of a program.
+"""Stages of System-2 programs, and turns beside an environment, as separate tasks: lessons that teach a tiny base model each
+call of a program, and each turn.
 
 A stage's prompt is the recipe's template filled with a question or with an earlier stage's answer, so keep this file in step
 with configs/system2_*.yaml.
@@ -16,7 +17,9 @@ from kdray.data.tasks.coin_flip import CoinFlip
 from kdray.data.tasks.example import Example, Task
 from kdray.data.tasks.judged_letters import JudgedLetters
 from kdray.data.tasks.last_letters import LastLetters
+from kdray.data.tasks.multiplication import Multiplication
 from kdray.data.tasks.opinion import BackedLetters, MisledLetters
+from kdray.data.tasks.subtraction_game import MAX_TAKE, SubtractionGame, pile_of, winning_move
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,28 @@ def _merge(example: Example, rng: np.random.Generator) -> Example:
     return Example(f"merge: {' '.join(scores)} = ", example.answer)
 
 
+def _calculator_call(example: Example, rng: np.random.Generator) -> Example:
+    return Example(example.prompt, f"<<{example.prompt}")
+
+
+def _calculator_read(example: Example, rng: np.random.Generator) -> Example:
+    return Example(f"{example.prompt}<<{example.prompt}{example.answer}>>", example.answer)
+
+
+def _game_move(example: Example, rng: np.random.Generator) -> Example:
+    """A winning move, from any position of the game."""
+    pile = pile_of(example.prompt)
+    moves = ""
+    while True:
+        winning = winning_move(pile)
+        assert winning is not None, "the first player can always win"
+        if pile <= MAX_TAKE or rng.integers(3) == 0:
+            return Example(f"{example.prompt}{moves}", f"{winning};")
+        other = int(rng.integers(1, MAX_TAKE + 1))
+        moves += f"{winning};{other};"
+        pile -= winning + other
+
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -124,5 +149,8 @@ STAGES: dict[str, Stage] = {
         Stage("judge_branch", JudgedLetters(), _criteria),
         Stage("judge_solve", JudgedLetters(), _scores_of_one),
         Stage("judge_merge", JudgedLetters(), _merge),
+        Stage("calculator_call", Multiplication(), _calculator_call),
+        Stage("calculator_read", Multiplication(), _calculator_read),
+        Stage("game_move", SubtractionGame(), _game_move),
     )
 }

@@ -40,6 +40,14 @@ def _solve(name: str, prompt: str) -> str:
         right = _solve("last_letters", judged.group(1))
         assert sum(a != b for a, b in zip(judged.group(2), judged.group(3), strict=True)) == 1
         return {judged.group(2): "A", judged.group(3): "B"}[right]
+    if name == "subtraction_game":
+        pile, moves = int(prompt.split("pile ")[1].rstrip(": ")), []
+        while pile:
+            moves.append(pile % 4 or 1)
+            pile -= moves[-1]
+        return "".join(f"{move};" for move in moves)
+    if name == "multiplication":
+        return str(eval(prompt.rstrip("=")))
     numbers = re.fullmatch(r"(\d+)\+(\d+)=", prompt)
     assert numbers
     return str(int(numbers.group(1)) + int(numbers.group(2)))
@@ -108,6 +116,17 @@ def test_stages_say_what_they_promise() -> None:
                 assert int(digits[-1] + "".join(digit[-1] for digit in digits[-2::-1])) == int(left) + int(right)
                 assert all(eval(part.replace("=", "==")) for part in example.answer.split(".")[0].split(", "))
                 assert example.answer.endswith(f"final answer: {int(left) + int(right)}")
+            if name == "calculator_call":
+                assert example.answer == f"<<{example.prompt}"
+            if name == "calculator_read":
+                question, call, result = re.fullmatch(r"(.*=)<<(.*=)(\d+)>>", example.prompt).groups()
+                assert (call, result) == (question, example.answer)
+                assert result == str(eval(question.rstrip("=")))
+            if name == "game_move":
+                pile, moves = re.fullmatch(r"[a-z]+ plays\. pile (\d+): ([1-3;]*)", example.prompt).groups()
+                taken = [int(move) for move in moves.split(";")[:-1]]
+                assert len(taken) % 2 == 0
+                assert (int(pile) - sum(taken) - int(example.answer[:-1])) % 4 == 0
             if name.startswith("rewrite"):
                 assert example.prompt.startswith(f"rewrite: {example.answer} i think ")
             if name == "judge_merge":

@@ -7,7 +7,7 @@ All logprobs are natural logarithms (nats), float32: `logprobs[t] = log p(token_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -108,10 +108,17 @@ class SampleRequest:
     text; replicas read `prompt_ids`."""
     writer: Writer = "mixture"
     """Writer of the response: `data` for the prompt's reference answer; any other value is replaced by what `alpha` implies."""
+    stop_ids: tuple[int, ...] = ()
+    """Further ids at which the draw ends, beside those that end a response."""
 
     def __post_init__(self) -> None:
         if self.writer != "data":
             object.__setattr__(self, "writer", drawn_by(self.alpha))
+
+    def finish_reason(self, token_ids: Sequence[int] | np.ndarray, end_ids: Collection[int]) -> str:
+        """Why a draw of these tokens ended; see `Rollout.finish_reason`. Args: end_ids: end-of-sequence ids."""
+        last = int(token_ids[-1]) if len(token_ids) else None
+        return "stop" if last in end_ids else "pause" if last in self.stop_ids else "length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +137,9 @@ class Rollout:
     student_versions: np.ndarray
     alpha: float
     finish_reason: str
-    """`stop` if the end-of-sequence token was sampled, `length` if the sequence was truncated at max_new_tokens."""
+    """`stop` if the end-of-sequence token was sampled, `length` if the sequence was truncated at max_new_tokens or a limit of
+    the environment, `pause` at one of the request's `stop_ids`, `ended` if the environment ended it, `unparsable` if a program
+    found no answer."""
     teacher: str = ""
     """Name of the teacher that filled in the columns below; empty before scoring."""
     teacher_logprobs: np.ndarray | None = None  # [T] log p

@@ -128,7 +128,7 @@ class TeacherEngine:
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=request.max_new_tokens,
-                stop_token_ids=list(self.spec.stop_ids),
+                stop_token_ids=[*self.spec.stop_ids, *request.stop_ids],
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -326,7 +326,7 @@ class TeacherEngine:
             student_logprobs=None,
             student_versions=record["student_versions"],
             alpha=request.alpha,
-            finish_reason="stop" if len(tokens) and int(tokens[-1]) in self.spec.stop_ids else "length",
+            finish_reason=request.finish_reason(tokens, self.spec.stop_ids),
             teacher="" if self.spec.role == "student" else self.spec.teacher,
         )
         if self._student_only(request):

@@ -199,6 +199,8 @@ class TeacherSettings(Settings):
     """It replays recorded answers, and cannot answer new requests."""
     remote: ClassVar[bool] = False
     """It runs elsewhere: its `model` is a name there, and no part of it is loaded here."""
+    pauses: ClassVar[bool] = False
+    """Its draws end at the `stop_ids` of a request, so that an environment can answer them."""
 
     @property
     def renewal(self) -> tuple[int, float] | None:
@@ -211,6 +213,7 @@ class ServedTeacherSettings(TeacherSettings, EngineSettings):
 
     implementation = "kdray.teachers.served:ServedKind"
     served = True
+    pauses = True
 
     prompt_template: str | None = None
     """Template of the teacher's prompt: `{prompt}` is replaced by the student's prompt, `{answer}` by its reference answer.
@@ -364,6 +367,7 @@ class HFTeacherSettings(TeacherSettings):
 
     implementation = "kdray.teachers.huggingface:HFKind"
     white_box = True
+    pauses = True
 
     type: Literal["hf"]
     model: ModelSource

@@ -56,6 +56,7 @@ REQUEST_SCHEMA = pa.schema(
         pa.field("seed", pa.uint64(), nullable=False),
         pa.field("max_new_tokens", pa.int32(), nullable=False),
         pa.field("min_version", pa.int32(), nullable=False),
+        pa.field("stop_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )
 
@@ -89,6 +90,7 @@ def table_to_requests(table: pa.Table) -> list[SampleRequest]:
     prompts = _slices(table.column("prompt_ids").combine_chunks())
     others = [name for name in REQUEST_SCHEMA.names if name != "prompt_ids"]
     values = {name: table.column(name).to_pylist() for name in others}
+    values["stop_ids"] = [tuple(ids) for ids in values["stop_ids"]]
     return [
         SampleRequest(prompt_ids=prompts[row], **{name: values[name][row] for name in others}) for row in range(table.num_rows)
     ]

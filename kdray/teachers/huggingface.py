@@ -183,7 +183,9 @@ class HFTeacher:
             )
 
     def _has_ended(self, draft: _Draft) -> bool:
-        return len(draft.token_ids) >= draft.request.max_new_tokens or draft.token_ids[-1] in self._stop_ids
+        request = draft.request
+        ends = draft.token_ids[-1] in self._stop_ids or draft.token_ids[-1] in request.stop_ids
+        return ends or len(draft.token_ids) >= request.max_new_tokens
 
     def _rollout(self, draft: _Draft) -> Rollout:
         request = draft.request
@@ -197,7 +199,7 @@ class HFTeacher:
             student_logprobs=None,
             student_versions=np.full(len(draft.token_ids), request.min_version, dtype=np.int32),
             alpha=request.alpha,
-            finish_reason="stop" if draft.token_ids[-1] in self._stop_ids else "length",
+            finish_reason=request.finish_reason(draft.token_ids, self._stop_ids),
             teacher=self.name,
             **columns,
         )

@@ -75,6 +75,7 @@ def requests(draw: st.DrawFn) -> SampleRequest:
         max_new_tokens=draw(st.integers(1, 2**31 - 1)),
         min_version=draw(st.integers(0, 2**31 - 1)),
         writer=draw(st.sampled_from(["mixture", "data"])),
+        stop_ids=tuple(draw(st.lists(st.integers(0, 2**31 - 1), max_size=3))),
     )
 
 

@@ -28,6 +28,7 @@ from kdray.data.dataset import question_encoder, reencode, response_encoder
 from kdray.errors import EngineError
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.models.inspect import decoder
+from kdray.rollouts.environments import in_environment
 from kdray.rollouts.reference_answers import WithReferences
 from kdray.runs.context import Checked, RunContext
 from kdray.teachers.cross_tokenizer import CrossTokenizerScorer
@@ -212,8 +213,11 @@ def _cross_tokenizer(context: RunContext, pool: ReplicaPool) -> CrossTokenizerSc
 
 def training_sources(checked: Checked, pools: Pools) -> tuple[Sampler, Scorer | None]:
     """Sampler and scorer of the training samples: the pools', and the data if it provides a share of the responses."""
+    sampler = in_environment(
+        pools.sampler, checked.config.rollout.environment, checked.tokenizer, checked.vocab_size, checked.dataset.train
+    )
     if not checked.route.data_responds:
-        return pools.sampler, pools.scorer
+        return sampler, pools.scorer
     scorer: Scorer | None = (pools.team or pools.named[0]) if checked.route.scores_references else None
     prompts, limit = checked.dataset.train, checked.config.rollout.max_new_tokens
-    return WithReferences(pools.sampler, scorer, prompts, checked.tokenizer, limit), pools.scorer
+    return WithReferences(sampler, scorer, prompts, checked.tokenizer, limit), pools.scorer

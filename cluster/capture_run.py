@@ -79,6 +79,11 @@ def check_capturable(config: Config) -> None:
             f"rollout.program.type={program.type}: its rows have prompts of their own, and a capture finds answers by "
             "the data's; run it with the teacher"
         )
+    if config.rollout.environment is not None:
+        raise ConfigError(
+            f"rollout.environment.type={config.rollout.environment.type}: a capture holds answers of one turn; remove it, or "
+            "run with the teacher"
+        )
     if config.data.turns == "all" and config.trains_on_references:
         raise ConfigError(
             "data.turns=all: a capture finds reference answers by the prompt before the last turn; set data.turns=each, for a "

@@ -53,12 +53,12 @@ def _privileged_spec(context: RunContext, name: str) -> EngineSpec:
     """Spec of a teacher alone, whose prompts are longer than the student's."""
     config = context.config
     teacher = config.served_teachers[name]
-    longest = max(len(ids) for ids in privileged_prompts(context, name).values()) + config.rollout.max_new_tokens
+    longest = max(len(ids) for ids in privileged_prompts(context, name).values()) + config.rollout.max_response_tokens
     positions = shape(*config.source(name))[1]
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"teachers.{name}.prompt_template: its longest prompt needs {longest} positions with rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens}, and the model holds {positions}; shorten one of them"
+            f"teachers.{name}.prompt_template: its longest prompt needs {longest} positions with a response of "
+            f"{config.rollout.max_response_tokens} tokens, and the model holds {positions}; shorten one of them"
         )
     return replace(
         _spec(context, teacher),

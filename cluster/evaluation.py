@@ -15,9 +15,10 @@ from kdray.checks.teacher_signal import check_loss, check_prefill, check_rows, p
 from kdray.config import TeacherSettings
 from kdray.errors import SignalError
 from kdray.evaluation import HeldOut, Measurement
-from kdray.interfaces import Teacher
+from kdray.interfaces import Sampler, Teacher
 from kdray.models.inspect import decoder
 from kdray.rollouts.columns import unscored
+from kdray.rollouts.environments import in_environment
 from kdray.rollouts.seeds import sample_seed
 from kdray.runs.context import Checked
 from kdray.runs.reporter import RunReporter
@@ -108,6 +109,8 @@ def teacher_left_out(checked: Checked) -> str | None:
     if config.rollout.teachers is not None and config.rollout.teachers.one_target:
         return "the target of an ensemble is computed, and no model answers with it"
     for name, teacher in config.teachers.items():
+        if config.rollout.environment is not None and not teacher.pauses:
+            return f"teacher {name} writes a response in one piece, without the environment"
         if not (teacher.served or teacher.white_box):
             return f"teacher {name} {'replays recorded answers' if teacher.replays else 'returns text only'}"
         if _changes(teacher):
@@ -133,10 +136,11 @@ def _record(checked: Checked, reporter: RunReporter, name: str, found: Measureme
     return found.numbers
 
 
-def _held_out(checked: Checked, **how: Any) -> HeldOut:
-    config = checked.config
+def _held_out(checked: Checked, sampler: Sampler, **how: Any) -> HeldOut:
+    config, prompts = checked.config, _prompts(checked)
     return HeldOut(
-        prompts=_prompts(checked),
+        prompts=prompts,
+        sampler=in_environment(sampler, config.rollout.environment, checked.tokenizer, checked.vocab_size, prompts),
         decode=decoder(checked.tokenizer),
         grade=checked.dataset.grade,
         max_new_tokens=config.rollout.max_new_tokens,

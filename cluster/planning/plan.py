@@ -140,7 +140,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
         )
     shapes = _shapes(config)
     student = shapes[_STUDENT]
-    lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_new_tokens)
+    lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_response_tokens)
     roles = []
     for item in placed:
         # Ray may place it on any node that matches, not only on these.

@@ -21,6 +21,7 @@ from kdray.errors import ConfigError
 from kdray.models.adapters import adapted_layers
 from kdray.models.inspect import depth, describe, origin, shape, student_tokenizer
 from kdray.models.resolve import model_config, resolve_model
+from kdray.rollouts.environments import check_environment
 from kdray.runs.context import Checked
 from kdray.teachers.kind import TeacherContext, kind_of
 from kdray.teachers.programs import check_prompts
@@ -53,6 +54,8 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
         raise ConfigError("student.model: the tokenizer has no end-of-sequence token; a rollout could never end")
     dataset = load_dataset(config, tokenizer, prompts)
     every = [*dataset.train, *dataset.heldout]
+    if config.rollout.environment is not None:
+        lines.append(check_environment(config.rollout.environment, tokenizer, vocab_size, every))
     if config.rollout.program is not None:
         check_prompts(config.rollout.program, every)
         lines.append(f"program: {config.rollout.program.type}, of whose calls the final answer alone is trained on")
@@ -93,7 +96,8 @@ def _check_student(config: Config) -> None:
 
 def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:
     """Check that every sequence fits every model that reads it. Args: positions: limits by setting; None is unlimited."""
-    needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    rollout = config.rollout
+    needed = config.data.max_prompt_tokens + rollout.max_response_tokens
     text, program = config.training.pretraining, config.rollout.program
     for setting, longest in positions.items():
         if longest is None:
@@ -101,7 +105,7 @@ def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:
         if needed > longest:
             raise ConfigError(
                 f"{setting} holds {longest} positions, but data.max_prompt_tokens={config.data.max_prompt_tokens} plus "
-                f"rollout.max_new_tokens={config.rollout.max_new_tokens} need {needed}; lower one of them"
+                f"rollout.max_new_tokens={rollout.max_new_tokens}{_of_environment(config)} need {needed}; lower one of them"
             )
         if program is not None and program.max_stage_tokens > longest:
             raise ConfigError(
@@ -113,6 +117,11 @@ def _check_lengths(config: Config, positions: Mapping[str, int | None]) -> None:
             raise ConfigError(
                 f"{setting} holds {longest} positions, but training.pretraining.window_tokens={text.window_tokens}; lower it"
             )
+
+
+def _of_environment(config: Config) -> str:
+    environment = config.rollout.environment
+    return "" if environment is None else f" and the environment's max_turns x max_reply_tokens={environment.max_tokens}"
 
 
 def _check_supervised(config: Config, dataset: Dataset, tokenizer: Any, student_positions: int | None) -> None:

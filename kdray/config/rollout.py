@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
+from kdray.config.environments import EnvironmentSource
 from kdray.config.filters import FilterSettings
 from kdray.config.programs import ProgramSettings
 from kdray.config.teachers import EngineSettings
@@ -138,7 +139,7 @@ class RolloutSettings(Settings):
     filters: Annotated[FilterSettings | None, OnResume()] = None
     """Filters that drop responses from training; None trains on all."""
     max_new_tokens: Positive = 128
-    """Maximum response length, tokens."""
+    """Maximum response length, tokens; those of an environment do not count."""
     samples_per_prompt: Positive = 1
     """Rollouts sampled per prompt."""
     max_staleness: NonNegative = 1
@@ -170,10 +171,19 @@ class RolloutSettings(Settings):
     """A chain of calls to the teacher that produces each response, of which only the final answer is kept: System-2
     distillation; the keys depend on `type`: direct, rephrase_respond, system2_attention, branch_solve_merge, chain_of_thought,
     rationale. Needs rollout.alpha=1 and loss.type=sequence."""
+    environment: EnvironmentSource = None
+    """Answers to the model in the middle of a response, which goes on after them: a tool, or the other player of a game. What
+    it writes is context, which no loss trains on; the keys depend on `type`: calculator, subtraction_game, or an environment of
+    another distribution."""
     pool: EngineSettings = EngineSettings()
     """The student-only replicas of `sampler: student`."""
     retries: Annotated[NonNegative, OnResume()] = 5
     """Maximum number of times a request is resent after its replica died or failed."""
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Maximum length of a response with what the environment writes in it, tokens."""
+        return self.max_new_tokens + (0 if self.environment is None else self.environment.max_tokens)
 
     @model_validator(mode="before")
     @classmethod

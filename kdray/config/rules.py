@@ -364,6 +364,35 @@ def _paired_rows_stay_pairs(config: Config) -> Iterator[str]:
         )
 
 
+def _environments_answer_who_pauses(config: Config) -> Iterator[str]:
+    environment = config.rollout.environment
+    if environment is None:
+        return
+    setting = f"rollout.environment.type={environment.type}"
+    if config.rollout.program is not None:
+        yield (
+            f"rollout.program.type={config.rollout.program.type} with {setting}: a program keeps its final answer alone, and "
+            "no turns; remove one of them"
+        )
+    if not config.loss.shared_ids:
+        yield (
+            f"loss.type={config.loss.type} with {setting}: a teacher with another tokenizer reads the text in tokens that may "
+            "reach from the environment's into the student's; use a teacher of the student's tokenizer, or remove "
+            "rollout.environment"
+        )
+    for name, teacher in config.teachers.items():
+        if teacher.replays:
+            yield (
+                f"teachers.{name}.type={teacher.type} with {setting}: recorded answers were given without an environment, and "
+                "new ones cannot be scored; use a teacher that answers now, or remove rollout.environment"
+            )
+        elif config.rollout.sampler == "mixture" and not teacher.pauses:
+            yield (
+                f"teachers.{name}.type={teacher.type} with {setting}: it writes a response in one piece, and no environment "
+                "can answer in it; set rollout.sampler=student, or use a teacher of type vllm or hf"
+            )
+
+
 def _whole_conversations_are_scored_as_they_are(config: Config) -> Iterator[str]:
     responds = config.rollout.data_share > 0.0 or "rollout.data_share" in config.training.schedules
     if config.data.turns == "all" and responds and config.loss.signals and (config.other_teachers or config.teacher_apart):
@@ -374,14 +403,16 @@ def _whole_conversations_are_scored_as_they_are(config: Config) -> Iterator[str]
 
 
 def _a_pass_holds_the_longest_row(config: Config) -> Iterator[str]:
-    training, longest = config.training, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    training, rollout = config.training, config.rollout
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    of = "rollout.max_new_tokens" + ("" if rollout.environment is None else " + the environment's max_turns x max_reply_tokens")
     budget = training.micro_batch_tokens
     if budget is None:
         return
     if budget < longest:
         yield (
             f"training.micro_batch_tokens={budget} is less than the longest row, data.max_prompt_tokens + "
-            f"rollout.max_new_tokens = {longest}; raise it to {longest} or more"
+            f"{of} = {longest}; raise it to {longest} or more"
         )
     if training.pretraining is not None and budget < training.pretraining.window_tokens:
         yield (
@@ -407,6 +438,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _batches_hold_whole_prompts,
     _programs_are_written_by_one_teacher,
     _paired_rows_stay_pairs,
+    _environments_answer_who_pauses,
     _whole_conversations_are_scored_as_they_are,
     _a_pass_holds_the_longest_row,
 )

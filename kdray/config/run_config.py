@@ -156,7 +156,7 @@ class Config(Settings):
         window = text.window_tokens if text is not None and text.teacher_share else 0
         program = self.rollout.program
         stage = program.max_stage_tokens if program is not None else 0
-        return max(self.data.max_prompt_tokens + self.rollout.max_new_tokens, window, stage)
+        return max(self.data.max_prompt_tokens + self.rollout.max_response_tokens, window, stage)
 
     def dump(self) -> str:
         """The resolved config as YAML, including defaults; `load_config` reads it back to an equal config."""

@@ -34,9 +34,11 @@ Producer = Literal[
     "data",
     "ensemble",
     "cross_tokenizer",
+    "environment",
     "batching",
 ]
-"""`rollout`: the default of `Rollout` itself. `data`: reference answers and pretraining text."""
+"""`rollout`: the default of `Rollout` itself. `data`: reference answers and pretraining text. `environment`: its replies, where
+other columns have their fill."""
 
 Consumer = Literal["row", "loss", "output_head", "ensemble", "metrics", "ledger", "report", "capture"]
 """`row`: ids and loss mask of the batch. `output_head`: the loss from hidden states. `report`: samples for inspection."""
@@ -74,7 +76,7 @@ def _for(*names: Consumer) -> frozenset[Consumer]:
 
 
 _SCORERS = _by("recorder", "prompt_logprobs", "huggingface", "openai", "ensemble", "cross_tokenizer")
-_WRITERS = _by("recorder", "huggingface", "openai", "program", "data")
+_WRITERS = _by("recorder", "huggingface", "openai", "program", "data", "environment")
 
 COLUMNS: tuple[Column, ...] = (
     # Ids of the response, end-of-sequence token included if it was sampled.
@@ -85,7 +87,7 @@ COLUMNS: tuple[Column, ...] = (
     # Writer of the token, as a code of `kdray.types.WRITERS`.
     Column(
         "writer", np.int8, "token", 0, "draw",
-        _by("rollout", "data"), _for("row", "metrics", "ledger", "report", "capture"),
+        _by("rollout", "data", "environment"), _for("row", "metrics", "ledger", "report", "capture"),
     ),
     # Version of the student that was sampling.
     Column(

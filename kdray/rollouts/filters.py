@@ -79,7 +79,7 @@ class Finished(FilterRule):
     def __init__(self, settings: FinishedRule) -> None: ...
 
     def failing(self, responses: Sequence[Response], drawn: int) -> Collection[int]:
-        return [each.sample_id for each in responses if each.rollout.finish_reason != "stop"]
+        return [each.sample_id for each in responses if each.rollout.finish_reason not in ("stop", "ended")]
 
 
 class Pattern(FilterRule):

@@ -38,7 +38,9 @@ METRICS: dict[str, Metric] = {
     "reverse_kl": Metric("nats/token", "token_mean", "KL(student || teacher), full rows, at the sampled prefixes"),
     "forward_kl": Metric("nats/token", "token_mean", "KL(teacher || student), full rows, at the sampled prefixes"),
     "response_tokens": Metric("tokens", "rollout_mean", "Response length, end-of-sequence token included"),
-    "truncated": Metric("share", "rollout_mean", "Rollouts that max_new_tokens cut"),
+    "truncated": Metric("share", "rollout_mean", "Rollouts that max_new_tokens cut, or a limit of the environment"),
+    "turns": Metric("turns", "rollout_mean", "Turns of the model, where an environment answered some"),
+    "environment_tokens": Metric("tokens", "rollout_mean", "Tokens that the environment wrote, which are context"),
     "staleness_mean": Metric("steps", "rollout_mean", "Version trained minus the oldest version that sampled the rollout"),
     "staleness_max": Metric("steps", "max", "The same, of the stalest rollout"),
     "filtered": Metric("share", "rollout_mean", "Rollouts that rollout.filters left out; filtered/<rule> says by which rule"),
@@ -149,11 +151,20 @@ def batch_metrics(rollouts: Sequence[Rollout], trained_version: int) -> dict[str
         "response_tokens": float(np.mean([len(drawn) for drawn in versions])),
         "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
     }
+    if any(rollout.has_context for rollout in rollouts):
+        metrics["turns"] = float(np.mean([_turns(rollout) for rollout in rollouts]))
+        metrics["environment_tokens"] = float(np.mean([len(each.token_ids) - each.num_targets for each in rollouts]))
     for name in ("reverse_kl", "forward_kl"):
         values = at_targets(rollouts, name)
         if len(values):
             metrics[name] = float(values.mean(dtype=np.float64))
     return metrics | _weight_metrics(rollouts, trained_version)
+
+
+def _turns(rollout: Rollout) -> int:
+    """Number of runs of targets."""
+    is_target = rollout.is_target
+    return int(is_target[:1].sum() + np.count_nonzero(is_target[1:] & ~is_target[:-1]))
 
 
 def filter_metrics(dropped: Mapping[int, str], num_rollouts: int) -> dict[str, float]:

@@ -16,8 +16,11 @@ from scipy.stats import chisquare
 
 from actors.serving.engine import TeacherEngine
 from actors.student.hidden_state_loss import load_output_head
+from kdray.config.environments import EnvironmentSettings
 from kdray.errors import EngineError
-from kdray.types import Rollout, SampleRequest
+from kdray.rollouts.columns import rollout_columns, unscored, value_of, with_columns
+from kdray.rollouts.environments import EnvironmentSampler, Reply
+from kdray.types import Prompt, Rollout, SampleRequest
 from tests.integration.conftest import EOS, VOCAB, TinyModels
 from tests.support.pools import engine_spec
 
@@ -111,6 +114,55 @@ def _check(rollout: Rollout, teacher: torch.Tensor, student: torch.Tensor, toler
     _close("tail", rollout.tail_logprobs, teacher.masked_fill(union, -torch.inf).logsumexp(1), tolerance)
     _close("reverse KL", rollout.reverse_kl, (student.exp() * (student - teacher)).sum(1), tolerance)
     _close("forward KL", rollout.forward_kl, (teacher.exp() * (teacher - student)).sum(1), tolerance)
+
+
+class Ids:
+    """Turns as ids, which an environment answers with others; the model pauses at every fifth id."""
+
+    pause_ids = tuple(range(2, VOCAB, 5))
+    pauses = "x"
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(text.split(), dtype=np.int32)
+
+    def start(self, prompt: Prompt, seed: int) -> Ids:
+        return self
+
+    def reply(self, turn: str) -> Reply | None:
+        *_, last = map(int, turn.split())
+        return Reply(" ".join(str(3 + (last + step) % 7) for step in range(last % 4))) if last % 3 else None
+
+
+async def test_turns_with_an_environment_are_exact(pair: Pair, tiny_models: TinyModels) -> None:
+    """Each draw goes on from what the environment wrote; the columns are those of the whole text in one forward."""
+    requests = [replace(request, max_new_tokens=24) for request in _requests(24, seed=9)]
+    prompts = {request.prompt_id: Prompt(request.prompt_id, request.prompt_ids) for request in requests}
+    settings = EnvironmentSettings(type="ids", max_turns=4, max_reply_tokens=3)
+    sampler = EnvironmentSampler(pair.engine, Ids(), settings, Ids(), prompts)
+    rollouts = [rollout async for part in sampler.sample(requests) for rollout in part]
+    assert sorted(rollout.sample_id for rollout in rollouts) == list(range(24))
+    assert sum(rollout.has_context for rollout in rollouts) > 12
+    assert {"stop", "length"} >= {rollout.finish_reason for rollout in rollouts}
+    again = [unscored(rollout) for rollout in rollouts]
+    scored = {rollout.sample_id: rollout async for part in pair.engine.score(again) for rollout in part}
+    for rollout in rollouts:
+        teacher = tiny_models.log_rows(pair.teacher, rollout.prompt_ids, rollout.token_ids)
+        student = tiny_models.log_rows(pair.student, rollout.prompt_ids, rollout.token_ids)
+        drawn = torch.from_numpy(rollout.is_target)
+        _check(_at(rollout, rollout.is_target), teacher[drawn], student[drawn])
+        _check(_at(scored[rollout.sample_id], rollout.is_target), teacher[drawn], student[drawn])
+    repeated = {rollout.sample_id: rollout async for part in sampler.sample(requests) for rollout in part}
+    for rollout in rollouts:
+        np.testing.assert_array_equal(rollout.token_ids, repeated[rollout.sample_id].token_ids)
+
+
+def _at(rollout: Rollout, chosen: np.ndarray) -> Rollout:
+    """The rollout with some of its tokens alone."""
+    values = {column.name: value_of(rollout, column.name) for column in rollout_columns()}
+    return with_columns(rollout, {name: None if value is None else value[chosen] for name, value in values.items()})
 
 
 async def test_recorded_columns_are_exact_under_load(pair: Pair, tiny_models: TinyModels) -> None:

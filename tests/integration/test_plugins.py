@@ -1,4 +1,4 @@
-"""A run on real engines with kinds of another distribution: loss, teacher, task, grader, filter, tracker and backend."""
+"""A run on real engines with kinds of another distribution, one of every sort."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def test_a_run_trains_with_every_kind_of_another_distribution(tmp_path: Path, ma
             "max_staleness": 0,
             "max_new_tokens": 6,
             "pool": {"kv_cache_gib": 0.2},
+            "environment": {"type": "hints", "marks": "aeiou", "max_turns": 3, "max_reply_tokens": 1},
             "filters": {"finished": False, "rules": [{"type": "repetition", "longest": 2}]},
         },
         training={
@@ -44,6 +45,7 @@ def test_a_run_trains_with_every_kind_of_another_distribution(tmp_path: Path, ma
     assert "deepspeed" not in summary["versions"], "the run did not use it"
     check_ledger(run, 12)
     metrics = json_lines(run / "metrics.jsonl")
+    assert max(line.get("environment_tokens", 0.0) for line in metrics) > 0.0, "the environment was not asked"
     losses = [line["loss"] for line in metrics]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
     assert all(0.0 <= loss <= 1.0 for loss in losses), "squared Hellinger distances"

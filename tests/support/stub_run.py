@@ -27,6 +27,7 @@ from kdray.loop import Distillation, Hooks
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.batching import shard
 from kdray.rollouts.draw import LoopSettings
+from kdray.rollouts.environments import in_environment
 from kdray.rollouts.filters import Filters
 from kdray.rollouts.schedules import Schedules
 from kdray.rollouts.seeds import uniforms
@@ -89,7 +90,8 @@ class Tables:
         logits, last = self.published[version], int(request.prompt_ids[-1])
         tokens: list[int] = []
         rows = []
-        while len(tokens) < request.max_new_tokens and (not tokens or last != EOS):
+        ends = {EOS, *request.stop_ids}
+        while len(tokens) < request.max_new_tokens and (not tokens or last not in ends):
             log_p, log_q = self.teacher[last], _log_softmax(logits[last])
             mixture = request.alpha * np.exp(log_p) + (1.0 - request.alpha) * np.exp(log_q)
             u = uniforms(np.array([request.seed], dtype=np.uint64), np.array([len(tokens)]))[0]
@@ -108,7 +110,7 @@ class Tables:
             student_logprobs=columns[1],
             student_versions=np.full(len(tokens), version, dtype=np.int32),
             alpha=request.alpha,
-            finish_reason="stop" if last == EOS else "length",
+            finish_reason=request.finish_reason(tokens, (EOS,)),
             teacher="toy",
             teacher_logprobs=columns[2],
             reverse_kl=columns[3],
@@ -288,7 +290,13 @@ async def _drive(
     await Distillation(
         settings=LoopSettings.of(config),
         prompts=PromptStream(dataset.train, config.run.seed),
-        sampler=StubSampler(tables, (lambda request: haste.uniform(0, 0.004)) if slow else (lambda request: 0.0)),
+        sampler=in_environment(
+            StubSampler(tables, (lambda request: haste.uniform(0, 0.004)) if slow else (lambda request: 0.0)),
+            config.rollout.environment,
+            tokenizer,
+            len(tokenizer),
+            dataset.train,
+        ),
         scorer=None,
         student=student,
         reporter=reporter,

@@ -125,7 +125,9 @@ def test_the_example_names_only_what_it_holds(example_plugin: Path) -> None:
     from kdray.config.registry import REGISTRIES, all_plugins
 
     mine = [plugin for plugin in all_plugins() if plugin.distribution == "kdray-example"]
-    assert {"kdray.tasks", "kdray.graders", "kdray.filters", "kdray.trackers"} <= {plugin.group for plugin in mine}
+    assert {f"kdray.{group}" for group in ("tasks", "graders", "filters", "environments", "trackers")} <= {
+        plugin.group for plugin in mine
+    }
     for plugin in mine:
         assert REGISTRIES[plugin.group].get(plugin.name).__module__.startswith("kdray_example")
         assert plugin.version == "0.1.0"

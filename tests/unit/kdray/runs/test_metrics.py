@@ -39,6 +39,7 @@ def test_context_of_the_environment_is_in_no_mean():
     bare = {name: getattr(turns, name)[[0, 2]] for name in ("token_ids", "writer", "mixture_logprobs", "student_logprobs")}
     bare |= {name: getattr(turns, name)[[0, 2]] for name in ("student_versions", "reverse_kl")}
     metrics = batch_metrics([turns], trained_version=7)
+    assert (metrics.pop("turns"), metrics.pop("environment_tokens")) == (2.0, 1.0)
     assert metrics == batch_metrics([replace(turns, **bare)], trained_version=7)
     assert (metrics["reverse_kl"], metrics["response_tokens"], metrics["staleness_max"]) == (1.0, 2.0, 2.0)
 

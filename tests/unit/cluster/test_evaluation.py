@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import pyarrow.parquet as pq
 import pytest
 
 from cluster import evaluation
@@ -55,6 +56,22 @@ async def test_the_teacher_is_measured_beside_the_student_with_its_draws(tmp_pat
         assert len(draws) == 24
         numbers = {metric: ratio.value for metric, ratio in ratios(draws, config.evaluation.passes).items()}
         assert numbers == {metric: pytest.approx(summary[name][metric]) for metric in numbers}
+
+
+async def test_an_environment_answers_in_every_measurement_and_in_training(tmp_path: Path, example_plugin: Path) -> None:
+    asks = {"type": "hints", "marks": "abcdefghijklmnopqrstuvwxyz", "max_turns": 3, "max_reply_tokens": 1}
+    config = config_of(tmp_path, rollout={"environment": asks})
+    await StubRun(config)()
+    folder = RunFolder(config.run_folder)
+    for name in ("before", "teacher", "after"):
+        rows = pq.read_table(folder.samples / f"heldout-{name}.parquet").to_pylist()
+        assert any("environment" in row["writer"] for row in rows), name
+        # What the environment wrote is no part of a length.
+        drawn = {draw.prompt_id: draw.tokens for draw in read_draws(folder.evaluations / f"{name}.parquet")}
+        for row in rows:
+            assert (drawn[row["prompt_id"]] < len(row["token_ids"])) == ("environment" in row["writer"])
+    assert sum(line.get("environment_tokens", 0.0) for line in read_lines(folder.metrics)) > 0.0
+    assert verify(folder.path).problems == []
 
 
 async def test_the_summary_holds_the_verdict_and_the_report_begins_with_it(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def _config(models: Path, **sections: Any) -> Any:
 
 
 def test_a_sound_config_passes_and_padding_is_cut(models: Path) -> None:
-    checked = check(_config(models))
+    checked = check(_config(models, rollout={"environment": {"type": "calculator", "max_turns": 1, "max_reply_tokens": 2}}))
+    assert any(line.startswith("environment: calculator, asked after each of the 1 tokens with '='") for line in checked.lines)
     assert checked.vocab_size == 99
     assert checked.stop_ids == (1,)
     assert any("29 padded rows are cut" in line for line in checked.lines)
@@ -64,6 +65,14 @@ def test_every_end_of_sequence_of_the_student_stops(models: Path, tmp_path: Path
     ("sections", "message"),
     [
         ({"rollout": {"max_new_tokens": 60}}, r"holds 64 positions.*need 92"),
+        (
+            {"rollout": {"max_new_tokens": 8, "environment": "calculator"}},
+            r"holds 64 positions.*max_new_tokens=8 and the environment's max_turns x max_reply_tokens=64 need 104",
+        ),
+        (
+            {"rollout": {"environment": {"type": "subtraction_game", "max_turns": 2, "max_reply_tokens": 2}}},
+            r"rollout\.environment\.type=subtraction_game cannot start from prompt \d+: ValueError: .* names no pile",
+        ),
         ({"student": {"model": "/nowhere/at/all"}}, r"/nowhere/at/all"),
         ({"data": {"heldout_size": 40}}, r"heldout_size=40"),
         (

@@ -136,6 +136,24 @@ async def test_sampled_rollouts_carry_the_teachers_law_and_end_where_they_should
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
 
 
+async def test_a_draw_ends_at_the_requests_own_ids(folder: Path) -> None:
+    whole = {rollout.sample_id: rollout for rollout in await sampled(folder, requests(12))}
+    stops = {sample: (int(rollout.token_ids[1]),) for sample, rollout in whole.items() if len(rollout.token_ids) > 2}
+    asked = [replace(request, stop_ids=stops.get(request.sample_id, ())) for request in requests(12)]
+    paused = [rollout for rollout in await sampled(folder, asked) if rollout.sample_id in stops]
+    assert len(paused) > 6
+    for rollout in paused:
+        assert rollout.finish_reason == "pause"
+        (stop,) = stops[rollout.sample_id]
+        end = whole[rollout.sample_id].token_ids.tolist().index(stop) + 1
+        np.testing.assert_array_equal(rollout.token_ids, whole[rollout.sample_id].token_ids[:end])
+
+
+async def sampled(folder: Path, asked: list[SampleRequest]) -> list[Rollout]:
+    async with opened(folder) as teacher:
+        return await read(teacher.sample(asked))
+
+
 async def test_tokens_are_the_inverse_cdf_at_the_hash_of_seed_and_position(model: LlamaForCausalLM, folder: Path) -> None:
     async with opened(folder) as teacher:
         rollouts = await read(teacher.sample(requests(12)))

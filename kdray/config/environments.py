@@ -58,6 +58,8 @@ class SubtractionGameEnvironment(EnvironmentSettings):
     type: Literal["subtraction_game"] = "subtraction_game"
     max_turns: Positive = 16
     """Turns of the model in one rollout; a pile of n may take (n + 1) / 2."""
+    max_reply_tokens: Positive = 4
+    """Tokens of the other player's move, which is two characters."""
     opponent: Literal["perfect", "random"] = "random"
     """`random`: takes any legal number, drawn from the sample's seed. `perfect`: wins wherever the model leaves it a win, and
     takes one elsewhere."""

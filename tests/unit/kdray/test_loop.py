@@ -502,6 +502,7 @@ async def test_context_of_the_environment_is_trained_and_counted_nowhere(tmp_pat
     clock = {"tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s", "queue_age_s"}
     for step, metrics in plain.reporter.metrics.items():
         found = turned.reporter.metrics[step]
+        assert 1.0 <= found.pop("turns") <= found.pop("environment_tokens") == 2.0
         assert {name: found[name] for name in found.keys() - clock} == {name: metrics[name] for name in metrics.keys() - clock}
     lines = [[json.loads(line) for line in rig.ledger._path.read_text().splitlines()] for rig in (plain, turned)]
     for one, other in zip(*lines, strict=True):

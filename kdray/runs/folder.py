@@ -88,7 +88,7 @@ class RunFolder:
 
     def check_resumable(self, config: Config) -> None:
         """Check that a run is here which may go on with this config. Raises: ConfigError that says what differs."""
-        self._changes(config)
+        self.changes(config)
 
     def check_free(self) -> None:
         """Check that a new run may begin here. Raises: ConfigError that names the folder and the remedies."""

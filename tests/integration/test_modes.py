@@ -19,6 +19,7 @@ from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish,
 SFT = {"steps": 20, "batch_size": 32, "learning_rate": 3e-3}
 
 
+@pytest.mark.full
 def test_shares_filters_schedules_and_a_second_stage_in_one_run(workplace: Path, marker: str) -> None:
     """Data, teacher, mixture write; some responses are left out; alpha and the loss change; fine-tuning is interrupted."""
     recipe = write_recipe(

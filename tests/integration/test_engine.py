@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from copy import copy
 from dataclasses import dataclass, replace
@@ -455,3 +456,27 @@ async def test_float32_logits_of_a_half_precision_engine_are_not_rounded(logits:
         exact = rows.gather(1, torch.from_numpy(rollout.token_ids).long().unsqueeze(1)).squeeze(1)
         gaps.append(np.abs(rollout.teacher_logprobs - exact.numpy()).max())
     assert max(gaps) < 1e-4 if logits == "float32" else max(gaps) > 1e-3, max(gaps)
+
+
+@pytest.mark.full
+async def test_each_model_runs_its_own_compiled_code(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models of one class in one engine, whose code vLLM would otherwise keep under one name in its cache."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    # The graphs of each model in files of their own, which is what vLLM falls back to.
+    monkeypatch.setenv("VLLM_USE_MEGA_AOT_ARTIFACT", "0")
+    teacher = tiny_models.make("teacher", 3, 128, rows=VOCAB + 5, seed=1)
+    student = tiny_models.make("student-compiled", 3, 128, seed=2)
+    # The second engine loads what the first one compiled.
+    for _ in range(2):
+        engine = TeacherEngine(engine_spec(teacher, student, teacher="wise", engine_args={"enforce_eager": False}))
+        try:
+            await engine.start()
+            rollouts = await _draw(engine, _requests(12, alphas=(0.2, 0.0)))
+        finally:
+            await engine.close()
+        assert os.listdir(tmp_path), "nothing was compiled"
+        for rollout in rollouts.values():
+            rows = (tiny_models.log_rows(model, rollout.prompt_ids, rollout.token_ids) for model in (teacher, student))
+            _check(rollout, *rows)

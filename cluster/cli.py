@@ -36,6 +36,9 @@ app = typer.Typer(
 _PROGRESS_S = 5.0
 _STUDENT = "student"
 
+Step = Annotated[
+    int | None, typer.Option("--step", min=0, help="Take the student of this step's checkpoint, instead of the final one.")
+]
 RunPath = Annotated[
     str, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or its URL in the run's storage.")
 ]
@@ -221,6 +224,7 @@ def evaluate(
         Path | None,
         typer.Option("--student", metavar="DIR", help="Measure the model in this folder, too, such as a quantised export."),
     ] = None,
+    step: Step = None,
 ) -> None:
     """Measure a student against its teacher on the held-out prompts."""
     with exit_codes() as outcome, contextlib.ExitStack() as opened:
@@ -233,8 +237,16 @@ def evaluate(
             from kdray.runs.folder import RunFolder
 
             folder = RunFolder.open(path)
-            config, student = folder.config, _finished_student(folder.path)
+            config = folder.config
+            if step is None:
+                student = _finished_student(folder.path)
+        elif step is not None:
+            raise DataError(f"--step {step}: {path} is a recipe; give a run folder or a run's URL")
         settings = load(config, overrides)
+        if step is not None:
+            from cluster.launch import student_of_step
+
+            student = opened.enter_context(student_of_step(source, path, step))
         if student is not None:
             # A copy's log folder is deleted before anyone can read it.
             outcome.log_folder = path / "logs" if "://" not in source else None
@@ -298,12 +310,19 @@ def export(
     group_size: Annotated[
         int | None, typer.Option("--group-size", min=1, help="With int4: weights that share a scale; 128 if not given.")
     ] = None,
+    step: Step = None,
 ) -> None:
-    """Copy a run's final student to a folder of its own (Hugging Face format, safetensors), quantised if asked."""
-    with exit_codes(), _here(run) as folder:
+    """Copy a run's student to a folder of its own (Hugging Face format, safetensors), quantised if asked."""
+    with exit_codes(), _here(run) as folder, contextlib.ExitStack() as opened:
         from kdray.runs.folder import RunFolder
 
-        student = _finished_student(RunFolder.open(folder).path)
+        path = RunFolder.open(folder).path
+        if step is None:
+            student = _finished_student(path)
+        else:
+            from cluster.launch import student_of_step
+
+            student = opened.enter_context(student_of_step(run, path, step))
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
         if to.resolve().is_relative_to(student.resolve()):
@@ -410,7 +429,10 @@ def _finished_student(run_folder: Path) -> Path:
     except DataError as error:
         raise DataError(f"{run_folder}/{_STUDENT}: {error}") from None
     if marker is None:
-        raise DataError(f"{run_folder}: the run has no student yet; let it end (kdray run ... --resume continues it)")
+        raise DataError(
+            f"{run_folder}: the run has no student yet; let it end (kdray run ... --resume continues it), or take that of a "
+            "checkpoint: --step"
+        )
     sizes = {name.removeprefix(f"{_STUDENT}/"): size for name, size in storage.list(_STUDENT).items()}
     reason = differing(marker[FILES], sizes)
     if reason is not None:

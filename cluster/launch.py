@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation
 from kdray.checks.preflight import check
 from kdray.checks.trackers import check_trackers
-from kdray.config import Config
+from kdray.config import Config, load_config
 from kdray.errors import ConfigError, LeaseLost, StorageError
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
@@ -283,6 +284,31 @@ def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
     with connected(config):
         _await_room(config, lambda role: role != "student")
         return run_coroutine(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
+
+
+@contextlib.contextmanager
+def student_of_step(source: str, run_folder: Path, step: int) -> Iterator[Path]:
+    """The student of a run's checkpoint, in a folder that is deleted afterwards.
+
+    Args: source: the run's folder or URL; run_folder: its files here.
+    Raises: DataError if there is no such checkpoint, or it is not whole; TrainingError if it cannot be read.
+    """
+    from actors.student.checkpoints.whole_student import write_student
+
+    config = load_config(run_folder / "config.yaml")
+    if "://" in source:
+        places = [Storage(source)]
+    else:
+        places = [Storage.local(run_folder.absolute())]
+        if config.run.storage is not None:
+            places.append(Storage(config.run.storage, config.run.name))
+    # Run folders are readable from every node.
+    near = config.run.output.absolute() / ".models"
+    near.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".step-{step}-", dir=near) as folder:
+        student = Path(folder) / "student"
+        write_student(config, step, student, places)
+        yield student
 
 
 def capture(

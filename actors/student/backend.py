@@ -203,9 +203,19 @@ class StudentBackend(ABC):
 
         Learning rate and gradient clipping are those of `start`, where they differ (`keep_learning_rates`).
         The folder has this rank's files and rank 0's. Nothing in a file may be executed: no pickles, or only those that contain
-        just tensors and plain values (`actors.student.safe_load`).
+        just tensors and plain values (`actors.student.checkpoints.safe_load`).
         Raises: TrainingError if there is no checkpoint of this backend, or it contains anything else.
         """
+
+    @classmethod
+    def trained_weights(cls, folder: Path) -> dict[str, torch.Tensor]:
+        """Whole weights that all ranks saved into a folder, on the CPU, by name in the module; frozen ones may be left out.
+
+        For `kdray export --step`: called in a process that is no rank, before anything is loaded. As `load`, it executes
+        nothing.
+        Raises: TrainingError if there is no checkpoint of this backend, or it contains anything else; by default always.
+        """
+        raise TrainingError(f"{folder}: {cls.__name__} cannot read weights without its ranks; resume the run, and end it there")
 
 
 def training_device(training: TrainingSettings) -> torch.device:
@@ -229,8 +239,13 @@ def uses_fused_optimizer(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def backend_class(training: TrainingSettings) -> type[StudentBackend]:
+    """The class that the settings select."""
+    module, _, name = training.backend.implementation.partition(":")
+    found: type[StudentBackend] = getattr(import_module(module), name)
+    return found
+
+
 def open_backend(training: TrainingSettings) -> StudentBackend:
     """The backend selected by the settings, with nothing loaded."""
-    module, _, name = training.backend.implementation.partition(":")
-    backend: StudentBackend = getattr(import_module(module), name)(training)
-    return backend
+    return backend_class(training)(training)

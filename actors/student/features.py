@@ -131,9 +131,19 @@ def _all_maps(output: Any, model: Any) -> tuple[torch.Tensor, ...]:
     return tuple(maps)
 
 
+_WRAPPED = "student."
+"""Prefix of the student's names in `StudentWithFeatures`."""
+
+
 def unwrapped(module: Any) -> Any:
     """The student alone, with the weight names that replicas and exports use."""
     return module.student if isinstance(module, StudentWithFeatures) else module
+
+
+def without_wrapper(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's weights under the names that the student has alone. Args: weights: by name in the module, wrapped or not."""
+    own = {name.removeprefix(_WRAPPED): tensor for name, tensor in weights.items() if name.startswith(_WRAPPED)}
+    return own or dict(weights)
 
 
 def parameter_groups(module: Any) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import ray
 
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import on_driver_node
-from actors.student.checkpoint_io import Saved
+from actors.student.checkpoints.rank_files import Saved
 from actors.student.mailbox import Command, Mailbox
 from actors.student.rank import RankConfig, run_rank
 from actors.student.trainer import Phase

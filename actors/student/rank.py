@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from actors.student.checkpoint_io import RankFiles
+from actors.student.checkpoints.rank_files import RankFiles
 from actors.student.mailbox import Command
 from actors.student.trainer import StudentTrainer
 from actors.weights.publisher import Publisher

@@ -123,6 +123,25 @@ def newest_checkpoint(storages: Sequence[Storage]) -> tuple[Committed | None, li
     return None, bad
 
 
+def checkpoint_at(storages: Sequence[Storage], step: int) -> Committed:
+    """Find the checkpoint of a step, in the first storage that has one; its files are not read.
+
+    Raises: DataError that lists the steps with a checkpoint; StorageError.
+    """
+    steps: set[int] = set()
+    for storage in storages:
+        for key in (name.removesuffix(f"/{COMMITTED}") for name in storage.list("checkpoints") if _is_marker(name)):
+            if _steps_of(key) != step:
+                steps.add(_steps_of(key))
+                continue
+            marker = read_marker(storage, key)
+            if marker is not None:
+                return Committed(storage, key, marker)
+    there = f"there are those of {', '.join(map(str, sorted(steps)))}" if steps else "the run has none"
+    looked = " or ".join(f"{storage.url}/checkpoints" for storage in storages)
+    raise DataError(f"--step {step}: no such checkpoint in {looked}; {there}")
+
+
 def _is_marker(key: str) -> bool:
     """Return True for the marker of a step's checkpoint, as opposed to another folder there."""
     parts = key.split("/")

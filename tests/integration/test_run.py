@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from kdray.config import TinyModel
 from kdray.data.tasks import generate_examples
@@ -213,6 +215,16 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
     assert [event["versions"]["torch"] for event in events if event["kind"] == "start"] == [version("torch")] * 2
     # The same data, models and libraries.
     assert not {event["kind"] for event in events} & {"inputs_unknown", "versions_changed"}
+    output = finish(start("export", str(run), "--to", str(workplace / "none"), "--step", "3"), 2)
+    assert f"--step 3: no such checkpoint in {run.absolute().as_uri()}/checkpoints; there are those of" in output
+    for step in (stopped_at, stopped_at + 8):
+        finish(start("export", str(run), "--to", str(workplace / f"step-{step}"), "--step", str(step)), 0)
+    final, last, stopped = (
+        load_file(folder / "model.safetensors")
+        for folder in (run / "student", workplace / f"step-{stopped_at + 8}", workplace / f"step-{stopped_at}")
+    )
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    assert any(not torch.equal(final[name], stopped[name]) for name in final)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["resumed_from_step"] == stopped_at
     assert summary["prompts_consumed"] == (stopped_at + 8) * BATCH

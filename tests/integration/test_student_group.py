@@ -15,6 +15,8 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from actors.student.backends.deepspeed import DeepSpeedBackend
+from actors.student.features import without_wrapper
 from actors.weights.store import pull
 from cluster.connect import start_local
 from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
@@ -367,6 +369,7 @@ async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
         await group.publish(STEPS)
         _, _, paths = await pull(store, STEPS)
         await group.export(tmp_path / "student")
+        await group.save_checkpoint(STEPS)
         await group.start_phase(phase, tmp_path / "checkpoints" / "step-000002")
         again = [await group.train_step(*each) for each in given[2:]]
     curve = [(report.loss, report.grad_norm) for report in reports]
@@ -377,6 +380,9 @@ async def test_features_train_their_maps_and_resume_and_stay_out_of_the_export(
     pulled = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     assert set(exported) == set(pulled) == set(tiny_models.load(student).state_dict())
     assert all(torch.equal(exported[name], pulled[name]) for name in exported)
+    held = DeepSpeedBackend.trained_weights(tmp_path / "checkpoints" / f"step-{STEPS:06d}")
+    assert len(without_wrapper(held)) < len(held), "the projections are trained, too"
+    assert all(torch.equal(exported[name], without_wrapper(held)[name]) for name in exported)
     np.testing.assert_allclose([(report.loss, report.grad_norm) for report in again], curve[2:], rtol=1e-6)
 
     want, trained = _plain_features_loop(teacher, student, given, training)

@@ -23,7 +23,7 @@ from actors.student.backend import (
     training_device,
     uses_fused_optimizer,
 )
-from actors.student.safe_load import plain_values, tensors_alone
+from actors.student.checkpoints.safe_load import plain_values, tensors_alone
 from kdray.config import DeepSpeedSettings, TrainingSettings
 from kdray.errors import TrainingError
 
@@ -246,16 +246,28 @@ class DeepSpeedBackend(StudentBackend):
         finally:
             hook.remove()
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        from deepspeed.runtime.fp16.loss_scaler import LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
+    @classmethod
+    def trained_weights(cls, folder: Path) -> dict[str, torch.Tensor]:
+        _import_deepspeed(torch.device("cpu"))
+        from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+        # Up to stage 2, every rank holds all weights, and rank 0 writes them for all.
+        whole = folder / _TAG / "mp_rank_00_model_states.pt"
+        with tensors_alone(*_records()):
+            if whole.is_file():
+                return dict(TorchCheckpointEngine().load(str(whole), map_location="cpu")["module"])
+            if not any((folder / _TAG).glob("zero_pp_rank_0_*_model_states.pt")):
+                raise TrainingError(f"{folder}: no checkpoint that training.backend.type=deepspeed wrote")
+            found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+            return dict(found)
+
+    def load(self, folder: Path) -> dict[str, Any]:
         scheduler, optimizer = self._engine.lr_scheduler, self._engine.optimizer
         starting, clipping = scheduler.base_lrs, getattr(optimizer, "clip_grad", None)
         loaded = state = None
         if (folder / _TAG).is_dir():
-            with tensors_alone(LossScaler, ZeroStageEnum, fragment_address):
+            with tensors_alone(*_records()):
                 loaded, state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not self._has_frozen)
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")
@@ -263,6 +275,15 @@ class DeepSpeedBackend(StudentBackend):
         if clipping is not None:
             optimizer.clip_grad = clipping
         return state
+
+
+def _records() -> tuple[type, ...]:
+    """Classes of plain values that DeepSpeed's checkpoints hold."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return LossScaler, ZeroStageEnum, fragment_address
 
 
 def _undo_first_step(optimizer: Any) -> None:

@@ -157,6 +157,13 @@ class TorchBackend(StudentBackend):
         plain["updates"] = self._updates
         (folder / _PLAIN).write_text(json.dumps(plain), encoding="utf-8")
 
+    @classmethod
+    def trained_weights(cls, folder: Path) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(folder / _WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise TrainingError(f"{folder}: no checkpoint that training.backend.type=torch wrote: {error}") from error
+
     def _trained_alone(self) -> dict[str, torch.nn.Parameter] | None:
         """Parameters that are trained, if others are frozen: those are as the phase was started with; None if none is."""
         named = dict(self.module.named_parameters())

@@ -90,8 +90,8 @@ ALLOWED = {
     ),
     "cluster.launch": (
         "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs kdray.capturing kdray.checks "
-        "actors.driver_actor actors.serving cluster.planning cluster.connect cluster.evaluation cluster.assembly "
-        "cluster.checkpointing cluster.interrupt cluster.capture_run cluster.runner cluster.peer_runs"
+        "actors.driver_actor actors.serving actors.student cluster.planning cluster.connect cluster.evaluation "
+        "cluster.assembly cluster.checkpointing cluster.interrupt cluster.capture_run cluster.runner cluster.peer_runs"
     ),
     "cluster.cli": (
         "kdray kdray.errors kdray.config kdray.models kdray.runs kdray.checks cluster.planning cluster.connect "

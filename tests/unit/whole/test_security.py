@@ -17,7 +17,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from actors.student.safe_load import tensors_alone
+from actors.student.checkpoints.safe_load import tensors_alone
 from cluster.cli import app
 from kdray.config import OpenAITeacherSettings, TinyModel, load_config, parse_config
 from kdray.errors import EngineError, TrainingError
@@ -37,7 +37,7 @@ READS_PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve",
 UNPACKS = {"zipfile", "tarfile"}
 UNPACKS_ITS_OWN = {"cluster/jobs/package.py"}
 """Takes the wheel apart that it has just built."""
-NOT_FROM_DISK = {"actors/serving/serve_autoscaling.py", "actors/student/safe_load.py"}
+NOT_FROM_DISK = {"actors/serving/serve_autoscaling.py", "actors/student/checkpoints/safe_load.py"}
 """The first hands an actor's handle to the Serve controller in a deployment's own settings: no file is read. The second catches
 the error of a pickle that was not opened."""
 

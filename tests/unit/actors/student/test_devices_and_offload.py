@@ -13,7 +13,7 @@ from actors.student import backend as backend_module
 from actors.student.backend import Optimization, StudentBackend, open_backend, training_device, uses_fused_optimizer
 from actors.student.backends import deepspeed as deepspeed_backend
 from actors.student.backends import torch as torch_backend
-from actors.student.safe_load import plain_values
+from actors.student.checkpoints.safe_load import plain_values
 from kdray.config import TrainingSettings
 from kdray.errors import TrainingError
 

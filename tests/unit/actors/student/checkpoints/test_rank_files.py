@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from actors.student.checkpoint_io import RankFiles, Saved
+from actors.student.checkpoints.rank_files import RankFiles, Saved
 from actors.student.trainer import Phase
 from kdray.errors import StorageError, TrainingError
 from kdray.runs.checkpoints import COMMITTED

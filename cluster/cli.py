@@ -312,9 +312,10 @@ def export(
     ] = None,
     step: Step = None,
 ) -> None:
-    """Copy a run's student to a folder of its own (Hugging Face format, safetensors), quantised if asked."""
+    """Copy a run's student to a folder of its own (Hugging Face format, safetensors, a model card), quantised if asked."""
     with exit_codes(), _here(run) as folder, contextlib.ExitStack() as opened:
         from kdray.runs.folder import RunFolder
+        from kdray.runs.results.model_card import write_card
 
         path = RunFolder.open(folder).path
         if step is None:
@@ -333,11 +334,13 @@ def export(
             from kdray.runs.checkpoints import COMMITTED
 
             shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
+            write_card(RunFolder.open(folder), to, step)
             typer.echo(to)
             return
         from kdray.models.quantization import quantize, size_bytes
 
         quantize(student, to, method, group_size)
+        write_card(RunFolder.open(folder), to, step)
         typer.echo(to)
         typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
 

@@ -370,7 +370,7 @@ def test_export_copies_the_student(finished, tmp_path, there):
         target.mkdir(parents=True)
     result = call("export", finished.path, "--to", target)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert (target / "model.safetensors").read_bytes() == b"weights"
     assert finished.student.is_dir()
 

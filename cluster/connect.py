@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -105,6 +104,9 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
             ray.shutdown()
 
 
+_PLENTY = 1e9
+
+
 def check_local_cpus(config: Config, wanted: Sequence[Bundle]) -> None:
     """Check that a local Ray, if the run starts one, has enough CPUs: said before it starts, which takes half a minute.
 
@@ -114,7 +116,8 @@ def check_local_cpus(config: Config, wanted: Sequence[Bundle]) -> None:
     if ray.is_initialized() or (address and address != "local"):
         return
     cpus = float(config.cluster.local_cpus or get_num_cpus())
-    others = {name: math.inf for bundle in wanted for name in bundle.resources if name != "CPU"}
+    # As much as all parts together could ask for.
+    others = {name: _PLENTY for bundle in wanted for name in bundle.resources if name != "CPU"}
     check_capacity([replace(bundle, labels={}) for bundle in wanted], [Node({**others, "CPU": cpus}, name="this machine")])
 
 

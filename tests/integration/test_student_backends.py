@@ -53,6 +53,9 @@ async def test_a_group_of_another_backend(
         again = [await group.train_step(batch) for batch in batches[2:]]
         assert await group.restarts() == 0
     np.testing.assert_allclose([(report.loss, report.grad_norm) for report in reports], reference, rtol=2e-4)
+    for report in (*again, *reports):
+        # Of the last publication, whose repetition has another one before it.
+        report.metrics.pop("published_bytes", None)
     assert [(each.loss, each.grad_norm, each.metrics) for each in again] == [
         (each.loss, each.grad_norm, each.metrics) for each in reports[2:]
     ]

@@ -54,6 +54,9 @@ def test_too_few_cpus_are_told_before_ray_starts(tmp_path: Path, monkeypatch: py
     with pytest.raises(CapacityError, match="needs 2 CPU"):
         check_local_cpus(tiny(tmp_path), bundles(tiny(tmp_path)))
     check_local_cpus(tiny(tmp_path, cluster={"local_cpus": 2}), bundles(tiny(tmp_path)))
+    # Of other resources Ray will tell.
+    more = tiny(tmp_path, cluster={"local_cpus": 2, "roles": {"training": {"gpus_per_rank": 1}}})
+    check_local_cpus(more, bundles(more))
     # The cluster's CPUs are not this machine's.
     check_local_cpus(tiny(tmp_path, cluster={"address": "head:6379"}), bundles(tiny(tmp_path)))
 

@@ -57,7 +57,7 @@ def test_a_run_from_own_folders(workplace: Path, marker: str, monkeypatch: pytes
         assert {"loss", "reverse_kl", "forward_kl", "tokens_per_s", "wait_rollout_s", "wait_sync_s"} <= set(line)
     shares = [value for line in metrics for name, value in line.items() if name.endswith("/pass_share")]
     assert 0.0 < shares[0] < 1.0, "the evaluation before the first step drew from the student alone"
-    assert shares[1:] == [1.0] * 11, "the mixture is drawn from both models"
+    assert set(shares[1:]) == {1.0}, "the mixture is drawn from both models"
     assert any(line["staleness_max"] > 0 for line in metrics), "sampling never overlapped training"
     written = {name.rpartition("/")[2] for line in metrics for name in line if "/staleness_" not in name}
     assert written - {"step", "time"} <= set(METRICS)

@@ -19,7 +19,7 @@ import typer
 
 from cluster.cli_base import ConfigPath, Outcome, Overrides, exit_codes, load
 from cluster.jobs.commands import logs, status, stop, submit
-from kdray.errors import DataError
+from kdray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from kdray.config import Config
@@ -315,7 +315,6 @@ def export(
     """Copy a run's student to a folder of its own (Hugging Face format, safetensors, a model card), quantised if asked."""
     with exit_codes(), _here(run) as folder, contextlib.ExitStack() as opened:
         from kdray.runs.folder import RunFolder
-        from kdray.runs.results.model_card import write_card
 
         path = RunFolder.open(folder).path
         if step is None:
@@ -334,15 +333,26 @@ def export(
             from kdray.runs.checkpoints import COMMITTED
 
             shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
-            write_card(RunFolder.open(folder), to, step)
+            _write_card(folder, to, step)
             typer.echo(to)
             return
         from kdray.models.quantization import quantize, size_bytes
 
         quantize(student, to, method, group_size)
-        write_card(RunFolder.open(folder), to, step)
+        _write_card(folder, to, step)
         typer.echo(to)
         typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
+
+
+def _write_card(run: Path, model: Path, step: int | None) -> None:
+    from kdray.runs.folder import RunFolder
+    from kdray.runs.results.model_card import write_card
+
+    try:
+        write_card(RunFolder.open(run), model, step)
+    except ConfigError as error:
+        # The recipe of another version of kdray, which does not keep its student from being exported.
+        typer.echo(f"kdray: no model card was written: {error}", err=True)
 
 
 # Here, so that `--help` lists the commands in the order of a run's life cycle.

@@ -375,6 +375,15 @@ def test_export_copies_the_student(finished, tmp_path, there):
     assert finished.student.is_dir()
 
 
+def test_export_of_a_run_with_an_older_recipe_says_that_it_has_no_card(finished, tmp_path):
+    finished.config.write_text("run: {name: run, retired_setting: 1}\n")
+    result = call("export", finished.path, "--to", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    assert "no model card was written" in result.stderr
+    assert "retired_setting" in result.stderr
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_export_overwrites_nothing(finished, tmp_path):
     target = tmp_path / "model"
     target.mkdir()

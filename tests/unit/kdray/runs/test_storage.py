@@ -453,12 +453,15 @@ def test_a_run_is_read_from_its_url(storage: Storage, tmp_path: Path) -> None:
 
 
 def test_commands_take_the_url_of_a_run(storage: Storage, tmp_path: Path) -> None:
-    storage.write("config.yaml", b"run: {name: run}\n")
+    recipe = "{run: {name: run}, student: {model: small}, teachers: {main: {model: big}}, data: {prompts: {type: task}}}"
+    storage.write("config.yaml", recipe.encode())
     files = {"config.json": b"{}", "model.safetensors": b"weights"}
     commit(storage, "student", {}, [{name: storage.write(f"student/{name}", content) for name, content in files.items()}])
     result = CliRunner().invoke(app, ["export", storage.url, "--to", str(tmp_path / "model")])
     assert result.exit_code == 0, result.output
-    assert held(tmp_path / "model") == {"config.json": b"{}", "model.safetensors": b"weights"}
+    exported = held(tmp_path / "model")
+    assert b"`small`, distilled from `main` by kdray." in exported.pop("README.md")
+    assert exported == files
     storage.delete("config.yaml")
     for command in (["export", storage.url, "--to", str(tmp_path / "other")], ["report", storage.url], ["eval", storage.url]):
         result = CliRunner().invoke(app, command)

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli_base import ConfigPath, Outcome, Overrides, exit_codes, load
+from cluster.cli_base import ConfigPath, Outcome, Overrides, exit_codes, load, print_columns
+from cluster.commands.results import Step, export, finished_student, local_copy, report, verify
 from cluster.jobs.commands import logs, status, stop, submit
-from kdray.errors import ConfigError, DataError
+from kdray.errors import DataError
 
 if TYPE_CHECKING:
     from kdray.config import Config
@@ -34,14 +33,6 @@ app = typer.Typer(
 )
 
 _PROGRESS_S = 5.0
-_STUDENT = "student"
-
-Step = Annotated[
-    int | None, typer.Option("--step", min=0, help="Take the student of this step's checkpoint, instead of the final one.")
-]
-RunPath = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or its URL in the run's storage.")
-]
 
 
 def main() -> None:
@@ -104,7 +95,7 @@ def run(
             typer.echo(line)
         results = {name: summary[name] for name in OUTCOMES if isinstance(summary.get(name), dict)}
         if results:
-            _print_columns("held-out", results, summary.get("intervals"))
+            print_columns("held-out", results, summary.get("intervals"))
         typer.echo(f"run folder: {settings.run_folder}")
         if settings.run.storage is not None:
             typer.echo(f"storage: {settings.run.storage}")
@@ -126,7 +117,7 @@ def _run_seeds(settings: Config, count: int, resume: bool, outcome: Outcome) -> 
     columns = {word: {name: entry[word] for name, entry in results.items()} for word in ("mean", "std")}
     for seed in map(str, found["seeds"]):
         columns[f"seed {seed}"] = {name: entry["values"].get(seed) for name, entry in results.items()}
-    _print_columns("held-out", columns)
+    print_columns("held-out", columns)
     typer.echo(f"results: {settings.run_folder / SEEDS}")
 
 
@@ -148,7 +139,7 @@ def capture(
 
         found = launch(settings, to, epochs, reuse, on_progress=_progress())
         (name,) = settings.teachers
-        _print_columns("capture", {"answers": {key: found[key] for key in found if key not in ("path", "seconds")}})
+        print_columns("capture", {"answers": {key: found[key] for key in found if key not in ("path", "seconds")}})
         typer.echo(f"train from it: 'teachers.{name}={{type: capture, path: {found['path']}}}'")
 
 
@@ -209,7 +200,7 @@ def plan(
             found = lay_out(settings, connected_nodes(settings), rates)
         else:
             found = lay_out(settings, described_nodes(nodes), rates)
-        _print_columns("role", table(found))
+        print_columns("role", table(found))
         for line in found.lines:
             typer.echo(line)
 
@@ -229,7 +220,7 @@ def evaluate(
     """Measure a student against its teacher on the held-out prompts."""
     with exit_codes() as outcome, contextlib.ExitStack() as opened:
         student = None
-        path = opened.enter_context(_here(source))
+        path = opened.enter_context(local_copy(source))
         if not path.exists():
             raise DataError(f"{path}: no such recipe or run folder")
         config = path
@@ -239,7 +230,7 @@ def evaluate(
             folder = RunFolder.open(path)
             config = folder.config
             if step is None:
-                student = _finished_student(folder.path)
+                student = finished_student(folder.path)
         elif step is not None:
             raise DataError(f"--step {step}: {path} is a recipe; give a run folder or a run's URL")
         settings = load(config, overrides)
@@ -263,100 +254,11 @@ def evaluate(
             # With a trailing slash it is always a folder's name.
             columns[f"{other}/"] = launch(settings, plain)
         found = {name: numbers.pop("intervals", {}) for name, numbers in columns.items()}
-        _print_columns("held-out", columns, found)
-
-
-@app.command()
-def report(run: RunPath) -> None:
-    """Write report.html, one file that opens without a network, into the run folder."""
-    with exit_codes(), _here(run) as folder:
-        from kdray.runs.report import write_report
-
-        written = write_report(folder)
-        if "://" not in run:
-            typer.echo(written)
-            return
-        from kdray.config.storage import below
-        from kdray.runs.storage import Storage
-
-        Storage(run).put(written, written.name)
-        typer.echo(below(run, written.name))
-
-
-@app.command()
-def verify(run: RunPath) -> None:
-    """Prove from a run's files that every sample was trained once or left out by a rule; exit 1 and the list where not."""
-    with exit_codes(), _here(run) as folder:
-        from kdray.runs.verify import verify as prove
-
-        proof = prove(folder)
-        for note in proof.notes:
-            typer.echo(f"note: {note}")
-        if proof.problems:
-            for line in proof.described():
-                typer.echo(line, err=True)
-            typer.echo(f"kdray: {run}: {len(proof.problems)} contradictions in the files of a run ({proof.state})", err=True)
-            raise typer.Exit(1)
-        _print_columns("proved", {str(run): dict(proof.facts)})
-
-
-@app.command()
-def export(
-    run: RunPath,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder for the model.")],
-    method: Annotated[
-        str | None, typer.Option("--quantize", metavar="int8|int4", help="Quantise the decoder's linear weights.")
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option("--group-size", min=1, help="With int4: weights that share a scale; 128 if not given.")
-    ] = None,
-    step: Step = None,
-) -> None:
-    """Copy a run's student to a folder of its own (Hugging Face format, safetensors, a model card), quantised if asked."""
-    with exit_codes(), _here(run) as folder, contextlib.ExitStack() as opened:
-        from kdray.runs.folder import RunFolder
-
-        path = RunFolder.open(folder).path
-        if step is None:
-            student = _finished_student(path)
-        else:
-            from cluster.launch import student_of_step
-
-            student = opened.enter_context(student_of_step(run, path, step))
-        if to.exists() and (not to.is_dir() or any(to.iterdir())):
-            raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
-        if to.resolve().is_relative_to(student.resolve()):
-            raise DataError(f"--to {to}: lies inside the student that would be copied; give a folder elsewhere")
-        if method is None:
-            if group_size is not None:
-                raise DataError(f"--group-size {group_size}: nothing is quantised; add --quantize int4, or remove the option")
-            from kdray.runs.checkpoints import COMMITTED
-
-            shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
-            _write_card(folder, to, step)
-            typer.echo(to)
-            return
-        from kdray.models.quantization import quantize, size_bytes
-
-        quantize(student, to, method, group_size)
-        _write_card(folder, to, step)
-        typer.echo(to)
-        typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
-
-
-def _write_card(run: Path, model: Path, step: int | None) -> None:
-    from kdray.runs.folder import RunFolder
-    from kdray.runs.results.model_card import write_card
-
-    try:
-        write_card(RunFolder.open(run), model, step)
-    except ConfigError as error:
-        # The recipe of another version of kdray, which does not keep its student from being exported.
-        typer.echo(f"kdray: no model card was written: {error}", err=True)
+        print_columns("held-out", columns, found)
 
 
 # Here, so that `--help` lists the commands in the order of a run's life cycle.
-for command in (submit, status, stop, logs):
+for command in (report, verify, export, submit, status, stop, logs):
     app.command()(command)
 
 
@@ -412,69 +314,6 @@ def _progress() -> Callable[[int, int], None]:
             typer.echo(f"{held} of {wanted} answers")
 
     return show
-
-
-@contextlib.contextmanager
-def _here(source: str) -> Iterator[Path]:
-    """Local path of `source`: a path as it is, a URL as a copy that is deleted afterwards. Raises: DataError."""
-    if "://" not in source:
-        yield Path(source)
-        return
-    from kdray.config.storage import check_storage_url
-    from kdray.runs.remote_copy import fetch_results
-
-    try:
-        url = check_storage_url(source)
-    except ValueError as error:
-        raise DataError(str(error).replace("run.storage", "RUN")) from error
-    with tempfile.TemporaryDirectory(prefix="kdray-") as folder:
-        yield fetch_results(url, Path(folder) / "run")
-
-
-def _finished_student(run_folder: Path) -> Path:
-    """The student of a finished run. Raises: DataError if there is none yet, or it is not the one that was written."""
-    from kdray.runs.checkpoints import FILES, differing, read_marker
-    from kdray.runs.storage import Storage
-
-    storage = Storage.local(run_folder)
-    try:
-        marker = read_marker(storage, _STUDENT)
-    except DataError as error:
-        raise DataError(f"{run_folder}/{_STUDENT}: {error}") from None
-    if marker is None:
-        raise DataError(
-            f"{run_folder}: the run has no student yet; let it end (kdray run ... --resume continues it), or take that of a "
-            "checkpoint: --step"
-        )
-    sizes = {name.removeprefix(f"{_STUDENT}/"): size for name, size in storage.list(_STUDENT).items()}
-    reason = differing(marker[FILES], sizes)
-    if reason is not None:
-        raise DataError(f"{run_folder}/{_STUDENT}: {reason}; take it from a copy, or train again")
-    return run_folder / _STUDENT
-
-
-def _print_columns(
-    title: str, columns: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
-    """Print a table with a row for each key and a column for each mapping. Args: intervals: of some numbers, by column."""
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    from kdray.runs.results.comparison import show_interval
-
-    # Text, not markup: a path may contain square brackets.
-    table = Table(title, *(Column(Text(name)) for name in columns))
-    for key in dict.fromkeys(key for values in columns.values() for key in values):
-        shown = [_cell(values.get(key)) + show_interval(intervals, name, key) for name, values in columns.items()]
-        table.add_row(key, *(Text(each) for each in shown))
-    Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -100,3 +100,27 @@ def load(path: Path, overrides: list[str] | None) -> Config:
     from kdray.config import load_config
 
     return load_config(path, overrides or [])
+
+
+def print_columns(
+    title: str, columns: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Print a table with a row for each key and a column for each mapping. Args: intervals: of some numbers, by column."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from kdray.runs.results.comparison import show_interval
+
+    # Text, not markup: a path may contain square brackets.
+    table = Table(title, *(Column(Text(name)) for name in columns))
+    for key in dict.fromkeys(key for values in columns.values() for key in values):
+        shown = [_cell(values.get(key)) + show_interval(intervals, name, key) for name, values in columns.items()]
+        table.add_row(key, *(Text(each) for each in shown))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -66,7 +66,7 @@ ALLOWED = {
         "actors.background_call actors.serving cluster.planning cluster.parts cluster.engine_specs"
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
-    "cluster.cli_base": "kdray.errors kdray.config",
+    "cluster.cli_base": "kdray.errors kdray.config kdray.runs",
     "cluster.interrupt": "",
     "cluster.capture_run": (
         "kdray.errors kdray.types kdray.config kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs "
@@ -93,9 +93,10 @@ ALLOWED = {
         "actors.driver_actor actors.serving actors.student cluster.planning cluster.connect cluster.evaluation "
         "cluster.assembly cluster.checkpointing cluster.interrupt cluster.capture_run cluster.runner cluster.peer_runs"
     ),
+    "cluster.commands": "kdray.errors kdray.config kdray.models kdray.runs cluster.cli_base cluster.launch",
     "cluster.cli": (
         "kdray kdray.errors kdray.config kdray.models kdray.runs kdray.checks cluster.planning cluster.connect "
-        "cluster.cli_base cluster.jobs cluster.diagnosis cluster.launch"
+        "cluster.cli_base cluster.jobs cluster.diagnosis cluster.launch cluster.commands"
     ),
     "cluster.job_entrypoint": "kdray cluster.jobs cluster.cli",
     "actors.run_metrics": "kdray.config kdray.runs",

@@ -1,0 +1,1 @@
+"""Commands of `kdray`, apart from those of jobs; registered in `cluster.cli`."""

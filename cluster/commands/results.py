@@ -1,0 +1,149 @@
+"""Commands that read a run: report, verify, export. Registered in `cluster.cli`."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli_base import exit_codes, print_columns
+from kdray.errors import ConfigError, DataError
+
+_STUDENT = "student"
+
+Step = Annotated[
+    int | None, typer.Option("--step", min=0, help="Take the student of this step's checkpoint, instead of the final one.")
+]
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or its URL in the run's storage.")
+]
+
+
+def report(run: RunPath) -> None:
+    """Write report.html, one file that opens without a network, into the run folder."""
+    with exit_codes(), local_copy(run) as folder:
+        from kdray.runs.report import write_report
+
+        written = write_report(folder)
+        if "://" not in run:
+            typer.echo(written)
+            return
+        from kdray.config.storage import below
+        from kdray.runs.storage import Storage
+
+        Storage(run).put(written, written.name)
+        typer.echo(below(run, written.name))
+
+
+def verify(run: RunPath) -> None:
+    """Prove from a run's files that every sample was trained once or left out by a rule; exit 1 and the list where not."""
+    with exit_codes(), local_copy(run) as folder:
+        from kdray.runs.verify import verify as prove
+
+        proof = prove(folder)
+        for note in proof.notes:
+            typer.echo(f"note: {note}")
+        if proof.problems:
+            for line in proof.described():
+                typer.echo(line, err=True)
+            typer.echo(f"kdray: {run}: {len(proof.problems)} contradictions in the files of a run ({proof.state})", err=True)
+            raise typer.Exit(1)
+        print_columns("proved", {str(run): dict(proof.facts)})
+
+
+def export(
+    run: RunPath,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder for the model.")],
+    method: Annotated[
+        str | None, typer.Option("--quantize", metavar="int8|int4", help="Quantise the decoder's linear weights.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", min=1, help="With int4: weights that share a scale; 128 if not given.")
+    ] = None,
+    step: Step = None,
+) -> None:
+    """Copy a run's student to a folder of its own (Hugging Face format, safetensors, a model card), quantised if asked."""
+    with exit_codes(), local_copy(run) as folder, contextlib.ExitStack() as opened:
+        from kdray.runs.folder import RunFolder
+
+        path = RunFolder.open(folder).path
+        if step is None:
+            student = finished_student(path)
+        else:
+            from cluster.launch import student_of_step
+
+            student = opened.enter_context(student_of_step(run, path, step))
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
+        if to.resolve().is_relative_to(student.resolve()):
+            raise DataError(f"--to {to}: lies inside the student that would be copied; give a folder elsewhere")
+        if method is None:
+            if group_size is not None:
+                raise DataError(f"--group-size {group_size}: nothing is quantised; add --quantize int4, or remove the option")
+            from kdray.runs.checkpoints import COMMITTED
+
+            shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
+            _write_card(folder, to, step)
+            typer.echo(to)
+            return
+        from kdray.models.quantization import quantize, size_bytes
+
+        quantize(student, to, method, group_size)
+        _write_card(folder, to, step)
+        typer.echo(to)
+        typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
+
+
+def _write_card(run: Path, model: Path, step: int | None) -> None:
+    from kdray.runs.folder import RunFolder
+    from kdray.runs.results.model_card import write_card
+
+    try:
+        write_card(RunFolder.open(run), model, step)
+    except ConfigError as error:
+        # The recipe of another version of kdray, which does not keep its student from being exported.
+        typer.echo(f"kdray: no model card was written: {error}", err=True)
+
+
+@contextlib.contextmanager
+def local_copy(source: str) -> Iterator[Path]:
+    """Local path of `source`: a path as it is, a URL as a copy that is deleted afterwards. Raises: DataError."""
+    if "://" not in source:
+        yield Path(source)
+        return
+    from kdray.config.storage import check_storage_url
+    from kdray.runs.remote_copy import fetch_results
+
+    try:
+        url = check_storage_url(source)
+    except ValueError as error:
+        raise DataError(str(error).replace("run.storage", "RUN")) from error
+    with tempfile.TemporaryDirectory(prefix="kdray-") as folder:
+        yield fetch_results(url, Path(folder) / "run")
+
+
+def finished_student(run_folder: Path) -> Path:
+    """The student of a finished run. Raises: DataError if there is none yet, or it is not the one that was written."""
+    from kdray.runs.checkpoints import FILES, differing, read_marker
+    from kdray.runs.storage import Storage
+
+    storage = Storage.local(run_folder)
+    try:
+        marker = read_marker(storage, _STUDENT)
+    except DataError as error:
+        raise DataError(f"{run_folder}/{_STUDENT}: {error}") from None
+    if marker is None:
+        raise DataError(
+            f"{run_folder}: the run has no student yet; let it end (kdray run ... --resume continues it), or take that of a "
+            "checkpoint: --step"
+        )
+    sizes = {name.removeprefix(f"{_STUDENT}/"): size for name, size in storage.list(_STUDENT).items()}
+    reason = differing(marker[FILES], sizes)
+    if reason is not None:
+        raise DataError(f"{run_folder}/{_STUDENT}: {reason}; take it from a copy, or train again")
+    return run_folder / _STUDENT

@@ -22,14 +22,32 @@ Step = Annotated[
 RunPath = Annotated[
     str, typer.Argument(metavar="RUN", help="Run folder, such as runs/quickstart, or its URL in the run's storage.")
 ]
+RunPaths = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or their URLs in the runs' storage.")]
 
 
-def report(run: RunPath) -> None:
-    """Write report.html, one file that opens without a network, into the run folder."""
-    with exit_codes(), local_copy(run) as folder:
+def report(
+    runs: RunPaths,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="FILE", help="Of several runs: the file; comparison.html otherwise."),
+    ] = None,
+) -> None:
+    """Write a page that opens without a network: report.html in the run's folder, or a comparison of several runs."""
+    with exit_codes(), contextlib.ExitStack() as opened:
+        if len(runs) > 1:
+            from kdray.runs.reports.compare import write_comparison
+
+            if len(set(runs)) < len(runs):
+                raise DataError(f"{' '.join(runs)}: names a run twice; give each once")
+            folders = {run: opened.enter_context(local_copy(run)) for run in runs}
+            typer.echo(write_comparison(folders, to or Path("comparison.html")))
+            return
+        if to is not None:
+            raise DataError(f"--to {to}: is for a comparison of several runs; the report of one lies in its folder")
         from kdray.runs.report import write_report
 
-        written = write_report(folder)
+        (run,) = runs
+        written = write_report(opened.enter_context(local_copy(run)))
         if "://" not in run:
             typer.echo(written)
             return

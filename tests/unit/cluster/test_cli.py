@@ -363,6 +363,26 @@ def test_report_of_no_run_is_refused(recipe):
     assert call("report", recipe.parent / "nowhere").exit_code == 2
 
 
+def test_report_of_several_runs_is_a_comparison(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(finished.path, tmp_path / "other")
+    result = call("report", finished.path, other)
+    assert (result.exit_code, result.stdout.strip()) == (0, "comparison.html"), result.output
+    assert "Comparison of 2 kdray runs" in (tmp_path / "comparison.html").read_text()
+    result = call("report", finished.path, other, "--to", tmp_path / "page.html")
+    assert (result.exit_code, result.stdout.strip()) == (0, str(tmp_path / "page.html"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["RUN", "RUN"], "names a run twice"), (["RUN", "--to", "x.html"], "--to x.html: is for a comparison")],
+)
+def test_report_refuses_what_makes_no_comparison(finished, arguments, message):
+    result = call("report", *(finished.path if each == "RUN" else each for each in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_export_copies_the_student(finished, tmp_path, there):
     target = tmp_path / "deep" / "model"

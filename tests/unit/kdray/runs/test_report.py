@@ -26,6 +26,7 @@ class Page(HTMLParser):
         self.tables: dict[str, list[list[str]]] = {}
         self.loads: list[str] = []
         self.notes: list[str] = []
+        self.figures: list[str] = []
         self._rows: list[list[str]] | None = None
         self._into: list[str] | None = None
         self.feed(text)
@@ -33,6 +34,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
         self.loads += [values[name] for name in ("src", "href") if name in values]
+        if values.get("role") == "img":
+            self.figures.append(values["aria-label"])
         if tag == "table":
             self._rows = self.tables.setdefault(values["id"], [])
         elif tag == "tr" and self._rows is not None:

@@ -1,0 +1,1 @@
+"""Parts of the HTML pages about runs: templates, figures, tables, cost, and the comparison of several runs."""

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from kdray.runs.folder import RunFolder, utc_now
 from kdray.runs.results.draws import Draw, write_draws
+from kdray.runs.token_texts import token_texts
 from kdray.runs.tracking.trackers import DISTILL, Trackers
 from kdray.types import Rollout, StepReport
 
@@ -34,6 +35,10 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("reverse_kl", pa.float64()),  # mean over the response, nats per token; null if it was not recorded
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        # Of the first tokens (`kdray.runs.token_texts`): their texts, and KL(student || teacher) at each, nats; null at
+        # tokens that an environment wrote. Both are null without a decoder or recorded KLs.
+        pa.field("token_texts", pa.list_(pa.string())),
+        pa.field("token_reverse_kl", pa.list_(pa.float32())),
     ]
 )
 
@@ -218,7 +223,16 @@ class RunReporter:
             "finish_reason": rollout.finish_reason,
             "reverse_kl": float(np.mean(kls)) if kls is not None and len(kls) else None,
             "token_ids": rollout.token_ids,
+            **self._tokens(rollout),
         }
+
+    def _tokens(self, rollout: Rollout) -> dict[str, Any]:
+        """Columns of a sample that say what each of its first tokens is and how far the models are apart there."""
+        if self._decode is None or rollout.reverse_kl is None:
+            return {"token_texts": None, "token_reverse_kl": None}
+        texts = token_texts(rollout.token_ids, self._decode)
+        kls = zip(rollout.reverse_kl[: len(texts)].tolist(), rollout.is_target[: len(texts)].tolist(), strict=True)
+        return {"token_texts": texts, "token_reverse_kl": [kl if chosen else None for kl, chosen in kls]}
 
     def _print(self, text: str) -> None:
         # Plain text, not markup: a path or a message may contain square brackets.

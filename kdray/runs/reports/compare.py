@@ -42,6 +42,7 @@ def write_comparison(runs: Mapping[str, Path], to: Path) -> Path:
     found = [_read(source, path) for source, path in runs.items()]
     # Runs of one name in several places are told apart by the places.
     names = [run.name for run in found]
+    outcomes = _outcomes(found)
     titles = names if len(set(names)) == len(names) else list(runs)
     html = page(
         "comparison.html",
@@ -50,7 +51,8 @@ def write_comparison(runs: Mapping[str, Path], to: Path) -> Path:
         sources=list(zip(titles, runs, strict=True)),
         verdicts=[(title, run.summary.get("verdict"), _gap(run)) for title, run in zip(titles, found, strict=True)],
         settings=_settings(found),
-        outcomes=_outcomes(found),
+        outcomes=outcomes,
+        apart=_apart(found) & {metric for metric, _ in outcomes},
         resampling=next((each for run in found if (each := run.summary.get("resampling"))), None),
         totals=[(name, [show(run.summary.get(name)) for run in found]) for name in _TOTALS],
         curves=_curves(dict(zip(titles, found, strict=True))),
@@ -114,6 +116,13 @@ def _outcomes(runs: list[_Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]
                 rows.append((evaluation, cells))
         found.append((metric, rows))
     return found
+
+
+def _apart(runs: list[_Run]) -> set[str]:
+    """Metrics without an interval in any run, where others have one: counts, and numbers that have no mean over prompts."""
+    with_interval = {name for run in runs for found in run.summary.get("intervals", {}).values() for name in found}
+    everything = {name for run in runs for found in run.summary.values() if isinstance(found, dict) for name in found}
+    return everything - with_interval if with_interval else set()
 
 
 def _gap(run: _Run) -> str | None:

@@ -90,7 +90,7 @@ async def test_the_summary_holds_the_verdict_and_the_report_begins_with_it(tmp_p
     # Neither table knows the task: no share of a gap between two that are always wrong.
     assert summary["gap_closed"]["reason"].startswith("the teacher is not distinguishable from the student before")
     page = write_report(folder.path).read_text()
-    assert page.index(summary["verdict"]) < page.index("<h2>Results</h2>")
+    assert page.index(summary["verdict"]) < page.index(">Results</h2>")
     again = StubRun(config_of(tmp_path, name="again", **sections))
     await again()
     assert again.summary["intervals"] == run.summary["intervals"], "the bootstrap has a seed of its own"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -14,6 +16,7 @@ from kdray.errors import DataError
 from kdray.runs.folder import RunFolder
 from kdray.runs.report import write_report
 from kdray.runs.reporter import SAMPLE_SCHEMA
+from kdray.runs.results.draws import Draw, write_draws
 
 HOSTILE = "<script>alert('x')</script> & {{ 7 * 7 }}"
 
@@ -27,6 +30,7 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.notes: list[str] = []
         self.figures: list[str] = []
+        self.answers: list[list[str]] = []
         self._rows: list[list[str]] | None = None
         self._into: list[str] | None = None
         self.feed(text)
@@ -43,13 +47,19 @@ class Page(HTMLParser):
         elif tag in ("td", "th") and self._rows is not None:
             self._rows[-1].append("")
             self._into = self._rows[-1]
+        elif tag in ("dt", "dd"):
+            self.answers += [[]] if tag == "dt" else []
+            self.answers[-1].append("")
+            self._into = self.answers[-1]
         elif tag == "p":
             self.notes.append("")
             self._into = self.notes
 
     def handle_endtag(self, tag):
-        if tag in ("td", "th", "p"):
+        if tag in ("td", "th", "p", "dt", "dd"):
             self._into = None
+        if tag in ("dt", "dd"):
+            self.answers[-1][-1] = " ".join(self.answers[-1][-1].split())
         if tag == "table":
             self._rows = None
 
@@ -169,7 +179,9 @@ def test_the_distance_of_trainer_and_replicas_has_a_plot_of_its_own(folder):
     text, page = page_of(folder)
     assert "Trainer against replicas" in text
     assert "0.00012345" in text
-    assert not any("rollout_gap" in note or "parity_gap" in note for note in page.notes)
+    missing = [note for note in page.notes if "Missing" in note]
+    assert missing
+    assert not any("rollout_gap" in note or "parity_gap" in note for note in missing)
     assert "Rewards" in text
 
 
@@ -183,12 +195,82 @@ def test_what_others_wrote_is_escaped(whole):
 
 def test_held_out_answers_stand_side_by_side(whole):
     _, page = page_of(whole)
-    assert page.tables["heldout"] == [["prompt", "before", "after"], ["last letters of ab cd", "x", "b d"]]
+    assert page.answers == [
+        ["prompt", "last letters of ab cd"],
+        ["before", "x 0.125 nats per token"],
+        ["after", "b d 0.125 nats per token"],
+    ]
+
+
+def test_tokens_are_shaded_by_their_divergence_and_answers_marked(folder):
+    folder.append_metrics({"step": 1})
+    kls = {"token_texts": ["b ", "<d>", ""], "token_reverse_kl": [0.5, 3.0, 0.25]}
+    write_samples(folder, "heldout-after", sample_row(source="after", response="b <d> e", **kls))
+    write_samples(folder, "heldout-teacher", sample_row(source="teacher", **kls))
+    draws = [Draw(5, number, None, 3, False, False, number == 0, None, None, None) for number in (0, 1)]
+    write_draws(folder.evaluations / "after.parquet", draws)
+    text, page = page_of(folder)
+    assert page.answers[1:] == [["teacher", "b d"], ["after ✓ right", "b <d>[end] e 0.125 nats per token, most at “<d>”: 3"]]
+    shades = re.findall(r"--shade\), ([0-9.]+)\)\" title=\"([0-9.]+) nats\">([^<]*)</span>", text)
+    assert shades == [("0.17", "0.5", "b "), ("0.7", "3", "&lt;d&gt;"), ("0.09", "0.25", "[end]")]
+
+
+def test_the_gap_is_drawn_within_the_bar(folder):
+    gap = {"metric": "exact_match", "reference": "teacher", "value": 1.25, "low": 0.5, "high": 1.5, "reason": None}
+    folder.write_summary({"steps": 1, "gap_closed": gap})
+    text, page = page_of(folder)
+    assert page.figures[0] == "125% of the gap closed, interval 50% to 150%"
+    assert "width: 100.0%" in text
+    assert "left: 50.0%; width: 50.0%" in text
+
+
+def test_a_table_names_its_columns_and_rows_for_a_screen_reader(whole):
+    text, page = page_of(whole)
+    for table in text.split("<table")[1:]:
+        body = table.split("</table>")[0]
+        assert "<th>" not in body, "every heading says whether it is of a column or a row"
+    assert page.figures
+    assert all(len(words) > 20 for words in page.figures)
+    levels = [int(level) for level in re.findall(r"<h([1-6])", text.split("<body>")[1])]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_cost_is_told_by_stage_and_for_a_million_tokens(folder):
+    lines = [
+        ("start", "00:00", {}), ("starting", "00:10", {}), ("serving", "00:30", {}), ("replicas", "00:30", {"now": 2}),
+        ("phase", "00:40", {"name": "distill"}), ("finished", "02:00", {}),
+    ]  # fmt: skip
+    folder.events.write_text(
+        "".join(
+            json.dumps({"time": f"2031-01-01T00:{time}.000+00:00", "kind": kind, "pool": "big"} | more) + "\n"
+            for kind, time, more in lines
+        )
+    )
+    for step in (1, 2):
+        folder.append_metrics({"step": step, "train_step_s": 10.0, "wait_rollout_s": 25.0, "wait_sync_s": 1.0})
+    folder.write_summary({"steps": 2, "trained_tokens": 500_000})
+    _, page = page_of(folder)
+    assert page.tables["costs"][1:] == [
+        ["preparation", "10.0", "20"],
+        ["engines start", "20.0", "40"],
+        ["student starts", "10.0", "20"],
+        ["distill", "80.0", "160"],
+        ["distill: trained", "20.0", "40"],
+        ["distill: waited for rollouts", "50.0", "100"],
+        ["distill: waited for teachers' scores", "0.0", "0"],
+        ["distill: waited for the copy of its weights", "2.0", "4"],
+        ["distill: checkpoints, evaluations, everything else", "8.0", "16"],
+        ["all stages", "120.0", "240"],
+        ["replicas of big, added up", "180.0", "360"],
+    ]
 
 
 def test_the_page_loads_nothing(whole):
     text, page = page_of(whole)
-    assert page.loads == []
+    assert all(each.startswith("#") for each in page.loads), "places in the page itself"
     assert not re.search(r"@import|<link|<iframe", text.split("</style>")[0])
     assert text.count("plotly.js v") == 1, "the library is there once"
     assert len(text) < 6e6
@@ -260,12 +342,23 @@ def test_the_time_line_shows_replicas_what_happened_and_the_wait(whole):
         whole.append_event("replicas", pool="big", before=3 - now, now=now)
     whole.append_event("scale", pool="big", before=1, now=2, reason="the trainer waits")
     whole.append_event("hedge", pool="big", call="sample", rollouts=7)
-    whole.append_metrics({"step": 4, "time": "2031-01-01T00:00:00.000+00:00", "teacher/big/wait_s": 0.625})
+    for step, second, wait in ((4, 0, 0.0), (5, 1, 0.625)):
+        time = f"2031-01-01T00:00:0{second}.000+00:00"
+        whole.append_metrics({"step": step, "time": time, "wait_rollout_s": wait, "train_step_s": 0.25})
     text, page = page_of(whole)
     assert "Missing: no replicas in events.jsonl." not in page.notes
-    start = text.index("<h2>Teachers over time</h2>")
-    drawn = text[start : text.index("<h2>", start + 4)]
-    for part in ("replicas of big", "[1,2,1,1]", "wait for big", "[0.625]", "reason=the trainer waits", "rollouts=7"):
+    start = text.index(">Who waited for whom</h2>")
+    drawn = text[start : text.index("<h2", start + 4)]
+    for part in ("replicas of big", "[1,2,1,1]", "waited for rollouts", "[0.625]", "reason=the trainer waits", "rollouts=7"):
         assert part in drawn, part
-    # The last known number holds until the last line of the run.
-    assert drawn.count("2031-01-01T00:00:00.000") == 2
+    (words,) = [figure for figure in page.figures if figure.startswith("Stages")]
+    assert "scale 1 times; hedge 1 times" in words
+
+
+def test_each_of_several_teachers_has_its_wait_in_the_time_line(whole):
+    for step, second in ((4, 0), (5, 4)):
+        time = f"2031-01-01T00:00:0{second}.000+00:00"
+        whole.append_metrics({"step": step, "time": time, "teacher/big/wait_s": 3.0, "teacher/old/wait_s": 1.0})
+    text, _ = page_of(whole)
+    for part in ("waited for big", "[0.75]", "waited for old", "[0.25]"):
+        assert part in text, part

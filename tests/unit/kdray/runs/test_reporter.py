@@ -225,8 +225,15 @@ def test_samples_of_some_steps_are_kept(make, folder):
         "finish_reason": "stop",
         "reverse_kl": 1.0,
         "token_ids": [3, 4, 5],
+        "token_texts": ["3", " 4", " 5"],
+        "token_reverse_kl": [0.5, 1.0, 1.5],
     }
-    assert (second["sample_id"], second["reverse_kl"]) == (4, None)
+    assert (second["sample_id"], second["reverse_kl"], second["token_texts"], second["token_reverse_kl"]) == (
+        4,
+        None,
+        None,
+        None,
+    )
 
 
 def test_a_sample_with_turns_names_its_writers_and_measures_the_targets(make, folder):
@@ -235,6 +242,7 @@ def test_a_sample_with_turns_names_its_writers_and_measures_the_targets(make, fo
     make().samples([turns, context], 1)
     first, second = pq.read_table(folder.samples / "step-00000001.parquet").to_pylist()
     assert (first["writer"], first["reverse_kl"]) == ("mixture, environment, teacher", 1.0)
+    assert first["token_reverse_kl"] == [0.5, None, 1.5]
     assert (second["writer"], second["reverse_kl"]) == ("environment", None)
 
 

@@ -1,0 +1,129 @@
+"""Seconds of a run by stage, and what a million distilled tokens cost in time of the run, of replicas and of the trainer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from kdray.runs.tracking.trackers import DISTILL
+
+WAITS = {
+    "wait_rollout_s": "waited for rollouts",
+    "wait_teacher_s": "waited for teachers' scores",
+    "wait_sync_s": "waited for the copy of its weights",
+}
+TRAINING = "train_step_s"
+_BEGIN = {"start": "preparation", "starting": "engines start", "serving": "student starts"}
+_END = ("finished", "failed", "interrupted")
+_EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of a run's time."""
+
+    name: str
+    begin: datetime
+    end: datetime
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.begin).total_seconds()
+
+
+def stages(events: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> list[Stage]:
+    """Stages in the order in which they ran, from the events and the steps' times; time between a stop and a resume is none.
+
+    A supervised phase ends with its model's evaluation, where no event tells them apart.
+    """
+    found: list[Stage] = []
+    name: str | None = None
+    begin = now = None
+    trained = [datetime.fromisoformat(line["time"]) for line in lines if "time" in line]
+    for event in events:
+        if "time" not in event:
+            continue
+        now, kind = datetime.fromisoformat(event["time"]), event.get("kind")
+        following = _following(event, name)
+        if kind == "evaluation" and name == DISTILL and begin is not None:
+            # Whatever was trained before it: the last evaluation begins after the last step.
+            last = max((time for time in trained if begin <= time <= now), default=None)
+            if trained and last == trained[-1]:
+                found.append(Stage(name, begin, last))
+                name, begin = _EVALUATION, last
+        if following is _SAME:
+            continue
+        if name is not None and begin is not None and kind != "start":
+            found.append(Stage(name, begin, now))
+        name, begin = following, now
+    if name is not None and begin is not None:
+        end = max([begin, *([now] if now else []), *trained])
+        found.append(Stage(name, begin, end))
+    return [stage for stage in found if stage.seconds > 0.0]
+
+
+_SAME = "same"
+
+
+def _following(event: Mapping[str, Any], name: str | None) -> str | None:
+    """Stage that begins with an event; None where the run ends."""
+    kind = event.get("kind")
+    if kind in _END:
+        return None
+    if kind in _BEGIN:
+        return _BEGIN[kind]
+    if kind == "phase":
+        return str(event.get("name"))
+    # Checks of the signals come between a supervised phase and the first evaluation.
+    return _EVALUATION if kind in ("parity", "signals") and name not in (DISTILL, _EVALUATION, None) else _SAME
+
+
+def seconds_by_stage(ran: Sequence[Stage], lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """(stage, seconds); distillation is followed by its parts, indented."""
+    totals: dict[str, float] = defaultdict(float)
+    for stage in ran:
+        totals[stage.name] += stage.seconds
+    rows = []
+    for name, seconds in totals.items():
+        rows.append((name, seconds))
+        if name == DISTILL and lines:
+            parts = {TRAINING: "trained"} | WAITS
+            known = [(words, sum(line.get(metric) or 0.0 for line in lines)) for metric, words in parts.items()]
+            rows += [(f"{DISTILL}: {words}", spent) for words, spent in known]
+            rest = seconds - sum(spent for _, spent in known)
+            rows.append((f"{DISTILL}: checkpoints, evaluations, everything else", max(rest, 0.0)))
+    return rows
+
+
+def replica_seconds(events: Sequence[Mapping[str, Any]], end: datetime) -> dict[str, float]:
+    """Seconds of all replicas of each pool together, from its changes of size to the end of the run."""
+    totals: dict[str, float] = defaultdict(float)
+    held: dict[str, tuple[datetime, float]] = {}
+    for event in events:
+        if event.get("kind") == "replicas":
+            now = datetime.fromisoformat(event["time"])
+            since, count = held.get(event["pool"], (now, 0.0))
+            totals[event["pool"]] += count * (now - since).total_seconds()
+            held[event["pool"]] = (now, event["now"])
+    for pool, (since, count) in held.items():
+        totals[pool] += count * max((end - since).total_seconds(), 0.0)
+    return dict(totals)
+
+
+def costs(
+    events: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], tokens: int | None
+) -> list[tuple[str, float, float | None]]:
+    """(what, seconds, seconds for a million distilled tokens) of a run.
+
+    Args: tokens: response tokens that distillation trained on; None if they are not known.
+    """
+    ran = stages(events, lines)
+    rows = seconds_by_stage(ran, lines)
+    if not ran:
+        return []
+    rows.append(("all stages", sum(stage.seconds for stage in ran)))
+    rows += [(f"replicas of {pool}, added up", spent) for pool, spent in replica_seconds(events, ran[-1].end).items()]
+    return [(what, seconds, seconds * 1e6 / tokens if tokens else None) for what, seconds in rows]

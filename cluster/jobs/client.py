@@ -30,7 +30,7 @@ _STOP_WAIT = "kdray_stop_wait_s"
 # progress.
 _REASON = re.compile(r"^(?:kdray: .*|interrupted(?:: .*)?)$", re.MULTILINE)
 _EXIT_CODE = re.compile(r"^kdray ended with exit code (\d+)$", re.MULTILINE)
-_PROGRESS = re.compile(r"^([a-z]+) (\d+)/(\d+)\b", re.MULTILINE)
+_PROGRESS = re.compile(r"^(?:prepare \S+|[a-z]+) \d+/\d+\b|(?<=^still ).+: \d+ s$", re.MULTILINE)
 _POLL_S = 0.5
 _RECONNECT_S = 2.0
 _RECONNECTS = 30
@@ -343,9 +343,9 @@ def reason(log: str) -> str | None:
 
 
 def progress(log: str) -> str | None:
-    """Phase and progress, such as `distill 3/12`, from the last progress line."""
+    """Phase and progress, such as `distill 3/12` or `starting engines: 20 s`, from the last line that tells one."""
     found = _PROGRESS.findall(log)
-    return "{} {}/{}".format(*found[-1]) if found else None
+    return found[-1] if found else None
 
 
 def job_exit_code(job: JobState, log: str) -> int | None:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from kdray.runs.folder import RunFolder, utc_now
 from kdray.runs.results.draws import Draw, write_draws
+from kdray.runs.ticks import Ticks
 from kdray.runs.token_texts import token_texts
 from kdray.runs.tracking.trackers import DISTILL, Trackers
 from kdray.types import Rollout, StepReport
@@ -43,6 +44,10 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 _PLAIN_LINE_EVERY_S = 30.0
+_GOES_ON = {"start": "preparing models", "starting": "starting engines", "serving": "starting the student"} | dict.fromkeys(
+    ("finished", "failed", "interrupted"), "closing"
+)
+"""Events after which a run works on without steps to count, and at what."""
 _NARROW = 140
 """Columns of a terminal below which the bar is short."""
 
@@ -85,6 +90,7 @@ class RunReporter:
         self._summary: Mapping[str, Any] | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._ticks = Ticks(self._tick)
         if self._console.is_terminal:
             # Phase, bar, step and time stay whole on a narrow terminal; the numbers take what is left, and are cut.
             self._progress = Progress(
@@ -119,6 +125,7 @@ class RunReporter:
 
     def _show_phase(self, name: str, total: int) -> None:
         self._phase, self._phase_total, self._last_line_at = name, total, -math.inf
+        self._ticks.begin(name)
         if self._progress is None:
             self._print(f"{name}: {total} to do")
             return
@@ -144,7 +151,23 @@ class RunReporter:
     def event(self, kind: str, **fields: Any) -> None:
         """Write an event and show it."""
         self._record(kind, **fields)
+        if kind in _GOES_ON:
+            self._begin(_GOES_ON[kind])
         self._print(" ".join([kind, *(f"{name}={_short(value)}" for name, value in fields.items())]))
+
+    def _begin(self, what: str) -> None:
+        """From now on this goes on, whose end cannot be counted."""
+        self._ticks.begin(what)
+        if self._progress is not None:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(what, total=None, values="")
+
+    def _tick(self, what: str, seconds: float) -> None:
+        if self._progress is None:
+            self._print(f"still {what}: {seconds:.0f} s")
+        elif self._task is not None:
+            self._progress.update(self._task, values=f"{seconds:.0f} s")
 
     def say(self, text: str) -> None:
         """Show a line that is no event."""
@@ -171,6 +194,7 @@ class RunReporter:
 
     def close(self) -> None:
         """Release the terminal and close the trackers."""
+        self._ticks.close()
         if self._progress is not None:
             self._progress.stop()
         if self._trackers is not None:
@@ -188,7 +212,11 @@ class RunReporter:
 
     def _advance(self, completed: int, metrics: Mapping[str, float]) -> None:
         values = _describe(metrics)
+        if completed == self._phase_total:
+            # What follows has no steps: weights travel, checkpoints are written, the student is measured.
+            self._ticks.begin(f"finishing {self._phase}")
         if self._progress is not None:
+            self._ticks.said()
             if self._task is not None:
                 self._progress.update(self._task, completed=completed, values=values)
             return
@@ -235,6 +263,7 @@ class RunReporter:
         return {"token_texts": texts, "token_reverse_kl": [kl if chosen else None for kl, chosen in kls]}
 
     def _print(self, text: str) -> None:
+        self._ticks.said()
         # Plain text, not markup: a path or a message may contain square brackets.
         self._console.print(Text(text), soft_wrap=True)
 

@@ -513,6 +513,9 @@ def test_progress_is_the_newest_line_of_it():
     log = "sft: 4 to do\nsft 4/4  loss 1\nevaluation name=before 1/2\ndistill 3/12  loss 0.5\ncheckpoint step=3\n"
     assert progress(log) == "distill 3/12"
     assert progress("start resumed_step=None\n") is None
+    assert progress("start resumed_step=None\nstill starting engines: 20 s\n") == "starting engines: 20 s"
+    assert progress("prepare letters 40/200\n") == "prepare letters 40/200"
+    assert progress(log + "still finishing distill: 10 s\n") == "finishing distill: 10 s"
     assert reason(log) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kdray.config import parse_config
+from kdray.runs import ticks
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.reporter import SAMPLE_SCHEMA, RunReporter
 from kdray.runs.tracking.trackers import Trackers
@@ -267,3 +269,44 @@ def test_a_line_that_is_no_event_is_shown_alone(make, folder, output):
     make().say("closing: [soon]")
     assert "closing: [soon]" in output.getvalue()
     assert not folder.events.exists()
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def test_a_silence_is_broken_by_what_goes_on(make, output, monkeypatch):
+    monkeypatch.setattr(ticks, "EVERY_S", 0.05)
+    reporter = make()
+    reporter.event("starting", pools=["big"])
+    until(lambda: output.getvalue().count("still starting engines: 0 s") >= 2)
+    reporter.phase("sft", 2)
+    until(lambda: "still sft: 0 s" in output.getvalue())
+    reporter.phase_step(step_report(2))
+    until(lambda: "still finishing sft: 0 s" in output.getvalue())
+    reporter.close()
+    ended = output.getvalue()
+    time.sleep(0.2)
+    assert output.getvalue() == ended, "a closed reporter says no more"
+
+
+def test_nothing_is_added_to_a_run_that_speaks(make, output):
+    reporter = make()
+    reporter.event("starting", pools=["big"])
+    reporter.close()
+    assert "still" not in output.getvalue()
+
+
+def test_a_terminal_shows_the_seconds_of_what_cannot_be_counted(folder, monkeypatch):
+    monkeypatch.setattr(ticks, "EVERY_S", 0.05)
+    output = io.StringIO()
+    reporter = RunReporter(folder, 4, Console(file=output, force_terminal=True, width=100))
+    try:
+        reporter.event("starting", pools=["big"])
+        until(lambda: re.search(r"starting engines .*0 s", Text.from_ansi(output.getvalue()).plain) is not None)
+        assert "still" not in output.getvalue()
+    finally:
+        reporter.close()

@@ -1,0 +1,58 @@
+"""Signs of life while a run says nothing: every so often, what it is at and for how long."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic
+
+EVERY_S = 10.0
+
+
+class Ticks:
+    """A thread that calls `tell` with what goes on and its seconds so far, whenever nothing was said for `EVERY_S`.
+
+    `closed` ends it; a thread that is not closed does not keep the process alive.
+    """
+
+    def __init__(self, tell: Callable[[str, float], None]) -> None:
+        self._tell = tell
+        self._what: str | None = None
+        self._since = self._said_at = monotonic()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="kdray-ticks", daemon=True)
+        self._thread.start()
+
+    def begin(self, what: str | None) -> None:
+        """From now on, this goes on; None: nothing that a user would wait for."""
+        with self._changed:
+            self._what, self._since = what, monotonic()
+            self._said_at = self._since
+            self._changed.notify()
+
+    def said(self) -> None:
+        """Something was said."""
+        with self._changed:
+            self._said_at = monotonic()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        # `tell` may itself be the caller.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                silent = monotonic() - self._said_at
+                if self._what is None or silent < EVERY_S:
+                    self._changed.wait(None if self._what is None else EVERY_S - silent)
+                    continue
+                what, seconds = self._what, monotonic() - self._since
+                self._said_at = monotonic()
+            self._tell(what, seconds)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdray.config import Config, EngineSettings
+from kdray.config.engine_args import OWN_SERVER
 from kdray.config.labels import ACCELERATOR_LABEL
 from kdray.config.route import Route
 from kdray.errors import CapacityError
@@ -131,7 +132,7 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Plac
             lacking = "no node has that" if matching or not bundle.labels else "no node has these labels"
             raise CapacityError(
                 f"{bundle.setting}: one {bundle.role} needs {_asked(bundle)} on one node, and {lacking} "
-                f"(nodes: {describe_nodes(nodes)}); ask for less, or add a node"
+                f"(nodes: {describe_nodes(nodes)}); ask for less, or add a node{_elsewhere(bundle, nodes)}"
             )
     for name in sorted({name for bundle in wanted for name in bundle.resources}):
         asked_sum = sum(bundle.count * bundle.resources.get(name, 0.0) for bundle in wanted)
@@ -146,6 +147,14 @@ def check_capacity(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Plac
                 f"lower one of these or add nodes{remedy}"
             )
     return pack(wanted, nodes)
+
+
+def _elsewhere(bundle: Bundle, nodes: Sequence[Node]) -> str:
+    """Further remedy for a teacher's engine with more GPUs than any node has; empty for any other bundle."""
+    gpus = bundle.resources.get("GPU", 0.0)
+    if not bundle.role.startswith(_TEACHER) or gpus <= max((node.resources.get("GPU", 0.0) for node in nodes), default=0.0):
+        return ""
+    return f"; {OWN_SERVER}" if gpus > 1 else ""
 
 
 def pack(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[Placed]:

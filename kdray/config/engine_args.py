@@ -16,6 +16,10 @@ from kdray.config.allowed import check_allowed
 from kdray.config.base import NonNegative, Positive
 
 _ONE_ENGINE = "a replica is one engine on one node; use `replicas`, and `tensor_parallel_size` for its GPUs"
+OWN_SERVER = (
+    "a teacher that needs more GPUs than one node has can be served by a vLLM server of your own, and named as a teacher of "
+    "type openai with `logprobs` and `token_ids` (docs/teachers.md, A teacher on several nodes)"
+)
 _RECORDER = "the recorder needs it"
 _CODE = "it names code, and a config runs none"
 _ROWS = "the recorder would not see every row of a step; remove it"
@@ -46,7 +50,7 @@ ALLOWED: dict[str, Any] = {
     },
     "attention_config": {"backend": Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"]},
     # Processes of one engine, and how they communicate.
-    "distributed_executor_backend": Literal["mp", "ray", "uni"],
+    "distributed_executor_backend": Literal["mp", "uni"],
     "disable_custom_all_reduce": bool,
     "enable_expert_parallel": bool,
     "distributed_timeout_seconds": Positive,
@@ -141,15 +145,15 @@ REFUSED: dict[str, str] = {
             "data_parallel_external_lb",
             "data_parallel_multi_port_external_lb",
             "enable_elastic_ep",
-            "nnodes",
-            "node_rank",
-            "master_addr",
-            "master_port",
         ),
         _ONE_ENGINE,
     ),
+    **dict.fromkeys(("nnodes", "node_rank", "master_addr", "master_port"), f"{_ONE_ENGINE}; {OWN_SERVER}"),
     "device_ids": "Ray chooses a replica's GPUs; use `num_gpus`",
-    "pipeline_parallel_size": "an engine here has all layers on one stage; remove it, and raise `tensor_parallel_size` instead",
+    "pipeline_parallel_size": (
+        "teacher and student are one model here, which has no stages; remove it, and raise `tensor_parallel_size` instead; "
+        f"{OWN_SERVER}"
+    ),
     "disable_cascade_attn": "vLLM has no cascade attention any more; remove it",
     "attention_backend": "use `attention_config: {backend: ...}`",
     **dict.fromkeys(

@@ -324,14 +324,12 @@ def test_a_run_learns_from_text_alone(endpoint: Endpoint, tmp_path: Path) -> Non
 
 @pytest.mark.full
 def test_a_run_learns_from_the_endpoints_logprobs_at_its_own_samples(endpoint: Endpoint, tmp_path: Path) -> None:
-    """On-policy: student-only replicas sample, the endpoint scores by its top 20 logprobs."""
-    summary, metrics = _run(
-        endpoint,
-        tmp_path,
-        {"token_ids": True, "logprobs": 20},
-        rollout={"sampler": "student", "max_new_tokens": 8},
-        loss={"type": "reverse_kl"},
-    )
+    """On-policy, as `configs/teacher_server.yaml` says: student-only replicas sample, the endpoint scores by its top 20."""
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "configs" / "teacher_server.yaml").read_text())
+    own = ("type", "base_url", "model", "api_key_env")
+    teacher = {name: value for name, value in recipe["teachers"]["large"].items() if name not in own}
+    rollout = recipe["rollout"] | {"max_new_tokens": 8}
+    summary, metrics = _run(endpoint, tmp_path, teacher, rollout=rollout, loss=recipe["loss"])
     assert summary["lost_samples"] == summary["duplicated_samples"] == 0
     assert metrics[-1]["reverse_kl_support"] < 0.7 * metrics[0]["reverse_kl_support"]
     assert sum(line["wait_teacher_s"] for line in metrics) > 0

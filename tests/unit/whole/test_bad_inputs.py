@@ -228,7 +228,7 @@ CONFIGS: list[Case] = [
     (
         "an executor of one's own",
         lambda p: p.validate("teachers.main.engine_args={distributed_executor_backend: a.B}"),
-        ("distributed_executor_backend", "'mp', 'ray' or 'uni'"),
+        ("distributed_executor_backend", "'mp' or 'uni'"),
     ),
     (
         "a configuration of logging, which calls functions by their names",
@@ -499,7 +499,7 @@ MODELS: list[Case] = [
     (
         "stages of pipelines",
         lambda p: p.teacher(model=str(p.models / "teacher"), engine_args={"pipeline_parallel_size": 2}),
-        ("teachers.main", "pipeline_parallel_size", "tensor_parallel_size"),
+        ("teachers.main", "pipeline_parallel_size", "tensor_parallel_size", "type openai"),
     ),
 ]
 

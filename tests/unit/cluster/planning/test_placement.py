@@ -55,7 +55,18 @@ DOES_NOT: list[tuple[list[Bundle], list[Node], str]] = [
     (
         [_bundle("teacher", 1, GPU=8)],
         [Node({"GPU": 4}), Node({"GPU": 4})],
-        r"teacher\.replicas.*8 GPU on one node, and no node has that \(nodes: 2 x 4 GPU\)",
+        r"teacher\.replicas.*8 GPU on one node, and no node has that \(nodes: 2 x 4 GPU\); ask for less, or add a node$",
+    ),
+    (
+        [Bundle("teacher large", "teachers.large.replicas", 1, {"GPU": 8})],
+        [Node({"GPU": 4}), Node({"GPU": 4})],
+        r"or add a node; a teacher that needs more GPUs .* vLLM server of your own.*type openai .*A teacher on several nodes",
+    ),
+    (
+        # It is the CPUs that no node has.
+        [Bundle("teacher large", "teachers.large.replicas", 1, {"GPU": 4, "CPU": 9})],
+        [Node({"GPU": 4, "CPU": 8})],
+        r"or add a node$",
     ),
     ([_bundle("teacher", 64, CPU=1)], [Node({"CPU": 2})], r"teacher\.replicas=64 x 1"),
     # The sum is enough, and each fits alone, but not together.

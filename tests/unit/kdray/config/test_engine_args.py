@@ -50,8 +50,15 @@ def test_the_others_are_set_at_ones_own_risk(name: str) -> None:
     [
         ({"block_size": "32"}, r"engine_args\.block_size='32': "),
         ({"enforce_eager": {"()": "os.system"}}, r"engine_args\.enforce_eager=.*valid boolean"),
-        ({"distributed_executor_backend": "a.B"}, r"engine_args\.distributed_executor_backend='a\.B': .*'mp', 'ray' or 'uni'"),
-        ({"distributed_executor_backend": "external_launcher"}, r"'mp', 'ray' or 'uni'"),
+        ({"distributed_executor_backend": "a.B"}, r"engine_args\.distributed_executor_backend='a\.B': .*'mp' or 'uni'"),
+        ({"distributed_executor_backend": "external_launcher"}, r"'mp' or 'uni'"),
+        # Its workers end with a process of their own machine, and its bundles are of one GPU each.
+        ({"distributed_executor_backend": "ray"}, r"'mp' or 'uni'"),
+        ({"nnodes": 2}, r"engine_args\.nnodes: .*vLLM server of your own.*type openai"),
+        (
+            {"pipeline_parallel_size": 2},
+            r"pipeline_parallel_size: .*`tensor_parallel_size`.*vLLM server of your own.*type openai",
+        ),
         ({"attention_config": {"backend": "CUSTOM"}}, r"engine_args\.attention_config\.backend='CUSTOM': "),
         ({"attention_config": {"use_non_causal": True}}, r"engine_args\.attention_config\.use_non_causal: not free to set"),
         ({"compilation_config": {"inductor_passes": {"a": "b.c"}}}, r"compilation_config\.inductor_passes: not free to set"),

@@ -104,10 +104,16 @@ async def try_pair(spec: EngineSpec, folder: Path, learning_rate: float = 3e-3, 
     )
 
 
-def open_trainer(spec: EngineSpec, learning_rate: float) -> StudentTrainer:
-    """A trainer of the student that an engine with this spec holds, in float32 and in this process."""
+def open_trainer(spec: EngineSpec, learning_rate: float, precision: str = "fp32") -> StudentTrainer:
+    """A trainer of the student that an engine with this spec holds, in this process. Args: precision: as in a recipe."""
     training = TrainingSettings.model_validate(
-        {"backend": {"type": "torch"}, "learning_rate": learning_rate, "batch_size": _PROMPTS, "micro_batch_size": _PROMPTS}
+        {
+            "backend": {"type": "torch"},
+            "learning_rate": learning_rate,
+            "batch_size": _PROMPTS,
+            "micro_batch_size": _PROMPTS,
+            "precision": precision,
+        }
     )
     trainer = StudentTrainer(training, spec.vocab_size, spec.seed)
     loss = ReverseKLLoss(type="reverse_kl")
@@ -157,6 +163,14 @@ def _log_probabilities(model: Any, rollout: Rollout, vocab_size: int) -> np.ndar
     """Log-probabilities of the response's tokens by a model of transformers, [T]."""
     rows = _logits(model, rollout)[len(rollout.prompt_ids) - 1 : -1, :vocab_size].log_softmax(-1)
     return rows.gather(-1, torch.from_numpy(rollout.token_ids).long()[:, None])[:, 0].numpy()
+
+
+def log_probabilities_of_ids(model: str, ids: Sequence[int]) -> np.ndarray:
+    """Log-probabilities of every id but the first by transformers in float32, [len(ids) - 1]. Args: model: a folder."""
+    given = torch.tensor(ids)
+    with torch.no_grad():
+        rows = _loaded(model, None)(input_ids=given[None]).logits[0, :-1].float().log_softmax(-1)
+    return rows.gather(-1, given[1:, None])[:, 0].numpy()
 
 
 def _values(column: np.ndarray | None) -> np.ndarray:

@@ -15,9 +15,12 @@ FLOAT32_TOLERANCE = 1e-3
 """Mean |log q - log q'| in nats a token if both sides compute in float32; kernels that differ give about 1e-6."""
 HALF_TOLERANCE = 0.05
 """The same if either side computes in half precision and distributions are flat."""
-HALF_SHARE = 0.03
-"""The same, as a share of the spread of log q: rounding moves every logit by a share of what logits differ by. Measured on
-models of 2 to 24 layers: 0.010 to 0.016 (`benchmarks/half_precision.py`)."""
+HALF_SHARE = 0.04
+"""The same, as a share of the spread of log q: rounding moves every logit by a share of what logits differ by.
+
+Measured: 0.010 to 0.016 on dense models of 2 to 24 layers (`benchmarks/half_precision.py`), 0.022 with experts, since rounding
+sends some tokens to others; and 0.066 for weights rounded to FP8, the smallest planted fault
+(`tests/integration/test_families.py`)."""
 LONG, SHORT = 1024, 64
 """Tokens compared at the start of a phase, and after every update."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from actors.serving.engine import TeacherEngine
 from actors.student import trainer as trainer_module
-from actors.student.trainer import StudentTrainer
 from cluster.diagnosis.exactness import open_trainer, publish, try_pair
-from kdray.checks.parity import judge
+from kdray.checks.parity import Verdict, judge, refusal
 from kdray.errors import EngineError
 from kdray.models.random_models import VOCAB
 from tests.support.families import FAMILIES, Family, family
@@ -24,6 +24,10 @@ from tests.support.runs import check_ledger, finish, json_lines, start, write_re
 # One for each way in which a student can differ from its teacher or from itself after an update.
 IN_CI = {"Mistral, window only of the student", "Gemma 2", "Qwen 3 MoE", "Qwen 2, int4 teacher"}
 EACH = [pytest.param(pair, id=pair.name, marks=() if pair.name in IN_CI else pytest.mark.full) for pair in FAMILIES]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""Precision of training, and the dtype of the engine."""
+MARGIN = 0.75
+"""Largest share of the tolerance that rounding takes."""
 IDS = tuple(np.random.default_rng(5).integers(3, VOCAB, size=100).tolist())
 
 
@@ -38,36 +42,54 @@ async def test_a_pair_is_exact_from_the_first_sample_to_the_export(pair: Family,
 class Parts:
     """An engine and a trainer of one pair, compared as a run compares them."""
 
-    def __init__(self, engine: TeacherEngine, trainer: StudentTrainer, folder: Path) -> None:
-        self.engine, self.trainer, self.folder = engine, trainer, folder
+    def __init__(self, engine: TeacherEngine, precision: str, folder: Path) -> None:
+        self.engine, self.precision, self.folder = engine, precision, folder
+        self.trainer = open_trainer(engine.spec, 1e-3, precision)
         self.version = 0
 
     async def update(self, *, rounded: bool = False, dropped: bool = False) -> None:
-        """Publish the trainer's weights, changed by hand beforehand."""
+        """Publish the trainer's weights, changed by hand beforehand. Args: rounded: to the next narrower dtype."""
         with torch.no_grad():
             for parameter in self.trainer.backend.module.parameters():
                 parameter.mul_(1.0 + 0.3 * torch.rand_like(parameter))
+        narrow = torch.bfloat16 if self.precision == "fp32" else torch.float8_e4m3fn
         paths = publish(self.trainer, self.folder)
         for path in paths:
             tensors = load_file(path)
             if dropped:
                 tensors.pop(sorted(tensors)[-1])
-            save_file({name: each.bfloat16() if rounded else each for name, each in tensors.items()}, path)
+            save_file({name: each.to(narrow).to(each.dtype) if rounded else each for name, each in tensors.items()}, path)
         self.version += 1
         await self.engine.update_student(paths, self.version)
 
-    async def accepted(self) -> bool:
+    async def compare(self) -> Verdict:
         served = await self.engine.student_log_probabilities(IDS)
-        verdict = judge(self.version, self.trainer.log_probabilities(IDS), served, self.engine.dtype, "float32")
-        print(verdict)
-        return verdict.accepted
+        trained = self.trainer.log_probabilities(IDS)
+        verdict = judge(self.version, trained, served, self.engine.dtype, DTYPES[self.precision])
+        print(verdict, f"spread {trained.spread:.2f}")
+        return verdict
+
+    async def accepts(self) -> None:
+        verdict = await self.compare()
+        assert verdict.gap < MARGIN * verdict.tolerance, verdict
+
+    async def refuses(self) -> None:
+        verdict = await self.compare()
+        assert not verdict.accepted, verdict
+        message = refusal(verdict, "the student")
+        assert f"by {verdict.gap:.2g} nats a token on average (at most {verdict.tolerance:.2g} is rounding)" in message
 
 
-async def opened(pair: Family, folder: Path) -> Parts:
-    spec = pair.spec(folder)
-    engine = TeacherEngine(spec)
+async def opened(pair: Family, precision: str, folder: Path, sharpness: float = 1.0) -> Parts:
+    """Args: sharpness: factor on the student's output head, whose logits are at most about 5 otherwise."""
+    engine = TeacherEngine(replace(pair.spec(folder), dtype=DTYPES[precision]))
+    if sharpness != 1.0:
+        path = folder / "student" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["lm_head.weight"] *= sharpness
+        save_file(tensors, path, {"format": "pt"})
     await engine.start()
-    return Parts(engine, open_trainer(spec, 1e-3), folder)
+    return Parts(engine, precision, folder)
 
 
 def plant(folder: Path, text: str, patch: pytest.MonkeyPatch) -> None:
@@ -77,20 +99,21 @@ def plant(folder: Path, text: str, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("precision", DTYPES)
 async def test_attention_without_soft_capping_and_rounded_or_missing_weights_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "attention_arguments", lambda *model, **how: {"attn_implementation": "sdpa"})
-    parts = await opened(family("Gemma 2"), tmp_path)
+    parts = await opened(family("Gemma 2"), precision, tmp_path)
     try:
-        assert not await parts.accepted()
+        await parts.refuses()
         monkeypatch.undo()
-        parts.trainer = open_trainer(parts.engine.spec, 1e-3)
-        assert await parts.accepted()
+        parts.trainer = open_trainer(parts.engine.spec, 1e-3, precision)
+        await parts.accepts()
         await parts.update()
-        assert await parts.accepted()
+        await parts.accepts()
         await parts.update(rounded=True)
-        assert not await parts.accepted()
+        await parts.refuses()
         with pytest.raises(EngineError, match=r"student version 3 lacks .*norm"):
             await parts.update(dropped=True)
     finally:
@@ -110,16 +133,20 @@ def plant():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "fault"), [("Qwen 3 MoE", STALE_EXPERTS), ("Qwen 2 / 2.5", STALE_HEAD)])
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "fault", "sharpness"),
+    [("Qwen 3 MoE", STALE_EXPERTS, 1.0), ("Qwen 3 MoE", STALE_EXPERTS, 4.0), ("Qwen 2 / 2.5", STALE_HEAD, 1.0)],
+)
 async def test_weights_that_an_update_leaves_behind_are_found(
-    name: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, fault: str, sharpness: float, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(tmp_path / "site", fault, monkeypatch)
-    parts = await opened(family(name), tmp_path)
+    parts = await opened(family(name), precision, tmp_path, sharpness)
     try:
-        assert await parts.accepted()
+        await parts.accepts()
         await parts.update()
-        assert not await parts.accepted()
+        await parts.refuses()
     finally:
         await parts.engine.close()
 

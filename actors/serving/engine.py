@@ -442,6 +442,12 @@ class TeacherEngine:
         return str(self._engine.vllm_config.model_config.dtype).removeprefix("torch.")
 
     @property
+    def kv_tokens(self) -> int:
+        """Number of tokens whose keys and values the engine's cache holds."""
+        cache = self._engine.vllm_config.cache_config
+        return int(cache.num_gpu_blocks * cache.block_size)
+
+    @property
     def graph_sizes(self) -> list[int]:
         """Batch sizes for which the engine captured graphs, as far as it samples that many; none if it captures none."""
         compilation = self._engine.vllm_config.compilation_config

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from actors.serving.spec import EngineSpec
 from cluster.planning.accelerators import ACCELERATORS
+from cluster.planning.memory import ModelShape, engine_memory
 from kdray.models.random_models import VOCAB, RandomModel
 from kdray.types import SampleRequest
 
@@ -29,6 +31,7 @@ class Throughput:
     new_tokens: int = 64
     gpus: int = 0
     """GPUs that it needs."""
+    only_on_gpus: bool = False
 
     async def run(self, folder: Path) -> dict[str, Any]:
         """Returns: `ok`; response tokens per second at each size; of the device, TFLOP/s and GB/s, and their shares of the data
@@ -53,6 +56,7 @@ class Throughput:
         found: dict[str, Any] = {"ok": True}
         try:
             await engine.start()
+            found["KV cache, tokens / planned"] = engine.kv_tokens / _planned_kv_tokens(spec)
             for size in self.sizes:
                 # The first pass at a size includes what is made once.
                 for _ in range(2):
@@ -63,6 +67,23 @@ class Throughput:
         finally:
             await engine.close()
         return found | device_rates()
+
+
+def _planned_kv_tokens(spec: EngineSpec) -> int:
+    """Tokens in the KV cache of an engine on this machine, as `kdray plan` counts them."""
+    models = [ModelShape.of(AutoConfig.from_pretrained(each, trust_remote_code=False)) for each in (spec.model, spec.student)]
+    on_gpu = torch.cuda.is_available()
+    limit = torch.cuda.mem_get_info()[1] if on_gpu else 0
+    return engine_memory(
+        models,
+        2 if spec.dtype == "bfloat16" else 4,
+        1,
+        spec.max_num_seqs,
+        spec.max_num_batched_tokens,
+        limit * spec.gpu_memory_utilization,
+        None if on_gpu else spec.kv_cache_gib * 2**30,
+        "GPU" if on_gpu else "CPU",
+    ).kv_tokens
 
 
 def device_rates() -> dict[str, float]:

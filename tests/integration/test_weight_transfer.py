@@ -25,6 +25,7 @@ from actors.student.group import StudentGroup
 from actors.student.trainer import Phase
 from actors.weights.transfer import TransferStore
 from cluster.connect import start_local
+from cluster.diagnosis.transfer import EngineTransfer
 from kdray.config import ReverseKLLoss
 from kdray.models.resolve import task_tokenizer
 from kdray.models.saving import TokenizerSource
@@ -215,3 +216,10 @@ def _pids(name: str) -> list[int]:
     from ray._private.state import actors
 
     return [actor["Pid"] for actor in actors().values() if name in actor["ActorClassName"] and actor["State"] == "ALIVE"]
+
+
+@pytest.mark.full
+async def test_the_diagnosis_of_a_machine_sends_weights_as_rank_0_does(tmp_path: Path) -> None:
+    found = await EngineTransfer("gloo", engine={"engine_args": EXTENSION}).run(tmp_path)
+    assert found["ok"], found
+    assert found["moved"] > 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,20 +11,77 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from cluster.diagnosis import deep, rates
+from cluster.diagnosis import broadcast, deep, rates
+from cluster.diagnosis.broadcast import Broadcast
 from cluster.diagnosis.doctor import Check
+from cluster.diagnosis.float8 import write_float8
+from cluster.diagnosis.footprint import Footprint
+from cluster.planning import memory
 from kdray.config import vllm_build
+from kdray.models.random_models import RandomModel
+from kdray.models.weight_format import WeightFormat
 
 CPU = torch.device("cpu")
 
 
 def test_a_machine_runs_what_it_has_gpus_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_build, "vllm_device", lambda: "gpu")
-    assert {trial.gpus for trial in deep.possible(1).values()} == {0}
+    without = deep.possible(0)
+    assert {trial.gpus for trial in without.values()} == {0}
+    assert set(deep.possible(1)) - set(without) == {"Llama, FP8 teacher"}
     assert deep.possible(2) == deep.TRIALS
     monkeypatch.setattr(vllm_build, "vllm_device", lambda: "cpu")
-    assert deep.possible(0) == deep.TRIALS
+    assert set(deep.TRIALS) - set(deep.possible(0)) == {"Llama, FP8 teacher", "weights into an engine by NCCL"}
+
+
+def test_a_broadcast_arrives_at_every_process(tmp_path: Path) -> None:
+    found = asyncio.run(Broadcast(mib=1, tensors=2).run(tmp_path))
+    assert (found["ok"], found["devices"], found["wrong"]) == (True, 2, 0)
+    assert found["GB/s"] > 1e-3
+
+
+def test_a_broadcast_that_changes_values_is_not_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawned(part: Any, arguments: tuple[Any, ...], nprocs: int) -> None:
+        Path(arguments[-1]).write_text('{"GB/s": 1.0, "wrong": 1}')
+
+    monkeypatch.setattr(broadcast.torch.multiprocessing, "spawn", spawned)
+    assert not asyncio.run(Broadcast().run(tmp_path))["ok"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_takes_what_is_planned(precision: str, tmp_path: Path) -> None:
+    found = asyncio.run(Footprint(precision, width=128, layers=4, vocab=1024, rows=4, prompt=32, response=96).run(tmp_path))
+    assert found["ok"], found
+    assert found["MiB found"] > 10
+
+
+def test_a_plan_that_forgets_something_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "activation_bytes", lambda *of: 0)
+    found = asyncio.run(Footprint("fp32", width=128, layers=4, vocab=1024, rows=4, prompt=32, response=96).run(tmp_path))
+    assert not found["ok"], found
+
+
+def test_an_fp8_teacher_is_what_its_readers_take_it_for(tmp_path: Path) -> None:
+    """By kdray's own reading of its format, and by transformers' of its values."""
+    plain = RandomModel("llama", 64, 1, seed=1).write(tmp_path / "plain")
+    write_float8(plain, tmp_path / "float8")
+    form = WeightFormat.of(AutoConfig.from_pretrained(tmp_path / "float8"))
+    assert form is not None
+    assert (form.bits, form.is_float, form.rounds_activations) == (8, True, True)
+    exact, read = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (plain, tmp_path / "float8"))
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        apart = (exact(ids).logits.log_softmax(-1) - read(ids).logits.log_softmax(-1)).abs().mean()
+    assert 1e-3 < apart < 0.3
+    # The forward pass has put them back as plain numbers.
+    weights = dict(read.named_parameters())
+    for name, weight in exact.named_parameters():
+        rounds = name.endswith("proj.weight")
+        assert torch.equal(weight, weights[name].float()) != rounds
+        # Three bits of mantissa, and subnormal numbers near zero.
+        assert ((weight - weights[name]).abs() <= weight.abs() / 16 + weight.abs().max() / 2**17).all()
 
 
 def test_the_rates_of_the_device_are_plausible() -> None:

@@ -75,7 +75,8 @@ ALLOWED = {
     ),
     "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
     "cluster.diagnosis": (
-        "kdray.types kdray.config kdray.models kdray.rollouts actors.serving actors.student cluster.connect cluster.planning"
+        "kdray.types kdray.config kdray.models kdray.rollouts actors.serving actors.student actors.weights "
+        "cluster.connect cluster.planning"
     ),
     "cluster.batch_hooks": "kdray.types kdray.models kdray.rollouts kdray.teachers kdray.runs",
     "cluster.runner": (

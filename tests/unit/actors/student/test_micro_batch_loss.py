@@ -24,11 +24,11 @@ from transformers import (
 from actors.student.hidden_state_loss import hidden_state_loss, load_output_head
 from actors.student.micro_batch_loss import MicroBatchLoss
 from actors.student.output_head import AfterHead, UnknownHeadError
+from cluster.diagnosis.meter import Storages
 from kdray.config import ForwardKLLoss, MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.losses import LossOutput, Objective
 from kdray.rollouts.batching import take_rows
 from kdray.types import TrainBatch
-from tests.support.storages import Storages
 from tests.unit.actors.student.test_backend_contract import batch_of
 from tests.unit.actors.student.test_hidden_state_loss import batch_with_hidden
 

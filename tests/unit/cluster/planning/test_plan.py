@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, Qwen2C
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.diagnosis.meter import Storages
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
 from cluster.planning.memory import (
     GIB,
@@ -33,7 +34,6 @@ from kdray.losses import Objective, chunked_loss
 from kdray.losses.features import predicting
 from kdray.models.adapters import adapted_layers
 from tests.support.loss_batches import built_in_losses, loss_batch
-from tests.support.storages import Storages
 
 LLAMA_8B = {
     "dtype": "bfloat16",

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
+from cluster.diagnosis.meter import Storages
 from kdray.config import (
     AdaptiveKLLoss,
     ForwardKLLoss,
@@ -22,7 +23,6 @@ from kdray.config.registry import name_of
 from kdray.errors import TrainingError, VocabError
 from kdray.losses import chunked_divergence, divergence_of
 from kdray.losses.support import full_rows
-from tests.support.storages import Storages
 
 torch.set_num_threads(1)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from cluster.diagnosis.meter import Storages
 from kdray.config import (
     ForwardKLSampledLoss,
     LMOpsLoss,
@@ -25,7 +26,6 @@ from kdray.errors import TrainingError, VocabError
 from kdray.losses import LossBatch, LossOutput, Objective, Whitening, chunked_loss
 from kdray.losses.support import buckets, logits_gradient
 from tests.support.loss_batches import built_in_losses, loss_batch
-from tests.support.storages import Storages
 
 torch.set_num_threads(1)
 

@@ -149,6 +149,11 @@ REFUSED: dict[str, str] = {
         _ONE_ENGINE,
     ),
     **dict.fromkeys(("nnodes", "node_rank", "master_addr", "master_port"), f"{_ONE_ENGINE}; {OWN_SERVER}"),
+    **dict.fromkeys(
+        ("enable_sleep_mode", "sleep_mode_offload_cudagraph", "sleep_preserve_parameter_names"),
+        "replicas sample while the ranks train, and never sleep; on one GPU give both a share of it (`num_gpus`, "
+        "`gpu_memory_utilization`, training.gpus_per_rank), as configs/gsm8k_one_gpu.yaml does",
+    ),
     "device_ids": "Ray chooses a replica's GPUs; use `num_gpus`",
     "pipeline_parallel_size": (
         "teacher and student are one model here, which has no stages; remove it, and raise `tensor_parallel_size` instead; "
@@ -284,9 +289,6 @@ REFUSED: dict[str, str] = {
             "offload_params",
             "kv_offloading_size",
             "kv_offloading_backend",
-            "enable_sleep_mode",
-            "sleep_mode_offload_cudagraph",
-            "sleep_preserve_parameter_names",
             "enable_cumem_allocator",
             "enable_nccl_comm_suspend",
             "enable_eplb",

@@ -54,6 +54,7 @@ def test_the_others_are_set_at_ones_own_risk(name: str) -> None:
         ({"distributed_executor_backend": "external_launcher"}, r"'mp' or 'uni'"),
         # Its workers end with a process of their own machine, and its bundles are of one GPU each.
         ({"distributed_executor_backend": "ray"}, r"'mp' or 'uni'"),
+        ({"enable_sleep_mode": True}, r"enable_sleep_mode: .*never sleep; on one GPU .*gpus_per_rank.*gsm8k_one_gpu"),
         ({"nnodes": 2}, r"engine_args\.nnodes: .*vLLM server of your own.*type openai"),
         (
             {"pipeline_parallel_size": 2},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +39,10 @@ from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.teachers.team import TeacherTeam
 
 logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+_START_GRACE_S = 60.0
+"""Time beyond the limit of a start for what is not the engine's own: Serve's processes, and the report of the failure."""
 
 
 @contextlib.asynccontextmanager
@@ -143,7 +148,8 @@ async def deployed(
     """Start the replicas of all pools and wait until they serve.
 
     Args: wanted: the run's bundles, including those of the pools.
-    Raises: EngineError if they do not start; CapacityError if others took their capacity, after `cluster.wait_s`.
+    Raises: EngineError if they do not start, or not within `cluster.start_timeout_s`; CapacityError if others took their
+    capacity, after `cluster.wait_s`.
     """
     by_role = {bundle.role: bundle for bundle in wanted}
     asked = {pool: by_role["rollout pool" if pool.spec.role == "student" else f"teacher {pool.name}"] for pool in pools}
@@ -157,13 +163,45 @@ async def deployed(
     serving = in_daemon_thread(deploy, pools)
     placing = asyncio.create_task(await_placed(unplaced, settings, on_event))
     try:
-        await asyncio.wait({serving, placing}, return_when=asyncio.FIRST_COMPLETED)
-        if placing.done():
-            placing.result()
-        await serving
+        await _served(serving, placing, pools, settings, on_event)
     finally:
         placing.cancel()
         serving.cancel()
+
+
+async def _served(
+    serving: asyncio.Future[None],
+    placing: asyncio.Future[None],
+    pools: Sequence[ReplicaPool],
+    settings: ClusterSettings,
+    on_event: Callable[..., None],
+) -> None:
+    """Wait until all pools serve. The time begins anew once they are placed, and with every engine that failed: Serve then
+    starts another.
+
+    A replica ends by itself when its start takes too long. This limit is for one that cannot, as a stopped process, and for
+    Serve's controller, whose answers Serve's own calls wait for without end.
+    Raises: EngineError; what `placing` raises.
+    """
+    since, progress = time.monotonic(), (False, 0)
+    while not serving.done():
+        await asyncio.wait({serving} if placing.done() else {serving, placing}, timeout=_LOOK_EVERY_S)
+        if placing.done():
+            placing.result()
+        found = placing.done(), sum([await pool.watch_starts() for pool in pools])
+        if found != progress:
+            since, progress = time.monotonic(), found
+        limit_s = settings.start_timeout_s + _START_GRACE_S + (0.0 if placing.done() else settings.wait_s)
+        waited_s = time.monotonic() - since
+        if waited_s > limit_s and not serving.done():
+            names = [pool.name for pool in pools]
+            on_event("start_stuck", waited_for=names, waited_s=round(waited_s, 1))
+            raise EngineError(
+                f"replicas of {', '.join(names)} did not serve within {waited_s:.0f} s, and none reported a failure "
+                f"(cluster.start_timeout_s={settings.start_timeout_s:g}): a replica or Ray Serve's controller stands still; "
+                "Ray's logs of both say which. If the model needs longer to load, raise the limit"
+            )
+    await serving
 
 
 async def _closed(closing: Mapping[str, asyncio.Future[None]], limit_s: float, on_event: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""Hedged requests: detection of slow calls, which are then also sent to a second replica. Pure.
+"""Hedged requests: detection of slow calls, which are then also sent to a second replica; and of calls that are lost. Pure.
 
 Source: Dean & Barroso 2013, The Tail at Scale (Communications of the ACM 56, 2). Their threshold is a percentile of all
 requests; here calls are few and differ in size, so the threshold is the slowest of the last calls, and a call must also have
@@ -19,6 +19,28 @@ AT_LEAST_S = 2.0
 
 _STALLED = 3.0
 """Multiple of the time allowed, after which a call is slow although none overtook it, if no other has been answered either."""
+
+
+_LOST = 10.0
+"""Multiple of the slowest of the last calls for as long as which a call is silent before it counts as lost."""
+
+
+class Patience:
+    """Longest silence of a call of one kind, from the calls that one pool has answered. The caller reads the clock, in s."""
+
+    def __init__(self, at_least_s: float) -> None:
+        """Args: at_least_s: shortest of these silences: before the first answer, a replica may compile or wait for weights."""
+        self._at_least_s = at_least_s
+        self._took: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
+
+    def answered(self, size: int, took_s: float) -> None:
+        """Register a complete answer. Args: size: as for `CallTimes.begin`."""
+        self._took.append((max(1, size), took_s))
+
+    def silence_s(self, size: int) -> float:
+        """Longest silence of a call of this size. The time of the slowest grows in proportion to the size."""
+        slowest = max((took_s * max(1.0, size / answered) for answered, took_s in self._took), default=0.0)
+        return max(self._at_least_s, _LOST * slowest)
 
 
 @dataclass(frozen=True)

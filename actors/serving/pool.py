@@ -16,7 +16,7 @@ from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type, sto
 
 from actors.serving.autoscaling import ScaleWatch
 from actors.serving.deployment import DEPLOYING, actor_options
-from actors.serving.hedging import CallTimes
+from actors.serving.hedging import CallTimes, Patience
 from actors.serving.load_stats import Awaited
 from actors.serving.replica import RatedReplica, TeacherReplica
 from actors.serving.replica_choice import CallRoute
@@ -42,7 +42,7 @@ _ROUTING_STATS_PERIOD_S = 2.0
 _LOOK_FOR_SLOW_EVERY_S = 0.5
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """Samples of one call."""
 
@@ -56,6 +56,8 @@ class _Part:
     """Time of the call; calls sent together share one time, so that each may overtake the others."""
     count: Callable[[Passes], None]
     """Called with the engine's forward passes that an answer reports."""
+    heard: float = 0.0
+    """Time of the latest rollout, or since when any could be expected."""
 
     async def ask(self, route: CallRoute) -> None:
         """Send the call to one replica; pass on the rollouts that are still missing, and remove them here."""
@@ -65,6 +67,7 @@ class _Part:
                 found = _table(table)
                 self.count(Passes.of(found.schema))
                 rollouts = [rollout for rollout in table_to_rollouts(found) if rollout.sample_id in self.missing]
+                self.heard = time.monotonic()
                 for rollout in rollouts:
                     del self.missing[rollout.sample_id]
                 if rollouts:
@@ -98,6 +101,8 @@ class ReplicaPool:
         """Rollouts that were also sent to a second replica, because the first was slow."""
         self.availability = Availability()
         self.replicas_serving = 0
+        self.answered_at = 0.0
+        """Time of the latest answer, by `time.monotonic`."""
         self._passes = Passes()
         self.ended = False
         """Set by `delete`: nothing of the pool may start any more."""
@@ -116,6 +121,9 @@ class ReplicaPool:
         self._times: dict[str, CallTimes] = {}
         if cluster.hedge_after is not None and self._several and not settings.mixed_hardware:
             self._times = {kind: CallTimes(cluster.hedge_after) for kind in ("sample", "score")}
+        self._patience = {kind: Patience(cluster.request_silence_s) for kind in ("sample", "score")}
+        self._parts: set[_Part] = set()
+        """Calls that are not answered yet."""
         self._scale = None if settings.autoscaling is None else ScaleWatch(settings.autoscaling.placement_timeout_s)
 
     @property
@@ -237,16 +245,18 @@ class ReplicaPool:
             self._on_event("replicas", pool=self.name, before=self.replicas_serving, now=serving)
             self.replicas_serving = serving
         await self._watch_target(serving)
-        await self._watch_starts()
+        await self.watch_starts()
         if self.spec.role != "student":
             await self._watch_availability(serving)
 
-    async def _watch_starts(self) -> None:
-        """Write an event for every engine that did not start, as one that replaces a lost replica."""
+    async def watch_starts(self) -> int:
+        """Write an event for every engine that did not start, as one that replaces a lost replica; returns their number so
+        far."""
         failures = [] if self._run.registry is None else await self._run.registry.failures.remote(self.name)
         for failure in failures[self._failures :]:
             self._on_event("engine_failed", pool=self.name, reason=failure.cause, log=failure.place)
         self._failures = len(failures)
+        return self._failures
 
     async def _watch_target(self, serving: int) -> None:
         """Write an event when the target size changes (`scale`), and when it is not reached (`scale_stuck`)."""
@@ -354,7 +364,8 @@ class ReplicaPool:
                 remaining -= len(rollouts)
                 answered = [rollout.sample_id for rollout in rollouts]
                 unanswered.difference_update(answered)
-                self._awaited.answered(answered, time.monotonic())
+                self.answered_at = time.monotonic()
+                self._awaited.answered(answered, self.answered_at)
                 yield rollouts
         except Stopped:
             raise EngineError(f"`{self.name}` ended its answer with {remaining} rollouts missing") from None
@@ -385,32 +396,71 @@ class ReplicaPool:
             ) from cause
 
     async def _once(self, part: _Part) -> None:
-        """Send what is missing to one replica, and also to a second if that is slow; the first result counts."""
-        ticket, times = uuid.uuid4().hex, self._times.get(part.kind)
+        """Send what is missing to one replica, and also to a second if that is slow; the first result counts.
+
+        The same for one that is lost: no answer for too long. Raises: EngineError if the second is lost, too, or there is none.
+        """
+        ticket, times, size = uuid.uuid4().hex, self._times.get(part.kind), sum(part.missing.values())
         if times is not None:
-            times.begin(ticket, sum(part.missing.values()), part.sent)
+            times.begin(ticket, size, part.sent)
+        part.heard = time.monotonic()
         first = asyncio.create_task(part.ask(CallRoute(ticket)))
         asked = {first}
+        self._parts.add(part)
         try:
             while part.missing and (running := {task for task in asked if not task.done()}):
                 watched = times if len(asked) == 1 else None
-                await asyncio.wait(
-                    running, timeout=None if watched is None else _LOOK_FOR_SLOW_EVERY_S, return_when=asyncio.FIRST_COMPLETED
-                )
+                await asyncio.wait(running, timeout=_LOOK_FOR_SLOW_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
                 late = watched is not None and not first.done() and watched.is_slow(ticket, time.monotonic())
-                if late and part.missing and self.replicas_serving > 1:
+                hedged = late and part.missing and self.replicas_serving > 1
+                if hedged:
                     self._note_hedge(part)
+                if hedged or self._is_lost(part, size, last=len(asked) > 1):
+                    # While the first runs: the router leaves out the replica that has it.
                     asked.add(asyncio.create_task(part.ask(CallRoute(uuid.uuid4().hex, instead_of=ticket))))
             if part.missing:
                 # All have ended, and none returned everything: the first gives the reason.
                 first.result()
                 raise EngineError(f"a replica ended its answer with {len(part.missing)} rollouts missing")
+            if len(asked) == 1:
+                self._patience[part.kind].answered(size, time.monotonic() - part.sent)
         finally:
+            self._parts.discard(part)
             if times is not None:
                 times.end(ticket, not part.missing and len(asked) == 1, time.monotonic())
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
+
+    def _is_lost(self, part: _Part, size: int, last: bool) -> bool:
+        """Check if nothing was heard of a call for so long that another replica is to be asked.
+
+        Args: last: no other can be. Raises: EngineError then, or if there is no other replica.
+        """
+        now = time.monotonic()
+        if not self.replicas_serving:
+            # It waits for a replica, which may load for long; an outage has its own rules.
+            part.heard = now
+        limit_s = self._patience[part.kind].silence_s(size)
+        if not part.missing or now - part.heard <= limit_s:
+            return False
+        missing, part.heard = len(part.missing), now
+        self._on_event("request_lost", pool=self.name, call=part.kind, rollouts=missing, silent_s=round(limit_s, 1))
+        if last or self.replicas_serving == 1:
+            raise EngineError(f"no replica said anything of {missing} rollouts for {limit_s:.3g} s (cluster.request_silence_s)")
+        self.retried += missing
+        return True
+
+    def waits_for(self) -> list[str]:
+        """Calls that are not answered yet, in one line; none if there are none."""
+        if not self._parts:
+            return []
+        rollouts = sum(len(part.missing) for part in self._parts)
+        silent_s = time.monotonic() - min(part.heard for part in self._parts)
+        return [
+            f"pool {self.name} ({self.replicas_serving} replicas serve): {rollouts} rollouts in {len(self._parts)} calls, the "
+            f"longest without a word for {silent_s:.0f} s"
+        ]
 
     def _note_hedge(self, part: _Part) -> None:
         self.hedged += len(part.missing)

@@ -7,17 +7,15 @@ request that requires a newer version than it holds.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
@@ -26,7 +24,7 @@ from actors.serving.load_stats import Workload
 from actors.serving.replica_choice import CallRoute
 from actors.serving.scoring.batch_sizes import check_batch_sizes
 from actors.serving.spec import EngineSpec, RunHandles
-from actors.serving.start_failure import StartFailure
+from actors.serving.start_failure import StartFailure, StartWatch, end_process
 from actors.vllm_plugin.record_table import Passes
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
@@ -40,6 +38,7 @@ logger = logging.getLogger("ray.serve")
 
 _WATCH_PERIOD_S = 0.5
 _RUN_ENDS_S = 60.0
+_OWNER_ANSWERS_S = 10.0
 
 
 class TeacherReplica:
@@ -47,6 +46,14 @@ class TeacherReplica:
 
     async def __init__(self, spec: EngineSpec, run: RunHandles) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine. Raises: EngineError with the cause if it does not start, or the registry rejects this replica."""
+        # From the first line on: loading may hang, and outlast the driver.
+        watch = StartWatch(run.owner, spec.start_timeout_s, partial(_report, run.registry), _delete_pool)
+        try:
+            await self._begin(spec, run)
+        finally:
+            watch.stop()
+
+    async def _begin(self, spec: EngineSpec, run: RunHandles) -> None:
         self._spec = spec
         self._weights = run.weights if spec.role != "teacher" else None
         """Version of the student; None if this engine holds none, or it never changes."""
@@ -268,11 +275,7 @@ class TeacherReplica:
                     progress = asyncio.create_task(self._engine.check_progress())
             except Exception:
                 logger.exception("the engine of this replica failed; the replica ends")
-                # A stopped process does not notice that its parent has ended.
-                for child in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-                os._exit(1)
+                end_process()
 
     async def _check_owner(self) -> None:
         """Delete the whole pool if the run that it belongs to is gone: a killed driver could not.
@@ -282,15 +285,13 @@ class TeacherReplica:
         if self._owner is None:
             return
         try:
-            await self._owner.__ray_ready__.remote()
+            await asyncio.wait_for(_value(self._owner.__ray_ready__.remote()), _OWNER_ANSWERS_S)
         except ActorDiedError:
-            from ray import serve
-
-            serve.delete(serve.get_replica_context().app_name, _blocking=False)
+            await asyncio.to_thread(_delete_pool)
             # Serve now ends this replica gracefully; until then it has nothing to watch.
             await asyncio.Event().wait()
-        except ActorUnavailableError:
-            # The driver's node is temporarily unreachable.
+        except (ActorUnavailableError, TimeoutError):
+            # The driver's node is temporarily unreachable, or stands still; the engine is watched all the same.
             return
 
     async def __del__(self) -> None:
@@ -298,6 +299,27 @@ class TeacherReplica:
             if task is not None:
                 task.cancel()
         await self._engine.close()
+
+
+async def _value(reference: Any) -> Any:
+    return await reference
+
+
+def _report(registry: Any, failure: StartFailure) -> None:
+    """Report a start that took too long; blocks."""
+    import ray
+    from ray import serve
+
+    logger.error("%s; the replica ends", failure.cause)
+    if registry is not None:
+        ray.get(registry.failed.remote(serve.get_replica_context().deployment, failure))
+
+
+def _delete_pool() -> None:
+    """Delete the pool that this replica belongs to; blocks for as long as Serve's controller takes to answer."""
+    from ray import serve
+
+    serve.delete(serve.get_replica_context().app_name, _blocking=False)
 
 
 class RatedReplica(TeacherReplica):

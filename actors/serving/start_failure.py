@@ -1,4 +1,4 @@
-"""Failure of an engine to start: its cause, whether another attempt may help, and the log of its processes.
+"""Failure of an engine to start: its cause, whether another attempt may help, the log of its processes; and its deadline.
 
 vLLM's engine core is a process of its own, and the exception that its parent raises only points to that process's log. The
 core inherits the replica's standard output and error, which Ray writes to files, so the replica can read the cause there.
@@ -6,14 +6,27 @@ core inherits the replica's standard output and error, which Ray writes to files
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.exceptions import ActorDiedError, RayError
 
 from kdray.errors import KdrayError
 
+_LOOK_EVERY_S = 1.0
+_ASK_S = 10.0
+"""Longest wait for an actor on the driver's node, or for Serve's controller: they answer in milliseconds, or not at all."""
+_GRACE_S = 15.0
+"""Time beyond the limit of a start in which the engine's own error may still come: it says more."""
 _LOG_BYTES = 2**20
 """Most bytes that are kept of each of the two streams: their end."""
 _CAUSE_CHARACTERS = 600
@@ -55,6 +68,71 @@ class StartFailure:
         cause = root_cause(error, log)
         place = f"{socket.gethostname()}: {', '.join(map(str, files))}" if files else socket.gethostname()
         return cls(cause, may_heal(cause), log, place)
+
+
+class StartWatch:
+    """Thread that ends this process while its engine starts, if that takes too long or the run that it belongs to is gone.
+
+    A thread, since vLLM blocks the replica's event loop until its engine process is up, for ever if that hangs.
+    """
+
+    def __init__(self, owner: Any, limit_s: float, report: Callable[[StartFailure], Any], disown: Callable[[], Any]) -> None:
+        """Args: owner: actor handle that ends with the run, None if there is none; limit_s: longest start; report: sends the
+        failure of a start that took too long to the registry; disown: called once the owner is dead. Both may block: they get
+        a few seconds."""
+        self._owner = owner
+        self._limit_s = limit_s
+        self._report = report
+        self._disown = disown
+        self._over = threading.Event()
+        self._began = time.monotonic()
+        threading.Thread(target=self._watch, name="start-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the watch: the engine has started, or failed by itself."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_LOOK_EVERY_S):
+            if time.monotonic() - self._began > self._limit_s + _GRACE_S:
+                reason = TimeoutError(
+                    f"the engine did not start within cluster.start_timeout_s={self._limit_s:g}: it hangs, or the limit is too "
+                    "short for this model"
+                )
+                self._end(lambda: self._report(StartFailure.of(reason)))  # noqa: B023 - called in this iteration
+            elif self._is_orphaned():
+                self._end(self._disown)
+
+    def _is_orphaned(self) -> bool:
+        import ray
+
+        if self._owner is None:
+            return False
+        try:
+            ray.get(self._owner.__ray_ready__.remote(), timeout=_ASK_S)
+        except ActorDiedError:
+            return True
+        except RayError:
+            # Its node is temporarily unreachable, or it does not answer for a moment.
+            return False
+        return False
+
+    def _end(self, last: Callable[[], Any]) -> None:
+        if self._over.is_set():
+            return
+        telling = threading.Thread(target=last, daemon=True)
+        telling.start()
+        telling.join(_ASK_S)
+        end_process()
+
+
+def end_process() -> None:
+    """Kill the processes that this one has started, and end it: an engine that hangs ends in no other way."""
+    for child in psutil.Process().children(recursive=True):
+        # A stopped process does not notice that its parent has ended.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)
 
 
 def own_log_files() -> list[Path]:

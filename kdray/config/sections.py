@@ -90,18 +90,27 @@ class ClusterSettings(Settings):
     missing."""
     start_timeout_s: PositiveFloat = 3600.0
     """Longest start of an engine: reading the weights, compiling, capturing graphs. The 140 GB of a 70B model take 20 minutes
-    at 120 MB/s."""
+    at 120 MB/s. A replica whose engine takes longer ends, and Ray Serve starts another, three times in all; pools that do not
+    serve a minute later, without a word, end the command (`start_stuck`)."""
     teardown_s: PositiveFloat = 120.0
     """Longest wait for pools of replicas to be deleted when a run ends; what is not gone by then is named in an event
     (`teardown_stuck`), and the command goes on without it."""
     stuck_after_s: PositiveFloat = 300.0
     """Longest time between two steps of an engine; beyond it the engine counts as stuck, and its replica is replaced."""
+    request_silence_s: PositiveFloat = 1800.0
+    """Shortest time without any answer after which a call to a replica that serves counts as lost; ten times the slowest of the
+    last 32 calls (per token) if that is longer. What is missing of it is then sent to another replica (`rollout.retries`). It
+    has to be longer than the ranks take to restart: replicas may wait for their weights."""
     hedge_after: Annotated[float, Field(gt=1.0)] | None = 3.0
     """Factor over the slowest of the last 32 calls (per token; at least 2 s) after which a call to a replica counts as slow, if
     another call sent no earlier has been answered, or three times that long while none is answered at all. A slow call is also
     sent to another replica, and the first answer counts; the slow replica gets no calls for a minute, as long as there are
     others. Never before 8 calls were answered. None disables hedging. Pools of several `accelerator_types` go by measured speed
     instead."""
+    stuck_run_after_s: PositiveFloat = 14400.0
+    """Longest time in which a run may make no step, get no answer and begin or end no part. Beyond it the event `run_stuck` and
+    `logs/stuck.txt` say who waits for whom, and the run ends with 1; `--resume` continues it. The last of the deadlines: it has
+    to be longer than the others, and than the longest outage of a teacher that is to be waited for."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
     job: JobSettings = JobSettings()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.serving.hedging import AT_LEAST_S, CallTimes
+from actors.serving.hedging import AT_LEAST_S, CallTimes, Patience
 
 
 def times(took_s: float = 2.0, size: int = 10, count: int = 8) -> CallTimes:
@@ -76,3 +76,14 @@ def test_what_a_copy_answered_says_nothing_of_how_long_calls_take() -> None:
 def test_the_last_calls_decide() -> None:
     made = ended(times(took_s=20.0), 32, took_s=1.0, sent=50.0)
     assert overtaken(made, "a", 10, sent=100.0).is_slow("a", 103.1)
+
+
+def test_the_silence_of_a_call_is_measured_by_the_slowest_answer_and_its_size() -> None:
+    patience = Patience(at_least_s=60.0)
+    assert patience.silence_s(10**6) == 60.0, "nothing is known yet"
+    patience.answered(100, 2.0)
+    patience.answered(100, 1.0)
+    assert patience.silence_s(100) == 60.0
+    assert patience.silence_s(1000) == pytest.approx(10 * 2.0 * 10)
+    patience.answered(10, 30.0)
+    assert patience.silence_s(5) == pytest.approx(300.0), "a smaller one is as slow"

@@ -62,6 +62,11 @@ async def hangs(ids: list[int]) -> AsyncGenerator[pa.Table]:
     await asyncio.Event().wait()
 
 
+async def silent(ids: list[int]) -> AsyncGenerator[pa.Table]:
+    await asyncio.Event().wait()
+    yield
+
+
 async def dies_late(ids: list[int]) -> AsyncGenerator[pa.Table]:
     """Once a copy has had the time to answer something."""
     await asyncio.sleep(0.2)
@@ -77,12 +82,14 @@ async def answers_late(ids: list[int]) -> AsyncGenerator[pa.Table]:
 class Rig:
     """A pool whose calls go to these replicas, one after the other; every call is slow at once where `slow`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *replicas: Replica, slow: bool = True, retries: int = 2) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *replicas: Replica, slow: bool = True, retries: int = 2, **cluster_: Any
+    ) -> None:
         monkeypatch.setattr("actors.serving.pool._LOOK_FOR_SLOW_EVERY_S", 0.02)
         self.events: list[str] = []
         settings = VLLMTeacherSettings.model_validate({"model": "m", "replicas": 2})
         spec = EngineSpec("mixture", "m", "s", 5, (4,), 64, teacher="t")
-        cluster = ClusterSettings()
+        cluster = ClusterSettings(**cluster_)
         self.pool = ReplicaPool(
             "t", spec, settings, cluster, RunHandles(), retries, on_event=lambda kind, **fields: self.events.append(kind)
         )
@@ -115,6 +122,49 @@ async def test_the_rest_of_a_slow_call_comes_from_its_copy(monkeypatch: pytest.M
     assert (rig.pool.hedged, rig.pool.retried, rig.events) == (3, 0, ["hedge"])
     assert not rig.times._running
     assert not rig.times._took, "what a copy answered tells nothing of the first"
+
+
+async def test_a_call_that_stops_in_the_middle_is_resumed_by_another_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, hangs, answers, slow=False, request_silence_s=0.2)
+    assert await rig.ask() == [0, 1, 2, 3]
+    (_, first, answer, sent), (copied, copy, _, resent) = rig.sent
+    assert (copied, copy.instead_of) == ([1, 2, 3], first.ticket), "what had come is drawn again, or by the same replica"
+    assert resent - sent > 0.2
+    assert answer.cancelled
+    assert (rig.events, rig.pool.retried, rig.pool.hedged) == (["request_lost"], 3, 0)
+    assert rig.pool.waits_for() == []
+    assert rig.pool._patience["sample"].silence_s(4) == 0.2, "the time of a lost call tells nothing of the next"
+
+
+async def test_a_single_replica_that_lost_a_call_gets_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, hangs, answers, slow=False, request_silence_s=0.2)
+    rig.pool.replicas_serving = 1
+    assert await rig.ask() == [0, 1, 2, 3]
+    assert rig.sent[0][2].cancelled
+    assert rig.events == ["request_lost", "retry"]
+
+
+async def test_a_call_that_every_replica_loses_ends_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, silent, silent, silent, silent, slow=False, request_silence_s=0.1, retries=1)
+    with pytest.raises(EngineError, match=r"in 2 attempts: no replica said anything of 4 rollouts for 0.1 s"):
+        await rig.ask()
+
+
+async def test_a_call_is_not_lost_while_no_replica_serves_or_its_answers_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def trickles(ids: list[int]) -> AsyncGenerator[pa.Table]:
+        for sample_id in ids:
+            await asyncio.sleep(0.2)
+            yield rollouts_to_table([rollout(sample_id)])
+
+    rig = Rig(monkeypatch, trickles, slow=False, request_silence_s=0.4)
+    assert await rig.ask() == [0, 1, 2, 3], "0.8 s in all, and never silent for 0.4"
+    rig = Rig(monkeypatch, answers_late, slow=False, request_silence_s=0.1)
+    rig.pool.replicas_serving = 0
+    asking = asyncio.create_task(rig.ask())
+    await asyncio.sleep(0.15)
+    assert "pool t (0 replicas serve): 4 rollouts in 1 calls" in rig.pool.waits_for()[0]
+    assert await asking == [0, 1, 2, 3]
+    assert rig.events == []
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,11 @@ from kdray.runs.results.draws import ratios
 from kdray.runs.results.seeds import check_seeds, finished, seeded, write_seeds
 from kdray.runs.storage import Storage
 from kdray.runs.tracking.trackers import Trackers
+from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import peer_configs
+
+_END_S = 60.0
+"""Time that a run which hangs gets to shut down what is not its pools: ranks, storage, Ray."""
 
 
 def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = None) -> dict[str, Any]:
@@ -127,7 +131,8 @@ def _run(
     records = {name: _record(checked[name], checkpoints[name]) for name in configs}
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     check_local_cpus(config, wanted)
-    with connected(config), reserved(wanted, config.cluster, _tell) as room:
+    watchdog = Watchdog(config.cluster.stuck_run_after_s, config.cluster.teardown_s + _END_S, config.run_folder / "logs")
+    with watchdog, connected(config), reserved(wanted, config.cluster, _tell) as room:
         plans: dict[str, RunPlan] = {}
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
@@ -152,7 +157,7 @@ def _run(
                     checked[name], folder, reporter, found, stored[name], lease, records[name], on_start=room.release
                 )
             try:
-                summaries = run_coroutine(run_together(plans, lease))
+                summaries = run_coroutine(run_together(plans, lease, watchdog))
             except (StorageError, LeaseLost):
                 raise
             except Exception:

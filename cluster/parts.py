@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,27 @@ class SideBySide:
     def __init__(self, runs: Sequence[str]) -> None:
         self._measured = {run: asyncio.Event() for run in runs}
         self._with_ranks: set[str] = set()
+        self._waits: list[Callable[[], list[str]]] = []
+        self._pools: list[Pools] = []
 
-    def ranks_start(self, run: str) -> None:
-        """Register that the run's ranks are placed or waiting for placement."""
+    def waits_for(self) -> list[str]:
+        """Who is waited for in any of the runs, a line each."""
+        return [line for each in self._waits for line in each()]
+
+    @property
+    def answered_at(self) -> float:
+        """Time of the latest answer of any pool, by `time.monotonic`; 0 if there was none."""
+        return max((pool.answered_at for pools in self._pools for pool in pools.all), default=0.0)
+
+    def ranks_start(self, run: str, waits_for: Callable[[], list[str]]) -> None:
+        """Register that the run's ranks are placed or waiting for placement. Args: waits_for: what they have to do."""
         self._with_ranks.add(run)
+        self._waits.append(waits_for)
+
+    def pools_serve(self, pools: Pools) -> None:
+        """Register pools of which answers are expected from now on."""
+        self._pools.append(pools)
+        self._waits.extend(pool.waits_for for pool in pools.all)
 
     def ranks_end(self, run: str) -> None:
         self._with_ranks.discard(run)

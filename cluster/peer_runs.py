@@ -19,15 +19,16 @@ from cluster.runner import Runner, RunPlan
 from kdray.errors import Interrupted, LeaseLost
 from kdray.runs.context import Checked
 from kdray.runs.lease import Lease
+from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import MAIN_STUDENT
 
 
-async def run_together(plans: Mapping[str, RunPlan], lease: Lease) -> dict[str, dict[str, Any]]:
+async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Watchdog) -> dict[str, dict[str, Any]]:
     """Run one run, or several whose students teach each other; returns their summaries, by name.
 
     The first signal stops all after a checkpoint, a second one immediately. Weight stores outlive every run: a student that has
     finished keeps teaching.
-    Args: lease: of the first run's folder, which the others' are in.
+    Args: lease: of the first run's folder, which the others' are in; watchdog: ends them all if none of them advances.
     """
     main = asyncio.current_task()
     assert main is not None
@@ -48,22 +49,26 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease) -> dict[str, 
         beside = SideBySide(list(plans))
         stores = _stores({name: plan.checked for name, plan in plans.items()}, make)
         runners = {name: Runner(name, plan, stores[name], beside) for name, plan in plans.items()}
+        reporters = [runner.reporter for runner in runners.values()]
+        watchdog.advanced_at = lambda: max(beside.answered_at, *(each.advanced_at for each in reporters))
+        watchdog.waits_for = beside.waits_for
+        watchdog.on_event = reporters[0].event
         with on_interrupt(on_signal):
-            return await _all_of(runners, lease)
+            return await _all_of(runners, lease, watchdog)
     finally:
         for each in actors:
             ray.kill(each)
 
 
-async def _all_of(runners: Mapping[str, Runner], lease: Lease) -> dict[str, dict[str, Any]]:
+async def _all_of(runners: Mapping[str, Runner], lease: Lease, watchdog: Watchdog) -> dict[str, dict[str, Any]]:
     tasks = {name: asyncio.create_task(runner.run()) for name, runner in runners.items()}
     # Ends by its error alone: a driver may wait for long without writing anything.
-    watching = asyncio.create_task(lease.watch())
+    watching = {asyncio.create_task(lease.watch()), asyncio.create_task(watchdog.watch())}
     try:
         running: set[asyncio.Task[Any]] = set(tasks.values())
         while running:
-            ended, running = await asyncio.wait({*running, watching}, return_when=asyncio.FIRST_COMPLETED)
-            running.discard(watching)
+            ended, running = await asyncio.wait({*running, *watching}, return_when=asyncio.FIRST_COMPLETED)
+            running -= watching
             for error in (task.exception() for task in ended):
                 # An interrupted run has its checkpoint; the others are still writing theirs.
                 if error is not None and not isinstance(error, Interrupted):
@@ -78,9 +83,9 @@ async def _all_of(runners: Mapping[str, Runner], lease: Lease) -> dict[str, dict
                 runner.reporter.event("stopped" if isinstance(error, Interrupted) else "failed", reason=str(error))
         raise
     finally:
-        for task in (*tasks.values(), watching):
+        for task in (*tasks.values(), *watching):
             task.cancel()
-        await asyncio.gather(*tasks.values(), watching, return_exceptions=True)
+        await asyncio.gather(*tasks.values(), *watching, return_exceptions=True)
 
 
 def _stores(runs: Mapping[str, Checked], make: Callable[[type[Any]], Any]) -> dict[str, RunStores]:

@@ -131,12 +131,13 @@ class Runner:
             lease=None if self._name else self._lease.owner,
         )
         await student.start()
-        self._beside.ranks_start(self._name)
+        self._beside.ranks_start(self._name, student.waits_for)
         try:
             registry = on_driver_node(TeacherRegistry).remote(self._folder.read_teachers())
             handles = RunHandles(weights=stores.weights, registry=registry, board=stores.board)
             opening = open_pools(context, handles, self.reporter.event, stores.teacher_weights, logs=self._folder.logs)
             pools = await self._or_stop(opening.__aenter__())
+            self._beside.pools_serve(pools)
             self._folder.write_teachers(await registry.known.remote())
             try:
                 unplaced = partial(self._unplaced_ranks, student)

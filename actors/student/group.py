@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +58,8 @@ class StudentGroup:
         self._mailbox: Any = None
         self._fit: asyncio.Future[Any] | None = None
         self._published_bytes: int | None = None
+        self._commands: dict[str, float] = {}
+        """Running commands, and when they were given."""
 
     async def start(self) -> None:
         """Start the ranks; returns at once, and the first call waits until they are up."""
@@ -108,7 +111,8 @@ class StudentGroup:
         if self._fit is None:
             return
         if not self._fit.done():
-            await self._mailbox.post.remote(Command("stop"))
+            # Not waited for: the mailbox itself may stand still.
+            self._mailbox.post.remote(Command("stop"))
             await asyncio.wait({self._fit}, timeout=timeout_s)
         if self._fit.done() and not self._fit.cancelled():
             # Retrieved, so that asyncio does not report it as never retrieved: the call that met a failure has already raised
@@ -167,8 +171,20 @@ class StudentGroup:
         assert self._fit is not None
         return not self._fit.done() and not ray.get(self._mailbox.num_entered.remote())
 
+    def waits_for(self) -> list[str]:
+        """Commands that the ranks have not finished, a line each."""
+        now = time.monotonic()
+        return [f"the student ranks, to finish `{kind}` since {now - since:.0f} s" for kind, since in self._commands.items()]
+
     async def _call(self, command: Command) -> Any:
         """Post a command and wait for its result, or for the end of the ranks, whichever comes first."""
+        self._commands[command.kind] = time.monotonic()
+        try:
+            return await self._result(command)
+        finally:
+            self._commands.pop(command.kind, None)
+
+    async def _result(self, command: Command) -> Any:
         assert self._fit is not None
         index = await self._mailbox.post.remote(command)
         answer = asyncio.ensure_future(_awaited(self._mailbox.result.remote(index)))

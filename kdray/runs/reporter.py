@@ -48,6 +48,8 @@ _GOES_ON = {"start": "preparing models", "starting": "starting engines", "servin
     ("finished", "failed", "interrupted"), "closing"
 )
 """Events after which a run works on without steps to count, and at what."""
+_ADVANCES = ("start", "serving", "parity", "signals", "evaluation", "checkpoint", "finished")
+"""Events after which a run has come further, beside its steps."""
 _NARROW = 140
 """Columns of a terminal below which the bar is short."""
 
@@ -88,6 +90,8 @@ class RunReporter:
         self._last_line_at = -math.inf
         self._trackers = trackers
         self._summary: Mapping[str, Any] | None = None
+        self.advanced_at = time.monotonic()
+        """Time of the latest step, or of the start or end of a part of the run, by `time.monotonic`."""
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._ticks = Ticks(self._tick)
@@ -108,12 +112,13 @@ class RunReporter:
 
     def phase(self, name: str, total: int) -> None:
         """Announce a phase (sft, distill, control, evaluation) of `total` steps or prompts, and restart the progress bar."""
+        self.advanced_at = time.monotonic()
         self._record("phase", name=name, total=total)
         self._show_phase(name, total)
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show the progress of a model that is trained before the run: steps made, and in all. Only the terminal shows it."""
-        name = f"prepare {what}"
+        name, self.advanced_at = f"prepare {what}", time.monotonic()
         if self._phase != name:
             self._show_phase(name, total)
             self._last_line_at = time.monotonic()
@@ -150,6 +155,8 @@ class RunReporter:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write an event and show it."""
+        if kind in _ADVANCES:
+            self.advanced_at = time.monotonic()
         self._record(kind, **fields)
         if kind in _GOES_ON:
             self._begin(_GOES_ON[kind])
@@ -211,6 +218,7 @@ class RunReporter:
             self._trackers.log(step, line, self._phase)
 
     def _advance(self, completed: int, metrics: Mapping[str, float]) -> None:
+        self.advanced_at = time.monotonic()
         values = _describe(metrics)
         if completed == self._phase_total:
             # What follows has no steps: weights travel, checkpoints are written, the student is measured.

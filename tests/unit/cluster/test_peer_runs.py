@@ -8,12 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from cluster.parts import SideBySide
-from cluster.peer_runs import _stores
+from cluster.peer_runs import _all_of, _stores
 from kdray.config import Config, parse_config
 from kdray.config.route import Route
+from kdray.errors import TrainingError
+from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import peer_configs
 from tests.support.fakes import turns
 
@@ -79,9 +83,9 @@ def test_a_board_is_made_where_a_pool_that_runs_is_autoscaled(tmp_path: Path) ->
 
 async def test_a_control_waits_until_all_others_are_measured() -> None:
     beside = SideBySide(["", "ada", "bob"])
-    beside.ranks_start("")
-    beside.ranks_start("ada")
-    beside.ranks_start("ada")
+    beside.ranks_start("", list)
+    beside.ranks_start("ada", lambda: ["the student ranks"])
+    beside.ranks_start("ada", lambda: ["the student ranks"])
     assert beside.rank_groups == 2
     beside.ranks_end("")
     beside.ranks_end("bob")
@@ -94,3 +98,33 @@ async def test_a_control_waits_until_all_others_are_measured() -> None:
     beside.measured("bob")
     await asyncio.wait_for(waiting, 1.0)
     await asyncio.wait_for(SideBySide([""]).others_measured(""), 1.0)
+
+
+class StubRunner:
+    """A run whose loop waits for an answer that never comes."""
+
+    def __init__(self, reporter: Any) -> None:
+        self.reporter = reporter
+
+    async def run(self) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_runs_of_which_none_advances_end_with_the_reason(tmp_path: Path) -> None:
+    async def holds() -> None:
+        await asyncio.Event().wait()
+
+    events: list[str] = []
+    reporter = SimpleNamespace(event=lambda kind, **fields: events.append(kind))
+    beside = SideBySide([""])
+    beside.ranks_start("", lambda: ["the student ranks, to finish `train` since 9 s"])
+    beside.pools_serve(SimpleNamespace(all=[SimpleNamespace(waits_for=lambda: ["pool main"], answered_at=7.0)]))  # type: ignore[arg-type]
+    assert beside.answered_at == 7.0
+    with Watchdog(0.2, 60.0, tmp_path) as watchdog:
+        watchdog.waits_for, watchdog.on_event = beside.waits_for, reporter.event
+        lease: Any = SimpleNamespace(watch=holds)
+        runners: Any = {"": StubRunner(reporter)}
+        with pytest.raises(TrainingError, match="waits for the student ranks, to finish `train` since 9 s; pool main"):
+            await asyncio.wait_for(_all_of(runners, lease, watchdog), 20)
+    assert events == ["run_stuck", "failed"]

@@ -10,12 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli_base import ConfigPath, Outcome, Overrides, exit_codes, load, print_columns
+from cluster.cli_base import ConfigPath, Outcome, Overrides, Supervise, exit_codes, load, print_columns
 from cluster.commands.results import Step, export, finished_student, local_copy, report, verify
 from cluster.jobs.commands import logs, status, stop, submit
 from kdray.errors import DataError
@@ -78,10 +79,18 @@ def run(
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="Run it with this many seeds, from run.seed on; mean and spread.")
     ] = None,
+    supervise: Supervise = False,
 ) -> None:
     """Run a recipe: on a local Ray, or on the cluster that RAY_ADDRESS names."""
     with exit_codes() as outcome:
         settings = load(config, overrides)
+        if supervise:
+            if seeds is not None:
+                raise DataError("--supervise with --seeds: a run is supervised alone; remove one of the two")
+            from cluster.jobs.supervision import supervise_command
+
+            given = ["run", str(config), *(overrides or [])]
+            raise typer.Exit(supervise_command(given, settings.run_folder, resume, partial(typer.echo, err=True)))
         if seeds is not None:
             _run_seeds(settings, seeds, resume, outcome)
             return

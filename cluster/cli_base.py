@@ -23,6 +23,10 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe,
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as training.learning_rate=1e-5.")
 ]
+Supervise = Annotated[
+    bool,
+    typer.Option("--supervise", help="Resume after failures by itself while steps advance; end where a step fails twice."),
+]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

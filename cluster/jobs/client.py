@@ -10,7 +10,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -120,8 +120,12 @@ class JobServer:
                 logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
             self._client = JobSubmissionClient(self.address)
 
-    def submit(self, config: Config, package: JobPackage, environment: dict[str, str], resume: bool, name: str) -> JobState:
-        """Submit a run. Raises: ConfigError if a job with this name, or one that writes the same folder, has not ended."""
+    def submit(
+        self, config: Config, package: JobPackage, environment: dict[str, str], name: str, flags: Sequence[str] = ()
+    ) -> JobState:
+        """Submit a run. Args: flags: options of `kdray run`, such as --resume.
+
+        Raises: ConfigError if a job with this name, or one that writes the same folder, has not ended."""
         earlier = self.jobs()
         for job in earlier:
             if job.ended:
@@ -137,7 +141,7 @@ class JobServer:
                 raise ConfigError(
                     f"{setting}={name}: job {job.id} is {job.state} with this name; {end}, or choose another {setting}"
                 )
-        arguments = ["python", "-m", "cluster.job_entrypoint", "run", "config.yaml", *(["--resume"] if resume else [])]
+        arguments = ["python", "-m", "cluster.job_entrypoint", "run", "config.yaml", *flags]
         with self._explained(), tempfile.TemporaryDirectory(prefix="kdray-job-") as folder:
             write_folder(package, Path(folder))
             used = {job.submission_id for job in self._client.list_jobs()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli_base import ConfigPath, Overrides, exit_codes, load
+from cluster.cli_base import ConfigPath, Overrides, Supervise, exit_codes, load
 from kdray.errors import Interrupted, KdrayError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def submit(
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Follow the log; end with the job's exit code.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its checkpoint.")] = False,
+    supervise: Supervise = False,
     name: Annotated[str | None, typer.Option("--name", metavar="JOB", help="The job's name; the run's if not given.")] = None,
     check_here: Annotated[
         bool, typer.Option("--check/--no-check", help="Check models and data here, where they can be reached, before sending.")
@@ -51,7 +52,8 @@ def submit(
                 typer.echo(line)
         for place, path in package.files.items():
             typer.echo(f"sent along: {path} as {place}")
-        job = server.submit(settings, package, environment, resume, name)
+        flags = [flag for flag, given in (("--resume", resume), ("--supervise", supervise)) if given]
+        job = server.submit(settings, package, environment, name, flags)
         typer.echo(f"job {job.id}: submitted to {server.address}; run folder {job.run_folder}")
         if follow:
             _follow(server, job)

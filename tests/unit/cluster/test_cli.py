@@ -528,3 +528,29 @@ def test_doctor_asks_the_cluster_that_ray_address_names(monkeypatch):
         assert address in named("Ray cluster").found
     monkeypatch.delenv("RAY_ADDRESS")
     assert named("Ray cluster").ok is True
+
+
+# ------------------------------------------------------------------------------------------------------ supervision
+
+
+def test_a_supervised_run_is_the_same_command_in_a_process_of_its_own(recipe, monkeypatch):
+    seen = []
+
+    def supervise(arguments, run_folder, resume, tell):
+        seen.append((list(arguments), run_folder, resume))
+        return 130
+
+    monkeypatch.setattr("cluster.jobs.supervision.supervise_command", supervise)
+    done = call("run", recipe, "training.steps=7", "--supervise", "--resume")
+    assert done.exit_code == 130
+    ((arguments, folder, resume),) = seen
+    assert arguments == ["run", str(recipe), "training.steps=7"]
+    assert (folder, resume) == (load_config(recipe).run_folder, True)
+
+
+def test_a_supervised_run_with_a_wrong_setting_is_refused_before_it_starts(recipe, monkeypatch):
+    monkeypatch.setattr("cluster.jobs.supervision.supervise_command", lambda *given: 0)
+    assert call("run", recipe, "training.steps=none", "--supervise").exit_code == 2
+    done = call("run", recipe, "--supervise", "--seeds", 2)
+    assert done.exit_code == 2
+    assert "--supervise with --seeds" in done.output

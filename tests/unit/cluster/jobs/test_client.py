@@ -443,7 +443,7 @@ def test_two_jobs_never_share_a_name_or_a_folder(here, name, folder, asked, told
     settings = config()
     running = server([listed("one", name, 1, "RUNNING", folder)])
     with pytest.raises(ConfigError, match="job one is RUNNING.*kdray stop one") as refusal:
-        running.submit(settings, pack(settings), {}, False, asked)
+        running.submit(settings, pack(settings), {}, asked)
     assert re.search(told, str(refusal.value)), refusal.value
 
 

@@ -1,0 +1,152 @@
+"""Supervision of a run: a process that starts it, and resumes it after a failure for as long as its steps advance.
+
+The run is a process of its own, so that every way in which it may end is one that a resume gets past: an error, a kill, a loop
+that stands still. Exit codes are the run's: 0, 2 and 130 end the supervision, 1 and any death by a signal are failures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from tenacity import RetryCallState, Retrying, retry_if_result, sleep_using_event
+
+_INTERRUPTED = 130
+_FIRST_WAIT_S = 10.0
+_LONGEST_WAIT_S = 600.0
+_TAIL_BYTES = 2**16
+_PR_SET_PDEATHSIG = 1
+
+
+class Advance:
+    """Decision to resume: a step may fail once."""
+
+    def __init__(self) -> None:
+        self._failed_at: list[int] = []
+        """Steps of the failures since a run last came further than any before."""
+
+    def may_resume(self, step: int) -> bool:
+        """Register a failure. Args: step: the newest that was made. Returns: False if there was one at this step already."""
+        if step in self._failed_at:
+            return False
+        if all(step > earlier for earlier in self._failed_at):
+            self._failed_at.clear()
+        self._failed_at.append(step)
+        return True
+
+    @property
+    def wait_s(self) -> float:
+        """Time until the next start, longer with every failure that came no further."""
+        return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (len(self._failed_at) - 1))
+
+
+class Supervisor:
+    """A run's process, its signals, and its starts."""
+
+    def __init__(self, command: Sequence[str], run_folder: Path, tell: Callable[[str], object]) -> None:
+        """Args: command: starts the run; `--resume` is added once it has a folder; tell: shows a line."""
+        self._command = list(command)
+        self._run_folder = run_folder
+        self._tell = tell
+        self._advance = Advance()
+        self._interrupted = threading.Event()
+        self._run: subprocess.Popen[bytes] | None = None
+
+    def supervise(self, resume: bool) -> int:
+        """Run it to its end; returns the exit code. Args: resume: the first start continues an earlier run."""
+        self._resume = resume
+        numbers = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._pass_on) for number in numbers}
+        try:
+            code: int = Retrying(
+                retry=retry_if_result(self._is_failure_to_resume),
+                wait=lambda state: self._advance.wait_s,
+                sleep=sleep_using_event(self._interrupted),
+                before_sleep=self._tell_wait,
+            )(self._once)
+            return code if code in (0, 2, _INTERRUPTED) else 1
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _once(self) -> int:
+        """Start the run and wait for its end; returns its exit code, 130 if it was interrupted, negative for other signals."""
+        if self._interrupted.is_set():
+            return _INTERRUPTED
+        flag = ["--resume"] if self._resume and "--resume" not in self._command else []
+        # Out of the terminal's foreground group: Ctrl-C comes here alone, and is passed on once.
+        self._run = subprocess.Popen([*self._command, *flag], process_group=0, preexec_fn=_end_with_parent)
+        if self._interrupted.is_set():
+            self._run.send_signal(signal.SIGTERM)
+        code = self._run.wait()
+        return _INTERRUPTED if self._interrupted.is_set() and code < 0 else code
+
+    def _is_failure_to_resume(self, code: int) -> bool:
+        if code in (0, 2, _INTERRUPTED) or self._interrupted.is_set():
+            return False
+        step = newest_step(self._run_folder)
+        # A start that failed before it wrote its config is repeated as it was.
+        self._resume = self._resume or (self._run_folder / "config.yaml").is_file()
+        if self._advance.may_resume(step):
+            return True
+        self._tell(f"supervision: the run failed at step {step} once more, and is not resumed again")
+        return False
+
+    def _tell_wait(self, state: RetryCallState) -> None:
+        assert state.outcome is not None
+        code = state.outcome.result()
+        how = f"ended with {code}" if code > 0 else f"was ended by signal {-code}"
+        step, wait_s = newest_step(self._run_folder), self._advance.wait_s
+        self._tell(f"supervision: the run {how} at step {step}; it is resumed in {wait_s:.0f} s")
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted.set()
+        if self._run is not None and self._run.poll() is None:
+            self._run.send_signal(number)
+
+
+def supervise_command(arguments: Sequence[str], run_folder: Path, resume: bool, tell: Callable[[str], object]) -> int:
+    """Supervise the command `kdray` with these arguments; returns the exit code."""
+    return Supervisor([sys.executable, "-m", "cluster.cli", *arguments], run_folder, tell).supervise(resume)
+
+
+def newest_step(run_folder: Path) -> int:
+    """Newest step that a run has made, or number of its newest checkpoint if that is higher, as in fine-tuning; 0 without."""
+    steps = [_last(run_folder / "metrics.jsonl", lambda line: True), _last(run_folder / "events.jsonl", _is_checkpoint)]
+    return max(steps)
+
+
+def _is_checkpoint(line: dict[str, object]) -> bool:
+    return line.get("kind") == "checkpoint"
+
+
+def _last(path: Path, counts: Callable[[dict[str, object]], bool]) -> int:
+    """Step of the last line that counts, near the end of a file of JSON lines; 0 if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for text in reversed(lines):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            # The kill may have cut the last line, and the tail the first.
+            continue
+        if isinstance(line, dict) and counts(line) and isinstance(line.get("step"), int):
+            return int(line["step"])
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Let the system end this process if the supervisor is killed: a job that is stopped must not leave its run behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,116 @@
+"""A run that fails, is resumed by itself, and is left alone where a resume would not help. Runs are small scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.jobs import supervision
+from cluster.jobs.supervision import Advance, Supervisor, newest_step
+
+# Each start takes the next of the ends that it is given: the steps that it makes, then an exit code or a signal.
+_RUN = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+starts = folder / "starts"
+number = len(starts.read_text().splitlines()) if starts.exists() else 0
+with starts.open("a") as file:
+    file.write(json.dumps(sys.argv[3:]) + "\\n")
+step, end = json.loads(sys.argv[2])[number]
+if step is not None:
+    (folder / "config.yaml").touch()
+if step:
+    with (folder / "metrics.jsonl").open("w") as file:
+        file.write(json.dumps({"step": step}) + "\\n" + '{"ste')
+if end == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    (folder / "waits").touch()
+    time.sleep(60)
+if end < 0:
+    os.kill(os.getpid(), -end)
+sys.exit(end)
+"""
+
+
+@pytest.fixture(autouse=True)
+def haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_FIRST_WAIT_S", 0.01)
+
+
+def supervised(folder: Path, *ends: tuple[int | None, int], resume: bool = False) -> tuple[int, list[list[str]], list[str]]:
+    """Exit code, the options of every start, and what was told."""
+    told: list[str] = []
+    command = [sys.executable, "-c", _RUN, str(folder), json.dumps(ends)]
+    code = Supervisor(command, folder, told.append).supervise(resume)
+    return code, [json.loads(line) for line in (folder / "starts").read_text().splitlines()], told
+
+
+def test_a_run_is_resumed_while_its_steps_advance(tmp_path: Path) -> None:
+    code, starts, told = supervised(tmp_path / "r", (3, 1), (5, -9), (9, 1), (12, 0))
+    assert code == 0
+    assert starts == [[], ["--resume"], ["--resume"], ["--resume"]]
+    assert "ended with 1 at step 3" in told[0]
+    assert "was ended by signal 9 at step 5" in told[1]
+
+
+def test_a_step_that_fails_twice_ends_the_supervision_with_1(tmp_path: Path) -> None:
+    code, starts, told = supervised(tmp_path / "r", (3, 1), (7, -11), (7, 1), (9, 0))
+    assert (code, len(starts)) == (1, 3)
+    assert told[-1] == "supervision: the run failed at step 7 once more, and is not resumed again"
+
+
+def test_a_kill_that_repeats_is_a_failure_of_the_run_not_a_signal_of_the_user(tmp_path: Path) -> None:
+    assert supervised(tmp_path / "r", (4, -9), (4, -9))[0] == 1
+
+
+@pytest.mark.parametrize("code", [2, 130])
+def test_a_wrong_setting_and_an_interrupt_are_not_resumed(tmp_path: Path, code: int) -> None:
+    assert supervised(tmp_path / "r", (3, code), (9, 0))[:2] == (code, [[]])
+
+
+def test_a_start_without_a_folder_is_repeated_as_it_was(tmp_path: Path) -> None:
+    code, starts, _ = supervised(tmp_path / "r", (None, 1), (5, 1), (9, 0))
+    assert (code, starts) == (0, [[], [], ["--resume"]])
+
+
+def test_a_signal_reaches_the_run_once_and_ends_the_supervision(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    driver = (
+        "import sys; from pathlib import Path; from cluster.jobs.supervision import Supervisor\n"
+        "sys.exit(Supervisor(sys.argv[2:], Path(sys.argv[1]), print).supervise(False))"
+    )
+    command = [sys.executable, "-c", _RUN, str(folder), json.dumps([(3, "waits"), (9, 0)])]
+    process = subprocess.Popen([sys.executable, "-c", driver, str(folder), *command])
+    deadline = time.monotonic() + 30
+    while not (folder / "waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert len((folder / "starts").read_text().splitlines()) == 1
+
+
+def test_a_step_that_failed_before_the_newest_may_not_fail_again_either() -> None:
+    advance = Advance()
+    assert [advance.may_resume(step) for step in (57, 55, 56)] == [True, True, True]
+    waited = advance.wait_s
+    assert not advance.may_resume(55)
+    assert advance.may_resume(80), "the run came further than ever"
+    assert advance.wait_s < waited
+    assert advance.may_resume(55)
+
+
+def test_the_newest_step_is_read_from_files_that_a_kill_has_cut(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"step": 8, "lo')
+    assert newest_step(tmp_path) == 7
+    (tmp_path / "events.jsonl").write_text('{"kind": "checkpoint", "step": 12}\n{"kind": "retry", "step": 99}\n')
+    assert newest_step(tmp_path) == 12

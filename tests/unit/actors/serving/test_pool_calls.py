@@ -158,6 +158,7 @@ async def test_a_call_is_not_lost_while_no_replica_serves_or_its_answers_come(mo
 
     rig = Rig(monkeypatch, trickles, slow=False, request_silence_s=0.4)
     assert await rig.ask() == [0, 1, 2, 3], "0.8 s in all, and never silent for 0.4"
+    assert rig.events == []
     rig = Rig(monkeypatch, answers_late, slow=False, request_silence_s=0.1)
     rig.pool.replicas_serving = 0
     asking = asyncio.create_task(rig.ask())

@@ -54,13 +54,13 @@ async def test_a_run_that_advances_is_left_alone_for_as_long_as_it_does(tmp_path
 
 
 async def test_the_wait_before_a_run_does_not_count(tmp_path: Path) -> None:
-    with Watchdog(0.3, 0.1, tmp_path) as watchdog:
-        # Had it ended this process, nothing here would be left to fail.
+    with Watchdog(0.3, 60.0, tmp_path) as watchdog:
         await asyncio.sleep(0.6)
         watching = asyncio.create_task(watchdog.watch())
         await asyncio.sleep(0.1)
         assert not watching.done()
-        watching.cancel()
+        with pytest.raises(TrainingError):
+            await asyncio.wait_for(watching, 20)
 
 
 _HANGS = """

@@ -42,9 +42,10 @@ class HeldOut:
 
     `reverse_kl` and `forward_kl` are in nats per response token, over the whole vocabulary, on temperature-1 samples of the
     student, averaged over tokens. `exact_match` in [0, 1], the share that `grade` accepts, is present if prompts can be graded,
-    `exact_match/<domain>` if they have several domains, and `pass_at_<k>` for each k of `pass_at`. `response_tokens`,
-    `truncated`, `repetition` (the share of responses that end in a loop) and `distinct_<n>` (the share of n-grams that differ)
-    tell whether responses degenerate; `top_overlap` is the share of the student's top ids that are also the teacher's.
+    `exact_match/<domain>` if they have several domains, and `pass_at_<k>` for each k of `pass_at`. `step_match` is the mean
+    share of right steps, if the grader knows steps. `response_tokens`, `truncated`, `repetition` (the share of responses that
+    end in a loop) and `distinct_<n>` (the share of n-grams that differ) tell whether responses degenerate; `top_overlap` is the
+    share of the student's top ids that are also the teacher's.
     """
 
     prompts: Sequence[Prompt]
@@ -103,7 +104,7 @@ class HeldOut:
         return Measurement(numbers, rollouts, draws)
 
     def _draw(self, prompt: Prompt, draw: int, rollout: Rollout) -> Draw:
-        graded = self.grade is not None and self.grade.can_grade(prompt)
+        grade = self.grade if self.grade is not None and self.grade.can_grade(prompt) else None
         return Draw(
             prompt_id=prompt.prompt_id,
             draw=draw,
@@ -111,11 +112,12 @@ class HeldOut:
             tokens=rollout.num_targets,
             truncated=rollout.finish_reason == "length",
             repeats=ends_in_a_loop(_targets(rollout)),
-            exact_match=bool(self.grade(prompt, self.decode(rollout.token_ids))) if self.grade and graded else None,
+            exact_match=bool(grade(prompt, self.decode(rollout.token_ids))) if grade else None,
             reverse_kl=_sum_of(rollout, rollout.reverse_kl) if self.exact else None,
             forward_kl=_sum_of(rollout, rollout.forward_kl) if self.exact else None,
             top_overlap=None if self.top_ids is None else _overlap(rollout, *self.top_ids),
             rouge_l=rouge_l(prompt, self.decode(rollout.token_ids)) if self.rouge_l else None,
+            step_match=grade.step_match(prompt, self.decode(rollout.token_ids)) if grade else None,
         )
 
 

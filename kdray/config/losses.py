@@ -138,6 +138,9 @@ class MiniLLMLoss(LossSettings):
     single_step: bool = True
     """Compute a token's own reward as the exact per-position reverse KL (eq. 3); otherwise estimate it from the sampled token
     as part of the return (eq. 2), with higher variance."""
+    mixing_weight: bool = True
+    """Weight the long term of a token by q / m, which accounts for the teacher's share in drawing it (eq. 5); without it the
+    weight is 1, the paper's ablation. Nothing changes at alpha 0."""
     whitening: bool = False
     """Normalise the returns to mean 0 and variance 1 over the response tokens of the whole step, with q taken from the sampler.
     Stabilises the size of the long term relative to the single-step term, and thereby changes the objective."""

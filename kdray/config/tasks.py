@@ -20,6 +20,7 @@ TASKS: Registry[Any] = Registry(
         "coin_flip": f"{_MODULE}.coin_flip:CoinFlip",
         "arithmetic": f"{_MODULE}.arithmetic:Arithmetic",
         "multiplication": f"{_MODULE}.multiplication:Multiplication",
+        "running_sum": f"{_MODULE}.running_sum:RunningSum",
         "subtraction_game": f"{_MODULE}.subtraction_game:SubtractionGame",
         "backed_letters": f"{_MODULE}.opinion:BackedLetters",
         "misled_letters": f"{_MODULE}.opinion:MisledLetters",

@@ -52,6 +52,10 @@ class Grader(ABC):
         """Compute the reward of a response (`loss.reward_weight`), finite; by default 1 for a correct one and 0 for others."""
         return float(self.grade(prompt, response))
 
+    def step_match(self, prompt: Prompt, response: str) -> float | None:
+        """Compute the share of the response's steps that are right, in [0, 1]; None if the answer has no steps."""
+        return None
+
     def answer_of(self, response: str) -> Hashable | None:
         """Extract the answer by which responses are compared (`rollout.filters.agreement`); None if there is none."""
         return response.strip()
@@ -167,6 +171,11 @@ class ByTask(Grader):
         assert prompt.domain is not None
         return self._tasks[prompt.domain].grade(response, _reference(prompt))
 
+    def step_match(self, prompt: Prompt, response: str) -> float | None:
+        assert prompt.domain is not None
+        share = getattr(self._tasks[prompt.domain], "step_match", None)
+        return None if share is None else float(share(response, _reference(prompt)))
+
 
 class Grading:
     """A run's grader. Errors name grader, prompt and response; a failed grader never counts as a wrong response."""
@@ -201,6 +210,20 @@ class Grading:
         if not math.isfinite(value):
             raise ResponseError(self._failed(prompt, f"value gave {value}, no finite number", response))
         return value
+
+    def step_match(self, prompt: Prompt, response: str) -> float | None:
+        """See `Grader`. Raises: ResponseError if the grader raised, or returned a number outside [0, 1]."""
+        given = getattr(self._grader, "step_match", None)
+        if given is None:
+            return None
+        try:
+            share = given(prompt, response)
+        # As in `__call__`.
+        except Exception as error:
+            raise ResponseError(self._failed(prompt, f"{type(error).__name__}: {error}", response)) from error
+        if share is not None and not 0.0 <= share <= 1.0:
+            raise ResponseError(self._failed(prompt, f"step_match gave {share}, not a share from 0 to 1", response))
+        return None if share is None else float(share)
 
     def can_grade(self, prompt: Prompt) -> bool:
         """Return True if the prompt has the reference answer, or the grader needs none."""

@@ -23,7 +23,8 @@ def minillm(rows: Buckets, batch: LossBatch, settings: MiniLLMLoss, whitening: W
     """Sum over masked tokens of KL(q || p)(prefix_t) - w_t R_{t+1} log q(y_t); only KL and log q carry gradient.
 
     r_t = log p(y_t) / q(y_t); R_{t+1} = sum over t' > t of gamma^(t' - t - 1) r_t', divided by the number of its terms under
-    length_norm. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings). The single-step KL is on the support and
+    length_norm. w_t = (q_old / m_old) x (q / q_old bounded by the staleness settings), the first factor 1 without
+    settings.mixing_weight. The single-step KL is on the support and
     its tail and takes no w_t: it depends only on the prefix, given which w_t has mean 1, so w_t would only add variance.
     Without the single-step term the return starts at the token itself, as in equation 2: r_t is a one-sample estimate of that
     KL, and without either the token would get no credit. Under whitening r_t uses the sampler's q, whose returns are known
@@ -38,7 +39,8 @@ def minillm(rows: Buckets, batch: LossBatch, settings: MiniLLMLoss, whitening: W
         returns_of = returns_after if settings.single_step else returns_from
         returns = returns_of(tokens.rewards, batch.mask, settings.gamma, settings.length_norm)
     staleness, clipped = staleness_ratio(tokens.current, tokens.student, settings.staleness_cap, settings.staleness)
-    policy_gradient = -(tokens.mixing * staleness * returns * tokens.logprobs).sum()
+    weights = tokens.mixing * staleness if settings.mixing_weight else staleness
+    policy_gradient = -(weights * returns * tokens.logprobs).sum()
 
     # Without the single-step term the KL is still reported, detached from the backward pass.
     both = rows if settings.single_step else rows.detach()

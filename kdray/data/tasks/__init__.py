@@ -1,4 +1,5 @@
-"""Generated questions with exact graders: last letters, coin flip, arithmetic, and letters with an opinion or with a judge.
+"""Generated questions with exact graders: last letters, coin flip, arithmetic, sums written out step
+by step, and letters with an opinion or with a judge.
 They need no file and no network. `STAGES` are lessons derived from them, for training tiny models only.
 
 To add a task: a file here with a class that implements `Task`, and a line in `kdray.config.tasks.TASKS`; or the same class in a

@@ -29,7 +29,8 @@ class Lesson(Protocol):
 class Task(Lesson, Protocol):
     """Family of generated questions in printable ASCII, whose size `difficulty` sets; also for `data.prompts.tasks`.
 
-    Registered as a class (`kdray.config.tasks.TASKS`) that is instantiated without arguments.
+    Registered as a class (`kdray.config.tasks.TASKS`) that is instantiated without arguments. A task whose answers are written
+    out in steps may also have `step_match(response, answer) -> float`, the share of right steps in [0, 1].
     """
 
     def num_prompts(self, difficulty: int) -> int:

@@ -20,7 +20,7 @@ OUTCOMES = ("before", "program", "distilled", "after", "control", "teacher")
 DIFFERENCES = (("after", "before"), ("after", "control"))
 """Evaluations that are compared in pairs."""
 
-_SHARES = ("exact_match", "pass_at_", "truncated", "repetition", "top_overlap", "rouge_l")
+_SHARES = ("exact_match", "step_match", "pass_at_", "truncated", "repetition", "top_overlap", "rouge_l")
 _LONGER = 1.25
 """Growth of responses from which on it is a warning; below it, a task may just need them."""
 _FEW_PROMPTS = 30

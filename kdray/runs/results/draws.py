@@ -32,6 +32,7 @@ DRAW_SCHEMA = pa.schema(
         pa.field("forward_kl", pa.float64()),
         pa.field("top_overlap", pa.float64()),
         pa.field("rouge_l", pa.float64()),
+        pa.field("step_match", pa.float64()),
     ]
 )
 
@@ -58,6 +59,8 @@ class Draw:
     """Sum over the response of the share of the student's top ids that are also among the teacher's."""
     rouge_l: float | None = None
     """`kdray.data.rouge`; None if it was not asked for, or the prompt has no reference answer."""
+    step_match: float | None = None
+    """Share of the response's steps that are right; None if the grader knows no steps."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Ratio:
 def ratios(draws: Sequence[Draw], pass_at: Sequence[int] = ()) -> dict[str, Ratio]:
     """Metrics of an evaluation by name, each over all of its prompts; a metric without any value is absent.
 
-    `exact_match`, `pass_at_<k>` and `rouge_l` are means over prompts, the divergences and `top_overlap` over tokens, the
-    others over responses. Args: pass_at: values of k.
+    `exact_match`, `step_match`, `pass_at_<k>` and `rouge_l` are means over prompts, the divergences and `top_overlap` over
+    tokens, the others over responses. Args: pass_at: values of k.
     """
     prompt_ids, place = np.unique([draw.prompt_id for draw in draws], return_inverse=True)
 
@@ -112,6 +115,7 @@ def ratios(draws: Sequence[Draw], pass_at: Sequence[int] = ()) -> dict[str, Rati
         for domain in domains:
             found[f"exact_match/{domain}"] = of_prompts(over(partial(_match_in, domain)))
     found |= {f"pass_at_{k}": _pass_at(right, k) for k in pass_at}
+    found["step_match"] = of_prompts(over(lambda draw: draw.step_match))
     found["rouge_l"] = of_prompts(over(lambda draw: draw.rouge_l))
     found |= {
         "reverse_kl": over(lambda draw: draw.reverse_kl, lambda draw: draw.tokens),

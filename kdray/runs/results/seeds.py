@@ -18,7 +18,7 @@ from kdray.runs.results.comparison import OUTCOMES
 SEEDS = "seeds.json"
 """File with the results of all seeds, in the folder that holds their runs."""
 
-_HEADLINES = ("exact_match", "rouge_l", "reverse_kl", "forward_kl")
+_HEADLINES = ("exact_match", "step_match", "rouge_l", "reverse_kl", "forward_kl")
 _FREE = ("run.", "cluster.")
 """Settings that do not change what a run comes to."""
 

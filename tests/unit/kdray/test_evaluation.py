@@ -106,6 +106,31 @@ async def test_rouge_l_against_hand_computation() -> None:
     assert "rouge_l" not in without.numbers
 
 
+class Stepwise(Exact):
+    """Half of the steps are right in a long response, and a prompt with the answer `c` has no steps."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        super().__init__(ExactGrader())
+        self.share = share
+
+    def step_match(self, prompt: Prompt, response: str) -> float | None:
+        return None if prompt.answer == "c" else self.share if len(response) > 1 else 0.0
+
+
+async def test_step_match_is_a_mean_over_prompts_whose_answers_have_steps() -> None:
+    grade = Grading("steps", Stepwise())
+    found = await HeldOut(PROMPTS, ScriptedSampler(), None, decode, grade, max_new_tokens=8, seed=5).measure(version=0)
+    assert [draw.step_match for draw in found.draws] == [0.5, 0.0, None]
+    assert found.numbers["step_match"] == 0.25
+    assert intervals_of(ratios(found.draws))["step_match"] == [0.0, 0.5]
+
+
+async def test_a_share_of_steps_outside_0_and_1_ends_the_run() -> None:
+    grade = Grading("steps", Stepwise(share=7.0))
+    with pytest.raises(ResponseError, match=r"steps failed on prompt 40 .* gave 7.0, not a share from 0 to 1"):
+        await HeldOut(PROMPTS, ScriptedSampler(), None, decode, grade, max_new_tokens=8, seed=5).measure(version=0)
+
+
 async def test_numbers_of_earlier_versions_have_no_rouge_l(tmp_path: Path) -> None:
     found = await HeldOut(PROMPTS, ScriptedSampler(), None, decode, GRADE, max_new_tokens=8, seed=5).measure(0)
     write_draws(tmp_path / "now.parquet", found.draws)

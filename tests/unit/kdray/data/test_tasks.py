@@ -46,6 +46,9 @@ def _solve(name: str, prompt: str) -> str:
             moves.append(pile % 4 or 1)
             pile -= moves[-1]
         return "".join(f"{move};" for move in moves)
+    if name == "running_sum":
+        pairs = re.findall(r"([a-z])(\d)", prompt.rstrip(": "))
+        return " ".join(f"{a}{d}={sum(int(each) for _, each in pairs[: n + 1]) % 3}" for n, (a, d) in enumerate(pairs))
     if name == "multiplication":
         return str(eval(prompt.rstrip("=")))
     numbers = re.fullmatch(r"(\d+)\+(\d+)=", prompt)
@@ -56,12 +59,31 @@ def _solve(name: str, prompt: str) -> str:
 @pytest.mark.parametrize("name", TASKS.names())
 @pytest.mark.parametrize("difficulty", [2, 4])
 def test_the_answer_is_right_and_the_grader_says_so(name: str, difficulty: int) -> None:
-    for example in generate_examples([name], difficulty, 200, seed=1):
+    size = min(200, task(name).num_prompts(difficulty))
+    for example in generate_examples([name], difficulty, size, seed=1):
         assert example.answer == _solve(name, example.prompt)
         assert set(example.prompt + example.answer) <= set(ALPHABET)
         assert task(name).grade(f" {example.answer}\n", example.answer)
         assert not task(name).grade(example.answer + "x", example.answer)
         assert not task(name).grade(example.answer[:-1], example.answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "share"),
+    [
+        ("a2=2 b2=1 c1=2 d0=2", 1.0),
+        (" a2=2 b2=1 c1=2 d0=2\n", 1.0),
+        ("a2=1 b2=0 c1=1 d0=1", 0.75),  # one error: the later steps follow from what was written
+        ("a2=2 b2=1 c2=0 d0=0", 0.75),  # another digit than the question's
+        ("a2=2 c2=1 c1=2 d0=2", 0.75),
+        ("a2=2 b2 c1=2 d0=2", 0.75),  # nothing to go on from: the answer's sum counts
+        ("a2=2 b2=1", 0.5),
+        ("a2=2 b2=1 c1=2 d0=2 a2=1 b2=0 c1=1 d0=1", 0.5),
+        ("", 0.0),
+    ],
+)
+def test_steps_of_a_running_sum_are_graded_one_by_one(response: str, share: float) -> None:
+    assert task("running_sum").step_match(response, "a2=2 b2=1 c1=2 d0=2") == share
 
 
 @pytest.mark.parametrize("difficulty", [1, 3, 25])
@@ -72,6 +94,7 @@ def test_difficulty_is_the_number_of_words_people_and_digits(difficulty: int) ->
         assert len(letters.answer) == difficulty
         assert len(letters.prompt) <= 24 + 6 * difficulty
         assert task("coin_flip").generate(rng, difficulty).prompt.count(" it.") == difficulty
+        assert len(task("running_sum").generate(rng, difficulty).answer) == 5 * difficulty - 1
         numbers = task("arithmetic").generate(rng, difficulty).prompt[:-1].split("+")
         assert [len(number) for number in numbers] == [difficulty, difficulty]
 

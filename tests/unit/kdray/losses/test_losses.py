@@ -130,6 +130,7 @@ def numpy_loss(settings, logits, batch, frozen=None):
                     value /= len(later)
                 ratio = math.exp(frozen[b, t, y] - columns["student_logprobs"][b, t])
                 w = math.exp(columns["student_logprobs"][b, t] - columns["mixture_logprobs"][b, t])
+                w = w if settings.mixing_weight else 1.0
                 term = -w * min(ratio, settings.staleness_cap) * value * rows[b, t, y]
                 total += term + (reverse if settings.single_step else 0.0)
                 add("policy_gradient", term)
@@ -147,6 +148,7 @@ def numpy_loss(settings, logits, batch, frozen=None):
         MiniLLMLoss(),
         MiniLLMLoss(single_step=False, length_norm=False, gamma=0.5),
         MiniLLMLoss(gamma=0.0, staleness_cap=1.1),
+        MiniLLMLoss(mixing_weight=False),
         JSDLoss(type="jsd", beta=0.9),
     ],
 )

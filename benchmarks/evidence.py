@@ -1,0 +1,295 @@
+"""Ways of distilling on answers of 59 tokens, several seeds each, by real runs: the numbers behind docs/evidence.md.
+
+    python benchmarks/evidence.py --seeds 0                      # one seed of every cell, one after another
+    python benchmarks/evidence.py --seeds 100 101 102 103 104 --minutes 60
+    python benchmarks/evidence.py --table --figure               # rewrite the table and the figure from the files
+
+A cell is a way, a regime and a seed: one `kdray run configs/running_sum.yaml`. It leaves one JSON file in
+benchmarks/results/evidence, and a cell that has its file is skipped, so that a sweep goes on over days. A run that ends with an
+error leaves no file and is tried again next time. Seeds below 100 are for exploration, the others confirm: the two are never
+averaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+RECIPE = "configs/running_sum.yaml"
+RESULTS = Path("benchmarks/results/evidence")
+FIGURE = Path("benchmarks/results/evidence.svg")
+PAGE = Path("docs/evidence.md")
+MARKS = ("<!-- table: benchmarks/evidence.py -->", "<!-- end of table -->")
+FIRST_CONFIRMING_SEED = 100
+
+COMMON = (
+    # Every cell is then reproducible, and no difference between cells comes from staleness.
+    "rollout.max_staleness=0",
+    "training.checkpoint_every=0",
+    "evaluation.control=false",
+)
+REGIMES = {
+    "weak": ("training.sft.steps=50",),
+    "warm": ("training.sft.steps=150", "training.steps=80", "training.learning_rate=2e-3"),
+}
+"""Supervised steps on the 256 labelled questions before distillation, and length and rate of what follows."""
+NO_NORM = "loss.length_norm=false"
+NO_WEIGHT = "loss.mixing_weight=false"
+WAYS: dict[str, tuple[str, ...]] = {
+    "SFT alone": ("loss={type: sequence}", "rollout.data_share=1"),
+    "sequence-level": ("loss={type: sequence}", "rollout.alpha=1"),
+    "off-policy forward KL": ("loss={type: forward_kl}", "rollout.alpha=1"),
+    "on-policy reverse KL": ("loss={type: reverse_kl}", "rollout.alpha=0"),
+    "MiniLLM": (),
+    "MiniLLM, no length norm": (NO_NORM,),
+    "MiniLLM, no mixing": ("rollout.alpha=0",),
+    "MiniLLM, no mixing, no length norm": ("rollout.alpha=0", NO_NORM),
+    "MiniLLM, w = 1": (NO_WEIGHT,),
+    "MiniLLM, w = 1, no length norm": (NO_WEIGHT, NO_NORM),
+    "GKD": ("loss={type: jsd, beta: 0.5}", "rollout.alpha=0", "rollout.data_share=0.5"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    way: str
+    regime: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        words = "".join(c if c.isalnum() else " " for c in f"{self.way} {self.regime}".lower()).split()
+        return "-".join(["evidence", *words, str(self.seed)])
+
+    @property
+    def settings(self) -> list[str]:
+        seeds = [f"run.seed={self.seed}", f"student.model.seed={self.seed}"]
+        return [f"run.name={self.name}", *seeds, *COMMON, *REGIMES[self.regime], *WAYS[self.way]]
+
+
+def record(cell: Cell, summary: Mapping[str, Any], commit: str) -> dict[str, Any]:
+    """What is kept of a run."""
+    kept = (
+        "before",
+        "after",
+        "teacher",
+        "intervals",
+        "gap_closed",
+        "verdict",
+        "warnings",
+        "trained_tokens",
+        "wall_s",
+        "versions",
+    )
+    return {
+        "way": cell.way,
+        "regime": cell.regime,
+        "seed": cell.seed,
+        "recipe": RECIPE,
+        "settings": cell.settings,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit,
+        "cpus": os.cpu_count(),
+        **{key: summary[key] for key in kept},
+    }
+
+
+def start_run(cell: Cell) -> int:
+    """Run a cell to its end. Returns: the exit code."""
+    command = [sys.executable, "-m", "cluster.cli", "run", RECIPE, *cell.settings]
+    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+
+
+def commit_of_tree() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def run_cell(cell: Cell, results: Path) -> bool:
+    """Run a cell and write its file. Returns: False if the run failed."""
+    folder = Path("runs") / cell.name
+    if not (folder / "summary.json").exists():
+        if folder.exists():
+            # What an interrupted run left has no checkpoint to go on from.
+            folder.rename(folder.with_name(f"{folder.name}.interrupted-{time.time_ns()}"))
+        if (code := start_run(cell)) != 0:
+            print(f"{cell.name}: exit code {code}", file=sys.stderr, flush=True)
+            return False
+    found = record(cell, json.loads((folder / "summary.json").read_text()), commit_of_tree())
+    results.mkdir(parents=True, exist_ok=True)
+    partial = results / f".{cell.name}.partial"
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(results / f"{cell.name}.json")
+    match = f"exact match {found['before']['exact_match']:.3f} to {found['after']['exact_match']:.3f}"
+    print(f"{cell.name}: {match}, gap closed {_gap([found])} %, {found['wall_s']:.0f} s", flush=True)
+    return True
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """All cells that have been run, in the order of `WAYS`."""
+    ways = list(WAYS)
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    return sorted(found, key=lambda cell: (cell["regime"], ways.index(cell["way"]), cell["seed"]))
+
+
+def groups(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[bool, str], dict[str, list[Mapping[str, Any]]]]:
+    """Cells by (confirming, regime) and way."""
+    found: dict[tuple[bool, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for cell in cells:
+        key = cell["seed"] >= FIRST_CONFIRMING_SEED, cell["regime"]
+        found.setdefault(key, {}).setdefault(cell["way"], []).append(cell)
+    return dict(sorted(found.items(), reverse=True))
+
+
+def table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown tables, one for each regime, confirming seeds apart from exploring ones."""
+    parts = []
+    for (confirming, regime), ways in groups(cells).items():
+        kind = "confirming" if confirming else "exploring"
+        every = [cell for of_way in ways.values() for cell in of_way]
+        dates, commits = sorted({cell["date"] for cell in every}), sorted({cell["commit"] for cell in every})
+        parts += [
+            f"**Regime `{regime}`, {kind} seeds** ({', '.join(map(str, sorted({cell['seed'] for cell in every})))}); "
+            f"{' and '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}.",
+            "",
+            "| way | seeds | gap closed % | exact match % | before | teacher | right steps % | tokens | loops % | reverse KL |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *(_row(way, of_way) for way, of_way in ways.items()),
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
+    columns = [
+        way,
+        str(len(cells)),
+        _gap(cells),
+        _number(cells, "after", "exact_match", 100.0, ".1f"),
+        _number(cells, "before", "exact_match", 100.0, ".1f"),
+        _number(cells, "teacher", "exact_match", 100.0, ".1f"),
+        _number(cells, "after", "step_match", 100.0, ".1f"),
+        _number(cells, "after", "response_tokens", 1.0, ".1f"),
+        _number(cells, "after", "repetition", 100.0, ".1f"),
+        _number(cells, "after", "reverse_kl", 1.0, ".3f"),
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def _gap(cells: Sequence[Mapping[str, Any]]) -> str:
+    gaps = [cell["gap_closed"] for cell in cells]
+    values = [100.0 * gap["value"] for gap in gaps if gap["value"] is not None]
+    if not values:
+        return "undefined"
+    if len(cells) == 1:
+        return f"{values[0]:.0f} ({100.0 * gaps[0]['low']:.0f} to {100.0 * gaps[0]['high']:.0f})"
+    lacking = f", undefined in {len(cells) - len(values)}" if len(values) < len(cells) else ""
+    return _spread(values, ".0f") + lacking
+
+
+def _number(cells: Sequence[Mapping[str, Any]], evaluation: str, metric: str, scale: float, digits: str) -> str:
+    return _spread([scale * cell[evaluation][metric] for cell in cells], digits)
+
+
+def _spread(values: Sequence[float], digits: str) -> str:
+    """Mean, and the sample standard deviation of several seeds."""
+    mean = f"{statistics.fmean(values):{digits}}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{digits}}"
+
+
+def write_page(page: Path, text: str) -> None:
+    """Replace what is between the page's marks. Raises: ValueError if it lacks them."""
+    before, rest = page.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}")
+
+
+def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """Gap closed and response length of every way: a dot for each seed, a line at the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Ids that do not change from one drawing to the next, and text that can be searched.
+    matplotlib.rcParams.update({"svg.hashsalt": "evidence", "svg.fonttype": "none"})
+    import matplotlib.pyplot as plt
+
+    shown = groups(cells)
+    rows = [way for way in reversed(WAYS) if any(way in ways for ways in shown.values())]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.4 * len(rows)), sharey=True)
+    for colour, ((confirming, regime), ways) in enumerate(shown.items()):
+        label = f"{regime}; {'confirming' if confirming else 'exploring'} seeds"
+        places = [rows.index(way) + 0.12 * colour for way in ways]
+        for axis, value in ((left, _share), (right, _length)):
+            points = [[each for cell in of_way if (each := value(cell)) is not None] for of_way in ways.values()]
+            for place, of_way in zip(places, points, strict=True):
+                axis.plot(of_way, [place] * len(of_way), "o", color=f"C{colour}", alpha=0.6, label=label)
+                if len(of_way) > 1:
+                    axis.plot([statistics.fmean(of_way)], [place], "|", color=f"C{colour}", markersize=18)
+                label = "_"
+            label = "_"
+        for place, of_way in zip(places, ways.values(), strict=True):
+            if len(of_way) == 1 and of_way[0]["gap_closed"]["value"] is not None:
+                bounds = [100.0 * of_way[0]["gap_closed"][bound] for bound in ("low", "high")]
+                left.plot(bounds, [place, place], "-", color=f"C{colour}", alpha=0.6)
+    left.axvline(0.0, color="grey", linewidth=0.8)
+    left.axvline(100.0, color="grey", linewidth=0.8, linestyle="--")
+    left.set_yticks(range(len(rows)), rows)
+    left.set_xlabel("share of the gap to the teacher closed, %")
+    right.axvline(60.0, color="grey", linewidth=0.8, linestyle="--")
+    right.set_xlabel("tokens of a response (60 in a right one)")
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+
+
+def _share(cell: Mapping[str, Any]) -> float | None:
+    share = cell["gap_closed"]["value"]
+    return None if share is None else 100.0 * float(share)
+
+
+def _length(cell: Mapping[str, Any]) -> float:
+    return float(cell["after"]["response_tokens"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="seeds to run: all ways of one seed before the next")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="WAY", help="some of the ways")
+    parser.add_argument(
+        "--regimes", nargs="*", default=["warm"], choices=list(REGIMES), metavar="REGIME", help="some of the regimes"
+    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")
+    parser.add_argument("--table", action="store_true", help=f"rewrite the table in {PAGE}")
+    parser.add_argument("--figure", action="store_true", help=f"rewrite {FIGURE}")
+    given = parser.parse_args()
+    began, failed = time.monotonic(), 0
+    for seed, regime, way in product(given.seeds, given.regimes, given.ways):
+        cell = Cell(way, regime, seed)
+        if (RESULTS / f"{cell.name}.json").exists():
+            continue
+        if time.monotonic() - began > 60.0 * given.minutes:
+            break
+        failed += not run_cell(cell, RESULTS)
+    cells = read(RESULTS)
+    if given.table:
+        write_page(PAGE, table(cells))
+    if given.figure:
+        draw(cells, FIGURE)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

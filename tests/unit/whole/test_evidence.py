@@ -1,0 +1,89 @@
+"""The sweep of docs/evidence.md: every cell is a valid recipe, finished cells are skipped, and the table holds all files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import evidence
+from benchmarks.evidence import REGIMES, WAYS, Cell, read, record, run_cell, table, write_page
+from kdray.config import load_config
+
+
+def summary(after: float = 0.5, gap: float | None = 0.4) -> dict[str, Any]:
+    numbers = {"step_match": 0.9, "response_tokens": 59.5, "repetition": 0.25, "reverse_kl": 0.125}
+    return {
+        "before": {**numbers, "exact_match": 0.1},
+        "after": {**numbers, "exact_match": after},
+        "teacher": {**numbers, "exact_match": 0.95},
+        "gap_closed": {"value": gap, "low": 0.25, "high": 0.55},
+        **dict.fromkeys(("intervals", "verdict", "warnings", "trained_tokens", "versions")),
+        "wall_s": 61.0,
+    }
+
+
+def keep(folder: Path, cell: Cell, **numbers: Any) -> None:
+    (folder / f"{cell.name}.json").write_text(json.dumps(record(cell, summary(**numbers), "abc")))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_cell_is_a_recipe_of_its_own(way: str, regime: str) -> None:
+    config = load_config(Path(evidence.RECIPE), Cell(way, regime, 7).settings)
+    assert (config.run.seed, config.rollout.max_staleness, config.student.model.seed) == (7, 0, 7)
+    assert config.loss.type == "minillm" or "MiniLLM" not in way
+    assert (config.rollout.alpha == 0.2) == (("MiniLLM" in way and "no mixing" not in way) or way == "SFT alone")
+
+
+def test_names_of_cells_differ() -> None:
+    cells = [Cell(way, regime, seed) for way in WAYS for regime in REGIMES for seed in (1, 11)]
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_a_run_that_has_ended_is_taken_as_it_is_and_a_failed_one_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, failing = Cell("GKD", "weak", 3), Cell("MiniLLM", "weak", 3)
+    folder = tmp_path / "runs" / done.name
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence, "commit_of_tree", lambda: "abc")
+    monkeypatch.setattr(evidence, "start_run", lambda cell: 1)
+    assert run_cell(done, tmp_path / "results")
+    assert not run_cell(failing, tmp_path / "results")
+    (kept,) = read(tmp_path / "results")
+    assert (kept["way"], kept["seed"], kept["commit"], kept["after"]["exact_match"]) == ("GKD", 3, "abc", 0.5)
+
+
+def test_the_table_has_mean_and_spread_and_keeps_exploring_seeds_apart(tmp_path: Path) -> None:
+    for seed, after, gap in ((100, 0.5, 0.4), (101, 0.7, 0.6), (102, 0.6, None)):
+        keep(tmp_path, Cell("MiniLLM", "weak", seed), after=after, gap=gap)
+    keep(tmp_path, Cell("MiniLLM", "weak", 0), after=0.2, gap=0.1)
+    keep(tmp_path, Cell("SFT alone", "weak", 0), after=0.1, gap=None)
+    confirming, exploring = table(read(tmp_path)).split("**Regime `weak`, exploring seeds** (0)")
+    assert confirming.startswith("**Regime `weak`, confirming seeds** (100, 101, 102)")
+    assert "| MiniLLM | 3 | 50 ± 14, undefined in 1 | 60.0 ± 10.0 | 10.0 ± 0.0 | 95.0 ± 0.0 | 90.0 ± 0.0 |" in confirming
+    assert "| MiniLLM | 1 | 10 (25 to 55) | 20.0 | 10.0 | 95.0 | 90.0 | 59.5 | 25.0 | 0.125 |" in exploring
+    assert exploring.index("| SFT alone | 1 | undefined | 10.0 |") < exploring.index("| MiniLLM | 1 |")
+
+
+def test_the_page_keeps_what_is_around_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*evidence.MARKS))
+    for text in ("new", "newer"):
+        write_page(page, text)
+    assert page.read_text() == "before\n{}\n\nnewer\n{}\nafter\n".format(*evidence.MARKS)
+
+
+def test_the_figure_is_drawn_from_the_files(tmp_path: Path) -> None:
+    keep(tmp_path, Cell("GKD", "weak", 100))
+    keep(tmp_path, Cell("GKD", "weak", 101), gap=None)
+    keep(tmp_path, Cell("MiniLLM", "weak", 0))
+    evidence.draw(read(tmp_path), tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "weak; confirming seeds" in drawn
+    assert "MiniLLM" in drawn

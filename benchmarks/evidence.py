@@ -165,8 +165,9 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
             f"**Regime `{regime}`, {kind} seeds** ({', '.join(map(str, sorted({cell['seed'] for cell in every})))}); "
             f"{' and '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}.",
             "",
-            "| way | seeds | gap closed % | exact match % | before | teacher | right steps % | tokens | loops % | reverse KL |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| way | seeds | gap closed % | exact match % | before | teacher | right steps % | before | tokens | loops % "
+            "| reverse KL |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
             *(_row(way, of_way) for way, of_way in ways.items()),
             "",
         ]
@@ -182,6 +183,7 @@ def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
         _number(cells, "before", "exact_match", 100.0, ".1f"),
         _number(cells, "teacher", "exact_match", 100.0, ".1f"),
         _number(cells, "after", "step_match", 100.0, ".1f"),
+        _number(cells, "before", "step_match", 100.0, ".1f"),
         _number(cells, "after", "response_tokens", 1.0, ".1f"),
         _number(cells, "after", "repetition", 100.0, ".1f"),
         _number(cells, "after", "reverse_kl", 1.0, ".3f"),
@@ -218,7 +220,7 @@ def write_page(page: Path, text: str) -> None:
 
 
 def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """Gap closed and response length of every way: a dot for each seed, a line at the mean."""
+    """Gap closed, right steps and response length of every way: a dot for each seed, a line at the mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,11 +230,11 @@ def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
 
     shown = groups(cells)
     rows = [way for way in reversed(WAYS) if any(way in ways for ways in shown.values())]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.4 * len(rows)), sharey=True)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 1.2 + 0.4 * len(rows)), sharey=True)
     for colour, ((confirming, regime), ways) in enumerate(shown.items()):
         label = f"{regime}; {'confirming' if confirming else 'exploring'} seeds"
         places = [rows.index(way) + 0.12 * colour for way in ways]
-        for axis, value in ((left, _share), (right, _length)):
+        for axis, value in ((left, _share), (middle, _steps), (right, _length)):
             points = [[each for cell in of_way if (each := value(cell)) is not None] for of_way in ways.values()]
             for place, of_way in zip(places, points, strict=True):
                 axis.plot(of_way, [place] * len(of_way), "o", color=f"C{colour}", alpha=0.6, label=label)
@@ -248,6 +250,7 @@ def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
     left.axvline(100.0, color="grey", linewidth=0.8, linestyle="--")
     left.set_yticks(range(len(rows)), rows)
     left.set_xlabel("share of the gap to the teacher closed, %")
+    middle.set_xlabel("right steps, %")
     right.axvline(60.0, color="grey", linewidth=0.8, linestyle="--")
     right.set_xlabel("tokens of a response (60 in a right one)")
     left.legend(fontsize=7)
@@ -258,6 +261,10 @@ def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
 def _share(cell: Mapping[str, Any]) -> float | None:
     share = cell["gap_closed"]["value"]
     return None if share is None else 100.0 * float(share)
+
+
+def _steps(cell: Mapping[str, Any]) -> float:
+    return 100.0 * float(cell["after"]["step_match"])
 
 
 def _length(cell: Mapping[str, Any]) -> float:

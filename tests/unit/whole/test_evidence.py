@@ -66,8 +66,11 @@ def test_the_table_has_mean_and_spread_and_keeps_exploring_seeds_apart(tmp_path:
     keep(tmp_path, Cell("SFT alone", "weak", 0), after=0.1, gap=None)
     confirming, exploring = table(read(tmp_path)).split("**Regime `weak`, exploring seeds** (0)")
     assert confirming.startswith("**Regime `weak`, confirming seeds** (100, 101, 102)")
-    assert "| MiniLLM | 3 | 50 ± 14, undefined in 1 | 60.0 ± 10.0 | 10.0 ± 0.0 | 95.0 ± 0.0 | 90.0 ± 0.0 |" in confirming
-    assert "| MiniLLM | 1 | 10 (25 to 55) | 20.0 | 10.0 | 95.0 | 90.0 | 59.5 | 25.0 | 0.125 |" in exploring
+    assert (
+        "| MiniLLM | 3 | 50 ± 14, undefined in 1 | 60.0 ± 10.0 | 10.0 ± 0.0 | 95.0 ± 0.0 | 90.0 ± 0.0 | 90.0 ± 0.0 |"
+        in confirming
+    )
+    assert "| MiniLLM | 1 | 10 (25 to 55) | 20.0 | 10.0 | 95.0 | 90.0 | 90.0 | 59.5 | 25.0 | 0.125 |" in exploring
     assert exploring.index("| SFT alone | 1 | undefined | 10.0 |") < exploring.index("| MiniLLM | 1 |")
 
 

@@ -42,6 +42,7 @@ COMMON = (
 REGIMES = {
     "weak": ("training.sft.steps=50",),
     "warm": ("training.sft.steps=150", "training.steps=80", "training.learning_rate=2e-3"),
+    "long": ("training.sft.steps=150", "training.steps=240", "training.learning_rate=3e-3"),
 }
 """Supervised steps on the 256 labelled questions before distillation, and length and rate of what follows."""
 NO_NORM = "loss.length_norm=false"
@@ -276,7 +277,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="seeds to run: all ways of one seed before the next")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="WAY", help="some of the ways")
     parser.add_argument(
-        "--regimes", nargs="*", default=["warm"], choices=list(REGIMES), metavar="REGIME", help="some of the regimes"
+        "--regimes", nargs="*", default=["long"], choices=list(REGIMES), metavar="REGIME", help="some of the regimes"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")
     parser.add_argument("--table", action="store_true", help=f"rewrite the table in {PAGE}")

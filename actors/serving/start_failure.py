@@ -143,10 +143,9 @@ def own_log_files() -> list[Path]:
 
 def root_cause(error: Exception, log: str) -> str:
     """Last error in `log` if `error` only points there, else `error` itself; one line."""
-    if isinstance(error, KdrayError):
-        # Its message alone tells the user what to change.
-        return _one_line(str(error))
-    raised = _one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    named = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    # The message of an error of kdray's own alone tells the user what to change, unless it hands on what vLLM's client said.
+    raised = _one_line(str(error) if isinstance(error, KdrayError) else named)
     if not _POINTS_ELSEWHERE.search(raised):
         return raised
     if killed := _KILLED.search(raised):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdray.config import Config, EngineSettings, ModelSource
+from kdray.config import Config, EngineSettings, ModelSource, vllm_build
 from kdray.config.route import Route
 from kdray.errors import ConfigError
 from kdray.models.families import Role, check_family
@@ -14,6 +14,8 @@ Model = tuple[ModelSource, str | None]
 """Model and revision."""
 
 _STUDENT = "student.model"
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Widths of an attention head for which vLLM 0.32 has a kernel on CPUs; with another, its engine dies at the first request."""
 
 
 def check_models(config: Config) -> None:
@@ -28,10 +30,32 @@ def check_models(config: Config) -> None:
     route = Route.of(config)
     student = {_STUDENT: models[_STUDENT][0]}
     if route.student_pool:
-        _check_split("rollout.pool", config.rollout.pool, student)
+        _check_engine("rollout.pool", config.rollout.pool, student)
     for name, engine in config.served_teachers.items():
         teacher = {f"teachers.{name}.model": models[f"teachers.{name}.model"][0]}
-        _check_split(f"teachers.{name}", engine, teacher | (student if route.student_in_replicas else {}))
+        _check_engine(f"teachers.{name}", engine, teacher | (student if route.student_in_replicas else {}))
+
+
+def _check_engine(setting: str, engine: EngineSettings, held: dict[str, Model]) -> None:
+    """Args: held: models of the engine, by the setting that names each."""
+    _check_split(setting, engine, held)
+    if not engine.num_gpus and vllm_build.vllm_device() != "gpu":
+        _check_heads(held)
+
+
+def _check_heads(held: dict[str, Model]) -> None:
+    """Check that vLLM on CPUs has an attention kernel for each model."""
+    for name, model in held.items():
+        text = architecture(*model).get_text_config()
+        if getattr(text, "kv_lora_rank", None):
+            # Latent attention has a kernel of its own.
+            continue
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if size not in CPU_HEAD_SIZES:
+            raise ConfigError(
+                f"{name}={describe(model[0])}: its attention heads are {size} wide, and vLLM on CPUs has kernels for "
+                f"{', '.join(map(str, CPU_HEAD_SIZES))} alone; use another model, or engines with GPUs"
+            )
 
 
 def _check_split(setting: str, engine: EngineSettings, held: dict[str, Model]) -> None:

@@ -62,6 +62,12 @@ background process. See stack trace for root cause.
             "",
             "a process of the engine was killed, as when memory runs out; exit codes: {'EngineCore_DP0': -9}",
         ),
+        # Handed on by kdray's own health check, where the engine died at its first request.
+        (
+            EngineError("the engine of m died: EngineCore encountered an issue. See stack trace (above) for the root cause."),
+            "(EngineCore pid=9) ERROR 11-29 18:11:33 [core.py:1512] RuntimeError: Unsupported CPU attention configuration\n",
+            "RuntimeError: Unsupported CPU attention configuration",
+        ),
         # Raised in the replica itself: the log of an engine before it says nothing about it.
         (ValueError("1 validation error for ModelConfig\n  Value error, no such dtype"), ENGINE_LOG, None),
         (KeyError(), ENGINE_LOG, "KeyError"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kdray.config import Config, EngineSettings, ModelSource, vllm_build
 from kdray.config.route import Route
 from kdray.errors import ConfigError
@@ -27,25 +29,17 @@ def check_models(config: Config) -> None:
             models[f"teachers.{name}.model"] = model, "teacher" if settings.served else "in-process teacher"
     for setting, (model, role) in models.items():
         check_family(setting, role, *model, config.max_model_len)
-    route = Route.of(config)
-    student = {_STUDENT: models[_STUDENT][0]}
-    if route.student_pool:
-        _check_engine("rollout.pool", config.rollout.pool, student)
-    for name, engine in config.served_teachers.items():
-        teacher = {f"teachers.{name}.model": models[f"teachers.{name}.model"][0]}
-        _check_engine(f"teachers.{name}", engine, teacher | (student if route.student_in_replicas else {}))
+    for setting, engine, held in _engines(config):
+        _check_split(setting, engine, held)
 
 
-def _check_engine(setting: str, engine: EngineSettings, held: dict[str, Model]) -> None:
-    """Args: held: models of the engine, by the setting that names each."""
-    _check_split(setting, engine, held)
-    if not engine.num_gpus and vllm_build.vllm_device() != "gpu":
-        _check_heads(held)
+def check_heads(config: Config) -> None:
+    """Check that vLLM has an attention kernel for every model that is served on CPUs; their configs are known to be readable.
 
-
-def _check_heads(held: dict[str, Model]) -> None:
-    """Check that vLLM on CPUs has an attention kernel for each model."""
-    for name, model in held.items():
+    Raises: ConfigError with setting, reason and remedy.
+    """
+    served = [held for _, engine, held in _engines(config) if not engine.num_gpus and vllm_build.vllm_device() != "gpu"]
+    for name, model in (each for held in served for each in held.items()):
         text = architecture(*model).get_text_config()
         if getattr(text, "kv_lora_rank", None):
             # Latent attention has a kernel of its own.
@@ -56,6 +50,18 @@ def _check_heads(held: dict[str, Model]) -> None:
                 f"{name}={describe(model[0])}: its attention heads are {size} wide, and vLLM on CPUs has kernels for "
                 f"{', '.join(map(str, CPU_HEAD_SIZES))} alone; use another model, or engines with GPUs"
             )
+
+
+def _engines(config: Config) -> Iterator[tuple[str, EngineSettings, dict[str, Model]]]:
+    """Setting of every engine, its settings, and its models by the setting that names each."""
+    route = Route.of(config)
+    student = {_STUDENT: (config.student.model, config.student.revision)}
+    if route.student_pool:
+        yield "rollout.pool", config.rollout.pool, student
+    for name, engine in config.served_teachers.items():
+        model = kind_of(config, name).model
+        teacher = {} if model is None else {f"teachers.{name}.model": model}
+        yield f"teachers.{name}", engine, teacher | (student if route.student_in_replicas else {})
 
 
 def _check_split(setting: str, engine: EngineSettings, held: dict[str, Model]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from kdray.checks.capabilities import check_capabilities
 from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
 from kdray.checks.gradient_notes import gradient_notes
-from kdray.checks.models import check_models
+from kdray.checks.models import check_heads, check_models
 from kdray.checks.unsafe_notes import unsafe_notes
 from kdray.config import Config
 from kdray.config.route import Route
@@ -39,6 +39,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     check_gpus(config)
     kinds = {name: kind_of(config, name) for name in config.teachers}
     found = {name: kind.check(tokenizer, student_rows) for name, kind in kinds.items()}
+    check_heads(config)
     vocab_size = min([student_rows, *(each.vocab_size for each in found.values() if each.vocab_size is not None)])
     lines = [f"student: {describe(student.model)}, {student_rows} vocabulary rows"]
     lines += [each.line for each in found.values() if each.line is not None]

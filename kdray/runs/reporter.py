@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
+from kdray.data.token_texts import token_texts
 from kdray.runs.folder import RunFolder, utc_now
 from kdray.runs.results.draws import Draw, write_draws
 from kdray.runs.ticks import Ticks
-from kdray.runs.token_texts import token_texts
 from kdray.runs.tracking.trackers import DISTILL, Trackers
 from kdray.types import Rollout, StepReport
 
@@ -36,7 +36,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("reverse_kl", pa.float64()),  # mean over the response, nats per token; null if it was not recorded
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        # Of the first tokens (`kdray.runs.token_texts`): their texts, and KL(student || teacher) at each, nats; null at
+        # Of the first tokens (`kdray.data.token_texts`): their texts, and KL(student || teacher) at each, nats; null at
         # tokens that an environment wrote. Both are null without a decoder or recorded KLs.
         pa.field("token_texts", pa.list_(pa.string())),
         pa.field("token_reverse_kl", pa.list_(pa.float32())),

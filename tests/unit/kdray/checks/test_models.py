@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from kdray.checks.models import CPU_HEAD_SIZES, check_models
+from kdray.checks.models import CPU_HEAD_SIZES, check_heads, check_models
 from kdray.config import Config, parse_config
 from kdray.errors import ConfigError
 
@@ -59,7 +59,7 @@ def test_each_model_is_checked_for_its_own_role(folder: Any) -> None:
 
 
 def test_a_longrope_model_is_measured_against_the_runs_longest_sequence(folder: Any) -> None:
-    scaling = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    scaling = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
     phi = folder("phi", {"model_type": "phi3", "rope_scaling": scaling, "original_max_position_embeddings": 512})
     limits: dict[str, Any] = {"data": {"max_prompt_tokens": 128}, "rollout": {"max_new_tokens": 384}}
     check_models(config(TINY, {"model": phi}, **limits))
@@ -77,9 +77,9 @@ def test_attention_heads_without_a_kernel_on_cpus_are_refused_there_alone(folder
         with pytest.raises(
             ConfigError, match=rf"^{re.escape(name)}=.*/six: its attention heads are 48 wide, .* 32, 64, 80, .* GPUs"
         ):
-            check_models(config(student, {"model": teacher}))
-    check_models(config(six, {"model": TINY, "num_gpus": 1}))
-    check_models(config(TINY, {"type": "hf", "model": six}))
+            check_heads(config(student, {"model": teacher}))
+    check_heads(config(six, {"model": TINY, "num_gpus": 1}))
+    check_heads(config(TINY, {"type": "hf", "model": six}))
 
 
 def test_the_widths_of_heads_are_those_of_the_installed_engine() -> None:

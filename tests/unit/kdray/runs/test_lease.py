@@ -23,6 +23,7 @@ import pytest
 
 from kdray.errors import ConfigError, LeaseLost
 from kdray.runs import lease as module
+from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.folder import LEASE, RunFolder
 from kdray.runs.lease import Holder, Lease, check_owner, leased, read_holder
 from kdray.runs.remote_copy import StoredRun
@@ -255,8 +256,10 @@ def refused(recipe: Path, told: Any) -> None:
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """What a driver writes, but for the files of trackers, which have names of their own."""
-    wanted = [path for path in run.rglob("*") if path.is_file() and "tb" not in path.parts]
+    """What a driver writes and what counts: neither files of trackers, which have names of their own, nor those of a checkpoint
+    that is not committed. One that a driver was in the middle of when it was stopped may get further ones, and no marker."""
+    written = [path for path in run.rglob("*") if path.is_file() and "tb" not in path.parts]
+    wanted = [path for path in written if path.parent.parent.name != "checkpoints" or (path.parent / COMMITTED).is_file()]
     return {str(path.relative_to(run)): path.read_bytes() for path in wanted}
 
 

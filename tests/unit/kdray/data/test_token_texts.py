@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdray.runs.token_texts import MOST_TOKENS, token_texts
+from kdray.data.token_texts import MOST_TOKENS, token_texts
 
 
 def decode_bytes(ids: np.ndarray) -> str:

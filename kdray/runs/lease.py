@@ -33,6 +33,7 @@ from kdray.runs.storage import Storage
 
 STALE_AFTER_S = 60.0
 """Age of a heartbeat from which its driver counts as gone, if this machine cannot tell."""
+_LOOK_AGAIN_S = 0.5
 _BEATS = 6
 """Heartbeats in that time."""
 _SETTLE_S = 1.0
@@ -237,6 +238,10 @@ def check_owner(place: Storage, owner: str | None) -> None:
 def _reason(place: Storage, owner: str) -> str | None:
     """Describe who has the lease instead of `owner`; None if it is its own."""
     found = read_holder(place)
+    if found is None:
+        # A storage that has just come back may not list what it holds: that a lease is gone has to be seen twice.
+        time.sleep(_LOOK_AGAIN_S)
+        found = read_holder(place)
     if found is not None and found.owner == owner:
         return None
     other = "the run's lease is gone" if found is None else f"process {found.pid} on {found.host} has taken over the run"

@@ -122,6 +122,7 @@ class RunReporter:
         if self._phase != name:
             self._show_phase(name, total)
             self._last_line_at = time.monotonic()
+        self._ticks.now(f"{name} {done}/{total}")
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done)
         elif time.monotonic() - self._last_line_at > _PLAIN_LINE_EVERY_S:
@@ -130,7 +131,7 @@ class RunReporter:
 
     def _show_phase(self, name: str, total: int) -> None:
         self._phase, self._phase_total, self._last_line_at = name, total, -math.inf
-        self._ticks.begin(name)
+        self._ticks.begin(f"{name} 0/{total}")
         if self._progress is None:
             self._print(f"{name}: {total} to do")
             return
@@ -223,6 +224,8 @@ class RunReporter:
         if completed == self._phase_total:
             # What follows has no steps: weights travel, checkpoints are written, the student is measured.
             self._ticks.begin(f"finishing {self._phase}")
+        else:
+            self._ticks.now(f"{self._phase} {completed}/{self._phase_total}")
         if self._progress is not None:
             self._ticks.said()
             if self._task is not None:

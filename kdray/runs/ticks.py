@@ -31,6 +31,11 @@ class Ticks:
             self._said_at = self._since
             self._changed.notify()
 
+    def now(self, what: str) -> None:
+        """The same goes on, and has come as far as this."""
+        with self._changed:
+            self._what = what
+
     def said(self) -> None:
         """Something was said."""
         with self._changed:

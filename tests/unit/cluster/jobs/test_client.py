@@ -515,6 +515,7 @@ def test_progress_is_the_newest_line_of_it():
     assert progress("start resumed_step=None\n") is None
     assert progress("start resumed_step=None\nstill starting engines: 20 s\n") == "starting engines: 20 s"
     assert progress("prepare letters 40/200\n") == "prepare letters 40/200"
+    assert progress(log + "still distill 4/12: 30 s\n") == "distill 4/12: 30 s"
     assert progress(log + "still finishing distill: 10 s\n") == "finishing distill: 10 s"
     assert reason(log) is None
 

@@ -202,10 +202,18 @@ class StudentBackend(ABC):
         """Restore the output of `save`, after `start`: the next updates are bit-identical. Returns: the saved `state`.
 
         Learning rate and gradient clipping are those of `start`, where they differ (`keep_learning_rates`).
-        The folder has this rank's files and rank 0's. Nothing in a file may be executed: no pickles, or only those that contain
-        just tensors and plain values (`actors.student.checkpoints.safe_load`).
+        The folder has this rank's files and rank 0's, or those of all ranks if `reads_every_rank`.
+        Nothing in a file may be executed: no pickles, or only those that contain just tensors and plain values
+        (`actors.student.checkpoints.safe_load`).
         Raises: TrainingError if there is no checkpoint of this backend, or it contains anything else.
         """
+
+    def reads_every_rank(self, folder: Path) -> bool:
+        """True if `load` needs the files of all ranks that wrote a checkpoint: it was sharded otherwise than this backend does.
+
+        Args: folder: has this rank's files and rank 0's.
+        """
+        return False
 
     @classmethod
     def trained_weights(cls, folder: Path) -> dict[str, torch.Tensor]:

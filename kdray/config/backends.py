@@ -83,7 +83,7 @@ class DeepSpeedSettings(StudentBackendSettings):
     placement: ClassVar[frozenset[str]] = frozenset({"zero_stage"})
 
     type: Literal["deepspeed"] = "deepspeed"
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3), OnResume()] = 0
     """ZeRO stage: what is sharded over ranks (1 optimizer, 2 and gradients, 3 and parameters)."""
     options: Annotated[
         dict[str, Any], OnResume(below=("zero_optimization.offload_optimizer", "zero_optimization.offload_param"))

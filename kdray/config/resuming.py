@@ -16,8 +16,7 @@ from kdray.config.roles import ENGINE_PLACE, TRAINING_PLACE
 from kdray.config.run_config import Config
 
 _PLACES = (
-    # Checkpoints are sharded by rank, and by the sharding of the student's backend.
-    *(f"training.{name}" for name in sorted(TRAINING_PLACE - {"ranks"})),
+    *(f"training.{name}" for name in sorted(TRAINING_PLACE)),
     *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
 )
 _NOTHING = object()

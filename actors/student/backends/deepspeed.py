@@ -23,7 +23,9 @@ from actors.student.backend import (
     training_device,
     uses_fused_optimizer,
 )
+from actors.student.backends.zero_shards import Layout, ZeroShards, first_file, restore
 from actors.student.checkpoints.safe_load import plain_values, tensors_alone
+from actors.student.features import parameter_groups
 from kdray.config import DeepSpeedSettings, TrainingSettings
 from kdray.errors import TrainingError
 
@@ -262,7 +264,37 @@ class DeepSpeedBackend(StudentBackend):
             found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
             return dict(found)
 
+    def reads_every_rank(self, folder: Path) -> bool:
+        stage = self._settings.zero_stage
+        with tensors_alone(*_records()):
+            _, found = first_file(folder / _TAG, _mapped)
+        return found != Layout(self.world_size if stage else 1, stage)
+
+    def _load_divided_anew(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint that another number of ranks wrote, or another ZeRO stage."""
+        engine, scheduler = self._engine, self._engine.lr_scheduler
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        groups = [{names[id(each)]: each for each in group["params"]} for group in parameter_groups(self.module)]
+        with tensors_alone(*_records()):
+            shards = ZeroShards(folder / _TAG, _mapped, [list(group) for group in groups])
+        restore(engine, self._settings.zero_stage, shards, groups)
+        plain = shards.plain
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if name in plain["module"]:
+                    buffer.copy_(plain["module"][name])
+        starting = scheduler.base_lrs
+        scheduler.load_state_dict(plain["lr_scheduler"])
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        keep_learning_rates(scheduler, starting)
+        engine.global_steps, engine.skipped_steps = int(plain["global_steps"]), int(plain["skipped_steps"])
+        engine.global_samples = int(plain["global_samples"])
+        return plain
+
     def load(self, folder: Path) -> dict[str, Any]:
+        if self.reads_every_rank(folder):
+            return self._load_divided_anew(folder)
         scheduler, optimizer = self._engine.lr_scheduler, self._engine.optimizer
         starting, clipping = scheduler.base_lrs, getattr(optimizer, "clip_grad", None)
         loaded = state = None
@@ -275,6 +307,16 @@ class DeepSpeedBackend(StudentBackend):
         if clipping is not None:
             optimizer.clip_grad = clipping
         return state
+
+
+def _mapped(path: Path) -> Any:
+    """Content of one of DeepSpeed's files, mapped into memory: tensors are read where they are used."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from torch.utils.serialization import config
+
+    # `patch` is added to the module while it is imported.
+    with config.patch({"load.mmap": True}):  # type: ignore[attr-defined]
+        return TorchCheckpointEngine().load(str(path), map_location="cpu")
 
 
 def _records() -> tuple[type, ...]:

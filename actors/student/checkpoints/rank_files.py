@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,16 +131,20 @@ class RankFiles:
             self._trainer.start_phase(phase)
         if checkpoint is not None:
             with self._fetched(checkpoint) as here:
-                self._trainer.load(here)
+                others = any(self._together(lambda: self._trainer.backend.reads_every_rank(here)))
+                with self._fetched(checkpoint, of_all=True) if others else nullcontext(here) as whole:
+                    self._trainer.load(whole)
 
     @contextmanager
-    def _fetched(self, folder: Path) -> Iterator[Path]:
-        """A folder on this node with the files that this rank needs of one that the run wrote, verified against their
-        record."""
-        with self._own_folder() as own:
-            yield self._together(lambda: self._fetch(folder, own))[self._trainer.rank]
+    def _fetched(self, folder: Path, of_all: bool = False) -> Iterator[Path]:
+        """A folder on this node with the files of one that the run wrote, verified against their record.
 
-    def _fetch(self, folder: Path, into: Path) -> Path:
+        Args: of_all: true for the files of every rank; otherwise those of this rank and of rank 0.
+        """
+        with self._own_folder() as own:
+            yield self._together(lambda: self._fetch(folder, own, of_all))[self._trainer.rank]
+
+    def _fetch(self, folder: Path, into: Path, of_all: bool) -> Path:
         storage, key = self._storage, folder.name
         marker = None
         if folder.is_relative_to(self._run_folder):
@@ -153,7 +157,7 @@ class RankFiles:
         if marker is None:
             raise DataError(f"{folder}: was not committed, neither there nor in {self._storage.url}")
         # Other ranks' files are read by those ranks only, except rank 0's: it writes the files shared by all.
-        mine = {name: file for name, file in marker[FILES].items() if file["rank"] in (0, self._trainer.rank)}
+        mine = {name: file for name, file in marker[FILES].items() if of_all or file["rank"] in (0, self._trainer.rank)}
         needed = {name: f"{key}/{name}" for name in mine}
         if storage.is_local:
             found, here = storage.digests(needed.values()), storage.path(key)

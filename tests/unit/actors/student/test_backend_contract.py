@@ -690,7 +690,7 @@ def test_a_checkpoint_of_another_backend_is_refused_by_name(
     phase = phase_of(models["student"])
     for wrote, reads, message in (
         ("deepspeed-0", "torch", "no checkpoint that training.backend.type=torch wrote"),
-        ("torch", "deepspeed-0", "DeepSpeed found no checkpoint"),
+        ("torch", "deepspeed-0", "no checkpoint that training.backend.type=deepspeed wrote"),
     ):
         (tmp_path / wrote).mkdir()
         started(training_of(BACKENDS[wrote]), phase).save(tmp_path / wrote)

@@ -40,6 +40,16 @@ class FileTrainer:
     meeting: Meeting
     state: str = ""
     base: str = ""
+    other_ranks: bool = False
+    """Whether another number of ranks wrote what it loads."""
+
+    @property
+    def backend(self) -> FileTrainer:
+        return self
+
+    def reads_every_rank(self, folder: Path) -> bool:
+        assert (folder / "state" / "model.pt").is_file()
+        return self.other_ranks
 
     def gather(self, value: Any) -> list[Any]:
         self.meeting.values[self.rank] = value
@@ -56,6 +66,9 @@ class FileTrainer:
 
     def load(self, folder: Path) -> None:
         assert (folder / "state" / "model.pt").read_text() == "everybody's"
+        if self.other_ranks:
+            self.state = " and ".join(path.read_text() for path in sorted((folder / "state").glob("rank-*.pt")))
+            return
         self.state = (folder / "state" / f"rank-{self.rank}.pt").read_text()
 
     def start_phase(self, phase: Phase) -> None:
@@ -200,6 +213,17 @@ def test_a_folder_without_a_marker_is_no_checkpoint(group: Group, tmp_path: Path
     for error in group.all(lambda files: files.start_phase(phase, folder)):
         assert isinstance(error, TrainingError)
         assert "was not committed" in str(error)
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_read_with_the_files_of_all(group: Group, tmp_path: Path) -> None:
+    folder = step(group, tmp_path, 4)
+    group.all(lambda files: files.save(folder, {"step": 4}))
+    (tmp_path / "model.safetensors").write_text("from elsewhere")
+    alone = FileTrainer(0, Meeting(threading.Barrier(1)), other_ranks=True)
+    url = group.storage.url if (tmp_path / "shared").exists() else None
+    later = RankFiles(alone, tmp_path / "run", url)  # type: ignore[arg-type]
+    later.start_phase(Phase("distill", str(tmp_path), None, None, 1e-3, 1), folder)
+    assert alone.state == "of 0 and of 1"
 
 
 def test_a_checkpoint_of_the_run_folder_serves_a_run_that_has_a_storage_since(tmp_path: Path, monkeypatch) -> None:

@@ -132,6 +132,7 @@ def _rows(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(shard) for shard in folder.glob("*.parquet")])
 
 
+@pytest.mark.full
 def test_killed_in_mid_run_no_answer_is_lost_or_asked_for_twice(workplace: Path, start: Any) -> None:
     slow = {"main": {"model": str(workplace / "teacher"), "kv_cache_gib": 0.2, "max_num_seqs": 16}}
     recipe = str(_recipe(workplace, "killed", teachers=slow, rollout={"samples_per_prompt": SAMPLES, "alpha": 1.0}))

@@ -99,7 +99,8 @@ def _first_responses(config: Config, base: Path, count: int) -> list[str]:
     return asyncio.run(draw())
 
 
-@pytest.mark.parametrize("story", ["letters", pytest.param("coins", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("story", ["letters", "coins"])
 def test_a_program_is_distilled_end_to_end(workplace: Path, story: str) -> None:
     run, config = _run(workplace, story, story, steps=12)
     summary = _summary(run)

@@ -33,9 +33,10 @@ from kdray.runs.storage import Storage
 
 STALE_AFTER_S = 60.0
 """Age of a heartbeat from which its driver counts as gone, if this machine cannot tell."""
-_LOOK_AGAIN_S = 0.5
 _BEATS = 6
 """Heartbeats in that time."""
+_LOOK_AGAIN_S = 0.5
+"""Time after which a lease that is not there is looked for once more."""
 _SETTLE_S = 1.0
 _LOCK_S = 2.0
 _PATIENCE_S = 5.0

@@ -303,6 +303,19 @@ def test_a_killed_driver_is_followed_at_once(forked: Any, going: Any) -> None:
     assert verify(run).problems == []
 
 
+def test_a_lease_that_a_storage_misses_once_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_AGAIN_S", 0.0)
+    place = Storage.local(tmp_path)
+    with Lease([place]).take() as lease:
+        read, answers = module.read_holder, [None]
+        monkeypatch.setattr(module, "read_holder", lambda asked: answers.pop() if answers else read(asked))
+        check_owner(place, lease.owner)
+        assert not answers
+        answers += [None, None]
+        with pytest.raises(LeaseLost, match="the run's lease is gone"):
+            check_owner(place, lease.owner)
+
+
 def test_a_driver_that_stood_still_writes_nothing_more(forked: Any, going: Any) -> None:
     driver, recipe, run = going
     os.kill(driver.pid, signal.SIGSTOP)

@@ -215,12 +215,16 @@ def test_a_folder_without_a_marker_is_no_checkpoint(group: Group, tmp_path: Path
         assert "was not committed" in str(error)
 
 
-def test_a_checkpoint_of_another_number_of_ranks_is_read_with_the_files_of_all(group: Group, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_number_of_ranks_is_read_with_the_files_of_all(
+    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = step(group, tmp_path, 4)
     group.all(lambda files: files.save(folder, {"step": 4}))
     (tmp_path / "model.safetensors").write_text("from elsewhere")
     alone = FileTrainer(0, Meeting(threading.Barrier(1)), other_ranks=True)
     url = group.storage.url if (tmp_path / "shared").exists() else None
+    # As from a bucket: files are there once they were fetched.
+    monkeypatch.setattr(Storage, "is_local", property(lambda storage: False))
     later = RankFiles(alone, tmp_path / "run", url)  # type: ignore[arg-type]
     later.start_phase(Phase("distill", str(tmp_path), None, None, 1e-3, 1), folder)
     assert alone.state == "of 0 and of 1"

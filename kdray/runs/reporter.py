@@ -193,8 +193,7 @@ class RunReporter:
 
     def heldout_draws(self, draws: Sequence[Draw], name: str) -> None:
         """Store the numbers of every response of a held-out evaluation, replacing one of the same name."""
-        self._folder.guard()
-        write_draws(self._folder.evaluations / f"{name}.parquet", draws)
+        write_draws(self._folder.evaluations / f"{name}.parquet", draws, self._folder.guard)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Keep the content of summary.json for the trackers, which receive it when they are closed."""
@@ -237,12 +236,13 @@ class RunReporter:
             self._print(f"{self._phase} {completed}/{self._phase_total}  {values}".rstrip())
 
     def _write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
-        self._folder.guard()
         table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
         path = self._folder.samples / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
         pq.write_table(table, temporary)
+        # As late as can be: a driver that another one replaces meanwhile must not replace its file.
+        self._folder.guard()
         os.replace(temporary, path)
 
     def _sample(self, rollout: Rollout, source: str, step: int | None) -> dict[str, Any]:

@@ -145,11 +145,15 @@ def _pass_at(right: Ratio, k: int) -> Ratio:
     return Ratio(right.prompt_ids, np.array(values), enough * 1.0)
 
 
-def write_draws(path: Path, draws: Sequence[Draw]) -> None:
-    """Write the numbers of an evaluation to a Parquet file, replacing one that is there."""
+def write_draws(path: Path, draws: Sequence[Draw], guard: Callable[[], None] = lambda: None) -> None:
+    """Write the numbers of an evaluation to a Parquet file, replacing one that is there.
+
+    Args: guard: called just before the file takes its place; what it raises leaves the one that is there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     pq.write_table(pa.Table.from_pylist([asdict(draw) for draw in draws], schema=DRAW_SCHEMA), temporary)
+    guard()
     os.replace(temporary, path)
 
 

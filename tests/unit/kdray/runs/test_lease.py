@@ -257,10 +257,15 @@ def refused(recipe: Path, told: Any) -> None:
 
 def files(run: Path) -> dict[str, bytes]:
     """What a driver writes and what counts: neither files of trackers, which have names of their own, nor those of a checkpoint
-    that is not committed. One that a driver was in the middle of when it was stopped may get further ones, and no marker."""
-    written = [path for path in run.rglob("*") if path.is_file() and "tb" not in path.parts]
+    that is not committed. One that a driver was in the middle of when it was stopped may get further ones, and no marker; nor a
+    file that has not taken its place yet."""
+    written = [path for path in run.rglob("*") if path.is_file() and "tb" not in path.parts and not _temporary(path)]
     wanted = [path for path in written if path.parent.parent.name != "checkpoints" or (path.parent / COMMITTED).is_file()]
     return {str(path.relative_to(run)): path.read_bytes() for path in wanted}
+
+
+def _temporary(path: Path) -> bool:
+    return path.suffix == ".partial" or path.name.startswith(".")
 
 
 def ended(driver: Any) -> int:

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from kdray.config import parse_config
+from kdray.errors import LeaseLost
 from kdray.runs import ticks
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.reporter import SAMPLE_SCHEMA, RunReporter
+from kdray.runs.results.draws import write_draws
 from kdray.runs.tracking.trackers import Trackers
 from kdray.types import Rollout, StepReport
 
@@ -256,6 +258,25 @@ def test_held_out_samples_are_replaced_by_name(make, folder):
     assert path.name == "heldout-before.parquet"
     (row,) = pq.read_table(path).to_pylist()
     assert (row["source"], row["step"], row["sample_id"]) == ("before", None, 2)
+
+
+def test_a_driver_that_lost_its_lease_while_it_wrote_replaces_no_file(tmp_path):
+    """It may stand still between its look at the lease and its last byte: what counts is whose run it is as the file moves."""
+    RunReporter(RunFolder(tmp_path), 1, Console(file=io.StringIO()), decode=spell).heldout_samples([rollout(1)], "before")
+    write_draws(tmp_path / "evaluations" / "before.parquet", [])
+    names = ["samples/heldout-before.parquet", "evaluations/before.parquet"]
+    before = [(tmp_path / name).read_bytes() for name in names]
+
+    def lost() -> None:
+        if any(tmp_path.rglob("*.partial")):
+            raise LeaseLost("another driver")
+
+    late = RunReporter(RunFolder(tmp_path, lost), 1, Console(file=io.StringIO()), decode=spell)
+    with pytest.raises(LeaseLost):
+        late.heldout_samples([rollout(2)], "before")
+    with pytest.raises(LeaseLost):
+        late.heldout_draws([], "before")
+    assert [(tmp_path / name).read_bytes() for name in names] == before
 
 
 def test_without_a_decoder_samples_hold_ids(folder, output):

@@ -34,6 +34,8 @@ from kdray.checks.inputs import changed_versions, check_inputs, check_revisions,
 from kdray.checks.preflight import check
 from kdray.checks.trackers import check_trackers
 from kdray.config import Config, load_config
+from kdray.config.load import read_config
+from kdray.config.resuming import as_begun
 from kdray.errors import ConfigError, LeaseLost, StorageError
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
@@ -61,11 +63,13 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     Args: prompts: texts or records, for `data.prompts.type: iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
-    if not resume:
+    if resume:
+        config = _as_begun(config)
+    else:
         # Said at once, not after models are read and the cluster has room. `create` says why a folder cannot be read.
         with contextlib.suppress(OSError):
             RunFolder(config.run_folder).check_free()
-    elif config.run.storage is None:
+    if resume and config.run.storage is None:
         RunFolder(config.run_folder).check_resumable(config)
     check_trackers(config)
     _quieten()
@@ -101,6 +105,16 @@ def run_seeds(
             ended[seed] = run(each, resume and _begun(each))
         found = write_seeds(config.run_folder, configs, ended)
     return found
+
+
+def _as_begun(config: Config) -> Config:
+    """The config with the defaults that the run to resume began with, where they have changed since."""
+    folder = RunFolder(config.run_folder)
+    if folder.config.is_file():
+        return as_begun(load_config(folder.config), config)
+    stored = StoredRun.of(config)
+    content = None if stored is None else stored.storage.read("config.yaml")
+    return config if content is None else as_begun(read_config(content, f"{config.run.storage}: config.yaml"), config)
 
 
 def _begun(config: Config) -> bool:

@@ -25,6 +25,16 @@ class OnResume:
     """Dotted keys below the field that may change; empty for the field as a whole."""
 
 
+@dataclass(frozen=True)
+class FormerDefault:
+    """Annotation of a field whose default has changed, as in `Annotated[int | None, FormerDefault(256)]`.
+
+    A run that began with the former default goes on with it (`kdray.config.resuming.as_begun`).
+    """
+
+    value: Any
+
+
 def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.config.base import LocalPath, NonNegativeFloat, Positive, Settings, check_weights, with_default_type
+from kdray.config.base import FormerDefault, LocalPath, NonNegativeFloat, Positive, Settings, check_weights, with_default_type
 from kdray.config.graders import GraderSource
 from kdray.config.tasks import TaskName
 
@@ -203,7 +203,7 @@ class DataSettings(Settings):
     prefix: str = ""
     """Text put before every prompt, training and held-out, such as `[label] ` to let a student tell tasks apart. In chat
     messages it is put before the last one."""
-    heldout_size: Positive | None = None
+    heldout_size: Annotated[Positive | None, FormerDefault(DEFAULT_HELDOUT)] = None
     """Number of prompts kept out of training, on which the student is measured before and after. None: 256, or a fifth of the
     prompts of a source that has no held-out prompts of its own, whichever is less."""
     max_prompt_tokens: Positive = 256

@@ -29,21 +29,28 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             if (path / "config.yaml").is_file():
                 raise ConfigError(f"{path}: a run folder, not a config file; give {path / 'config.yaml'}")
             raise ConfigError(f"{path}: {'a folder, not a config file' if path.is_dir() else 'no such config file'}")
-        tree = strict_yaml.load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path!s:.100}: cannot be read: {error.strerror}") from error
+    return read_config(content, str(path), overrides)
+
+
+def read_config(content: bytes, source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read the content of a recipe. Args: source: its place, for messages. Raises: as `load_config`."""
+    try:
+        tree = strict_yaml.load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as `run:` and `student:`, found {type(tree).__name__}")
+        raise ConfigError(f"{source}: expected sections such as `run:` and `student:`, found {type(tree).__name__}")
     try:
         # Before the overrides, which may use the new names of the same settings.
         tree = {**tree, "training": with_backend(tree["training"])} if "training" in tree else tree
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree, source=f"{path} with the overrides" if overrides else str(path))
+    return parse_config(tree, source=f"{source} with the overrides" if overrides else source)
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:

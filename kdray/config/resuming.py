@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
-from kdray.config.base import OnResume, Settings
+from kdray.config.base import FormerDefault, OnResume, Settings
 from kdray.config.roles import ENGINE_PLACE, TRAINING_PLACE
 from kdray.config.run_config import Config
 
@@ -20,6 +20,8 @@ _PLACES = (
     *(f"{engine}.{name}" for engine in ("teachers.*", "rollout.pool") for name in sorted(ENGINE_PLACE)),
 )
 _NOTHING = object()
+
+SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,27 @@ def changeable(config: Config) -> list[str]:
     return sorted(_annotated(config, ""))
 
 
+def as_begun(stored: SomeSettings, wanted: SomeSettings) -> SomeSettings:
+    """Return `wanted` with the defaults that the stored config began with, where they have changed since.
+
+    Only settings that `wanted` leaves at today's default take the stored value, and only if that is the former default.
+    """
+    changed: dict[str, Any] = {}
+    for name, field in type(wanted).model_fields.items():
+        before, now = getattr(stored, name, _NOTHING), getattr(wanted, name)
+        if isinstance(now, Settings) and isinstance(before, Settings):
+            if (section := as_begun(before, now)) is not now:
+                changed[name] = section
+        elif now == field.default:
+            former = [each.value for each in field.metadata if isinstance(each, FormerDefault)]
+            if before in former:
+                changed[name] = before
+    return wanted.model_copy(update=changed) if changed else wanted
+
+
 def changes(stored: Config, wanted: Config) -> list[Change]:
-    """Return the settings whose values differ, in the order of their names."""
+    """Return the settings whose values differ, in the order of their names; a default that changed since is none."""
+    wanted = as_begun(stored, wanted)
     free = {*changeable(stored), *changeable(wanted), *_PLACES}
     before, after = (_leaves(config.model_dump(mode="json")) for config in (stored, wanted))
     # A section without keys stands for its own absence where the other config has some in it.

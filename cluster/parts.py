@@ -89,7 +89,7 @@ class RunStores:
     """The WeightStores of teachers that change during the run, by name."""
 
 
-class SideBySide:
+class ConcurrentRuns:
     """Shared state of concurrent runs that use one cluster and teach each other."""
 
     def __init__(self, runs: Sequence[str]) -> None:

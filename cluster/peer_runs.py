@@ -14,7 +14,7 @@ from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
 from cluster.interrupt import on_interrupt
-from cluster.parts import RunStores, SideBySide
+from cluster.parts import ConcurrentRuns, RunStores
 from cluster.runner import Runner, RunPlan
 from kdray.errors import Interrupted, LeaseLost
 from kdray.runs.context import Checked
@@ -46,7 +46,7 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
             runner.reporter.event("interrupt_requested")
 
     try:
-        beside = SideBySide(list(plans))
+        beside = ConcurrentRuns(list(plans))
         stores = _stores({name: plan.checked for name, plan in plans.items()}, make)
         runners = {name: Runner(name, plan, stores[name], beside) for name, plan in plans.items()}
         reporters = [runner.reporter for runner in runners.values()]

@@ -26,7 +26,7 @@ from cluster.batch_hooks import batch_hooks
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from cluster.engine_specs import student_ids
 from cluster.evaluation import check_signals, measure_at_start, measure_student, teacher_facts
-from cluster.parts import Pools, RunStores, SideBySide
+from cluster.parts import ConcurrentRuns, Pools, RunStores
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
 from kdray.checks.parity import refusal
@@ -50,7 +50,7 @@ from kdray.runs.ledger import Ledger, Totals
 from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import compare
-from kdray.runs.resume import counts, kept, rewind
+from kdray.runs.resume import carried_progress, final_counts, restore_run_state
 from kdray.teachers.kind import kind_of
 from kdray.types import TrainBatch
 
@@ -79,7 +79,7 @@ class RunPlan:
 class Runner:
     """A run from its first phase to its summary."""
 
-    def __init__(self, name: str, plan: RunPlan, stores: RunStores, beside: SideBySide) -> None:
+    def __init__(self, name: str, plan: RunPlan, stores: RunStores, beside: ConcurrentRuns) -> None:
         """Args: name: among the concurrent runs."""
         self.reporter = plan.reporter
         self.stop = asyncio.Event()
@@ -209,7 +209,7 @@ class Runner:
         # A run that ends earlier than it was laid out keeps its curve until there.
         horizon = steps if stored is None or training.schedule == "constant" else max(steps, int(stored["horizon"]))
         schedules = Schedules.of(config, horizon)
-        start_step, self._totals = rewind(self._folder, self._ledger, schedules, steps, stored)
+        start_step, self._totals = restore_run_state(self._folder, self._ledger, schedules, steps, stored)
         base, revision = models.student, config.student.revision
         self._base = base, revision
         if training.sft.steps:
@@ -233,7 +233,7 @@ class Runner:
         )
         progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "distill", **self._record}
         if stored is not None:
-            progress |= kept(stored)
+            progress |= carried_progress(stored)
         recoverable = CheckpointedStudent(
             student,
             self._folder,
@@ -472,7 +472,7 @@ class Runner:
     ) -> dict[str, Any]:
         steps = self._config.training.steps
         summary = {
-            **counts(self._ledger, self._totals, self._config),
+            **final_counts(self._ledger, self._totals, self._config),
             "wall_s": round(time.monotonic() - self._started, 3),
             "before": progress["before"],
             "program": progress["program"],

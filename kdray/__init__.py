@@ -118,7 +118,7 @@ def report(run_folder: Path | str) -> Path:
 
 
 def verify(run_folder: Path | str) -> Proof:
-    """Hold the files of a run against each other: every sample trained once, or left out by a rule.
+    """Check that a run's files agree with each other: every sample trained once, or left out by a rule.
 
     Returns: its `problems` are empty where the files agree.
     """

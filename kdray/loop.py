@@ -37,7 +37,7 @@ from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
 from kdray.rollouts.race import Stopped, first_of
 from kdray.rollouts.rewards import Rewards
 from kdray.rollouts.schedules import Schedules
-from kdray.runs.ledger import NOT_FINITE, Ledger, Totals, fates, ledger_line
+from kdray.runs.ledger import NOT_FINITE, Ledger, Totals, ledger_line, sample_outcomes
 from kdray.runs.metrics import batch_metrics, filter_metrics
 from kdray.runs.training_record import differences, training_columns
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
@@ -193,7 +193,11 @@ class Distillation:
         if report.left_out:
             self._leave_out(done, report.left_out)
             dropped = dict.fromkeys(ids, NOT_FINITE)
-        facts = {**fates(rollouts), "trained_tokens": report.num_target_tokens, **training_columns(batch, report.shards)}
+        facts = {
+            **sample_outcomes(rollouts),
+            "trained_tokens": report.num_target_tokens,
+            **training_columns(batch, report.shards),
+        }
         wrong = self._difference(ledger_line(done, ids, dropped, facts), report)
         if wrong is not None:
             # With the line, `kdray verify` says the same.

@@ -30,7 +30,7 @@ from kdray.types import Rollout, SampleRequest
 _SCORED = frozenset(column.name for column in scored_columns())
 
 
-class Job(NamedTuple):
+class EngineRequest(NamedTuple):
     """A request to vLLM's engine."""
 
     key: str
@@ -118,7 +118,7 @@ class TeacherEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        jobs = []
+        engine_requests = []
         # Kept KV counts as that of the version under which its request began; its later parts may be newer.
         kept = {"kv_version": self.student_version} if self.spec.update_kv == "keep" else {}
         for request in requests:
@@ -134,8 +134,8 @@ class TeacherEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={"kdray": draw | kept},
             )
-            jobs.append(Job(key, request.prompt_ids.tolist(), params))
-        async with aclosing(self._finish(jobs)) as finished:
+            engine_requests.append(EngineRequest(key, request.prompt_ids.tolist(), params))
+        async with aclosing(self._finish(engine_requests)) as finished:
             async for ended in finished:
                 yield [self._sampled(requests[index], *answer) for index, *answer in ended]
 
@@ -157,7 +157,7 @@ class TeacherEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        jobs = []
+        engine_requests = []
         block_size = self._engine.vllm_config.cache_config.block_size
         for rollout in rollouts:
             key = self._key(rollout.sample_id)
@@ -177,9 +177,9 @@ class TeacherEngine:
                 skip_reading_prefix_cache=start % block_size == 0,
                 extra_args={"kdray": extra},
             )
-            jobs.append(Job(key, sequence[:-1], params))
+            engine_requests.append(EngineRequest(key, sequence[:-1], params))
         lengths = [len(rollout.token_ids) for rollout in rollouts]
-        async with aclosing(self._finish(jobs, lengths)) as finished:
+        async with aclosing(self._finish(engine_requests, lengths)) as finished:
             async for ended in finished:
                 yield [
                     (index, with_columns(rollouts[index], _scores(record), teacher=self.spec.teacher))
@@ -190,12 +190,12 @@ class TeacherEngine:
         if not top_k or any(rollout.support_ids is not None for rollout in rollouts):
             raise RequestRefused("scoring=prompt_logprobs gives a teacher's own top ids alone; set scoring=recorder")
         width = min(self.spec.teacher_top_k, self.spec.vocab_size)
-        jobs = []
+        engine_requests = []
         for rollout in rollouts:
             ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
             params = prompt_logprobs.sampling_params(width, ids[-1])
-            jobs.append(Job(self._key(rollout.sample_id), ids[:-1], params))
-        async with aclosing(self._outputs(jobs)) as outputs:
+            engine_requests.append(EngineRequest(self._key(rollout.sample_id), ids[:-1], params))
+        async with aclosing(self._outputs(engine_requests)) as outputs:
             async for ended in outputs:
                 scored = []
                 for index, output in ended:
@@ -228,15 +228,15 @@ class TeacherEngine:
         )
 
     async def _finish(
-        self, jobs: Sequence[Job], lengths: Sequence[int] | None = None
+        self, engine_requests: Sequence[EngineRequest], lengths: Sequence[int] | None = None
     ) -> AsyncGenerator[list[tuple[int, Any, Record]]]:
-        """Run jobs and stream (index, output, record) of those that finished since the last item."""
+        """Run engine_requests and stream (index, output, record) of those that finished since the last item."""
         complete = False
         try:
-            async with aclosing(self._outputs(jobs)) as outputs:
+            async with aclosing(self._outputs(engine_requests)) as outputs:
                 async for batch in outputs:
                     wanted = [
-                        (jobs[index].key, len(output.outputs[0].token_ids) if lengths is None else lengths[index])
+                        (engine_requests[index].key, len(output.outputs[0].token_ids) if lengths is None else lengths[index])
                         for index, output in batch
                     ]
                     # The first tensor-parallel rank's; the others record nothing.
@@ -247,14 +247,14 @@ class TeacherEngine:
         finally:
             if not complete and self._engine is not None:
                 # The reader was closed or a request failed: the worker discards the remaining records.
-                await self._call("kdray_drop", [job.key for job in jobs])
+                await self._call("kdray_drop", [engine_request.key for engine_request in engine_requests])
 
-    async def _outputs(self, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[int, Any]]]:
-        """Run jobs and stream (index, output) of those that finished since the last item."""
+    async def _outputs(self, engine_requests: Sequence[EngineRequest]) -> AsyncGenerator[list[tuple[int, Any]]]:
+        """Run engine_requests and stream (index, output) of those that finished since the last item."""
         ended: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
         async def follow(index: int) -> None:
-            key, ids, params = jobs[index]
+            key, ids, params = engine_requests[index]
             final = None
             # Cached prefixes are those of requests that began under the same student; an update that drops them needs no name.
             prompt: dict[str, Any] = {"prompt_token_ids": ids}
@@ -277,12 +277,12 @@ class TeacherEngine:
                 raise
             ended.put_nowait((index, final))
 
-        tasks = [asyncio.create_task(follow(index)) for index in range(len(jobs))]
+        tasks = [asyncio.create_task(follow(index)) for index in range(len(engine_requests))]
         # Kept for the whole stream: a failure while the reader is busy must not be missed.
         all_ended = asyncio.ensure_future(all_of(tasks))
         taken = 0
         try:
-            while taken < len(jobs):
+            while taken < len(engine_requests):
                 batch = [await first_of(ended.get(), all_ended)]
                 while not ended.empty():
                     batch.append(ended.get_nowait())
@@ -400,7 +400,8 @@ class TeacherEngine:
         """Load new weights between two forward passes, by a method of the worker. The caller holds the lock.
 
         Without the pause a forward pass would see half-loaded weights. Without dropping cached and running KV, new weights
-        attend to keys and values of the old ones, which `update_kv` allows for the student; a teacher's law stays its own.
+        attend to keys and values of the old ones, which `update_kv` allows for the student; a teacher's distribution does not
+        change.
         """
         keeps_kv = which == "student" and self.spec.update_kv == "keep"
         try:
@@ -431,8 +432,8 @@ class TeacherEngine:
             skip_reading_prefix_cache=True,
             extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "last_id": int(ids[-1])}},
         )
-        job = Job(key, [int(token_id) for token_id in ids[:-1]], params)
-        async with aclosing(self._finish([job], [len(ids) - 1])) as finished:
+        engine_request = EngineRequest(key, [int(token_id) for token_id in ids[:-1]], params)
+        async with aclosing(self._finish([engine_request], [len(ids) - 1])) as finished:
             ((_, _, record),) = [answer async for part in finished for answer in part]
         return record["student_logprobs"]
 
@@ -462,7 +463,7 @@ class TeacherEngine:
 
 
 def _kdray_args(params: Any) -> Mapping[str, Any]:
-    """What the recorder is told of a request. Args: params: vLLM's SamplingParams."""
+    """Return the recorder's arguments of a request. Args: params: vLLM's SamplingParams."""
     return (getattr(params, "extra_args", None) or {}).get("kdray", {})
 
 

@@ -228,11 +228,11 @@ class TeacherReplica:
             await self._engine.check_health()
             if self._receiving is None or self._receiving.done():
                 ask = Ask(at_least, self._engine.num_workers, self._spec.stuck_after_s)
-                self._receiving = asyncio.create_task(receive(store, ask, self._obey))
+                self._receiving = asyncio.create_task(receive(store, ask, self._execute))
             # A cancelled caller must not interrupt a transfer: half the weights would be new.
             await asyncio.shield(self._receiving)
 
-    async def _obey(self, turn: Turn) -> None:
+    async def _execute(self, turn: Turn) -> None:
         if turn.kind == "connect":
             await self._engine.connect_student(turn.info)
         else:

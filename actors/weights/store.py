@@ -125,7 +125,7 @@ class WeightStore:
             return self._leased, self._version, self._buckets
 
     async def release(self, lease: int) -> None:
-        """Keep the version of a lease no longer for its sake."""
+        """Release a lease, which no longer keeps its version."""
         self._leases.pop(lease, None)
 
     def _forget_the_dead(self) -> None:

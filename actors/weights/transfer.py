@@ -183,13 +183,13 @@ async def _receive_once(store: Any, ask: Ask, do: Callable[[Turn], Awaitable[Non
                 return begun, turn.error
             begun = begun or turn.kind == "receive"
             # In addition to the heartbeats.
-            doing = asyncio.create_task(_obey(store, number, turn, do))
+            doing = asyncio.create_task(_execute(store, number, turn, do))
     finally:
         if doing is not None and not doing.done():
             doing.cancel()
 
 
-async def _obey(store: Any, number: int, turn: Turn, do: Callable[[Turn], Awaitable[None]]) -> None:
+async def _execute(store: Any, number: int, turn: Turn, do: Callable[[Turn], Awaitable[None]]) -> None:
     reason = None
     try:
         await do(turn)

@@ -205,7 +205,7 @@ class LossTensors:
 
     @classmethod
     def of(cls, loss: LossSettings, rollout: RolloutSettings) -> LossTensors:
-        """What a loss makes of rollouts."""
+        """Return the memory that a loss needs, a row of rollouts at a time."""
         support = rollout.teacher_top_k + rollout.student_top_k
         if rollout.teacher_signal == "hidden":
             return cls(_CHUNK_ROWS_HIDDEN, slots=_SLOT * support)

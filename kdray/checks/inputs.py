@@ -1,7 +1,7 @@
 """Inputs of a run beyond its settings (data, tokenizer, models), recorded in every checkpoint and compared by a resume.
 
 A setting names a file or a hub repository; what is there may change while the name stays. Versions of libraries are compared,
-too, but another one is told, not refused: a cluster that was restarted may have a newer image.
+too, but a different version is reported, not refused: a cluster that was restarted may have a newer image.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Route:
             sampler="program" if config.rollout.program is not None else "students" if by_students else "teachers",
             scored_later=scored_later,
             teacher_reads=(
-                "own_ids" if not config.loss.shared_ids else "own_prompts" if config.teacher_apart else "student_ids"
+                "own_ids" if not config.loss.shared_ids else "own_prompts" if config.teacher_needs_own_engine else "student_ids"
             ),
             student_in_replicas=any(beside),
             student_pool=config.has_rollout_pool,

@@ -211,7 +211,7 @@ def _changing_teachers_have_something_to_teach(config: Config) -> Iterator[str]:
             "teachers: peers that start from one model and see the same data stay one model, and have nothing to teach; "
             "give them different models, or tiny ones of different seeds"
         )
-    if selves and not config.teacher_apart and config.rollout.data_share == 0.0 and config.loss.signals:
+    if selves and not config.teacher_needs_own_engine and config.rollout.data_share == 0.0 and config.loss.signals:
         yield (
             "teachers of type self: the student begins as its own teacher, where every divergence is zero and stays so; "
             "set rollout.data_share for answers to learn from, or prompt_template so that the teacher knows more"
@@ -294,7 +294,7 @@ def _features_have_a_teacher_to_compare_with(config: Config) -> Iterator[str]:
             f"training.features with loss.type={config.loss.type}: states are compared token by token, and the teacher's "
             "tokens are others; remove training.features"
         )
-    if config.teacher_apart:
+    if config.teacher_needs_own_engine:
         yield (
             "training.features with prompt_template: layers are compared at the student's prompt, and the teacher reads "
             "another; remove one of them"
@@ -395,7 +395,12 @@ def _environments_answer_who_pauses(config: Config) -> Iterator[str]:
 
 def _whole_conversations_are_scored_as_they_are(config: Config) -> Iterator[str]:
     responds = config.rollout.data_share > 0.0 or "rollout.data_share" in config.training.schedules
-    if config.data.turns == "all" and responds and config.loss.signals and (config.other_teachers or config.teacher_apart):
+    if (
+        config.data.turns == "all"
+        and responds
+        and config.loss.signals
+        and (config.other_teachers or config.teacher_needs_own_engine)
+    ):
         yield (
             "data.turns=all with rollout.data_share: only a teacher in replicas, which reads the student's tokens, scores "
             "several turns of one row; set data.turns=each"

@@ -115,7 +115,7 @@ class Config(Settings):
         return cast(dict[str, PeerTeacherSettings], learning)
 
     @property
-    def teacher_apart(self) -> bool:
+    def teacher_needs_own_engine(self) -> bool:
         """True if the teacher's input differs from the student's, so that no replica can hold both."""
         templates = any(teacher.prompt_template is not None for teacher in self.served_teachers.values())
         return templates or not self.loss.shared_ids
@@ -133,7 +133,7 @@ class Config(Settings):
 
     def student_beside(self, name: str) -> bool:
         """True if a served teacher's replicas also hold the student."""
-        return self.served_teachers[name].holds_student and not self.teacher_apart
+        return self.served_teachers[name].holds_student and not self.teacher_needs_own_engine
 
     def source(self, name: str) -> tuple[ModelSource, str | None]:
         """Model and revision of a teacher whose weights the run loads; those of the student if the teacher follows it."""

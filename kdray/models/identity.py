@@ -1,4 +1,4 @@
-"""Identity of a model's content, by which a resumed run knows its models again; cheap even for large ones.
+"""Identity of a model's content, by which a resumed run recognises its models; cheap even for large ones.
 
 A hub model is its resolved commit. A folder is a digest of each file that an engine reads: the whole content of small ones; of
 safetensors the size, the header (name, shape and place of every tensor) and the beginning, middle and end of every tensor.

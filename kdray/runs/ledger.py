@@ -21,12 +21,12 @@ NOT_FINITE = "not_finite"
 class Ledger:
     """`ledger.jsonl`: the outcome of every sample, one line per step, appended when it is done; read by `kdray.runs.verify`.
 
-    A line holds `step`, `sample_ids`, `dropped` (excluded sample ids by the rule that excluded them, if any), and from `fates`:
-    `prompt_ids`, `tokens` (of the response, without those of the environment), `oldest` and `newest` (student versions that
-    sampled them; null if there is none), `scored_by` (a teacher's name; empty if none scored), in the order of the ids. A
-    column whose values are all equal is stored as that single value. `responses_sha256` is a digest of all responses, for
-    comparing two runs; `trained_tokens` is the number of targets that the ranks counted. What each rank was given and has
-    trained follows in the columns of `kdray.runs.training_record`, which lines of earlier versions lack.
+    A line holds `step`, `sample_ids`, `dropped` (excluded sample ids by the rule that excluded them, if any), and from
+    `sample_outcomes`: `prompt_ids`, `tokens` (of the response, without those of the environment), `oldest` and `newest`
+    (student versions that sampled them; null if there is none), `scored_by` (a teacher's name; empty if none scored), in the
+    order of the ids. A column whose values are all equal is stored as that single value. `responses_sha256` is a digest of
+    all responses, for comparing two runs; `trained_tokens` is the number of targets that the ranks counted. What each rank
+    was given and has trained follows in the columns of `kdray.runs.training_record`, which lines of earlier versions lack.
     """
 
     def __init__(self, path: Path, guard: Callable[[], None] = unguarded) -> None:
@@ -77,7 +77,7 @@ def ledger_line(
     return {"step": step, "sample_ids": sample_ids} | ({"dropped": by_rule} if by_rule else {}) | dict(facts or {})
 
 
-def fates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+def sample_outcomes(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """Build the columns of a ledger line with the outcomes of rollouts; see `Ledger`."""
     versions = [rollout.target_versions for rollout in rollouts]
     columns: dict[str, list[Any]] = {

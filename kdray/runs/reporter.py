@@ -164,7 +164,7 @@ class RunReporter:
         self._print(" ".join([kind, *(f"{name}={_short(value)}" for name, value in fields.items())]))
 
     def _begin(self, what: str) -> None:
-        """From now on this goes on, whose end cannot be counted."""
+        """Start an activity of unknown length."""
         self._ticks.begin(what)
         if self._progress is not None:
             if self._task is not None:

@@ -12,7 +12,7 @@ from kdray.runs.folder import RunFolder
 from kdray.runs.ledger import Ledger, Totals
 
 
-def rewind(
+def restore_run_state(
     folder: RunFolder, ledger: Ledger, schedules: Schedules, steps: int, progress: Mapping[str, Any] | None
 ) -> tuple[int, Totals]:
     """Restore files and schedules to the state of a checkpoint; return the steps done there and their totals.
@@ -30,14 +30,14 @@ def rewind(
     return start_step, Totals(**progress["totals"])
 
 
-def kept(progress: Mapping[str, Any]) -> dict[str, Any]:
+def carried_progress(progress: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a checkpoint's progress that the checkpoints of the resumed run repeat."""
     names = ("before", "program", "stage", "distilled", "totals", "schedules")
     # A run that an earlier version began has no score of the teacher.
     return {name: progress[name] for name in names} | {"teacher": progress.get("teacher")}
 
 
-def counts(ledger: Ledger, totals: Totals, config: Config) -> dict[str, int]:
+def final_counts(ledger: Ledger, totals: Totals, config: Config) -> dict[str, int]:
     """Return the counts in summary.json that come from the ledger and the loop."""
     lost, duplicated = ledger.check(config.training.steps, config.training.batch_size)
     return {"steps": config.training.steps, **asdict(totals), "lost_samples": lost, "duplicated_samples": duplicated}

@@ -25,14 +25,14 @@ class Ticks:
         self._thread.start()
 
     def begin(self, what: str | None) -> None:
-        """From now on, this goes on; None: nothing that a user would wait for."""
+        """Start an activity; None: nothing that a user would wait for."""
         with self._changed:
             self._what, self._since = what, monotonic()
             self._said_at = self._since
             self._changed.notify()
 
     def now(self, what: str) -> None:
-        """The same goes on, and has come as far as this."""
+        """Describe how far the current activity has come."""
         with self._changed:
             self._what = what
 

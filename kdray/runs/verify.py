@@ -78,7 +78,7 @@ class _Step:
         return {sample_id for ids in self.by_rule.values() for sample_id in ids}
 
     def column(self, name: str) -> list[Any]:
-        """Return one value per sample; see `kdray.runs.ledger.fates`."""
+        """Return one value per sample; see `kdray.runs.ledger.sample_outcomes`."""
         value = self.line[name]
         return value if isinstance(value, list) else [value] * len(self.sample_ids)
 
@@ -114,8 +114,8 @@ def verify(run: Path) -> Proof:
     done = config.training.steps if proof.state == "finished" else max((line.step for line in steps), default=0)
     _check_ids(proof, steps, done, config.training.batch_size)
     _check_dropped(proof, steps, config, events)
-    told = _with_fates(proof, steps)
-    _check_fates(proof, told, config)
+    told = _with_outcomes(proof, steps)
+    _check_outcomes(proof, told, config)
     _check_training(proof, told, config)
     _check_metrics(proof, steps, told, metrics, events, config)
     dataset = _check_prompts(proof, told, config)
@@ -161,7 +161,7 @@ def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _with_fates(proof: Proof, steps: Sequence[_Step]) -> list[_Step]:
+def _with_outcomes(proof: Proof, steps: Sequence[_Step]) -> list[_Step]:
     """Return the steps if all their lines have the outcome columns; empty if one has only ids."""
     lacking = [line.step for line in steps if not all(name in line.line for name in (*_FATES, "trained_tokens"))]
     if lacking and len(lacking) == len(steps):
@@ -169,7 +169,7 @@ def _with_fates(proof: Proof, steps: Sequence[_Step]) -> list[_Step]:
         return []
     uneven = [line.step for line in steps if line.step not in lacking and not _even(line)]
     for step in lacking + uneven:
-        proof.wrong("fates", f"step {step}: its line does not tell versions, tokens and prompt of every sample")
+        proof.wrong("outcomes", f"step {step}: its line does not tell versions, tokens and prompt of every sample")
     return [] if lacking or uneven else list(steps)
 
 
@@ -198,7 +198,7 @@ def _check_ids(proof: Proof, steps: Sequence[_Step], done: int, batch_size: int)
     counts = Counter(sample_id for line in steps for sample_id in line.sample_ids)
     for sample_id in range(done * batch_size):
         if counts[sample_id] == 0:
-            proof.wrong("lost", f"sample {sample_id}, of step {sample_id // batch_size + 1}, has no fate")
+            proof.wrong("lost", f"sample {sample_id}, of step {sample_id // batch_size + 1}, has no outcome")
     for sample_id, count in counts.items():
         if count > 1:
             proof.wrong("twice", f"sample {sample_id} stands there {count} times")
@@ -241,7 +241,7 @@ def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config, events:
                 proof.wrong("dropped", f"sample {sample_id} is left out of step {line.step}, which it is no part of")
 
 
-def _check_fates(proof: Proof, told: Sequence[_Step], config: Config) -> None:
+def _check_outcomes(proof: Proof, told: Sequence[_Step], config: Config) -> None:
     """Check that excluded samples were not trained, staleness is within its bound, and samples of a prompt are adjacent."""
     siblings, bound = config.rollout.samples_per_prompt, config.rollout.max_staleness
     for line in told:
@@ -459,7 +459,7 @@ def _facts(
     retries = [line.get("rollouts") for line in events if _kind(line) == "retry"]
     facts = [
         ("run", f"{proof.state}, {len(steps)} of {config.training.steps} steps"),
-        ("samples", f"{samples}, each with one fate"),
+        ("samples", f"{samples}, each with one outcome"),
         ("trained", f"{samples - sum(rules.values())}, each in its step"),
         ("left out", ", ".join(f"{count} by {rule}" for rule, count in rules.items()) or "0"),
     ]

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class TinyModels:
-    """Folders and modules of random Llamas whose laws differ clearly."""
+    """Folders and modules of random Llamas whose distributions differ clearly."""
 
     root: Path
 

@@ -232,27 +232,27 @@ async def _check_frequencies(pair: Pair, tiny_models: TinyModels, student: Path,
     requests = [SampleRequest(index, 0, prompt, alpha, seed=1_000_003 * index + 17, max_new_tokens=2) for index in range(3000)]
     rollouts = list((await _draw(pair.engine, requests)).values())
 
-    def law(prefix: np.ndarray) -> np.ndarray:
+    def distribution(prefix: np.ndarray) -> np.ndarray:
         p, q = (tiny_models.log_rows(folder, prefix, np.array([0])).double().exp()[0] for folder in (pair.teacher, student))
         return (alpha * p + (1 - alpha) * q).numpy()
 
     first = np.array([rollout.token_ids[0] for rollout in rollouts])
-    assert _p_value(first, law(prompt)) > 1e-3
+    assert _p_value(first, distribution(prompt)) > 1e-3
     favourite = int(np.bincount(first[first != EOS]).argmax())
     second = np.array([rollout.token_ids[1] for rollout in rollouts if rollout.token_ids[0] == favourite])
     assert len(second) > 200
-    assert _p_value(second, law(np.append(prompt, favourite).astype(np.int32))) > 1e-3
+    assert _p_value(second, distribution(np.append(prompt, favourite).astype(np.int32))) > 1e-3
     # The test has power: neither model alone explains the draws.
     for folder in (pair.teacher, student):
         alone = tiny_models.log_rows(folder, prompt, np.array([0])).double().exp()[0].numpy()
         assert _p_value(first, alone) < 1e-6
 
 
-def _p_value(tokens: np.ndarray, law: np.ndarray) -> float:
+def _p_value(tokens: np.ndarray, distribution: np.ndarray) -> float:
     """Chi-square p-value, rare tokens pooled so that every expected count is at least 5."""
-    law = law / law.sum()
-    counts = np.bincount(tokens, minlength=len(law)).astype(float)
-    expected = law * len(tokens)
+    distribution = distribution / distribution.sum()
+    counts = np.bincount(tokens, minlength=len(distribution)).astype(float)
+    expected = distribution * len(tokens)
     rare = expected < 5
     if rare.any():
         counts = np.append(counts[~rare], counts[rare].sum())
@@ -386,7 +386,7 @@ async def test_requests_that_cannot_be_served_are_refused(pair: Pair) -> None:
 
 
 async def test_update_is_exact_for_requests_in_flight_and_after(pair: Pair, tiny_models: TinyModels) -> None:
-    """Last in this file: it changes the student. Old tokens keep the old law, new tokens get the new one."""
+    """Last in this file: it changes the student. Old tokens keep the old distribution, new tokens get the new one."""
     rng = np.random.default_rng(4)
     requests = [
         SampleRequest(index, index, rng.integers(2, VOCAB, size=20).astype(np.int32), 0.2, 77 + index, 200)
@@ -421,7 +421,7 @@ async def test_an_older_version_is_not_taken(pair: Pair, tiny_models: TinyModels
 
 
 async def test_a_teacher_that_changes_is_exact_after_its_update(pair: Pair, tiny_models: TinyModels) -> None:
-    """Last: it changes the teacher. Its law is the new one; the student's stays; an older version is not taken."""
+    """Last: it changes the teacher. Its distribution is the new one; the student's stays; an older version is not taken."""
     newer = tiny_models.make("newer-teacher", 3, 128, rows=VOCAB + 5, seed=4)
     await pair.engine.update_teacher([newer / "model.safetensors"], 3)
     await pair.engine.update_teacher([pair.teacher / "model.safetensors"], 2)

@@ -33,7 +33,7 @@ class BigramWorld:
     """A teacher and the versions of a student over 5 tokens: the next token depends on the last one alone."""
 
     def __init__(self, seed: int = 0, learns: bool = True) -> None:
-        """Args: learns: whether the student's law changes from version to version."""
+        """Args: learns: whether the student's distribution changes from version to version."""
         generator = torch.Generator().manual_seed(seed)
         self._teacher = torch.randn(VOCAB, VOCAB, generator=generator).log_softmax(-1)
         self._student = torch.randn(VOCAB, VOCAB, generator=generator)

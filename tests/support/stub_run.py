@@ -37,7 +37,7 @@ from kdray.runs.folder import RunFolder
 from kdray.runs.lease import STALE_AFTER_S, Lease, leased
 from kdray.runs.ledger import Ledger
 from kdray.runs.reporter import RunReporter
-from kdray.runs.resume import counts, rewind
+from kdray.runs.resume import final_counts, restore_run_state
 from kdray.runs.storage import Storage
 from kdray.runs.tracking.trackers import Trackers
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch, TrainedShard
@@ -273,7 +273,7 @@ async def _drive(
     reporter.event("start", resumed_step=found.step if found else None)
     dataset = dataset or load_dataset(config, tokenizer)
     ledger, schedules = Ledger(folder.path / "ledger.jsonl", lease.check), Schedules.of(config)
-    start_step, totals = rewind(folder, ledger, schedules, config.training.steps, found.progress if found else None)
+    start_step, totals = restore_run_state(folder, ledger, schedules, config.training.steps, found.progress if found else None)
     tables = Tables(config.run.seed, len(tokenizer))
     haste = np.random.default_rng(time.time_ns())
     pause = (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None)
@@ -306,7 +306,7 @@ async def _drive(
         hooks=Hooks(filters=Filters(config.rollout.filters, tokenizer.decode, dataset.grade, trained)),
         start_step=start_step,
     ).run()
-    summary = counts(ledger, totals, config) | {
+    summary = final_counts(ledger, totals, config) | {
         "resumed_from_step": found.step if found else None,
         "dropped_prompts": dataset.dropped,
     }

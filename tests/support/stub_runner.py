@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.checkpointing import Checkpoint
-from cluster.parts import Pools, RunStores, SideBySide
+from cluster.parts import ConcurrentRuns, Pools, RunStores
 from cluster.runner import Runner, RunPlan
 from kdray.config import Config
 from kdray.config.route import Route
@@ -116,7 +116,7 @@ class StubRun:
         stores: Any = RunStores(SimpleNamespace(verdict=SimpleNamespace(remote=_verdict)), None, None, {})
         record: dict[str, Any] = {"inputs": {"tokenizer": {"vocabulary": "abc"}}, "installation": {"host": "here"}}
         plan = RunPlan(checked, folder, reporter, checkpoint, None, lease, record, on_start=lambda: None)
-        runner = Runner("", plan, stores, SideBySide([""]))
+        runner = Runner("", plan, stores, ConcurrentRuns([""]))
 
         def on_step(step: int) -> None:
             if step == stop_at:

@@ -24,7 +24,7 @@ from actors.student.backend import (
     uses_fused_optimizer,
 )
 from actors.student.backends.zero_shards import Layout, ZeroShards, first_file, restore
-from actors.student.checkpoints.safe_load import plain_values, tensors_alone
+from actors.student.checkpoints.safe_load import plain_values, tensors_only
 from actors.student.features import parameter_groups
 from kdray.config import DeepSpeedSettings, TrainingSettings
 from kdray.errors import TrainingError
@@ -256,7 +256,7 @@ class DeepSpeedBackend(StudentBackend):
 
         # Up to stage 2, every rank holds all weights, and rank 0 writes them for all.
         whole = folder / _TAG / "mp_rank_00_model_states.pt"
-        with tensors_alone(*_records()):
+        with tensors_only(*_records()):
             if whole.is_file():
                 return dict(TorchCheckpointEngine().load(str(whole), map_location="cpu")["module"])
             if not any((folder / _TAG).glob("zero_pp_rank_0_*_model_states.pt")):
@@ -266,7 +266,7 @@ class DeepSpeedBackend(StudentBackend):
 
     def reads_every_rank(self, folder: Path) -> bool:
         stage = self._settings.zero_stage
-        with tensors_alone(*_records()):
+        with tensors_only(*_records()):
             _, found = first_file(folder / _TAG, _mapped)
         return found != Layout(self.world_size if stage else 1, stage)
 
@@ -275,7 +275,7 @@ class DeepSpeedBackend(StudentBackend):
         engine, scheduler = self._engine, self._engine.lr_scheduler
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         groups = [{names[id(each)]: each for each in group["params"]} for group in parameter_groups(self.module)]
-        with tensors_alone(*_records()):
+        with tensors_only(*_records()):
             shards = ZeroShards(folder / _TAG, _mapped, [list(group) for group in groups])
         restore(engine, self._settings.zero_stage, shards, groups)
         plain = shards.plain
@@ -299,7 +299,7 @@ class DeepSpeedBackend(StudentBackend):
         starting, clipping = scheduler.base_lrs, getattr(optimizer, "clip_grad", None)
         loaded = state = None
         if (folder / _TAG).is_dir():
-            with tensors_alone(*_records()):
+            with tensors_only(*_records()):
                 loaded, state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not self._has_frozen)
         if loaded is None or state is None:
             raise TrainingError(f"{folder}: DeepSpeed found no checkpoint for this number of ranks and ZeRO stage")

@@ -18,7 +18,7 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
-def tensors_alone(*records: type) -> Iterator[None]:
+def tensors_only(*records: type) -> Iterator[None]:
     """Restrict every `torch.load` inside to tensors, plain values and instances of `records`, without calling anything else.
 
     Raises: TrainingError if a file contains anything else; none of it has been executed by then.

@@ -1,4 +1,4 @@
-"""What an environment has to be: a class that its settings build, and an episode of it for every rollout."""
+"""Interface of environments: a class that the settings build, and an episode of it for every rollout."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Stage:
 
 
 def stages(events: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> list[Stage]:
-    """Stages in the order in which they ran, from the events and the steps' times; time between a stop and a resume is none.
+    """Stages in the order in which they ran, from events and steps' times, without the time between a stop and a resume.
 
     A supervised phase ends with its model's evaluation, where no event tells them apart.
     """

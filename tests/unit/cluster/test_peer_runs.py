@@ -12,7 +12,7 @@ import pytest
 
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
-from cluster.parts import SideBySide
+from cluster.parts import ConcurrentRuns
 from cluster.peer_runs import _all_of, _stores
 from kdray.config import Config, parse_config
 from kdray.config.route import Route
@@ -82,7 +82,7 @@ def test_a_board_is_made_where_a_pool_that_runs_is_autoscaled(tmp_path: Path) ->
 
 
 async def test_a_control_waits_until_all_others_are_measured() -> None:
-    beside = SideBySide(["", "ada", "bob"])
+    beside = ConcurrentRuns(["", "ada", "bob"])
     beside.ranks_start("", list)
     beside.ranks_start("ada", lambda: ["the student ranks"])
     beside.ranks_start("ada", lambda: ["the student ranks"])
@@ -97,7 +97,7 @@ async def test_a_control_waits_until_all_others_are_measured() -> None:
         assert not waiting.done()
     beside.measured("bob")
     await asyncio.wait_for(waiting, 1.0)
-    await asyncio.wait_for(SideBySide([""]).others_measured(""), 1.0)
+    await asyncio.wait_for(ConcurrentRuns([""]).others_measured(""), 1.0)
 
 
 class StubRunner:
@@ -117,7 +117,7 @@ async def test_runs_of_which_none_advances_end_with_the_reason(tmp_path: Path) -
 
     events: list[str] = []
     reporter = SimpleNamespace(event=lambda kind, **fields: events.append(kind))
-    beside = SideBySide([""])
+    beside = ConcurrentRuns([""])
     beside.ranks_start("", lambda: ["the student ranks, to finish `train` since 9 s"])
     beside.pools_serve(SimpleNamespace(all=[SimpleNamespace(waits_for=lambda: ["pool main"], answered_at=7.0)]))  # type: ignore[arg-type]
     assert beside.answered_at == 7.0

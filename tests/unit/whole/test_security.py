@@ -17,7 +17,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from actors.student.checkpoints.safe_load import tensors_alone
+from actors.student.checkpoints.safe_load import tensors_only
 from cluster.cli import app
 from kdray.config import OpenAITeacherSettings, TinyModel, load_config, parse_config
 from kdray.errors import EngineError, TrainingError
@@ -276,7 +276,7 @@ def test_a_checkpoint_of_deepspeed_runs_nothing(tmp_path: Path) -> None:
     """As DeepSpeed opens it: with everything allowed."""
     state, trace = tmp_path / "optim_states.pt", tmp_path / "trace"
     torch.save({"step": 3, "loss_scaler": Hostile(trace)}, state)
-    with pytest.raises(TrainingError, match="more than tensors and plain values"), tensors_alone():
+    with pytest.raises(TrainingError, match="more than tensors and plain values"), tensors_only():
         torch.load(state, weights_only=False)
     assert not trace.exists()
     torch.load(state, weights_only=False)
@@ -292,6 +292,6 @@ def test_a_checkpoint_of_deepspeed_has_what_its_optimizers_write(tmp_path: Path)
     state = tmp_path / "optim_states.pt"
     records = (LossScaler, ZeroStageEnum, fragment_address)
     torch.save([LossScaler(2.0), ZeroStageEnum.weights, fragment_address(numel=3, start=1), torch.ones(2)], state)
-    with tensors_alone(*records):
+    with tensors_only(*records):
         scaler, stage, address, tensor = torch.load(state, weights_only=False)
     assert (scaler.cur_scale, stage, address, tensor.sum()) == (2.0, 3, fragment_address(3, 1), 2.0)

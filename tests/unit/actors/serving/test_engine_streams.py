@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from actors.serving.engine import Job, TeacherEngine
+from actors.serving.engine import EngineRequest, TeacherEngine
 from actors.serving.spec import EngineSpec
 from kdray.errors import EngineError
 from tests.support.fakes import turns
 
-Jobs = list[Job]
+Jobs = list[EngineRequest]
 
 
 class ScriptedEngine:
@@ -48,7 +48,7 @@ class ScriptedEngine:
 def engine(script: dict[str, int | Exception]) -> tuple[TeacherEngine, ScriptedEngine, Jobs]:
     found = TeacherEngine(EngineSpec("teacher", "model", None, 8, (1,), 16))
     found._engine = ScriptedEngine(script)
-    return found, found._engine, [Job(key, [0], None) for key in script]
+    return found, found._engine, [EngineRequest(key, [0], None) for key in script]
 
 
 async def read(found: TeacherEngine, jobs: Jobs, busy: int = 0) -> list[str]:

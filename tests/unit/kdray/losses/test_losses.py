@@ -296,7 +296,7 @@ def test_sequence_on_all_responses_is_their_forward_kl_and_the_teachers_entropy(
     p, q = (log_softmax(rng.normal(size=(1 + vocab, vocab))) for _ in range(2))  # row 0 first, row 1 + y after y
     mean = divergence = entropy = 0.0
     for first, second in itertools.product(range(vocab), repeat=2):
-        log_p, log_q = (law[0, first] + law[1 + first, second] for law in (p, q))
+        log_p, log_q = (distribution[0, first] + distribution[1 + first, second] for distribution in (p, q))
         batch = LossBatch(torch.tensor([[0, first, second]]), torch.tensor([[False, True, True]]), vocab)
         logits = torch.tensor(np.stack([q[0], q[0], q[1 + first]]))[None]
         mean += math.exp(log_p) * loss_function(SEQUENCE)(logits, batch, SEQUENCE).total.item()

@@ -1,4 +1,4 @@
-"""The mixture's law, the exact draw from it, and the hash that drives the draw."""
+"""The mixture's distribution, the exact draw from it, and the hash that drives the draw."""
 
 import math
 
@@ -48,19 +48,19 @@ def test_draws_follow_the_mixture():
     """Chi-square over 20,000 hashed draws, one seed a sample, as the recorder makes them."""
     count = 20_000
     seeds = np.array([sample_seed(0, "train", sample) for sample in range(count)], dtype=np.uint64)
-    law = log_mixture(TEACHER, STUDENT, alphas(0.2))
-    tokens = draw(law.float().expand(count, 4), torch.from_numpy(uniforms(seeds, np.zeros(count, dtype=np.int64))))
+    distribution = log_mixture(TEACHER, STUDENT, alphas(0.2))
+    tokens = draw(distribution.float().expand(count, 4), torch.from_numpy(uniforms(seeds, np.zeros(count, dtype=np.int64))))
     observed = np.bincount(tokens.numpy(), minlength=4)
-    assert stats.chisquare(observed, law.exp()[0].numpy() * count).pvalue > 1e-3
+    assert stats.chisquare(observed, distribution.exp()[0].numpy() * count).pvalue > 1e-3
     # the test can tell: the same draws do not fit alpha and 1 - alpha exchanged
     swapped = log_mixture(TEACHER, STUDENT, alphas(0.8)).exp()[0].numpy() * count
     assert stats.chisquare(observed, swapped).pvalue < 1e-12
 
 
 def test_draw_inverts_the_cdf():
-    law = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(6, 3)
+    distribution = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(6, 3)
     points = torch.tensor([0.0, 0.2499, 0.2501, 0.4999, 0.5001, 0.9999], dtype=torch.float64)
-    assert draw(law, points).tolist() == [0, 0, 1, 1, 2, 2]
+    assert draw(distribution, points).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @given(st.integers(0, 10_000), st.sampled_from([torch.float32, torch.float64]))
@@ -79,19 +79,19 @@ def test_zero_probability_tokens_are_never_drawn(seed, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draw_leaves_its_rows_as_they_were(dtype):
     """The recorder reads log m from the same rows afterwards."""
-    law = log_mixture(TEACHER, STUDENT, alphas(0.2)).to(dtype)
-    before = law.clone()
-    draw(law, torch.tensor([0.5], dtype=torch.float64))
-    assert torch.equal(law, before)
+    distribution = log_mixture(TEACHER, STUDENT, alphas(0.2)).to(dtype)
+    before = distribution.clone()
+    draw(distribution, torch.tensor([0.5], dtype=torch.float64))
+    assert torch.equal(distribution, before)
 
 
 def test_draw_in_blocks_is_the_same():
     rng = np.random.default_rng(0)
-    law = torch.tensor(rng.normal(size=(33, 50)), dtype=torch.float32).log_softmax(-1)
+    distribution = torch.tensor(rng.normal(size=(33, 50)), dtype=torch.float32).log_softmax(-1)
     points = torch.tensor(rng.random(33))
-    whole = draw(law, points, max_rows=1000)
-    assert torch.equal(draw(law, points, max_rows=1), whole)
-    assert torch.equal(draw(law, points, max_rows=8), whole)
+    whole = draw(distribution, points, max_rows=1000)
+    assert torch.equal(draw(distribution, points, max_rows=1), whole)
+    assert torch.equal(draw(distribution, points, max_rows=8), whole)
     assert len(set(whole.tolist())) > 10
 
 
@@ -114,11 +114,11 @@ def test_two_distributions_never_give_a_token_that_neither_has(seed):
     vocab = int(rng.integers(2, 1200))
     possible = (rng.random((2, vocab)) < 0.3) & (rng.random(vocab // 100 + 1) < 0.3).repeat(100)[:vocab]
     possible[:, rng.integers(vocab)] = True
-    laws = [torch.tensor(np.where(each, rng.normal(size=vocab) * 3, -np.inf)).softmax(-1).float() for each in possible]
+    distributions = [torch.tensor(np.where(each, rng.normal(size=vocab) * 3, -np.inf)).softmax(-1).float() for each in possible]
     points = torch.tensor([0.0, 2.0**-53, *rng.random(60), 1.0 - 2.0**-53], dtype=torch.float64)
     for alpha in (0.0, 0.4, 1.0):
         share = torch.full((len(points), 1), alpha)
-        parts = [(share, laws[0].repeat(len(points), 1)), (1 - share, laws[1].repeat(len(points), 1))]
+        parts = [(share, distributions[0].repeat(len(points), 1)), (1 - share, distributions[1].repeat(len(points), 1))]
         allowed = possible[0] & (alpha > 0) | possible[1] & (alpha < 1)
         assert allowed[draw_mixed(parts, points).numpy()].all()
 

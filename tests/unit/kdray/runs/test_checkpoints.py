@@ -14,7 +14,7 @@ import pytest
 
 from kdray.errors import DataError
 from kdray.runs.checkpoints import COMMITTED, Committed, NotWhole, commit, discard, newest_checkpoint, prune_checkpoints
-from kdray.runs.ledger import Ledger, fates
+from kdray.runs.ledger import Ledger, sample_outcomes
 from kdray.runs.storage import Storage
 from kdray.types import Rollout
 
@@ -227,12 +227,12 @@ def rollout(sample_id: int, versions: list[int], teacher: str = "t") -> Rollout:
 
 
 def test_fates_say_what_the_rollouts_say(path: Path) -> None:
-    told = fates([rollout(0, [4, 3, 5]), rollout(1, [], teacher="")])
+    told = sample_outcomes([rollout(0, [4, 3, 5]), rollout(1, [], teacher="")])
     digest = told.pop("responses_sha256")
     assert told == {"prompt_ids": 3, "tokens": [3, 0], "oldest": [3, None], "newest": [5, None], "scored_by": ["t", ""]}
     turns = replace(rollout(0, [4, -1, 5]), writer=np.array([0, 4, 0], np.int8))
     context = replace(rollout(1, [-1]), writer=np.array([4], np.int8))
-    of_turns = fates([turns, context])
+    of_turns = sample_outcomes([turns, context])
     assert (of_turns["tokens"], of_turns["oldest"], of_turns["newest"]) == ([2, 0], [4, None], [5, None])
     # A length before each response, both as 32 little-endian bits.
     assert digest == hashlib.sha256(struct.pack("<5i", 3, 0, 0, 0, 0)).hexdigest()

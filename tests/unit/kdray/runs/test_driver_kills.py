@@ -126,7 +126,7 @@ def trained_prompts(run: Path) -> Counter[tuple[int, int]]:
 def test_a_driver_killed_20_times_ends_with_the_same_prompts_and_the_same_curve(forked: Any, tmp_path: Path) -> None:
     whole, killed = undisturbed(forked, tmp_path), killed_and_resumed(forked, tmp_path, seed=1)
     assert trained_prompts(killed) == trained_prompts(whole)
-    # Bit for bit: losses as they are written, and the whole fate of every sample.
+    # Bit for bit: losses as they are written, and all that happened to every sample.
     curves = [
         [(line["step"], line["loss"], line["reverse_kl"]) for line in json_lines(run / "metrics.jsonl")]
         for run in (whole, killed)

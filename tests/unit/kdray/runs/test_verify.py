@@ -134,9 +134,9 @@ LEDGER: list[tuple[str, str, Callable[[list[Line]], Any]]] = [
     ("metrics", "a response of another length", lambda lines: put(lines[5], "tokens", 1, 40)),
     ("prompts", "siblings of two prompts", lambda lines: put(lines[5], "prompt_ids", 1, 47)),
     ("prompts", "another prompt", lambda lines: lines[5]["prompt_ids"].reverse()),
-    ("fates", "a line without versions", lambda lines: lines[5].pop("oldest")),
-    ("fates", "a column that is short", lambda lines: spread(lines[5], "tokens").pop()),
-    ("fates", "a version that is a text", lambda lines: lines[5].update(newest="5")),
+    ("outcomes", "a line without versions", lambda lines: lines[5].pop("oldest")),
+    ("outcomes", "a column that is short", lambda lines: spread(lines[5], "tokens").pop()),
+    ("outcomes", "a version that is a text", lambda lines: lines[5].update(newest="5")),
 ]
 
 
@@ -335,11 +335,11 @@ def call(run: Path) -> Any:
 def test_exit_codes(run: Path, tmp_path: Path) -> None:
     done = call(run)
     assert done.exit_code == 0
-    assert "each with one fate" in done.stdout
+    assert "each with one outcome" in done.stdout
     change(run, "ledger.jsonl", lambda lines: [line["sample_ids"].pop() for line in lines])
     done = call(run)
     assert done.exit_code == 1
-    assert "lost: sample 7, of step 1, has no fate" in done.stderr
+    assert "lost: sample 7, of step 1, has no outcome" in done.stderr
     # A list of nine is cut; how many there are is told.
     assert "lost: 4 more" in done.stderr
     done = call(tmp_path)

@@ -1,4 +1,4 @@
-"""Alignment of two tokenizations: real tokenizers, text that no two cut alike, and the laws of a partition."""
+"""Alignment of two tokenizations: real tokenizers, text that no two cut alike, and the distributions of a partition."""
 
 from __future__ import annotations
 

@@ -272,14 +272,14 @@ class Student:
         self.draws = np.random.default_rng(seed)
 
     def sample(self, count: int) -> list[Rollout]:
-        law = self.table.detach().double().softmax(-1).numpy()
+        distribution = self.table.detach().double().softmax(-1).numpy()
         found = []
         for sample_id in range(count):
             ids = [0]
             while len(ids) == 1 or (ids[-1] != self.tokenizer.eos_token_id and len(ids) <= 12):
-                ids.append(int(self.draws.choice(len(law), p=law[ids[-1]])))
+                ids.append(int(self.draws.choice(len(distribution), p=distribution[ids[-1]])))
             tokens = np.array(ids[1:], np.int32)
-            logprobs = np.log(law[ids[:-1], ids[1:]]).astype(np.float32)
+            logprobs = np.log(distribution[ids[:-1], ids[1:]]).astype(np.float32)
             reason = "stop" if ids[-1] == self.tokenizer.eos_token_id else "length"
             versions = np.zeros(len(tokens), np.int32)
             found.append(Rollout(sample_id, 7, np.zeros(1, np.int32), tokens, logprobs, logprobs, versions, 0.0, reason))
@@ -299,7 +299,7 @@ async def compare(one: CrossTokenizerScorer, student: Student, inner: Bigram, te
     rollouts = student.sample(120)
     inner.asked.clear()
     await score(one, *rollouts)
-    law, gap, alike, groups = student.table.detach().numpy(), 0.0, 0, 0
+    distribution, gap, alike, groups = student.table.detach().numpy(), 0.0, 0, 0
     for own, asked in zip(rollouts, inner.asked, strict=True):
         assert own.student_logprobs is not None
         read = [int(asked.prompt_ids[-1]), *asked.token_ids.tolist()]
@@ -307,7 +307,7 @@ async def compare(one: CrossTokenizerScorer, student: Student, inner: Bigram, te
         gap += own.student_logprobs.sum() - inner.rows[read[:-1], read[1:]].sum()
         ends = [boundaries(student.tokenizer.decode, written[1:]), boundaries(teacher.decode, read[1:])]
         for group in align(*ends):
-            first = student.tokenizer.decode([int(law[written[group.first_start]].argmax())])
+            first = student.tokenizer.decode([int(distribution[written[group.first_start]].argmax())])
             alike += teacher.decode([int(inner.rows[read[group.second_start]].argmax())]).startswith(first)
             groups += 1
     return gap / sum(len(student.tokenizer.decode(rollout.token_ids)) for rollout in rollouts), alike / groups

@@ -1,4 +1,4 @@
-"""Ensemble targets against whole rows: six to eight ids, every law known, every sum written out."""
+"""Ensemble targets against whole rows: six to eight ids, every distribution known, every sum written out."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_duplicates_and_shapes_that_do_not_fit_are_refused() -> None:
             TeacherColumns(**fitting | {name: np.zeros(shape, fitting[name].dtype)})
 
 
-# ---------------------------------------------------------------------------------------------------- one law
+# ---------------------------------------------------------------------------------------------------- one distribution
 
 
 @given(seed=st.integers(0, 10**6), teachers=st.integers(1, 4), vocab=st.integers(6, 8), each=st.booleans())
@@ -233,15 +233,15 @@ def test_the_mixture_on_support_and_tail_is_the_bucketed_mixture(seed: int, voca
 
 
 def test_the_product_on_support_and_tail_is_not_the_bucketed_product_unless_tails_have_one_shape() -> None:
-    """Two teachers, ids 0 | 1 2, weights 1/2. Tails of one shape agree with the exact law; of opposite shapes they do not."""
+    """Two teachers, ids 0 | 1 2, weights 1/2. Tails of one shape agree with the exact one; of opposite shapes they do not."""
     weights = np.array([0.5, 0.5])
     for second, exact in (((0.5, 0.4, 0.1), True), ((0.5, 0.1, 0.4), False)):
         p = np.array([(0.5, 0.4, 0.1), second])
         product = np.sqrt(p[0] * p[1])
-        law = product / product.sum()
+        distribution = product / product.sum()
         support, tail, log_z = geometric(np.log(p[:, None, :1]), np.log(p[:, None, 1:].sum(axis=-1)), weights)
-        assert (abs(math.exp(tail[0]) - law[1:].sum()) < 1e-12) == exact
-        assert (abs(math.exp(support[0, 0]) - law[0]) < 1e-12) == exact
+        assert (abs(math.exp(tail[0]) - distribution[1:].sum()) < 1e-12) == exact
+        assert (abs(math.exp(support[0, 0]) - distribution[0]) < 1e-12) == exact
         assert log_z[0] >= math.log(product.sum()) - 1e-12
 
 
@@ -298,7 +298,7 @@ def test_far_logprobs_do_not_underflow() -> None:
 
 
 @given(seed=st.integers(0, 10**6), each=st.booleans(), kind=st.sampled_from(KINDS))
-def test_combine_gives_the_token_its_log_p_under_the_combined_law(seed: int, each: bool, kind: Kind) -> None:
+def test_combine_gives_the_token_its_log_p_under_the_combined_distribution(seed: int, each: bool, kind: Kind) -> None:
     world = World(seed)
     columns = world.united()
     weights = world.token_weights if each else world.weights
@@ -315,7 +315,7 @@ def test_combine_gives_the_token_its_log_p_under_the_combined_law(seed: int, eac
         assert (target.log_z == 0.0).all()
     else:
         expected = np.log(product[steps, world.tokens]) - target.log_z
-        # never above the exact law's value, and the law over support and tail has mass 1
+        # never above the exact distribution's value, and the distribution over support and tail has mass 1
         assert (target.teacher_logprobs <= expected - np.log(exact_z) + target.log_z + 1e-5).all()
     np.testing.assert_allclose(target.teacher_logprobs, expected, rtol=1e-6, atol=1e-5)
     mass = np.exp(target.support_logprobs.astype(np.float64)).sum(axis=1) + np.exp(target.tail_logprobs.astype(np.float64))

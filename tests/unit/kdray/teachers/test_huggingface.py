@@ -76,7 +76,7 @@ async def read(stream: AsyncGenerator[list[Rollout]]) -> list[Rollout]:
         return sorted([rollout async for part in stream for rollout in part], key=lambda rollout: rollout.sample_id)
 
 
-def law(model: LlamaForCausalLM, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def distribution(model: LlamaForCausalLM, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Plain rows [T, VOCAB] in float64, renormalised over the shared ids."""
     with torch.no_grad():
         logits = model(torch.tensor(np.concatenate([prompt, tokens]))[None].long()).logits[0]
@@ -132,7 +132,7 @@ async def test_sampled_rollouts_carry_the_teachers_law_and_end_where_they_should
         assert rollout.alpha == 1.0
         assert rollout.student_logprobs is rollout.reverse_kl is rollout.forward_kl is None
         np.testing.assert_array_equal(rollout.mixture_logprobs, rollout.teacher_logprobs)
-        check_columns(rollout, law(model, rollout.prompt_ids, rollout.token_ids))
+        check_columns(rollout, distribution(model, rollout.prompt_ids, rollout.token_ids))
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
 
 
@@ -161,7 +161,7 @@ async def test_tokens_are_the_inverse_cdf_at_the_hash_of_seed_and_position(model
         count = len(rollout.token_ids)
         seeds = np.full(count, sample_seed(7, "train", rollout.sample_id), dtype=np.uint64)
         where = torch.from_numpy(uniforms(seeds, np.arange(count)))
-        expected = draw(torch.from_numpy(law(model, rollout.prompt_ids, rollout.token_ids)), where)
+        expected = draw(torch.from_numpy(distribution(model, rollout.prompt_ids, rollout.token_ids)), where)
         assert rollout.token_ids.tolist() == expected.tolist()
 
 
@@ -170,7 +170,7 @@ async def test_drawn_tokens_follow_the_law(model: LlamaForCausalLM, folder: Path
     asked = [SampleRequest(index, 0, prompt, 1.0, sample_seed(1, "law", index), 1) for index in range(count)]
     async with opened(folder, batch_size=500) as teacher:
         drawn = [int(rollout.token_ids[0]) for rollout in await read(teacher.sample(asked))]
-    expected = np.exp(law(model, prompt, np.array([0]))[0])
+    expected = np.exp(distribution(model, prompt, np.array([0]))[0])
     assert chisquare(np.bincount(drawn, minlength=VOCAB), count * expected / expected.sum()).pvalue > 1e-3
 
 
@@ -225,7 +225,7 @@ async def test_scored_columns_are_those_of_a_plain_pass(model: LlamaForCausalLM,
     for given, rollout in zip(unscored(), rollouts, strict=True):
         np.testing.assert_array_equal(rollout.token_ids, given.token_ids)
         assert rollout.alpha == 0.2
-        check_columns(rollout, law(model, rollout.prompt_ids, rollout.token_ids))
+        check_columns(rollout, distribution(model, rollout.prompt_ids, rollout.token_ids))
 
 
 async def test_requested_ids_come_first_and_then_its_own_unless_told_not_to(model: LlamaForCausalLM, folder: Path) -> None:
@@ -238,7 +238,7 @@ async def test_requested_ids_come_first_and_then_its_own_unless_told_not_to(mode
         with_own = await read(teacher.score(given))
         without = await read(teacher.score(given, top_k=False))
     for ids, one, other in zip(asked, with_own, without, strict=True):
-        rows = law(model, one.prompt_ids, one.token_ids)
+        rows = distribution(model, one.prompt_ids, one.token_ids)
         check_columns(one, rows, ids)
         check_columns(other, rows, ids, width=0)
 

@@ -53,7 +53,7 @@ async def test_responses_are_scored_after_the_teachers_prompt_and_come_back_with
         assert rollout.prompt_ids.tolist() == [i, i]
         assert rollout.token_ids.tolist() == [1, 2]
         assert rollout.teacher_logprobs.tolist() == [-5.0 - i] * 2
-        # Both models read different prompts: a divergence between their laws is not the student's distance from its teacher.
+        # Both models read different prompts: a divergence between the two is not the student's distance from its teacher.
         assert rollout.reverse_kl is None
         assert rollout.forward_kl is None
 

@@ -1,4 +1,4 @@
-"""Programs over a stub teacher whose response to every text is an exact law: what they ask, what they keep, what they drop."""
+"""Programs over a stub teacher whose response to every text has an exact distribution: what they ask, keep and drop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.types import Prompt, Rollout, SampleRequest
 
 TOKENIZER = task_tokenizer()
-Law = Mapping[str, Mapping[str, float]]
+Distribution = Mapping[str, Mapping[str, float]]
 
 
 def ids(text: str) -> np.ndarray:
@@ -35,13 +35,13 @@ def text(token_ids: np.ndarray) -> str:
 
 
 class StubTeacher:
-    """Answers each text by its law, drawn with the request's seed; refuses texts that it was not taught."""
+    """Answers each text by its distribution, drawn with the request's seed; refuses texts that it was not taught."""
 
     name = "stub"
 
-    def __init__(self, law: Law, slow: frozenset[str] = frozenset(), loses: int = 0) -> None:
+    def __init__(self, distribution: Distribution, slow: frozenset[str] = frozenset(), loses: int = 0) -> None:
         """Args: slow: texts that are answered only after everything else that waits; loses: answers that never come."""
-        self.law = law
+        self.distribution = distribution
         self.slow = slow
         self.loses = loses
         self.batches: list[list[SampleRequest]] = []
@@ -68,10 +68,10 @@ class StubTeacher:
             yield [self._answer(request)]
 
     def _answer(self, request: SampleRequest) -> Rollout:
-        law = self.law[text(request.prompt_ids)]
+        distribution = self.distribution[text(request.prompt_ids)]
         u = uniforms(np.array([request.seed], dtype=np.uint64), np.array([0]))[0]
-        index = int(np.searchsorted(np.cumsum(list(law.values())), u, side="right"))
-        response = list(law)[min(index, len(law) - 1)]
+        index = int(np.searchsorted(np.cumsum(list(distribution.values())), u, side="right"))
+        response = list(distribution)[min(index, len(distribution) - 1)]
         token_ids = np.append(ids(response), TOKENIZER.eos_token_id)[: request.max_new_tokens].astype(np.int32)
         cut = len(token_ids) <= len(response)
         zeros = np.zeros(len(token_ids), dtype=np.float32)
@@ -93,7 +93,7 @@ def settings(**keys: Any) -> Any:
     return TypeAdapter(ProgramSettings).validate_python({"max_stage_tokens": 200, "max_new_tokens": 64} | keys)
 
 
-def always(**responses: str) -> Law:
+def always(**responses: str) -> Distribution:
     return {asked: {response: 1.0} for asked, response in responses.items()}
 
 
@@ -275,8 +275,8 @@ UNIVERSAL = {"answers": 5, "line": "{number}{answer} ", "choose": "of {answers}"
 
 
 def test_the_teacher_chooses_among_several_answers():
-    law = {"q": {"a": 0.5, "b": 0.5}}
-    chosen = StubTeacher(law)
+    distribution = {"q": {"a": 0.5, "b": 0.5}}
+    chosen = StubTeacher(distribution)
     program = settings(type="direct", universal=UNIVERSAL)
     # Which answers the five calls get follows from their seeds; a call that chooses the first must give the first of them.
     with pytest.raises(KeyError) as unknown:
@@ -286,13 +286,13 @@ def test_the_teacher_chooses_among_several_answers():
     assert list(listed) == ["1", "2", "3", "4", "5"]
     assert set(listed.values()) == {"a", "b"}, "the five calls share their seeds"
     for number, answer in listed.items():
-        teacher = StubTeacher({**law, asked: {f"number {number}": 1.0}})
+        teacher = StubTeacher({**distribution, asked: {f"number {number}": 1.0}})
         source = sampler(program, teacher)
         assert answers(source, [request(0)]) == [answer]
         assert [len(batch) for batch in teacher.batches] == [5, 1]
         assert source.metrics()["teacher_calls"] == 6
     for reply in ("none", "9", "0"):
-        (rollout,) = draw(sampler(program, StubTeacher({**law, asked: {reply: 1.0}})), [request(0)])
+        (rollout,) = draw(sampler(program, StubTeacher({**distribution, asked: {reply: 1.0}})), [request(0)])
         assert rollout.finish_reason == "unparsable"
 
 
@@ -325,16 +325,16 @@ def test_a_recipe_is_right_where_every_stage_is(recipe, task):
     """Its templates ask what its stages were taught, word for word: the stub knows nothing else."""
     config = load_config(f"configs/system2_{recipe}.yaml")
     example = tasks.task(task).generate(np.random.default_rng(4), 3)
-    law: dict[str, dict[str, float]] = {}
+    distribution: dict[str, dict[str, float]] = {}
     for stage in STAGES.values():
         # Some stages draw what they ask about, such as one word of three.
         for seed in range(20 if isinstance(stage.of, type(tasks.task(task))) else 0):
             taught = stage.make(example, np.random.default_rng(seed))
-            law[taught.prompt] = {taught.answer: 1.0}
+            distribution[taught.prompt] = {taught.answer: 1.0}
     if recipe == "attention":
         question = example.prompt.split("i think ")[0]
-        law[question] = {example.answer: 1.0}
-    teacher = StubTeacher(law)
+        distribution[question] = {example.answer: 1.0}
+    teacher = StubTeacher(distribution)
     program, prefix = config.rollout.program, config.data.prefix
     assert program is not None
     first, second = draw(
@@ -344,7 +344,7 @@ def test_a_recipe_is_right_where_every_stage_is(recipe, task):
     assert text(first.token_ids) == example.answer
     if recipe == "step_by_step":
         assert text(second.prompt_ids) == program.rationale_prefix + example.prompt
-        assert text(second.token_ids) in next(iter(law[f"explain: {example.prompt}"]))
+        assert text(second.token_ids) in next(iter(distribution[f"explain: {example.prompt}"]))
 
 
 # --------------------------------------------------------------------------------------------- many at once
@@ -352,8 +352,8 @@ def test_a_recipe_is_right_where_every_stage_is(recipe, task):
 
 def test_first_stages_travel_together_and_a_slow_one_holds_nobody_up():
     questions = ["a", "b", "c"]
-    law = always(**{f"re {q}": f"{q}{q}" for q in questions}, **{f"{q}|{q}{q}?": q.upper() for q in questions})
-    teacher = StubTeacher(law, slow=frozenset({"re a"}))
+    distribution = always(**{f"re {q}": f"{q}{q}" for q in questions}, **{f"{q}|{q}{q}?": q.upper() for q in questions})
+    teacher = StubTeacher(distribution, slow=frozenset({"re a"}))
     order = []
 
     async def read() -> None:
@@ -368,10 +368,10 @@ def test_first_stages_travel_together_and_a_slow_one_holds_nobody_up():
 
 
 def test_a_repeated_request_draws_the_same_and_other_samples_differ():
-    law = {"re q": {"x": 0.5, "y": 0.5}, "q|x?": {"1": 0.5, "2": 0.5}, "q|y?": {"3": 0.5, "4": 0.5}}
+    distribution = {"re q": {"x": 0.5, "y": 0.5}, "q|x?": {"1": 0.5, "2": 0.5}, "q|y?": {"3": 0.5, "4": 0.5}}
     requests = [request(number, seed=1000 + number) for number in range(64)]
-    together = answers(sampler(settings(**TWO_STEPS), StubTeacher(law)), requests)
-    alone = [answers(sampler(settings(**TWO_STEPS), StubTeacher(law)), [one])[0] for one in requests]
+    together = answers(sampler(settings(**TWO_STEPS), StubTeacher(distribution)), requests)
+    alone = [answers(sampler(settings(**TWO_STEPS), StubTeacher(distribution)), [one])[0] for one in requests]
     assert together == alone
     # All four chains, each of probability 1/4: the two stages draw independently (99.99% bounds of a binomial).
     assert all(5 <= together.count(answer) <= 30 for answer in "1234")
@@ -473,8 +473,8 @@ def test_prompts_that_do_not_fit_a_program_are_refused():
 
 def test_a_stream_that_is_closed_early_asks_nothing_more_and_leaves_nothing():
     questions = ["a", "b"]
-    law = always(**{f"re {q}": f"{q}{q}" for q in questions}, **{f"{q}|{q}{q}?": q.upper() for q in questions})
-    teacher = StubTeacher(law, slow=frozenset({"re b"}))
+    distribution = always(**{f"re {q}": f"{q}{q}" for q in questions}, **{f"{q}|{q}{q}?": q.upper() for q in questions})
+    teacher = StubTeacher(distribution, slow=frozenset({"re b"}))
     source = sampler(settings(**TWO_STEPS), teacher, questions)
 
     async def read() -> None:

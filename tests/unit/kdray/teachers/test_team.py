@@ -27,7 +27,7 @@ TINY = {"type": "tiny", "train": {"steps": 1}}
 
 
 class ToyTeacher:
-    """log p depends on the last token alone. It samples greedily along its own law, from token 0 on."""
+    """log p depends on the last token alone. It samples greedily along its own distribution, from token 0 on."""
 
     def __init__(self, name: str, seed: int, pause: int = 1) -> None:
         self.name = name
@@ -66,12 +66,12 @@ class ToyTeacher:
         if self.stuck:
             await asyncio.Event().wait()
 
-    def laws(self, rollout: Rollout) -> np.ndarray:
+    def distributions(self, rollout: Rollout) -> np.ndarray:
         """Whole rows [T, VOCAB]."""
         return self.rows[[int(rollout.prompt_ids[-1]), *rollout.token_ids[:-1]]]
 
     def answer(self, rollout: Rollout, top_k: bool) -> Rollout:
-        rows = self.laws(rollout)
+        rows = self.distributions(rollout)
         asked = np.empty((TOKENS, 0), np.int32) if rollout.support_ids is None else rollout.support_ids
         ids = np.full((TOKENS, asked.shape[1] + (TOP_K if top_k else 0)), -1, np.int32)
         ids[:, : asked.shape[1]] = asked
@@ -143,7 +143,7 @@ async def both(one: TeacherTeam, sampler: Any = None) -> list[Rollout]:
 
 
 def mean_of(rows: list[np.ndarray], weights: Sequence[float], kind: str) -> np.ndarray:
-    """The ensemble's law over all ids, [T, VOCAB]."""
+    """The ensemble's distribution over all ids, [T, VOCAB]."""
     if kind == "arithmetic":
         return sum(w * row for w, row in zip(weights, rows, strict=True))  # type: ignore[return-value]
     product = np.prod([row**w for w, row in zip(weights, rows, strict=True)], axis=0)
@@ -158,10 +158,10 @@ def check_target(rollout: Rollout, rows: list[np.ndarray], weights: Sequence[flo
         ids = rollout.support_ids[step][rollout.support_ids[step] >= 0]
         outside = np.setdiff1d(np.arange(VOCAB), ids)
         buckets = [np.append(row[step][ids], row[step][outside].sum()) for row in rows]
-        law = mean_of([bucket[None] for bucket in buckets], weights, kind)[0]
+        distribution = mean_of([bucket[None] for bucket in buckets], weights, kind)[0]
         got = np.append(rollout.support_logprobs[step][: len(ids)], rollout.tail_logprobs[step])  # type: ignore[index]
-        np.testing.assert_allclose(np.exp(got), law, atol=1e-6)
-        at_token = law[list(ids).index(rollout.token_ids[step])]
+        np.testing.assert_allclose(np.exp(got), distribution, atol=1e-6)
+        at_token = distribution[list(ids).index(rollout.token_ids[step])]
         assert rollout.teacher_logprobs is not None
         assert rollout.teacher_logprobs[step] == pytest.approx(np.log(at_token), abs=1e-5)
 
@@ -207,7 +207,7 @@ async def test_an_ensembles_target_is_the_mean_that_the_loss_asks_for(loss: str,
     assert [rollout.teacher for rollout in rollouts] == ["a", "b", "c"] * 4
     shares = [0.25, 0.5, 0.25]
     for rollout in rollouts:
-        check_target(rollout, [teacher.laws(rollout) for teacher in teachers], shares, kind)
+        check_target(rollout, [teacher.distributions(rollout) for teacher in teachers], shares, kind)
         for name in ("reverse_kl", "forward_kl"):
             each = [getattr(teacher.answer(rollout, False), name) for teacher in teachers]
             np.testing.assert_allclose(getattr(rollout, name), np.average(each, axis=0, weights=shares), rtol=1e-5)
@@ -227,7 +227,7 @@ async def test_an_ensemble_on_the_samplers_support_takes_one_prefill_at_the_othe
     for rollout in rollouts:
         sampled = teachers[0].answer(replace(rollout, support_ids=None), True)
         np.testing.assert_array_equal(rollout.support_ids, sampled.support_ids)
-        expected = mean_of([teacher.laws(rollout) for teacher in teachers], [1 / 3] * 3, "arithmetic")
+        expected = mean_of([teacher.distributions(rollout) for teacher in teachers], [1 / 3] * 3, "arithmetic")
         at = np.take_along_axis(expected, rollout.support_ids, axis=1)  # type: ignore[arg-type]
         np.testing.assert_allclose(np.exp(rollout.support_logprobs), at, atol=1e-6)  # type: ignore[arg-type]
 
@@ -239,7 +239,7 @@ async def test_confident_teachers_weigh_more_and_a_students_sample_is_scored_by_
     assert teachers[1].questions == []
     for rollout in rollouts:
         assert rollout.teacher in ("a", "c")
-        first, second = teachers[0].laws(rollout), teachers[2].laws(rollout)
+        first, second = teachers[0].distributions(rollout), teachers[2].distributions(rollout)
         for step in range(TOKENS):
             ids = rollout.support_ids[step][rollout.support_ids[step] >= 0]  # type: ignore[index]
             if len(ids) < VOCAB - 1:
@@ -258,18 +258,18 @@ async def test_confidence_counts_the_ids_outside_the_union() -> None:
     for rollout in await both(team(settings, teachers), StudentOnly()):
         assert rollout.support_ids is not None
         assert rollout.support_logprobs is not None
-        laws = [teacher.laws(rollout) for teacher in (teachers[0], teachers[2])]
+        distributions = [teacher.distributions(rollout) for teacher in (teachers[0], teachers[2])]
         for step in range(TOKENS):
             ids = rollout.support_ids[step][rollout.support_ids[step] >= 0]
             outside = VOCAB - len(ids)
             entropies = []
-            for law in laws:
-                tail = 1.0 - law[step][ids].sum()
+            for distribution in distributions:
+                tail = 1.0 - distribution[step][ids].sum()
                 of_tail = tail * np.log(tail / outside) if outside else 0.0
-                entropies.append(-(law[step][ids] * np.log(law[step][ids])).sum() - of_tail)
+                entropies.append(-(distribution[step][ids] * np.log(distribution[step][ids])).sum() - of_tail)
             shares = np.exp(-np.array(entropies) / 0.3)
             shares /= shares.sum()
-            expected = sum(share * law[step][ids] for share, law in zip(shares, laws, strict=True))
+            expected = sum(share * distribution[step][ids] for share, distribution in zip(shares, distributions, strict=True))
             np.testing.assert_allclose(np.exp(rollout.support_logprobs[step][: len(ids)]), expected, atol=1e-5)
             rows_with_several += outside > 1
     assert rows_with_several > 5
@@ -298,7 +298,7 @@ async def test_a_teacher_that_goes_away_is_left_out_and_nothing_is_lost_or_doubl
         kept = [teachers[0], teachers[2]]
         if when != "before" and rollout.teacher == "b":
             continue  # sampled by the one that went away: what it recorded may count
-        check_target(rollout, [teacher.laws(rollout) for teacher in kept], [0.25, 0.75], "arithmetic")
+        check_target(rollout, [teacher.distributions(rollout) for teacher in kept], [0.25, 0.75], "arithmetic")
     gone.availability.restore()
     gone.stuck = False
     assert "b" in {rollout.teacher for rollout in await read(one.sample(requests()))}
@@ -321,7 +321,7 @@ async def test_a_missing_teacher_is_waited_for_by_default() -> None:
     teachers[1].availability.lose("all replicas died")
     rollouts = await both(team(config(type="ensemble"), teachers))
     for rollout in rollouts:
-        check_target(rollout, [teacher.laws(rollout) for teacher in teachers], [1 / 3] * 3, "arithmetic")
+        check_target(rollout, [teacher.distributions(rollout) for teacher in teachers], [1 / 3] * 3, "arithmetic")
 
 
 async def test_no_teacher_left_is_an_error_with_all_reasons() -> None:
@@ -384,7 +384,7 @@ async def test_the_reward_of_an_ensemble_is_the_mean_of_its_teachers() -> None:
     rollouts = await both(team(config("minillm", type="ensemble", domain_weights=shares), teachers))
     for rollout in rollouts:
         of_domain = shares["xyz"[rollout.prompt_id % 3]]
-        logs = {teacher.name: np.log(teacher.laws(rollout)[range(TOKENS), rollout.token_ids]) for teacher in teachers}
+        logs = {teacher.name: np.log(teacher.distributions(rollout)[range(TOKENS), rollout.token_ids]) for teacher in teachers}
         mean = sum(share * logs[name] for name, share in of_domain.items()) / sum(of_domain.values())
         assert rollout.teacher_logprobs is not None
         assert rollout.log_z is not None
@@ -403,11 +403,11 @@ class PrefixTeacher(ToyTeacher):
         super().__init__(name, 0)
         self.world, self.by_prefix = world, rows
 
-    def laws(self, rollout: Rollout) -> np.ndarray:
+    def distributions(self, rollout: Rollout) -> np.ndarray:
         return np.exp(self.world.rows_before(self.by_prefix, rollout.token_ids.tolist()))
 
     def answer(self, rollout: Rollout, top_k: bool) -> Rollout:
-        rows, tokens = np.log(self.laws(rollout)), rollout.token_ids
+        rows, tokens = np.log(self.distributions(rollout)), rollout.token_ids
         top = np.argsort(-rows, axis=1)[:, :1].astype(np.int32)
         ids = top if rollout.support_ids is None else rollout.support_ids
         outside = np.ones_like(rows)

@@ -33,7 +33,7 @@ from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation
 from kdray.checks.preflight import check
 from kdray.checks.trackers import check_trackers
-from kdray.config import Config, load_config
+from kdray.config import Config, StudentBackendSettings, load_config
 from kdray.config.load import read_config
 from kdray.config.resuming import as_begun
 from kdray.errors import ConfigError, LeaseLost, StorageError
@@ -72,7 +72,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
     if resume and config.run.storage is None:
         RunFolder(config.run_folder).check_resumable(config)
     check_trackers(config)
-    _quieten()
+    _quieten(config.training.backend)
     configs = {"": config}
     given = None if prompts is None else list(prompts)
     checked = {"": check(config, given)}
@@ -237,7 +237,7 @@ def _send_last(plan: RunPlan) -> None:
         plan.reporter.event("storage_failed", reason=str(error))
 
 
-def _quieten() -> None:
+def _quieten(backend: StudentBackendSettings) -> None:
     """Silence libraries' notices and progress bars of single files: they tell a user nothing, and the terminal is the run's."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -245,7 +245,8 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        for name, value in backend.environment_on_cpus.items():
+            os.environ.setdefault(name, value)
 
 
 def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Checkpoint | None, list[NotWhole]]:
@@ -345,7 +346,7 @@ def capture(
     Raises: ConfigError or DataError before anything starts, and for another teacher than that of the stored answers;
     Interrupted with all received answers stored.
     """
-    _quieten()
+    _quieten(config.training.backend)
     check_capturable(config)
     checked = check(config, prompts)
     requests = first_requests(checked, epochs)
@@ -367,7 +368,7 @@ def check_teachers(config: Config) -> dict[str, dict[str, float]]:
 
     Raises: SignalError.
     """
-    _quieten()
+    _quieten(config.training.backend)
     checked = check(config)
     with connected(config):
         _await_room(config, lambda role: role != "student")

@@ -219,17 +219,17 @@ class Runner:
             base, revision = str(self._folder.checkpoints / "sft"), None
         updates = training.updates_per_step
         phase = Phase(
-            "distill",
-            base,
-            revision,
-            config.loss,
-            training.learning_rate,
-            horizon * updates,
-            training.warmup_steps * updates,
-            training.schedule,
-            self._teacher_of_head(models),
-            self._base,
-            self._teacher_of_features(models),
+            name="distill",
+            model=base,
+            revision=revision,
+            loss=config.loss,
+            learning_rate=training.learning_rate,
+            steps=horizon * updates,
+            warmup_steps=training.warmup_steps * updates,
+            schedule=training.schedule,
+            teacher=self._teacher_of_head(models),
+            base=self._base,
+            feature_teacher=self._teacher_of_features(models),
         )
         progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "distill", **self._record}
         if stored is not None:

@@ -38,6 +38,8 @@ class StudentBackendSettings(Settings):
     """`module:Class` of the `actors.student.backend.StudentBackend` that these settings configure."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Distributions that the backend uses; a run's summary lists their versions."""
+    environment_on_cpus: ClassVar[Mapping[str, str]] = {}
+    """Environment variables of a driver without an accelerator, unless they are set already."""
     max_ranks: ClassVar[int | None] = None
     """Maximum number of ranks; None is unlimited."""
     placement: ClassVar[frozenset[str]] = frozenset()
@@ -80,6 +82,8 @@ class DeepSpeedSettings(StudentBackendSettings):
 
     implementation: ClassVar[str] = "actors.student.backends.deepspeed:DeepSpeedBackend"
     packages: ClassVar[tuple[str, ...]] = ("deepspeed",)
+    # Otherwise it looks for an accelerator wherever it is imported, and says that it found none.
+    environment_on_cpus: ClassVar[Mapping[str, str]] = {"DS_ACCELERATOR": "cpu"}
     placement: ClassVar[frozenset[str]] = frozenset({"zero_stage"})
 
     type: Literal["deepspeed"] = "deepspeed"

@@ -18,7 +18,7 @@ from kdray.config import Config
 from kdray.config.graders import ExactGrader, LastNumberGrader, MultipleChoiceGrader, RegexGrader
 from kdray.config.plugins import implemented
 from kdray.data.tasks import exact_match, task
-from kdray.errors import DataError, ResponseError
+from kdray.errors import ConfigError, DataError, ResponseError
 from kdray.types import Prompt
 
 _SHOWN = 80
@@ -42,7 +42,7 @@ _NUMBER = re.compile(
 
 
 class Grader(ABC):
-    """Grader that `GraderSettings` build: a subclass, or any object with these methods."""
+    """Base class of the graders that `GraderSettings` build."""
 
     @abstractmethod
     def grade(self, prompt: Prompt, response: str) -> bool:
@@ -199,11 +199,10 @@ class Grading:
 
     def value(self, prompt: Prompt, response: str) -> float:
         """See `Grader`. Raises: ResponseError if the grader raised, or did not return a finite number."""
-        given = getattr(self._grader, "value", None)
-        if given is None:
+        if type(self._grader).value is Grader.value:
             return float(self(prompt, response))
         try:
-            value = float(given(prompt, response))
+            value = float(self._grader.value(prompt, response))
         # As in `__call__`.
         except Exception as error:
             raise ResponseError(self._failed(prompt, f"{type(error).__name__}: {error}", response)) from error
@@ -213,11 +212,8 @@ class Grading:
 
     def step_match(self, prompt: Prompt, response: str) -> float | None:
         """See `Grader`. Raises: ResponseError if the grader raised, or returned a number outside [0, 1]."""
-        given = getattr(self._grader, "step_match", None)
-        if given is None:
-            return None
         try:
-            share = given(prompt, response)
+            share = self._grader.step_match(prompt, response)
         # As in `__call__`.
         except Exception as error:
             raise ResponseError(self._failed(prompt, f"{type(error).__name__}: {error}", response)) from error
@@ -278,5 +274,11 @@ def grading_of(config: Config) -> Grading | None:
     """
     settings, tasks = config.data.grader, config.data.prompts.graded_tasks
     if settings is not None:
-        return Grading(f"data.grader.type={settings.type}", implemented(settings), settings.needs_reference)
+        grader = implemented(settings)
+        if not isinstance(grader, Grader):
+            raise ConfigError(
+                f"data.grader.type={settings.type}: {settings.implementation} is no subclass of kdray.data.graders.Grader; "
+                "derive it from that class"
+            )
+        return Grading(f"data.grader.type={settings.type}", grader, settings.needs_reference)
     return Grading(f"the grader of {', '.join(tasks)}", ByTask(tasks)) if tasks else None

@@ -16,7 +16,7 @@ from kdray.config.graders import GRADERS
 from kdray.config.plugins import implemented
 from kdray.data.dataset import load_dataset
 from kdray.data.graders import Grader, Grading, grading_of
-from kdray.errors import DataError, ResponseError
+from kdray.errors import ConfigError, DataError, ResponseError
 from kdray.models.resolve import task_tokenizer
 from kdray.types import Prompt
 
@@ -297,3 +297,18 @@ def test_a_tasks_own_grader_is_asked(example_plugin: Path, monkeypatch: pytest.M
     assert grading(prompt("ba", domain="reversal"), "told")
     assert not grading(prompt("ba", domain="reversal"), "ba")
     assert grading(prompt("ba", domain="arithmetic"), "ba")
+
+
+class ByChance:
+    """Not a Grader, so that it lacks what a run asks of one beside `grade`."""
+
+    def __init__(self, settings: object) -> None: ...
+
+    def grade(self, prompt: Prompt, response: str) -> bool:
+        return True
+
+
+def test_a_grader_that_is_none_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRADERS.get("exact"), "implementation", f"{__name__}:ByChance")
+    with pytest.raises(ConfigError, match=r"data.grader.type=exact: .*:ByChance is no subclass of .*Grader; derive it"):
+        grading_of(config({"type": "task"}, grader="exact"))

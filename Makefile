@@ -43,8 +43,8 @@ format: $(STAMP)
 fuzz: $(STAMP)  ## new mutations of configs and files, twenty times as many as the tests have
 	KDRAY_FUZZ=20 $(BIN)/python -m pytest tests/unit/whole/test_fuzz.py -q
 
-bench: $(STAMP)  ## engine throughput against its parts; writes benchmarks/results/
-	$(BIN)/python benchmarks/engine_throughput.py
+bench: $(STAMP)  ## all benchmarks of speed, on an idle machine; writes benchmarks/results/bench_DATE.json
+	$(BIN)/python -m benchmarks.bench
 
 lock:  ## write requirements/*.lock anew; LOCK_FLAGS=--upgrade takes the newest versions that pyproject.toml admits
 	PYTHON=$(PYTHON) requirements/lock.sh $(LOCK_FLAGS)

@@ -53,6 +53,10 @@ class StorageError(KdrayError, OSError):
     """`run.storage` could not be read or written, even after retries."""
 
 
+class HubError(KdrayError, OSError):
+    """The hub that a model is pushed to could not be reached, or failed."""
+
+
 class LeaseLost(KdrayError, RuntimeError):
     """Another driver has taken over the run; this one writes nothing more."""
 

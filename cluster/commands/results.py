@@ -7,12 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.cli_base import exit_codes, print_columns
-from kdray.errors import ConfigError, DataError
+from kdray.errors import ConfigError, DataError, HubError
+
+if TYPE_CHECKING:
+    from kdray.runs.results.hub import HubRepository
 
 _STUDENT = "student"
 
@@ -76,7 +79,9 @@ def verify(run: RunPath) -> None:
 
 def export(
     run: RunPath,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder for the model.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="New or empty folder for the model; may be left out with --push.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option("--quantize", metavar="int8|int4", help="Quantise the decoder's linear weights.")
     ] = None,
@@ -84,9 +89,30 @@ def export(
         int | None, typer.Option("--group-size", min=1, help="With int4: weights that share a scale; 128 if not given.")
     ] = None,
     step: Step = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="OWNER/NAME", help="Push the model to this repository of the hub; a new one is private."
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a repository that everyone can read.")] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="BRANCH", help="With --push: the branch; made if it is missing."),
+    ] = None,
 ) -> None:
-    """Copy a run's student to a folder of its own (Hugging Face format, safetensors, a model card), quantised if asked."""
-    with exit_codes(), local_copy(run) as folder, contextlib.ExitStack() as opened:
+    """Copy a run's student to a folder (Hugging Face format, safetensors, a model card), quantised if asked; or push it."""
+    with exit_codes(), contextlib.ExitStack() as opened:
+        if push is None and to is None:
+            raise DataError(
+                "nothing says where the model goes: give a folder (--to DIR), a repository (--push OWNER/NAME), or both"
+            )
+        if push is None and (public or revision is not None):
+            raise DataError(f"{'--public' if public else f'--revision {revision}'}: nothing is pushed; add --push OWNER/NAME")
+        from kdray.runs.results.hub import HubRepository
+
+        hub = None if push is None else HubRepository(push, public, revision)
+        folder = opened.enter_context(local_copy(run))
         from kdray.runs.folder import RunFolder
 
         path = RunFolder.open(folder).path
@@ -96,25 +122,65 @@ def export(
             from cluster.launch import student_of_step
 
             student = opened.enter_context(student_of_step(run, path, step))
-        if to.exists() and (not to.is_dir() or any(to.iterdir())):
-            raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
-        if to.resolve().is_relative_to(student.resolve()):
-            raise DataError(f"--to {to}: lies inside the student that would be copied; give a folder elsewhere")
-        if method is None:
-            if group_size is not None:
-                raise DataError(f"--group-size {group_size}: nothing is quantised; add --quantize int4, or remove the option")
-            from kdray.runs.checkpoints import COMMITTED
+        target = to or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="kdray-"))) / "model"
+        _check_target(target, student)
+        if method is not None:
+            from kdray.models.quantization import check_quantization
 
-            shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
-            _write_card(folder, to, step)
+            check_quantization(student, method, group_size)
+        elif group_size is not None:
+            raise DataError(f"--group-size {group_size}: nothing is quantised; add --quantize int4, or remove the option")
+        if hub is not None:
+            # Before the work: what is refused there is told at once, and the same command can be given again.
+            hub.prepare()
+        _write_model(student, target, method, group_size)
+        _write_card(folder, target, step)
+        if to is not None:
             typer.echo(to)
-            return
-        from kdray.models.quantization import quantize, size_bytes
+        if method is not None:
+            from kdray.models.quantization import size_bytes
 
-        quantize(student, to, method, group_size)
-        _write_card(folder, to, step)
-        typer.echo(to)
-        typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(to):,} after")
+            typer.echo(f"weights: {size_bytes(student):,} bytes before, {size_bytes(target):,} after")
+        if hub is not None:
+            typer.echo(_push(hub, target, _message(run, step, method), to))
+
+
+def _check_target(to: Path, student: Path) -> None:
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise DataError(f"--to {to}: not an empty folder; give a new one, nothing is overwritten")
+    if to.resolve().is_relative_to(student.resolve()):
+        raise DataError(f"--to {to}: lies inside the student that would be copied; give a folder elsewhere")
+
+
+def _write_model(student: Path, to: Path, method: str | None, group_size: int | None) -> None:
+    if method is None:
+        from kdray.runs.checkpoints import COMMITTED
+
+        shutil.copytree(student, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMMITTED))
+        return
+    from kdray.models.quantization import quantize
+
+    quantize(student, to, method, group_size)
+
+
+def _message(run: str, step: int | None, method: str | None) -> str:
+    """Message of the commit that a push makes."""
+    # Of a path or URL the last part, which is the run's name: a machine's folders are nobody else's business.
+    name = run.split("?")[0].rstrip("/").rsplit("/", 1)[-1] if "://" in run else Path(run).resolve().name
+    details = [*([] if step is None else [f"step {step}"]), *([] if method is None else [f"quantised to {method}"])]
+    return ", ".join([f"Student of {name}, distilled by kdray", *details])
+
+
+def _push(hub: HubRepository, model: Path, message: str, kept: Path | None) -> str:
+    """Push a model and return the commit's URL. Args: kept: where the model stays, if it does."""
+    try:
+        return hub.upload(model, message)
+    except (DataError, HubError) as error:
+        if kept is None:
+            raise
+        # The folder is no longer empty, so that the same command would be refused.
+        again = f"hf upload {hub.repo_id} {kept} ." + (f" --revision {hub.revision}" if hub.revision else "")
+        raise type(error)(f"{error}. The model lies in {kept}, from where `{again}` pushes it") from error
 
 
 def _write_card(run: Path, model: Path, step: int | None) -> None:

@@ -75,7 +75,7 @@ def write_report(run_folder: Path) -> Path:
         num_events=len(events),
         heldout=answers,
         samples=samples,
-        shaded_tokens=any(row["pieces"] for row in samples) or any(each.pieces for _, found in answers for each in found),
+        shaded_tokens=any(row["pieces"] for row in samples) or any(each.pieces for asked in answers for each in asked.answers),
         config=folder.config.read_text(encoding="utf-8") if folder.config.exists() else None,
     )
     write_atomically(folder.report, html)

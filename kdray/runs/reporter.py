@@ -40,6 +40,7 @@ SAMPLE_SCHEMA = pa.schema(
         # tokens that an environment wrote. Both are null without a decoder or recorded KLs.
         pa.field("token_texts", pa.list_(pa.string())),
         pa.field("token_reverse_kl", pa.list_(pa.float32())),
+        pa.field("reference", pa.string()),  # the prompt's reference answer, of held-out samples; null if it has none
     ]
 )
 
@@ -187,9 +188,14 @@ class RunReporter:
             return
         self._write_samples(f"step-{step:08d}", [self._sample(r, "train", step) for r in rollouts[: self._sample_count]])
 
-    def heldout_samples(self, rollouts: Sequence[Rollout], name: str) -> None:
-        """Store the first rollouts of a held-out evaluation (before, after, control), replacing one of the same name."""
-        self._write_samples(f"heldout-{name}", [self._sample(r, name, None) for r in rollouts[: self._sample_count]])
+    def heldout_samples(self, rollouts: Sequence[Rollout], name: str, references: Mapping[int, str] | None = None) -> None:
+        """Store the first rollouts of a held-out evaluation (before, after, control), replacing one of the same name.
+
+        Args: references: reference answer by prompt id, of the prompts that have one.
+        """
+        known = references or {}
+        rows = [self._sample(r, name, None) | {"reference": known.get(r.prompt_id)} for r in rollouts[: self._sample_count]]
+        self._write_samples(f"heldout-{name}", rows)
 
     def heldout_draws(self, draws: Sequence[Draw], name: str) -> None:
         """Store the numbers of every response of a held-out evaluation, replacing one of the same name."""

@@ -53,26 +53,37 @@ class Answer:
         return max(self.pieces, key=lambda piece: piece.kl, default=None)
 
 
-def heldout(folder: RunFolder) -> list[tuple[str, list[Answer]]]:
-    """(prompt, answers) of each stored held-out prompt: the teacher's first, then the student's in the order of a run."""
+@dataclass
+class Question:
+    """Held-out prompt with the answers to it: the teacher's first, then the student's in the order of a run."""
+
+    prompt: str
+    reference: str | None
+    """The data's own answer; None if there is none, and in samples of versions that did not store it."""
+    answers: list[Answer]
+
+
+def heldout(folder: RunFolder) -> list[Question]:
+    """Read the stored held-out prompts and all answers to each."""
     order = ("teacher", *(name for name in OUTCOMES if name != "teacher"))
     files = {name: folder.samples / f"heldout-{name}.parquet" for name in order}
     rows = {name: _read(path) for name, path in files.items() if path.exists()}
     graded = {name: _graded(folder.evaluations / f"{name}.parquet") for name in rows}
-    prompts: dict[int, str] = {}
-    answers: dict[int, list[Answer]] = {}
+    questions: dict[int, Question] = {}
     for name, found in rows.items():
         for row in found:
             prompt_id = row["prompt_id"]
-            prompts.setdefault(prompt_id, text_of(row, "prompt"))
+            question = questions.setdefault(prompt_id, Question(text_of(row, "prompt"), None, []))
+            # A run that was begun by an earlier version and resumed has files without it beside others.
+            question.reference = question.reference or row.get("reference")
             pieces, rest = _pieces(row)
             kl = None if row["reverse_kl"] is None else show(row["reverse_kl"])
             if name == "teacher":
                 # At the teacher's own answers, the distance of a student says nothing about them.
                 pieces, rest, kl = [], "", None
             answer = Answer(name, text_of(row, "response"), graded[name].get(prompt_id), kl, pieces, rest)
-            answers.setdefault(prompt_id, []).append(answer)
-    return [(prompt, answers[prompt_id]) for prompt_id, prompt in prompts.items()]
+            question.answers.append(answer)
+    return list(questions.values())
 
 
 def training_samples(folder: Path) -> list[dict[str, Any]]:

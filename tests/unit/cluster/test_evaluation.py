@@ -54,6 +54,11 @@ async def test_the_teacher_is_measured_beside_the_student_with_its_draws(tmp_pat
     for name in ("before", "teacher", "after", "control"):
         draws = read_draws(folder.evaluations / f"{name}.parquet")
         assert len(draws) == 24
+        known = {prompt.prompt_id: prompt.answer for prompt in load_dataset(config, task_tokenizer()).heldout}
+        rows = pq.read_table(folder.samples / f"heldout-{name}.parquet").to_pylist()
+        assert rows
+        assert [row["reference"] for row in rows] == [known[row["prompt_id"]] for row in rows]
+        assert all(row["reference"] for row in rows)
         numbers = {metric: ratio.value for metric, ratio in ratios(draws, config.evaluation.passes).items()}
         assert numbers == {metric: pytest.approx(summary[name][metric]) for metric in numbers}
 

@@ -202,6 +202,21 @@ def test_held_out_answers_stand_side_by_side(whole):
     ]
 
 
+def test_the_reference_answer_stands_between_prompt_and_answers(folder):
+    folder.append_metrics({"step": 1})
+    other = {"prompt_id": 6, "prompt": "last letters of ef"}
+    write_samples(folder, "heldout-after", sample_row(reference=HOSTILE), sample_row(**other))
+    # As an earlier version wrote it: what its file does not say, another one may.
+    old = SAMPLE_SCHEMA.remove(SAMPLE_SCHEMA.get_field_index("reference"))
+    rows = [sample_row(), sample_row(**other)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=old), folder.samples / "heldout-before.parquet")
+    text, page = page_of(folder)
+    answers = [[by, "b d 0.125 nats per token"] for by in ("before", "after")]
+    first = [["prompt", "last letters of ab cd"], ["reference answer", " ".join(HOSTILE.split())]]
+    assert page.answers == [*first, *answers, ["prompt", "last letters of ef"], *answers]
+    assert "<script>alert" not in text
+
+
 def test_tokens_are_shaded_by_their_divergence_and_answers_marked(folder):
     folder.append_metrics({"step": 1})
     kls = {"token_texts": ["b ", "<d>", ""], "token_reverse_kl": [0.5, 3.0, 0.25]}

@@ -231,6 +231,7 @@ def test_samples_of_some_steps_are_kept(make, folder):
         "token_ids": [3, 4, 5],
         "token_texts": ["3", " 4", " 5"],
         "token_reverse_kl": [0.5, 1.0, 1.5],
+        "reference": None,
     }
     assert (second["sample_id"], second["reverse_kl"], second["token_texts"], second["token_reverse_kl"]) == (
         4,
@@ -258,6 +259,12 @@ def test_held_out_samples_are_replaced_by_name(make, folder):
     assert path.name == "heldout-before.parquet"
     (row,) = pq.read_table(path).to_pylist()
     assert (row["source"], row["step"], row["sample_id"]) == ("before", None, 2)
+
+
+def test_held_out_samples_hold_the_reference_answers_of_their_prompts(make, folder):
+    make().heldout_samples([rollout(2), rollout(1)], "after", {101: "3 4"})
+    rows = pq.read_table(folder.samples / "heldout-after.parquet").to_pylist()
+    assert [(row["prompt_id"], row["reference"]) for row in rows] == [(102, None), (101, "3 4")]
 
 
 def test_a_driver_that_lost_its_lease_while_it_wrote_replaces_no_file(tmp_path):

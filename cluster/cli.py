@@ -225,8 +225,15 @@ def evaluate(
         typer.Option("--student", metavar="DIR", help="Measure the model in this folder, too, such as a quantised export."),
     ] = None,
     step: Step = None,
+    lm_eval: Annotated[
+        bool, typer.Option("--lm-eval", help="Measure by the LM-Evaluation-Harness's tasks of evaluation.lm_eval instead.")
+    ] = False,
+    include: Annotated[
+        Path | None,
+        typer.Option("--lm-eval-include", metavar="DIR", help="Folder with tasks of your own; their files may run code."),
+    ] = None,
 ) -> None:
-    """Measure a student against its teacher on the held-out prompts."""
+    """Measure a student against its teacher on the held-out prompts, or by tasks of the LM-Evaluation-Harness."""
     with exit_codes() as outcome, contextlib.ExitStack() as opened:
         student = None
         path = opened.enter_context(local_copy(source))
@@ -243,6 +250,12 @@ def evaluate(
         elif step is not None:
             raise DataError(f"--step {step}: {path} is a recipe; give a run folder or a run's URL")
         settings = load(config, overrides)
+        if lm_eval:
+            from kdray.runs.results.harness import check_harness
+
+            check_harness(settings.evaluation.lm_eval, include)
+        elif include is not None:
+            raise DataError(f"--lm-eval-include {include}: no tasks are measured; add --lm-eval, or remove the option")
         if step is not None:
             from cluster.launch import student_of_step
 
@@ -256,6 +269,12 @@ def evaluate(
 
             # Run folders are readable from every node.
             plain = opened.enter_context(plain_weights(other, settings.run.output / ".models"))
+        if lm_eval:
+            from cluster.commands.harness import measure_by_tasks
+
+            models = {"student" if step is None else f"step {step}": student}
+            measure_by_tasks(source, path, settings, models if plain is None else models | {f"{other}/": plain}, include)
+            return
         from cluster.launch import evaluate as launch
 
         columns = {"student": launch(settings, student)}

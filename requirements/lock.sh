@@ -49,9 +49,9 @@ lock() {
   shift
   local file="requirements/$build.lock"
   [ ! -f "$file" ] || cp "$file" "$work/$build.lock"
-  "$work/venv/bin/uv" pip compile pyproject.toml --project "$work/$build" --extra "$build" --extra wandb --extra mlflow --extra dev \
-    --universal --python-version "$lowest" --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
-    --quiet --output-file "$work/$build.lock" "$@"
+  "$work/venv/bin/uv" pip compile pyproject.toml --project "$work/$build" --extra "$build" --extra wandb --extra mlflow \
+    --extra lm-eval --extra dev --universal --python-version "$lowest" --generate-hashes --no-annotate --no-header \
+    --no-emit-index-url --no-emit-find-links --quiet --output-file "$work/$build.lock" "$@"
   {
     echo "# Exact versions with hashes for Linux on x86_64, Python 3.11 to 3.13. Written by \`make lock\`; installed by \`LOCKED=1 ./setup.sh\`."
     [ "$build" = gpu ] || echo "# Without torch: its CPU build comes from PyTorch's own index, whose files this cannot know; setup.sh installs it first."

@@ -37,6 +37,23 @@ class RunSettings(Settings):
         return None if value is None else check_storage_url(value)
 
 
+class LmEvalSettings(Settings):
+    """Tasks of the LM-Evaluation-Harness, which `kdray eval --lm-eval` measures a student by. They need the package lm_eval
+    (`pip install 'kdray[lm-eval]'`)."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Names of tasks or groups: the harness's own (`lm-eval ls tasks`), whose data it downloads, or those in the folder of
+    `--lm-eval-include`. No setting names that folder, since its files may run code."""
+    limit: Positive | None = None
+    """Number of documents of each task; None takes all."""
+    shots: NonNegative | None = None
+    """Number of solved examples before each question; None leaves it to the task."""
+    batch_size: Positive = 8
+    """Number of sequences that the model computes at once."""
+    chat_template: bool = False
+    """Ask by the tokenizer's chat template."""
+
+
 class EvaluationSettings(Settings):
     every: NonNegative = 0
     """Steps between evaluations during training; 0 measures only before and after."""
@@ -56,6 +73,9 @@ class EvaluationSettings(Settings):
     pass_at: list[Positive] | None = None
     """Values of k for which `pass_at_<k>` is estimated, the probability that at least one of k responses is right; at most
     `samples_per_prompt`. None is `samples_per_prompt` itself where that is above 1."""
+
+    lm_eval: LmEvalSettings | None = None
+    """Tasks of the LM-Evaluation-Harness for `kdray eval RUN --lm-eval`; a run itself does not measure them."""
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluationSettings:

@@ -18,6 +18,7 @@ from kdray.runs.reports.pages import page, show
 from kdray.runs.reports.samples import heldout, training_samples
 from kdray.runs.reports.timeline import timeline
 from kdray.runs.results.comparison import OUTCOMES, headlines, show_interval
+from kdray.runs.results.harness import read_results, rows
 
 _APART = (
     *("versions", "plugins"),
@@ -58,6 +59,8 @@ def write_report(run_folder: Path) -> Path:
         pairs=list(summary.get("differences", {})),
         differences=_differences(summary.get("differences", {})),
         resampling=summary.get("resampling"),
+        by_tasks=_by_tasks(measured := read_results(folder)),
+        measured=list(measured),
         totals={key: show(value) for key, value in summary.items() if key not in (*outcome_columns, *_APART)},
         costs=[(what, f"{spent:,.1f}", _rounded(each)) for what, spent, each in costs(events, lines, tokens)],
         tokens=show(tokens) if tokens else None,
@@ -116,6 +119,13 @@ def _outcomes(summary: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[
         )
         for metric in metrics
     ]
+
+
+def _by_tasks(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Build rows of the table of the harness's tasks: a metric of a task, and its value for each model."""
+    columns = [rows(found) for found in measured.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "") for column in columns]) for name in names]
 
 
 def _differences(pairs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

@@ -162,7 +162,8 @@ def test_the_lock_files_have_what_the_project_asks_for(build: str, python: str) 
         assert "torch" not in versions, "its CPU build is not the registry's: setup.sh installs it first"
         versions["torch"] = TORCH
     extras = PROJECT["project"]["optional-dependencies"]
-    for line in [*PROJECT["project"]["dependencies"], *extras[build], *extras["wandb"], *extras["mlflow"], *extras["dev"]]:
+    asked_for = [extras[name] for name in (build, "wandb", "mlflow", "lm-eval", "dev")]
+    for line in [*PROJECT["project"]["dependencies"], *(line for lines in asked_for for line in lines)]:
         asked = Requirement(line)
         version = versions.get(canonicalize_name(asked.name))
         assert version is not None, f"{line} is not in requirements/{build}.lock: make lock"

@@ -435,7 +435,7 @@ def _teacher_of_pieces(folder: Path) -> None:
     source = TinyModel(type="tiny", layers=2, width=64)
     torch.manual_seed(4)
     model = LlamaForCausalLM(_llama_config(source, tokenizer))
-    _train(model, tokenizer, source, TinyTraining(steps=150, difficulty=1))
+    _train(model, tokenizer, source, TinyTraining(steps=150, difficulty=1), lambda step, steps: None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -120,6 +120,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         max_num_batched_tokens=engine.max_num_batched_tokens,
         kv_cache_gib=engine.kv_cache_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization,
+        model_runner=engine.model_runner,
         seed=config.run.seed,
         start_timeout_s=config.cluster.start_timeout_s,
         stuck_after_s=config.cluster.stuck_after_s,

@@ -112,7 +112,9 @@ class TeacherEngine:
 
     def _student_only(self, request: SampleRequest) -> bool:
         """True if an engine with both models draws from the student alone, and scores afterwards."""
-        return self.spec.role == "mixture" and self.spec.scoring == "recorder" and request.alpha == 0.0
+        # The newer runner tells the batch after the forward pass, in which the teacher has then taken part.
+        rests = self.spec.role == "mixture" and self.spec.scoring == "recorder" and self.spec.model_runner == "v1"
+        return rests and request.alpha == 0.0
 
     async def _drawn(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         from vllm import SamplingParams
@@ -161,12 +163,11 @@ class TeacherEngine:
         block_size = self._engine.vllm_config.cache_config.block_size
         for rollout in rollouts:
             key = self._key(rollout.sample_id)
-            sequence = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+            sequence = np.concatenate([rollout.prompt_ids, rollout.token_ids])
             start = len(rollout.prompt_ids)
-            extra = {"key": key, "mode": "score", "start": start, "last_id": sequence[-1], "top_k": top_k}
+            extra = {"key": key, "mode": "score", "start": start, "ids": _as_bytes(sequence), "top_k": top_k}
             if rollout.support_ids is not None and rollout.support_ids.shape[1]:
-                # Bytes pass vLLM's encoding unchanged; a list of so many numbers would be slow.
-                extra |= {"asked": rollout.support_ids.astype(np.int32).tobytes(), "width": rollout.support_ids.shape[1]}
+                extra |= {"asked": _as_bytes(rollout.support_ids), "width": rollout.support_ids.shape[1]}
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=1,
@@ -177,7 +178,7 @@ class TeacherEngine:
                 skip_reading_prefix_cache=start % block_size == 0,
                 extra_args={"kdray": extra},
             )
-            engine_requests.append(EngineRequest(key, sequence[:-1], params))
+            engine_requests.append(EngineRequest(key, sequence[:-1].tolist(), params))
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         async with aclosing(self._finish(engine_requests, lengths)) as finished:
             async for ended in finished:
@@ -187,21 +188,17 @@ class TeacherEngine:
                 ]
 
     async def _scored_plainly(self, rollouts: Sequence[Rollout], top_k: bool) -> AsyncGenerator[list[tuple[int, Rollout]]]:
-        if not top_k or any(rollout.support_ids is not None for rollout in rollouts):
-            raise RequestRefused("scoring=prompt_logprobs gives a teacher's own top ids alone; set scoring=recorder")
-        width = min(self.spec.teacher_top_k, self.spec.vocab_size)
-        engine_requests = []
-        for rollout in rollouts:
-            ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
-            params = prompt_logprobs.sampling_params(width, ids[-1])
-            engine_requests.append(EngineRequest(self._key(rollout.sample_id), ids[:-1], params))
+        asked = [prompt_logprobs.Asked.by(rollout, top_k, self.spec) for rollout in rollouts]
+        engine_requests = [
+            EngineRequest(self._key(rollout.sample_id), each.sequence[:-1].tolist(), each.sampling_params())
+            for rollout, each in zip(rollouts, asked, strict=True)
+        ]
         async with aclosing(self._outputs(engine_requests)) as outputs:
             async for ended in outputs:
-                scored = []
-                for index, output in ended:
-                    found = prompt_logprobs.columns(output, len(rollouts[index].prompt_ids), self.spec.vocab_size)
-                    scored.append((index, with_columns(rollouts[index], found, teacher=self.spec.teacher)))
-                yield scored
+                yield [
+                    (index, with_columns(rollouts[index], asked[index].columns(output), teacher=self.spec.teacher))
+                    for index, output in ended
+                ]
 
     async def fingerprint(self) -> Fingerprint:
         """Identity of this engine's teacher, and its scores of the canary."""
@@ -430,7 +427,7 @@ class TeacherEngine:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_reading_prefix_cache=True,
-            extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "last_id": int(ids[-1])}},
+            extra_args={"kdray": {"key": key, "mode": "score", "start": 1, "ids": _as_bytes(np.asarray(ids))}},
         )
         engine_request = EngineRequest(key, [int(token_id) for token_id in ids[:-1]], params)
         async with aclosing(self._finish([engine_request], [len(ids) - 1])) as finished:
@@ -456,6 +453,15 @@ class TeacherEngine:
             return []
         return sorted(size for size in compilation.cudagraph_capture_sizes or () if size <= self.spec.max_num_seqs)
 
+    @property
+    def checked_sizes(self) -> list[int]:
+        """Batch sizes at which the start compares what is recorded while sampling with prefill: those of captured graphs, and
+        under vLLM's newer model runner always some, since its recorder is not yet tested on its device."""
+        sizes = set(self.graph_sizes)
+        if self.spec.model_runner == "v2":
+            sizes |= {min(size, self.spec.max_num_seqs) for size in (1, 5)}
+        return sorted(sizes)
+
     async def set_initial_version(self, version: int) -> None:
         """Set the version of the weights loaded at start."""
         await self._engine.collective_rpc("kdray_set_version", args=(version,))
@@ -465,6 +471,11 @@ class TeacherEngine:
 def _kdray_args(params: Any) -> Mapping[str, Any]:
     """Return the recorder's arguments of a request. Args: params: vLLM's SamplingParams."""
     return (getattr(params, "extra_args", None) or {}).get("kdray", {})
+
+
+def _as_bytes(ids: np.ndarray) -> bytes:
+    """Ids for the recorder: bytes pass vLLM's encoding unchanged, and a list of so many numbers would be slow."""
+    return ids.astype(np.int32).tobytes()
 
 
 def _lacks_rows(output: Any, params: Any) -> bool:

@@ -6,16 +6,22 @@ import math
 import os
 from typing import Any
 
+from actors.serving.scoring.prompt_logprobs import MOST_IDS
 from actors.serving.spec import EngineSpec
 from kdray.errors import EngineError
 from kdray.models.precision import checkpoint_dtype, cpu_dtype
 
+RECORDERS = {"v1": "actors.vllm_plugin.recorder:Recorder", "v2": "actors.vllm_plugin.recorder_v2:RecorderV2"}
+"""Model runner of vLLM -> the logits processor that records its batches."""
+_SWITCHES = {"v1": "0", "v2": "1"}
+
 
 def set_environment(spec: EngineSpec) -> None:
     """Set the variables that vLLM reads when it is imported; call it before."""
-    # vLLM's first model runner is the one whose logits processors carry request state; the newer one has a different
-    # interface.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # vLLM would choose by the model, and each of its runners needs its own recorder.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = _SWITCHES[spec.model_runner]
+    # vLLM turns these graphs on by itself, unless the variable is set; they replay a model without its Python code.
+    os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
     # The single-worker executor works on CPUs only within one process; AsyncLLM keeps its engine-core process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -50,7 +56,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
                 "record_hidden": spec.record_hidden,
             }
         },
-        "logits_processors": ["actors.vllm_plugin.recorder:Recorder"],
+        "logits_processors": [RECORDERS[spec.model_runner]],
         "worker_extension_cls": "actors.vllm_plugin.worker_extension.WorkerExtension",
         "skip_tokenizer_init": True,
         # vLLM's own `auto` would round a float32 checkpoint to bfloat16 on GPUs.
@@ -68,7 +74,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         # Never a pickle, which can execute code.
         "load_format": "safetensors",
         "disable_log_stats": True,
-        "max_logprobs": max(20, spec.teacher_top_k),
+        "max_logprobs": max(20, spec.teacher_top_k, 1 + MOST_IDS if spec.model_runner == "v2" else 0),
     }
     if current_platform.is_cpu():
         arguments |= {

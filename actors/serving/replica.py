@@ -85,7 +85,7 @@ class TeacherReplica:
         """
         try:
             await self._engine.start()
-            await check_batch_sizes(self._engine, self._engine.graph_sizes)
+            await check_batch_sizes(self._engine, self._engine.checked_sizes)
             if run.registry is None or not run.compared or self._spec.role == "student":
                 return None
             return await self._engine.fingerprint()

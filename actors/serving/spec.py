@@ -35,6 +35,8 @@ class EngineSpec:
     """Hash of the teacher's tokenizer."""
     scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
     """Method of scoring prefill: by the recorder, or by vLLM's own `prompt_logprobs`."""
+    model_runner: Literal["v1", "v2"] = "v1"
+    """Model runner of vLLM, with a recorder of its own."""
     record_hidden: bool = False
     """Record the teacher's last hidden state for every token."""
     teacher_top_k: int = 32

@@ -12,7 +12,7 @@ truncates to the output's length.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,20 +38,37 @@ class Request:
 
     key: str
     score: bool
-    alpha: float
-    seed: int
-    prompt_ids: list[int]
-    output_ids: list[int]
-    """The engine's own list, which grows as tokens are drawn."""
+    drawn: Sized
+    """As long as the number of tokens drawn for it, which is the position of its next one: the engine's own list of them, or a
+    count."""
+    alpha: float = 0.0
+    seed: int = 0
+    sequence: np.ndarray | None = None  # [L] int32: the ids of a sequence to be scored, with its last one
     start: int = 0
-    """Number of prompt tokens of a sequence to be scored; the rest of `prompt_ids` and `last_id` are its response."""
-    last_id: int = 0
+    """Number of prompt tokens of `sequence`; the rest is its response."""
     asked: np.ndarray | None = None  # [T, M] int32: ids at which a scoring request wants log p; -1 is unused
     top_k: bool = True
     kv_version: int = NEWEST
     """Version of the student since which the request's keys and values have been written, if updates keep them."""
     student_only: bool = False
     """Drawn from the student alone: the teacher's rows of this request mean nothing, since it has no keys and values of it."""
+
+    @staticmethod
+    def of(args: Mapping[str, Any], drawn: Sized) -> Request:
+        """A request by the arguments that kdray's engine sent with it. Args: args: `extra_args["kdray"]`."""
+        return Request(
+            key=args["key"],
+            score=args["mode"] == "score",
+            drawn=drawn,
+            alpha=args.get("alpha", 0.0),
+            seed=args.get("seed", 0),
+            sequence=np.frombuffer(args["ids"], dtype=np.int32) if "ids" in args else None,
+            start=args.get("start", 0),
+            asked=np.frombuffer(args["asked"], dtype=np.int32).reshape(-1, args["width"]) if "asked" in args else None,
+            top_k=args.get("top_k", True),
+            kv_version=args.get("kv_version", NEWEST),
+            student_only=args.get("student_only", False),
+        )
 
 
 class Chunk(NamedTuple):
@@ -62,16 +79,6 @@ class Chunk(NamedTuple):
     position: int
     """Its position in the request."""
     length: int
-
-
-def chunks_of(runner: Any, rows: Iterable[int]) -> dict[int, Chunk]:
-    """Tokens that the current step processes of the requests in these rows of the batch.
-
-    They come from the runner's own arrays on the host, since not every attention backend has them in its metadata.
-    Args: runner: vLLM's GPUModelRunner.
-    """
-    starts, computed = runner.query_start_loc.np, runner.input_batch.num_computed_tokens_cpu
-    return {row: Chunk(int(starts[row]), int(computed[row]), int(starts[row + 1] - starts[row])) for row in rows}
 
 
 class _Cell(NamedTuple):
@@ -101,7 +108,7 @@ class _Sampled:
 
     def advance(self) -> None:
         """Note how many tokens every request has."""
-        self.lengths = np.array([len(request.output_ids) for request in self.requests], dtype=np.int64)
+        self.lengths = np.array([len(request.drawn) for request in self.requests], dtype=np.int64)
         self.positions = to_device(self.lengths, self._device)
 
 
@@ -267,13 +274,13 @@ class _Predicted(NamedTuple):
 
 def _predicted(request: Request, chunk: Chunk) -> _Predicted:
     # The output at position t - 1 predicts token t; tokens before `start` belong to the prompt and are not recorded.
+    assert request.sequence is not None
     first = max(chunk.position, request.start - 1)
-    last = max(first, min(chunk.position + chunk.length, len(request.prompt_ids)))
-    tokens = [*request.prompt_ids[first + 1 : last + 1], request.last_id][: last - first]
+    last = max(first, min(chunk.position + chunk.length, len(request.sequence) - 1))
     response = range(first + 1 - request.start, last + 1 - request.start)
     return _Predicted(
         np.arange(first, last, dtype=np.int64) - chunk.position + chunk.row,
-        np.array(tokens, dtype=np.int64),
+        request.sequence[first + 1 : last + 1].astype(np.int64),
         None if request.asked is None else request.asked[response.start : response.stop],
         [(request.key, position) for position in response],
     )

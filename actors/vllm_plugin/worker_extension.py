@@ -17,10 +17,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from actors.vllm_plugin.active_recorder import ActiveRecorder
 from actors.vllm_plugin.lifetime import end_with
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
 from actors.vllm_plugin.record_table import Passes, write_records
-from actors.vllm_plugin.recorder import Recorder
 from actors.vllm_plugin.row_statistics import measured_columns
 
 register()
@@ -30,14 +30,17 @@ class WorkerExtension:
     """Methods added to the vLLM worker, all prefixed with `kdray_`; `self` is the worker."""
 
     def kdray_attach(self) -> None:
-        """Give the recorder access to the runner. Called once, before the first request."""
-        assert Recorder.active is not None
-        Recorder.active.runner = self.model_runner  # type: ignore[attr-defined]
+        """Give the recorder access to the runner. Called once, before the first request.
+
+        Raises: ValueError if the recorder cannot follow the runner's batches.
+        """
+        assert ActiveRecorder.active is not None
+        ActiveRecorder.active.attach(self.model_runner)  # type: ignore[attr-defined]
 
     def kdray_take(self, wanted: list[tuple[str, int]]) -> bytes | None:
         """Recorded columns of finished requests, in the order of `wanted`, for
         `actors.vllm_plugin.record_table.read_records`; None from a worker that keeps no records."""
-        recorder, model = Recorder.active, MixtureForCausalLM.active
+        recorder, model = ActiveRecorder.active, MixtureForCausalLM.active
         assert recorder is not None
         assert model is not None
         if not recorder.batch.keeps_records:
@@ -49,15 +52,15 @@ class WorkerExtension:
 
     def kdray_drop(self, keys: list[str]) -> None:
         """Discard the records of aborted requests."""
-        assert Recorder.active is not None
-        Recorder.active.batch.drop(keys)
+        assert ActiveRecorder.active is not None
+        ActiveRecorder.active.batch.drop(keys)
 
     def kdray_stats(self) -> dict[str, int]:
         """Counters of this worker: forward passes and those that ran the teacher, requests resumed after preemption and their
         tokens, requests and positions with records held, and the checksum of all tokens drawn."""
-        assert Recorder.active is not None
+        assert ActiveRecorder.active is not None
         assert MixtureForCausalLM.active is not None
-        batch, model = Recorder.active.batch, MixtureForCausalLM.active
+        batch, model = ActiveRecorder.active.batch, MixtureForCausalLM.active
         return {
             "steps": model.steps,
             "teacher_steps": model.teacher_steps,

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -187,27 +186,19 @@ def send_weights(pipe: Connection, trainer_info: str, address: str, device: torc
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.utils.network_utils import get_open_port
 
-    class Snapshot(WeightSource):
-        tensors: dict[str, torch.Tensor]
-
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
-
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield from self.tensors.items()
+    from actors.weights.snapshot import snapshot
 
     module, name = trainer_info.split(":")
     info_class = getattr(importlib.import_module(module), name)
-    source = Snapshot()
+    source: Any = None
     pipe.send("ready")
     with contextlib.suppress(EOFError):
         while True:
             if (tensors := pipe.recv()) is not None:
-                source.tensors = tensors
+                source = snapshot(tensors)
             num_workers = pipe.recv()
             info = info_class(
                 master_address=address,

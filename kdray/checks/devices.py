@@ -31,6 +31,18 @@ def check_gpus(config: Config) -> None:
         )
 
 
+def check_model_runners(config: Config) -> None:
+    """Raises: ConfigError for an engine on vLLM's newer model runner, if the installed build of vLLM computes on CPUs."""
+    if vllm_build.vllm_device() != "cpu":
+        return
+    for setting, engine in _engines(config).items():
+        if engine.model_runner == "v2":
+            raise ConfigError(
+                f"{setting}.model_runner=v2: the installed vLLM computes on CPUs, and this model runner needs a GPU (its "
+                f"kernels are Triton's); set {setting}.model_runner=v1"
+            )
+
+
 def precision_notes(config: Config) -> Iterator[str]:
     """One line for each engine that samples the student's rollouts in another dtype than training computes in.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdray.checks.capabilities import check_capabilities
-from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
+from kdray.checks.devices import check_gpus, check_model_runners, precision_notes, quantisation_notes
 from kdray.checks.gradient_notes import gradient_notes
 from kdray.checks.models import check_heads, check_models
 from kdray.checks.unsafe_notes import unsafe_notes
@@ -37,6 +37,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     _check_student(config)
     check_capabilities(config)
     check_gpus(config)
+    check_model_runners(config)
     kinds = {name: kind_of(config, name) for name in config.teachers}
     found = {name: kind.check(tokenizer, student_rows) for name, kind in kinds.items()}
     check_heads(config)

@@ -11,7 +11,7 @@ from typing import Any
 from kdray.config.backends import STUDENT_BACKENDS, with_backend
 from kdray.config.teachers import TEACHERS, EngineSettings
 
-ENGINE_PLACE = frozenset(EngineSettings.model_fields) - {"dtype", "engine_args", "unsafe_engine_args"}
+ENGINE_PLACE = frozenset(EngineSettings.model_fields) - {"dtype", "model_runner", "engine_args", "unsafe_engine_args"}
 """Settings of an engine's size and placement."""
 TRAINING_PLACE = frozenset(
     (

@@ -135,6 +135,9 @@ class EngineSettings(Settings):
     """Size of a replica's KV cache on CPUs, GiB."""
     gpu_memory_utilization: Fraction = 0.85
     """Share of GPU memory that the engine may use; leave room for the rows of log-probabilities."""
+    model_runner: Literal["v1", "v2"] = "v1"
+    """Model runner of vLLM. `v2` is its newer one, experimental and for GPUs alone; it has not been run. Change it when vLLM
+    drops the first, or a model needs the newer one."""
     engine_args: dict[str, Any] = Field(default={})
     """Further vLLM engine arguments, passed through by name: those of an allow list, which name no code and leave the records
     right."""
@@ -224,7 +227,8 @@ class ServedTeacherSettings(TeacherSettings, EngineSettings):
     scores what student-only replicas sample: it loads no student, and takes no weights."""
     scoring: Literal["recorder", "prompt_logprobs"] = "recorder"
     """Method of scoring given sequences by prefill. `recorder`: at any ids, with hidden states and both exact KLs.
-    `prompt_logprobs`: vLLM's own, only the teacher's top ids; for an engine whose prefill the recorder cannot read."""
+    `prompt_logprobs`: vLLM's own, only the teacher's top ids, or under `model_runner: v2` at any ids; for an engine whose
+    prefill the recorder cannot read."""
 
     @model_validator(mode="after")
     def _template(self) -> ServedTeacherSettings:

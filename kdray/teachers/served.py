@@ -16,8 +16,10 @@ class ServedKind(ModelKind[Served]):
 
     def offers(self) -> frozenset[Signal]:
         every: frozenset[Signal] = frozenset(MEANING)
-        # vLLM's own prompt logprobs cover only the teacher's top ids.
-        return every - {"requested", "hidden"} if self.settings.scoring == "prompt_logprobs" else every
+        if self.settings.scoring == "recorder":
+            return every
+        # vLLM's own prompt logprobs cover only the teacher's top ids, and under its newer model runner others too.
+        return every - ({"hidden"} if self.settings.model_runner == "v2" else {"requested", "hidden"})
 
     @property
     def in_flight(self) -> int:

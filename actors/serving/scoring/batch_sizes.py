@@ -20,6 +20,12 @@ from kdray.types import Rollout, SampleRequest
 
 _PROMPT, _NEW_TOKENS = 8, 4
 
+_CAUSES = {
+    "v1": "Its captured graphs cannot be trusted: set engine_args.enforce_eager=true",
+    "v2": "Its captured graphs or its recorder cannot be trusted: set model_runner=v1",
+}
+"""Model runner of vLLM -> cause of a gap, and remedy."""
+
 
 class CheckedEngine(Protocol):
     """What the check asks of `actors.serving.engine.TeacherEngine`."""
@@ -41,8 +47,8 @@ async def check_batch_sizes(engine: CheckedEngine, sizes: Sequence[int]) -> None
         if not gap <= tolerance:
             raise EngineError(
                 f"the engine of {engine.spec.model} computes other probabilities for {size} sequences at once than by prefill: "
-                f"they differ by {gap:.2g} nats a token (at most {tolerance:g} is rounding). Its captured graphs cannot be "
-                "trusted: set engine_args.enforce_eager=true, and report it with `kdray doctor --deep`"
+                f"they differ by {gap:.2g} nats a token (at most {tolerance:g} is rounding). "
+                f"{_CAUSES[engine.spec.model_runner]}, and report it with `kdray doctor --deep`"
             )
 
 

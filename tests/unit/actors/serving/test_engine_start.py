@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig
 
 from actors.serving.engine import TeacherEngine
 from actors.serving.spec import EngineSpec
+from kdray.types import SampleRequest
 
 
 class StubEngine:
@@ -61,6 +63,8 @@ async def started(monkeypatch: pytest.MonkeyPatch, model: Path, on_cpu: bool, **
     for name in ("VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_ENABLE_V1_MULTIPROCESSING"):
         # Restored at the end: the start sets them for its own process.
         monkeypatch.setenv(name, "before")
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "before")
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
     given: dict[str, Any] = {"vocab_size": 99, "stop_ids": (1,), "max_model_len": 64} | fields
     engine = TeacherEngine(EngineSpec(role="teacher", model=str(model), student=None, **given))
     await engine.start()
@@ -113,3 +117,47 @@ async def test_other_compilation_settings_leave_the_graphs_piecewise(
     arguments = {"compilation_config": given} if given else {}
     engine = await started(monkeypatch, model, on_cpu=False, engine_args=arguments)
     assert engine.arguments["compilation_config"] == passed
+
+
+@pytest.mark.parametrize(
+    ("runner", "switch", "recorder", "logprobs"),
+    [("v1", "0", "actors.vllm_plugin.recorder:Recorder", 32), ("v2", "1", "actors.vllm_plugin.recorder_v2:RecorderV2", 128)],
+)
+async def test_a_model_runner_gets_its_own_recorder(
+    monkeypatch: pytest.MonkeyPatch, model: Path, runner: str, switch: str, recorder: str, logprobs: int
+) -> None:
+    engine = await started(monkeypatch, model, on_cpu=False, model_runner=runner)
+    assert engine.environment["VLLM_USE_V2_MODEL_RUNNER"] == switch
+    # Otherwise vLLM may turn them on by itself.
+    assert engine.environment["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
+    assert engine.arguments["logits_processors"] == [recorder]
+    assert engine.arguments["max_logprobs"] == logprobs
+
+
+@pytest.mark.parametrize(
+    ("runner", "captured", "most", "checked"),
+    [
+        ("v1", [], 128, []),
+        ("v1", [1, 8, 256], 128, [1, 8]),
+        ("v2", [], 128, [1, 5]),
+        ("v2", [], 3, [1, 3]),
+        ("v2", [1, 8], 128, [1, 5, 8]),
+    ],
+)
+def test_the_newer_model_runner_is_always_compared_with_prefill(
+    runner: Any, captured: list[int], most: int, checked: list[int]
+) -> None:
+    spec = EngineSpec("teacher", "", None, 99, (1,), 64, model_runner=runner, max_num_seqs=most)
+    engine = TeacherEngine(spec)
+    mode = SimpleNamespace(name="PIECEWISE" if captured else "NONE")
+    compilation = SimpleNamespace(cudagraph_mode=mode, cudagraph_capture_sizes=captured)
+    engine._engine = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=compilation))
+    assert engine.checked_sizes == checked
+
+
+def test_the_teacher_rests_under_the_first_model_runner_alone() -> None:
+    """The newer one tells the batch when the teacher has run."""
+    request = SampleRequest(0, 0, np.array([1], np.int32), 0.0, 1, 4)
+    for runner, rests in (("v1", True), ("v2", False)):
+        spec = EngineSpec("mixture", "", "", 99, (1,), 64, model_runner=runner)  # type: ignore[arg-type]
+        assert TeacherEngine(spec)._student_only(request) == rests

@@ -35,7 +35,7 @@ class Engine:
 
     fails_in = ""
     dtype = "float32"
-    graph_sizes: ClassVar[list[int]] = []
+    checked_sizes: ClassVar[list[int]] = []
     closed = False
     asked: list[str]
 
@@ -109,7 +109,7 @@ async def test_an_engine_with_captured_graphs_is_checked_at_their_sizes(actor: A
             raise EngineError(f"wrong at one of {sizes}")
 
     monkeypatch.setattr("actors.serving.replica.check_batch_sizes", check)
-    monkeypatch.setattr(Engine, "graph_sizes", [1, 8])
+    monkeypatch.setattr(Engine, "checked_sizes", [1, 8])
     with pytest.raises(EngineError, match=r"wrong at one of \[1, 8\]"):
         await start(RunHandles(registry=actor))
     assert Engine.asked == ["start"], "an engine that is not trusted must not become a reference for others"

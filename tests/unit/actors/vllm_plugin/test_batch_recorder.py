@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from actors.vllm_plugin import batch_recorder
-from actors.vllm_plugin.batch_recorder import BatchRecorder, Chunk, Request, chunks_of
+from actors.vllm_plugin.batch_recorder import BatchRecorder, Chunk, Request
 from actors.vllm_plugin.record_table import FLOATS, INTS, Slab
 from actors.vllm_plugin.row_statistics import Rows, RowStatistics
 from tests.support import plain_recorder as plain
@@ -29,7 +28,7 @@ def recorder(device: torch.device = CPU, keeps_records: bool = True, top: tuple[
 
 
 def sampling(key: str, seed: int = 0, alpha: float = 0.4) -> Request:
-    return Request(key, False, alpha, seed, [1, 2], [])
+    return Request(key, False, [], alpha, seed)
 
 
 def begin(found: BatchRecorder, requests: dict[int, Request]) -> None:
@@ -58,6 +57,8 @@ def test_every_step_draws_and_records_as_the_plain_computation(rows_of: Callable
         rows_of(index): sampling(str(index), int(rng.integers(0, 2**64, dtype=np.uint64)), [0.0, 0.3, 1.0][index % 3])
         for index in range(9)
     }
+    tokens: dict[int, list[int]] = {row: [] for row in requests}
+    requests = {row: replace(request, drawn=tokens[row]) for row, request in requests.items()}
     found = recorder()
     begin(found, requests)
     expected: dict[str, list[plain.Columns]] = {request.key: [] for request in requests.values()}
@@ -71,10 +72,10 @@ def test_every_step_draws_and_records_as_the_plain_computation(rows_of: Callable
         for row, request in requests.items():
             own = Rows(*(None if each is None else each[row : row + 1] for each in rows))
             alpha = torch.tensor([[request.alpha]])
-            token = plain.drawn(own, alpha, [request.seed], [len(request.output_ids)])
+            token = plain.drawn(own, alpha, [request.seed], [step])
             assert logits[row].argmax() == token
             expected[request.key].append(plain.columns(own, token, alpha, TOP))
-            request.output_ids.append(int(token))
+            tokens[row].append(int(token))
         others = [row for row in range(size) if row not in requests]
         assert torch.equal(logits[others], rows.teacher[others])
     slabs = found.take([(request.key, 12) for request in requests.values()])
@@ -117,13 +118,14 @@ def test_requests_of_the_student_alone_read_nothing_of_the_teacher(ran: bool) ->
 
 def test_a_position_evaluated_again_replaces_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """As partial prefills do. Surplus positions are cut off, missing ones are refused by name."""
-    request = sampling("a")
+    tokens: list[int] = []
+    request = replace(sampling("a"), drawn=tokens)
     found = recorder()
     begin(found, {0: request})
     for seed in (1, 2):
         rows = random_rows(1, VOCAB, seed)
         found.sample(torch.zeros(1, VOCAB), rows, 0)
-    request.output_ids.append(0)
+    tokens.append(0)
     found.advance()
     found.sample(torch.zeros(1, VOCAB), random_rows(1, VOCAB, 3), 0)
     (slab,) = found.take([("a", 1)])
@@ -304,13 +306,13 @@ def test_scoring_records_the_response_whatever_chunks_prefill_has(keeps_records:
     monkeypatch.setattr(batch_recorder, "CHUNK_ROWS", 7)
     rng = np.random.default_rng(3)
     found = recorder(keeps_records=keeps_records)
-    requests, passes, tables = {}, {}, {}
+    requests, passes, tables, sequences = {}, {}, {}, {}
     for row, (prompt, response, asked, top_k) in enumerate(
         [(4, 9, None, True), (1, 12, 3, True), (6, 8, 3, False), (3, 5, 3, False)]
     ):
-        ids = rng.integers(0, VOCAB, prompt + response).tolist()
+        sequences[row] = rng.integers(0, VOCAB, prompt + response).astype(np.int32)
         wanted = None if asked is None else np.stack([rng.permutation(VOCAB)[:asked] for _ in range(response)]).astype(np.int32)
-        requests[row] = Request(str(row), True, 0.0, 0, ids[:-1], [], prompt, ids[-1], wanted, top_k)
+        requests[row] = Request(str(row), True, [], sequence=sequences[row], start=prompt, asked=wanted, top_k=top_k)
         tables[row] = random_rows(prompt + response - 1, VOCAB, seed=row)
         # The surplus step after the last token too.
         passes[row] = np.split(np.arange(prompt + response), sorted(rng.integers(0, prompt + response, 3)))
@@ -324,7 +326,7 @@ def test_scoring_records_the_response_whatever_chunks_prefill_has(keeps_records:
             positions = passes[row][step]
             chunks[row] = Chunk(len(hidden), int(positions[0]) if len(positions) else 0, len(positions))
             for position in positions:
-                surplus = position == len(requests[row].prompt_ids)
+                surplus = position == len(sequences[row]) - 1
                 hidden.append(len(table[0]) - 1 if surplus else offsets[row] + position)
         outputs = torch.tensor(hidden, dtype=torch.float32).unsqueeze(-1).expand(-1, WIDTH)
         found.score(outputs, chunks, log_rows_of(table, calls), student_version=2)
@@ -334,25 +336,16 @@ def test_scoring_records_the_response_whatever_chunks_prefill_has(keeps_records:
         assert not found.cells
         return
     for row, request in requests.items():
-        length = len(request.prompt_ids) + 1 - request.start
+        length = len(sequences[row]) - request.start
         (slab,) = found.take([(request.key, length)])
         own = Rows(*(None if each is None else each[request.start - 1 :] for each in tables[row]))
-        tokens = torch.tensor([*request.prompt_ids[request.start :], request.last_id])
+        tokens = torch.from_numpy(sequences[row][request.start :])
         asked_ids = None if request.asked is None else torch.from_numpy(request.asked).long()
         check(slab, [plain.columns(own, tokens, None, TOP, asked_ids, request.top_k)])
 
 
 def test_a_part_of_a_steps_outputs_is_refused() -> None:
     found = recorder()
-    begin(found, {0: Request("a", True, 0.0, 0, [1, 2, 3], [], 1, 4)})
+    begin(found, {0: Request("a", True, [], sequence=np.array([1, 2, 3, 4], np.int32), start=1)})
     with pytest.raises(ValueError, match="only the last 2 of 3 tokens of a step were kept .* remove enable_dbo"):
         found.score(torch.zeros(2, WIDTH), {0: Chunk(0, 0, 3)}, lambda hidden: random_rows(len(hidden), VOCAB, 0), 0)
-
-
-def test_tokens_of_a_step_come_from_the_runner_alone() -> None:
-    """Its arrays on the host, padded as vLLM pads them."""
-    runner = SimpleNamespace(
-        query_start_loc=SimpleNamespace(np=np.array([0, 3, 4, 9, 9, 9], dtype=np.int32)),
-        input_batch=SimpleNamespace(num_computed_tokens_cpu=np.array([10, 64, 0, 5], dtype=np.int32)),
-    )
-    assert chunks_of(runner, [0, 2]) == {0: Chunk(0, 10, 3), 2: Chunk(4, 0, 5)}

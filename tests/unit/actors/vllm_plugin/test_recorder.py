@@ -11,9 +11,11 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-from actors.vllm_plugin import mixture_model, recorder
+from actors.vllm_plugin import active_recorder, mixture_model
+from actors.vllm_plugin.active_recorder import ActiveRecorder
+from actors.vllm_plugin.batch_recorder import Chunk
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM
-from actors.vllm_plugin.recorder import Recorder
+from actors.vllm_plugin.recorder import Recorder, chunks_of
 from actors.vllm_plugin.row_statistics import Rows
 from tests.support.plain_recorder import drawn, random_rows
 
@@ -21,7 +23,7 @@ VOCAB = 40
 
 
 def made(rank: int, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    monkeypatch.setattr(recorder, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(active_recorder, "get_tensor_model_parallel_rank", lambda: rank)
     config = SimpleNamespace(additional_config={"kdray": {"teacher_top_k": 4, "student_top_k": 2, "record_hidden": False}})
     return Recorder(config, torch.device("cpu"), False)
 
@@ -29,7 +31,7 @@ def made(rank: int, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 @pytest.fixture(autouse=True)
 def _no_singletons() -> Iterator[None]:
     yield
-    Recorder.active = MixtureForCausalLM.active = None
+    ActiveRecorder.active = MixtureForCausalLM.active = None
 
 
 def params(key: str, seed: int, alpha: float) -> SamplingParams:
@@ -92,13 +94,23 @@ def test_scoring_reads_positions_from_the_runner(monkeypatch: pytest.MonkeyPatch
         query_start_loc=SimpleNamespace(np=np.array([0, 2, 6])),
         input_batch=SimpleNamespace(num_computed_tokens_cpu=np.array([0, 3])),
     )
-    scored = SamplingParams(extra_args={"kdray": {"key": "s", "mode": "score", "start": 5, "last_id": 9}})
+    sequence = np.arange(1, 10, dtype=np.int32)
+    scored = SamplingParams(extra_args={"kdray": {"key": "s", "mode": "score", "start": 5, "ids": sequence.tobytes()}})
     found.update_state(BatchUpdate(2, [], [(0, SamplingParams(), [1, 2], []), (1, scored, [1, 2, 3, 4, 5, 6, 7, 8], [])], []))
     found.apply(torch.zeros(2, VOCAB))
     # Tokens 3 to 6 of the sequence are in the pass; those at 4, 5 and 6 predict 5, 6 and 7, the first three of the response.
     assert read == [[3, 4, 5]]
     (slab,) = found.batch.take([("s", 3)])
     assert slab.ints[:, 0].tolist() == [6, 7, 8]
+
+
+def test_tokens_of_a_step_come_from_the_runner_alone() -> None:
+    """Its arrays on the host, padded as vLLM pads them."""
+    runner = SimpleNamespace(
+        query_start_loc=SimpleNamespace(np=np.array([0, 3, 4, 9, 9, 9], dtype=np.int32)),
+        input_batch=SimpleNamespace(num_computed_tokens_cpu=np.array([10, 64, 0, 5], dtype=np.int32)),
+    )
+    assert chunks_of(runner, [0, 2]) == {0: Chunk(0, 10, 3), 2: Chunk(4, 0, 5)}
 
 
 @pytest.mark.parametrize(("rank", "held"), [(0, 1), (1, 0)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdray.checks.devices import check_gpus, precision_notes, quantisation_notes
+from kdray.checks.devices import check_gpus, check_model_runners, precision_notes, quantisation_notes
 from kdray.config import Config, parse_config, vllm_build
 from kdray.errors import ConfigError
 
@@ -48,6 +48,25 @@ def test_an_engine_without_a_gpu_is_refused_where_it_would_take_another_ones(
     for device in ("cpu", None):
         monkeypatch.setattr(vllm_build, "vllm_device", lambda: device)  # noqa: B023
         check_gpus(refused)
+
+
+@pytest.mark.parametrize(
+    ("sections", "setting"),
+    [
+        ({"teachers": {"t": {"model": TINY, "model_runner": "v2"}}}, r"teachers\.t"),
+        ({"rollout": {"sampler": "student", "pool": {"model_runner": "v2"}}}, r"rollout\.pool"),
+    ],
+)
+def test_the_newer_model_runner_is_refused_on_cpus(
+    monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], setting: str
+) -> None:
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "gpu")
+    asked = config(**sections)
+    check_model_runners(asked)
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "cpu")
+    with pytest.raises(ConfigError, match=rf"{setting}\.model_runner=v2: .*needs a GPU .* set {setting}\.model_runner=v1"):
+        check_model_runners(asked)
+    check_model_runners(config())
 
 
 def test_a_recipe_for_any_machine_passes_on_gpus(on_gpus: None) -> None:

@@ -134,7 +134,8 @@ def test_teachers_give_the_columns_that_the_table_says() -> None:
     said = {column.name for column in scored_columns() if column.signal in ("sampled", "top_k")}
     flat = SimpleNamespace(start_indices=[0], end_indices=[3], token_ids=[5, 5, 2], logprobs=[-1.0, -1.0, -2.0])
     output = SimpleNamespace(prompt_token_ids=[1], prompt_logprobs=None, outputs=[SimpleNamespace(logprobs=flat)])
-    assert set(prompt_logprobs.columns(output, 1, 9)) == by("prompt_logprobs") == said
+    asked = prompt_logprobs.Asked(np.array([1, 5], np.int32), 1, 9, 1)
+    assert set(asked.columns(output)) == by("prompt_logprobs") == said
     assert set(_support([-1.0], [{3: -1.0}], 2, 9)) == by("openai") & said == said
     teacher = SimpleNamespace(_width=2)
     rows = torch.zeros(1, 4).log_softmax(-1)

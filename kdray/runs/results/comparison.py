@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdray.runs.folder import RunFolder
-from kdray.runs.results.bootstrap import LEVEL, RESAMPLES, Estimate, combined, difference, differences, intervals
+from kdray.runs.results.bootstrap import LEVEL, RESAMPLES, Estimate, combined, difference, differences, intervals, share_of_gap
 from kdray.runs.results.draws import Ratio, ratios, read_draws
 
 OUTCOMES = ("before", "program", "distilled", "after", "control", "teacher")
@@ -81,7 +81,8 @@ def compare(folder: RunFolder, summary: Mapping[str, Any], passes: Sequence[int]
 def compared(summary: Mapping[str, Any], found: Mapping[str, Mapping[str, Ratio]], teacher: TeacherFacts) -> dict[str, Any]:
     """See `compare`. Args: found: metrics of each evaluation whose responses are known, by evaluation and name."""
     changes = {
-        other: differences(found[one], found[other]) if one in found and other in found else {} for one, other in DIFFERENCES
+        other: differences(found[one], found[other], _is_share) if one in found and other in found else {}
+        for one, other in DIFFERENCES
     }
     return {
         "verdict": _verdict(summary, changes, teacher),
@@ -126,8 +127,12 @@ def show_interval(found: Mapping[str, Mapping[str, Any]] | None, evaluation: str
 
 def intervals_of(metrics: Mapping[str, Ratio]) -> dict[str, list[float]]:
     """Bounds of every metric of an evaluation that has an interval."""
-    estimates = intervals(list(metrics.values()), [name.startswith(_SHARES) for name in metrics])
+    estimates = intervals(list(metrics.values()), [_is_share(name) for name in metrics])
     return {name: [each.low, each.high] for name, each in zip(metrics, estimates, strict=True) if each is not None}
+
+
+def _is_share(metric: str) -> bool:
+    return metric.startswith(_SHARES)
 
 
 def _verdict(summary: Mapping[str, Any], changes: Mapping[str, Mapping[str, Estimate]], teacher: TeacherFacts) -> str:
@@ -187,13 +192,19 @@ def _gap_closed(found: Mapping[str, Mapping[str, Ratio]], teacher: TeacherFacts)
 
 
 def _match_gap(entry: dict[str, Any], after: Ratio, before: Ratio, reference: Ratio) -> dict[str, Any]:
-    gap = difference(reference, before)
-    if gap is not None and gap.low <= 0.0:
+    gap = difference(reference, before, share=True)
+    if gap is None:
+        return _entry(entry, None)
+    if not any(each.sums.any() for each in (after, before, reference)):
+        prompts = min(each.num_prompts for each in (after, before, reference))
+        reason = f"no response is right to any of {prompts} held-out prompts: before, after, nor of the {entry['reference']}"
+        return entry | {"reason": reason}
+    if gap.low <= 0.0:
         relation = "is worse than" if gap.high < 0.0 else "is not distinguishable from"
         scores = f"{EXACT_MATCH.show(reference.value)} and {EXACT_MATCH.show(before.value)}"
         reason = f"the {entry['reference']} {relation} the student before: {scores} ({EXACT_MATCH.show_difference(gap)})"
         return entry | {"reason": reason}
-    return _entry(entry, combined([after, before, reference], lambda a, b, r: (a - b) / (r - b)))
+    return _entry(entry, share_of_gap(after, before, reference, gap))
 
 
 def _entry(entry: dict[str, Any], estimate: Estimate | None) -> dict[str, Any]:

@@ -7,7 +7,15 @@ import pytest
 import scipy.stats
 
 from kdray.runs.results import bootstrap
-from kdray.runs.results.bootstrap import RESAMPLES, Estimate, combined, difference, intervals, resampled_totals
+from kdray.runs.results.bootstrap import (
+    RESAMPLES,
+    Estimate,
+    combined,
+    difference,
+    intervals,
+    resampled_totals,
+    share_of_gap,
+)
 from kdray.runs.results.draws import Ratio
 
 RNG = np.random.default_rng(7)
@@ -69,6 +77,54 @@ def test_a_share_of_none_or_all_has_the_exact_binomial_interval() -> None:
     assert bounds(none) == pytest.approx([exact.low, exact.high])
     assert bounds(all_) == pytest.approx([1 - exact.high, 1.0])
     assert bounds(tokens) == [0.0, 0.0]
+
+
+def test_equal_differences_of_shares_have_an_exact_interval() -> None:
+    """Of 50 prompts without a change, changes among all prompts may be as many as 0 of 50 right ones allow, either way."""
+    most = scipy.stats.binomtest(0, 50).proportion_ci(method="exact").high
+    some = np.arange(50) < 20
+    unchanged = difference(ratio_of(some), ratio_of(some), share=True)
+    assert bounds(unchanged) == pytest.approx([-most, most])
+    all_learned = difference(ratio_of(np.ones(50)), ratio_of(np.zeros(50)), share=True)
+    assert bounds(all_learned) == pytest.approx([1.0 - 2.0 * most, 1.0])
+    assert bounds(difference(ratio_of(some), ratio_of(some))) == [0.0, 0.0], "nats have no range"
+    one_changed = ratio_of(np.arange(50) < 21)
+    assert bounds(difference(one_changed, ratio_of(some), share=True)) == bounds(difference(one_changed, ratio_of(some)))
+
+
+def gap_of(after: np.ndarray, before: np.ndarray, teacher: np.ndarray) -> Estimate:
+    gap = difference(ratio_of(teacher), ratio_of(before), share=True)
+    assert gap is not None
+    found = share_of_gap(ratio_of(after), ratio_of(before), ratio_of(teacher), gap)
+    assert found is not None
+    return found
+
+
+def test_the_share_of_a_gap_has_a_width_where_no_response_changed() -> None:
+    none, teacher = np.zeros(128), np.arange(128) < 64
+    found = gap_of(none, none, teacher)
+    gap = difference(ratio_of(teacher), ratio_of(none), share=True)
+    assert gap is not None
+    reach = scipy.stats.binomtest(0, 128).proportion_ci(confidence_level=0.975, method="exact").high / gap.low
+    assert found == Estimate(0.0, pytest.approx(-reach), pytest.approx(reach))
+    closed = gap_of(teacher, none, teacher)
+    assert closed == Estimate(1.0, pytest.approx(1.0 - reach), pytest.approx(1.0 + reach)), "as the teacher at every prompt"
+    changed = np.arange(128) < 30
+    free = combined([ratio_of(changed), ratio_of(none), ratio_of(teacher)], lambda a, b, t: (a - b) / (t - b))
+    assert gap_of(changed, none, teacher) == free, "where responses differ, the bootstrap's"
+
+
+def test_the_share_of_a_gap_holds_what_is_true_as_often_as_it_says() -> None:
+    """A student that is right once in 60 prompts, measured on 60: in a third of the measurements it has no right response."""
+    rng, hits, flat = np.random.default_rng(3), 0, 0
+    for _ in range(60):
+        before, after, teacher = np.zeros(60), rng.random(60) < 1 / 60, rng.random(60) < 0.8
+        if not after.any():
+            found = gap_of(after, before, teacher)
+            flat += 1
+            hits += found.low <= (1 / 60) / 0.8 <= found.high
+    assert flat > 10
+    assert hits >= 0.95 * flat
 
 
 def test_pairing_takes_out_what_the_prompts_have_in_common() -> None:

@@ -95,6 +95,25 @@ def test_no_share_of_a_gap_that_is_not_there(teacher: int, reason: str) -> None:
     assert headlines(found)[1].startswith(f"Share of the gap to the teacher closed: undefined, since {reason}")
 
 
+def test_numbers_that_are_all_equal_are_not_certain() -> None:
+    found = comparison(before=draws_of(0), after=draws_of(0), control=draws_of(0), teacher=draws_of(PROMPTS))
+    gap = found["gap_closed"]
+    assert gap["value"] == 0.0
+    assert -0.05 < gap["low"] < -0.02
+    assert 0.02 < gap["high"] < 0.05
+    assert "0.0%, is not distinguishable from before, 0.0% (+0.0 points, 95% interval -1.8 to +1.8)" in found["verdict"]
+    assert headlines(found)[1] == "Share of the gap to the teacher closed: 0% (95% interval -2% to 2%), by exact match."
+
+
+def test_no_gap_where_not_even_the_teacher_is_right() -> None:
+    found = comparison(before=draws_of(0), after=draws_of(0), teacher=draws_of(0))
+    assert (found["gap_closed"]["value"], found["gap_closed"]["low"]) == (None, None)
+    assert headlines(found)[1] == (
+        "Share of the gap to the teacher closed: undefined, since no response is right to any of 200 held-out prompts: before, "
+        "after, nor of the teacher."
+    )
+
+
 def test_without_a_score_of_the_teacher_the_gap_is_that_of_the_reverse_kl() -> None:
     left_out = TeacherFacts("nothing grades the held-out prompts", changes=False)
     found = comparison(left_out, before=draws_of(kl=2.0), after=draws_of(kl=0.5))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from kdray.data.hub import check_dataset_on_hub
 from kdray.errors import DataError
 
 Records = Iterator[tuple[str, dict[str, Any]]]
@@ -137,6 +138,7 @@ def hub_records(
     """Yield rows of a dataset that the `datasets` library loads. Args: setting: the one that names `split`."""
     import datasets
 
+    check_dataset_on_hub(name, revision, f"{setting.rpartition('.')[0]}.name")
     try:
         table = datasets.load_dataset(name, subset, split=split, revision=revision)
     # Raised for an unknown name, subset, split or revision, a missing network, missing access, or a dataset that is a program.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdray.config import ModelSource, TinyModel
+from kdray.data.hub import check_model_on_hub
 from kdray.errors import ConfigError
 from kdray.models.inspect import origin
 from kdray.models.resolve import resolve_model
@@ -306,6 +307,7 @@ def read_config(model: str, revision: str | None) -> dict[str, Any]:
     """
     from transformers import PreTrainedConfig
 
+    check_model_on_hub(model, revision)
     try:
         content: Any = PreTrainedConfig.get_config_dict(model, revision=revision)[0]
     # The library raises errors of many types for what it cannot find or read; they all mean this.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdray.config import Config, ModelSource, PrunedModel, TinyModel
+from kdray.data.hub import check_model_on_hub
 from kdray.errors import ConfigError, DataError
 from kdray.models.pruning import plan_pruning
 from kdray.models.resolve import calibration_texts, model_config, resolve_model, task_tokenizer
@@ -32,6 +33,7 @@ def load_tokenizer(source: ModelSource, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     source = resolve_model(source, Path())
+    check_model_on_hub(source, revision)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     # The libraries raise arbitrary errors on malformed files, and have no base class for them.
@@ -92,6 +94,7 @@ def shape(source: ModelSource, revision: str | None) -> tuple[int, int | None]:
     from transformers import AutoConfig
 
     source = resolve_model(source, Path())
+    check_model_on_hub(source, revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False).get_text_config()
     # See load_tokenizer.

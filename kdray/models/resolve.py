@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdray.config import Calibration, ModelSource, PrunedModel, TinyModel, TinyTraining
 from kdray.config.plugins import versions_of
+from kdray.data.hub import check_model_on_hub
 from kdray.errors import DataError
 from kdray.models.attention import attention_arguments
 from kdray.models.pruning import activation_importance, plan_pruning, prune
@@ -241,7 +242,9 @@ def model_config(source: str | TinyModel, revision: str | None) -> Any:
         return _llama_config(source, task_tokenizer())
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(resolve_model(source, Path()), revision=revision, trust_remote_code=False)
+    folder = resolve_model(source, Path())
+    check_model_on_hub(folder, revision)
+    return AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
 
 
 def _content(origin: str, revision: str | None) -> str:

@@ -125,7 +125,7 @@ def test_hub_splits_and_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytes
     assert _texts(data.heldout) == ["what is 10?", "what is 11?"]
     with pytest.raises(DataError, match=r"heldout_split=validation: .*could not be loaded"):
         _load({"type": "hub", "name": str(folder), "heldout_split": "validation"})
-    with pytest.raises(DataError, match=r"data\.prompts\.split=train: /no/such"):
+    with pytest.raises(DataError, match=r"^data\.prompts\.name=/no/such/dataset: there is no such folder"):
         _load({"type": "hub", "name": "/no/such/dataset"})
 
 

@@ -88,8 +88,10 @@ def check_revisions(recorded: Mapping[str, Any] | None, found: Iterable[Change])
 
 
 def installation(checked: Checked) -> dict[str, Any]:
-    """Return where and with what the run is computed: versions of packages and plugins, kdray's git commit if known, host."""
-    return {**installed_versions(checked.config), "commit": _commit(), "host": socket.gethostname()}
+    """Return where and with what the run is computed: versions of packages and plugins, kdray's git commit if known, host, and
+    the working directory, from which the config's relative paths count."""
+    where = {"host": socket.gethostname(), "directory": str(Path.cwd())}
+    return {**installed_versions(checked.config), "commit": _commit(), **where}
 
 
 def changed_versions(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:

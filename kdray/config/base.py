@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -42,8 +43,24 @@ def _expanded(path: Path) -> Path:
         raise ValueError(f"{path}: {error}; give the path without `~`") from error
 
 
-LocalPath = Annotated[Path, AfterValidator(_expanded)]
-"""Path in which `~` stands for the home folder."""
+BESIDE = "beside"
+"""Key of a validation's context: folder where a relative path is looked for that leads nowhere from the working directory."""
+
+
+def beside(path: Path, info: ValidationInfo) -> Path:
+    """The path itself, or its place in the folder of `BESIDE` if only there is something."""
+    folder = (info.context or {}).get(BESIDE)
+    if folder is None or path.is_absolute():
+        return path
+    # A path that cannot even be asked for is refused by whoever reads it.
+    with contextlib.suppress(OSError):
+        if not path.exists() and (folder / path).exists():
+            return Path(folder / path)
+    return path
+
+
+LocalPath = Annotated[Path, AfterValidator(_expanded), AfterValidator(beside)]
+"""Path of something that is read: `~` stands for the home folder; see also `beside`."""
 
 
 class Settings(BaseModel):

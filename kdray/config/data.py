@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -157,7 +156,7 @@ class JsonlText(Settings):
     """A file with one JSON object per line, each holding one document."""
 
     type: Literal["jsonl"]
-    path: Path
+    path: LocalPath
     """The file; relative paths are resolved from the directory in which the command was started."""
     column: str = "text"
     """Key of the document."""
@@ -167,7 +166,7 @@ class ParquetText(Settings):
     """A Parquet file, or a folder of them, one document per row."""
 
     type: Literal["parquet"]
-    path: Path
+    path: LocalPath
     """The file or folder."""
     column: str = "text"
     """Column of the document."""

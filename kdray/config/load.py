@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kdray.config import strict_yaml
 from kdray.config.backends import backend_keys, with_backend
+from kdray.config.base import BESIDE
 from kdray.config.explain import explain
 from kdray.config.roles import role_keys
 from kdray.config.run_config import Config
@@ -18,9 +19,11 @@ from kdray.errors import ConfigError
 _MAX_PROBLEMS = 20
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), beside: Path | None = None) -> Config:
     """Read a YAML recipe and apply `a.b=value` overrides (values are YAML).
 
+    A relative path of something that is read counts from the working directory; if nothing is there, from `beside`.
+    Args: beside: a folder; None for the recipe's own.
     Raises: ConfigError with file, setting, value and remedy.
     """
     path = Path(path)
@@ -32,11 +35,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path!s:.100}: cannot be read: {error.strerror}") from error
-    return read_config(content, str(path), overrides)
+    return read_config(content, str(path), overrides, beside or path.parent)
 
 
-def read_config(content: bytes, source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read the content of a recipe. Args: source: its place, for messages. Raises: as `load_config`."""
+def read_config(content: bytes, source: str, overrides: list[str] | tuple[str, ...] = (), beside: Path | None = None) -> Config:
+    """Read the content of a recipe. Args: source: its place, for messages; beside: as for `parse_config`.
+
+    Raises: as `load_config`.
+    """
     try:
         tree = strict_yaml.load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -50,13 +56,16 @@ def read_config(content: bytes, source: str, overrides: list[str] | tuple[str, .
         raise ConfigError(f"{source}: {error}") from error
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree, source=f"{source} with the overrides" if overrides else source)
+    return parse_config(tree, f"{source} with the overrides" if overrides else source, beside)
 
 
-def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validate a tree of plain values. Raises: ConfigError listing every problem, one per line."""
+def parse_config(tree: dict[str, Any], source: str = "config", beside: Path | None = None) -> Config:
+    """Validate a tree of plain values. Args: beside: as for `load_config`, or None for no such folder.
+
+    Raises: ConfigError listing every problem, one per line.
+    """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={BESIDE: beside})
     except ValidationError as error:
         found = error.errors()
         lines = [explain(item, Config) for item in found[:_MAX_PROBLEMS]]

@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
-from kdray.config.base import NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings, check_weights
+from kdray.config.base import (
+    NonNegative,
+    NonNegativeFloat,
+    OnResume,
+    Positive,
+    PositiveFloat,
+    Settings,
+    beside,
+    check_weights,
+)
 from kdray.config.data import TextSource
 from kdray.config.tasks import LessonName
 
@@ -110,8 +119,16 @@ class PrunedModel(Settings):
     """Texts on which importance is measured; None ranks by weight norms, which need no data and are less accurate."""
 
 
+def _folder(model: str, info: ValidationInfo) -> str:
+    """A folder where the config's other paths are, too; hub ids and what is no path stay as they are."""
+    found = beside(Path(model), info)
+    return model if found == Path(model) else str(found)
+
+
 ModelSource = Annotated[
-    Annotated[str, Tag("path")] | Annotated[TinyModel, Tag("tiny")] | Annotated[PrunedModel, Tag("pruned")],
+    Annotated[str, AfterValidator(_folder), Tag("path")]
+    | Annotated[TinyModel, Tag("tiny")]
+    | Annotated[PrunedModel, Tag("pruned")],
     Discriminator(
         _model_tag,
         custom_error_type="model_source",

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar, cast, get_args
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function
 
@@ -186,14 +186,18 @@ class SettingsRegistry(Registry[type[S]]):
 
         Args: short: a text is a kind's name, and stands for a mapping that holds nothing else.
         """
-        return BeforeValidator(self._parse_short if short else self.parse)
+        return BeforeValidator(self._parse_short if short else self._parse)
 
-    def _parse_short(self, value: Any) -> Any:
-        return self.parse({"type": value} if isinstance(value, str) else value)
+    def _parse_short(self, value: Any, info: ValidationInfo) -> Any:
+        return self.parse({"type": value} if isinstance(value, str) else value, info.context)
 
-    def parse(self, value: Any) -> Any:
+    def _parse(self, value: Any, info: ValidationInfo) -> Any:
+        return self.parse(value, info.context)
+
+    def parse(self, value: Any, context: Any = None) -> Any:
         """An instance of the kind that `value` names; what is no mapping is left to the field's own check.
 
+        Args: context: of the validation that the value is part of.
         Raises: ValueError for an unknown kind; ValidationError where its settings are wrong.
         """
         if not isinstance(value, Mapping):
@@ -205,7 +209,7 @@ class SettingsRegistry(Registry[type[S]]):
             kind = self.get(name)
         except ValueError as error:
             raise ValueError(f".type={name!r:.200}: {error}") from error
-        return kind.model_validate({**value, "type": name})
+        return kind.model_validate({**value, "type": name}, context=context)
 
     def _load(self, point: EntryPoint) -> type[S]:
         kind = super()._load(point)

@@ -7,7 +7,6 @@ group `kdray.teachers`; see docs/extending.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SerializeAsAny, model_validator
 
 from kdray.config import vllm_build
-from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
+from kdray.config.base import Fraction, LocalPath, NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
 from kdray.config.engine_args import check_engine_args
 from kdray.config.labels import ACCELERATOR_LABEL, LabelSelector
 from kdray.config.models import ModelSource
@@ -326,6 +325,9 @@ class OpenAITeacherSettings(TeacherSettings):
     """Sampling temperature at the endpoint; 0 is greedy, 1 samples from the teacher's own distribution."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus probability at the endpoint."""
+    thinking: bool = False
+    """Put the endpoint's thoughts, where it sends them apart from the answer, before it, between `<think>` and `</think>`; only
+    with `chat`. False drops them."""
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     """Number of top logprobs that the endpoint returns per token: a support for the losses that need one. 0 requests text
     only."""
@@ -362,6 +364,8 @@ class OpenAITeacherSettings(TeacherSettings):
             )
         if self.system_prompt is not None and not self.chat:
             raise ValueError("system_prompt with chat=false: plain completions have no messages; set chat=true or remove it")
+        if self.thinking and not self.chat:
+            raise ValueError("thinking=true with chat=false: plain completions are one text; set chat=true or thinking=false")
         return self
 
 
@@ -390,9 +394,9 @@ class CaptureTeacherSettings(TeacherSettings):
     replays = True
 
     type: Literal["capture"]
-    path: Path
-    """Folder of a capture, or a Parquet file of rollouts. Relative paths are resolved from the directory in which the command
-    was started."""
+    path: LocalPath
+    """Folder of a capture, or a Parquet file of rollouts. A relative path counts from the directory in which the command was
+    started; what is not there is looked for beside the recipe."""
     model: ModelSource | None = None
     """The teacher that must have given the answers: Hugging Face id, local folder, tiny model, or the name at an endpoint. A
     capture of a different teacher is rejected; None accepts any. `rollout.teacher_signal=hidden` loads the output head from

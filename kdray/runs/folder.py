@@ -11,7 +11,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -153,6 +153,15 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tb"
+
+    def load_config(self, overrides: Sequence[str] = ()) -> Config:
+        """The run's config, whose relative paths count from where the run was started, if they lead nowhere from here.
+
+        Raises: ConfigError; DataError if the events cannot be read.
+        """
+        events = read_lines(self.events) if self.events.is_file() else []
+        started = [line["directory"] for line in events if line.get("kind") == "start" and "directory" in line]
+        return load_config(self.config, list(overrides), Path(started[-1]) if started else None)
 
     @property
     def logs(self) -> Path:

@@ -18,7 +18,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from kdray.config import Config, load_config
+from kdray.config import Config
 from kdray.config.filters import FILTERS
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
@@ -100,7 +100,7 @@ class _Step:
 def verify(run: Path) -> Proof:
     """Verify the files of a run. Raises: DataError if `run` is not a run folder; ConfigError if its config cannot be read."""
     folder = RunFolder.open(run)
-    config = load_config(folder.config)
+    config = folder.load_config()
     proof = Proof()
     events = _lines(proof, folder.events)
     proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")

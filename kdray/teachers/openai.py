@@ -9,6 +9,7 @@ Ray.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import time
@@ -25,19 +26,18 @@ from kdray.config.signals import Signal
 from kdray.data.dataset import asked_text
 from kdray.errors import ConfigError, EngineError, RequestRefused
 from kdray.interfaces import Availability
+from kdray.teachers.dialect import Dialect, support, text_of, token_id_of
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.teachers.kind import Found, TeacherContext, TeacherKind
 from kdray.teachers.rate_limit import RateLimiter
 from kdray.types import Rollout, SampleRequest
 
+logger = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 
 _PROBE = "Is 12 + 34 equal to 46? Yes, it is: naïve maths — 对 🙂\n"
 """Letters, digits, signs and rarer characters: tokenizers that agree on its ids are considered equal."""
-_NO_MASS = -9999.0
-"""JSON value of a logprob of minus infinity."""
-_TAIL_FLOOR = 1e-7
-"""Smallest mass of a tail: what float32 logprobs leave of 1 below this is rounding error."""
 _LONGEST_PAUSE_S = 120.0
 """Longest `Retry-After` that the client respects; it gives up a request that is told to wait longer."""
 
@@ -74,7 +74,9 @@ class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
 
     def identity(self, model: str | None, vocab_size: int) -> dict[str, Any]:
         asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
-        return {setting: getattr(self.settings, setting) for setting in asked}
+        # Left out where it is off, as before there was such a setting.
+        thinking = {"thinking": True} if self.settings.thinking else {}
+        return {setting: getattr(self.settings, setting) for setting in asked} | thinking
 
     def open(self, context: TeacherContext) -> RemoteTeacher:
         # A chat endpoint applies its own template, so it gets the question as it was before the student's.
@@ -121,6 +123,7 @@ class RemoteTeacher:
         self._free = asyncio.Semaphore(settings.max_concurrency)
         self._turn = asyncio.Lock()
         self._rate_limiter = RateLimiter(settings.requests_per_minute)
+        self._dialect = Dialect()
         self._key = _key(name, settings.api_key_env)
         self._client = AsyncOpenAI(
             base_url=settings.base_url,
@@ -228,7 +231,7 @@ class RemoteTeacher:
             text = self._text_of(request)
             if self._settings.chat:
                 choice = await self._chat(text, max_tokens=limit, seed=seed)
-                written = getattr(getattr(choice, "message", None), "content", None)
+                written = self._text(choice)
             else:
                 assert isinstance(text, str), "plain completions continue a text"
                 choice = await self._complete(text, max_tokens=limit, seed=seed)
@@ -255,10 +258,17 @@ class RemoteTeacher:
     async def _scored(self, rollout: Rollout) -> Rollout:
         start, response = len(rollout.prompt_ids), rollout.token_ids.tolist()
         if not response:
-            return replace(rollout, teacher=self.name, **_support([], [], self._width, self._vocab_size))
+            return replace(rollout, teacher=self.name, **support([], [], self._width, self._vocab_size))
         sequence = [*rollout.prompt_ids.tolist(), *response]
         choice = await self._complete(sequence, max_tokens=0, echo=True)
         return replace(rollout, teacher=self.name, **self._columns(choice, sequence, start))
+
+    def _text(self, choice: Any) -> str | None:
+        """Text of a chat completion; None if it has none. Raises: EngineError if it is something else."""
+        try:
+            return text_of(getattr(choice, "message", None), self._settings.thinking)
+        except ValueError as error:
+            raise EngineError(f"teachers.{self.name}: {self._where}: {error}; name a model that answers in text") from None
 
     def _read(self, text: str | None) -> list[int]:
         """Encode the endpoint's text as student ids. Text that looks like a special token stays text and ends nothing."""
@@ -271,9 +281,9 @@ class RemoteTeacher:
         """The teacher's columns at `token_ids[start:]`. Raises: EngineError if the endpoint returns them for other tokens."""
         given: Any = getattr(choice, "logprobs", None)
         try:
-            named = [_token_id(token) for token in given.tokens]
+            named = [token_id_of(token) for token in given.tokens]
             logprobs = list(given.token_logprobs)[start:]
-            tops = [{_token_id(token): logprob for token, logprob in row.items()} for row in given.top_logprobs[start:]]
+            tops = [{token_id_of(token): logprob for token, logprob in row.items()} for row in given.top_logprobs[start:]]
         except (AttributeError, TypeError, ValueError):
             raise EngineError(
                 f"teachers.{self.name}.logprobs={self._settings.logprobs}: {self._where} gives no logprobs named by token id; "
@@ -286,7 +296,7 @@ class RemoteTeacher:
             if not self._support_with_token and len(row) > self._settings.logprobs:
                 # One more than the top ids, so it is here because it was drawn; sorting would not tell ties apart.
                 del row[token_id]
-        return _support(logprobs, tops, self._width, self._vocab_size)
+        return support(logprobs, tops, self._width, self._vocab_size)
 
     @property
     def _width(self) -> int:
@@ -360,13 +370,23 @@ class RemoteTeacher:
 
     async def _ask(self, create: Callable[..., Awaitable[Any]], **arguments: Any) -> Any:
         """The single choice of an answer. Raises: RequestRefused, or EngineError after the last retry."""
+        sent, answer, learned = self._dialect.spoken(arguments), None, None
         try:
-            answer = await create(**arguments)
+            answer = await create(**sent)
+        # `from None` in each: the original error holds the request with its key, and may quote it.
+        except APIStatusError as error:
+            learned = self._dialect.learn(error.status_code, f"{error.message} {error.body}", arguments, sent)
+            if learned is None:
+                raise self._explain(error) from None
+            if learned:
+                logger.warning("teachers.%s: %s refuses a parameter: from now on %s", self.name, self._where, learned)
         except OpenAIError as error:
-            # The original error holds the request with its key, and may quote it.
             raise self._explain(error) from None
         except ValueError as error:
             raise EngineError(f"{self._not_openai}: {self._without_key(str(error))}") from None
+        if learned is not None:
+            # In other words, which are fewer or new each time.
+            return await self._ask(create, **arguments)
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list) or len(choices) != 1:
             raise EngineError(f"{self._not_openai}: an answer without a choice")
@@ -428,8 +448,8 @@ class RemoteTeacher:
             )
         if status < 500 and status not in (408, 409):
             return RequestRefused(
-                f"{setting}: {where} refuses the request {reason}; look at chat, token_ids, logprobs, temperature, and the "
-                "length of prompt and response"
+                f"{setting}: {where} refuses the request {reason}; look at chat, token_ids, logprobs, temperature and top_p "
+                "(1 is left out where it is refused), and the length of prompt and response"
             )
         return EngineError(
             f"{setting}.retries={self._settings.retries}: {where} failed every attempt {reason}; see its log, or raise retries"
@@ -460,37 +480,3 @@ def _key(name: str, variable: str | None) -> str | None:
         # A header cannot carry it, and the client's error message would quote it.
         raise ConfigError(f"teachers.{name}.api_key_env={variable}: the variable holds no plain word; set it to the key")
     return key
-
-
-def _token_id(token: str) -> int:
-    prefix, colon, number = token.partition(":")
-    if prefix != "token_id" or not colon:
-        raise ValueError(f"{token!r} is no id")
-    return int(number)
-
-
-def _support(logprobs: Sequence[float], tops: Sequence[dict[int, float]], width: int, vocab_size: int) -> dict[str, Any]:
-    """Columns of T tokens from log p at each and the rows of top logprobs, with or without its token.
-
-    The likeliest ids come first, then a token below them. Rows of the endpoint's head that the student does not have count as
-    tail. A tail is the rest of 1, which is unknown below `_TAIL_FLOOR`; -inf if no id is outside.
-    Args: width: slots of the support: the top logprobs requested, and one more where tokens are added to them.
-    """
-    support_ids = np.full((len(tops), width), -1, dtype=np.int32)
-    support_logprobs = np.full((len(tops), width), -np.inf)
-    tail_logprobs = np.full(len(tops), -np.inf)
-    for row, top in enumerate(tops):
-        ranked = sorted(((logprob, token_id) for token_id, logprob in top.items() if token_id < vocab_size), reverse=True)
-        for slot, (logprob, token_id) in enumerate(ranked[:width]):
-            support_ids[row, slot] = token_id
-            support_logprobs[row, slot] = logprob if logprob > _NO_MASS else -np.inf
-        if min(len(ranked), width) < vocab_size:
-            mass = float(np.exp(support_logprobs[row]).sum())
-            tail_logprobs[row] = math.log1p(-min(mass, 1.0 - _TAIL_FLOOR))
-    at_tokens = np.array([logprob if logprob > _NO_MASS else -np.inf for logprob in logprobs])
-    return {
-        "teacher_logprobs": at_tokens.astype(np.float32),
-        "support_ids": support_ids,
-        "support_logprobs": support_logprobs.astype(np.float32),
-        "tail_logprobs": tail_logprobs.astype(np.float32),
-    }

@@ -20,9 +20,9 @@ from kdray.losses import LossBatch
 from kdray.rollouts.arrow import ABSENT_IN_OLD_FILES, ROLLOUT_SCHEMA
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.columns import COLUMNS, at_targets, rollout_columns, scored_columns, unscored, value_of, with_columns
+from kdray.teachers.dialect import support
 from kdray.teachers.ensemble import TeacherColumns
 from kdray.teachers.huggingface import HFTeacher
-from kdray.teachers.openai import _support
 from kdray.types import WRITERS, Rollout, SampleRequest, TrainBatch, written_by
 
 WIDE = {"token": 0, "support": 3, "hidden": 4}
@@ -136,7 +136,7 @@ def test_teachers_give_the_columns_that_the_table_says() -> None:
     output = SimpleNamespace(prompt_token_ids=[1], prompt_logprobs=None, outputs=[SimpleNamespace(logprobs=flat)])
     asked = prompt_logprobs.Asked(np.array([1, 5], np.int32), 1, 9, 1)
     assert set(asked.columns(output)) == by("prompt_logprobs") == said
-    assert set(_support([-1.0], [{3: -1.0}], 2, 9)) == by("openai") & said == said
+    assert set(support([-1.0], [{3: -1.0}], 2, 9)) == by("openai") & said == said
     teacher = SimpleNamespace(_width=2)
     rows = torch.zeros(1, 4).log_softmax(-1)
     assert set(HFTeacher._columns(teacher, rows, torch.tensor([1]), None, top_k=True)) == by("huggingface") & said == said

@@ -37,8 +37,9 @@ from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.arrow import rollouts_to_table, table_to_rollouts
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.runs.metrics import batch_metrics
+from kdray.teachers.dialect import support
 from kdray.teachers.kind import TeacherContext, kind_of
-from kdray.teachers.openai import RemoteTeacher, _support
+from kdray.teachers.openai import RemoteTeacher
 from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.teachers.rate_limit import RateLimiter
 from kdray.types import Rollout, SampleRequest
@@ -292,6 +293,96 @@ async def test_text_becomes_the_students_tokens(
 ) -> None:
     rollout = await one(written(text, reason), limit, chat=chat)
     assert (rollout.token_ids.tolist(), rollout.finish_reason) == (expected, finish)
+
+
+# ------------------------------------------------------------------------------------------- dialects of the interface
+
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "carry the one"}]}
+
+
+def said(content: Any, **more: Any) -> tuple[int, dict[str, str], Any]:
+    """An answer whose message has this content."""
+    return written("", message={"role": "assistant", "content": content} | more)
+
+
+@pytest.mark.parametrize(
+    ("answer", "dropped", "kept"),
+    [
+        (
+            said([THOUGHT, {"type": "text", "text": "4"}, {"type": "text", "text": "2"}]),
+            "42",
+            "<think>\ncarry the one\n</think>\n\n42",
+        ),
+        (said("42", reasoning_content="carry the one"), "42", "<think>\ncarry the one\n</think>\n\n42"),
+        (said("42"), "42", "42"),
+    ],
+)
+async def test_an_answer_in_parts_is_its_text_and_thoughts_are_kept_on_request(answer: Any, dropped: str, kept: str) -> None:
+    for thinking, text in ((False, dropped), (True, kept)):
+        rollout = await one(answer, limit=99, thinking=thinking)
+        assert rollout.token_ids.tolist() == [*ids(text), EOS]
+
+
+async def test_a_thought_alone_is_no_answer_and_other_parts_are_named() -> None:
+    rollout = await one(said([THOUGHT]))
+    assert (rollout.token_ids.tolist(), rollout.finish_reason) == ([], "length")
+    with pytest.raises(EngineError, match=r"teachers\.far: .* a part of type 'image_url', which is no text; name a model"):
+        await one(said([{"type": "image_url", "image_url": {"url": "x"}}]))
+    with pytest.raises(EngineError, match="a part of type 'text' without text"):
+        await one(said([{"type": "text", "text": None}]))
+
+
+def picky(*refused: tuple[str, Any]) -> Callable[[int, dict[str, Any]], tuple[int, dict[str, str], Any]]:
+    """An endpoint that refuses parameters, one at a time. Args: refused: name, and the body of the refusal."""
+
+    def reply(number: int, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        return next(((400 if "error" in why else 422, {}, why) for name, why in refused if name in body), written("a"))
+
+    return reply
+
+
+RENAMED = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+FORBIDDEN = {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "type": "extra_forbidden"}]}
+FIXED = {"error": {"message": "Unsupported value: 'temperature' does not support 1.0 with this model."}}
+
+
+async def test_what_an_endpoint_refuses_by_name_is_sent_otherwise_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    refusals = picky(("max_tokens", {"error": {"message": RENAMED}}), ("seed", FORBIDDEN), ("temperature", FIXED))
+    with serving(refusals) as server:
+        async with teacher_at(server.port, max_concurrency=3) as teacher:
+            await teacher.check()
+            first = len(server.seen)
+            rollouts = await collect(teacher.sample([request(number, limit=9) for number in range(3)]))
+    assert first == 4, "one request for each thing to learn, and the one that is answered"
+    assert len(server.seen) - first == 3, "nothing is asked twice again"
+    assert [rollout.token_ids.tolist() for rollout in rollouts] == [[*ids("a"), EOS]] * 3
+    assert server.seen[-1].body == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "what?"}],
+        "max_completion_tokens": 9,
+        "top_p": 1.0,
+    }
+    assert [line.split("from now on ")[1] for line in caplog.messages] == [
+        "`max_tokens` is sent as `max_completion_tokens`",
+        "`seed` is left out; its responses cannot be drawn again",
+        "`temperature` is left out",
+    ]
+
+
+async def test_requests_that_are_refused_together_learn_together() -> None:
+    with serving(picky(("seed", FORBIDDEN))) as server:
+        async with teacher_at(server.port, max_concurrency=4) as teacher:
+            rollouts = await collect(teacher.sample([request(number) for number in range(4)]))
+    assert len(rollouts) == 4
+    assert len(server.seen) <= 8
+
+
+async def test_a_temperature_that_means_something_is_never_left_out() -> None:
+    with serving(picky(("temperature", FIXED))) as server:
+        async with teacher_at(server.port, temperature=0.5) as teacher:
+            with pytest.raises(RequestRefused, match=r"\(400\): .*temperature.* look at chat"):
+                await collect(teacher.sample([request()]))
+    assert len(server.seen) == 1
 
 
 async def test_without_a_key_none_of_the_environment_is_sent() -> None:
@@ -572,7 +663,7 @@ async def test_ids_and_logprobs_that_do_not_fit_are_refused(changes: dict[str, A
 
 def test_ids_that_the_student_lacks_are_tail_and_minus_infinity_is_exact() -> None:
     # Ids 0 to 2 are the student's; the endpoint's head has a fourth row.
-    columns = _support([-0.5, -9999.0], [{0: -0.5, 3: np.log(1 - np.exp(-0.5))}, {1: 0.0, 2: -9999.0}], 3, 3)
+    columns = support([-0.5, -9999.0], [{0: -0.5, 3: np.log(1 - np.exp(-0.5))}, {1: 0.0, 2: -9999.0}], 3, 3)
     assert columns["support_ids"].tolist() == [[0, -1, -1], [1, 2, -1]]
     assert columns["support_logprobs"].tolist() == [[-0.5, -np.inf, -np.inf], [0.0, -np.inf, -np.inf]]
     assert columns["teacher_logprobs"].tolist() == [-0.5, -np.inf]
@@ -580,7 +671,7 @@ def test_ids_that_the_student_lacks_are_tail_and_minus_infinity_is_exact() -> No
     # Id 0 is outside the second support: its mass is below what can be told from 1, and not minus infinity.
     assert columns["tail_logprobs"][1] == pytest.approx(np.log(1e-7), rel=1e-4)
     third = np.log(1 / 3)
-    assert _support([third], [dict.fromkeys(range(3), third)], 4, 3)["tail_logprobs"].tolist() == [-np.inf]
+    assert support([third], [dict.fromkeys(range(3), third)], 4, 3)["tail_logprobs"].tolist() == [-np.inf]
 
 
 async def test_vopds_baseline_on_an_endpoints_support_does_not_depend_on_the_token() -> None:

@@ -21,6 +21,8 @@ from cluster.planning.reservation import live_nodes
 from kdray.config import Config
 from kdray.errors import ConfigError, KdrayError
 
+logger = logging.getLogger(__name__)
+
 _STARTS = 3
 _SLOW = "The current node timed out during startup.*"
 
@@ -35,7 +37,7 @@ def start_local(**options: Any) -> None:
     slow = retry_if_exception_message(match=_SLOW)
     try:
         for attempt in Retrying(retry=slow, stop=stop_after_attempt(_STARTS)):
-            with attempt, _loopback():
+            with attempt, _loopback(), _short_paths():
                 ray.init(address="local", include_dashboard=False, **options)
     except RetryError as error:
         raise KdrayError(
@@ -65,10 +67,52 @@ def _loopback() -> Iterator[None]:
             os.environ[variable] = told
 
 
+_SOCKET_BYTES = 107
+"""Longest path of a socket on Linux."""
+_BELOW = len("/ray/session_2026-11-29_20-38-22_460123_4194304/sockets/plasma_store_9")
+"""Longest path that Ray puts below the folder for temporary files; vLLM's and Python's own are shorter."""
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+@contextlib.contextmanager
+def _short_paths() -> Iterator[None]:
+    """Let a Ray that is started inside the block, and its workers, make their sockets in a folder whose path is short enough.
+
+    Batch schedulers set TMPDIR to long paths. Raises: ConfigError if there is no other folder.
+    """
+    names = [name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
+    too_long = [name for name in names if len(os.fsencode(os.environ[name])) + _BELOW > _SOCKET_BYTES]
+    if not too_long:
+        yield
+        return
+    setting = f"{too_long[0]}={os.environ[too_long[0]]}"
+    short = next((folder for folder in _SHORT if os.access(folder, os.W_OK | os.X_OK)), None)
+    if short is None:
+        raise ConfigError(
+            f"{setting}: a path of at most {_SOCKET_BYTES - _BELOW} bytes is needed, since sockets are made below it; set it "
+            f"to a shorter one (none of {', '.join(_SHORT)} can be written)"
+        )
+    logger.warning("%s is too long for the sockets of Ray and vLLM: they make them in %s", setting, short)
+    before = {name: os.environ[name] for name in too_long}
+    os.environ.update(dict.fromkeys(too_long, short))
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
 def connected_nodes(config: Config) -> list[Node]:
     """Nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
     with connected(config, serving=False):
         return live_nodes()
+
+
+def connecting(config: Config) -> str:
+    """What `connected` does, in words."""
+    if ray.is_initialized():
+        return "using this program's Ray"
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return f"joining Ray at {address}" if address and address != "local" else "starting Ray on this machine"
 
 
 @contextlib.contextmanager

@@ -1,16 +1,20 @@
-"""How often a Ray of one's own is started. No Ray is."""
+"""How often, and in which folder, a Ray of one's own is started. No Ray is."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
+from ray._private.utils import validate_socket_filepath
 
 from cluster.connect import connected, start_local
 from kdray.config import parse_config
+from kdray.errors import ConfigError
 
 SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
 
@@ -62,3 +66,46 @@ def test_local_by_name_is_the_same_as_none(monkeypatch: pytest.MonkeyPatch, wher
     with connected(config, serving=False):
         pass
     assert [options["num_cpus"] for options in started] == [3]
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_long_folder_for_temporary_files_is_left_for_a_short_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, variable: str
+) -> None:
+    """As batch schedulers set it. Sockets have 107 bytes, and Ray itself says what it makes of the folder."""
+    long = tmp_path / ("job" * 40)
+    long.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, str(long))
+    made: list[str] = []
+
+    def init(**options: Any) -> None:
+        session = f"{get_default_ray_temp_dir()}/session_2026-11-29_20-38-22_460123_4194304"
+        validate_socket_filepath(f"{session}/sockets/plasma_store")
+        made.append(session)
+
+    with pytest.raises(OSError, match="AF_UNIX path length"):
+        init()
+    monkeypatch.setattr(ray, "init", init)
+    start_local(num_cpus=2)
+    assert len(made) == 1
+    assert os.environ[variable] == str(long), "this program's own files stay where they were"
+    assert [f"{variable}={long} is too long" in line for line in caplog.messages] == [True]
+
+
+def test_without_a_folder_that_is_short_enough_the_setting_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cluster.connect._SHORT", (str(tmp_path / "gone"),))
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("started"))
+    monkeypatch.setenv("TMPDIR", "/scratch/" + "x" * 90)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with pytest.raises(ConfigError, match=r"^TMPDIR=/scratch/x+: a path of at most \d\d bytes is needed"):
+        start_local()
+
+
+def test_a_short_folder_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda **options: seen.append(os.environ["TMPDIR"]))
+    monkeypatch.setenv("TMPDIR", "/tmp/mine")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    start_local()
+    assert (seen, caplog.messages) == (["/tmp/mine"], [])

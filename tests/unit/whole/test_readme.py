@@ -66,3 +66,14 @@ def test_links_lead_to_files_that_exist() -> None:
     assert len(links) > 20
     gone = [f"{page.relative_to(ROOT)}: {link}" for page, link in links if not (page.parent / link).exists()]
     assert not gone
+
+
+def test_the_sentence_about_the_quickstart_is_about_the_run_of_its_picture() -> None:
+    """The picture's description has the numbers that can be read in it, and its date; the sentence has those and no others."""
+    text = (ROOT / "README.md").read_text()
+    (described,) = re.findall(r"!\[([^]]*)\]\(docs/images/report.png\)", text)
+    (sentence,) = re.findall(r"In the run of the picture below.*?control \(95%", text, re.DOTALL)
+    figures = re.findall(r"\d+\.\d", described)
+    assert figures == ["18.8", "54.7", "42.2", "12.5"]
+    assert re.findall(r"\d+\.\d", sentence) == figures
+    assert re.findall(r"\d{4}-\d\d-\d\d", described) == re.findall(r"\d{4}-\d\d-\d\d", sentence)

@@ -55,4 +55,4 @@ else
     "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec
   fi
 fi
-echo "kdray is installed in $venv; next: make quickstart"
+say "done: kdray is installed in $venv"

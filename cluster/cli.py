@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli_base import ConfigPath, Outcome, Overrides, Supervise, exit_codes, load, print_columns
+from cluster.cli_base import (
+    CHECKING,
+    LOADING,
+    ConfigPath,
+    Outcome,
+    Overrides,
+    Supervise,
+    exit_codes,
+    load,
+    opening,
+    print_columns,
+)
+from cluster.commands.library_log import libraries_kept
 from cluster.commands.results import Step, export, finished_student, local_copy, report, verify
 from cluster.jobs.commands import logs, status, stop, submit
 from kdray.errors import DataError
@@ -27,7 +39,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="kdray",
     help="Distributed online distillation of language models: vLLM teachers, DeepSpeed students, on Ray.",
-    add_completion=False,
     no_args_is_help=True,
     # A traceback belongs in the log; the message to the user names the setting and the remedy.
     pretty_exceptions_enable=False,
@@ -95,9 +106,11 @@ def run(
             _run_seeds(settings, seeds, resume, outcome)
             return
         outcome.watch(settings.run_folder)
-        from cluster.launch import run as launch
+        with libraries_kept(outcome.logs), opening(typer.echo) as on_phase:
+            on_phase(LOADING)
+            from cluster.launch import run as launch
 
-        summary = launch(settings, resume=resume)
+            summary = launch(settings, resume=resume, on_phase=on_phase)
         from kdray.runs.results.comparison import OUTCOMES, headlines
 
         for line in headlines(summary):
@@ -114,14 +127,17 @@ def run(
 
 
 def _run_seeds(settings: Config, count: int, resume: bool, outcome: Outcome) -> None:
-    from cluster.launch import run_seeds
     from kdray.runs.results.seeds import SEEDS
 
     def on_start(each: Config) -> None:
         outcome.watch(each.run_folder)
         typer.echo(f"seed {each.run.seed}: {each.run_folder}")
 
-    found = run_seeds(settings, count, resume, on_start)
+    with libraries_kept(outcome.logs), opening(typer.echo) as on_phase:
+        on_phase(LOADING)
+        from cluster.launch import run_seeds
+
+        found = run_seeds(settings, count, resume, on_start, on_phase)
     results = found["results"]
     columns = {word: {name: entry[word] for name, entry in results.items()} for word in ("mean", "std")}
     for seed in map(str, found["seeds"]):
@@ -144,9 +160,11 @@ def capture(
     """Record the teacher's answers to every training prompt, to train later without it; a killed start is gone on with."""
     with exit_codes():
         settings = load(config, overrides)
-        from cluster.launch import capture as launch
+        with opening() as on_phase:
+            on_phase(LOADING)
+            from cluster.launch import capture as launch
 
-        found = launch(settings, to, epochs, reuse, on_progress=_progress())
+            found = launch(settings, to, epochs, reuse, on_progress=_progress(on_phase), on_phase=on_phase)
         (name,) = settings.teachers
         print_columns("capture", {"answers": {key: found[key] for key in found if key not in ("path", "seconds")}})
         typer.echo(f"train from it: 'teachers.{name}={{type: capture, path: {found['path']}}}'")
@@ -157,14 +175,17 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Resolve a config, check it, print it; exit 2 and say what is wrong otherwise."""
     with exit_codes():
         settings = load(config, overrides)
-        from kdray.checks.data_look import look_at
-        from kdray.checks.preflight import check
-        from kdray.checks.trackers import check_trackers
+        with opening(announce=False) as on_phase:
+            on_phase(CHECKING)
+            from kdray.checks.data_look import look_at
+            from kdray.checks.preflight import check
+            from kdray.checks.trackers import check_trackers
 
-        check_trackers(settings)
-        checked = check(settings)
+            check_trackers(settings)
+            checked = check(settings)
+            found = look_at(settings, checked.tokenizer, checked.dataset).short()
         # Findings as comments, so that the whole output is again a valid config.
-        for line in [*checked.lines, *look_at(settings, checked.tokenizer, checked.dataset).short()]:
+        for line in [*checked.lines, *found]:
             typer.echo(f"# {line}")
         typer.echo(settings.dump(), nl=False)
 
@@ -180,9 +201,12 @@ def data(
         settings = load(config, overrides)
         from rich.console import Console
 
-        from kdray.checks.data_look import look, show
+        with opening(announce=False) as on_phase:
+            on_phase(CHECKING)
+            from kdray.checks.data_look import look, show
 
-        show(look(settings, rows), Console())
+            found = look(settings, rows)
+        show(found, Console())
 
 
 @app.command()
@@ -199,16 +223,18 @@ def plan(
     """Show what goes where, its memory, and which part will wait for which; exit 2 for what can never fit."""
     with exit_codes():
         settings = load(config, overrides)
-        from cluster.planning.plan import described_nodes, rates_of, table
-        from cluster.planning.plan import plan as lay_out
+        with opening(announce=False) as on_phase:
+            on_phase("planning")
+            from cluster.planning.plan import described_nodes, rates_of, table
+            from cluster.planning.plan import plan as lay_out
 
-        rates = None if measured is None else rates_of(measured)
-        if nodes is None:
-            from cluster.connect import connected_nodes
+            rates = None if measured is None else rates_of(measured)
+            if nodes is None:
+                from cluster.connect import connected_nodes
 
-            found = lay_out(settings, connected_nodes(settings), rates)
-        else:
-            found = lay_out(settings, described_nodes(nodes), rates)
+                found = lay_out(settings, connected_nodes(settings), rates)
+            else:
+                found = lay_out(settings, described_nodes(nodes), rates)
         print_columns("role", table(found))
         for line in found.lines:
             typer.echo(line)
@@ -239,17 +265,17 @@ def evaluate(
         path = opened.enter_context(local_copy(source))
         if not path.exists():
             raise DataError(f"{path}: no such recipe or run folder")
-        config = path
         if path.is_dir():
             from kdray.runs.folder import RunFolder
 
             folder = RunFolder.open(path)
-            config = folder.config
+            settings = folder.load_config(overrides or [])
             if step is None:
                 student = finished_student(folder.path)
         elif step is not None:
             raise DataError(f"--step {step}: {path} is a recipe; give a run folder or a run's URL")
-        settings = load(config, overrides)
+        else:
+            settings = load(path, overrides)
         if lm_eval:
             from kdray.runs.results.harness import check_harness
 
@@ -275,12 +301,14 @@ def evaluate(
             models = {"student" if step is None else f"step {step}": student}
             measure_by_tasks(source, path, settings, models if plain is None else models | {f"{other}/": plain}, include)
             return
+        on_phase = opened.enter_context(opening())
+        on_phase(LOADING)
         from cluster.launch import evaluate as launch
 
-        columns = {"student": launch(settings, student)}
+        columns = {"student": launch(settings, student, on_phase)}
         if plain is not None:
             # With a trailing slash it is always a folder's name.
-            columns[f"{other}/"] = launch(settings, plain)
+            columns[f"{other}/"] = launch(settings, plain, on_phase)
         found = {name: numbers.pop("intervals", {}) for name, numbers in columns.items()}
         print_columns("held-out", columns, found)
 
@@ -322,21 +350,26 @@ def doctor(
             if not examine(found, out, typer.echo):
                 raise typer.Exit(1)
         if config is not None:
-            from cluster.launch import check_teachers
             from kdray.config import load_config
 
-            for teacher, numbers in check_teachers(load_config(config, overrides or [])).items():
+            with opening() as on_phase:
+                on_phase(LOADING)
+                from cluster.launch import check_teachers
+
+                measured = check_teachers(load_config(config, overrides or []), on_phase)
+            for teacher, numbers in measured.items():
                 described = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
                 told = f"[green]ok[/] teacher {teacher}: {described}" if numbers else f"not checked: teacher {teacher}"
                 Console().print(told, highlight=False)
 
 
-def _progress() -> Callable[[int, int], None]:
-    """Callback that prints the numbers of answers held and wanted, at most every few seconds."""
+def _progress(on_phase: Callable[[str | None], None]) -> Callable[[int, int], None]:
+    """Callback that prints the numbers of answers held and wanted, at most every few seconds; it ends the phase before."""
     printed = time.monotonic()
 
     def show(held: int, wanted: int) -> None:
         nonlocal printed
+        on_phase(None)
         if time.monotonic() - printed > _PROGRESS_S or held == wanted:
             printed = time.monotonic()
             typer.echo(f"{held} of {wanted} answers")

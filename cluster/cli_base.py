@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +27,9 @@ Supervise = Annotated[
     bool,
     typer.Option("--supervise", help="Resume after failures by itself while steps advance; end where a step fails twice."),
 ]
+LOADING = "loading libraries"
+CHECKING = "checking models and data"
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -98,6 +101,22 @@ def _explain(error: BaseException, outcome: Outcome) -> int:
                 file.write(text)
     typer.echo(f"{text}kdray: failed unexpectedly: {type(error).__name__}: {error}{where}", err=True)
     return 1
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@contextlib.contextmanager
+def opening(say: Callable[[str], object] = _say, announce: bool = True) -> Iterator[Callable[[str | None], None]]:
+    """Signs of life until a command has something of its own to show; yields what takes the name of each part that begins.
+
+    Args: as `kdray.runs.ticks.Opening`; by default on stderr, since a command's output may be read by another program.
+    """
+    from kdray.runs.ticks import Opening
+
+    with Opening(say, announce) as parts:
+        yield parts.begin
 
 
 def load(path: Path, overrides: list[str] | None) -> Config:

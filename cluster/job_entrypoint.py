@@ -18,7 +18,7 @@ from cluster.jobs import plugin_list
 _INTERRUPTED = 130
 _REMEDY = (
     "install kdray's requirements on every node, driver's included (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs), "
-    "or start the cluster from an image that has them"
+    "start Ray with the environment activated that has them, or start the cluster from an image that has them"
 )
 _PLUGIN_REMEDY = "the config uses it: install it on every node, or start the cluster from an image that has it"
 
@@ -38,7 +38,9 @@ def main() -> None:
 def _command() -> int:
     lacking, other = requirements()
     if lacking:
-        message = f"kdray: the node of the job's driver lacks {', '.join(lacking)}; {_REMEDY}"
+        # Often they are installed, for another Python than the one that Ray's PATH begins with.
+        found = f"{sys.executable}, the `python` that Ray was started with, lacks {', '.join(lacking)}"
+        message = f"kdray: on the node of the job's driver, {found}; {_REMEDY}"
         print(message, file=sys.stderr, flush=True)
         return 2
     absent, differing = plugin_list.compare(Path())

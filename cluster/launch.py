@@ -22,7 +22,7 @@ from actors.serving.spec import RunHandles
 from cluster.assembly import open_pools
 from cluster.capture_run import capture_answers, capture_folder, check_capturable, first_requests, wanted_answers
 from cluster.checkpointing import Checkpoint
-from cluster.connect import check_local_cpus, connected
+from cluster.connect import check_local_cpus, connected, connecting
 from cluster.evaluation import check_signals, held_out
 from cluster.interrupt import run_coroutine
 from cluster.peer_runs import run_together
@@ -53,14 +53,27 @@ from kdray.runs.tracking.trackers import Trackers
 from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import peer_configs
 
+OnPhase = Callable[[str | None], None]
+"""Called with what goes on until the run shows itself, and then with None."""
+
 _END_S = 60.0
 """Time that a run which hangs gets to shut down what is not its pools: ranks, storage, Ray."""
 
 
-def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = None) -> dict[str, Any]:
+_CHECKING = "checking models and data"
+_PLACING = "placing its parts"
+
+
+def _unseen(what: str | None) -> None:
+    """A listener for programs that show nothing."""
+
+
+def run(
+    config: Config, resume: bool = False, prompts: Iterable[Any] | None = None, on_phase: OnPhase = _unseen
+) -> dict[str, Any]:
     """Run a config from its first phase to its summary; returns the contents of summary.json.
 
-    Args: prompts: texts or records, for `data.prompts.type: iterable`.
+    Args: prompts: texts or records, for `data.prompts.type: iterable`; on_phase: see `OnPhase`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
     if resume:
@@ -71,6 +84,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
             RunFolder(config.run_folder).check_free()
     if resume and config.run.storage is None:
         RunFolder(config.run_folder).check_resumable(config)
+    on_phase(_CHECKING)
     check_trackers(config)
     _quieten(config.training.backend)
     configs = {"": config}
@@ -82,16 +96,20 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
         checked |= {name: check(each, given) for name, each in configs.items() if name}
     stored = {name: StoredRun.of(each) for name, each in configs.items()}
     with leased(config, stored[""]) as lease:
-        return _run(configs, checked, stored, resume, lease)
+        return _run(configs, checked, stored, resume, lease, on_phase)
 
 
 def run_seeds(
-    config: Config, count: int, resume: bool = False, on_start: Callable[[Config], None] = lambda config: None
+    config: Config,
+    count: int,
+    resume: bool = False,
+    on_start: Callable[[Config], None] = lambda config: None,
+    on_phase: OnPhase = _unseen,
 ) -> dict[str, Any]:
     """Run a config with `count` seeds, one after another; returns the content of seeds.json, which is written after each.
 
     With `resume`, seeds that have ended are skipped, one that was interrupted goes on, and those not begun are started.
-    Args: on_start: called with each config that is about to run.
+    Args: on_start: called with each config that is about to run; on_phase: see `OnPhase`.
     Raises: as `run`, for the seed that fails; the others stay as they are.
     """
     configs = seeded(config, count)
@@ -102,7 +120,7 @@ def run_seeds(
     for seed, each in configs.items():
         if seed not in ended:
             on_start(each)
-            ended[seed] = run(each, resume and _begun(each))
+            ended[seed] = run(each, resume and _begun(each), on_phase=on_phase)
         found = write_seeds(config.run_folder, configs, ended)
     return found
 
@@ -131,6 +149,7 @@ def _run(
     stored: Mapping[str, StoredRun | None],
     resume: bool,
     lease: Lease,
+    on_phase: OnPhase,
 ) -> dict[str, Any]:
     """Run what is checked, under a lease of the first run's folder and storage. Args: by the name of the concurrent run."""
     config = configs[""]
@@ -146,8 +165,14 @@ def _run(
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     check_local_cpus(config, wanted)
     watchdog = Watchdog(config.cluster.stuck_run_after_s, config.cluster.teardown_s + _END_S, config.run_folder / "logs")
-    with watchdog, connected(config), reserved(wanted, config.cluster, _tell) as room:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(watchdog)
+        on_phase(connecting(config))
+        opened.enter_context(connected(config))
+        on_phase(_PLACING)
+        room = opened.enter_context(reserved(wanted, config.cluster, _tell))
         plans: dict[str, RunPlan] = {}
+        on_phase(None)
         with contextlib.ExitStack() as reporters:
             for name, each in configs.items():
                 # Only now: a config that cannot run leaves no folder that would block the corrected one.
@@ -291,18 +316,23 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
     return checkpoint, passed_over
 
 
-def evaluate(config: Config, student: Path | None = None) -> dict[str, Any]:
+def evaluate(config: Config, student: Path | None = None, on_phase: OnPhase = _unseen) -> dict[str, Any]:
     """Evaluate a student against its teacher on the held-out prompts; `student` is a folder, None the config's own model.
 
+    Args: on_phase: see `OnPhase`.
     Returns: the numbers by name, and the bounds of their intervals under `intervals`.
     """
     # If the teacher is the student itself, it remains the recipe's model, whichever student is evaluated.
     teachers = resolve_models(config).teachers
     if student is not None:
         config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(student)})})
+    on_phase(_CHECKING)
     checked = check(config)
+    on_phase(connecting(config))
     with connected(config):
+        on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")
+        on_phase("starting engines and measuring")
         return run_coroutine(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
 
 
@@ -315,7 +345,7 @@ def student_of_step(source: str, run_folder: Path, step: int) -> Iterator[Path]:
     """
     from actors.student.checkpoints.whole_student import write_student
 
-    config = load_config(run_folder / "config.yaml")
+    config = RunFolder(run_folder).load_config()
     if "://" in source:
         places = [Storage(source)]
     else:
@@ -338,14 +368,17 @@ def capture(
     reuse: bool = False,
     prompts: Iterable[Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda held, wanted: None,
+    on_phase: OnPhase = _unseen,
 ) -> dict[str, Any]:
     """Record the teacher's answers to every training prompt; returns `cluster.capture_run.Captured` as a dict.
 
     Args: to: the folder, None for `<run folder>/capture`; epochs: passes over the prompts, each with its own samples; reuse:
-          see `kdray.capturing.collect.lacking`; prompts: as for `run`; on_progress: called with the answers held and wanted.
+          see `kdray.capturing.collect.lacking`; prompts: as for `run`; on_progress: called with the answers held and wanted;
+          on_phase: see `OnPhase`.
     Raises: ConfigError or DataError before anything starts, and for another teacher than that of the stored answers;
     Interrupted with all received answers stored.
     """
+    on_phase(_CHECKING)
     _quieten(config.training.backend)
     check_capturable(config)
     checked = check(config, prompts)
@@ -358,20 +391,27 @@ def capture(
         with contextlib.ExitStack() as stack:
             # A teacher in this process or on an external endpoint needs no cluster, and a complete folder needs no teacher.
             if config.served_teachers and missing:
+                on_phase(connecting(config))
                 stack.enter_context(connected(config))
+                on_phase(_PLACING)
                 _await_room(config, lambda role: role.startswith("teacher"))
+                on_phase("starting engines")
             return asdict(run_coroutine(capture_answers(context, folder, wanted, missing, on_progress)))
 
 
-def check_teachers(config: Config) -> dict[str, dict[str, float]]:
+def check_teachers(config: Config, on_phase: OnPhase = _unseen) -> dict[str, dict[str, float]]:
     """Start only the teachers and check their signals; returns the numbers of `kdray.checks.teacher_signal` by teacher.
 
-    Raises: SignalError.
+    Args: on_phase: see `OnPhase`. Raises: SignalError.
     """
+    on_phase(_CHECKING)
     _quieten(config.training.backend)
     checked = check(config)
+    on_phase(connecting(config))
     with connected(config):
+        on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")
+        on_phase("starting engines and asking them")
         return run_coroutine(_check_teachers(checked.with_models()))
 
 

@@ -30,7 +30,8 @@ _STOP_WAIT = "kdray_stop_wait_s"
 # progress.
 _REASON = re.compile(r"^(?:kdray: .*|interrupted(?:: .*)?)$", re.MULTILINE)
 _EXIT_CODE = re.compile(r"^kdray ended with exit code (\d+)$", re.MULTILINE)
-_PROGRESS = re.compile(r"^(?:prepare \S+|[a-z]+) \d+/\d+\b|(?<=^still ).+: \d+ s$", re.MULTILINE)
+_LEFT = r"(?:, (?:\d+ days?, )?[\d:]+ left)?"
+_PROGRESS = re.compile(rf"^(?:prepare \S+|[a-z]+) \d+/\d+\b{_LEFT}|(?<=^still ).+: \d+ s$", re.MULTILINE)
 _POLL_S = 0.5
 _RECONNECT_S = 2.0
 _RECONNECTS = 30

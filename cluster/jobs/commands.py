@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,7 +39,12 @@ def submit(
         settings = load(config, overrides)
         from cluster.jobs.client import JobServer, check_name
         from cluster.jobs.package import forwarded, pack, unchecked
+        from kdray.runs.folder import RunFolder
 
+        if not resume:
+            # Where the folder can be seen from here, before the job waits for room.
+            with contextlib.suppress(OSError):
+                RunFolder(settings.run_folder).check_free()
         package, environment = pack(settings), forwarded(settings)
         name = check_name(name or settings.run.name)
         server = JobServer(address)

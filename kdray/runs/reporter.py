@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,18 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 _PLAIN_LINE_EVERY_S = 30.0
+_PACE_S = 10.0
+"""Time after which the pace of a phase is known well enough to tell what is left of it."""
 _GOES_ON = {"start": "preparing models", "starting": "starting engines", "serving": "starting the student"} | dict.fromkeys(
     ("finished", "failed", "interrupted"), "closing"
 )
 """Events after which a run works on without steps to count, and at what."""
 _ADVANCES = ("start", "serving", "parity", "signals", "evaluation", "checkpoint", "finished")
 """Events after which a run has come further, beside its steps."""
+_SHOWN = {"start": ("resumed_step", "host")}
+"""Fields of an event that the terminal shows, where it does not show all; the rest is in events.jsonl."""
+_WAITS = {"rollout": "rollouts", "teacher": "scores", "sync": "weights"}
+"""What the trainer waits for, by metric. Scores that come with a rollout are part of it: only later ones are `scores`."""
 _NARROW = 140
 """Columns of a terminal below which the bar is short."""
 
@@ -88,6 +95,8 @@ class RunReporter:
         self._line_every = line_every or max(1, total_steps // 20)
         self._phase = ""
         self._phase_total = 0
+        self._phase_from: tuple[int, float] | None = None
+        """First step of the phase that was reported, and when."""
         self._last_line_at = -math.inf
         self._trackers = trackers
         self._summary: Mapping[str, Any] | None = None
@@ -132,6 +141,7 @@ class RunReporter:
 
     def _show_phase(self, name: str, total: int) -> None:
         self._phase, self._phase_total, self._last_line_at = name, total, -math.inf
+        self._phase_from = None
         self._ticks.begin(f"{name} 0/{total}")
         if self._progress is None:
             self._print(f"{name}: {total} to do")
@@ -162,7 +172,8 @@ class RunReporter:
         self._record(kind, **fields)
         if kind in _GOES_ON:
             self._begin(_GOES_ON[kind])
-        self._print(" ".join([kind, *(f"{name}={_short(value)}" for name, value in fields.items())]))
+        shown = _SHOWN.get(kind, fields)
+        self._print(" ".join([kind, *(f"{name}={_short(fields[name])}" for name in shown if name in fields)]))
 
     def _begin(self, what: str) -> None:
         """Start an activity of unknown length."""
@@ -236,10 +247,20 @@ class RunReporter:
             if self._task is not None:
                 self._progress.update(self._task, completed=completed, values=values)
             return
+        self._phase_from = self._phase_from or (completed, self.advanced_at)
         due = completed % self._line_every == 0 or completed == self._phase_total
         if due or time.monotonic() - self._last_line_at > _PLAIN_LINE_EVERY_S:
             self._last_line_at = time.monotonic()
-            self._print(f"{self._phase} {completed}/{self._phase_total}  {values}".rstrip())
+            self._print(
+                f"{self._phase} {completed}/{self._phase_total}{self._left(completed, *self._phase_from)}  {values}".rstrip()
+            )
+
+    def _left(self, completed: int, first: int, since: float) -> str:
+        """Time left of the phase at its pace so far, as text; empty at its end, and as long as its pace is not known."""
+        spent, made = self.advanced_at - since, completed - first
+        if spent < _PACE_S or not made or completed >= self._phase_total:
+            return ""
+        return f", {timedelta(seconds=round(spent / made * (self._phase_total - completed)))} left"
 
     def _write_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
@@ -302,9 +323,7 @@ def _describe(metrics: Mapping[str, float]) -> str:
     if "tokens_per_s" in metrics:
         parts.append(f"{_short(metrics['tokens_per_s'])} tokens/s")
     waits = [
-        f"{what} {metrics[f'wait_{what}_s']:.2f}s"
-        for what in ("rollout", "teacher", "sync")
-        if metrics.get(f"wait_{what}_s") is not None
+        f"{what} {metrics[f'wait_{name}_s']:.2f}s" for name, what in _WAITS.items() if metrics.get(f"wait_{name}_s") is not None
     ]
     if waits:
         parts.append("waits " + " ".join(waits))

@@ -61,3 +61,30 @@ class Ticks:
                 what, seconds = self._what, monotonic() - self._since
                 self._said_at = monotonic()
             self._tell(what, seconds)
+
+
+class Opening:
+    """What goes on before a run shows itself, and for how long: a line for each part, and one every so often within it.
+
+    Args: say: shows a line.
+          announce: say also what begins, not only what goes on for long.
+    """
+
+    def __init__(self, say: Callable[[str], object], announce: bool = True) -> None:
+        self._say, self._announce = say, announce
+        self._ticks = Ticks(self._tick)
+
+    def __enter__(self) -> Opening:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ticks.close()
+
+    def begin(self, what: str | None) -> None:
+        """From now on, this goes on; None: something that shows itself."""
+        if what is not None and self._announce:
+            self._say(what)
+        self._ticks.begin(what)
+
+    def _tick(self, what: str, seconds: float) -> None:
+        self._say(f"still {what}: {seconds:.0f} s")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import shutil
 import socket
@@ -41,18 +43,19 @@ def launch(monkeypatch):
     fake.calls = []
     fake.fails = None
 
-    def run(config, resume=False, prompts=None):
+    def run(config, resume=False, prompts=None, on_phase=None):
+        on_phase("checking models and data")
         fake.calls.append((config, resume))
         RunFolder.create(config, resume)
         if fake.fails is not None:
             raise fake.fails
         return {"steps": 3, "before": {"reverse_kl": 0.875}, "after": {"reverse_kl": 0.125}, "control": None}
 
-    def evaluate(config, student=None):
+    def evaluate(config, student=None, on_phase=None):
         fake.calls.append((config, student))
         return {"reverse_kl": 0.4375, "exact_match": 0.5}
 
-    def capture(config, to=None, epochs=1, reuse=False, prompts=None, on_progress=None):
+    def capture(config, to=None, epochs=1, reuse=False, prompts=None, on_progress=None, on_phase=None):
         fake.calls.append((config, to, epochs, reuse))
         on_progress(7, 7)
         if fake.fails is not None:
@@ -141,6 +144,52 @@ def test_run_passes_the_resolved_config_and_prints_the_outcome(recipe, launch):
         assert expected in result.stdout
 
 
+def test_run_says_at_once_what_it_does(recipe, launch, monkeypatch):
+    """Libraries take seconds to load: the first line comes before the module that imports them is asked for."""
+    result = call("run", recipe)
+    assert result.stdout.splitlines()[:2] == ["loading libraries", "checking models and data"]
+    monkeypatch.setitem(sys.modules, "cluster.launch", None)
+    failed = call("run", recipe, "run.name=other")
+    assert failed.stdout == "loading libraries\n"
+    assert "ModuleNotFoundError" in failed.stderr or "ImportError" in failed.stderr
+
+
+def test_lines_of_libraries_are_in_the_run_folder(recipe, launch, monkeypatch):
+    """The launcher imports libraries, whose loggers did not exist before."""
+    name = "vllm.of_this_test_alone"
+    run = launch.run
+
+    def warns(config, **options):
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.StreamHandler())
+        logger.warning("early")
+        summary = run(config, **options)
+        logger.warning("late")
+        return summary
+
+    monkeypatch.setattr(launch, "run", warns)
+    try:
+        result = call("run", recipe)
+    finally:
+        logging.Logger.manager.loggerDict.pop(name, None)
+    kept = recipe.parent / "runs/trial/logs/libraries.log"
+    assert [line.rsplit(": ", 1)[1] for line in kept.read_text().splitlines()] == ["early", "late"]
+    assert result.stderr == ""
+    assert result.stdout.count("libraries.log") == 1
+
+
+def test_shells_complete_commands_and_options():
+    """As bash asks for it, once `kdray --install-completion` has written its hook."""
+    for words, wanted in (("kdray va", "validate"), ("kdray run --su", "--supervise")):
+        asked = {"_KDRAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        program = "import sys; sys.argv[0] = 'kdray'; from cluster.cli import app; app(prog_name='kdray')"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=os.environ | asked
+        )
+        assert wanted in done.stdout.split(), done.stderr
+    assert "--install-completion" in call("--help").stdout
+
+
 def test_run_prints_the_verdict_first_and_intervals_beside_their_numbers(recipe, launch, monkeypatch):
     summary = {
         "before": {"exact_match": 0.25},
@@ -150,10 +199,10 @@ def test_run_prints_the_verdict_first_and_intervals_beside_their_numbers(recipe,
         "gap_closed": {"metric": "exact_match", "reference": "teacher", "value": None, "reason": "there is none"},
         "intervals": {"after": {"exact_match": [0.375, 0.625]}},
     }
-    monkeypatch.setattr(launch, "run", lambda config, resume=False, prompts=None: summary)
+    monkeypatch.setattr(launch, "run", lambda config, resume=False, prompts=None, on_phase=None: summary)
     result = call("run", recipe)
     assert result.exit_code == 0, result.output
-    first, second, *rest = result.stdout.splitlines()
+    _, first, second, *rest = result.stdout.splitlines()
     assert first == "Distillation raised it [a lot]."
     assert second == "Share of the gap to the teacher closed: undefined, since there is none."
     table = " ".join("".join(rest).replace("│", " ").split())
@@ -224,7 +273,7 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_log(recipe, launch):
 
 
 def test_a_failure_before_the_run_starts_leaves_the_other_runs_log_alone(recipe, launch, finished, monkeypatch):
-    def early(config, resume=False):
+    def early(config, resume=False, on_phase=None):
         raise ZeroDivisionError("early")
 
     monkeypatch.setattr(launch, "run", early)
@@ -319,7 +368,7 @@ def test_eval_measures_another_folder_beside(launch, finished, tmp_path, monkeyp
     shutil.copytree(finished.student, other)
     measured = {finished.student: 0.25, Path("student"): 0.75}
 
-    def evaluate(config, student=None):
+    def evaluate(config, student=None, on_phase=None):
         return {"exact_match": measured[student], "intervals": {"exact_match": [0.125, measured[student]]}}
 
     monkeypatch.setattr(launch, "evaluate", evaluate)

@@ -73,7 +73,7 @@ ALLOWED = {
         "kdray.capturing actors.driver_actor actors.serving cluster.parts cluster.engine_specs cluster.assembly "
         "cluster.interrupt"
     ),
-    "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.checks cluster.connect cluster.cli_base",
+    "cluster.jobs": "kdray kdray.errors kdray.config kdray.teachers kdray.runs kdray.checks cluster.connect cluster.cli_base",
     "cluster.diagnosis": (
         "kdray.types kdray.config kdray.models kdray.rollouts actors.serving actors.student actors.weights "
         "cluster.connect cluster.planning"

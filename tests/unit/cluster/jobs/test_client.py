@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -33,6 +34,7 @@ from cluster.jobs.package import forwarded, pack, unchecked, unpack_distribution
 from kdray import __version__
 from kdray.config import Config, load_config, parse_config
 from kdray.errors import ConfigError, DataError, KdrayError
+from kdray.runs.folder import RunFolder
 
 TINY = {"type": "tiny"}
 MIB = 2**20
@@ -209,7 +211,8 @@ def test_the_folder_is_an_installed_distribution_with_its_entry_points(here, tmp
     found = pack(config())
     write_folder(found, folder)
     assert not [path for path in folder.rglob("*") if path.name in ("tests", "__pycache__", "build")]
-    assert load_config(folder / "config.yaml") == found.config
+    with contextlib.chdir(folder):
+        assert load_config("config.yaml") == found.config
     assert (folder / "inputs/data.prompts.path/train.jsonl").read_text() == (here / "train.jsonl").read_text()
     # -S: without site-packages, so that the installation of the tests is out of sight.
     done = subprocess.run([sys.executable, "-S", "-c", PROBE], cwd=folder, capture_output=True, text=True, timeout=60, env={})
@@ -285,7 +288,8 @@ def test_a_node_without_requirements_gives_one_message_and_2(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (message,) = done.stderr.splitlines()
-    assert message.startswith("kdray: the node of the job's driver lacks ray, torch, transformers,")
+    assert re.match(r"kdray: on the node of the job's driver, \S+python\S*, the `python` that .*, lacks ray, torch,", message)
+    assert "start Ray with the environment activated" in message
     assert "pip install 'kdray[gpu]'" in message
     assert done.stdout == "kdray ended with exit code 2\n"
 
@@ -512,6 +516,7 @@ def test_how_a_job_ended(state, ray_code, log, code, told):
 def test_progress_is_the_newest_line_of_it():
     log = "sft: 4 to do\nsft 4/4  loss 1\nevaluation name=before 1/2\ndistill 3/12  loss 0.5\ncheckpoint step=3\n"
     assert progress(log) == "distill 3/12"
+    assert progress(log + "distill 4/12, 1 day, 4:09:30 left  loss 0.5\n") == "distill 4/12, 1 day, 4:09:30 left"
     assert progress("start resumed_step=None\n") is None
     assert progress("start resumed_step=None\nstill starting engines: 20 s\n") == "starting engines: 20 s"
     assert progress("prepare letters 40/200\n") == "prepare letters 40/200"
@@ -565,6 +570,19 @@ def test_a_wrong_config_needs_no_cluster(here, tmp_path):
     result = CliRunner().invoke(app, ["submit", str(recipe), "--address", "http://127.0.0.1:1"])
     assert result.exit_code == 2
     assert result.stderr.startswith("kdray: run.output=runs: ")
+
+
+def test_a_name_that_is_taken_is_refused_before_the_cluster_is_asked(here, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    run = {"name": "trial", "output": str(tmp_path / "runs")}
+    recipe.write_text(yaml.safe_dump({"run": run, "student": {"model": TINY}, "teachers": {"t": {"model": TINY}}}))
+    RunFolder.create(load_config(recipe))
+    nowhere = ["--address", "http://127.0.0.1:1"]
+    result = CliRunner().invoke(app, ["submit", str(recipe), *nowhere])
+    assert result.exit_code == 2
+    assert result.stderr.endswith("runs/trial: already holds a run; continue it with --resume, or choose another run.name\n")
+    resumed = CliRunner().invoke(app, ["submit", str(recipe), "--resume", *nowhere])
+    assert "does not answer" in resumed.stderr
 
 
 @pytest.mark.parametrize("command", [["status"], ["stop", "trial"], ["logs", "trial"]])

@@ -33,7 +33,7 @@ class Runs:
         self.calls: list[tuple[int, bool]] = []
         self.fails: dict[int, Exception] = {}
 
-    def __call__(self, config: Config, resume: bool = False) -> dict[str, Any]:
+    def __call__(self, config: Config, resume: bool = False, on_phase: Any = None) -> dict[str, Any]:
         seed = config.run.seed
         self.calls.append((seed, resume))
         folder = RunFolder.create(config, resume)

@@ -158,9 +158,9 @@ class Outlet:
         if trainer.rank == 0 and config.training.weight_transfer != "object_store":
             self._server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
         if trainer.rank == 0 and config.training.weight_transfer == "object_store":
-            self._publisher = Publisher(config.weights, self._thread)
+            self._publisher = Publisher(config.weights, self._thread, config.training.sync_full_every)
         if trainer.rank == 0 and config.average is not None:
-            self._average = Publisher(config.average, self._thread)
+            self._average = Publisher(config.average, self._thread, config.training.sync_full_every)
 
     def publish(self, version: int) -> int:
         """Publish the weights as they are now. Through the object store, they may arrive after this returns.

@@ -12,6 +12,7 @@ import ray
 import torch
 from safetensors.torch import save
 
+from actors.weights.deltas import Chain, Sent
 from kdray.checks.parity import TrainedLogprobs
 
 
@@ -21,9 +22,14 @@ class Publisher:
     The objects belong to this process, so they are lost with it: its successor publishes again, under a name of its own.
     """
 
-    def __init__(self, store: Any, thread: ThreadPoolExecutor) -> None:
-        """Args: store: handle of a `WeightStore`; thread: a single worker; publishers that share it keep their order."""
+    def __init__(self, store: Any, thread: ThreadPoolExecutor, full_every: int = 1) -> None:
+        """Args: store: handle of a `WeightStore`; thread: a single worker; publishers that share it keep their order;
+        full_every: versions after which a bucket is published whole, with its changes alone in between; 1 keeps no copies.
+        """
         self._store = store
+        self._full_every = full_every
+        self._chains: list[Chain] = []
+        """Of the buckets in their order; used by the thread alone."""
         self._name = uuid.uuid4().hex
         self._thread = thread
         self._sending: Future[None] | None = None
@@ -35,9 +41,10 @@ class Publisher:
         Raises: the error of the version before, if that did not arrive.
         """
         self.flush()
+        begun = self._thread.submit(self._begin)
         # Each is put while the next one is gathered.
-        puts = [self._thread.submit(self._put, bucket) for bucket in buckets]
-        self._sending = self._thread.submit(self._commit, version, puts, trained)
+        puts = [self._thread.submit(self._put, number, bucket) for number, bucket in enumerate(buckets)]
+        self._sending = self._thread.submit(self._commit, version, begun, puts, trained)
 
     def flush(self) -> None:
         """Return once everything is published. Raises: the error of the last version, if it did not arrive."""
@@ -45,11 +52,23 @@ class Publisher:
         if sending is not None:
             sending.result()
 
-    def _put(self, bucket: dict[str, torch.Tensor]) -> Any:
-        # Safetensors bytes: replicas write them to a file unchanged.
-        return ray.put(np.frombuffer(save(bucket), dtype=np.uint8))
+    def _begin(self) -> None:
+        if self._full_every > 1 and ray.get(self._store.take_lost.remote()):
+            # Every version would contain what a replica could not fetch, until the next whole one.
+            self._chains = []
 
-    def _commit(self, version: int, puts: list[Future[Any]], trained: TrainedLogprobs | None) -> None:
+    def _put(self, number: int, bucket: dict[str, torch.Tensor]) -> tuple[list[Any], Sent]:
+        if number == len(self._chains):
+            self._chains.append(Chain(self._full_every, ray.put))
+        # Safetensors bytes: replicas write them to a file unchanged.
+        return self._chains[number].add(np.frombuffer(save(bucket), dtype=np.uint8))
+
+    def _commit(
+        self, version: int, begun: Future[None], puts: list[Future[tuple[list[Any], Sent]]], trained: TrainedLogprobs | None
+    ) -> None:
+        begun.result()
         # In lists, since Ray replaces references that are arguments themselves by their values.
-        references = [[put.result()] for put in puts]
-        ray.get(self._store.commit.remote(version, references, trained, self._name))
+        buckets = [put.result() for put in puts]
+        sent = sum((each for _, each in buckets), Sent(0)) if self._full_every > 1 else None
+        references = [each for each, _ in buckets]
+        ray.get(self._store.commit.remote(version, references, trained, self._name, sent))

@@ -4,6 +4,9 @@ The bytes lie in Ray's object store on rank 0's node, and move from there once t
 references. It keeps only the newest complete version, and older ones while a replica is fetching them. A replica that starts
 late or restarts holds an old version like any slow one, and catches up in the same way; nothing is pushed, so no list of
 replicas is needed.
+
+With `training.sync_full_every` a bucket is a whole one and the changes since (`actors.weights.deltas`): every replica applies
+them to the whole one that its node has fetched before, and keeps nothing itself.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray.exceptions import ObjectLostError
 
+from actors.weights.deltas import Delta, Sent
 from kdray.checks.parity import TrainedLogprobs, Verdict
 from kdray.errors import EngineError
 
@@ -42,7 +47,10 @@ class WeightStore:
     def __init__(self) -> None:
         self._version = -1
         self._buckets: Sequence[Sequence[Any]] = ()
-        """One reference in a sequence for each bucket: Ray would replace a bare one by its value."""
+        """For each bucket a reference, and others to its changes, in a sequence: Ray would replace a bare one by its value."""
+        self._sent: Sent | None = None
+        self._lost = False
+        """True if a replica could not fetch a version, and the publisher has not heard of it."""
         self._publisher = ""
         self._leases: dict[int, tuple[float, Sequence[Sequence[Any]]]] = {}
         """Start and buckets of each fetch."""
@@ -60,17 +68,19 @@ class WeightStore:
         buckets: Sequence[Sequence[Any]] = (),
         trained: TrainedLogprobs | None = None,
         publisher: str = "",
+        sent: Sent | None = None,
     ) -> None:
         """Make `version` the newest; an older version (a replay) is dropped.
 
-        Args: buckets: a reference to the safetensors bytes, uint8 [size], of each; trained: the trainer's log q under this
-              version, by which replicas check what they loaded (`kdray.checks.parity`), None if they cannot; publisher: the
-              process that owns the buckets. Those of another one are gone with it, so its first version replaces any other.
+        Args: buckets: of each, a reference to safetensors bytes, uint8 [size], and to each `Delta` since; trained: the
+              trainer's log q under this version, by which replicas check what they loaded (`kdray.checks.parity`), None if they
+              cannot; publisher: the process that owns the buckets. Those of another one are gone with it, so its first version
+              replaces any other; sent: what of it is new, if that is counted.
         """
         async with self._published:
             if version > self._version or publisher != self._publisher:
                 self._version, self._publisher = version, publisher
-                self._buckets, self._trained = buckets, trained
+                self._buckets, self._trained, self._sent = buckets, trained, sent
                 self._published.notify_all()
             self._forget_the_dead()
 
@@ -115,6 +125,19 @@ class WeightStore:
         gap, self._largest_gap = self._largest_gap, None
         return gap
 
+    async def sent(self) -> Sent | None:
+        """What was new in the newest version; None if it was not counted."""
+        return self._sent
+
+    async def report_lost(self) -> None:
+        """Report that some of the newest version could not be fetched."""
+        self._lost = True
+
+    async def take_lost(self) -> bool:
+        """True if there was such a report since the last call."""
+        lost, self._lost = self._lost, False
+        return lost
+
     async def lease(self, at_least: int) -> tuple[int, int, Sequence[Sequence[Any]]]:
         """Wait until the newest version is `at_least` this, and keep it: (number to release it by, version, buckets)."""
         async with self._published:
@@ -144,18 +167,20 @@ async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
         folder: Path | None = None
         paths: list[Path] = []
         try:
-            for index, (reference,) in enumerate(buckets):
-                bucket = await asyncio.wait_for(_value(reference), _FETCH_S)
+            for index, (whole, *changes) in enumerate(buckets):
+                bucket = await asyncio.wait_for(_value(whole), _FETCH_S)
+                deltas = await asyncio.wait_for(asyncio.gather(*map(_value, changes)), _FETCH_S)
                 if folder is None:
                     folder = await asyncio.to_thread(_spacious_folder, bucket.nbytes * len(buckets))
                 paths.append(folder / f"bucket-{index:05d}.safetensors")
-                await asyncio.to_thread(paths[-1].write_bytes, bucket.data)
+                await asyncio.to_thread(_write, paths[-1], bucket, deltas)
         except BaseException as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             if not isinstance(error, ObjectLostError | TimeoutError):
                 raise
             logger.warning("student version %d could not be fetched, and is asked for again: %r", version, error)
+            await store.report_lost.remote()
             await asyncio.sleep(_LOST_S)
             continue
         finally:
@@ -167,6 +192,14 @@ async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
 
 async def _value(reference: Any) -> Any:
     return await reference
+
+
+def _write(path: Path, whole: np.ndarray, deltas: Sequence[Delta]) -> None:
+    path.write_bytes(whole.data)
+    if deltas:
+        data = np.memmap(path, dtype=np.uint8, mode="r+")
+        for delta in deltas:
+            delta.apply(data)
 
 
 def _spacious_folder(size: int) -> Path:

@@ -9,6 +9,8 @@ from cluster.planning.memory import GIB, ModelShape
 from cluster.planning.placement import Node, Placed
 from kdray.config import Config
 
+CHANGES = 0.5
+"""Size of the changes since a version that was sent whole, as a share of it, at most (`actors.weights.deltas`)."""
 _VERSIONS = 2
 """Versions that a node's object store holds at most: the newest, and the one before it while a replica still fetches that."""
 
@@ -31,15 +33,19 @@ def publication_lines(config: Config, student: ModelShape, placed: Sequence[Plac
         return
     version = version_bytes(student, config.training.precision)
     most = max(replicas.values())
+    by_changes = config.training.sync_full_every > 1
+    copies, copied = (2, "a copy, another to compare with") if by_changes else (1, "a copy")
+    held, extra = (_VERSIONS + CHANGES, " with changes") if by_changes else (_VERSIONS, "")
+    stored = f"{_VERSIONS} versions{extra}"
+    files = f"one in files for each of {most} that load"
     yield (
         f"publication: a version of the student has {version / GIB:.2f} GiB; main memory for it, at most: "
-        f"{(1 + _VERSIONS) * version / GIB:.2f} GiB on rank 0's node (a copy, and {_VERSIONS} versions in Ray's object store), "
-        f"{(_VERSIONS + most) * version / GIB:.2f} on a node of replicas ({_VERSIONS} versions, and one in files for each of "
-        f"{most} that load)"
+        f"{(copies + held) * version / GIB:.2f} GiB on rank 0's node ({copied}, and {stored} in Ray's object store), "
+        f"{(held + most) * version / GIB:.2f} on a node of replicas ({stored}, and {files})"
     )
     # Rank 0 may be on any node of the ranks.
     ranks = {index for item in placed if item.bundle.role == "student" for index in item.nodes}
-    needed = _VERSIONS * version
+    needed = held * version
     short: dict[tuple[str, float], int] = Counter()
     for index in ranks | set(replicas):
         there = nodes[index].resources.get("object_store_memory")
@@ -48,9 +54,9 @@ def publication_lines(config: Config, student: ModelShape, placed: Sequence[Plac
     for (name, there), count in short.items():
         many = f" (on {count} such nodes)" if count > 1 else ""
         yield (
-            f"note: the object store of node {name}{many} has {there / GIB:.2f} GiB, and {_VERSIONS} versions of the student "
-            f"{needed / GIB:.2f}: Ray would spill them to disk, and every publication would wait for that; start Ray there "
-            "with a larger object_store_memory (and /dev/shm)"
+            f"note: the object store of node {name}{many} has {there / GIB:.2f} GiB, and {_VERSIONS} versions of the "
+            f"student{extra} {needed / GIB:.2f}: Ray would spill them to disk, and every publication would wait for that; "
+            "start Ray there with a larger object_store_memory (and /dev/shm)"
         )
 
 

@@ -233,6 +233,11 @@ def _both_ends_of_nccl_have_gpus(config: Config) -> Iterator[str]:
     if training.weight_transfer == "object_store":
         return
     asked = f"training.weight_transfer={training.weight_transfer}"
+    if training.sync_full_every > 1:
+        yield (
+            f"{asked} with training.sync_full_every={training.sync_full_every}: NCCL sends every version whole; set "
+            "training.sync_full_every=1, or training.weight_transfer=object_store"
+        )
     if training.gpus_per_rank < 1:
         yield (
             f"{asked} with training.gpus_per_rank={training.gpus_per_rank:g}: NCCL sends from a GPU of rank 0's own; "

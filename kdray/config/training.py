@@ -116,6 +116,12 @@ class TrainingSettings(Settings):
     """Longest loading of a phase's model, including the start of the ranks, and longest export: `stuck_after_s` for these."""
     sync_bucket_mib: Annotated[PositiveFloat, OnResume()] = 256.0
     """Size of a bucket of weights sent to the replicas, MiB."""
+    sync_full_every: Annotated[Positive, OnResume()] = 1
+    """Versions of the student from one that is sent whole to the next; of those in between only the weights that changed are
+    sent, and replicas hold the same bits. 1 sends every version whole. It pays with `precision: bf16`, where a small learning
+    rate moves a few percent of the weights, and slow links between nodes. A bucket is sent whole earlier once its changes add
+    up to half of it, which in fp32 every update does. Finding changes takes a copy of the weights in main memory of rank 0's
+    node."""
     weight_transfer: Annotated[Literal["object_store", "nccl"], OnResume()] = "object_store"
     """Transport of weights to the replicas: `object_store` uses Ray's object store and files, and works everywhere; `nccl`
     sends them from rank 0's GPU to each replica's with vLLM's weight-transfer engine, one replica at a time. Untested: nccl has

@@ -89,6 +89,12 @@ METRICS: dict[str, Metric] = {
         "s", "step", "Age of the oldest rollout in flight or waiting, since its admission, at the batch's start"
     ),
     "published_bytes": Metric("B", "step", "Weights that the student published last for the replicas, before any compression"),
+    "update_bytes": Metric(
+        "B", "step", "What is new in the version published last, which every node fetches, with training.sync_full_every"
+    ),
+    "update_changed": Metric(
+        "share", "step", "Weights of that version that differ from the one before, counted as 16-bit words of its files"
+    ),
     "retried_samples": Metric("samples", "step", "Samples asked for again after a replica failed, since the run's start"),
     "hedged_samples": Metric("samples", "step", "Samples asked for twice since a replica was slow, since the run's start"),
     # From a System-2 program, over the rollouts that ended since the step before.

@@ -13,6 +13,7 @@ from actors.student import rank as module
 from actors.student.group import StudentGroup
 from actors.student.mailbox import Command
 from actors.student.trainer import Phase
+from actors.weights.deltas import Sent
 from kdray.config import MiniLLMLoss, TrainingSettings
 from kdray.types import StepReport
 
@@ -84,6 +85,23 @@ async def test_a_step_reports_the_bytes_of_the_last_publication(tmp_path: Path) 
     assert (await group.train_step(None)).metrics == {"padding": 0.25}, "nothing was published yet"
     await group.publish(0)
     assert (await group.train_step(None)).metrics == {"padding": 0.25, "published_bytes": 72}
+
+
+async def test_a_step_reports_what_was_new_in_the_last_publication(tmp_path: Path) -> None:
+    training = TrainingSettings.model_validate({"sync_full_every": 10})
+    group: Any = StudentGroup(training, 8, 0, None, None, tmp_path, tmp_path)  # type: ignore[arg-type]
+    group._shards = lambda batch: []
+    report = StepReport(1, 0.5, 4, 1.0, 0.1, 0.1)
+    group._call = lambda command: answered(report)()
+    for sent, numbers in (
+        (None, {}),
+        (Sent(72), {"update_bytes": 72.0}),
+        (Sent(9, 100, 2), {"update_bytes": 9.0, "update_changed": 0.02}),
+    ):
+        group.weights = SimpleNamespace(
+            **{name: SimpleNamespace(remote=answered(value)) for name, value in (("largest_gap", None), ("sent", sent))}
+        )
+        assert (await group.train_step(None)).metrics == numbers
 
 
 def answered(value: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from typer.testing import CliRunner
 
+from actors.weights.deltas import CHANGES
 from cluster.cli import app
 from cluster.diagnosis.meter import Storages
 from cluster.planning.accelerators import ACCELERATORS, Accelerator
@@ -27,6 +28,7 @@ from cluster.planning.memory import (
 )
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
 from cluster.planning.plan import described_nodes, plan
+from cluster.planning.publication import CHANGES as PUBLISHED_CHANGES
 from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import Config, LoRASettings, MiniLLMLoss, RolloutSettings, TrainingSettings, load_config, parse_config
 from kdray.errors import CapacityError, DataError
@@ -505,6 +507,14 @@ def test_publication_is_counted_and_a_small_object_store_is_named(models: dict[s
     assert not any("note: the object store" in line for line in plan(config, described_nodes(described)).lines), (
         "30 GiB hold it"
     )
+    assert CHANGES == PUBLISHED_CHANGES
+    by_changes = config.model_copy(update={"training": config.training.model_copy(update={"sync_full_every": 10})})
+    lines = plan(by_changes, described_nodes(described)).lines
+    (told,) = (line for line in lines if line.startswith("publication: "))
+    assert f"{4.5 * version:.2f} GiB on rank 0's node" in told
+    assert f"{4.5 * version:.2f} on a node of replicas" in told
+    (note,) = (line for line in lines if "object store" in line and line.startswith("note: "))
+    assert f"has 30.00 GiB, and 2 versions of the student with changes {2.5 * version:.2f}" in note
 
 
 @pytest.mark.parametrize(

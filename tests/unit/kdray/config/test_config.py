@@ -346,6 +346,10 @@ NCCL = {"weight_transfer": "nccl", "gpus_per_rank": 1}
             {"training": NCCL, "teachers": {"b": {"type": "peer", "model": TINY | {"seed": 2}, "num_gpus": 1}}},
             r"teachers of type peer \(b\): .*set training\.weight_transfer=object_store",
         ),
+        (
+            {"training": NCCL | {"sync_full_every": 5}, "teachers": {"t": {"model": TINY, "num_gpus": 1}}},
+            r"training\.sync_full_every=5: .*set training\.sync_full_every=1, or training\.weight_transfer=object_store",
+        ),
         ({"training": NCCL | {"weight_transfer": "gloo"}}, r"training\.weight_transfer.*object_store.*nccl"),
     ],
 )

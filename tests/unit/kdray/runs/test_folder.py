@@ -75,6 +75,7 @@ def test_resume_needs_a_run(tmp_path):
         {},
         {"training": {"steps": 200}},
         {"training": {"stuck_after_s": 9, "stuck_loading_after_s": 9, "max_restarts": 9, "sync_bucket_mib": 9}},
+        {"training": {"sync_full_every": 9}},
         {
             "training": {"weight_transfer": "nccl", "gpus_per_rank": 1},
             "teachers": {"t": {"model": {"type": "tiny"}, "num_gpus": 1}},

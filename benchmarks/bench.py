@@ -70,6 +70,15 @@ SCRIPTS: dict[str, list[Goal]] = {
         )
     ],
     "publication": [],
+    "publication_deltas": [
+        Goal(
+            "bytes of the tenth update, bfloat16, learning rate 1e-6, over a whole version, by the scale of the weights",
+            "<= 0.1",
+            lambda found: "{:.2f} to {:.2f}".format(
+                *_ends(each["tenth_update_over_whole"] for each in found["updates"] if each["learning_rate"] == 1e-6)
+            ),
+        )
+    ],
     "engine_throughput": [
         Goal(
             "one pass over teacher and student one after the other",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type, stop_after_attempt, wait_exponential
+from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type
 
 from actors.serving.autoscaling import ScaleWatch
 from actors.serving.deployment import DEPLOYING, actor_options
@@ -40,6 +40,8 @@ _MAX_PER_CALL = 256
 _CALLS_PER_REPLICA = 8
 _ROUTING_STATS_PERIOD_S = 2.0
 _LOOK_FOR_SLOW_EVERY_S = 0.5
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
 
 
 @dataclass(eq=False)
@@ -58,6 +60,8 @@ class _Part:
     """Called with the engine's forward passes that an answer reports."""
     heard: float = 0.0
     """Time of the latest rollout, or since when any could be expected."""
+    failures: int = 0
+    """Attempts that failed since the last one that brought anything, that one included."""
 
     async def ask(self, route: CallRoute) -> None:
         """Send the call to one replica; pass on the rollouts that are still missing, and remove them here."""
@@ -376,23 +380,31 @@ class ReplicaPool:
             await asyncio.gather(over, *tasks, return_exceptions=True)
 
     async def _persist(self, part: _Part) -> None:
-        """Send a call, and resend what is missing while replicas die; with bounded retries and backoff."""
+        """Send a call, and resend what is missing while replicas die; with bounded retries and backoff.
+
+        An attempt that brings anything makes the earlier ones forgotten: a long call outlives many replicas.
+        """
         attempts = AsyncRetrying(
-            stop=stop_after_attempt(self._retries + 1),
-            wait=wait_exponential(multiplier=0.5, max=30),
+            stop=lambda state: part.failures > self._retries,
+            wait=lambda state: min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (part.failures - 1)),
             retry=retry_if_not_exception_type((RequestRefused, asyncio.CancelledError)),
-            before_sleep=lambda state: self._note_retry(state, len(part.missing)),
+            before_sleep=lambda state: self._note_retry(state, part),
         )
         try:
             async for attempt in attempts:
                 with attempt:
                     if attempt.retry_state.attempt_number > 1:
                         part.sent = time.monotonic()
-                    await self._once(part)
+                    missing = len(part.missing)
+                    try:
+                        await self._once(part)
+                    except Exception:
+                        part.failures = part.failures + 1 if len(part.missing) == missing else 1
+                        raise
         except RetryError as error:
             cause = error.last_attempt.exception()
             raise EngineError(
-                f"`{self.name}` could not serve {len(part.missing)} rollouts in {self._retries + 1} attempts: {cause}"
+                f"`{self.name}` could not serve {len(part.missing)} rollouts in {part.failures} attempts: {cause}"
             ) from cause
 
     async def _once(self, part: _Part) -> None:
@@ -466,11 +478,11 @@ class ReplicaPool:
         self.hedged += len(part.missing)
         self._on_event("hedge", pool=self.name, call=part.kind, rollouts=len(part.missing))
 
-    def _note_retry(self, state: Any, missing: int) -> None:
-        error = state.outcome.exception()
+    def _note_retry(self, state: Any, part: _Part) -> None:
+        error, missing = state.outcome.exception(), len(part.missing)
         self.retried += missing
-        self._on_event("retry", pool=self.name, attempt=state.attempt_number, rollouts=missing, reason=repr(error)[:500])
-        logger.warning("%s: attempt %d failed, %d rollouts again: %r", self.name, state.attempt_number, missing, error)
+        self._on_event("retry", pool=self.name, attempt=part.failures, rollouts=missing, reason=repr(error)[:500])
+        logger.warning("%s: attempt %d failed, %d rollouts again: %r", self.name, part.failures, missing, error)
 
 
 def _table(item: Any) -> pa.Table:

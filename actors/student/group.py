@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import on_driver_node
@@ -58,6 +59,7 @@ class StudentGroup:
         self._mailbox: Any = None
         self._fit: asyncio.Future[Any] | None = None
         self._published_bytes: int | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._commands: dict[str, float] = {}
         """Running commands, and when they were given."""
 
@@ -66,8 +68,10 @@ class StudentGroup:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        from actors.student.lost_ranks import LostRanks
+
         training = self.training
-        self._mailbox = on_driver_node(Mailbox, max_concurrency=1000).remote(training.ranks)
+        self._mailbox = on_driver_node(Mailbox, max_concurrency=1000).remote(training.ranks, training.max_restarts)
         use_gpu = training.gpus_per_rank > 0
         resources = {"CPU": training.cpus_per_rank, **training.resources}
         if use_gpu:
@@ -101,10 +105,26 @@ class StudentGroup:
             run_config=ray.train.RunConfig(
                 name="student",
                 storage_path=str(self.storage.absolute()),
-                failure_config=ray.train.FailureConfig(max_failures=training.max_restarts),
+                # Ray Train counts failures over the whole life of a group. The mailbox knows what counts as progress.
+                failure_config=ray.train.FailureConfig(max_failures=-1),
+                callbacks=[LostRanks(self._mailbox)],
             ),
         )
         self._fit = in_daemon_thread(trainer.fit)
+        self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        """Pass on the mailbox's events, as they come."""
+        told = 0
+        while True:
+            try:
+                news = await self._mailbox.news.remote(told)
+            except RayActorError:
+                # A lost mailbox is told by the commands.
+                return
+            for kind, fields in news:
+                self.on_event(kind, **fields)
+            told += len(news)
 
     async def close(self, timeout_s: float = 30.0) -> None:
         """Wait for the ranks to end by themselves, for at most `timeout_s`."""
@@ -114,6 +134,8 @@ class StudentGroup:
             # Not waited for: the mailbox itself may stand still.
             self._mailbox.post.remote(Command("stop"))
             await asyncio.wait({self._fit}, timeout=timeout_s)
+        if self._telling is not None:
+            self._telling.cancel()
         if self._fit.done() and not self._fit.cancelled():
             # Retrieved, so that asyncio does not report it as never retrieved: the call that met a failure has already raised
             # it.
@@ -228,6 +250,9 @@ def _reason(fit: asyncio.Future[Any]) -> str:
     error = fit.exception()
     if error is None:
         return "they stopped without an error"
+    if (stopped := getattr(error, "controller_failure", None)) is not None:
+        # `LostRanks` says why.
+        return str(stopped)
     failures = getattr(error, "worker_failures", None) or {}
     parts = [f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())]
     return "; ".join(parts) or str(error)

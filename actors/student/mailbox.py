@@ -1,4 +1,4 @@
-"""Commands to the student's ranks, and the actor that distributes them."""
+"""Commands to the student's ranks, the actor that distributes them, and the restarts that the ranks may still use up."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from typing import Any, Literal
 import ray
 
 from actors.student.trainer import Phase
+
+_REFILLING_STEPS = 100
+"""Steps without a loss after which the restarts are as good as unused, if no checkpoint is written before."""
+_REASON_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,43 @@ class Command:
     """save: contents of the commit marker written with the weights."""
 
 
+class RestartBudget:
+    """Restarts of the ranks without progress in between, of which there may be `training.max_restarts`.
+
+    A failure that every replay repeats uses them up; ranks that are lost now and then do not, however long the run is.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        """Losses since the last progress."""
+        self._steps = 0
+
+    def lose(self) -> bool:
+        """Count a loss. Returns: False if it is one too many."""
+        self._steps = 0
+        self.used += 1
+        return self.used <= self.limit
+
+    def advance(self, command: Command) -> dict[str, Any] | None:
+        """Count a command that all ranks have finished for the first time.
+
+        Returns: how many losses are forgotten and by what, if that is progress and there were any.
+        """
+        self._steps += command.kind == "train"
+        if not self.used or not (command.kind == "save" or self._steps >= _REFILLING_STEPS):
+            return None
+        forgotten, self.used = self.used, 0
+        return {"losses": forgotten, "by": "checkpoint" if command.kind == "save" else f"{_REFILLING_STEPS} steps"}
+
+
 class Mailbox:
     """Log of commands and their results; an actor with async methods. The driver writes, ranks read."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, max_restarts: int = 0) -> None:
         self._world_size = world_size
+        self._budget = RestartBudget(max_restarts)
+        self._news: list[tuple[str, dict[str, Any]]] = []
         self._commands: dict[int, Command] = {}
         self._answers: dict[int, dict[int, Any]] = {}
         self._next = 0
@@ -73,10 +109,14 @@ class Mailbox:
             self._heard_at = time.monotonic()
             if index not in self._commands:
                 return
-            self._answers.setdefault(index, {}).setdefault(rank, result)
-            command = self._commands[index]
-            if command.kind == "save" and len(self._answers[index]) == self._world_size and not self._failure(index):
-                self._commit(index, command)
+            answers, command = self._answers.setdefault(index, {}), self._commands[index]
+            is_new = rank not in answers
+            answers.setdefault(rank, result)
+            if is_new and len(answers) == self._world_size and not self._failure(index):
+                if command.kind == "save":
+                    self._commit(index, command)
+                if forgotten := self._budget.advance(command):
+                    self._news.append(("restarts_refilled", forgotten))
             self._changed.notify_all()
 
     def _commit(self, index: int, command: Command) -> None:
@@ -104,6 +144,28 @@ class Mailbox:
         index, phase_index, checkpoint = self._start
         phase = self._commands[phase_index].phase if phase_index is not None else None
         return index, phase, checkpoint
+
+    async def lost(self, reason: str, counts: bool) -> str | None:
+        """Register the loss of a rank. Args: counts: it is not the cluster that announced it.
+
+        Returns: None if the ranks may be restarted; otherwise the reason of the end of the run.
+        """
+        async with self._changed:
+            may_restart = self._budget.lose() if counts else True
+            used, limit = self._budget.used, self._budget.limit
+            told = {"reason": reason[:_REASON_CHARACTERS], "counted": counts, "losses": used, "max_restarts": limit}
+            self._news.append(("ranks_lost", told))
+            self._changed.notify_all()
+        if may_restart:
+            return None
+        since = f"{used} times without a checkpoint or {_REFILLING_STEPS} steps in between" if used > 1 else "once"
+        return f"{reason}. The ranks were lost {since} (training.max_restarts={limit})"
+
+    async def news(self, seen: int) -> list[tuple[str, dict[str, Any]]]:
+        """Events of the ranks after the first `seen`, kind and fields, once there are any."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._news) > seen)
+            return self._news[seen:]
 
     async def silent_s(self) -> float:
         """Seconds since the last call from any rank."""

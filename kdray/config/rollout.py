@@ -178,7 +178,7 @@ class RolloutSettings(Settings):
     pool: EngineSettings = EngineSettings()
     """The student-only replicas of `sampler: student`."""
     retries: Annotated[NonNegative, OnResume()] = 5
-    """Maximum number of times a request is resent after its replica died or failed."""
+    """Maximum number of times a request is resent after its replica died or failed, without any rollout in between."""
 
     @property
     def max_response_tokens(self) -> int:

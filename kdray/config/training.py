@@ -108,7 +108,8 @@ class TrainingSettings(Settings):
     keep_checkpoints: Annotated[Positive, OnResume()] = 2
     """Number of most recent checkpoints to keep."""
     max_restarts: Annotated[NonNegative, OnResume()] = 2
-    """Maximum number of restarts of the ranks from the last checkpoint after one is lost."""
+    """Maximum number of restarts of the ranks from the last checkpoint after one is lost, without progress in between: the next
+    checkpoint, or 100 steps without a loss, allow as many again. Nodes taken away with notice (preemption) do not count."""
     stuck_after_s: Annotated[PositiveFloat, OnResume()] = 1800.0
     """Longest step, save or publication, and longest loading after a restart; beyond it the ranks count as stuck (one hanging
     rank blocks all) and are restarted from the last checkpoint."""

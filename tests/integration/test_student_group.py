@@ -261,6 +261,26 @@ async def test_a_lost_rank_resumes_from_the_commit_and_replays(
     assert not (stored and checkpoints.exists())
 
 
+@pytest.mark.full
+async def test_ranks_lost_once_a_checkpoint_go_on_and_a_failure_that_repeats_ends_them(models, batches, tmp_path) -> None:
+    """More losses than `max_restarts`, each after a checkpoint; then two of them without one."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    async with open_group(training_of(ranks=2, max_restarts=1), tmp_path) as (ranks, _):
+        ranks.on_event = lambda kind, **fields: told.append((kind, fields))
+        await ranks.start_phase(phase_of(models[1]))
+        for step in range(1, 4):
+            await ranks.train_step(batches[0])
+            await ranks.save_checkpoint(step)
+            _kill_one_rank()
+            await asyncio.sleep(1)
+        await ranks.train_step(batches[1])
+        assert await ranks.restarts() == 3
+        _kill_one_rank()
+        with pytest.raises(TrainingError, match=r"lost 2 times without a checkpoint .*\(training\.max_restarts=1\)"):
+            await ranks.train_step(batches[2])
+    assert [kind for kind, _ in told] == [*["ranks_lost", "restarts_refilled"] * 2, "ranks_lost", "ranks_lost"]
+
+
 def _kill_one_rank() -> None:
     """End one training worker of this test's own Ray, found by the class of its actor."""
     import os

@@ -203,6 +203,18 @@ async def test_the_error_after_the_last_attempt_is_that_of_the_first_of_the_two(
         await rig.ask()
 
 
+async def test_attempts_that_bring_something_refill_the_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long call outlives many replicas: three attempts fail here, where one retry is allowed."""
+    monkeypatch.setattr("actors.serving.pool._FIRST_PAUSE_S", 0.01)
+    rig = Rig(monkeypatch, dies, dies, dies, answers, slow=False, retries=1)
+    assert await rig.ask() == [0, 1, 2, 3]
+    assert rig.events == ["retry"] * 3
+    rig = Rig(monkeypatch, dies, dies, dies_late, dies_late, answers, slow=False, retries=2)
+    with pytest.raises(EngineError, match=r"could not serve 2 rollouts in 3 attempts: the replica died late"):
+        await rig.ask()
+    assert rig.events == ["retry"] * 3
+
+
 async def test_no_copy_is_sent_where_one_replica_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch, answers_late)
     rig.pool.replicas_serving = 1

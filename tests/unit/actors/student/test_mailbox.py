@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors.student.group import StudentGroup
+from actors.student.lost_ranks import LostRanks
 from actors.student.mailbox import Command, Mailbox
 from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
@@ -167,6 +169,111 @@ async def test_restarts_count_groups_not_ranks() -> None:
         await mailbox.start(1)
         await mailbox.start(0)
         assert await mailbox.restarts() == restarts
+
+
+class Losses:
+    """Ray Train's controller and the driver, as the mailbox of a run with one rank sees them."""
+
+    def __init__(self, max_restarts: int) -> None:
+        self.mailbox = Mailbox(world_size=1, max_restarts=max_restarts)
+
+    async def do(self, *kinds: str) -> None:
+        for kind in kinds:
+            command = Command("phase", phase=WARMUP) if kind == "phase" else Command(kind, checkpoint="step-1")
+            await answer_all(self.mailbox, await self.mailbox.post(command), world_size=1)
+
+    async def replay(self) -> None:
+        """What a rank does that starts again, up to the newest command."""
+        index, _, _ = await self.mailbox.start(0)
+        while index < self.mailbox._next:
+            await answer_all(self.mailbox, index, world_size=1)
+            index += 1
+
+    async def lose(self, counts: bool = True) -> str | None:
+        refused = await self.mailbox.lost("rank 0: killed", counts)
+        if refused is None:
+            await self.replay()
+        return refused
+
+    async def events(self) -> list[tuple[str, dict[str, Any]]]:
+        return await asyncio.wait_for(self.mailbox.news(0), 1)
+
+
+async def test_ranks_lost_now_and_then_do_not_use_up_the_restarts() -> None:
+    ranks = Losses(max_restarts=2)
+    await ranks.do("phase")
+    for _ in range(20):
+        assert await ranks.lose() is None
+        assert await ranks.lose() is None
+        await ranks.do("train", "save")
+    found = await ranks.events()
+    assert [kind for kind, _ in found[:3]] == ["ranks_lost", "ranks_lost", "restarts_refilled"]
+    assert found[1][1] == {"reason": "rank 0: killed", "counted": True, "losses": 2, "max_restarts": 2}
+    assert found[2][1] == {"losses": 2, "by": "checkpoint"}
+    assert len(found) == 60
+    assert await ranks.mailbox.news(59) == found[59:]
+
+
+async def test_a_failure_that_every_replay_repeats_uses_them_up() -> None:
+    """Steps trained again are no progress, however many, and neither is a save that was there already."""
+    ranks = Losses(max_restarts=2)
+    await ranks.do("phase", "save", *["train"] * 150)
+    assert await ranks.lose() is None
+    assert await ranks.lose() is None
+    assert await ranks.lose() == (
+        "rank 0: killed. The ranks were lost 3 times without a checkpoint or 100 steps in between (training.max_restarts=2)"
+    )
+    await ranks.mailbox.answer(1, 0, "the save again")
+    assert [kind for kind, _ in await ranks.events()] == ["ranks_lost"] * 3
+
+
+async def test_steps_refill_them_too_where_no_checkpoint_is_written() -> None:
+    ranks = Losses(max_restarts=1)
+    await ranks.do("phase")
+    for _ in range(3):
+        assert await ranks.lose() is None
+        await ranks.do(*["train"] * 100)
+    assert await ranks.lose() is None
+    await ranks.do(*["train"] * 99)
+    assert await ranks.lose() is not None
+    refilled = [fields for kind, fields in await ranks.events() if kind == "restarts_refilled"]
+    assert refilled == [{"losses": 1, "by": "100 steps"}] * 3
+
+
+async def test_nodes_taken_away_with_notice_cost_no_restart() -> None:
+    ranks = Losses(max_restarts=0)
+    await ranks.do("phase")
+    for _ in range(5):
+        assert await ranks.lose(counts=False) is None
+    assert await ranks.lose() == "rank 0: killed. The ranks were lost once (training.max_restarts=0)"
+    assert [fields["counted"] for _, fields in await ranks.events()] == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+async def test_ray_train_s_notice_asks_the_mailbox(preempted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox = Mailbox(world_size=2, max_restarts=0)
+    monkeypatch.setattr("ray.get", lambda coroutine, timeout: asyncio.run(coroutine))
+    notice = LostRanks(SimpleNamespace(lost=SimpleNamespace(remote=mailbox.lost)))
+    gone = RayActorError()
+    gone._preempted = preempted
+    lost = {1: RuntimeError("connection reset"), 0: SimpleNamespace(health_check_failure=gone)}
+    calls = asyncio.to_thread(notice.after_exception, None, lost)
+    if preempted:
+        await calls
+    else:
+        with pytest.raises(TrainingError, match=r"rank 0: .*; rank 1: connection reset. .*training.max_restarts=0"):
+            await calls
+
+
+async def test_the_driver_tells_the_mailbox_s_events_as_they_come() -> None:
+    mailbox = Mailbox(world_size=1, max_restarts=1)
+    ranks, events = _ranks_of(mailbox, 60.0)
+    telling = asyncio.create_task(ranks._tell())
+    for number in range(1, 4):
+        await mailbox.lost("gone", counts=False)
+        assert not await within_turns(telling)
+        assert [kind for kind, _ in events] == ["ranks_lost"] * number
+    telling.cancel()
 
 
 class _Local:

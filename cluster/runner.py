@@ -127,8 +127,8 @@ class Runner:
             average=stores.average,
             on_event=self.reporter.event,
             stored=None if self._stored is None else self._stored.storage.url,
-            # Peers' folders are within the one that has it.
-            lease=None if self._name else self._lease.owner,
+            # Peers' too: their folders are within the one that has it.
+            lease=self._lease.ticket,
         )
         await student.start()
         self._beside.ranks_start(self._name, student.waits_for)

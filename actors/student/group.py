@@ -22,6 +22,7 @@ from kdray.config import TrainingSettings
 from kdray.errors import KdrayError, TrainingError
 from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import shard
+from kdray.runs.lease import Ticket
 from kdray.types import StepReport, TrainBatch
 
 
@@ -44,8 +45,8 @@ class StudentGroup:
     stored: str | None = None
     """URL of the run in `run.storage`, to which checkpoints and exports then go; None for the run folder itself."""
 
-    lease: str | None = None
-    """Owner of the run's lease for which checkpoints and exports are written; None if there is none in that folder."""
+    lease: Ticket | None = None
+    """Lease under which checkpoints and exports are written; None if there is none."""
 
     parity_ids: tuple[int, ...] = ()
     """Token ids on which replicas compare the student with the trainer's; empty if they do not."""

@@ -27,6 +27,7 @@ from kdray.checks.parity import LONG, SHORT, TrainedLogprobs
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
+from kdray.runs.lease import Ticket
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,8 @@ class RankConfig:
     """Absolute path."""
     storage: str | None = None
     """URL of the run in `run.storage`; None if the run has only its run folder."""
-    lease: str | None = None
-    """Owner of the run's lease whose rank this is; None if there is none."""
+    lease: Ticket | None = None
+    """Lease of the run whose rank this is; None if there is none."""
     parity_ids: tuple[int, ...] = ()
     """Token ids whose log q is published with every version, so that replicas can compare; empty leaves it out."""
     average: Any = None

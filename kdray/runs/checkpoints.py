@@ -2,6 +2,9 @@
 
 Because step s trains samples [s * batch_size, (s + 1) * batch_size) and every draw is seeded by its sample id, the number of
 completed steps determines the position in prompts, samples and random numbers, so that every sample is trained once.
+
+The files of a checkpoint are in a subfolder of the driver that wrote them, which its marker names: a driver that stood still
+and wakes beside its successor may write the files of the same step, but not into the successor's.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ FILES = "files"
 """Key in a marker: size, sha256 and rank of every file of the checkpoint, by its path there."""
 
 
+FOLDER = "folder"
+"""Key in a marker: subfolder of the checkpoint that holds its files; missing where there is none."""
+
+_OWNER_CHARACTERS = 12
 _LISTED = {"size": int, "sha256": str, "rank": int}
 
 
@@ -36,7 +43,7 @@ class Committed:
     @property
     def progress(self) -> dict[str, Any]:
         """State stored beside the weights."""
-        return {name: value for name, value in self.marker.items() if name != FILES}
+        return {name: value for name, value in self.marker.items() if name not in (FILES, FOLDER)}
 
     @property
     def step(self) -> int:
@@ -53,10 +60,52 @@ class NotWhole:
     """The file and its fault."""
 
 
-def commit(storage: Storage, key: str, progress: Mapping[str, Any], parts: Sequence[Mapping[str, FileDigest]]) -> None:
-    """Write the marker that makes the files below `key` a checkpoint. Args: parts: files that each rank wrote there."""
-    files = {name: {**asdict(digest), "rank": rank} for rank, part in enumerate(parts) for name, digest in part.items()}
-    storage.write(f"{key}/{COMMITTED}", json.dumps({**progress, FILES: files}).encode())
+def folder_of(owner: str | None) -> str:
+    """Name the subfolder for what a driver writes. Args: owner: of the run's lease; None, without one, is no subfolder."""
+    return "" if owner is None else f"by-{owner[:_OWNER_CHARACTERS]}"
+
+
+def within(*names: str) -> str:
+    """Join folders and names to a path; the subfolder that a checkpoint does not have is empty."""
+    return "/".join(name for name in names if name)
+
+
+def begin(storage: Storage, key: str, folder: str = "", known: bool = False) -> bool:
+    """Prepare a checkpoint for its files; remains of an interrupted save of the same driver are deleted.
+
+    Args: folder: subfolder of the driver that writes; known: this driver's student is what the checkpoint holds.
+    Returns: False if it was committed by this driver, or is known, so that nothing is to be written. One that another driver
+    has committed is written again, since its student may be another one: it stays whole until `commit`.
+    """
+    try:
+        marker = read_marker(storage, key)
+    except DataError:
+        # Of no use to anyone, and replaced by `commit`.
+        marker = None
+    if marker is not None and (known or marker.get(FOLDER, "") == folder):
+        return False
+    storage.delete(within(key, folder))
+    return True
+
+
+def commit(
+    storage: Storage, key: str, progress: Mapping[str, Any], parts: Sequence[Mapping[str, FileDigest]], folder: str = ""
+) -> None:
+    """Write the marker that makes files below `key` a checkpoint.
+
+    Args: parts: files that each rank wrote, by their path in `folder`.
+    """
+    written = ((rank, name, digest) for rank, part in enumerate(parts) for name, digest in part.items())
+    files = {within(folder, name): {**asdict(digest), "rank": rank} for rank, name, digest in written}
+    place = {FOLDER: folder} if folder else {}
+    storage.write(f"{key}/{COMMITTED}", json.dumps({**progress, **place, FILES: files}).encode())
+
+
+def clear(storage: Storage, key: str, folder: str) -> None:
+    """Delete what others left in a checkpoint that was committed with a subfolder."""
+    names = {name.removeprefix(f"{key}/").partition("/")[0] for name in storage.list(key)}
+    for name in names - {folder, COMMITTED}:
+        storage.delete(f"{key}/{name}")
 
 
 def read_marker(storage: Storage, key: str) -> dict[str, Any] | None:
@@ -70,6 +119,9 @@ def read_marker(storage: Storage, key: str) -> dict[str, Any] | None:
         raise DataError(f"{COMMITTED} is not valid JSON: {error}") from error
     if not isinstance(marker, dict) or not isinstance(marker.get(FILES), dict):
         raise DataError(f"{COMMITTED} lists no files: it was damaged, or written by an earlier version")
+    folder = marker.get(FOLDER, "")
+    if not isinstance(folder, str) or (folder and not is_inside(folder)):
+        raise DataError(f"{COMMITTED} names {folder!r}, which is no folder of a checkpoint")
     for name, file in marker[FILES].items():
         listed = isinstance(file, dict) and all(isinstance(file.get(key), kind) for key, kind in _LISTED.items())
         if not listed or not is_inside(name):

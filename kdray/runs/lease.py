@@ -71,6 +71,19 @@ class Holder:
         return bool(here) and _start_of(self.pid) != self.started
 
 
+@dataclass(frozen=True)
+class Ticket:
+    """Lease of a driver as its ranks know it, which look at it in other processes; picklable."""
+
+    url: str
+    """Folder with the lease that every node can read."""
+    owner: str
+
+    def check(self) -> None:
+        """Check that the driver still has it. Raises: LeaseLost; StorageError."""
+        check_owner(Storage(self.url), self.owner)
+
+
 class Lease:
     """The lease that this process holds, renewed by a thread until `release`; a context manager that does so at its end."""
 
@@ -95,6 +108,11 @@ class Lease:
     @property
     def epoch(self) -> int:
         return self._me.epoch
+
+    @property
+    def ticket(self) -> Ticket:
+        """What the ranks need to look at it, in the run's storage if there is one."""
+        return Ticket(self._places[-1].url, self._me.owner)
 
     def take(self) -> Lease:
         """Take the lease everywhere, or from a driver that is gone, and begin to renew it.
@@ -229,9 +247,9 @@ def read_holder(place: Storage) -> Holder | None:
         return None
 
 
-def check_owner(place: Storage, owner: str | None) -> None:
+def check_owner(place: Storage, owner: str) -> None:
     """Check for a driver that its lease is still there, from another process. Raises: LeaseLost; StorageError."""
-    reason = None if owner is None else _reason(place, owner)
+    reason = _reason(place, owner)
     if reason is not None:
         raise LeaseLost(reason)
 

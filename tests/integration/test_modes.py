@@ -147,7 +147,8 @@ def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path,
     finish(start("run", str(recipe)), 0)
     run = workplace / "runs" / "average"
     # Renewed with versions 2, 4 and 6: nearer to the last student than the first one, which it began as, and not the last.
-    average = load_file(run / "checkpoints" / "step-000006" / "average.safetensors")
+    (saved,) = (run / "checkpoints" / "step-000006").rglob("average.safetensors")
+    average = load_file(saved)
     begun = load_file(run / "checkpoints" / "sft" / "model.safetensors")
     final = load_file(run / "student" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"

@@ -85,7 +85,7 @@ def test_a_whole_run_by_plain_torch(workplace: Path, marker: str) -> None:
     assert summary["lost_samples"] == summary["duplicated_samples"] == summary["restarts"] == 0
     assert "deepspeed" not in summary["versions"]
     check_ledger(run, 12)
-    checkpoints = {path.parent.name for path in run.glob("checkpoints/step-*/weights.safetensors")}
+    checkpoints = {path.parent.parent.name for path in run.glob("checkpoints/step-*/by-*/weights.safetensors")}
     assert checkpoints == {"step-000006", "step-000012"}
     assert_nothing_left(marker)
 

@@ -32,7 +32,16 @@ from kdray.rollouts.filters import Filters
 from kdray.rollouts.schedules import Schedules
 from kdray.rollouts.seeds import uniforms
 from kdray.rollouts.training_digest import ShardRecord
-from kdray.runs.checkpoints import COMMITTED, commit, newest_checkpoint, prune_checkpoints
+from kdray.runs.checkpoints import (
+    COMMITTED,
+    FOLDER,
+    begin,
+    commit,
+    folder_of,
+    newest_checkpoint,
+    prune_checkpoints,
+    within,
+)
 from kdray.runs.folder import RunFolder
 from kdray.runs.lease import STALE_AFTER_S, Lease, leased
 from kdray.runs.ledger import Ledger
@@ -184,10 +193,14 @@ class StubStudent:
         folder: RunFolder,
         config: Config,
         pause: Callable[[], None],
-        guard: Callable[[], None] = lambda: None,
+        lease: Lease | None = None,
     ) -> None:
-        """Args: pause: called between the parts of a save, where a kill would hurt; guard: before it commits or deletes."""
-        self._guard = guard
+        """Args: pause: called between the parts of a save, where a kill would hurt; lease: looked at before it commits or
+        deletes."""
+        self._guard: Callable[[], None] = (lambda: None) if lease is None else lease.check_everywhere
+        self._ticket = None if lease is None else lease.ticket
+        self._mine = folder_of(None if lease is None else lease.owner)
+        self._loaded = ""
         self._tables = tables
         self._folder = folder
         self._config = config
@@ -221,25 +234,32 @@ class StubStudent:
 
     async def save_checkpoint(self, step: int) -> None:
         storage, key = Storage.local(self._folder.path), f"checkpoints/step-{step:06d}"
-        if storage.read(f"{key}/{COMMITTED}") is None:
-            storage.delete(key)
+        if begin(storage, key, self._mine, known=key == self._loaded):
             weights = io.BytesIO()
             np.save(weights, self._tables.student)
-            digest = storage.write(f"{key}/student.npy", weights.getvalue())
+            place = within(key, self._mine)
+            digest = storage.write(f"{place}/student.npy", weights.getvalue())
             counters = json.dumps([rank.updates for rank in self.ranks]).encode()
-            counted = storage.write(f"{key}/updates.json", counters)
+            counted = storage.write(f"{place}/updates.json", counters)
             self._pause()
             self._guard()
             progress = {"step": step} | {name: entry() for name, entry in self.live.items()}
-            commit(storage, key, progress, [{"student.npy": digest, "updates.json": counted}])
+            commit(storage, key, progress, [{"student.npy": digest, "updates.json": counted}], self._mine)
             self._pause()
         self._guard()
         prune_checkpoints(storage, self._config.training.keep_checkpoints)
 
     def restore(self, checkpoint: Path) -> None:
-        self._tables.student = np.load(checkpoint / "student.npy")
-        for rank, updates in zip(self.ranks, json.loads((checkpoint / "updates.json").read_bytes()), strict=True):
+        files = files_of(checkpoint)
+        self._loaded = f"checkpoints/{checkpoint.name}"
+        self._tables.student = np.load(files / "student.npy")
+        for rank, updates in zip(self.ranks, json.loads((files / "updates.json").read_bytes()), strict=True):
             rank.updates = updates
+
+
+def files_of(checkpoint: Path) -> Path:
+    """Folder with a checkpoint's files, as its marker names it."""
+    return checkpoint / str(json.loads((checkpoint / COMMITTED).read_bytes()).get(FOLDER, ""))
 
 
 def main(config_path: Path, slow: bool = True, stale_after_s: float = STALE_AFTER_S) -> None:
@@ -277,7 +297,7 @@ async def _drive(
     tables = Tables(config.run.seed, len(tokenizer))
     haste = np.random.default_rng(time.time_ns())
     pause = (lambda: time.sleep(haste.uniform(0, 0.003))) if slow else (lambda: None)
-    student = student_type(tables, folder, config, pause, lease.check_everywhere)
+    student = student_type(tables, folder, config, pause, lease)
     student.live = {"totals": lambda: asdict(totals), "schedules": schedules.state}
     if found:
         student.restore(config.run_folder / found.key)

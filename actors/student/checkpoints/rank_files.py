@@ -1,7 +1,8 @@
 """Files that a rank writes for a run, and reads again: in the run folder, or in the storage if nodes share no folder.
 
 Every rank writes its part to a folder of its own and uploads it; once all have, rank 0 writes the marker. Ranks fail together:
-an error on one is raised on all, so that none waits for it.
+an error on one is raised on all, so that none waits for it. Names of what they write contain the owner of the run's lease:
+ranks of a driver that stood still share none with those of its successor.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any, TypeVar
 from actors.student.trainer import Phase, StudentTrainer
 from kdray.errors import DataError, LeaseLost, StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
-from kdray.runs.checkpoints import COMMITTED, FILES, commit, differing, read_marker
-from kdray.runs.lease import check_owner
+from kdray.runs.checkpoints import FILES, FOLDER, begin, clear, commit, differing, folder_of, read_marker, within
+from kdray.runs.lease import Ticket
 from kdray.runs.storage import Storage
 
 T = TypeVar("T")
@@ -44,20 +45,28 @@ class Saved:
 class RankFiles:
     """A rank's access to the files of its run. Call `close` at the end."""
 
-    def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None, lease: str | None = None) -> None:
-        """Args: storage: URL of the run in `run.storage`; None if there is only the run folder; lease: owner of the run's
-        lease, without which nothing is committed or deleted; None if there is none."""
+    def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None, lease: Ticket | None = None) -> None:
+        """Args: storage: URL of the run in `run.storage`; None if there is only the run folder; lease: the run's, without which
+        nothing is committed or deleted; None if there is none."""
         self._trainer = trainer
         self._lease = lease
+        self._mine = folder_of(None if lease is None else lease.owner)
         self._run_folder = run_folder
         self._retried: list[dict[str, Any]] = []
         self._storage = Storage.local(run_folder) if storage is None else Storage(storage)
         self._storage.on_retry = lambda retry: self._retried.append({"rank": trainer.rank, **asdict(retry)})
+        self._loaded: str | None = None
         # Next to the checkpoints, a rename publishes a folder; if they are elsewhere, Ray Train's folder on this node will do.
         beside = run_folder / "checkpoints" if storage is None else Path.cwd()
-        self._scratch = beside / f".rank-{trainer.rank}"
-        # Remains of a killed rank with this number.
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        name = f".rank-{trainer.rank}"
+        self._scratch = beside / (f"{name}.{self._mine}" if self._mine else name)
+        remains = [path for path in (beside / name, *beside.glob(f"{name}.*")) if path.exists()]
+        if any(path != self._scratch for path in remains):
+            # Not those of a driver at work.
+            self._check_lease()
+        # Of killed ranks with this number.
+        for path in remains:
+            shutil.rmtree(path, ignore_errors=True)
         self._scratch.mkdir(parents=True)
 
     def close(self) -> None:
@@ -66,32 +75,30 @@ class RankFiles:
     # ----------------------------------------------------------------------------------------------------- writing
 
     def save(self, folder: Path, progress: dict[str, Any]) -> Saved:
-        """Write a checkpoint atomically; an existing one (from a replay) is left unchanged."""
+        """Write a checkpoint atomically; an existing one (from a replay, or the one that was loaded) is left unchanged."""
         key, first = self._key(folder), self._trainer.rank == 0
 
-        def prepared() -> bool:
-            if not first:
-                return False
-            if self._storage.read(f"{key}/{COMMITTED}") is not None:
-                return True
-            check_owner(self._storage, self._lease)
-            # Remains of an interrupted save must not be mixed with this one.
-            self._storage.delete(key)
-            return False
+        def wanted() -> bool:
+            if first:
+                self._check_lease()
+            return first and begin(self._storage, key, self._mine, known=key == self._loaded)
 
-        if self._together(prepared)[0]:
+        if not self._together(wanted)[0]:
             return Saved()
         started = time.perf_counter()
         with self._own_folder() as own:
             self._write(own, lambda: self._trainer.save(own))
             written = time.perf_counter()
-            parts = self._together(lambda: self._storage.put_tree(own, key, move=True))
+            parts = self._together(lambda: self._storage.put_tree(own, within(key, self._mine), move=True))
 
         def committed() -> None:
             if first:
                 # A driver that stood still for long may have been followed by another one, which has checkpoints of its own.
-                check_owner(self._storage, self._lease)
-                commit(self._storage, key, progress, parts)
+                self._check_lease()
+                commit(self._storage, key, progress, parts, self._mine)
+                if self._mine:
+                    self._check_lease()
+                    clear(self._storage, key, self._mine)
 
         self._together(committed)
         told, self._retried = self._retried, []
@@ -111,7 +118,7 @@ class RankFiles:
 
         def store(own: Path) -> None:
             if self._trainer.rank == 0:
-                check_owner(self._storage, self._lease)
+                self._check_lease()
                 self._storage.delete(key)
                 commit(self._storage, key, {}, [self._storage.put_tree(own, key, move=True)])
 
@@ -134,6 +141,7 @@ class RankFiles:
                 others = any(self._together(lambda: self._trainer.backend.reads_every_rank(here)))
                 with self._fetched(checkpoint, of_all=True) if others else nullcontext(here) as whole:
                     self._trainer.load(whole)
+            self._loaded = self._key(checkpoint) if checkpoint.is_relative_to(self._run_folder) else None
 
     @contextmanager
     def _fetched(self, folder: Path, of_all: bool = False) -> Iterator[Path]:
@@ -166,9 +174,13 @@ class RankFiles:
         reason = differing(mine, {name: found[each] for name, each in needed.items()})
         if reason is not None:
             raise DataError(f"{storage.url}/{key}: {reason}; --resume takes the newest checkpoint that is whole")
-        return here
+        return here / marker.get(FOLDER, "")
 
     # ------------------------------------------------------------------------------------------------------ inside
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     def _key(self, folder: Path) -> str:
         return folder.relative_to(self._run_folder).as_posix()

@@ -21,7 +21,7 @@ from kdray.errors import DataError, TrainingError
 from kdray.models.inspect import chat_template_text
 from kdray.models.resolve import model_config, resolve_model
 from kdray.models.saving import TokenizerSource
-from kdray.runs.checkpoints import FILES, Committed, checkpoint_at, differing, read_marker
+from kdray.runs.checkpoints import FILES, FOLDER, Committed, checkpoint_at, differing, read_marker
 from kdray.runs.storage import Storage
 
 _COMPARED = 32
@@ -121,4 +121,4 @@ def _at_hand(storage: Storage, key: str, marker: Mapping[str, Any]) -> Iterator[
             digests = storage.get_files({each: here / name for name, each in names.items()})
         if (reason := differing(files, {name: digests[each] for name, each in names.items()})) is not None:
             raise DataError(f"{storage.url}/{key}: {reason}; choose another checkpoint")
-        yield here
+        yield here / marker.get(FOLDER, "")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tests.support.stub_run import drive, stub_config
+from tests.support.stub_run import drive, files_of, stub_config
 
 MEASURED = {"time", "tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s", "queue_age_s"}
 """What a clock says."""
@@ -36,7 +36,7 @@ def test_the_same_seed_twice_is_the_same_run(tmp_path: Path) -> None:
     assert curve(first) == curve(second)
     assert tokens(first) == tokens(second)
     assert (first / "ledger.jsonl").read_text() == (second / "ledger.jsonl").read_text()
-    weights = [(each / "checkpoints/step-000015/student.npy").read_bytes() for each in (first, second)]
+    weights = [(files_of(each / "checkpoints/step-000015") / "student.npy").read_bytes() for each in (first, second)]
     assert weights[0] == weights[1]
 
 

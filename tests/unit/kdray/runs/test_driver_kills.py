@@ -5,7 +5,6 @@ The driver is `tests.support.stub_run`: the true loop, ledger, reporter, run fol
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ import pytest
 
 from kdray.config import Config
 from kdray.runs.verify import verify
-from tests.support.stub_run import main, stub_config
+from tests.support.stub_run import files_of, main, stub_config
 
 KILLS = 20
 
@@ -165,8 +164,6 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before_it_to_resume_from(for
     driver = forked.Process(target=main, args=(path,))
     driver.start()
     driver.join(120)
-    weights = [
-        np.load(io.BytesIO((run / "checkpoints/step-000040/student.npy").read_bytes())) for run in (whole, config.run_folder)
-    ]
+    weights = [np.load(files_of(run / "checkpoints/step-000040") / "student.npy") for run in (whole, config.run_folder)]
     np.testing.assert_array_equal(*weights)
     assert all((f / "COMMITTED.json").exists() for f in checkpoints.glob("step-*")), torn

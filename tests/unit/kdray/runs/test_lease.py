@@ -23,7 +23,7 @@ import pytest
 
 from kdray.errors import ConfigError, LeaseLost
 from kdray.runs import lease as module
-from kdray.runs.checkpoints import COMMITTED
+from kdray.runs.checkpoints import COMMITTED, FILES, checkpoint_at, differing
 from kdray.runs.folder import LEASE, RunFolder
 from kdray.runs.lease import Holder, Lease, check_owner, leased, read_holder
 from kdray.runs.remote_copy import StoredRun
@@ -256,12 +256,13 @@ def refused(recipe: Path, told: Any) -> None:
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """What a driver writes and what counts: neither files of trackers, which have names of their own, nor those of a checkpoint
-    that is not committed. One that a driver was in the middle of when it was stopped may get further ones, and no marker; nor a
-    file that has not taken its place yet."""
-    written = [path for path in run.rglob("*") if path.is_file() and "tb" not in path.parts and not _temporary(path)]
-    wanted = [path for path in written if path.parent.parent.name != "checkpoints" or (path.parent / COMMITTED).is_file()]
-    return {str(path.relative_to(run)): path.read_bytes() for path in wanted}
+    """What a driver writes and what counts: neither files of trackers, which have names of their own, nor those that no marker
+    of a checkpoint lists, to which a save that a driver was in the middle of may add; nor a file that has not taken its place
+    yet."""
+    written = [path for path in run.rglob("*") if path.is_file() and not {"tb", "checkpoints"} & set(path.parts)]
+    for marker in run.glob(f"checkpoints/*/{COMMITTED}"):
+        written += [marker, *(marker.parent / name for name in json.loads(marker.read_bytes())[FILES])]
+    return {str(path.relative_to(run)): path.read_bytes() for path in written if not _temporary(path)}
 
 
 def _temporary(path: Path) -> bool:
@@ -319,6 +320,57 @@ def test_a_lease_that_a_storage_misses_once_is_not_lost(tmp_path: Path, monkeypa
         answers += [None, None]
         with pytest.raises(LeaseLost, match="the run's lease is gone"):
             check_owner(place, lease.owner)
+
+
+_STANDS_AT = "step-000006"
+
+
+def stands_in_a_save(recipe: Path) -> None:
+    """A driver whose disk stands still between two files of a checkpoint, until the test lets it go on. Its bytes are its own,
+    as they are where rollouts are stale."""
+    write = Storage.write
+
+    def slow(storage: Storage, key: str, content: bytes) -> Any:
+        if not key.endswith("updates.json"):
+            return write(storage, key, content)
+        released = recipe.with_name("go on")
+        while _STANDS_AT in key and not released.exists():
+            time.sleep(0.01)
+        return write(storage, key, content + b" ")
+
+    Storage.write = slow  # type: ignore[method-assign]
+    main(recipe, True, LONG_S)
+
+
+def test_a_driver_that_stood_still_in_a_save_writes_into_no_checkpoint_of_its_successor(forked: Any, tmp_path: Path) -> None:
+    """Both write the files of step 6, the first one its last after the second has committed."""
+    config = stub_config(tmp_path, training={"steps": 12, "keep_checkpoints": 9})
+    recipe, run = tmp_path / "recipe.yaml", config.run_folder
+    recipe.write_text(config.dump())
+    first = forked.Process(target=stands_in_a_save, args=(recipe,))
+    first.start()
+    deadline = time.monotonic() + 120
+    while not list((run / "checkpoints" / _STANDS_AT).rglob("student.npy")):
+        assert first.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)
+    time.sleep(2 * SHORT_S)
+    second = forked.Process(target=main, args=(recipe, True, SHORT_S))
+    second.start()
+    assert ended(second) == 0
+    left = files(run)
+    os.kill(first.pid, signal.SIGCONT)
+    recipe.with_name("go on").touch()
+    assert ended(first) == 1
+    assert files(run) == left
+    late = [path for path in run.rglob("updates.json") if path.read_bytes().endswith(b" ") and _STANDS_AT in path.parts]
+    assert len(late) == 1, "the first one wrote nothing late: the test does not test what it says"
+    storage = Storage.local(run)
+    for step in (0, 3, 6, 9, 12):
+        found = checkpoint_at([storage], step)
+        written = found.marker[FILES]
+        assert differing(written, {name: storage.digest(f"{found.key}/{name}") for name in written}) is None
 
 
 def test_a_driver_that_stood_still_writes_nothing_more(forked: Any, going: Any) -> None:

@@ -8,7 +8,7 @@ import re
 import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +16,8 @@ import pytest
 
 from actors.student.checkpoints.rank_files import RankFiles, Saved
 from actors.student.trainer import Phase
-from kdray.errors import StorageError, TrainingError
-from kdray.runs.checkpoints import COMMITTED
+from kdray.errors import LeaseLost, StorageError, TrainingError
+from kdray.runs.checkpoints import COMMITTED, FILES, differing, read_marker
 from kdray.runs.lease import Lease
 from kdray.runs.storage import Storage
 
@@ -129,7 +129,7 @@ def test_ranks_of_a_driver_that_lost_its_lease_commit_and_delete_nothing(group: 
     root.mkdir(exist_ok=True)
     first = Lease([group.storage]).take()
     for files in group.files:
-        files._lease = first.owner
+        files._lease = first.ticket
     group.all(lambda files: files.save(step(group, tmp_path, 4), {"step": 4}))
     first.release()
     with Lease([group.storage]).take():
@@ -142,6 +142,74 @@ def test_ranks_of_a_driver_that_lost_its_lease_commit_and_delete_nothing(group: 
                 assert isinstance(error, TrainingError)
                 assert re.search(f"rank 0: .*process {os.getpid()} on .* has taken over the run", str(error))
         assert {name for name in group.storage.list() if ".rank-" not in name} == there
+
+
+def test_ranks_that_wake_in_the_middle_of_a_save_write_into_no_checkpoint_of_the_next_driver(
+    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs stood still before they stored their parts, and remove nothing of the others either."""
+    Path(group.storage.root).mkdir(exist_ok=True)
+    url = group.storage.url if (tmp_path / "shared").exists() else None
+    folder, key = step(group, tmp_path, 4), "checkpoints/step-000004"
+    put_tree, stands, goes_on = Storage.put_tree, threading.Event(), threading.Event()
+
+    def slow(storage: Storage, own: Path, into: str, move: bool = False) -> Any:
+        if storage in first:
+            stands.set()
+            assert goes_on.wait(20)
+        return put_tree(storage, own, into, move)
+
+    monkeypatch.setattr(Storage, "put_tree", slow)
+
+    def ranks(lease: Lease, state: str) -> Group:
+        meeting = Meeting(threading.Barrier(2, timeout=20))
+        trainers = [FileTrainer(rank, meeting, state=f"{state} {rank}") for rank in range(2)]
+        files = [RankFiles(each, tmp_path / "run", url, lease.ticket) for each in trainers]  # type: ignore[arg-type]
+        return Group(trainers, files, group.storage)
+
+    lease = Lease([group.storage]).take()
+    old = ranks(lease, "old")
+    first = [files._storage for files in old.files]
+    failed: list[Any] = []
+    saving = threading.Thread(target=lambda: failed.extend(old.all(lambda files: files.save(folder, {"step": 4}))))
+    saving.start()
+    assert stands.wait(20)
+    lease.release()
+    with Lease([group.storage]).take() as later:
+        new = ranks(later, "new")
+        assert all(isinstance(each, Saved) for each in new.all(lambda files: files.save(folder, {"step": 4})))
+        goes_on.set()
+        saving.join(20)
+        assert all(isinstance(each, TrainingError) and "has taken over the run" in str(each) for each in failed)
+        for files in old.files:
+            files.close()
+        assert all(files._scratch.is_dir() for files in new.files)
+        marker = read_marker(group.storage, key)
+        assert marker is not None
+        assert {file["rank"] for file in marker[FILES].values()} == {0, 1}
+        found = {name: group.storage.digest(f"{key}/{name}") for name in marker[FILES]}
+        assert differing(marker[FILES], found) is None
+        phase = Phase("distill", str(tmp_path), None, None, 1e-3, 1)
+        (tmp_path / "model.safetensors").write_text("from elsewhere")
+        assert new.all(lambda files: files.start_phase(phase, folder)) == [None, None]
+        assert [trainer.state for trainer in new.trainers] == ["new 0", "new 1"]
+        # Of the driver before, whose student it is not known to be.
+        group.storage.write(f"{key}/{COMMITTED}", json.dumps({"step": 4, FILES: {}}).encode())
+        again = ranks(later, "again")
+        assert all(isinstance(each, Saved) and each.bytes for each in again.all(lambda files: files.save(folder, {"step": 4})))
+        assert {name.split("/")[2] for name in group.storage.list(key)} == {COMMITTED, f"by-{later.owner[:12]}"}
+
+
+def test_remains_of_killed_ranks_are_removed_by_the_driver_that_has_the_lease(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in (".rank-0", ".rank-0.by-another", ".rank-10"):
+        (run / "checkpoints" / name / "tmp").mkdir(parents=True)
+    trainer = FileTrainer(0, Meeting(threading.Barrier(1)))
+    with Lease([Storage.local(run)]).take() as lease:
+        with pytest.raises(LeaseLost):
+            RankFiles(trainer, run, None, replace(lease.ticket, owner="gone"))  # type: ignore[arg-type]
+        files = RankFiles(trainer, run, None, lease.ticket)  # type: ignore[arg-type]
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {files._scratch.name, ".rank-10"}
 
 
 def test_what_is_saved_is_loaded(group: Group, tmp_path: Path) -> None:

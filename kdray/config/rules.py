@@ -431,6 +431,31 @@ def _a_pass_holds_the_longest_row(config: Config) -> Iterator[str]:
         )
 
 
+def _the_last_deadline_is_the_longest(config: Config) -> Iterator[str]:
+    cluster, training = config.cluster, config.training
+    limits = {
+        "training.stuck_after_s": (training.stuck_after_s, 1),
+        "training.stuck_loading_after_s": (training.stuck_loading_after_s, 1),
+        "cluster.wait_s": (cluster.wait_s, 1),
+        "cluster.stuck_after_s": (cluster.stuck_after_s, 1),
+        "cluster.request_silence_s": (cluster.request_silence_s, 1),
+        # An engine that hangs while it loads is started three times.
+        "cluster.start_timeout_s": (cluster.start_timeout_s, 3),
+    }
+    for name, teacher in config.teachers.items():
+        if teacher.silence is not None:
+            setting, seconds, attempts = teacher.silence
+            limits[f"teachers.{name}.{setting}"] = (seconds, attempts)
+    name, (seconds, times) = max(limits.items(), key=lambda item: item[1][0] * item[1][1])
+    longest = seconds * times
+    if cluster.stuck_run_after_s <= longest:
+        limit = name if times == 1 else f"{times} x {name}"
+        yield (
+            f"cluster.stuck_run_after_s={cluster.stuck_run_after_s:g} is not above {limit}={longest:g}, which would never be "
+            f"reached: a run that still has a way on would end; raise the first above {longest:g}, or lower the other"
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _teachers_are_shared_out,
     _loss_learns_from_its_writers,
@@ -451,4 +476,5 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _environments_answer_who_pauses,
     _whole_conversations_are_scored_as_they_are,
     _a_pass_holds_the_longest_row,
+    _the_last_deadline_is_the_longest,
 )

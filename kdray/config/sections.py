@@ -130,7 +130,8 @@ class ClusterSettings(Settings):
     stuck_run_after_s: PositiveFloat = 14400.0
     """Longest time in which a run may make no step, get no answer and begin or end no part. Beyond it the event `run_stuck` and
     `logs/stuck.txt` say who waits for whom, and the run ends with 1; `--resume` continues it. The last of the deadlines: it has
-    to be longer than the others, and than the longest outage of a teacher that is to be waited for."""
+    to be longer than the others (a config in which it is not is refused), and than the longest outage of a teacher that is to
+    be waited for."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
     job: JobSettings = JobSettings()

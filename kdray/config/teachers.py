@@ -209,6 +209,12 @@ class TeacherSettings(Settings):
         """Steps between updates from the student's weights, and the share of its weights that an update keeps; or None."""
         return None
 
+    @property
+    def silence(self) -> tuple[str, float, int] | None:
+        """Setting of the longest silence in an attempt at a request, that time in seconds, and the number of attempts; or None
+        if the kind has no such setting."""
+        return None
+
 
 class ServedTeacherSettings(TeacherSettings, EngineSettings):
     """A teacher served by vLLM replicas on the cluster."""
@@ -343,6 +349,10 @@ class OpenAITeacherSettings(TeacherSettings):
     retries: NonNegative = 5
     """Maximum number of retries of a request after a timeout, a lost connection, a rate limit (429) or a server error (5xx); a
     delay that the endpoint asks for is respected, up to two minutes."""
+
+    @property
+    def silence(self) -> tuple[str, float, int]:
+        return "timeout_s", self.timeout_s, self.retries + 1
 
     @model_validator(mode="after")
     def _together(self) -> OpenAITeacherSettings:

@@ -103,8 +103,8 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     checkpoint_every: Annotated[NonNegative, OnResume()] = 50
-    """Steps between checkpoints; 0 writes one only at the end and on interruption. The batches since the last one are kept in
-    Ray's object store, which spills them to disk when it is full: restarted ranks replay them."""
+    """Steps between checkpoints, in every phase; 0 writes one only at the end and on interruption. The batches since the last
+    one are kept in Ray's object store, which spills them to disk when it is full: restarted ranks replay them."""
     keep_checkpoints: Annotated[Positive, OnResume()] = 2
     """Number of most recent checkpoints to keep."""
     max_restarts: Annotated[NonNegative, OnResume()] = 2

@@ -13,7 +13,9 @@ from kdray.config import parse_config
 TINY = {"type": "tiny", "layers": 1, "width": 32}
 
 
-@pytest.mark.parametrize(("cluster", "seconds"), [({}, 3600.0), ({"start_timeout_s": 7200}, 7200.0)])
+@pytest.mark.parametrize(
+    ("cluster", "seconds"), [({}, 3600.0), ({"start_timeout_s": 7200, "stuck_run_after_s": 36000}, 7200.0)]
+)
 def test_every_engine_has_the_clusters_time_to_start(tmp_path: Path, cluster: dict[str, float], seconds: float) -> None:
     config = parse_config(
         {

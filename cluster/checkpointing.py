@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.background_call import in_daemon_thread
 from actors.student.group import StudentGroup
-from kdray.runs.checkpoints import prune_checkpoints
+from kdray.runs.checkpoints import PHASE_STEP, drop_checkpoints, prune_checkpoints
 from kdray.runs.folder import RunFolder
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.storage import Storage
@@ -28,6 +28,21 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.progress["step"])
+
+    @property
+    def stage(self) -> str:
+        """Stage of the run that it is in: sft, distill, finetune, control."""
+        return str(self.progress.get("stage", "distill"))
+
+    @property
+    def phase_step(self) -> int:
+        """Steps done of a supervised phase that it is in the middle of."""
+        return int(self.progress[PHASE_STEP])
+
+    @property
+    def within(self) -> dict[str, Any]:
+        """Place in such a phase, as events name it; empty if it is in none."""
+        return {"phase": self.stage, PHASE_STEP: self.phase_step} if PHASE_STEP in self.progress else {}
 
 
 @dataclass(frozen=True)
@@ -98,18 +113,35 @@ class CheckpointedStudent:
         await self.ranks.publish(version)
 
     async def save_checkpoint(self, step: int) -> None:
+        await self._save(step, None, {})
+
+    async def save_in_phase(self, phase: str, done: int, step: int) -> None:
+        """Write a checkpoint in the middle of a supervised phase. Args: done: its steps; step: number of the checkpoint before
+        the phase."""
+        await self._save(step, f"{phase}-{done:06d}", {PHASE_STEP: done})
+        self.on_event("checkpoint", step=step, phase=phase, phase_step=done)
+
+    async def drop(self, phase: str) -> None:
+        """Delete the checkpoints of a supervised phase that has ended."""
+        await in_daemon_thread(self.guard)
+        await in_daemon_thread(drop_checkpoints, self._storage, phase)
+
+    @property
+    def _storage(self) -> Storage:
+        return Storage.local(self.folder.path) if self.stored is None else self.stored.storage
+
+    async def _save(self, step: int, name: str | None, place: dict[str, Any]) -> None:
         await in_daemon_thread(self.guard)
         started = time.monotonic()
         # First: once the checkpoint is committed, the files have everything that a resume from it needs.
         sent = 0 if self.stored is None else await in_daemon_thread(self.stored.send)
         send_s = time.monotonic() - started
-        progress = self.progress | {name: entry() for name, entry in self.live.items()}
-        saved = await self.ranks.save_checkpoint(step, progress)
+        progress = self.progress | {key: entry() for key, entry in self.live.items()} | place
+        saved = await self.ranks.save_checkpoint(step, progress, name)
         for retry in saved.retries:
             self.on_retry(**retry)
         if self.stored is not None:
             costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
             self.on_event("stored", step=step, **costs, files_bytes=sent, files_s=send_s)
-        storage = Storage.local(self.folder.path) if self.stored is None else self.stored.storage
         await in_daemon_thread(self.guard)
-        await in_daemon_thread(prune_checkpoints, storage, self.keep)
+        await in_daemon_thread(prune_checkpoints, self._storage, self.keep)

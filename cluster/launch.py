@@ -294,12 +294,15 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
         return None, passed_over
     checkpoint = Checkpoint(folder=config.run_folder.absolute() / found.key, progress=found.progress)
     training = config.training
-    fine_tuning = checkpoint.progress.get("stage") == "finetune"
+    if checkpoint.stage == "sft":
+        # Distillation has not begun: it may be as long as it likes.
+        return checkpoint, passed_over
+    fine_tuning = checkpoint.stage in ("finetune", "control")
     # Checkpoints of earlier versions were always of runs as long as they were laid out for.
     distilled = checkpoint.progress.get("steps", checkpoint.progress["horizon"])
     if fine_tuning and training.steps != distilled:
         raise ConfigError(
-            f"training.steps={training.steps}, but the run is fine-tuning after {distilled} steps of distillation already; set "
+            f"training.steps={training.steps}, but the run has {distilled} steps of distillation behind it already; set "
             "training.steps to that"
         )
     if not fine_tuning and training.steps < checkpoint.step:

@@ -125,6 +125,11 @@ class ConcurrentRuns:
         """Number of runs whose ranks are placed or waiting for placement."""
         return len(self._with_ranks)
 
+    @property
+    def alone(self) -> bool:
+        """True if there is one run, whose student teaches nobody else."""
+        return len(self._measured) == 1
+
     def measured(self, run: str) -> None:
         """Register that the run's student is trained, evaluated and exported."""
         self._measured[run].set()

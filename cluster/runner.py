@@ -6,7 +6,6 @@ Only this module knows every part: it starts them, passes them to the loop, whic
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,15 +28,14 @@ from cluster.evaluation import check_signals, measure_at_start, measure_student,
 from cluster.parts import ConcurrentRuns, Pools, RunStores
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
+from cluster.stages.supervised import Answers, Steps
 from kdray.checks.parity import refusal
 from kdray.checks.unsafe_notes import unsafe_notes
 from kdray.data.dataset import PromptStream
-from kdray.data.references import reference_of
 from kdray.errors import EngineError, Interrupted, KdrayError, TrainingError
 from kdray.loop import Distillation, Hooks
 from kdray.models.inspect import chat_template_text
 from kdray.models.saving import TokenizerSource
-from kdray.rollouts.batching import examples_to_batch
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.pretraining import PretrainingText
 from kdray.rollouts.race import Stopped, first_of
@@ -52,7 +50,7 @@ from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import compare
 from kdray.runs.resume import carried_progress, final_counts, restore_run_state
 from kdray.teachers.kind import kind_of
-from kdray.types import TrainBatch
+from kdray.types import StepReport, TrainBatch
 
 _CLEAN_UP_S = 30.0
 
@@ -90,6 +88,9 @@ class Runner:
         self._lease = plan.lease
         self._folder = RunFolder(plan.folder.path.absolute(), plan.lease.check)
         self._checkpoint = plan.checkpoint
+        # Within the supervised phase nothing is there that a resume of the later ones needs.
+        self._after_sft = None if plan.checkpoint is None or plan.checkpoint.stage == "sft" else plan.checkpoint
+        self._answers = Answers(plan.checked)
         self._stored = plan.stored
         self._record = plan.record
         self._on_start = plan.on_start
@@ -108,7 +109,8 @@ class Runner:
         """Start the run's parts, run them, shut them down; returns the run's summary."""
         config, stores = self._config, self._stores
         step = None if self._checkpoint is None else self._checkpoint.step
-        self.reporter.event("start", resumed_step=step, **self._record["installation"])
+        within = {} if self._checkpoint is None else self._checkpoint.within
+        self.reporter.event("start", resumed_step=step, **within, **self._record["installation"])
         for line in self._checked.dataset.lines:
             self.reporter.event("data", found=line)
         for line in unsafe_notes(config):
@@ -205,18 +207,32 @@ class Runner:
         config = self._config
         training = config.training
         steps = training.steps
-        stored = self._checkpoint.progress if self._checkpoint else None
+        found = self._checkpoint.progress if self._checkpoint else None
+        stored = self._after_sft.progress if self._after_sft else None
         # A run that ends earlier than it was laid out keeps its curve until there.
         horizon = steps if stored is None or training.schedule == "constant" else max(steps, int(stored["horizon"]))
         schedules = Schedules.of(config, horizon)
-        start_step, self._totals = restore_run_state(self._folder, self._ledger, schedules, steps, stored)
+        start_step, self._totals = restore_run_state(self._folder, self._ledger, schedules, steps, found)
         base, revision = models.student, config.student.revision
         self._base = base, revision
+        progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "sft", **self._record}
+        recoverable = CheckpointedStudent(
+            student,
+            self._folder,
+            self._stored,
+            training.keep_checkpoints,
+            progress,
+            live={"totals": lambda: asdict(self._totals), "schedules": schedules.state},
+            renewal=self._renewal(),
+            on_event=self.reporter.event,
+            on_retry=self._on_retry,
+            guard=self._lease.check_everywhere,
+        )
         if training.sft.steps:
-            if self._checkpoint is None:
-                await self._or_stop(self._supervised(student, "sft", base, revision, training.sft.steps))
-                await student.export(self._folder.checkpoints / "sft")
+            if self._after_sft is None:
+                await self._warm_up(recoverable, base, revision)
             base, revision = str(self._folder.checkpoints / "sft"), None
+        progress |= {"stage": "distill"} if stored is None else carried_progress(stored)
         updates = training.updates_per_step
         phase = Phase(
             name="distill",
@@ -231,28 +247,14 @@ class Runner:
             base=self._base,
             feature_teacher=self._teacher_of_features(models),
         )
-        progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "distill", **self._record}
-        if stored is not None:
-            progress |= carried_progress(stored)
-        recoverable = CheckpointedStudent(
-            student,
-            self._folder,
-            self._stored,
-            training.keep_checkpoints,
-            progress,
-            live={"totals": lambda: asdict(self._totals), "schedules": schedules.state},
-            renewal=self._renewal(),
-            on_event=self.reporter.event,
-            on_retry=self._on_retry,
-            guard=self._lease.check_everywhere,
-        )
         if progress["stage"] == "distill":
             await self._distill(student, pools, phase, recoverable, schedules, start_step)
-        after = progress["distilled"]
-        if training.finetune.steps:
-            after = await self._finetune(student, pools, recoverable)
-        self._folder.guard()
-        await student.export(self._folder.student)
+        if progress["stage"] == "control":
+            after = progress["after"]
+        else:
+            after = await self._finetune(student, pools, recoverable) if training.finetune.steps else progress["distilled"]
+            self._folder.guard()
+            await student.export(self._folder.student)
         if self._stored is not None:
             await in_daemon_thread(self._stored.storage.get_tree, "student", self._folder.student, COMMITTED)
         self._beside.measured(self._name)
@@ -261,8 +263,11 @@ class Runner:
             try:
                 # The control's published weights must not teach peers that are still training.
                 await self._or_stop(self._beside.others_measured(self._name))
-                control = await self._or_stop(self._control(student, pools, base, revision))
+                progress |= {"stage": "control", "after": after}
+                control = await self._control(pools, recoverable, base, revision)
             except Interrupted:
+                if self._keeps_control:
+                    raise
                 # The run itself is complete; its summary states that there is no control.
                 self.reporter.event("interrupted", phase="control")
         return self._summarise(progress, after, control, await student.restarts(), pools)
@@ -279,14 +284,15 @@ class Runner:
         """Run the distillation phase; its measurements are stored in the progress of every checkpoint."""
         config, checked = self._config, self._checked
         training, steps, progress = config.training, config.training.steps, recoverable.progress
-        await self._or_stop(student.start_phase(phase, self._checkpoint.folder if self._checkpoint else None))
+        checkpoint = self._after_sft
+        await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
         if self._stores.average is not None:
             # The average stored in a checkpoint is published unchanged.
-            await student.renew(0, decay=0.0 if self._checkpoint is None else 1.0)
+            await student.renew(0, decay=0.0 if checkpoint is None else 1.0)
         await student.publish(start_step)
         await self._or_stop(self._check_parity(start_step))
         await self._or_stop(self._check_signals(pools, start_step))
-        if self._checkpoint is None:
+        if checkpoint is None:
             progress |= await self._or_stop(measure_at_start(checked, self.reporter, pools)) | {"distilled": None}
             # From here on a resume repeats neither the supervised phase nor the first evaluation.
             await recoverable.save_checkpoint(0)
@@ -347,35 +353,21 @@ class Runner:
         if not resumed:
             # From here on a resume repeats no part of distillation.
             await recoverable.save_checkpoint(number(0))
-        examples = self._examples(training.sft.steps * training.sft.batch_size)
-        self.reporter.phase("finetune", settings.steps)
-        for step in range(done, settings.steps):
-            if self.stop.is_set():
-                await recoverable.save_checkpoint(number(step))
-                raise Interrupted(f"stopped at step {step} of fine-tuning after writing a checkpoint; continue with --resume")
-            report = await student.train_step(examples(step, settings.batch_size))
+
+        async def save(reached: int) -> None:
+            await recoverable.save_checkpoint(number(reached))
+            self.reporter.event("checkpoint", step=number(reached))
+
+        def count(report: StepReport) -> None:
             self._totals.trained_tokens += report.num_target_tokens
-            self.reporter.phase_step(report)
-            reached = step + 1
-            if training.checkpoint_every and reached % training.checkpoint_every == 0 and reached < settings.steps:
-                await recoverable.save_checkpoint(number(reached))
-                self.reporter.event("checkpoint", step=number(reached))
+
+        batches = self._answers.batches(training.sft.steps * training.sft.batch_size, settings.batch_size)
+        steps = Steps("finetune", settings.steps, batches, save, training.checkpoint_every, count)
+        await steps.run(recoverable, self.reporter, self.stop, done)
         await recoverable.save_checkpoint(number(settings.steps))
         version = self._numbers.finetuned_version
         await student.publish(version)
         return await self._measure(pools, version, "after")
-
-    def _examples(self, first: int) -> Callable[[int, int], TrainBatch]:
-        """Batches of reference answers by (step from 0, size), starting at example `first` of the run's order."""
-        prompts = [prompt for prompt in self._checked.dataset.train if prompt.has_reference]
-        stream = PromptStream(prompts, self._config.run.seed)
-
-        def batch(step: int, size: int) -> TrainBatch:
-            chosen = [stream.at(first + step * size + offset) for offset in range(size)]
-            tokenizer = self._checked.tokenizer
-            return examples_to_batch([(prompt.prompt_id, reference_of(tokenizer, prompt)) for prompt in chosen], step + 1)
-
-        return batch
 
     async def _check_parity(self, version: int) -> None:
         """Wait until a replica has loaded the student and compared it with the trainer's. A refusal ends the run as in
@@ -387,7 +379,7 @@ class Runner:
         if route.student_in_replicas or route.student_pool:
             limit = self._config.training.stuck_after_s
             try:
-                verdict = await asyncio.wait_for(_awaited(self._stores.weights.verdict.remote(version)), limit)
+                verdict = await asyncio.wait_for(self._stores.weights.verdict.remote(version), limit)
             except TimeoutError as error:
                 raise EngineError(
                     f"no replica has loaded student version {version} within training.stuck_after_s={limit:g}; the reason is "
@@ -425,35 +417,47 @@ class Runner:
         scorer = pools.teachers[0] if settings.teacher_share else None
         return PretrainingText(self._checked.windows, settings, self._config.run.seed, scorer).batch
 
-    async def _supervised(
-        self, student: StudentGroup, name: str, model: str, revision: str | None, steps: int, first_example: int = 0
-    ) -> int:
-        """Supervised fine-tuning for `steps`; returns the target tokens trained. The control decays like distillation."""
-        sft = self._config.training.sft
-        schedule = self._config.training.schedule if name == "control" else "constant"
-        await student.start_phase(
-            Phase(name, model, revision, None, sft.learning_rate, steps, schedule=schedule, base=self._base)
-        )
-        examples = self._examples(first_example)
-        self.reporter.phase(name, steps)
-        trained = 0
-        for step in range(steps):
-            report = await student.train_step(examples(step, sft.batch_size))
-            trained += report.num_target_tokens
-            self.reporter.phase_step(report)
-        return trained
+    async def _warm_up(self, recoverable: CheckpointedStudent, base: str, revision: str | None) -> None:
+        """Run the supervised phase before distillation; a resume continues it from its last checkpoint."""
+        training, sft, student = self._config.training, self._config.training.sft, recoverable.ranks
+        phase = Phase("sft", base, revision, None, sft.learning_rate, sft.steps, base=self._base)
+        await self._or_stop(student.start_phase(phase, self._checkpoint.folder if self._checkpoint else None))
+        save = partial(recoverable.save_in_phase, "sft", step=0)
+        steps = Steps("sft", sft.steps, self._answers.batches(0, sft.batch_size), save, training.checkpoint_every)
+        await steps.run(recoverable, self.reporter, self.stop, self._checkpoint.phase_step if self._checkpoint else 0)
+        await student.export(self._folder.checkpoints / "sft")
 
-    async def _control(self, student: StudentGroup, pools: Pools, base: str, revision: str | None) -> dict[str, Any]:
-        """Train the same student further by SFT alone, on at least as many student tokens as distillation used."""
-        sft = self._config.training.sft
-        answered = [prompt for prompt in self._checked.dataset.train if prompt.has_reference]
-        tokens = sum(reference_of(self._checked.tokenizer, prompt).num_targets for prompt in answered) / len(answered)
-        steps = max(1, math.ceil(1.02 * self._totals.trained_tokens / (tokens * sft.batch_size)))
-        trained = await self._supervised(student, "control", base, revision, steps, sft.steps * sft.batch_size)
+    @property
+    def _keeps_control(self) -> bool:
+        """True if the control has checkpoints. Teachers that are students would be missing at a resume from one."""
+        return self._stores.average is None and self._beside.alone
+
+    async def _control(self, pools: Pools, recoverable: CheckpointedStudent, base: str, revision: str | None) -> dict[str, Any]:
+        """Train the same student further by SFT alone, on at least as many student tokens as distillation used.
+
+        Its learning rate decays like distillation's. A resume continues it from its last checkpoint.
+        """
+        training, sft, progress = self._config.training, self._config.training.sft, recoverable.progress
+        student, resumed = recoverable.ranks, self._checkpoint if "control_tokens" in progress else None
+        count = self._answers.steps_for(1.02 * self._totals.trained_tokens, sft.batch_size)
+        progress.setdefault("control_tokens", 0)
+        phase = Phase("control", base, revision, None, sft.learning_rate, count, schedule=training.schedule, base=self._base)
+        await self._or_stop(student.start_phase(phase, resumed.folder if resumed else None))
+
+        def add(report: StepReport) -> None:
+            progress["control_tokens"] += report.num_target_tokens
+
+        last = self._numbers.finetune_checkpoint(training.finetune.steps) if training.finetune.steps else training.steps
+        save = partial(recoverable.save_in_phase, "control", step=last) if self._keeps_control else None
+        batches = self._answers.batches(sft.steps * sft.batch_size, sft.batch_size)
+        steps = Steps("control", count, batches, save, training.checkpoint_every, add)
+        running = steps.run(recoverable, self.reporter, self.stop, resumed.phase_step if resumed else 0)
+        await (running if self._keeps_control else self._or_stop(running))
         version = self._numbers.control_version
         await student.publish(version)
-        numbers = await self._measure(pools, version, "control")
-        return {**numbers, "method": "sft", "trained_tokens": trained}
+        numbers = await self._or_stop(self._measure(pools, version, "control"))
+        await recoverable.drop("control")
+        return {**numbers, "method": "sft", "trained_tokens": progress["control_tokens"]}
 
     async def _or_stop(self, work: Awaitable[Any]) -> Any:
         """Return the result of `work`; cancel it and raise Interrupted if the user stops the run first: nothing to save yet."""
@@ -494,7 +498,3 @@ class Runner:
         # After the summary: anything before it in the file is from a run that had not ended.
         self.reporter.event("finished", steps=steps)
         return summary
-
-
-async def _awaited(reference: Any) -> Any:
-    return await reference

@@ -179,8 +179,9 @@ class StudentGroup:
         """Update the average of the student's weights, and publish it as a teacher's: decay 1 leaves it unchanged."""
         await self._call(Command("renew", version=version, decay=decay))
 
-    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Saved:
-        folder = self.checkpoints / f"step-{step:06d}"
+    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None, name: str | None = None) -> Saved:
+        """Write a checkpoint. Args: name: of its folder; None is that of a step."""
+        folder = self.checkpoints / (name or f"step-{step:06d}")
         return await self._call(Command("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
 
     async def export(self, folder: Path) -> None:

@@ -26,19 +26,22 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Advance:
-    """Decision to resume: a step may fail once."""
+    """Decision to resume: a place in the run may fail once."""
 
     def __init__(self) -> None:
-        self._failed_at: list[int] = []
-        """Steps of the failures since a run last came further than any before."""
+        self._failed_at: list[tuple[int, ...]] = []
+        """Places of the failures since a run last came further than any before."""
 
-    def may_resume(self, step: int) -> bool:
-        """Register a failure. Args: step: the newest that was made. Returns: False if there was one at this step already."""
-        if step in self._failed_at:
+    def may_resume(self, *place: int) -> bool:
+        """Register a failure. Args: place: the newest step that was made, and of a phase in it; later ones are greater.
+
+        Returns: False if there was a failure there already.
+        """
+        if place in self._failed_at:
             return False
-        if all(step > earlier for earlier in self._failed_at):
+        if all(place > earlier for earlier in self._failed_at):
             self._failed_at.clear()
-        self._failed_at.append(step)
+        self._failed_at.append(place)
         return True
 
     @property
@@ -94,7 +97,7 @@ class Supervisor:
         step = newest_step(self._run_folder)
         # A start that failed before it wrote its config is repeated as it was.
         self._resume = self._resume or (self._run_folder / "config.yaml").is_file()
-        if self._advance.may_resume(step):
+        if self._advance.may_resume(step, newest_step(self._run_folder, "phase_step")):
             return True
         self._tell(f"supervision: the run failed at step {step} once more, and is not resumed again")
         return False
@@ -117,18 +120,22 @@ def supervise_command(arguments: Sequence[str], run_folder: Path, resume: bool, 
     return Supervisor([sys.executable, "-m", "cluster.cli", *arguments], run_folder, tell).supervise(resume)
 
 
-def newest_step(run_folder: Path) -> int:
-    """Newest step that a run has made, or number of its newest checkpoint if that is higher, as in fine-tuning; 0 without."""
-    steps = [_last(run_folder / "metrics.jsonl", lambda line: True), _last(run_folder / "events.jsonl", _is_checkpoint)]
-    return max(steps)
+def newest_step(run_folder: Path, key: str = "step") -> int:
+    """Newest step that a run has made, or number of its newest checkpoint if that is higher, as in fine-tuning; 0 without.
+
+    Args: key: `phase_step` for the newest checkpoint's step in a supervised phase; 0 if it is in none.
+    """
+    # Lines of metrics have no step of a supervised phase.
+    made = _last(run_folder / "metrics.jsonl", lambda line: True, key)
+    return max(made, _last(run_folder / "events.jsonl", _is_checkpoint, key))
 
 
 def _is_checkpoint(line: dict[str, object]) -> bool:
     return line.get("kind") == "checkpoint"
 
 
-def _last(path: Path, counts: Callable[[dict[str, object]], bool]) -> int:
-    """Step of the last line that counts, near the end of a file of JSON lines; 0 if there is none."""
+def _last(path: Path, counts: Callable[[dict[str, object]], bool], key: str) -> int:
+    """Number by this key in the last line that counts, near the end of a file of JSON lines; 0 if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -142,8 +149,9 @@ def _last(path: Path, counts: Callable[[dict[str, object]], bool]) -> int:
         except ValueError:
             # The kill may have cut the last line, and the tail the first.
             continue
-        if isinstance(line, dict) and counts(line) and isinstance(line.get("step"), int):
-            return int(line["step"])
+        if isinstance(line, dict) and counts(line):
+            found = line.get(key)
+            return found if isinstance(found, int) else 0
     return 0
 
 

@@ -10,7 +10,7 @@ and wakes beside its successor may write the files of the same step, but not int
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,14 @@ from kdray.runs.storage import FileDigest, Storage, is_inside
 
 COMMITTED = "COMMITTED.json"
 
+
+PHASE_STEP = "phase_step"
+"""Key in a marker: steps done of the phase that the checkpoint is in the middle of; missing in distillation and fine-tuning,
+whose steps number their checkpoints."""
+
+_STAGES = ("sft", "step", "control")
+"""Names of checkpoints before their number, in the order of a run: the supervised phase, distillation with fine-tuning, the
+control."""
 
 FILES = "files"
 """Key in a marker: size, sha256 and rank of every file of the checkpoint, by its path there."""
@@ -147,7 +155,7 @@ def differing(files: Mapping[str, Any], found: Mapping[str, FileDigest | int | N
 
 
 def newest_checkpoint(storages: Sequence[Storage]) -> tuple[Committed | None, list[NotWhole]]:
-    """Find the intact checkpoint with the most steps, and the newer damaged ones; None if nothing was committed.
+    """Find the intact checkpoint that is furthest in the run, and the newer damaged ones; None if nothing was committed.
 
     Every file of it is read and verified. A folder without a marker is an interrupted save and is skipped. Of two checkpoints
     with the same steps, that of the first storage is used.
@@ -161,10 +169,10 @@ def newest_checkpoint(storages: Sequence[Storage]) -> tuple[Committed | None, li
             try:
                 marker = read_marker(storage, key)
                 if marker is not None:
-                    candidates.append((int(marker["step"]), -order, Committed(storage, key, marker), sizes))
+                    candidates.append((*_place(key, marker), -order, Committed(storage, key, marker), sizes))
             except (DataError, KeyError) as error:
                 bad.append(NotWhole(storage, key, str(error) if isinstance(error, DataError) else f"{COMMITTED} names no step"))
-    for _, _, found, sizes in sorted(candidates, key=lambda item: item[:2], reverse=True):
+    for *_, found, sizes in sorted(candidates, key=lambda item: item[:-2], reverse=True):
         reason = _not_whole(found, sizes)
         if reason is None:
             return found, bad
@@ -182,7 +190,8 @@ def checkpoint_at(storages: Sequence[Storage], step: int) -> Committed:
     """
     steps: set[int] = set()
     for storage in storages:
-        for key in (name.removesuffix(f"/{COMMITTED}") for name in storage.list("checkpoints") if _is_marker(name)):
+        markers = (name for name in storage.list("checkpoints") if _is_marker(name) and _stage_of(name) == "step")
+        for key in (name.removesuffix(f"/{COMMITTED}") for name in markers):
             if _steps_of(key) != step:
                 steps.add(_steps_of(key))
                 continue
@@ -195,9 +204,22 @@ def checkpoint_at(storages: Sequence[Storage], step: int) -> Committed:
 
 
 def _is_marker(key: str) -> bool:
-    """Return True for the marker of a step's checkpoint, as opposed to another folder there."""
+    """Return True for the marker of a checkpoint, as opposed to another folder there."""
     parts = key.split("/")
-    return len(parts) == 3 and parts[1].startswith("step-") and parts[2] == COMMITTED
+    return len(parts) == 3 and _stage_of(key) is not None and parts[2] == COMMITTED
+
+
+def _stage_of(key: str) -> str | None:
+    """Name before the number of a checkpoint, in its key or that of a file of it; None for other folders."""
+    name, dash, number = key.split("/")[1].rpartition("-") if "/" in key else ("", "", "")
+    return name if dash and name in _STAGES and number.isdigit() else None
+
+
+def _place(key: str, marker: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Place of a checkpoint in its run: later ones have greater places."""
+    stage = _stage_of(key)
+    assert stage is not None
+    return _STAGES.index(stage), int(marker["step"]), int(marker.get(PHASE_STEP, 0))
 
 
 def _not_whole(found: Committed, sizes: Mapping[str, int]) -> str | None:
@@ -217,21 +239,37 @@ def discard(bad: NotWhole) -> None:
 
 
 def prune_checkpoints(storage: Storage, keep: int) -> None:
-    """Delete all but the `keep` committed checkpoints with the most steps, and the remains of interrupted saves."""
+    """Delete all but the `keep` last committed checkpoints of each stage, and the remains of interrupted saves.
+
+    Those of the supervised phase go once there are later ones.
+    """
     files = storage.list("checkpoints")
-    steps = {key for key in ("/".join(name.split("/")[:2]) for name in files) if _is_step(key)}
-    committed = sorted((key for key in steps if f"{key}/{COMMITTED}" in files), key=_steps_of)
-    if not committed:
+    folders = {key for key in ("/".join(name.split("/")[:2]) for name in files) if _stage_of(key) is not None}
+    committed = {stage: sorted(_of_stage(folders, stage, files), key=_steps_of) for stage in _STAGES}
+    if not any(committed.values()):
         return
-    for key in committed[:-keep]:
+    kept = {key for stage, keys in committed.items() for key in keys[-keep:] if stage != "sft" or not committed["step"]}
+    _delete(storage, folders - kept, files)
+
+
+def drop_checkpoints(storage: Storage, stage: str) -> None:
+    """Delete the checkpoints of a stage that has ended."""
+    files = storage.list("checkpoints")
+    _delete(storage, {"/".join(name.split("/")[:2]) for name in files if _stage_of(name) == stage}, files)
+
+
+def _of_stage(folders: Collection[str], stage: str, files: Collection[str]) -> list[str]:
+    """Committed checkpoints of a stage, among the folders."""
+    return [key for key in folders if _stage_of(key) == stage and f"{key}/{COMMITTED}" in files]
+
+
+def _delete(storage: Storage, folders: Collection[str], files: Collection[str]) -> None:
+    for key in sorted(folders, key=_steps_of):
         # The marker first, so that a half-deleted checkpoint is not mistaken for a complete one.
-        storage.delete(f"{key}/{COMMITTED}")
-    for key in steps - set(committed[-keep:]):
+        if f"{key}/{COMMITTED}" in files:
+            storage.delete(f"{key}/{COMMITTED}")
+    for key in folders:
         storage.delete(key)
-
-
-def _is_step(key: str) -> bool:
-    return key.startswith("checkpoints/step-") and _steps_of(key) >= 0
 
 
 def _steps_of(key: str) -> int:

@@ -33,8 +33,9 @@ def restore_run_state(
 def carried_progress(progress: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a checkpoint's progress that the checkpoints of the resumed run repeat."""
     names = ("before", "program", "stage", "distilled", "totals", "schedules")
+    of_control = {name: progress[name] for name in ("after", "control_tokens") if progress["stage"] == "control"}
     # A run that an earlier version began has no score of the teacher.
-    return {name: progress[name] for name in names} | {"teacher": progress.get("teacher")}
+    return {name: progress[name] for name in names} | {"teacher": progress.get("teacher")} | of_control
 
 
 def final_counts(ledger: Ledger, totals: Totals, config: Config) -> dict[str, int]:

@@ -232,8 +232,8 @@ class StubStudent:
         self._tables.published = {at: kept for at, kept in self._tables.published.items() if at >= oldest}
         self._tables.published[version] = self._tables.student
 
-    async def save_checkpoint(self, step: int) -> None:
-        storage, key = Storage.local(self._folder.path), f"checkpoints/step-{step:06d}"
+    async def save_checkpoint(self, step: int, name: str | None = None) -> None:
+        storage, key = Storage.local(self._folder.path), f"checkpoints/{name or f'step-{step:06d}'}"
         if begin(storage, key, self._mine, known=key == self._loaded):
             weights = io.BytesIO()
             np.save(weights, self._tables.student)

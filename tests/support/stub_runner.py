@@ -62,18 +62,29 @@ class StubGroup(StubStudent):
 
     on_step: Callable[[int], None] = staticmethod(lambda step: None)
 
+    phase = ""
+
     async def start_phase(self, phase: Any, checkpoint: Path | None = None) -> None:
+        self.phase = phase.name
+        for rank in self.ranks:
+            rank.updates = 0
         if checkpoint is not None:
             self.restore(checkpoint)
 
     async def train_step(self, batch: TrainBatch, *others: Any, **named: Any) -> StepReport:
         self.on_step(batch.step)
+        self.trained.append((self.phase, batch.step))
         return await super().train_step(batch)
 
-    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Any:
+    async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None, name: str | None = None) -> Any:
         self.live = {name: lambda value=value: value for name, value in (progress or {}).items()}
-        await super().save_checkpoint(step)
+        await super().save_checkpoint(step, name)
         return SimpleNamespace(retries=[], bytes=0, write_s=0.0, store_s=0.0)
+
+    @property
+    def trained(self) -> list[tuple[str, int]]:
+        """Steps made, by phase."""
+        return self.__dict__.setdefault("_trained", [])
 
     async def export(self, folder: Path) -> None:
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
@@ -97,12 +108,12 @@ class StubRun:
     resume: bool = False
     summary: dict[str, Any] = field(default_factory=dict)
 
-    async def __call__(self, stop_at: int | None = None) -> StubRun:
-        """Run it to its end. Args: stop_at: step in which the user interrupts the run."""
+    async def __call__(self, stop_at: int | None = None, phase: str | None = None) -> StubRun:
+        """Run it to its end. Args: stop_at: step in which the user interrupts the run, in this phase or any."""
         with leased(self.config, None) as lease:
-            return await self._run(stop_at, lease)
+            return await self._run(stop_at, phase, lease)
 
-    async def _run(self, stop_at: int | None, lease: Lease) -> StubRun:
+    async def _run(self, stop_at: int | None, phase: str | None, lease: Lease) -> StubRun:
         config, tokenizer = self.config, task_tokenizer()
         found = newest_checkpoint([Storage.local(config.run_folder)])[0] if self.resume else None
         folder = RunFolder.create(config, self.resume, found.step if found else 0, lease.check)
@@ -112,14 +123,14 @@ class StubRun:
         checked = Checked(config, tokenizer, dataset, len(tokenizer), (EOS,), Route.of(config))
         tables = Tables(config.run.seed, len(tokenizer))
         self.pool = StubPool(tables)
-        group = StubGroup(tables, folder, config, lambda: None)
+        group = self.group = StubGroup(tables, folder, config, lambda: None)
         stores: Any = RunStores(SimpleNamespace(verdict=SimpleNamespace(remote=_verdict)), None, None, {})
         record: dict[str, Any] = {"inputs": {"tokenizer": {"vocabulary": "abc"}}, "installation": {"host": "here"}}
         plan = RunPlan(checked, folder, reporter, checkpoint, None, lease, record, on_start=lambda: None)
         runner = Runner("", plan, stores, ConcurrentRuns([""]))
 
         def on_step(step: int) -> None:
-            if step == stop_at:
+            if step == stop_at and phase in (None, group.phase):
                 runner.stop.set()
 
         group.on_step = on_step

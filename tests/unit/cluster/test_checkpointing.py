@@ -24,8 +24,8 @@ class Ranks:
     async def publish(self, version: int) -> None:
         self.asked.append(("publish", version))
 
-    async def save_checkpoint(self, step: int, progress: dict[str, Any]) -> Any:
-        self.asked.append(("save", step, progress))
+    async def save_checkpoint(self, step: int, progress: dict[str, Any], name: str | None = None) -> Any:
+        self.asked.append(("save", step, progress) if name is None else ("save", step, progress, name))
         return SimpleNamespace(retries=[{"rank": 0, "what": "put"}], bytes=1, write_s=0.0, store_s=0.0)
 
 

@@ -66,6 +66,7 @@ ALLOWED = {
         "actors.background_call actors.serving cluster.planning cluster.parts cluster.engine_specs"
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
+    "cluster.stages": "kdray.errors kdray.types kdray.data kdray.rollouts kdray.runs cluster.checkpointing",
     "cluster.cli_base": "kdray.errors kdray.config kdray.runs",
     "cluster.interrupt": "",
     "cluster.capture_run": (
@@ -83,7 +84,7 @@ ALLOWED = {
         "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
         "kdray.checks actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
         "cluster.parts cluster.engine_specs cluster.evaluation cluster.assembly cluster.checkpointing "
-        "cluster.batch_hooks"
+        "cluster.stages cluster.batch_hooks"
     ),
     "cluster.peer_runs": (
         "kdray.errors kdray.teachers kdray.runs actors.driver_actor actors.weights actors.serving cluster.parts "

@@ -108,6 +108,19 @@ def test_a_step_that_failed_before_the_newest_may_not_fail_again_either() -> Non
     assert advance.may_resume(55)
 
 
+def test_a_supervised_phase_advances_without_a_step(tmp_path: Path) -> None:
+    line = '{"kind": "checkpoint", "step": %d, "phase": "sft", "phase_step": %d}\n'
+    places = []
+    for phase_step in (50, 100, 100):
+        (tmp_path / "events.jsonl").write_text(line % (0, phase_step))
+        places.append((newest_step(tmp_path), newest_step(tmp_path, "phase_step")))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    places.append((newest_step(tmp_path), newest_step(tmp_path, "phase_step")))
+    assert places == [(0, 50), (0, 100), (0, 100), (1, 100)]
+    advance = Advance()
+    assert [advance.may_resume(*place) for place in places] == [True, True, False, True]
+
+
 def test_the_newest_step_is_read_from_files_that_a_kill_has_cut(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"step": 8, "lo')

@@ -13,7 +13,20 @@ import numpy as np
 import pytest
 
 from kdray.errors import DataError
-from kdray.runs.checkpoints import COMMITTED, Committed, NotWhole, commit, discard, newest_checkpoint, prune_checkpoints
+from kdray.runs.checkpoints import (
+    COMMITTED,
+    Committed,
+    NotWhole,
+    begin,
+    checkpoint_at,
+    clear,
+    commit,
+    discard,
+    drop_checkpoints,
+    folder_of,
+    newest_checkpoint,
+    prune_checkpoints,
+)
 from kdray.runs.ledger import Ledger, sample_outcomes
 from kdray.runs.storage import Storage
 from kdray.types import Rollout
@@ -238,3 +251,51 @@ def test_fates_say_what_the_rollouts_say(path: Path) -> None:
     assert digest == hashlib.sha256(struct.pack("<5i", 3, 0, 0, 0, 0)).hexdigest()
     Ledger(path).append(1, [0, 1], {1: "finished"}, told)
     assert json.loads(path.read_text()) == {"step": 1, "sample_ids": [0, 1], "dropped": {"finished": [1]}, **told}
+
+
+def test_checkpoints_of_supervised_phases_have_their_place_in_the_run(tmp_path: Path) -> None:
+    """Those of the warm-up are before every step, those of the control behind them."""
+
+    def found() -> str:
+        newest_one = newest(tmp_path)[0]
+        assert newest_one is not None
+        return newest_one.key.removeprefix("checkpoints/")
+
+    for done in (9, 10, 11):
+        checkpoint(tmp_path, f"sft-{done:06d}", step=0, phase_step=done)
+    assert found() == "sft-000011"
+    prune_checkpoints(Storage.local(tmp_path), 2)
+    assert steps(tmp_path) == {"sft-000010", "sft-000011"}
+    for step in (0, 3, 20):
+        checkpoint(tmp_path, f"step-{step:06d}", step=step)
+    assert found() == "step-000020"
+    for done in (3, 6, 9):
+        checkpoint(tmp_path, f"control-{done:06d}", step=20, phase_step=done)
+    (checkpoint(tmp_path, "control-000012", step=20, phase_step=12) / COMMITTED).unlink()
+    assert found() == "control-000009"
+    prune_checkpoints(Storage.local(tmp_path), 2)
+    assert steps(tmp_path) == {"step-000003", "step-000020", "control-000006", "control-000009"}
+    with pytest.raises(DataError, match="there are those of 3, 20$"):
+        checkpoint_at([Storage.local(tmp_path)], 9)
+    drop_checkpoints(Storage.local(tmp_path), "control")
+    assert steps(tmp_path) == {"step-000003", "step-000020"}
+
+
+def test_a_driver_s_own_files_are_those_that_its_marker_names(tmp_path: Path) -> None:
+    storage, key = Storage.local(tmp_path), "checkpoints/step-000004"
+    assert begin(storage, key, folder_of("a" * 32))
+    mine, other = folder_of("a" * 32), folder_of("b" * 32)
+    parts = [{"x.pt": storage.write(f"{key}/{mine}/x.pt", WEIGHTS)}]
+    storage.write(f"{key}/{other}/x.pt", b"late")
+    commit(storage, key, {"step": 4}, parts, mine)
+    clear(storage, key, mine)
+    assert set(storage.list(key)) == {f"{key}/{COMMITTED}", f"{key}/by-aaaaaaaaaaaa/x.pt"}
+    found, bad = newest(tmp_path)
+    assert (found and found.progress, bad) == ({"step": 4}, [])
+    assert not begin(storage, key, mine), "from a replay"
+    assert not begin(storage, key, other, known=True), "it was resumed from"
+    assert begin(storage, key, other), "another student"
+    assert newest(tmp_path)[0] is not None, "it stays whole until then"
+    storage.write(f"{key}/{COMMITTED}", json.dumps({"step": 4, "folder": "../..", "files": {}}).encode())
+    with pytest.raises(DataError, match="which is no folder of a checkpoint"):
+        newest(tmp_path)

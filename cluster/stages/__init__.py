@@ -1,0 +1,1 @@
+"""Parts of a run that train the student without a teacher."""

@@ -1,0 +1,103 @@
+"""Supervised phases that are interrupted: the true runner over stub engines goes on from their last checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.jobs.supervision import newest_step
+from kdray.config import Config
+from kdray.errors import Interrupted
+from kdray.runs.checkpoints import newest_checkpoint
+from kdray.runs.folder import RunFolder, read_lines
+from kdray.runs.storage import Storage
+from kdray.runs.verify import verify
+from tests.support.stub_run import files_of, stub_config
+from tests.support.stub_runner import StubGroup, StubRun
+
+SFT, DISTILL = 8, 6
+
+
+def config_of(tmp_path: Path, name: str = "stub", **training: Any) -> Config:
+    settings = {"steps": DISTILL, "sft": {"steps": SFT, "batch_size": 8}, "keep_checkpoints": 2} | training
+    return stub_config(tmp_path, name, training=settings, data={"heldout_size": 6}, evaluation={"control": True})
+
+
+def checkpoints(config: Config) -> set[str]:
+    return {path.name for path in RunFolder(config.run_folder).checkpoints.iterdir() if "-" in path.name}
+
+
+def weights(config: Config) -> bytes:
+    return (files_of(config.run_folder / "checkpoints" / f"step-{DISTILL:06d}") / "student.npy").read_bytes()
+
+
+def curve(config: Config) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_lines(config.run_folder / "metrics.jsonl")]
+
+
+@pytest.fixture
+async def whole(tmp_path: Path) -> StubRun:
+    """The run that nobody interrupts."""
+    return await StubRun(config_of(tmp_path, "whole"))()
+
+
+def assert_same(run: StubRun, whole: StubRun) -> None:
+    """The same weights and numbers to the last bit, and nothing left of the supervised phases' checkpoints."""
+    assert weights(run.config) == weights(whole.config)
+    assert curve(run.config) == curve(whole.config)
+    for name in ("before", "after", "control", "trained_tokens", "lost_samples", "duplicated_samples"):
+        assert run.summary[name] == whole.summary[name], name
+    ledgers = [(each.config.run_folder / "ledger.jsonl").read_bytes() for each in (run, whole)]
+    assert ledgers[0] == ledgers[1]
+    assert checkpoints(run.config) == {"step-000003", "step-000006"}
+    assert verify(run.config.run_folder).problems == []
+
+
+async def test_a_killed_warm_up_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, whole: StubRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    train_step = StubGroup.train_step
+
+    async def dies(self: StubGroup, batch: Any, *others: Any, **named: Any) -> Any:
+        if (self.phase, batch.step) == ("sft", 8):
+            raise RuntimeError("killed")
+        return await train_step(self, batch, *others, **named)
+
+    monkeypatch.setattr(StubGroup, "train_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        await StubRun(config)()
+    monkeypatch.undo()
+    folder = config.run_folder
+    assert (newest_step(folder), newest_step(folder, "phase_step")) == (0, 6), "supervision sees no progress"
+    resumed = await StubRun(config, resume=True)()
+    assert [step for phase, step in resumed.group.trained if phase == "sft"] == [7, 8]
+    assert_same(resumed, whole)
+
+
+async def test_an_interrupted_control_goes_on_where_it_was(tmp_path: Path, whole: StubRun) -> None:
+    """And nothing before it is trained or measured again."""
+    config = config_of(tmp_path)
+    with pytest.raises(Interrupted, match="stopped at step 2 of the control after"):
+        await StubRun(config)(2, "control")
+    assert not RunFolder(config.run_folder).summary.exists()
+    assert checkpoints(config) == {"step-000003", "step-000006", "control-000002"}
+    resumed = await StubRun(config, resume=True)()
+    assert {phase for phase, _ in resumed.group.trained} == {"control"}
+    of_control = [step for phase, step in whole.group.trained if phase == "control"]
+    assert [step for _, step in resumed.group.trained] == of_control[2:]
+    assert_same(resumed, whole)
+
+
+async def test_without_checkpoints_in_between_an_interruption_still_writes_one(tmp_path: Path, whole: StubRun) -> None:
+    config = config_of(tmp_path, checkpoint_every=0)
+    with pytest.raises(Interrupted):
+        await StubRun(config)(4, "sft")
+    assert checkpoints(config) == {"sft-000004"}
+    found = newest_checkpoint([Storage.local(config.run_folder)])[0]
+    assert found is not None
+    assert (found.step, found.progress["stage"], found.progress["phase_step"]) == (0, "sft", 4)
+    resumed = await StubRun(config, resume=True)()
+    assert weights(resumed.config) == weights(whole.config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.checkpointing import CheckpointedStudent, Numbering, Renewal
+from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from kdray.runs.folder import RunFolder
 
 
@@ -73,3 +73,18 @@ async def test_progress_is_what_holds_when_a_checkpoint_is_written(tmp_path: Pat
     await saving.save_checkpoint(3)
     assert ranks.asked == [("save", 3, {"stage": "finetune", "tokens": 5})]
     assert retries == [{"rank": 0, "what": "put"}]
+
+
+def test_a_checkpoint_tells_its_place_in_the_run() -> None:
+    within = Checkpoint(Path("checkpoints/sft-000250"), {"step": 0, "stage": "sft", "phase_step": 250})
+    assert (within.step, within.within) == (0, {"phase": "sft", "phase_step": 250})
+    old = Checkpoint(Path("checkpoints/step-000004"), {"step": 4})
+    assert (old.stage, old.within) == ("distill", {})
+
+
+async def test_a_checkpoint_in_a_phase_has_its_name_and_event(tmp_path: Path) -> None:
+    ranks, told = Ranks(), []
+    saving = student(tmp_path, ranks, progress={"stage": "sft"}, on_event=lambda kind, **fields: told.append((kind, fields)))
+    await saving.save_in_phase("sft", 250, step=0)
+    assert ranks.asked == [("save", 0, {"stage": "sft", "phase_step": 250}, "sft-000250")]
+    assert told == [("checkpoint", {"step": 0, "phase": "sft", "phase_step": 250})]

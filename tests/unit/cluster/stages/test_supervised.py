@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.jobs.supervision import newest_step
+from cluster.parts import SideBySide
 from kdray.config import Config
 from kdray.errors import Interrupted
 from kdray.runs.checkpoints import newest_checkpoint
@@ -53,6 +54,17 @@ def assert_same(run: StubRun, whole: StubRun) -> None:
     assert ledgers[0] == ledgers[1]
     assert checkpoints(run.config) == {"step-000003", "step-000006"}
     assert verify(run.config.run_folder).problems == []
+
+
+@pytest.mark.parametrize(("stop_at", "done"), [(5, 5), (8, 8)])
+async def test_an_interrupted_warm_up_goes_on_where_it_was(tmp_path: Path, whole: StubRun, stop_at: int, done: int) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(Interrupted, match="stopped at step 5 of the supervised phase after" if done < SFT else "anything new"):
+        await StubRun(config)(stop_at, "sft")
+    assert checkpoints(config) == {"sft-000003", "sft-000005"} if done == 5 else {"sft-000006", "sft-000008"}
+    resumed = await StubRun(config, resume=True)()
+    assert [step for phase, step in resumed.group.trained if phase == "sft"] == list(range(done + 1, SFT + 1))
+    assert_same(resumed, whole)
 
 
 async def test_a_killed_warm_up_goes_on_from_its_last_checkpoint(
@@ -101,3 +113,15 @@ async def test_without_checkpoints_in_between_an_interruption_still_writes_one(t
     assert (found.step, found.progress["stage"], found.progress["phase_step"]) == (0, "sft", 4)
     resumed = await StubRun(config, resume=True)()
     assert weights(resumed.config) == weights(whole.config)
+
+
+async def test_a_control_beside_students_that_teach_is_trained_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SideBySide, "alone", False)
+    config = config_of(tmp_path)
+    run = await StubRun(config)(2, "control")
+    assert run.summary["control"] is None
+    events = read_lines(config.run_folder / "events.jsonl")
+    assert [line["phase"] for line in events if line["kind"] == "interrupted"] == ["control"]
+    assert not [name for name in checkpoints(config) if name.startswith("control")]

@@ -106,7 +106,7 @@ def run(
             _run_seeds(settings, seeds, resume, outcome)
             return
         outcome.watch(settings.run_folder)
-        with libraries_kept(outcome.logs), opening(typer.echo) as on_phase:
+        with libraries_kept(outcome.logs), opening() as on_phase:
             on_phase(LOADING)
             from cluster.launch import run as launch
 
@@ -133,7 +133,7 @@ def _run_seeds(settings: Config, count: int, resume: bool, outcome: Outcome) -> 
         outcome.watch(each.run_folder)
         typer.echo(f"seed {each.run.seed}: {each.run_folder}")
 
-    with libraries_kept(outcome.logs), opening(typer.echo) as on_phase:
+    with libraries_kept(outcome.logs), opening() as on_phase:
         on_phase(LOADING)
         from cluster.launch import run_seeds
 

@@ -160,8 +160,7 @@ class RunFolder:
         Raises: ConfigError; DataError if the events cannot be read.
         """
         events = read_lines(self.events) if self.events.is_file() else []
-        started = [line["directory"] for line in events if line.get("kind") == "start" and "directory" in line]
-        return load_config(self.config, list(overrides), Path(started[-1]) if started else None)
+        return load_config(self.config, list(overrides), started_in(events))
 
     @property
     def logs(self) -> Path:
@@ -235,6 +234,13 @@ class RunFolder:
                 f"and {', '.join(changeable(config))}: set the others back, or choose another run.name"
             )
         return found
+
+
+def started_in(events: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Return the directory that the run was last started in, from its events; None if they do not have it."""
+    directories = [line.get("directory") for line in events if line.get("kind") == "start"]
+    known = [each for each in directories if isinstance(each, str)]
+    return Path(known[-1]) if known else None
 
 
 def _told(value: Any) -> str:

@@ -18,12 +18,12 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from kdray.config import Config
+from kdray.config import Config, load_config
 from kdray.config.filters import FILTERS
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
-from kdray.runs.folder import CHANGED, RunFolder, read_lines
+from kdray.runs.folder import CHANGED, RunFolder, read_lines, started_in
 from kdray.runs.ledger import NOT_FINITE
 from kdray.runs.training_record import compare_records, described
 
@@ -100,9 +100,9 @@ class _Step:
 def verify(run: Path) -> Proof:
     """Verify the files of a run. Raises: DataError if `run` is not a run folder; ConfigError if its config cannot be read."""
     folder = RunFolder.open(run)
-    config = folder.load_config()
     proof = Proof()
     events = _lines(proof, folder.events)
+    config = load_config(folder.config, (), started_in(events))
     proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
     ledger = folder.path / "ledger.jsonl"
     steps, metrics = list(_steps(proof, ledger)), _lines(proof, folder.metrics)

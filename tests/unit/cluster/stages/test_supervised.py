@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.jobs.supervision import newest_step
-from cluster.parts import SideBySide
+from cluster.parts import ConcurrentRuns
 from kdray.config import Config
 from kdray.errors import Interrupted
 from kdray.runs.checkpoints import newest_checkpoint
@@ -118,7 +118,7 @@ async def test_without_checkpoints_in_between_an_interruption_still_writes_one(t
 async def test_a_control_beside_students_that_teach_is_trained_in_one_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SideBySide, "alone", False)
+    monkeypatch.setattr(ConcurrentRuns, "alone", False)
     config = config_of(tmp_path)
     run = await StubRun(config)(2, "control")
     assert run.summary["control"] is None

@@ -191,8 +191,8 @@ def test_a_backend_of_another_distribution(tmp_path: Path, monkeypatch: pytest.M
 
 
 ITS_OWN = {"kdray/config/backends.py", "actors/student/backends/deepspeed.py", "actors/student/backends/zero_shards.py"}
-VERSIONS = {"cluster/diagnosis/doctor.py"}
-"""Modules that list versions of packages."""
+VERSIONS = {"cluster/diagnosis/doctor.py", "cluster/commands/library_log.py"}
+"""Modules that list packages: their versions, and whose log lines are kept."""
 
 
 def test_deepspeed_has_files_of_its_own() -> None:

@@ -177,7 +177,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"student": {"model": TINY | {"layer": 2}}}, "student.model.layer: unknown key; did you mean `layers`?"),
         ({"loss": {"type": "jsd", "bta": 0.1}}, "loss.bta: unknown key; did you mean `beta`?"),
         ({"data": {"prompts": {"type": "hub", "name": "x", "splitt": "y"}}}, "did you mean `split`?"),
-        ({"evaluation": {"qqqqqq": 1}}, "evaluation.qqqqqq: unknown key; valid keys: control, every, pass_at, prompts, "),
+        ({"evaluation": {"qqqqqq": 1}}, "evaluation.qqqqqq: unknown key; valid keys: control, every, lm_eval, pass_at, "),
     ],
 )  # fmt: skip
 def test_unknown_keys_are_refused_with_the_nearest_valid_one(sections, message):

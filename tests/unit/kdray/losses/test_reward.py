@@ -205,8 +205,8 @@ class _Graded(Grader):
         return next(self._values)
 
 
-class _Plain:
-    """Grader of a plugin that is no subclass, and knows right and wrong alone."""
+class _Plain(Grader):
+    """Grader that knows right and wrong alone."""
 
     def grade(self, prompt: Prompt, response: str) -> bool:
         return response == prompt.answer

@@ -41,7 +41,7 @@ def submit(
         from cluster.jobs.package import forwarded, pack, unchecked
         from kdray.runs.folder import RunFolder
 
-        if not resume:
+        if check_here and not resume:
             # Where the folder can be seen from here, before the job waits for room.
             with contextlib.suppress(OSError):
                 RunFolder(settings.run_folder).check_free()

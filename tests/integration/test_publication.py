@@ -1,12 +1,27 @@
-"""Publication of weights on a cluster of four nodes with two replicas each, without engines."""
+"""Publication of weights: on a cluster of four nodes with two replicas each, without engines; and into one engine."""
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
+from actors.serving.engine import TeacherEngine
+from actors.weights.publisher import Publisher
+from actors.weights.store import WeightStore, pull
+from cluster.diagnosis.exactness import open_trainer, publish
+from kdray.checks.parity import judge
+from kdray.models.random_models import VOCAB
+from kdray.rollouts.batching import rollouts_to_batch
+from kdray.types import SampleRequest
+from tests.support.families import family
 from tests.support.publication import NODES, publication
 
 MIB = 2**20
@@ -43,3 +58,69 @@ def test_bytes_reach_every_node_once_and_pass_by_the_driver() -> None:
         assert ray.get(cluster.store.newest.remote(0)) == (2, count), "the lost version is still offered"
         ray.get(successor.publish.remote(3))
         assert ray.get(waiting, timeout=60) == [[3]] * len(waiting)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_node_fetches_a_whole_version_once_and_then_changes() -> None:
+    """2% of the numbers change: a node of two replicas fetches less than a tenth of the model for each version in between."""
+    count, size = 3, 4 * MIB // 4
+    with publication(count, size, stride=50, full_every=6) as cluster:
+        model, received, sent = count * size * 4, [], []
+        for version in range(7):
+            before = cluster.moved()
+            ray.get(cluster.rank.publish.remote(version))
+            ray.get(cluster.rank.flush.remote())
+            assert ray.get(cluster.follow(version, version), timeout=60) == [[version]] * len(cluster.replicas)
+            after = cluster.moved()
+            received.append(max(there - here for here, there in zip(before.received, after.received, strict=True)) / model)
+            sent.append(ray.get(cluster.store.sent.remote()))
+        assert [share > 0.9 for share in received] == [True, False, False, False, False, False, True], received
+        assert max(received[1:6]) < 0.1
+        assert [each.nbytes / model < 0.05 for each in sent] == [share < 0.9 for share in received]
+        assert sent[1].changed / sent[1].words == pytest.approx(0.5 / 50, rel=0.01), "a small number's lower word is 0"
+
+
+@pytest.fixture
+def _ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("_ray")
+async def test_an_engine_in_bfloat16_loads_changes_as_it_loads_whole_versions(tmp_path: Path) -> None:
+    """A student with experts trained on its own samples; versions 0 and 4 are whole, and 2 is missed."""
+    spec = replace(family("Qwen 3 MoE").spec(tmp_path), dtype="bfloat16")
+    trainer = open_trainer(spec, 1e-5, "bf16")
+    trainer.training = trainer.training.model_copy(update={"sync_bucket_mib": 0.1})
+    store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
+    publisher = Publisher(store, ThreadPoolExecutor(1), full_every=4)
+    ids = np.random.default_rng(0).integers(3, VOCAB, size=40).astype(np.int32)
+    requests = [SampleRequest(number, number, ids, 0.5, number, 30) for number in range(8)]
+    engine = TeacherEngine(spec)
+    sent = []
+    try:
+        await engine.start()
+        rollouts = [rollout async for part in engine.sample(requests) for rollout in part]
+        for version in range(5):
+            trainer.train_step(rollouts_to_batch(rollouts, version + 1))
+            publisher.publish(version, trainer.weight_buckets())
+            publisher.flush()
+            sent.append(await store.sent.remote())
+            if version == 2:
+                continue
+            _, folder, paths = await pull(store, version)
+            assert len(paths) > 2
+            assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in publish(trainer, tmp_path)]
+            await engine.update_student(paths, version)
+            shutil.rmtree(folder)
+            served = await engine.student_log_probabilities(ids)
+            verdict = judge(version, trainer.log_probabilities(ids), served, engine.dtype, "bfloat16")
+            print(verdict, sent[-1])
+            assert verdict.accepted, verdict
+    finally:
+        await engine.close()
+    assert [each.nbytes > 0.9 * sent[0].nbytes for each in sent] == [True, False, False, False, True], sent
+    assert all(0 < each.changed < each.words for each in sent[1:])

@@ -26,17 +26,24 @@ _REPORTED_MS = 1000
 _MOVED = re.compile(r'^ray_object_manager_bytes\{.*Type="(PushedFromLocalPlasma|Received)".*\} (\S+)$', re.MULTILINE)
 
 
-class Rank:
-    """Rank 0 as a publisher: version v is `count` tensors of `size` numbers, all equal to v."""
+def model_tensor(size: int, version: int, stride: int) -> torch.Tensor:
+    """A tensor of a version: every `stride`-th number is the version, the others are 0."""
+    tensor = torch.zeros(size)
+    tensor[::stride] = float(version)
+    return tensor
 
-    def __init__(self, store: Any, count: int, size: int) -> None:
-        self._publisher = Publisher(store, ThreadPoolExecutor(1))
-        self._count, self._size = count, size
+
+class Rank:
+    """Rank 0 as a publisher: version v is `count` tensors of `size` numbers, of which every `stride`-th is v, the others 0."""
+
+    def __init__(self, store: Any, count: int, size: int, stride: int = 1, full_every: int = 1) -> None:
+        self._publisher = Publisher(store, ThreadPoolExecutor(1), full_every)
+        self._count, self._size, self._stride = count, size, stride
 
     def publish(self, version: int) -> float:
         """Returns: seconds that training would have waited."""
         begun = time.perf_counter()
-        buckets = ({str(index): torch.full((self._size,), float(version))} for index in range(self._count))
+        buckets = ({str(index): model_tensor(self._size, version, self._stride)} for index in range(self._count))
         self._publisher.publish(version, buckets)
         return time.perf_counter() - begun
 
@@ -50,8 +57,8 @@ class Rank:
 class Replica:
     """A replica's fetching of weights, without an engine."""
 
-    def __init__(self, store: Any) -> None:
-        self._store = store
+    def __init__(self, store: Any, stride: int = 1) -> None:
+        self._store, self._stride = store, stride
 
     async def follow(self, first: int, last: int, pause_s: float) -> list[int]:
         """Load every version that it meets from `first` to `last`; returns them. Raises: ValueError for mixed weights."""
@@ -59,7 +66,7 @@ class Replica:
         while not versions or versions[-1] < last:
             version, folder, paths = await pull(self._store, versions[-1] + 1 if versions else first)
             tensors = [tensor for path in paths for tensor in load_file(path).values()]
-            if not all(bool((tensor == version).all()) for tensor in tensors):
+            if not all(torch.equal(tensor, model_tensor(len(tensor), version, self._stride)) for tensor in tensors):
                 raise ValueError(f"version {version} holds other weights")
             shutil.rmtree(folder)
             versions.append(version)
@@ -106,10 +113,11 @@ class Publication:
 
 
 @contextmanager
-def publication(count: int, size: int, store_mib: int = 256) -> Iterator[Publication]:
+def publication(count: int, size: int, store_mib: int = 256, stride: int = 1, full_every: int = 1) -> Iterator[Publication]:
     """A driver's node and `NODES` others, each with `REPLICAS` replicas, on this machine.
 
-    Args: count, size: tensors of the model, and float32 numbers in each; store_mib: object store of a node, MiB.
+    Args: count, size: tensors of the model, and float32 numbers in each; store_mib: object store of a node, MiB;
+    stride: of the numbers that change from version to version; full_every: as for `Publisher`.
     """
     options = {"object_store_memory": store_mib * 2**20, "num_cpus": 1}
     system = {"metrics_report_interval_ms": _REPORTED_MS}
@@ -125,9 +133,9 @@ def publication(count: int, size: int, store_mib: int = 256) -> Iterator[Publica
             return ray.remote(kind).options(num_cpus=0, max_concurrency=4, resources=place)
 
         def start_rank() -> Any:
-            return actor(Rank, places[0]).remote(store, count, size)
+            return actor(Rank, places[0]).remote(store, count, size, stride, full_every)
 
-        replicas = [actor(Replica, place).remote(store) for place in places for _ in range(REPLICAS)]
+        replicas = [actor(Replica, place).remote(store, stride) for place in places for _ in range(REPLICAS)]
         yield Publication(store, start_rank(), replicas, start_rank)
     finally:
         ray.shutdown()

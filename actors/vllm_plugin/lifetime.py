@@ -16,8 +16,16 @@ def end_with(pid: int) -> None:
     parent, other = os.getppid(), psutil.Process(pid)
 
     def watch() -> None:
-        while os.getppid() == parent and other.is_running() and other.status() != psutil.STATUS_ZOMBIE:
+        while os.getppid() == parent and _lives(other):
             time.sleep(_PERIOD_S)
         os._exit(1)
 
     Thread(target=watch, name="kdray-lifetime", daemon=True).start()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    # It may end between the two questions.
+    except psutil.NoSuchProcess:
+        return False

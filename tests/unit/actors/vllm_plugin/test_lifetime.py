@@ -8,7 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+
+from actors.vllm_plugin.lifetime import _lives
 
 ROOT = Path(__file__).parents[4]
 WORKER = """
@@ -38,6 +41,15 @@ def test_a_worker_ends_with_the_owner_of_its_engine(owner: subprocess.Popen[byte
         if reaped:
             owner.wait()
         assert worker.wait(timeout=60) == 1
+
+
+def test_an_owner_that_ends_between_two_questions_does_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        seen = psutil.Process(process.pid)
+        assert _lives(seen)
+        process.kill()
+    monkeypatch.setattr(seen, "is_running", lambda: True)
+    assert not _lives(seen)
 
 
 def test_a_worker_ends_with_its_parent() -> None:

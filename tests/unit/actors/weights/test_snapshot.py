@@ -28,7 +28,10 @@ class NextMeta:
 
 
 class NextSource(ABC):
-    """`WeightSource` of vLLM 0.33: its rules for subclasses, and what its engine of NCCL reads."""
+    """`WeightSource` of vLLM 0.33: its rules for subclasses, and what its engine of NCCL reads.
+
+    As there, the two methods that a source has to bring raise here.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,9 +23,11 @@ from actors.vllm_plugin.record_table import Passes, Record, read_records
 from kdray.errors import EngineError, RequestRefused
 from kdray.models.resolve import model_name
 from kdray.rollouts.columns import scored_columns, with_columns
-from kdray.rollouts.race import all_of, first_of
+from kdray.rollouts.race import Stopped, all_of, first_of, once
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import Rollout, SampleRequest
+
+Result = TypeVar("Result")
 
 _SCORED = frozenset(column.name for column in scored_columns())
 
@@ -63,8 +65,8 @@ class TeacherEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self.spec)))
-        await self._engine.collective_rpc("kdray_end_with", args=(os.getpid(),))
-        await self._engine.collective_rpc("kdray_attach")
+        await self._reply(self._engine.collective_rpc("kdray_end_with", args=(os.getpid(),)))
+        await self._reply(self._engine.collective_rpc("kdray_attach"))
 
     async def close(self) -> None:
         """End the engine process."""
@@ -338,10 +340,17 @@ class TeacherEngine:
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Answers of all workers to a call, in the order of their ranks. Raises: EngineError if the engine is dead."""
         try:
-            return await self._engine.collective_rpc(method, args=args)
+            return await self._reply(self._engine.collective_rpc(method, args=args))
         except Exception:
             await self.check_health()
             raise
+
+    async def _reply(self, call: Awaitable[Result]) -> Result:
+        """Result of a call, which vLLM leaves waiting for ever if its engine process dies. Raises: EngineError if it does."""
+        try:
+            return await first_of(call, once(lambda: self._engine.errored, every_s=1.0))
+        except Stopped:
+            raise EngineError(f"the engine of {self.spec.model} died") from None
 
     async def _worker_stats(self) -> dict[str, int]:
         """Counters of the first tensor-parallel rank. Raises: EngineError if the ranks drew different tokens."""
@@ -385,7 +394,7 @@ class TeacherEngine:
 
     async def connect_student(self, info: dict[str, Any]) -> None:
         """Make the workers join rank 0's communicator. Args: info: vLLM's init info of `spec.weight_transfer`."""
-        await self._engine.collective_rpc("kdray_connect", args=(self.spec.weight_transfer, info))
+        await self._reply(self._engine.collective_rpc("kdray_connect", args=(self.spec.weight_transfer, info)))
 
     async def receive_student(self, info: dict[str, Any], version: int) -> None:
         """Same as `update_student`, from the communicator. Args: info: vLLM's update info."""
@@ -402,11 +411,11 @@ class TeacherEngine:
         """
         keeps_kv = which == "student" and self.spec.update_kv == "keep"
         try:
-            await self._engine.pause_generation(mode="keep", clear_cache=False)
-            await self._engine.collective_rpc(method, args=args)
-            if not keeps_kv and not await self._engine.reset_prefix_cache(reset_running_requests=True):
+            await self._reply(self._engine.pause_generation(mode="keep", clear_cache=False))
+            await self._reply(self._engine.collective_rpc(method, args=args))
+            if not keeps_kv and not await self._reply(self._engine.reset_prefix_cache(reset_running_requests=True)):
                 raise EngineError("vLLM did not drop its KV cache")
-            await self._engine.resume_generation()
+            await self._reply(self._engine.resume_generation())
         except asyncio.CancelledError:
             self._broken = f"update to {which} version {version} was given up"
             raise
@@ -464,7 +473,7 @@ class TeacherEngine:
 
     async def set_initial_version(self, version: int) -> None:
         """Set the version of the weights loaded at start."""
-        await self._engine.collective_rpc("kdray_set_version", args=(version,))
+        await self._reply(self._engine.collective_rpc("kdray_set_version", args=(version,)))
         self.student_version = version
 
 

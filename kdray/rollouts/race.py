@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -43,3 +43,9 @@ async def all_of(tasks: Collection[asyncio.Task[Any]]) -> None:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in ended:
             task.result()
+
+
+async def once(condition: Callable[[], bool], every_s: float) -> None:
+    """Return once the condition holds, as seen every so many seconds: a signal to stop for `first_of`."""
+    while not condition():  # noqa: ASYNC110 - such as a flag that another library sets
+        await asyncio.sleep(every_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ def test_no_replica_writes_in_the_datas_place(role: Literal["mixture", "teacher"
 class Workers:
     """The workers of an engine, which answer every call with the same."""
 
+    errored = False
+
     def __init__(self, *answers: dict[str, int]) -> None:
         self.answers = answers
 
@@ -59,3 +62,27 @@ async def test_ranks_that_drew_different_tokens_end_the_engine() -> None:
     for check in (engine.check_progress, engine.check_health):
         with pytest.raises(EngineError, match="tensor-parallel ranks 0 and 2 of teacher drew different tokens"):
             await check()
+
+
+class DyingWorkers:
+    """The workers of an engine whose process dies while they work; vLLM notices, and leaves the call to them unanswered."""
+
+    errored = False
+
+    async def collective_rpc(self, method: str, args: Any = ()) -> list[dict[str, int]]:
+        self.errored = True
+        return await asyncio.Future()
+
+    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        await self.collective_rpc("pause")
+
+    async def check_health(self) -> None:
+        raise RuntimeError("see the stack trace above")
+
+
+async def test_a_call_in_flight_fails_with_the_engine() -> None:
+    engine = TeacherEngine(engine_spec(Path("teacher"), Path("student")))
+    for call in (engine.stats, lambda: engine.update_student([], 1), lambda: engine.set_initial_version(2)):
+        engine._engine = DyingWorkers()
+        with pytest.raises(EngineError, match="died"):
+            await asyncio.wait_for(call(), 10)

@@ -22,6 +22,7 @@ class StubEngine:
 
     arguments: dict[str, Any]
     environment: dict[str, str]
+    errored = False
 
     @classmethod
     def from_engine_args(cls, arguments: dict[str, Any]) -> StubEngine:

@@ -24,6 +24,7 @@ class ScriptedEngine:
         self.script = script
         self.running: set[str] = set()
         self.dead = False
+        self.errored = False
 
     async def check_health(self) -> None:
         if self.dead:

@@ -19,7 +19,8 @@ from actors.serving.engine_arguments import engine_arguments, set_environment
 from actors.serving.scoring import prompt_logprobs
 from actors.serving.scoring.gathered import GatheredScoring
 from actors.serving.spec import EngineSpec
-from actors.vllm_plugin.record_table import Passes, Record, read_records
+from actors.vllm_plugin.record_reader import RecordReader
+from actors.vllm_plugin.record_table import Record
 from kdray.errors import EngineError, RequestRefused
 from kdray.models.resolve import model_name
 from kdray.rollouts.columns import scored_columns, with_columns
@@ -54,8 +55,7 @@ class TeacherEngine:
         self._broken: str | None = None
         self._counter = 0
         self._cached_tokens = 0
-        self.passes = Passes()
-        """Forward passes until the latest request ended."""
+        self.records = RecordReader(self._call)
         self._gathered = GatheredScoring(self._scored, spec.max_num_batched_tokens)
 
     async def start(self) -> None:
@@ -238,15 +238,13 @@ class TeacherEngine:
                         (engine_requests[index].key, len(output.outputs[0].token_ids) if lengths is None else lengths[index])
                         for index, output in batch
                     ]
-                    # The first tensor-parallel rank's; the others record nothing.
-                    answer, *_ = await self._call("kdray_take", wanted)
-                    records, self.passes = read_records(answer)
+                    records = await self.records.read(wanted)
                     yield [(index, output, record) for (index, output), record in zip(batch, records, strict=True)]
             complete = True
         finally:
             if not complete and self._engine is not None:
                 # The reader was closed or a request failed: the worker discards the remaining records.
-                await self._call("kdray_drop", [engine_request.key for engine_request in engine_requests])
+                await self.records.drop([engine_request.key for engine_request in engine_requests])
 
     async def _outputs(self, engine_requests: Sequence[EngineRequest]) -> AsyncGenerator[list[tuple[int, Any]]]:
         """Run engine_requests and stream (index, output) of those that finished since the last item."""

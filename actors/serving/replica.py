@@ -142,7 +142,7 @@ class TeacherReplica:
 
     def _with_passes(self, table: pa.Table) -> pa.Table:
         """A table of answers with the engine's forward passes since the last one."""
-        before, self._passes = self._passes, self._engine.passes
+        before, self._passes = self._passes, self._engine.records.passes
         return self._passes.since(before).added_to(table)
 
     def _note_done(self, call: int, rollouts: list[Rollout]) -> None:

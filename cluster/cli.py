@@ -29,6 +29,7 @@ from cluster.cli_base import (
     print_columns,
 )
 from cluster.commands.library_log import libraries_kept
+from cluster.commands.recipes import init
 from cluster.commands.results import Step, export, finished_student, local_copy, report, verify
 from cluster.jobs.commands import logs, status, stop, submit
 from kdray.errors import DataError
@@ -80,6 +81,10 @@ def _root(
     ] = False,
 ) -> None:
     """Options that stand before any command."""
+
+
+# Here, so that `--help` lists the commands in the order of a run's life cycle.
+app.command()(init)
 
 
 @app.command()
@@ -313,7 +318,7 @@ def evaluate(
         print_columns("held-out", columns, found)
 
 
-# Here, so that `--help` lists the commands in the order of a run's life cycle.
+# As with `init`.
 for command in (report, verify, export, submit, status, stop, logs):
     app.command()(command)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
           `data.prompts.type=iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
-    from cluster import launch
-
-    return launch.run(config, resume=resume, prompts=prompts)
+    return _launch().run(config, resume=resume, prompts=prompts)
 
 
 def evaluate(config: Config, student: Path | str | None = None) -> dict[str, Any]:
@@ -91,9 +90,7 @@ def evaluate(config: Config, student: Path | str | None = None) -> dict[str, Any
     Returns: by metric name, such as `reverse_kl` (nats per response token) and `exact_match` (a share); under `intervals`, the
     bounds of those that have an interval (docs/evaluation.md).
     """
-    from cluster import launch
-
-    return launch.evaluate(config, None if student is None else Path(student))
+    return _launch().evaluate(config, None if student is None else Path(student))
 
 
 def capture(
@@ -105,9 +102,7 @@ def capture(
           prompts: as for `run`.
     Returns: the path and counts of what was wanted, held and asked.
     """
-    from cluster import launch
-
-    return launch.capture(config, None if to is None else Path(to), epochs, prompts=prompts)
+    return _launch().capture(config, None if to is None else Path(to), epochs, prompts=prompts)
 
 
 def report(run_folder: Path | str) -> Path:
@@ -125,6 +120,20 @@ def verify(run_folder: Path | str) -> Proof:
     from kdray.runs.verify import verify as prove
 
     return prove(Path(run_folder))
+
+
+def _launch() -> ModuleType:
+    """The module `cluster.launch` of kdray. Raises: ImportError if another module goes by the name of one of its packages."""
+    own = Path(__file__).parents[1]
+    for name in ("actors", "cluster"):
+        found = getattr(import_module(name), "__file__", None)
+        if found is None or Path(found).resolve() != (own / name / "__init__.py").resolve():
+            raise ImportError(
+                f"`import {name}` finds {found or 'a folder'}, not kdray's package of that name in {own}: rename the other, or "
+                "start Python in another folder",
+                name=name,
+            )
+    return import_module("cluster.launch")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from kdray.config.base import BESIDE
 from kdray.config.explain import explain
 from kdray.config.roles import role_keys
 from kdray.config.run_config import Config
+from kdray.config.shipped import recipe_named
 from kdray.errors import ConfigError
 
 _MAX_PROBLEMS = 20
@@ -31,11 +32,16 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), b
         if not path.is_file():
             if (path / "config.yaml").is_file():
                 raise ConfigError(f"{path}: a run folder, not a config file; give {path / 'config.yaml'}")
-            raise ConfigError(f"{path}: {'a folder, not a config file' if path.is_dir() else 'no such config file'}")
+            raise ConfigError(f"{path}: {'a folder, not a config file' if path.is_dir() else _absent(path)}")
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path!s:.100}: cannot be read: {error.strerror}") from error
     return read_config(content, str(path), overrides, beside or path.parent)
+
+
+def _absent(path: Path) -> str:
+    name = recipe_named(str(path))
+    return "no such config file" + ("" if name is None else f"; `kdray init {name}` writes the recipe of that name")
 
 
 def read_config(content: bytes, source: str, overrides: list[str] | tuple[str, ...] = (), beside: Path | None = None) -> Config:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kdray
 from kdray.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+RECIPE = ROOT / "configs/quickstart.yaml"
 
 
 @pytest.mark.parametrize("name", kdray.__all__)
@@ -43,6 +47,16 @@ def test_run_hands_over_to_the_launcher(monkeypatch: pytest.MonkeyPatch, argumen
     config = kdray.load_config("configs/quickstart.yaml")
     assert kdray.run(config, **arguments) == {}
     assert seen == [(config, resumes, None)]
+
+
+def test_a_file_of_ones_own_with_the_name_of_a_package_is_told(tmp_path: Path) -> None:
+    """As a program started beside it meets it."""
+    (tmp_path / "cluster.py").write_text("")
+    (tmp_path / "program.py").write_text(f"import kdray\nkdray.run(kdray.load_config({str(RECIPE)!r}))\n")
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert f"`import cluster` finds {tmp_path / 'cluster.py'}, not kdray's package of that name in {ROOT}" in last
+    assert "rename the other, or" in last
 
 
 def test_a_loss_that_needs_more_than_logits_is_refused() -> None:

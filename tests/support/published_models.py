@@ -59,6 +59,8 @@ PUBLISHED = {
         | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
         | _UNTIED,
     ),
+    "Qwen/Qwen2.5-7B-Instruct": Published("qwen2", "7.6", _shape(3584, 18944, 28, 28, 4, 128, 152064) | _UNTIED),
+    "Qwen/Qwen2.5-0.5B-Instruct": Published("qwen2", "0.5", _shape(896, 4864, 24, 14, 2, 64, 151936) | _TIED),
     "RedHatAI/Meta-Llama-3.1-70B-Instruct-FP8": Published(
         "llama", "70.6", _shape(8192, 28672, 80, 64, 8, 128, 128256) | {"quantization_config": _FP8} | _UNTIED
     ),

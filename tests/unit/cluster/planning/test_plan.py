@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from actors.weights.deltas import CHANGES
@@ -36,6 +36,7 @@ from kdray.losses import Objective, chunked_loss
 from kdray.losses.features import predicting
 from kdray.models.adapters import adapted_layers
 from tests.support.loss_batches import built_in_losses, loss_batch
+from tests.support.published_models import save_config
 
 LLAMA_8B = {
     "dtype": "bfloat16",
@@ -554,17 +555,9 @@ def test_parts_that_share_a_gpu_fit_into_it_together(
 
 
 def test_the_recipe_for_one_gpu_fits_into_48_gb(tmp_path: Path) -> None:
-    """The shapes of Qwen 2.5 7B and 0.5B, as their config.json has them."""
-    sizes = {
-        "teacher": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-        | {"num_key_value_heads": 4, "vocab_size": 152064},
-        "student": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-        | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    }
-    for name, shape in sizes.items():
-        Qwen2Config(**shape, max_position_embeddings=32768, dtype="bfloat16").save_pretrained(tmp_path / name)
     recipe = Path(__file__).parents[4] / "configs" / "gsm8k_one_gpu.yaml"
-    given = [f"student.model={tmp_path / 'student'}", f"teachers.math.model={tmp_path / 'teacher'}"]
+    named = {"student": "Qwen/Qwen2.5-0.5B-Instruct", "teachers.math": "Qwen/Qwen2.5-7B-Instruct"}
+    given = [f"{role}.model={save_config(model, tmp_path)}" for role, model in named.items()]
     found = plan(load_config(recipe, given), _nodes(1, "L40S", gpus=1))
     teacher, student = found.roles
     assert isinstance(teacher.memory, EngineMemory)

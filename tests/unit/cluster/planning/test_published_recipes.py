@@ -15,7 +15,7 @@ from kdray.models.resolve import model_config
 from tests.support.published_models import PUBLISHED, save_config
 
 ROOT = Path(__file__).parents[4]
-RECIPES = sorted(ROOT.glob("configs/models/*.yaml"))
+RECIPES = [ROOT / "configs/gsm8k.yaml", *sorted(ROOT.glob("configs/models/*.yaml"))]
 
 
 def named(recipe: Path) -> dict[str, str]:
@@ -34,15 +34,16 @@ def test_the_shapes_give_the_published_number_of_parameters(name: str, tmp_path:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits_on_the_nodes_that_it_names(recipe: Path, tmp_path: Path) -> None:
     (cluster,) = re.findall(r"kdray plan \S+ --cluster (\S+)", recipe.read_text())
-    assert f"kdray plan configs/models/{recipe.name} --cluster" in recipe.read_text()
+    assert f"kdray plan {recipe.relative_to(ROOT)} --cluster" in recipe.read_text()
     config = load_config(recipe, [f"{key}={save_config(name, tmp_path)}" for key, name in named(recipe).items()])
     found = plan(config, described_nodes(ROOT / cluster))
     assert not [line for line in found.lines if "warning" in line]
     assert sum(role.bundle.count for role in found.roles if role.bundle.role == "student") == config.training.ranks
+    (settings,) = config.teachers.values()
     (teacher,) = [role for role in found.roles if role.bundle.role.startswith("teacher")]
     assert isinstance(teacher.memory, EngineMemory)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    replicas = config.teachers["main"].replicas
+    replicas = settings.replicas
     assert replicas * teacher.memory.kv_tokens > 32 * longest, "too few of the longest sequences are held at once"
 
 

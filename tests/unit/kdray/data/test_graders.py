@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from kdray.config import load_config, parse_config
 from kdray.config.graders import GRADERS
@@ -264,13 +267,32 @@ def test_files_are_graded_where_the_config_says_how(tmp_path: Path) -> None:
     data.grade.check(data.train + data.heldout)
 
 
-def test_the_recipe_for_gsm8k_grades_as_gsm8k_does(tmp_path: Path) -> None:
-    row = {"question": "How much?", "answer": "She has 3 * 400 = <<3*400=1200>>1200 left.\n#### 1,200"}
-    path = tmp_path / "train.jsonl"
-    path.write_text(3 * (json.dumps(row) + "\n"))
-    overrides = [f"data.prompts.path={path}", "data.heldout_size=1"]
-    recipe = load_config(Path(__file__).parents[4] / "configs" / "gsm8k.yaml", overrides)
-    data = load_dataset(recipe, task_tokenizer())
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_one_gpu"])
+def test_the_recipe_for_gsm8k_reads_the_hubs_splits_and_grades_as_gsm8k_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A folder as the hub's client leaves it, which the datasets library reads by the same name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset = tmp_path / "openai/gsm8k"
+    configs = [
+        {
+            "config_name": subset,
+            "data_files": [{"split": split, "path": f"{subset}/{split}-*"} for split in ("train", "test")],
+        }
+        for subset in ("main", "socratic")
+    ]
+    for each in configs:
+        (dataset / str(each["config_name"])).mkdir(parents=True)
+        for split, rows in (("train", 3), ("test", 2)):
+            asked = [f"{split} {each['config_name']} {row}: how much?" for row in range(rows)]
+            answers = ["She has 3 * 400 = <<3*400=1200>>1200 left.\n#### 1,200"] * rows
+            table = pa.table({"question": asked, "answer": answers})
+            pq.write_table(table, dataset / str(each["config_name"]) / f"{split}-00000-of-00001.parquet")
+    (dataset / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    data = load_dataset(load_config(Path(__file__).parents[4] / "configs" / f"{name}.yaml"), task_tokenizer())
+    assert sorted(str(each.question) for each in data.train) == [f"train main {row}: how much?" for row in range(3)]
+    assert sorted(str(each.question) for each in data.heldout) == [f"test main {row}: how much?" for row in range(2)]
     assert data.grade is not None
     assert data.grade(data.heldout[0], "3 times 400 is 1200, so $1200.00.")
     assert not data.grade(data.heldout[0], "3 times 400 is 1200, so 3.")

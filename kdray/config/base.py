@@ -36,7 +36,8 @@ class FormerDefault:
     value: Any
 
 
-def _expanded(path: Path) -> Path:
+def expanded(path: Path) -> Path:
+    """The path with the home folder in place of `~`. Raises: ValueError if there is none."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -59,7 +60,7 @@ def beside(path: Path, info: ValidationInfo) -> Path:
     return path
 
 
-LocalPath = Annotated[Path, AfterValidator(_expanded), AfterValidator(beside)]
+LocalPath = Annotated[Path, AfterValidator(expanded), AfterValidator(beside)]
 """Path of something that is read: `~` stands for the home folder; see also `beside`."""
 
 

@@ -16,6 +16,7 @@ from kdray.config.base import (
     Settings,
     beside,
     check_weights,
+    expanded,
 )
 from kdray.config.data import TextSource
 from kdray.config.tasks import LessonName
@@ -76,8 +77,16 @@ def _model_tag(value: Any) -> str | None:
     return tag if isinstance(tag, str) else None
 
 
+def _folder(model: str, info: ValidationInfo) -> str:
+    """A folder where the config's other paths are, too; hub ids and what is no path stay as they are."""
+    found = beside(expanded(Path(model)), info)
+    return model if found == Path(model) else str(found)
+
+
+_ModelPath = Annotated[str, AfterValidator(_folder), Tag("path")]
+
 UnprunedSource = Annotated[
-    Annotated[str, Tag("path")] | Annotated[TinyModel, Tag("tiny")],
+    _ModelPath | Annotated[TinyModel, Tag("tiny")],
     Discriminator(
         _model_tag,
         custom_error_type="model_source",
@@ -119,16 +128,8 @@ class PrunedModel(Settings):
     """Texts on which importance is measured; None ranks by weight norms, which need no data and are less accurate."""
 
 
-def _folder(model: str, info: ValidationInfo) -> str:
-    """A folder where the config's other paths are, too; hub ids and what is no path stay as they are."""
-    found = beside(Path(model), info)
-    return model if found == Path(model) else str(found)
-
-
 ModelSource = Annotated[
-    Annotated[str, AfterValidator(_folder), Tag("path")]
-    | Annotated[TinyModel, Tag("tiny")]
-    | Annotated[PrunedModel, Tag("pruned")],
+    _ModelPath | Annotated[TinyModel, Tag("tiny")] | Annotated[PrunedModel, Tag("pruned")],
     Discriminator(
         _model_tag,
         custom_error_type="model_source",

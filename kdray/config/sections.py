@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from kdray.config.base import NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
+from kdray.config.base import NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings, expanded
 from kdray.config.job import JobSettings
 from kdray.config.storage import check_storage_url
 from kdray.config.trackers import TensorBoardTracker, TrackerSource
@@ -18,8 +18,9 @@ class RunSettings(Settings):
     """Name of the run; its folder is `<output>/<name>`. Letters, digits, dot, dash and underscore."""
     seed: NonNegative = 0
     """Seed of all randomness: data order, sampling, initial weights of tiny models."""
-    output: Annotated[Path, OnResume()] = Path("runs")
-    """Parent folder of run folders. Relative paths are resolved from the directory in which the command was started."""
+    output: Annotated[Path, AfterValidator(expanded), OnResume()] = Path("runs")
+    """Parent folder of run folders; `~` is the home folder, and relative paths are resolved from the directory in which the
+    command was started."""
     storage: Annotated[str | None, OnResume()] = None
     """URL of a folder in an object store, or of a shared folder, that holds a copy of run folders: `s3://bucket/folder`,
     `gs://bucket/folder`, `file:///folder`. Checkpoints are then written only there, and a run resumes from it on any machine.

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from kdray.checks.inputs import installation
 from kdray.config import load_config, parse_config
+from kdray.errors import ConfigError
 from kdray.runs.folder import RunFolder
 
 RECIPE = """
@@ -70,10 +71,32 @@ def test_what_is_in_the_working_directory_comes_first_and_what_is_nowhere_stays(
 
 def test_the_home_folder_is_expanded_everywhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(home))
-    overrides = ["teachers.kept.path=~/answers", "training.pretraining.source.path=~/text.jsonl"]
-    found = load_config(home / "recipe.yaml", overrides)
-    assert paths(found)[2] == str(home / "answers")
-    assert paths(found)[4] == str(home / "text.jsonl")
+    keys = [
+        "data.prompts.path", "student.model", "teachers.kept.path", "teachers.kept.model", "training.pretraining.source.path",
+    ]  # fmt: skip
+    found = load_config(home / "recipe.yaml", [f"{key}=~/{name}" for key, name in zip(keys, NAMES, strict=True)])
+    assert paths(found) == [str(home / name) for name in NAMES]
+
+
+def test_a_runs_folder_may_lie_in_the_home_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    config = load_config(home / "recipe.yaml", ["run.output=~/kept"])
+    folder = RunFolder.create(config)
+    assert folder.path == home / "kept" / "trial"
+    assert not (tmp_path / "~").exists()
+    folder.check_resumable(config)
+    # As another machine reads it, whose home folder is another.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder.open(folder.path).load_config().run.output == home / "kept"
+    pruned = load_config(home / "recipe.yaml", ["student.model={type: pruned, source: ~/small, layers: 2}"])
+    assert pruned.student.model.source == str(tmp_path / "small")
+
+
+def test_a_home_folder_that_there_is_not_is_refused(home: Path) -> None:
+    for key in ("run.output", "student.model"):
+        with pytest.raises(ConfigError, match=rf"{key}: .*~nobody-of-that-name/x: .*; give the path without `~`"):
+            load_config(home / "recipe.yaml", [f"{key}=~nobody-of-that-name/x"])
 
 
 def test_a_config_of_a_program_has_no_folder_of_its_own(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

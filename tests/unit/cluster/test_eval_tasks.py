@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from kdray.config import TinyModel, load_config
+from kdray.models.quantization import quantize
 from kdray.models.resolve import build_tiny_model
 from kdray.runs.checkpoints import commit
 from kdray.runs.folder import RunFolder
@@ -123,6 +127,84 @@ def test_tasks_of_ones_own_are_measured_stored_and_shown(finished: RunFolder, tm
     assert table[0] == ["task: metric", "before", "student"]
     assert ["chosen: acc", "0.25", shown] in table
     assert ["chosen: documents", "9", "12"] in table
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, bool]]:
+    """What the harness was given: the model, its revision, and whether it was there; its answer is the number of calls."""
+    calls: list[tuple[str, str | None, bool]] = []
+
+    def measure(model: str | Path, revision: str | None, *_: Any) -> dict[str, Any]:
+        calls.append((str(model), revision, (Path(model) / "config.json").is_file()))
+        return {"tasks": {"chosen": {"metrics": {"acc": {"value": float(len(calls))}}, "documents": 2}}}
+
+    monkeypatch.setattr(harness, "measure", measure)
+    return calls
+
+
+TASKS = "evaluation.lm_eval.tasks=[chosen]"
+
+
+def values(path: Path) -> dict[str, float]:
+    return {name: each["tasks"]["chosen"]["metrics"]["acc"]["value"] for name, each in json.loads(path.read_text()).items()}
+
+
+def test_a_recipes_student_is_measured_as_it_is_and_nothing_is_stored(
+    finished: RunFolder, tmp_path: Path, measured: list[tuple[str, str | None, bool]]
+) -> None:
+    built = CliRunner().invoke(app, ["eval", "recipe.yaml", "--lm-eval", TASKS])
+    assert built.exit_code == 0, built.output
+    hub = [TASKS, "student.model=org/name", "student.revision=abc", "run.name=other"]
+    named = CliRunner().invoke(app, ["eval", "recipe.yaml", "--lm-eval", *hub, "--student", str(finished.student)])
+    assert named.exit_code == 0, named.output
+    assert (measured[0][1:], measured[1:]) == (
+        (None, True),
+        [("org/name", "abc", False), (str(finished.student), None, True)],
+    )
+    assert "chosen: acc" in named.stdout
+    assert not finished.evaluations.exists()
+    assert not (tmp_path / "runs/other").exists()
+
+
+def test_the_student_of_a_checkpoint_and_one_in_a_folder_get_results_of_their_own(
+    finished: RunFolder, tmp_path: Path, measured: list[tuple[str, str | None, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised weights, which the harness's model cannot read, are measured as the values that they stand for."""
+    asked: list[tuple[str, Path, int]] = []
+
+    @contextlib.contextmanager
+    def student_of_step(source: str, path: Path, step: int) -> Iterator[Path]:
+        asked.append((source, path, step))
+        yield finished.student
+
+    monkeypatch.setattr("cluster.launch.student_of_step", student_of_step)
+    quantize(finished.student, tmp_path / "small", "int8", None)
+    result = call(finished, TASKS, "--step", "3", "--student", "small")
+    assert result.exit_code == 0, result.output
+    assert asked == [(str(finished.path), finished.path, 3)]
+    plain = measured[1][0]
+    assert [each[1:] for each in measured] == [(None, True)] * 2
+    assert (measured[0][0], plain != "small", Path(plain).exists()) == (str(finished.student), True, False)
+    assert values(finished.evaluations / "lm_eval.json") == {"step 3": 1.0, "small/": 2.0}
+    refused = CliRunner().invoke(app, ["eval", "recipe.yaml", "--lm-eval", TASKS, "--step", "3"])
+    assert refused.exit_code == 2
+    assert "--step 3: recipe.yaml is a recipe; give a run folder or a run's URL" in refused.stderr
+
+
+def test_results_of_a_run_at_a_url_join_those_that_lie_there(
+    finished: RunFolder, tmp_path: Path, measured: list[tuple[str, str | None, bool]]
+) -> None:
+    stored = tmp_path / "bucket" / "trial"
+    shutil.copytree(finished.path, stored)
+    shutil.rmtree(finished.path)
+    url = f"file://{stored}"
+    for extra in ([], ["--student", str(stored / "student")]):
+        result = CliRunner().invoke(app, ["eval", url, "--lm-eval", TASKS, *extra])
+        assert result.exit_code == 0, result.output
+        assert result.stdout.replace("\n", "").endswith(f"{url}/evaluations/lm_eval.json")
+    assert [each[1:] for each in measured] == [(None, True)] * 3
+    assert not Path(measured[0][0]).exists(), "the copy is deleted"
+    assert values(stored / "evaluations/lm_eval.json") == {"student": 2.0, f"{stored}/student/": 3.0}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -131,8 +131,7 @@ def _changes(teacher: TeacherSettings) -> bool:
 def _record(checked: Checked, reporter: RunReporter, name: str, found: Measurement) -> dict[str, float]:
     reporter.event("evaluation", name=name, **found.numbers)
     # The samples for inspection are of as many prompts as possible.
-    references = {prompt.prompt_id: prompt.answer for prompt in _prompts(checked) if prompt.answer is not None}
-    reporter.heldout_samples(found.rollouts[:: checked.config.evaluation.samples_per_prompt], name, references)
+    reporter.heldout_samples(found.rollouts[:: checked.config.evaluation.samples_per_prompt], name)
     reporter.heldout_draws(found.draws, name)
     return found.numbers
 

@@ -185,6 +185,7 @@ def _run(
                 trackers = Trackers(each, folder.path)
                 reporter = RunReporter(folder, each.training.steps, console, decode=decode, trackers=trackers)
                 reporters.callback(reporter.close)
+                reporter.references = checked[name].dataset.answers
                 if fetched:
                     reporter.event("fetched", storage=each.run.storage)
                 for bad in passed_over[name]:

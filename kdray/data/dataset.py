@@ -54,6 +54,11 @@ class Dataset:
     places: dict[int, str] = field(default_factory=dict)
     """Place of each prompt in its source, by prompt id."""
 
+    @property
+    def answers(self) -> dict[int, str]:
+        """Reference answers by prompt id, of the prompts that have one."""
+        return {prompt.prompt_id: prompt.answer for prompt in [*self.train, *self.heldout] if prompt.answer is not None}
+
 
 SHARE_HELD_OUT = 5
 """Part of a small source that is held out by default, as a divisor."""

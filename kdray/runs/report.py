@@ -78,6 +78,7 @@ def write_report(run_folder: Path) -> Path:
         num_events=len(events),
         heldout=answers,
         samples=samples,
+        references=any(row.get("reference") for row in samples),
         shaded_tokens=any(row["pieces"] for row in samples) or any(each.pieces for asked in answers for each in asked.answers),
         config=folder.config.read_text(encoding="utf-8") if folder.config.exists() else None,
     )

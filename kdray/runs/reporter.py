@@ -41,7 +41,7 @@ SAMPLE_SCHEMA = pa.schema(
         # tokens that an environment wrote. Both are null without a decoder or recorded KLs.
         pa.field("token_texts", pa.list_(pa.string())),
         pa.field("token_reverse_kl", pa.list_(pa.float32())),
-        pa.field("reference", pa.string()),  # the prompt's reference answer, of held-out samples; null if it has none
+        pa.field("reference", pa.string()),  # the prompt's reference answer; null if it has none
     ]
 )
 
@@ -99,6 +99,8 @@ class RunReporter:
         """First step of the phase that was reported, and when."""
         self._last_line_at = -math.inf
         self._trackers = trackers
+        self.references: Mapping[int, str] = {}
+        """Reference answers by prompt id, stored with the samples; a prompt without one is not among them."""
         self._summary: Mapping[str, Any] | None = None
         self.advanced_at = time.monotonic()
         """Time of the latest step, or of the start or end of a part of the run, by `time.monotonic`."""
@@ -199,14 +201,9 @@ class RunReporter:
             return
         self._write_samples(f"step-{step:08d}", [self._sample(r, "train", step) for r in rollouts[: self._sample_count]])
 
-    def heldout_samples(self, rollouts: Sequence[Rollout], name: str, references: Mapping[int, str] | None = None) -> None:
-        """Store the first rollouts of a held-out evaluation (before, after, control), replacing one of the same name.
-
-        Args: references: reference answer by prompt id, of the prompts that have one.
-        """
-        known = references or {}
-        rows = [self._sample(r, name, None) | {"reference": known.get(r.prompt_id)} for r in rollouts[: self._sample_count]]
-        self._write_samples(f"heldout-{name}", rows)
+    def heldout_samples(self, rollouts: Sequence[Rollout], name: str) -> None:
+        """Store the first rollouts of a held-out evaluation (before, after, control), replacing one of the same name."""
+        self._write_samples(f"heldout-{name}", [self._sample(r, name, None) for r in rollouts[: self._sample_count]])
 
     def heldout_draws(self, draws: Sequence[Draw], name: str) -> None:
         """Store the numbers of every response of a held-out evaluation, replacing one of the same name."""
@@ -289,6 +286,7 @@ class RunReporter:
             "finish_reason": rollout.finish_reason,
             "reverse_kl": float(np.mean(kls)) if kls is not None and len(kls) else None,
             "token_ids": rollout.token_ids,
+            "reference": self.references.get(rollout.prompt_id),
             **self._tokens(rollout),
         }
 

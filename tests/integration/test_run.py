@@ -66,7 +66,9 @@ def test_a_run_from_own_folders(workplace: Path, marker: str, monkeypatch: pytes
     assert shown <= written
     weights = (workplace / "student" / "model.safetensors").stat().st_size
     assert metrics[-1]["published_bytes"] == pytest.approx(weights, rel=0.05)
-    assert pq.read_table(run / "samples").num_rows > 0
+    samples = pq.read_table(run / "samples")
+    assert samples.num_rows > 0
+    assert samples.column("reference").null_count == 0, "training samples have their prompts' answers, too"
     assert (run / "report.html").stat().st_size > 10_000
     assert any((run / "tb").rglob("events.out.tfevents*"))
     (fingerprint,) = json.loads((run / "teachers.json").read_text()).values()

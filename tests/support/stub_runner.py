@@ -120,6 +120,7 @@ class StubRun:
         checkpoint = None if found is None else Checkpoint(folder.path / found.key, found.progress)
         reporter = RunReporter(folder, config.training.steps, Console(file=io.StringIO()), decode=tokenizer.decode)
         dataset = load_dataset(config, tokenizer)
+        reporter.references = dataset.answers
         checked = Checked(config, tokenizer, dataset, len(tokenizer), (EOS,), Route.of(config))
         tables = Tables(config.run.seed, len(tokenizer))
         self.pool = StubPool(tables)

@@ -316,6 +316,18 @@ def test_an_unscored_sample_without_a_decoder_shows_its_ids(folder):
     assert page.tables["samples"][1] == ["1", "–", "[3, 1]", "stop", "mixture", "0.2", "–"]
 
 
+def test_training_samples_show_the_reference_answers_that_there_are(folder):
+    folder.append_metrics({"step": 1})
+    kls = {"token_texts": ["b ", "d"], "token_reverse_kl": [0.5, 3.0]}
+    write_samples(folder, "step-00000001", sample_row(reference=HOSTILE, **kls), sample_row(prompt_id=6))
+    text, page = page_of(folder)
+    title, *rows = page.tables["samples"]
+    assert title[:4] == ["step", "prompt", "response", "reference answer"]
+    assert [row[2:5] for row in rows] == [["b d", HOSTILE, "stop"], ["b d", "–", "stop"]]
+    assert 'title="3 nats">d</span>' in text
+    assert "<script>alert" not in text
+
+
 def test_samples_of_an_older_version_name_their_writer(folder):
     """They had no such column, and nan as alpha where the data wrote."""
     folder.append_metrics({"step": 1})

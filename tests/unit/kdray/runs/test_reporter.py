@@ -271,10 +271,14 @@ def test_held_out_samples_are_replaced_by_name(make, folder):
     assert (row["source"], row["step"], row["sample_id"]) == ("before", None, 2)
 
 
-def test_held_out_samples_hold_the_reference_answers_of_their_prompts(make, folder):
-    make().heldout_samples([rollout(2), rollout(1)], "after", {101: "3 4"})
-    rows = pq.read_table(folder.samples / "heldout-after.parquet").to_pylist()
-    assert [(row["prompt_id"], row["reference"]) for row in rows] == [(102, None), (101, "3 4")]
+def test_samples_hold_the_reference_answers_of_their_prompts(make, folder):
+    reporter = make()
+    reporter.references = {101: "3 4"}
+    reporter.heldout_samples([rollout(2), rollout(1)], "after")
+    reporter.samples([rollout(2), rollout(1)], 1)
+    for name in ("heldout-after", "step-00000001"):
+        rows = pq.read_table(folder.samples / f"{name}.parquet").to_pylist()
+        assert [(row["prompt_id"], row["reference"]) for row in rows] == [(102, None), (101, "3 4")]
 
 
 def test_a_driver_that_lost_its_lease_while_it_wrote_replaces_no_file(tmp_path):

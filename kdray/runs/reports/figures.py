@@ -37,6 +37,8 @@ _MAX_POINTS = 2000
 _SMOOTH_FROM = 100
 """Points from which on a curve is drawn as its running mean, over a fortieth of the points, with the points behind it."""
 _WINDOWS = 40
+_LEGEND_WIDTH = 36
+"""Characters of a name that fit a line of the legend on a narrow screen."""
 
 Points = list[tuple[Any, Any]]
 
@@ -81,7 +83,8 @@ def curves(named: Mapping[str, Points], unit: str, title: str) -> Markup | None:
         told.append(f"{name}: {described(points)}")
     if not figure.data:
         return None
-    layout(figure, x="step", y=unit)
+    # Each of the long names has lines of the legend to itself.
+    layout(figure, x="step", y=unit, height=320 + 36 * sum("<br>" in line.name for line in figure.data))
     return drawn(figure, f"{title}, {unit}, over steps. {'; '.join(told)}.")
 
 
@@ -101,7 +104,9 @@ def described(points: Points) -> str:
 
 
 def _add(figure: go.Figure, points: Points, name: str, **style: Any) -> None:
-    figure.add_scatter(x=[x for x, _ in points], y=[y for _, y in points], name=name, **style)
+    # A long name of several parts on two lines of the legend: a phone would cut it.
+    shown = name if len(name) <= _LEGEND_WIDTH else "<br>".join(name.rsplit("/", 1))
+    figure.add_scatter(x=[x for x, _ in points], y=[y for _, y in points], name=shown, **style)
 
 
 def layout(figure: go.Figure, x: str, y: str, height: int = 320, **more: Any) -> None:
@@ -115,10 +120,11 @@ def layout(figure: go.Figure, x: str, y: str, height: int = 320, **more: Any) ->
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
         showlegend=True,
-        legend={"orientation": "h", "yanchor": "top", "y": -0.22, "x": 0, "bgcolor": "rgba(0,0,0,0)"},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.28, "x": 0, "bgcolor": "rgba(0,0,0,0)"},
         **more,
     )
-    figure.update_xaxes(title=x, **axis)
+    # Close to its axis: further down it would lie on the legend.
+    figure.update_xaxes(title={"text": x, "standoff": 6}, **axis)
     figure.update_yaxes(title=y, **axis)
 
 

@@ -68,6 +68,8 @@ def timeline(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, A
     _add_replicas(figure, replicas, max(line["time"] for line in (*lines, *timed) if "time" in line))
     layout(figure, x="", y="", height=580, hovermode="closest")
     figure.update_layout(legend={"y": -0.12, "traceorder": "normal"})
+    # Few and upright: turned ones would reach into the legend on a phone.
+    figure.update_xaxes(nticks=4, tickangle=0)
     figure.update_yaxes(title="trainer", tickformat=".0%", range=[0, 1], row=2, col=1)
     figure.update_yaxes(title="replicas", rangemode="tozero", dtick=1 if _most(replicas) < 8 else None, row=3, col=1)
     return drawn(figure, f"Stages of the run, what its trainer did, and replicas, over time. {'; '.join(told)}.")

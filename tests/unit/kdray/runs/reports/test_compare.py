@@ -7,6 +7,7 @@ import pytest
 from kdray.errors import DataError
 from kdray.runs.folder import RunFolder
 from kdray.runs.reports.compare import write_comparison
+from kdray.runs.reports.figures import curves
 from tests.unit.kdray.runs.test_report import HOSTILE, Page
 
 
@@ -52,6 +53,24 @@ def test_settings_that_differ_and_no_others(runs, tmp_path):
         ["training.learning_rate", "1e-05", "0.001"],
         ["training.warmup_steps", "3", ""],
     ]
+
+
+def test_names_of_settings_break_on_a_phone_and_many_are_folded_away(runs, tmp_path):
+    text, _ = compared(runs, tmp_path / "page.html")
+    assert "training.<wbr>learning_<wbr>rate</th>" in text
+    assert "<details open><summary>2 settings</summary>" in text
+    many = {f"'<b>k{number}</b>'": number for number in range(20)}
+    other = run_folder(tmp_path / "runs" / "many", "1", 0.5, **many)
+    text, page = compared(runs | {str(other.path): other.path}, tmp_path / "page.html")
+    assert "<details><summary>23 settings</summary>" in text
+    assert ["training.<b>k7</b>", "", "", "7"] in page.tables["settings"], "escaped, and whole"
+
+
+def test_long_names_in_a_legend_take_two_lines():
+    name = "teacher/letters/staleness_0/importance_weight_ess"
+    html = str(curves({name: [(1, 0.5), (2, 1.0)], "short/name": [(1, 1.0)]}, "weight", "Weights"))
+    assert '"name":"teacher\\u002fletters\\u002fstaleness_0\\u003cbr\\u003eimportance_weight_ess"' in html
+    assert '"name":"short\\u002fname"' in html
 
 
 def test_numbers_stand_side_by_side_with_their_intervals(runs, tmp_path):

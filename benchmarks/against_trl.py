@@ -100,9 +100,9 @@ def _engine(model: Path) -> dict[str, Any]:
     return {"model": str(model), "max_num_seqs": 128, "kv_cache_gib": 0.5, "engine_args": {"enforce_eager": False}}
 
 
-def _kdray(size: Size, folder: Path, name: str, settings: Mapping[str, Any]) -> list[tuple[float, int]]:
-    """(time, tokens) of every step."""
-    recipe = {
+def recipe(size: Size, folder: Path, name: str, settings: Mapping[str, Any]) -> Path:
+    """Write the recipe of a run of kdray. Args: settings: of `rollout`."""
+    tree = {
         "run": {"name": name, "output": str(folder / "runs")},
         "student": {"model": str(folder / "student")},
         "teachers": {"main": _engine(folder / "teacher")},
@@ -118,7 +118,13 @@ def _kdray(size: Size, folder: Path, name: str, settings: Mapping[str, Any]) -> 
         "evaluation": {"prompts": 8, "control": False, "teacher": False},
     }
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _kdray(size: Size, folder: Path, name: str, settings: Mapping[str, Any]) -> list[tuple[float, int]]:
+    """(time, tokens) of every step."""
+    path = recipe(size, folder, name, settings)
     subprocess.run([sys.executable, "-m", "cluster.cli", "run", str(path)], check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "tokens_per_s" in row]
@@ -134,7 +140,8 @@ def _rate(steps: Sequence[tuple[float, int]], warm_up: int) -> dict[str, float]:
     }
 
 
-def _write_inputs(size: Size, folder: Path) -> None:
+def write_inputs(size: Size, folder: Path) -> None:
+    """Write teacher, student and prompts of a size to a folder."""
     for name, (layers, width), seed in (("teacher", size.teacher, 1), ("student", size.student, 2)):
         build_tiny_model(TinyModel(type="tiny", layers=layers, width=width, seed=seed), folder / name)
     rng = np.random.default_rng(0)
@@ -150,7 +157,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     rates: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with TemporaryDirectory() as root:
         folder = Path(root)
-        _write_inputs(size, folder)
+        write_inputs(size, folder)
         for round_ in range(rounds):
             for number, (side, settings) in enumerate(SIDES.items()):
                 run = f"side-{number}-{round_}"

@@ -86,6 +86,23 @@ SCRIPTS: dict[str, list[Goal]] = {
             lambda found: f"{found['one_pass_over_one_after_another']:.2f}",
         )
     ],
+    "lock_step": [
+        Goal(
+            "one pass with scores, over lock-step Hugging Face generation of both models plus scoring",
+            ">= 4 (3)",
+            lambda found: ", ".join(f"{case} {each['one_pass_over_lock_step']:.2f}" for case, each in found["cases"].items()),
+        )
+    ],
+    "scoring_rows": [
+        Goal(
+            "prefill and output head, over the same with top 64 and tail recorded",
+            ">= 0.85",
+            lambda found: ", ".join(
+                f"{each['vocabulary']:,} ids {each['without_over_with']:.2f}" for each in found["vocabularies"]
+            ),
+        )
+    ],
+    "step_costs": [],
     "against_trl": [
         Goal("whole loop on-policy, alpha 0, over TRL's trainer", ">= 2.0 (1.3)", _over_trl("kdray, alpha 0")),
         Goal("whole loop at alpha 0.2, over the same trainer, which cannot mix", ">= 1.5 (1.0)", _over_trl("kdray, alpha 0.2")),

@@ -43,6 +43,9 @@ class TaskPrompts(PromptSettings):
     by domain."""
     size: Positive = 4096
     """Number of training prompts, all different if the task has that many."""
+    labelled: Positive | None = None
+    """Number of training prompts that have their reference answer: few labels, many questions. Supervised phases train on these
+    alone; they are the prompts that a source of that `size` would have. None: all of them."""
     difficulty: Positive = 2
     """Words to concatenate, people around the coin, or digits of each number."""
 
@@ -52,6 +55,10 @@ class TaskPrompts(PromptSettings):
         both = sorted(set(self.tasks) & set(self.transfer_tasks))
         if both:
             raise ValueError(f"data.prompts.transfer_tasks: {', '.join(both)} would be trained on; name it once")
+        if self.labelled is not None and self.labelled > self.size:
+            raise ValueError(
+                f"data.prompts.labelled={self.labelled} is more than data.prompts.size={self.size}; lower it, or raise size"
+            )
         return self
 
     @property

@@ -21,6 +21,7 @@ TASKS: Registry[Any] = Registry(
         "arithmetic": f"{_MODULE}.arithmetic:Arithmetic",
         "multiplication": f"{_MODULE}.multiplication:Multiplication",
         "running_sum": f"{_MODULE}.running_sum:RunningSum",
+        "spelled_sum": f"{_MODULE}.spelled_sum:SpelledSum",
         "subtraction_game": f"{_MODULE}.subtraction_game:SubtractionGame",
         "backed_letters": f"{_MODULE}.opinion:BackedLetters",
         "misled_letters": f"{_MODULE}.opinion:MisledLetters",

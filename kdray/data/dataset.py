@@ -274,11 +274,18 @@ def _task_rows(source: TaskPrompts, config: Config) -> tuple[Table, Table]:
     size = _heldout_size(config)
     heldout = generate_examples([*source.tasks, *source.transfer_tasks], source.difficulty, size, streams[0])
     taken = frozenset(example.prompt for example in heldout)
-    train = generate_examples(source.tasks, source.difficulty, source.size, streams[1], exclude=taken, weights=source.weights)
+    labelled = source.size if source.labelled is None else source.labelled
+    train = generate_examples(source.tasks, source.difficulty, labelled, streams[1], exclude=taken, weights=source.weights)
+    if labelled < source.size:
+        # Generated apart, so that the labelled ones are the same whatever the number of the others.
+        taken |= {example.prompt for example in train}
+        rest = source.size - labelled
+        train += generate_examples(source.tasks, source.difficulty, rest, streams[1] ^ 1, exclude=taken, weights=source.weights)
     made = [
         [Row(f"task prompt {index}", example.prompt, example.answer, example.task) for index, example in enumerate(examples)]
         for examples in (train, heldout)
     ]
+    made[0][labelled:] = [replace(row, answer=None) for row in made[0][labelled:]]
     return Table(made[0], []), Table(made[1], [])
 
 

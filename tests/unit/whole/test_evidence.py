@@ -32,10 +32,20 @@ def keep(folder: Path, cell: Cell, **numbers: Any) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_cell_is_a_recipe_of_its_own(way: str, regime: str) -> None:
-    config = load_config(Path(evidence.RECIPE), Cell(way, regime, 7).settings)
+    cell = Cell(way, regime, 7)
+    config = load_config(Path(cell.recipe), cell.settings)
     assert (config.run.seed, config.rollout.max_staleness, config.student.model.seed) == (7, 0, 7)
     assert config.loss.type == "minillm" or "MiniLLM" not in way
     assert (config.rollout.alpha == 0.2) == (("MiniLLM" in way and "no mixing" not in way) or way == "SFT alone")
+
+
+def test_supervised_training_has_the_labels_that_the_others_begin_with() -> None:
+    few = REGIMES["few labels"]
+    alone, other = (load_config(Path(few.recipe), Cell(way, "few labels", 0).settings) for way in ("SFT alone", "MiniLLM"))
+    assert alone.data.prompts.size == other.data.prompts.labelled < other.data.prompts.size
+    assert alone.data.prompts.labelled is None
+    assert alone.rollout.data_share == 1.0
+    assert (alone.training.sft, alone.training.steps) == (other.training.sft, other.training.steps)
 
 
 def test_names_of_cells_differ() -> None:

@@ -71,6 +71,18 @@ def test_task_prompts_are_graded_and_held_out_apart() -> None:
         _load(source, heldout_size=31)
 
 
+def test_labelled_task_prompts_are_those_of_a_smaller_source_and_the_others_have_no_answer() -> None:
+    source = {"type": "task", "tasks": ["arithmetic"], "difficulty": 2, "size": 12}
+    few, many = _load(source), _load({**source, "size": 50, "labelled": 12})
+    labelled = [prompt for prompt in many.train if prompt.has_reference]
+    assert [(prompt.text, prompt.answer) for prompt in labelled] == [(prompt.text, prompt.answer) for prompt in few.train]
+    assert len(many.train) == len(set(_texts(many.train))) == 50
+    assert not set(_texts(many.train)) & set(_texts(many.heldout))
+    assert all(prompt.answer is not None for prompt in many.heldout), "held-out prompts cannot be graded"
+    with pytest.raises(ConfigError, match=r"labelled=51 is more than data\.prompts\.size=50; lower it"):
+        _load({**source, "size": 50, "labelled": 51})
+
+
 def test_jsonl_columns_ids_and_split(tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "a.jsonl", _questions(5))
     data = _load({"type": "jsonl", "path": str(path)})

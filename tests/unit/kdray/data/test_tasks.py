@@ -46,6 +46,10 @@ def _solve(name: str, prompt: str) -> str:
             moves.append(pile % 4 or 1)
             pile -= moves[-1]
         return "".join(f"{move};" for move in moves)
+    if name == "spelled_sum":
+        pairs = [(a, int(d)) for a, d in re.findall(r"([a-z])(\d)", prompt.rstrip(": "))]
+        sums = [sum(d for _, d in pairs[:n]) % 3 for n in range(len(pairs) + 1)]
+        return " ".join(f"{a}{d}+{before}={after}" for (a, d), before, after in zip(pairs, sums, sums[1:], strict=False))
     if name == "running_sum":
         pairs = re.findall(r"([a-z])(\d)", prompt.rstrip(": "))
         return " ".join(f"{a}{d}={sum(int(each) for _, each in pairs[: n + 1]) % 3}" for n, (a, d) in enumerate(pairs))
@@ -86,6 +90,24 @@ def test_steps_of_a_running_sum_are_graded_one_by_one(response: str, share: floa
     assert task("running_sum").step_match(response, "a2=2 b2=1 c1=2 d0=2") == share
 
 
+@pytest.mark.parametrize(
+    ("response", "share"),
+    [
+        ("a2+0=2 b2+2=1 c1+1=2 d0+2=2", 1.0),
+        ("a2+0=1 b2+1=0 c1+0=1 d0+1=1", 0.75),  # one error: the later steps follow from what was written
+        ("a2+0=2 b2+1=0 c1+0=1 d0+1=1", 0.75),  # not the sum that was written before
+        ("a2+0=2 b2+2=1 c2+1=0 d0+0=0", 0.75),  # another digit than the question's
+        ("a2+0=2 c2+2=1 c1+1=2 d0+2=2", 0.75),
+        ("a2+0=2 b2=1 c1+1=2 d0+2=2", 0.75),  # nothing to go on from: the answer's sum counts
+        ("a2+0=2 b2+2=1", 0.5),
+        ("a2+0=2 b2+2=1 c1+1=2 d0+2=2 e1+2=0", 0.8),
+        ("", 0.0),
+    ],
+)
+def test_steps_of_a_spelled_sum_are_graded_one_by_one(response: str, share: float) -> None:
+    assert task("spelled_sum").step_match(response, "a2+0=2 b2+2=1 c1+1=2 d0+2=2") == share
+
+
 @pytest.mark.parametrize("difficulty", [1, 3, 25])
 def test_difficulty_is_the_number_of_words_people_and_digits(difficulty: int) -> None:
     rng = np.random.default_rng(0)
@@ -95,6 +117,7 @@ def test_difficulty_is_the_number_of_words_people_and_digits(difficulty: int) ->
         assert len(letters.prompt) <= 24 + 6 * difficulty
         assert task("coin_flip").generate(rng, difficulty).prompt.count(" it.") == difficulty
         assert len(task("running_sum").generate(rng, difficulty).answer) == 5 * difficulty - 1
+        assert len(task("spelled_sum").generate(rng, difficulty).answer) == 7 * difficulty - 1
         numbers = task("arithmetic").generate(rng, difficulty).prompt[:-1].split("+")
         assert [len(number) for number in numbers] == [difficulty, difficulty]
 

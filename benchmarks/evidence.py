@@ -59,7 +59,7 @@ FEW_LABELS = {
     "SFT alone": (
         "loss={type: sequence}",
         "rollout.data_share=1",
-        "data.prompts.size=48",
+        "data.prompts.size=64",
         "data.prompts.labelled=null",
     ),
     # Most prompts have no label, so that the teacher writes GKD's fixed half.
@@ -167,7 +167,7 @@ def run_cell(cell: Cell, results: Path) -> bool:
     partial.write_text(json.dumps(found, indent=1) + "\n")
     partial.replace(results / f"{cell.name}.json")
     match = f"exact match {found['before']['exact_match']:.3f} to {found['after']['exact_match']:.3f}"
-    print(f"{cell.name}: {match}, gap closed {_gap([found])} %, {found['wall_s']:.0f} s", flush=True)
+    print(f"{cell.name}: {match}, gap closed {gap_text([found])} %, {found['wall_s']:.0f} s", flush=True)
     return True
 
 
@@ -211,7 +211,7 @@ def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
     columns = [
         way,
         str(len(cells)),
-        _gap(cells),
+        gap_text(cells),
         _number(cells, "after", "exact_match", 100.0, ".1f"),
         _number(cells, "before", "exact_match", 100.0, ".1f"),
         _number(cells, "teacher", "exact_match", 100.0, ".1f"),
@@ -224,7 +224,8 @@ def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
     return f"| {' | '.join(columns)} |"
 
 
-def _gap(cells: Sequence[Mapping[str, Any]]) -> str:
+def gap_text(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The share of the gap closed in percent, with its interval, or its spread over seeds."""
     gaps = [cell["gap_closed"] for cell in cells]
     values = [100.0 * gap["value"] for gap in gaps if gap["value"] is not None]
     if not values:
@@ -245,11 +246,11 @@ def _spread(values: Sequence[float], digits: str) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{digits}}"
 
 
-def write_page(page: Path, text: str) -> None:
+def write_page(page: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Replace what is between the page's marks. Raises: ValueError if it lacks them."""
-    before, rest = page.read_text().split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}")
+    before, rest = page.read_text().split(marks[0])
+    _, after = rest.split(marks[1])
+    page.write_text(f"{before}{marks[0]}\n\n{text}\n{marks[1]}{after}")
 
 
 def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:

@@ -54,23 +54,6 @@ class Regime:
 
 RUNNING_SUM = ("configs/running_sum.yaml", 60)
 SPELLED_SUM = ("configs/spelled_sum.yaml", 70)
-FEW_LABELS = {
-    # The labelled prompts alone: the same ones, since a source with more prompts begins with those of a smaller one.
-    "SFT alone": (
-        "loss={type: sequence}",
-        "rollout.data_share=1",
-        "data.prompts.size=64",
-        "data.prompts.labelled=null",
-    ),
-    # Most prompts have no label, so that the teacher writes GKD's fixed half.
-    "GKD": ("loss={type: jsd, beta: 0.5}", "rollout.alpha=0", "rollout.teacher_share=0.5"),
-}
-REGIMES = {
-    "weak": Regime(*RUNNING_SUM, ("training.sft.steps=50",)),
-    "warm": Regime(*RUNNING_SUM, ("training.sft.steps=150", "training.steps=80", "training.learning_rate=2e-3")),
-    "long": Regime(*RUNNING_SUM, ("training.sft.steps=150", "training.steps=240", "training.learning_rate=3e-3")),
-    "few labels": Regime(*SPELLED_SUM, (), FEW_LABELS),
-}
 NO_NORM = "loss.length_norm=false"
 NO_WEIGHT = "loss.mixing_weight=false"
 WAYS: dict[str, tuple[str, ...]] = {
@@ -85,6 +68,25 @@ WAYS: dict[str, tuple[str, ...]] = {
     "MiniLLM, w = 1": (NO_WEIGHT,),
     "MiniLLM, w = 1, no length norm": (NO_WEIGHT, NO_NORM),
     "GKD": ("loss={type: jsd, beta: 0.5}", "rollout.alpha=0", "rollout.data_share=0.5"),
+}
+
+
+def few_labels(number: int) -> dict[str, tuple[str, ...]]:
+    """The ways that are set otherwise where most prompts have no label."""
+    return {
+        # The labelled prompts alone: the same ones, since a source with more prompts begins with those of a smaller one.
+        "SFT alone": (*WAYS["SFT alone"], f"data.prompts.size={number}", "data.prompts.labelled=null"),
+        # The teacher writes GKD's fixed half.
+        "GKD": ("loss={type: jsd, beta: 0.5}", "rollout.alpha=0", "rollout.teacher_share=0.5"),
+    }
+
+
+REGIMES = {
+    "weak": Regime(*RUNNING_SUM, ("training.sft.steps=50",)),
+    "warm": Regime(*RUNNING_SUM, ("training.sft.steps=150", "training.steps=80", "training.learning_rate=2e-3")),
+    "long": Regime(*RUNNING_SUM, ("training.sft.steps=150", "training.steps=240", "training.learning_rate=3e-3")),
+    "fewer labels": Regime(*SPELLED_SUM, ("data.prompts.labelled=48", "training.sft.steps=160"), few_labels(48)),
+    "few labels": Regime(*SPELLED_SUM, (), few_labels(64)),
 }
 
 

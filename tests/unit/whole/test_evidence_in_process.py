@@ -1,0 +1,91 @@
+"""The same cells without engines: what is drawn has the probability that is recorded, and every way trains on what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import evidence_in_process as bench
+from benchmarks.evidence import REGIMES, WAYS, Cell, Regime, few_labels
+from kdray.config import load_config
+from kdray.data.dataset import encode_answer, load_dataset
+
+SMALL = (
+    "data.prompts={type: task, tasks: [spelled_sum], difficulty: 4, size: 40, labelled: 16}",
+    "data.heldout_size=8",
+    "student.model.width=32",
+    "teachers.sums.model.width=32",
+    "teachers.sums.model.train={tasks: [spelled_sum], steps: 2, difficulty: 4, batch_size: 4}",
+    "rollout.max_new_tokens=29",
+    "training.steps=2",
+    "training.warmup_steps=1",
+    "training.batch_size=16",
+    "training.sft={steps: 2, batch_size: 16, learning_rate: 1e-3}",
+)
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(bench, "MODELS", tmp_path)
+    monkeypatch.setitem(REGIMES, "few labels", Regime("configs/spelled_sum.yaml", 28, SMALL, few_labels(16)))
+    bench.bench_of.cache_clear()
+    yield
+    bench.bench_of.cache_clear()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_trains_a_copy_of_the_same_student(way: str) -> None:
+    shared = bench.bench_of("few labels", 3)
+    before = [each.clone() for each in shared.start.parameters()]
+    found = bench.summary_of(Cell(way, "few labels", 3))
+    assert all(torch.equal(old, new) for old, new in zip(before, shared.start.parameters(), strict=True))
+    assert found["after"]["reverse_kl"] != found["before"]["reverse_kl"]
+    assert found["teacher"]["reverse_kl"] == pytest.approx(0.0, abs=1e-6)
+    if way == "SFT alone":
+        # Two steps of sixteen answers, of 27 tokens and the end.
+        assert found["trained_tokens"] == 2 * 16 * 28
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_what_is_drawn_has_the_probability_that_is_recorded(alpha: float) -> None:
+    shared = bench.bench_of("few labels", 3)
+    prompts = torch.randint(5, 40, (6, 10), generator=torch.Generator().manual_seed(0))
+    # An end that is drawn early, so that some responses are shorter than others.
+    end = int(bench.sample((shared.start, shared.teacher), prompts, torch.full((6, 1), alpha), 3, 1, -1).tokens[0, 2])
+    drawn = bench.sample((shared.start, shared.teacher), prompts, torch.full((6, 1), alpha), 20, 1, end)
+    assert drawn.mask.sum(1).min() <= 3 < drawn.tokens.shape[1]
+    for row, mask in zip(drawn.tokens, drawn.mask, strict=True):
+        assert end not in row[mask][:-1], "a response goes on behind its end"
+    with torch.no_grad():
+        q, p = (
+            bench.rows_of(model, drawn.prompts, drawn.tokens).softmax(-1).gather(-1, drawn.tokens.unsqueeze(-1)).squeeze(-1)
+            for model in (shared.start, shared.teacher)
+        )
+    for recorded, expected in ((drawn.student, q), (drawn.teacher, p), (drawn.mixture, alpha * p + (1.0 - alpha) * q)):
+        torch.testing.assert_close(recorded[drawn.mask].exp(), expected[drawn.mask], rtol=1e-4, atol=1e-6)
+
+
+def test_answers_stand_where_a_response_would() -> None:
+    cell = Cell("SFT alone", "few labels", 3)
+    config, tokenizer = load_config(cell.recipe, cell.settings), bench.task_tokenizer()
+    prompts = load_dataset(config, tokenizer).train
+    assert len(prompts) == 16
+    given = bench.answers(prompts, tokenizer)
+    for prompt, row, mask in zip(prompts, given.tokens, given.mask, strict=True):
+        assert row[mask].tolist() == encode_answer(tokenizer, prompt).tolist()
+
+
+def test_a_cell_that_has_its_file_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(bench, "commit_of_tree", lambda: "abc")
+    cell = Cell("MiniLLM", "few labels", 3)
+    bench.run_cell(cell, -1.0)
+    assert not bench.RESULTS.exists(), "a cell was started after the time was up"
+    bench.run_cell(cell, 1.0)
+    (kept,) = bench.read(bench.RESULTS)
+    assert (kept["way"], kept["seed"], kept["commit"]) == ("MiniLLM", 3, "abc")
+    monkeypatch.setattr(bench, "summary_of", lambda cell: pytest.fail("a finished cell was run again"))
+    bench.run_cell(cell, 1.0)

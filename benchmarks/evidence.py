@@ -209,6 +209,21 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def by_seed(cells: Sequence[Mapping[str, Any]], regime: str) -> str:
+    """Markdown table of a regime's exact match, a line for each seed, so that ways are compared from the same student."""
+    chosen = [cell for cell in cells if cell["regime"] == regime]
+    ways = list(dict.fromkeys(cell["way"] for cell in chosen))
+    lines = [f"| seed | before | {' | '.join(ways)} | teacher |", f"|{'---|' * (len(ways) + 3)}"]
+    for seed in sorted({cell["seed"] for cell in chosen}):
+        found = {cell["way"]: cell for cell in chosen if cell["seed"] == seed}
+        after = [_number([found[way]], "after", "exact_match", 100.0, ".1f") if way in found else "" for way in ways]
+        start, teacher = (
+            _number([next(iter(found.values()))], name, "exact_match", 100.0, ".1f") for name in ("before", "teacher")
+        )
+        lines.append(f"| {seed} | {start} | {' | '.join(after)} | {teacher} |")
+    return "\n".join(lines)
+
+
 def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
     columns = [
         way,

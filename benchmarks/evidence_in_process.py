@@ -29,7 +29,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM, get_scheduler
 
 import kdray
-from benchmarks.evidence import REGIMES, WAYS, Cell, commit_of_tree, draw, gap_text, read, record, table, write_page
+from benchmarks.evidence import REGIMES, WAYS, Cell, by_seed, commit_of_tree, draw, gap_text, read, record, table, write_page
 from kdray.config import Config, load_config
 from kdray.data.dataset import Dataset, PromptStream, encode_answer, load_dataset
 from kdray.evaluation import ends_in_a_loop
@@ -299,7 +299,8 @@ def main() -> int:
             run_cell(Cell(way, given.regime, seed), 60.0 * given.minutes - (time.monotonic() - began))
     cells: Sequence[Mapping[str, Any]] = read(RESULTS)
     if given.table:
-        write_page(PAGE, table(cells), MARKS)
+        seeds = f"**Exact match of regime `{given.regime}` in percent, seed by seed.**\n\n{by_seed(cells, given.regime)}\n"
+        write_page(PAGE, f"{seeds}\n{table(cells)}", MARKS)
     if given.figure:
         draw(cells, FIGURE)
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import evidence
-from benchmarks.evidence import REGIMES, WAYS, Cell, read, record, run_cell, table, write_page
+from benchmarks.evidence import REGIMES, WAYS, Cell, by_seed, read, record, run_cell, table, write_page
 from kdray.config import load_config
 
 
@@ -82,6 +82,18 @@ def test_the_table_has_mean_and_spread_and_keeps_exploring_seeds_apart(tmp_path:
     )
     assert "| MiniLLM | 1 | 10 (25 to 55) | 20.0 | 10.0 | 95.0 | 90.0 | 90.0 | 59.5 | 25.0 | 0.125 |" in exploring
     assert exploring.index("| SFT alone | 1 | undefined | 10.0 |") < exploring.index("| MiniLLM | 1 |")
+
+
+def test_ways_stand_beside_each_other_by_seed(tmp_path: Path) -> None:
+    for way, seed, after in (("GKD", 100, 0.5), ("SFT alone", 100, 0.25), ("GKD", 101, 0.75)):
+        keep(tmp_path, Cell(way, "few labels", seed), after=after)
+    keep(tmp_path, Cell("MiniLLM", "weak", 100))
+    assert by_seed(read(tmp_path), "few labels").splitlines() == [
+        "| seed | before | SFT alone | GKD | teacher |",
+        "|---|---|---|---|---|",
+        "| 100 | 10.0 | 25.0 | 50.0 | 95.0 |",
+        "| 101 | 10.0 |  | 75.0 | 95.0 |",
+    ]
 
 
 def test_the_page_keeps_what_is_around_the_table(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ FIGURE = Path("benchmarks/results/evidence.svg")
 PAGE = Path("docs/evidence.md")
 MARKS = ("<!-- table: benchmarks/evidence.py -->", "<!-- end of table -->")
 FIRST_CONFIRMING_SEED = 100
+_LOWEST = -100.0
+"""Lowest share of the gap that the figure shows: a student that began near its teacher and collapsed is far below."""
 
 COMMON = (
     # Every cell is then reproducible, and no difference between cells comes from staleness.
@@ -295,12 +297,12 @@ def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
             label = "_"
         for place, of_way in zip(places, ways.values(), strict=True):
             if len(of_way) == 1 and of_way[0]["gap_closed"]["value"] is not None:
-                bounds = [100.0 * of_way[0]["gap_closed"][bound] for bound in ("low", "high")]
+                bounds = [max(_LOWEST, 100.0 * of_way[0]["gap_closed"][bound]) for bound in ("low", "high")]
                 left.plot(bounds, [place, place], "-", color=f"C{colour}", alpha=0.6)
     left.axvline(0.0, color="grey", linewidth=0.8)
     left.axvline(100.0, color="grey", linewidth=0.8, linestyle="--")
     left.set_yticks(range(len(rows)), rows)
-    left.set_xlabel("share of the gap to the teacher closed, %")
+    left.set_xlabel("share of the gap to the teacher closed, % (lower ones at -100)")
     middle.set_xlabel("right steps, %")
     right.axvline(0.0, color="grey", linewidth=0.8, linestyle="--")
     right.set_xlabel("tokens of a response, beyond those of a right one")
@@ -311,7 +313,7 @@ def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
 
 def _share(cell: Mapping[str, Any]) -> float | None:
     share = cell["gap_closed"]["value"]
-    return None if share is None else 100.0 * float(share)
+    return None if share is None else max(_LOWEST, 100.0 * float(share))
 
 
 def _steps(cell: Mapping[str, Any]) -> float:

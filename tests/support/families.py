@@ -132,6 +132,18 @@ FAMILIES: tuple[Family, ...] = (
     _of("Gemma 3", "gemma3_text", tied=True, sliding_window=32, query_pre_attn_scalar=32),
     _of("Phi 1 / 2", "phi", num_key_value_heads=None),
     _of("Phi 3", "phi3", sliding_window=None),
+    _of(
+        "Phi 3.5 / Phi-4-mini (longrope), within their first length",
+        "phi3",
+        tied=True,
+        sliding_window=None,
+        original_max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 256,
+            "short_factor": [1.0 + 0.05 * place for place in range(12)], "long_factor": [2.0 + place for place in range(12)],
+        },
+    ),
     _of("OLMo", "olmo"),
     _of("OLMo 2", "olmo2"),
     _of("OLMo 3", "olmo3", sliding_window=32),

@@ -19,6 +19,7 @@ from kdray.errors import EngineError
 from kdray.models.random_models import VOCAB
 from tests.support.families import FAMILIES, Family, family
 from tests.support.plugins import write_distribution
+from tests.support.quantised_files import write_quantised
 from tests.support.runs import check_ledger, finish, json_lines, start, write_recipe
 
 # One for each way in which a student can differ from its teacher or from itself after an update.
@@ -37,6 +38,18 @@ async def test_a_pair_is_exact_from_the_first_sample_to_the_export(pair: Family,
     assert not gaps.over(pair.tolerance), gaps
     # An update that changed nothing would show nothing.
     assert gaps.moved > 10 * pair.tolerance or gaps.moved > 0.3, gaps
+
+
+@pytest.mark.full
+async def test_layers_that_a_quantised_teacher_excludes_stay_plain(tmp_path: Path) -> None:
+    """Lists of them hold whole names, so that the teacher's modules must be called in the engine what they are called alone."""
+    pair = family("Qwen 2, int8 with int8 activations teacher")
+    spec = pair.spec(tmp_path)
+    excluded = ["model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj"]
+    write_quantised(tmp_path / "teacher", str(pair.quantised), tmp_path / "partly", tmp_path / "partly rounded", excluded)
+    partly = replace(spec, model=str(tmp_path / "partly"))
+    gaps = await try_pair(partly, tmp_path, reference=tmp_path / "partly rounded")
+    assert not gaps.over(pair.tolerance), gaps
 
 
 class Parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,18 @@ METHODS: dict[str, tuple[Callable[[torch.Tensor], Packed], dict[str, Any]]] = {
 }
 
 
-def write_quantised(plain: Path, method: str, quantised: Path, rounded: Path) -> None:
-    """Write a folder with the matrices of the decoder's layers quantised, and one with the same weights as plain numbers."""
+def write_quantised(plain: Path, method: str, quantised: Path, rounded: Path, excluded: Sequence[str] = ()) -> None:
+    """Write a folder with the matrices of the decoder's layers quantised, and one with the same weights as plain numbers.
+
+    Args: excluded: names of layers that stay plain, for a method with such a list (`ignore`).
+    """
     pack, settings = METHODS[method]
+    if excluded:
+        settings = settings | {"ignore": [*settings["ignore"], *excluded]}
     tensors = load_file(plain / "model.safetensors")
     files: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        if ".layers." not in name or tensor.dim() != 2:
+        if ".layers." not in name or tensor.dim() != 2 or name.removesuffix(".weight") in excluded:
             files[name] = tensor
             continue
         parts, tensors[name] = pack(tensor.float())

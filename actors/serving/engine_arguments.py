@@ -14,6 +14,8 @@ from kdray.models.precision import checkpoint_dtype, cpu_dtype
 RECORDERS = {"v1": "actors.vllm_plugin.recorder:Recorder", "v2": "actors.vllm_plugin.recorder_v2:RecorderV2"}
 """Model runner of vLLM -> the logits processor that records its batches."""
 _SWITCHES = {"v1": "0", "v2": "1"}
+_PROMPT_ROWS = 256
+"""Most tokens of a request in a step that vLLM's own prompt logprobs are computed for."""
 
 
 def set_environment(spec: EngineSpec) -> None:
@@ -76,6 +78,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "disable_log_stats": True,
         "max_logprobs": max(20, spec.teacher_top_k, 1 + MOST_IDS if spec.model_runner == "v2" else 0),
     }
+    if spec.scoring == "prompt_logprobs":
+        # vLLM makes rows of the vocabulary for all of them at once, and leaves no memory for these when it sizes its cache.
+        arguments["long_prefill_token_threshold"] = min(_PROMPT_ROWS, spec.max_model_len)
     if current_platform.is_cpu():
         arguments |= {
             "enforce_eager": True,

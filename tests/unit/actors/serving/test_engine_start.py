@@ -121,6 +121,26 @@ async def test_other_compilation_settings_leave_the_graphs_piecewise(
 
 
 @pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, None),
+        ({"scoring": "prompt_logprobs", "max_model_len": 9000}, 256),
+        ({"scoring": "prompt_logprobs", "max_model_len": 200}, 200),
+        (
+            {"scoring": "prompt_logprobs", "max_model_len": 9000, "engine_args": {"long_prefill_token_threshold": 64}},
+            64,
+        ),
+    ],
+)
+async def test_vllms_own_prompt_logprobs_are_computed_for_few_tokens_at_once(
+    monkeypatch: pytest.MonkeyPatch, model: Path, fields: dict[str, Any], tokens: int | None
+) -> None:
+    """Rows of 4,096 tokens over 152,000 ids would take gigabytes that vLLM does not measure."""
+    engine = await started(monkeypatch, model, on_cpu=False, **fields)
+    assert engine.arguments.get("long_prefill_token_threshold") == tokens
+
+
+@pytest.mark.parametrize(
     ("runner", "switch", "recorder", "logprobs"),
     [("v1", "0", "actors.vllm_plugin.recorder:Recorder", 32), ("v2", "1", "actors.vllm_plugin.recorder_v2:RecorderV2", 128)],
 )

@@ -134,6 +134,8 @@ def obstacles(runner: Any, recorder: LogitsProcessor) -> list[str]:
         "each GPU sees a part of the tokens; remove prefill_context_parallel_size from engine_args": (
             runner.pcp_manager is not None
         ),
+        "each GPU holds a part of the keys and values, which was not tried; remove decode_context_parallel_size from "
+        "engine_args": runner.use_dcp,
         "each GPU sees a part of the rows; remove enable_batch_sharded_sampling from engine_args": (
             runner.batch_sharder is not None
         ),

@@ -129,7 +129,7 @@ REFUSED: dict[str, str] = {
     "ubatch_size": _ROWS,
     "enable_batch_sharded_sampling": _ROWS,
     "prefill_context_parallel_size": _ROWS,
-    "decode_context_parallel_size": _ROWS,
+    "decode_context_parallel_size": "each GPU would hold a part of the keys and values, which was not tried; remove it",
     "kv_sharing_fast_prefill": "layers would skip the prompt's rows, which scoring reads; remove it",
     # More than one engine, or other devices than Ray's.
     **dict.fromkeys(

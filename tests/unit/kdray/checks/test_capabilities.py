@@ -12,6 +12,7 @@ import pytest
 from kdray.capturing.format import write_capture
 from kdray.checks.capabilities import check_capabilities, needed
 from kdray.config import Config, parse_config
+from kdray.config.signals import MEANING, Signal
 from kdray.errors import ConfigError
 from kdray.teachers.kind import kind_of
 from kdray.types import Rollout, written_by
@@ -102,6 +103,34 @@ def test_a_model_in_the_process_and_recorded_answers_say_what_they_can(tmp_path:
         check_capabilities(config(recorded, "forward_kl", alpha=1))
     with pytest.raises(ConfigError, match=r"rollout\.sampler=student needs its log p of every token"):
         check_capabilities(config(recorded, "reverse_kl", sampler="student"))
+
+
+ALL = set(MEANING)
+
+
+@pytest.mark.parametrize(
+    ("settings", "signals"),
+    [
+        ({}, ALL),
+        ({"model_runner": "v2"}, ALL),
+        ({"scoring": "prompt_logprobs"}, ALL - {"requested", "hidden"}),
+        ({"scoring": "prompt_logprobs", "model_runner": "v2"}, ALL - {"hidden"}),
+    ],
+)
+def test_a_served_teacher_offers_what_its_scoring_and_model_runner_give(settings: dict[str, Any], signals: set[Signal]) -> None:
+    assert kind_of(config({"model": TINY} | settings, "minillm"), "one").offers() == signals
+
+
+def test_an_ensemble_of_prompt_logprobs_needs_the_newer_model_runner() -> None:
+    plain = {"model": TINY, "scoring": "prompt_logprobs"}
+    newer = plain | {"model_runner": "v2"}
+    sharing = {"alpha": 1, "teachers": {"type": "ensemble"}}
+    check_capabilities(config(newer, "forward_kl", {"two": newer}, **sharing))
+    for one, two, named in ((plain, newer, "one"), (newer, plain, "two")):
+        with pytest.raises(ConfigError, match=rf"needs its logprobs at ids that another.*teachers\.{named} .*scoring=recorder"):
+            check_capabilities(config(one, "forward_kl", {"two": two}, **sharing))
+    with pytest.raises(ConfigError, match=r"teacher_signal=hidden needs its hidden states.*scoring=recorder"):
+        check_capabilities(config(newer, "jsd", sampler="student", teacher_signal="hidden"))
 
 
 def test_a_capture_offers_what_it_holds_and_hidden_states_where_its_model_is_named(tmp_path: Path) -> None:

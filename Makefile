@@ -21,9 +21,9 @@ test-unit: $(STAMP)  ## seconds, no Ray
 test-integration: $(STAMP)  ## real engines on tiny models, minutes
 	$(PYTEST) tests/integration -m "not full"
 
-test-full: $(STAMP) lint  ## adds the longer tests: more combinations, and more runs with real engines
-	$(PYTEST) tests/unit
-	$(PYTEST) tests/integration
+test-full: $(STAMP) lint  ## adds the longer tests; with RESUME=1, leaves out what passed before an interruption
+	$(PYTEST) -p tests.support.passed --passed $(if $(RESUME),resume,new) tests/unit
+	$(PYTEST) -p tests.support.passed --passed $(if $(RESUME),resume,new) tests/integration
 
 chaos: $(STAMP)  ## 30 faults on one run, real engines
 	$(BIN)/python -m tests.soak.chaos --seed 0 --faults 30

@@ -135,7 +135,7 @@ def examine(checks: Sequence[Check], out: Path, say: Callable[[str], None]) -> b
     results: dict[str, dict[str, Any]] = {}
     for name, result in _results(possible(torch.cuda.device_count())):
         results[name] = result
-        numbers = ", ".join(f"{key} {value:.2g}" for key, value in result.items() if key not in ("ok", "error"))
+        numbers = ", ".join(f"{key} {value:.3g}" for key, value in result.items() if key not in ("ok", "error"))
         say(f"{'ok' if result['ok'] else 'FAILED':7}{name}: {numbers or result.get('error', '')}")
     content = {"time": datetime.now(UTC).isoformat(), "checks": [asdict(check) for check in checks], "trials": results}
     out.write_text(json.dumps(content, indent=1), encoding="utf-8")

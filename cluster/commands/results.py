@@ -72,7 +72,9 @@ def verify(run: RunPath) -> None:
         if proof.problems:
             for line in proof.described():
                 typer.echo(line, err=True)
-            typer.echo(f"kdray: {run}: {len(proof.problems)} contradictions in the files of a run ({proof.state})", err=True)
+            typer.echo(
+                f"kdray: {run}: {sum(proof.counts.values())} contradictions in the files of a run ({proof.state})", err=True
+            )
             raise typer.Exit(1)
         print_columns("proved", {str(run): dict(proof.facts)})
 

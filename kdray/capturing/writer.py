@@ -38,7 +38,8 @@ from kdray.capturing.journal import Journal
 from kdray.errors import ConfigError, DataError
 from kdray.rollouts.arrow import ROLLOUT_SCHEMA, rollouts_to_table, row_writers, upgraded, writer_columns
 from kdray.rollouts.columns import rollout_columns, with_columns
-from kdray.runs.folder import RunFolder, drop_torn_line, read_lines
+from kdray.runs.folder import RunFolder, read_lines
+from kdray.runs.lines.streams import drop_torn_line
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.types import WRITERS, Rollout, SampleRequest
 

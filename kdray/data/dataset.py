@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,19 @@ class PromptStream:
             raise ValueError(f"position={position}: positions count from 0")
         epoch, index = divmod(position, len(self._prompts))
         return self._prompts[self._order(epoch)[index]]
+
+    def ids_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the prompt ids at positions >= 0, both int64, as `at` does for one."""
+        epochs, indices = np.divmod(positions, len(self._prompts))
+        found = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            found[chosen] = self._prompt_ids[self._order(epoch)[indices[chosen]]]
+        return found
+
+    @cached_property
+    def _prompt_ids(self) -> np.ndarray:
+        return np.array([prompt.prompt_id for prompt in self._prompts], dtype=np.int64)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))

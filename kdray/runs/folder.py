@@ -22,6 +22,7 @@ import numpy as np
 from kdray.config import Config, load_config, resuming
 from kdray.config.resuming import Change, changeable
 from kdray.errors import ConfigError, DataError
+from kdray.runs.lines.streams import drop_later_steps, drop_torn_line
 
 LEASE = "lease.json"
 """File that names the driver at work on the run (`kdray.runs.lease`)."""
@@ -216,11 +217,7 @@ class RunFolder:
 
         Raises: DataError naming the line that cannot be read.
         """
-        if not self.metrics.exists():
-            return
-        self.guard()
-        kept = [line for line in read_lines(self.metrics) if line["step"] <= step]
-        write_atomically(self.metrics, "".join(_line(line) for line in kept))
+        drop_later_steps(self.metrics, step, self.guard)
 
     def changes(self, config: Config) -> list[Change]:
         """Return the settings that a resumed run changes. Raises: ConfigError if it may not change one of them."""
@@ -330,11 +327,3 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
             # On a full disk, a partial line would otherwise precede the next one.
             file.truncate(file.tell() - written)
             raise OSError(errno.ENOSPC, "no room for a whole line", str(path))
-
-
-def drop_torn_line(path: Path) -> None:
-    """Remove the last line of a JSON-lines file if a kill truncated it."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)

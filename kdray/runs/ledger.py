@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdray.runs.folder import read_lines, unguarded, write_atomically
+import msgspec
+
+from kdray.runs.folder import unguarded
+from kdray.runs.lines.occurrences import Occurrences
+from kdray.runs.lines.streams import StepLine, drop_later_steps, stream
 from kdray.types import Rollout
 
 NOT_FINITE = "not_finite"
@@ -46,22 +49,29 @@ class Ledger:
 
     def not_finite_steps(self) -> list[int]:
         """Return the steps whose batch was left out under the rule NOT_FINITE."""
-        return [line["step"] for line in self._lines() if NOT_FINITE in line.get("dropped", {})]
+        return [line.step for line, _ in stream(self._path, _Dropped) if NOT_FINITE in line.dropped]
 
     def truncate(self, step: int) -> None:
         """Drop steps after `step`, which a resume trains again."""
-        lines = [line for line in self._lines() if line["step"] <= step]
-        self._guard()
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        drop_later_steps(self._path, step, self._guard)
+        if not self._path.exists():
+            self._path.touch()
 
     def check(self, steps: int, batch_size: int) -> tuple[int, int]:
         """Count (lost, duplicated): samples of the first `steps` steps never trained, and repeated trainings of a sample."""
-        counts = Counter(sample_id for line in self._lines() for sample_id in line["sample_ids"])
-        lost = sum(1 for sample_id in range(steps * batch_size) if sample_id not in counts)
-        return lost, sum(count - 1 for count in counts.values())
+        found = Occurrences()
+        for line, _ in stream(self._path, _SampleIds):
+            found.add(line.sample_ids)
+        lost = sum(end - begin for begin, end in found.missing(0, steps * batch_size))
+        return lost, found.repeated
 
-    def _lines(self) -> list[dict[str, Any]]:
-        return read_lines(self._path) if self._path.exists() else []
+
+class _Dropped(StepLine):
+    dropped: dict[str, msgspec.Raw] = msgspec.field(default_factory=dict)
+
+
+class _SampleIds(StepLine):
+    sample_ids: list[int]
 
 
 def ledger_line(

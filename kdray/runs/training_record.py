@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from kdray.config import TrainingSettings
 from kdray.rollouts.training_digest import dealt_shards, times
-from kdray.runs.ledger import NOT_FINITE
 from kdray.types import TrainBatch, TrainedShard
 
-_RECORD = "trained"
-"""Column of a line that has the ranks' records."""
 _SHOWN = 5
 _MOST_PASSES = 8
 """Passes that are recognised as such in a digest."""
+_LONGEST = 2**24
+"""Samples of a rank in a step, beyond which a damaged line is not written out."""
 
 
 def training_columns(batch: TrainBatch, shards: Sequence[TrainedShard]) -> dict[str, Any]:
@@ -44,39 +42,6 @@ def training_columns(batch: TrainBatch, shards: Sequence[TrainedShard]) -> dict[
             for shard in shards
         ],
     }
-
-
-def compare_records(lines: Sequence[Mapping[str, Any]], training: TrainingSettings) -> tuple[list[str], list[str]]:
-    """Compare the records of all ranks with what they were given, and their counters with the updates that were due.
-
-    Args: lines: of the ledger, in order. Returns: what could not be compared; what differs, each with its step.
-    """
-    notes, problems = [], []
-    begun = next((line["step"] for line in lines if _RECORD in line), None)
-    if lines and begun != lines[0]["step"]:
-        which = "its steps" if begun is None else f"steps 1 to {begun - 1}"
-        notes.append(
-            f"{which} were trained by an older version: what the ranks say they trained is not known, so that these are proved "
-            "from the driver's lines alone"
-        )
-    left_out = 0
-    for line in lines:
-        step, skipped = line["step"], NOT_FINITE in line.get("dropped", {})
-        left_out += skipped
-        if _RECORD in line:
-            passes, updates = 0 if skipped else training.inner_epochs, (step - left_out) * training.updates_per_step
-            problems += [f"step {step}: {what}" for what in differences(line, training.batch_size, passes, updates)]
-        elif begun is not None and step > begun:
-            problems.append(f"step {step}: no rank says what it trained")
-    return notes, problems
-
-
-def described(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Describe how many ranks and steps have a record."""
-    recorded = [line[_RECORD] for line in lines if isinstance(line.get(_RECORD), list)]
-    if not recorded:
-        return "no record of what they trained"
-    return f"{len(recorded[-1])}, whose own records were compared in {len(recorded)} of {len(lines)} steps"
 
 
 def differences(line: Mapping[str, Any], batch_size: int, passes: int, updates: int) -> list[str]:
@@ -154,5 +119,7 @@ def _numbers(ranges: Sequence[int | Sequence[int]]) -> list[int]:
     """Undo `_ranges`."""
     found: list[int] = []
     for each in ranges:
+        if not isinstance(each, int) and each[1] - each[0] > _LONGEST:
+            raise ValueError(f"samples {each[0]} to {each[1]}")
         found += [each] if isinstance(each, int) else range(each[0], each[1] + 1)
     return found

@@ -3,31 +3,36 @@
 The order of samples is a function of the config: step s trains ids [(s - 1) * batch_size, s * batch_size), and the prompt of an
 id follows from the seed. So the files are checked against the config, against each other, and, if the prompts are available,
 against the prompts. Works on runs that have ended, were interrupted, or are still going; a step counts once its line is
-complete.
+complete. Ledger and metrics are read as streams: memory does not grow with the samples.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby, pairwise
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
+
+import msgspec
 
 from kdray.config import Config, load_config
-from kdray.config.filters import FILTERS
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.folder import CHANGED, RunFolder, read_lines, started_in
-from kdray.runs.ledger import NOT_FINITE
-from kdray.runs.training_record import compare_records, described
+from kdray.runs.lines.occurrences import Occurrences
+from kdray.runs.lines.streams import stream
+from kdray.runs.verification.proof import SHOWN, Proof
+from kdray.runs.verification.records import RecordChecks
+from kdray.runs.verification.step_checks import Rules, check_ids, check_outcomes, check_prompts
+from kdray.runs.verification.steps import Step, steps_of
 
-_FATES = ("prompt_ids", "tokens", "oldest", "newest", "scored_by")
+__all__ = ["Proof", "verify"]
+
 _ENDS = {
     "start": "unfinished",
     "finished": "finished",
@@ -35,106 +40,45 @@ _ENDS = {
     "stopped": "interrupted",
     "failed": "failed",
 }
-_SHOWN = 5
-"""Maximum number of problems of one kind that are listed individually."""
-
-
-@dataclass
-class Proof:
-    """Result of verifying the files of a run."""
-
-    state: str = "unfinished"
-    """`finished`, `interrupted`, `failed`, or `unfinished`: still going, or killed."""
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    """(name, value) pairs."""
-    notes: list[str] = field(default_factory=list)
-    """Checks that were not possible, with the reason."""
-    problems: list[tuple[str, str]] = field(default_factory=list)
-    """(kind, description with location) pairs."""
-
-    def wrong(self, kind: str, what: str) -> None:
-        self.problems.append((kind, what))
-
-    def described(self) -> list[str]:
-        """Describe the problems, at most a few of each kind."""
-        lines = []
-        for kind in dict.fromkeys(kind for kind, _ in self.problems):
-            found = [f"{kind}: {what}" for one, what in self.problems if one == kind]
-            lines += found[:_SHOWN] + ([f"{kind}: {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
-        return lines
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Well-formed line of the ledger."""
-
-    step: int
-    sample_ids: list[int]
-    by_rule: Mapping[str, list[int]]
-    line: Mapping[str, Any]
-
-    @cached_property
-    def dropped(self) -> set[int]:
-        return {sample_id for ids in self.by_rule.values() for sample_id in ids}
-
-    def column(self, name: str) -> list[Any]:
-        """Return one value per sample; see `kdray.runs.ledger.sample_outcomes`."""
-        value = self.line[name]
-        return value if isinstance(value, list) else [value] * len(self.sample_ids)
-
-    @property
-    def is_left_out(self) -> bool:
-        """True if the whole batch was left out because its loss or gradient was not finite."""
-        return NOT_FINITE in self.by_rule
-
-    @cached_property
-    def kept_tokens(self) -> int:
-        pairs = zip(self.sample_ids, self.column("tokens"), strict=True)
-        return sum(tokens for sample_id, tokens in pairs if sample_id not in self.dropped)
-
-    @cached_property
-    def staleness(self) -> int:
-        return max((self.step - 1 - version for version in self.column("oldest") if version is not None), default=0)
 
 
 def verify(run: Path) -> Proof:
     """Verify the files of a run. Raises: DataError if `run` is not a run folder; ConfigError if its config cannot be read."""
     folder = RunFolder.open(run)
     proof = Proof()
-    events = _lines(proof, folder.events)
+    events = _events(proof, folder.events)
     config = load_config(folder.config, (), started_in(events))
     proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
-    ledger = folder.path / "ledger.jsonl"
-    steps, metrics = list(_steps(proof, ledger)), _lines(proof, folder.metrics)
+    dataset = _prompts_of(proof, config)
+    checkpoints = sorted(folder.checkpoints.glob(f"step-*/{COMMITTED}"))
+    read = {marker: _read_checkpoint(proof, marker) for marker in checkpoints}
+    ledger = _Ledger(proof, config, events, dataset, [each["step"] for each in read.values() if each is not None])
+    path = folder.path / "ledger.jsonl"
+    for line in steps_of(proof, path):
+        ledger.add(line)
+    ledger.close()
+    has_metrics = _check_metrics(proof, ledger, folder.metrics, events)
     # A run killed before the end of its first step may not have them yet.
-    if proof.state == "finished" or len(steps) > 1 or metrics:
-        for path in (ledger, folder.metrics, folder.events):
-            if not path.exists():
-                proof.wrong("missing", f"{path.name} is not there")
-    done = config.training.steps if proof.state == "finished" else max((line.step for line in steps), default=0)
-    _check_ids(proof, steps, done, config.training.batch_size)
-    _check_dropped(proof, steps, config, events)
-    told = _with_outcomes(proof, steps)
-    _check_outcomes(proof, told, config)
-    _check_training(proof, told, config)
-    _check_metrics(proof, steps, told, metrics, events, config)
-    dataset = _check_prompts(proof, told, config)
+    if proof.state == "finished" or ledger.num_steps > 1 or has_metrics:
+        for each in (path, folder.metrics, folder.events):
+            if not each.exists():
+                proof.wrong("missing", f"{each.name} is not there")
     if config.run.storage is not None:
         proof.notes.append("checkpoints in run.storage were not looked at")
-    checkpoints = sorted(folder.checkpoints.glob(f"step-*/{COMMITTED}"))
-    for marker in checkpoints:
-        _check_checkpoint(proof, marker, told, config)
+    for marker, progress in read.items():
+        if progress is not None:
+            _check_checkpoint(proof, marker, progress, ledger)
     if proof.state == "finished":
-        _check_summary(proof, folder, steps, told, events, dataset, config)
-    proof.facts = _facts(proof, steps, told, events, len(checkpoints), config)
+        _check_summary(proof, folder, ledger, events, dataset)
+    proof.facts = _facts(proof, ledger, events, len(checkpoints))
     return proof
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _lines(proof: Proof, path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a file; empty if it does not exist."""
+def _events(proof: Proof, path: Path) -> list[dict[str, Any]]:
+    """Read the events; empty if there is no file."""
     try:
         return read_lines(path) if path.exists() else []
     except (DataError, UnicodeDecodeError) as error:
@@ -142,145 +86,9 @@ def _lines(proof: Proof, path: Path) -> list[dict[str, Any]]:
     return []
 
 
-def _steps(proof: Proof, path: Path) -> Iterator[_Step]:
-    for number, line in enumerate(_lines(proof, path), start=1):
-        ids, by_rule = line.get("sample_ids"), line.get("dropped", {})
-        named = isinstance(by_rule, dict) and all(_whole_numbers(left_out) for left_out in by_rule.values())
-        if type(line.get("step")) is int and _whole_numbers(ids) and named:
-            yield _Step(line["step"], ids, by_rule, line)
-        else:
-            proof.wrong("unreadable", f"{path.name} line {number} does not say which samples a step trained")
-
-
 def _kind(line: Mapping[str, Any]) -> str:
     """Return the kind of an event."""
     return str(line.get("kind"))
-
-
-def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _with_outcomes(proof: Proof, steps: Sequence[_Step]) -> list[_Step]:
-    """Return the steps if all their lines have the outcome columns; empty if one has only ids."""
-    lacking = [line.step for line in steps if not all(name in line.line for name in (*_FATES, "trained_tokens"))]
-    if lacking and len(lacking) == len(steps):
-        proof.notes.append("the ledger is of an older version: versions, tokens and prompts of its samples are not known")
-        return []
-    uneven = [line.step for line in steps if line.step not in lacking and not _even(line)]
-    for step in lacking + uneven:
-        proof.wrong("outcomes", f"step {step}: its line does not tell versions, tokens and prompt of every sample")
-    return [] if lacking or uneven else list(steps)
-
-
-def _even(line: _Step) -> bool:
-    """Return True if every column has a value of the right type for every sample."""
-    kinds: dict[str, tuple[type, ...]] = {"oldest": (int, type(None)), "newest": (int, type(None)), "scored_by": (str,)}
-    return type(line.line["trained_tokens"]) is int and all(
-        len(values := line.column(name)) == len(line.sample_ids) and all(type(v) in kinds.get(name, (int,)) for v in values)
-        for name in _FATES
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------- checking
-
-
-def _check_ids(proof: Proof, steps: Sequence[_Step], done: int, batch_size: int) -> None:
-    """Check that every step occurs once and in order, and every sample once and in its step."""
-    numbers = [line.step for line in steps]
-    _check_numbers(proof, "ledger.jsonl", numbers, done)
-    for line in steps:
-        if len(line.sample_ids) != batch_size:
-            proof.wrong("batch_size", f"step {line.step} has {len(line.sample_ids)} samples, the config {batch_size}")
-        for sample_id in line.sample_ids:
-            if sample_id // batch_size != line.step - 1:
-                proof.wrong("misplaced", f"sample {sample_id} stands in step {line.step}, not {sample_id // batch_size + 1}")
-    counts = Counter(sample_id for line in steps for sample_id in line.sample_ids)
-    for sample_id in range(done * batch_size):
-        if counts[sample_id] == 0:
-            proof.wrong("lost", f"sample {sample_id}, of step {sample_id // batch_size + 1}, has no outcome")
-    for sample_id, count in counts.items():
-        if count > 1:
-            proof.wrong("twice", f"sample {sample_id} stands there {count} times")
-
-
-def _check_numbers(proof: Proof, name: str, numbers: Sequence[int], done: int) -> None:
-    """Check for steps 1 to `done`, each once, in order."""
-    counts = Counter(numbers)
-    for step in range(1, done + 1):
-        if counts[step] != 1:
-            kind = "twice" if counts[step] else "gap"
-            proof.wrong(kind, f"{name} has {counts[step] or 'no'} lines of step {step}")
-    if beyond := sorted(step for step in counts if not 1 <= step <= done):
-        proof.wrong("beyond", f"{name} has lines of steps {beyond[:_SHOWN]}, and the run has {done} steps")
-    if list(numbers) != sorted(numbers):
-        at = next(after for before, after in pairwise(numbers) if after < before)
-        proof.wrong("order", f"{name}: step {at} stands after later ones")
-
-
-def _check_dropped(proof: Proof, steps: Sequence[_Step], config: Config, events: Sequence[Mapping[str, Any]]) -> None:
-    """Check that an excluded sample belongs to its step and is excluded once, by a rule of the config at the time."""
-    filters = config.rollout.filters
-    rules = set() if filters is None else {rule.type for rule in filters.in_order()}
-    if config.training.skips_not_finite:
-        rules.add(NOT_FINITE)
-    # A resume may have changed them; events name the settings, not every rule that they turned on.
-    changed = _last_change(events, "rollout.filters"), _last_change(events, "training.on_not_finite")
-    for line in steps:
-        if line.is_left_out and set(line.by_rule[NOT_FINITE]) != set(line.sample_ids):
-            proof.wrong("rule", f"step {line.step}: {NOT_FINITE} leaves out a part of its batch, and not the whole")
-        before = {*FILTERS.names()} if line.step <= changed[0] else set()
-        before |= {NOT_FINITE} if line.step <= changed[1] else set()
-        for rule in line.by_rule.keys() - rules - before:
-            proof.wrong("rule", f"step {line.step}: left out by {rule!r}; the config has {sorted(rules) or 'no rules'}")
-        counts = Counter(sample_id for ids in line.by_rule.values() for sample_id in ids)
-        for sample_id, count in counts.items():
-            if count > 1:
-                proof.wrong("twice", f"sample {sample_id} is left out {count} times in step {line.step}")
-            if sample_id not in line.sample_ids:
-                proof.wrong("dropped", f"sample {sample_id} is left out of step {line.step}, which it is no part of")
-
-
-def _check_outcomes(proof: Proof, told: Sequence[_Step], config: Config) -> None:
-    """Check that excluded samples were not trained, staleness is within its bound, and samples of a prompt are adjacent."""
-    siblings, bound = config.rollout.samples_per_prompt, config.rollout.max_staleness
-    for line in told:
-        if line.line["trained_tokens"] != line.kept_tokens:
-            proof.wrong(
-                "tokens",
-                f"step {line.step} trained {line.line['trained_tokens']} tokens; its samples, without those left out, have "
-                f"{line.kept_tokens}",
-            )
-        versions = zip(line.sample_ids, line.column("oldest"), line.column("newest"), line.column("tokens"), strict=True)
-        for sample_id, oldest, newest, tokens in versions:
-            if (oldest is None) != (tokens == 0) or (newest is None) != (tokens == 0):
-                proof.wrong("versions", f"sample {sample_id} has {tokens} tokens, drawn by versions {oldest} to {newest}")
-            elif tokens and not max(0, line.step - 1 - bound) <= oldest <= newest <= line.step - 1:
-                proof.wrong(
-                    "staleness",
-                    f"sample {sample_id} was drawn by versions {oldest} to {newest} and trained on version {line.step - 1}; "
-                    f"rollout.max_staleness={bound}",
-                )
-        by_prompt = groupby(zip(line.sample_ids, line.column("prompt_ids"), strict=True), lambda pair: pair[0] // siblings)
-        for _, group in by_prompt:
-            pairs = list(group)
-            if len({prompt_id for _, prompt_id in pairs}) > 1:
-                proof.wrong("prompts", f"samples {[sample_id for sample_id, _ in pairs]} are of one prompt, and have several")
-
-
-def _last_change(events: Sequence[Mapping[str, Any]], setting: str) -> int:
-    """Return the step of the last resume that changed a setting, or one below it; 0 if none did."""
-    names = [(str(line.get("setting")), line.get("step")) for line in events if _kind(line) == CHANGED]
-    changed = [step for name, step in names if name == setting or name.startswith(f"{setting}.")]
-    return max((step for step in changed if type(step) is int), default=0)
-
-
-def _check_training(proof: Proof, told: Sequence[_Step], config: Config) -> None:
-    """Check each rank's own record of what it trained against the rollouts that it was given, and its optimizer's counter."""
-    notes, problems = compare_records([line.line for line in told], config.training)
-    proof.notes += notes
-    for what in problems:
-        proof.wrong("training", what)
 
 
 def _resumed_step(events: Sequence[Mapping[str, Any]]) -> int | None:
@@ -288,60 +96,13 @@ def _resumed_step(events: Sequence[Mapping[str, Any]]) -> int | None:
     return next((line.get("resumed_step") for line in reversed(events) if _kind(line) == "start"), None)
 
 
-def _check_metrics(
-    proof: Proof,
-    steps: Sequence[_Step],
-    told: Sequence[_Step],
-    metrics: Sequence[Mapping[str, Any]],
-    events: Sequence[Mapping[str, Any]],
-    config: Config,
-) -> None:
-    """Check for one line per step of the ledger, and for agreement of the numbers that both files have."""
-    numbers = [line.get("step") for line in metrics]
-    if not _whole_numbers(numbers):
-        proof.wrong("unreadable", "metrics.jsonl has a line without a step")
-        return
-    last, reached = max((line.step for line in steps), default=0), max(numbers, default=0)
-    # A step's line is written to the ledger first; after a kill at that point, or during the write, the other is missing. A
-    # resume takes lines back from metrics.jsonl first, and may be killed at that point too.
-    cut = proof.state != "finished" and reached in (last - 1, _resumed_step(events)) and reached <= last
-    _check_numbers(proof, "metrics.jsonl", numbers, reached if cut else last)
-    by_step = {line.step: line for line in told}
-    for line in metrics:
-        step, staleness = line["step"], line.get("staleness_max")
-        if isinstance(staleness, int | float) and staleness > config.rollout.max_staleness:
-            proof.wrong(
-                "staleness", f"step {step}: staleness_max={staleness:g}; rollout.max_staleness={config.rollout.max_staleness}"
-            )
-        if (entry := by_step.get(step)) is None:
-            continue
-        size = len(entry.sample_ids)
-        wanted = {
-            "staleness_max": float(entry.staleness),
-            "response_tokens": sum(entry.column("tokens")) / size if size else 0.0,
-            "filtered": len(entry.dropped) / size if entry.dropped else None,
-        }
-        for name, value in wanted.items():
-            found = line.get(name)
-            alike = isinstance(found, int | float) and value is not None and math.isclose(found, value, rel_tol=1e-9)
-            if not alike and not found is value is None:
-                proof.wrong("metrics", f"step {step}: {name}={found}, and the ledger says {value}")
-
-
-def _check_prompts(proof: Proof, told: Sequence[_Step], config: Config) -> Dataset | None:
-    """Check that seed and position give every sample's prompt; return the prompts, if available."""
+def _prompts_of(proof: Proof, config: Config) -> Dataset | None:
+    """Return the prompts, if available."""
     try:
-        dataset = _dataset(config)
+        return _dataset(config)
     except KdrayError as error:
         proof.notes.append(f"which prompt a sample is was not computed again: {error}")
         return None
-    stream = PromptStream(dataset.train, config.run.seed)
-    for line in told:
-        for sample_id, prompt_id in zip(line.sample_ids, line.column("prompt_ids"), strict=True):
-            wanted = stream.at(max(0, sample_id) // config.rollout.samples_per_prompt).prompt_id
-            if prompt_id != wanted:
-                proof.wrong("prompts", f"sample {sample_id} was prompt {prompt_id}; seed and data give prompt {wanted}")
-    return dataset
 
 
 def _dataset(config: Config) -> Dataset:
@@ -359,40 +120,237 @@ def _dataset(config: Config) -> Dataset:
     return load_dataset(config, student_tokenizer(config), references=False)
 
 
-def _check_checkpoint(proof: Proof, marker: Path, told: Sequence[_Step], config: Config) -> None:
-    """Check that the totals of a checkpoint are those of its steps."""
-    name = marker.parent.name
+# ------------------------------------------------------------------------------------------------------------- ledger
+
+
+class _Numbers:
+    """Numbers of steps in a file: how often each is there, and in which order."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.counts = Occurrences()
+        self.last = 0
+        """Greatest number."""
+        self._before = 0
+        self._disordered: int | None = None
+
+    def add(self, step: int) -> None:
+        self.counts.add([step])
+        if self.counts.total > 1 and step < self._before and self._disordered is None:
+            self._disordered = step
+        self._before, self.last = step, max(self.last, step)
+
+    def check(self, proof: Proof, done: int) -> None:
+        """Check for steps 1 to `done`, each once, in order."""
+        name = self._name
+        for begin, end in self.counts.missing(1, done + 1):
+            proof.wrong_range("gap", begin, end, lambda step: f"{name} has no lines of step {step}")
+        beyond = []
+        for begin, end, times in self.counts.ranges():
+            if times > 1:
+                told = f"{name} has {times} lines of step {{}}"
+                proof.wrong_range("twice", max(1, begin), max(1, min(end, done + 1)), told.format)
+            beyond += [*range(begin, min(end, 1))[:SHOWN], *range(max(begin, done + 1), end)[:SHOWN]]
+        if beyond:
+            proof.wrong("beyond", f"{name} has lines of steps {beyond[:SHOWN]}, and the run has {done} steps")
+        if self._disordered is not None:
+            proof.wrong("order", f"{name}: step {self._disordered} stands after later ones")
+
+
+class _Ledger:
+    """The lines of a ledger: each is checked when it is added, and what the other files should say is summed up."""
+
+    def __init__(
+        self,
+        proof: Proof,
+        config: Config,
+        events: Sequence[Mapping[str, Any]],
+        dataset: Dataset | None,
+        checkpoints: Sequence[int],
+    ) -> None:
+        """Args: checkpoints: steps with a checkpoint, whose totals are summed up."""
+        self._proof = proof
+        self.config = config
+        self._rules = Rules(config, events)
+        self.records = RecordChecks(config.training)
+        self._stream = None if dataset is None else PromptStream(dataset.train, config.run.seed)
+        self._numbers = _Numbers("ledger.jsonl")
+        self.samples = Occurrences()
+        self.left_out: Counter[str] = Counter()
+        """Samples by the rule that left them out."""
+        self.batches_left_out: list[int] = []
+        self.scorers: Counter[str] = Counter()
+        self.staleness = 0
+        self.metrics: dict[int, tuple[int, int, int, int]] = {}
+        """Staleness, tokens, samples and samples left out, by step: what the metrics are compared with."""
+        self._last_told = 0
+        self._boundaries = sorted(set(checkpoints))
+        self._sums = [[0, 0, 0] for _ in range(len(self._boundaries) + 1)]
+        """Prompts, tokens trained and tokens drawn of the steps up to each boundary, without those up to the one before."""
+        self._lacking: list[int] = []
+        self._uneven: list[int] = []
+
+    def add(self, line: Step) -> None:
+        """Check the next line."""
+        config = self.config
+        self._numbers.add(line.step)
+        self.samples.add(line.sample_ids)
+        check_ids(self._proof, line, config.training.batch_size)
+        self._rules.check(self._proof, line)
+        self.left_out.update({rule: len(ids) for rule, ids in line.by_rule.items()})
+        if line.is_left_out:
+            self.batches_left_out.append(line.step)
+        if line.outcomes is None:
+            (self._lacking if line.lacks_outcomes else self._uneven).append(line.step)
+            return
+        check_outcomes(self._proof, line, config)
+        self.records.check(self._proof, line)
+        if self._stream is not None:
+            check_prompts(self._proof, line, self._stream, config.rollout.samples_per_prompt)
+        self._sum_up(line)
+
+    def _sum_up(self, line: Step) -> None:
+        scored = line.told.scored_by
+        self.scorers.update(scored if isinstance(scored, list) else {scored: len(line.sample_ids)})
+        self.staleness = max(self.staleness, line.staleness)
+        self.metrics[line.step] = (line.staleness, line.drawn_tokens, len(line.sample_ids), len(line.dropped))
+        self._last_told = line.step
+        sums = self._sums[bisect_left(self._boundaries, line.step)]
+        sums[0] += len(line.sample_ids) // self.config.rollout.samples_per_prompt
+        sums[1] += line.kept_tokens
+        sums[2] += line.drawn_tokens
+
+    def close(self) -> None:
+        """Check what only the whole file tells."""
+        proof, batch_size = self._proof, self.config.training.batch_size
+        done = self.config.training.steps if proof.state == "finished" else self._numbers.last
+        self._numbers.check(proof, done)
+        for begin, end in self.samples.missing(0, done * batch_size):
+            proof.wrong_range("lost", begin, end, lambda id_: f"sample {id_}, of step {id_ // batch_size + 1}, has no outcome")
+        for begin, end, times in self.samples.ranges():
+            if times > 1:
+                proof.wrong_range("twice", begin, end, f"sample {{}} stands there {times} times".format)
+        if self._lacking and len(self._lacking) == self.num_steps:
+            proof.notes.append("the ledger is of an older version: versions, tokens and prompts of its samples are not known")
+        else:
+            for step in self._lacking + self._uneven:
+                proof.wrong("outcomes", f"step {step}: its line does not tell versions, tokens and prompt of every sample")
+        if self.is_told:
+            proof.notes += self.records.notes()
+
+    @property
+    def num_steps(self) -> int:
+        """Number of lines."""
+        return self._numbers.counts.total
+
+    @property
+    def last(self) -> int:
+        """Last step of the ledger."""
+        return self._numbers.last
+
+    @property
+    def last_told(self) -> int:
+        """Step of the last line with outcomes."""
+        return self._last_told
+
+    @property
+    def is_told(self) -> bool:
+        """True if every line has outcomes, and there are lines."""
+        return bool(self.metrics) and not self._lacking and not self._uneven
+
+    def sums(self, step: int | None = None) -> tuple[int, int, int]:
+        """Prompts, tokens trained and tokens drawn in the steps up to a checkpoint's; of all without one."""
+        until = len(self._boundaries) if step is None else self._boundaries.index(step)
+        *_, found = accumulate(self._sums[: until + 1], lambda one, other: [a + b for a, b in zip(one, other, strict=True)])
+        return found[0], found[1], found[2]
+
+
+# -------------------------------------------------------------------------------------------------------- other files
+
+
+class _Metrics(msgspec.Struct):
+    """Line of metrics.jsonl, of whose values those that are checked may be anything."""
+
+    step: int
+    staleness_max: Any = None
+    response_tokens: Any = None
+    filtered: Any = None
+
+
+def _check_metrics(proof: Proof, ledger: _Ledger, path: Path, events: Sequence[Mapping[str, Any]]) -> bool:
+    """Check for one line per step of the ledger, and for agreement of the numbers that both files have.
+
+    Returns: True if there are lines.
+    """
+    numbers, unreadable = _Numbers("metrics.jsonl"), False
+
+    def wrong(error: DataError) -> None:
+        nonlocal unreadable
+        unreadable = True
+        proof.wrong("unreadable", str(error))
+
+    bound = ledger.config.rollout.max_staleness
+    for line, _ in stream(path, _Metrics, wrong):
+        numbers.add(line.step)
+        staleness = line.staleness_max
+        if isinstance(staleness, int | float) and staleness > bound:
+            proof.wrong("staleness", f"step {line.step}: staleness_max={staleness:g}; rollout.max_staleness={bound}")
+        if ledger.is_told and (entry := ledger.metrics.get(line.step)) is not None:
+            _compare(proof, line, *entry)
+    if not unreadable:
+        last, reached = ledger.last, numbers.last
+        # A step's line is written to the ledger first; after a kill at that point, or during the write, the other is missing.
+        # A resume takes lines back from metrics.jsonl first, and may be killed at that point too.
+        cut = proof.state != "finished" and reached in (last - 1, _resumed_step(events)) and reached <= last
+        numbers.check(proof, reached if cut else last)
+    return numbers.counts.total > 0
+
+
+def _compare(proof: Proof, line: _Metrics, staleness: int, tokens: int, size: int, left_out: int) -> None:
+    """Compare a line of the metrics with what the ledger has of its step."""
+    wanted = {
+        "staleness_max": (line.staleness_max, float(staleness)),
+        "response_tokens": (line.response_tokens, tokens / size if size else 0.0),
+        "filtered": (line.filtered, left_out / size if left_out else None),
+    }
+    for name, (found, value) in wanted.items():
+        alike = isinstance(found, int | float) and value is not None and math.isclose(found, value, rel_tol=1e-9)
+        if not alike and not found is value is None:
+            proof.wrong("metrics", f"step {line.step}: {name}={found}, and the ledger says {value}")
+
+
+def _read_checkpoint(proof: Proof, marker: Path) -> dict[str, Any] | None:
+    """Read step and totals of a checkpoint; None if its marker cannot be read."""
     try:
         progress = json.loads(marker.read_text(encoding="utf-8"))
         step, totals = progress["step"], progress["totals"]
         if type(step) is not int:
             raise TypeError(f"step={step!r}")
-        consumed, trained, generated = (totals[key] for key in ("prompts_consumed", "trained_tokens", "tokens_generated"))
+        return {"step": step} | {key: totals[key] for key in ("prompts_consumed", "trained_tokens", "tokens_generated")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        proof.wrong("checkpoint", f"{name}/{marker.name} cannot be read: {error!r}")
+        proof.wrong("checkpoint", f"{marker.parent.name}/{marker.name} cannot be read: {error!r}")
+        return None
+
+
+def _check_checkpoint(proof: Proof, marker: Path, progress: Mapping[str, Any], ledger: _Ledger) -> None:
+    """Check that the totals of a checkpoint are those of its steps."""
+    name, step = marker.parent.name, progress["step"]
+    if not ledger.is_told or step > ledger.config.training.steps:
         return
-    if not told or step > config.training.steps:
-        return
-    if step > told[-1].step:
+    if step > ledger.last_told:
         if proof.state == "finished":
-            proof.wrong("checkpoint", f"{name} has {step} steps, the ledger {told[-1].step}")
+            proof.wrong("checkpoint", f"{name} has {step} steps, the ledger {ledger.last_told}")
         else:
             proof.notes.append(f"{name} is ahead of the ledger: the run goes on from an older one")
         return
-    known = [line for line in told if line.step <= step]
-    _agree(proof, "checkpoint", name, "prompts_consumed", consumed, _prompts(known, config))
-    _agree(proof, "checkpoint", name, "trained_tokens", trained, sum(line.kept_tokens for line in known))
-    _at_least(proof, "checkpoint", name, generated, known)
+    prompts, trained, drawn = ledger.sums(step)
+    _agree(proof, "checkpoint", name, "prompts_consumed", progress["prompts_consumed"], prompts)
+    _agree(proof, "checkpoint", name, "trained_tokens", progress["trained_tokens"], trained)
+    _at_least(proof, "checkpoint", name, progress["tokens_generated"], drawn)
 
 
 def _check_summary(
-    proof: Proof,
-    folder: RunFolder,
-    steps: Sequence[_Step],
-    told: Sequence[_Step],
-    events: Sequence[Mapping[str, Any]],
-    dataset: Dataset | None,
-    config: Config,
+    proof: Proof, folder: RunFolder, ledger: _Ledger, events: Sequence[Mapping[str, Any]], dataset: Dataset | None
 ) -> None:
     """Check that the numbers of summary.json agree with the other files."""
     try:
@@ -400,24 +358,26 @@ def _check_summary(
     except DataError as error:
         proof.wrong("summary", str(error))
         return
-    counts = Counter(sample_id for line in steps for sample_id in line.sample_ids)
+    config = ledger.config
     starts = [line for line in events if _kind(line) == "start"]
+    samples = config.training.steps * config.training.batch_size
+    _, trained, drawn = ledger.sums()
     wanted: dict[str, Any] = {
         "steps": config.training.steps,
-        "lost_samples": sum(not counts[sample_id] for sample_id in range(config.training.steps * config.training.batch_size)),
-        "duplicated_samples": sum(count - 1 for count in counts.values()),
-        "prompts_consumed": config.training.steps * config.training.batch_size // config.rollout.samples_per_prompt,
+        "lost_samples": sum(end - begin for begin, end in ledger.samples.missing(0, samples)),
+        "duplicated_samples": ledger.samples.repeated,
+        "prompts_consumed": samples // config.rollout.samples_per_prompt,
     }
     if starts:
         wanted["resumed_from_step"] = starts[-1].get("resumed_step")
     if dataset is not None:
         wanted["dropped_prompts"] = dataset.dropped
-    if told and not config.training.finetune.steps:
-        wanted["trained_tokens"] = sum(line.kept_tokens for line in told)
+    if ledger.is_told and not config.training.finetune.steps:
+        wanted["trained_tokens"] = trained
     for key, value in wanted.items():
         _agree(proof, "summary", "summary.json", key, summary.get(key, "nothing"), value)
-    if told:
-        _at_least(proof, "summary", "summary.json", summary.get("tokens_generated"), told)
+    if ledger.is_told:
+        _at_least(proof, "summary", "summary.json", summary.get("tokens_generated"), drawn)
 
 
 def _agree(proof: Proof, kind: str, name: str, key: str, found: Any, wanted: Any) -> None:
@@ -425,15 +385,10 @@ def _agree(proof: Proof, kind: str, name: str, key: str, found: Any, wanted: Any
         proof.wrong(kind, f"{name} says {key}={found}, the other files {wanted}")
 
 
-def _at_least(proof: Proof, kind: str, name: str, generated: Any, told: Sequence[_Step]) -> None:
+def _at_least(proof: Proof, kind: str, name: str, generated: Any, drawn: int) -> None:
     """Check for at least the expected tokens: samples redrawn after a kill were generated twice, so more are consistent."""
-    drawn = sum(sum(line.column("tokens")) for line in told)
     if not isinstance(generated, int) or generated < drawn:
         proof.wrong(kind, f"{name} says tokens_generated={generated}, and the ledger alone has {drawn}")
-
-
-def _prompts(steps: Sequence[_Step], config: Config) -> int:
-    return sum(len(line.sample_ids) // config.rollout.samples_per_prompt for line in steps)
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
@@ -443,36 +398,25 @@ def _changed(event: Mapping[str, Any]) -> str:
     return f"{event.get('setting')} after step {event.get('step')}: {event.get('old')} -> {event.get('new')}"
 
 
-def _facts(
-    proof: Proof,
-    steps: Sequence[_Step],
-    told: Sequence[_Step],
-    events: Sequence[Mapping[str, Any]],
-    checkpoints: int,
-    config: Config,
-) -> list[tuple[str, str]]:
-    rules = Counter({rule: 0 for line in steps for rule in line.by_rule})
-    for line in steps:
-        rules.update({rule: len(ids) for rule, ids in line.by_rule.items()})
-    samples = sum(len(line.sample_ids) for line in steps)
+def _facts(proof: Proof, ledger: _Ledger, events: Sequence[Mapping[str, Any]], checkpoints: int) -> list[tuple[str, str]]:
+    rules, samples, config = ledger.left_out, ledger.samples.total, ledger.config
     resumed = [line["resumed_step"] for line in events if _kind(line) == "start" and line.get("resumed_step") is not None]
     retries = [line.get("rollouts") for line in events if _kind(line) == "retry"]
     facts = [
-        ("run", f"{proof.state}, {len(steps)} of {config.training.steps} steps"),
+        ("run", f"{proof.state}, {ledger.num_steps} of {config.training.steps} steps"),
         ("samples", f"{samples}, each with one outcome"),
         ("trained", f"{samples - sum(rules.values())}, each in its step"),
         ("left out", ", ".join(f"{count} by {rule}" for rule, count in rules.items()) or "0"),
     ]
-    if batches := [line.step for line in steps if line.is_left_out]:
-        facts.append(("batches left out", f"{len(batches)}, not finite: step {', '.join(map(str, batches[:_SHOWN]))}"))
-    if told:
-        scorers = Counter(teacher for line in told for teacher in line.column("scored_by"))
-        named = (f"{count} by {teacher}" if teacher else f"{count} not scored" for teacher, count in scorers.items())
+    if batches := ledger.batches_left_out:
+        facts.append(("batches left out", f"{len(batches)}, not finite: step {', '.join(map(str, batches[:SHOWN]))}"))
+    if ledger.is_told:
+        named = (f"{count} by {teacher}" if teacher else f"{count} not scored" for teacher, count in ledger.scorers.items())
         facts += [
             ("scored", ", ".join(named)),
-            ("tokens trained", str(sum(line.kept_tokens for line in told))),
-            ("ranks", described([line.line for line in told])),
-            ("staleness", f"at most {max(line.staleness for line in told)} of {config.rollout.max_staleness} steps"),
+            ("tokens trained", str(ledger.sums()[1])),
+            ("ranks", ledger.records.described()),
+            ("staleness", f"at most {ledger.staleness} of {config.rollout.max_staleness} steps"),
         ]
     facts += [
         ("metrics", "a line a step, as in the ledger"),

@@ -42,7 +42,7 @@ from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
 from kdray.runs.context import Checked, RunContext, resolve_models
 from kdray.runs.folder import CAPTURE, RunFolder
 from kdray.runs.lease import Lease, leased
-from kdray.runs.remote_copy import StoredRun
+from kdray.runs.remote_copy import METRICS, StoredRun, num_stored_lines
 from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import intervals_of
@@ -96,6 +96,9 @@ def run(
         checked |= {name: check(each, given) for name, each in configs.items() if name}
     stored = {name: StoredRun.of(each) for name, each in configs.items()}
     with leased(config, stored[""]) as lease:
+        for each in stored.values():
+            if each is not None:
+                each.guard = lease.check_everywhere
         return _run(configs, checked, stored, resume, lease, on_phase)
 
 
@@ -285,7 +288,7 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
     found, passed_over = newest_checkpoint(places)
     if found is None:
         for place in places:
-            trained = (place.read("metrics.jsonl") or b"").count(b"\n")
+            trained = num_stored_lines(place, METRICS)
             if trained:
                 looked = " or ".join(f"{place.url}/checkpoints" for place in places)
                 raise ConfigError(

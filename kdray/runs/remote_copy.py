@@ -1,24 +1,33 @@
 """Copy of a run folder in `run.storage`: uploads by the driver, and restoring a run from it.
 
 The run folder remains the driver's working copy. Files that a resume needs are uploaded before a checkpoint is committed, and
-the results at the end. The storage has the same layout as the run folder.
+the results at the end. The storage has the same layout as the run folder, but for the files that only grow: it has them in
+segments (`kdray.runs.lines.segments`), each sent once. Storages of earlier versions have them whole, which is read, too.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kdray.config import Config
 from kdray.errors import ConfigError, DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
-from kdray.runs.folder import LEASE, TRACKER_IDS, RunFolder, parse_lines, read_lines
-from kdray.runs.storage import Storage
+from kdray.runs.folder import LEASE, TRACKER_IDS, RunFolder, unguarded
+from kdray.runs.lines.segments import SEGMENTS, GrowingFile, Segment, chain, fetch_segments, matching, segments_of
+from kdray.runs.lines.streams import end_of_step, next_step
+from kdray.runs.storage import Storage, part_chunks
 
 LEDGER = "ledger.jsonl"
-_LINES = ("metrics.jsonl", LEDGER)
+METRICS = "metrics.jsonl"
+_LINES = (METRICS, LEDGER)
 """Files with one line per step."""
-_FILES = ("config.yaml", *_LINES, "events.jsonl", "teachers.json", TRACKER_IDS)
-_FOLDERS = ("samples", "evaluations", "tb")
+_GROWING = (*_LINES, "events.jsonl")
+"""Files that are only appended to, but for what a resume drops at their end; those in `tb/` are, too."""
+_CURVES = "tb"
+_FILES = ("config.yaml", "teachers.json", TRACKER_IDS)
+_FOLDERS = ("samples", "evaluations")
 _RESULTS = ("summary.json", "report.html")
 _UNREAD = ("checkpoints/", "logs/", "peers/", "capture/", LEASE)
 """Files that are not needed by the commands that read a run."""
@@ -30,8 +39,13 @@ class StoredRun:
     def __init__(self, folder: RunFolder, storage: Storage) -> None:
         self.folder = folder
         self.storage = storage
+        self.guard: Callable[[], None] = unguarded
+        """Called before anything is sent; raises if another driver has taken over the run."""
         self._sent: dict[str, tuple[int, int]] = {}
         """Modification time and size of uploaded files, by key."""
+        self._growing: dict[str, GrowingFile] = {}
+        self._found: dict[str, list[Segment]] | None = None
+        """Segments in the storage before the first upload."""
 
     @classmethod
     def of(cls, config: Config) -> StoredRun | None:
@@ -52,12 +66,31 @@ class StoredRun:
     # ----------------------------------------------------------------------------------------------------- sending
 
     def send(self) -> int:
-        """Upload the changed files among those that a resume needs; return the bytes sent. Raises: StorageError."""
-        return self._send([*_FILES, *self._below(*_FOLDERS)])
+        """Upload the changed files among those that a resume needs; return the bytes sent. Raises: StorageError; LeaseLost."""
+        self.guard()
+        # Those with a line for each step first: what others say of steps is then there, too.
+        return self._send_growing([*_GROWING, *self._below(_CURVES)]) + self._send([*_FILES, *self._below(*_FOLDERS)])
 
     def send_results(self) -> int:
         """Upload the results too; the ranks have already uploaded the student."""
         return self.send() + self._send(list(_RESULTS))
+
+    def _send_growing(self, names: Iterable[str]) -> int:
+        if self._found is None:
+            self._found = segments_of(self.storage.list(SEGMENTS))
+            # Of an earlier version, which had them whole: segments replace them.
+            whole = {name for name in self.storage.list() if name in _GROWING or name.startswith(f"{_CURVES}/")}
+        else:
+            whole = set()
+        found = self._found
+        there = [name for name in names if (self.folder.path / name).is_file()]
+        for name in there:
+            if name not in self._growing:
+                self._growing[name] = GrowingFile(self.storage, name, self.folder.path / name)
+        sent = self.storage.several(lambda name: self._growing[name].send(found.get(name, [])), there)
+        for name in whole & set(there):
+            self.storage.delete(name)
+        return sum(sent.values())
 
     def _below(self, *folders: str) -> list[str]:
         path = self.folder.path
@@ -93,33 +126,63 @@ class StoredRun:
     def fetch(self, step: int) -> bool:
         """Prepare the run folder for continuing from `step`; return True if files were fetched for it.
 
-        Local files are kept if they match the stored history up to that step: there is a config.yaml, and metrics.jsonl and
-        ledger.jsonl have exactly the stored lines for the steps up to it. Otherwise (there are none, they end earlier, or
-        another machine continued from an earlier step) the stored files replace them.
+        Local files are kept if they match the stored history up to that step: there is a config.yaml, and what the storage has
+        of metrics.jsonl and ledger.jsonl for the steps up to it are the first lines here. Otherwise (there are none, they end
+        earlier, or another machine continued from an earlier step) the stored files replace them.
         Raises: StorageError, DataError.
         """
-        if self.folder.config.is_file() and all(self._tells(name, step) for name in _LINES):
-            return False
         there = self.storage.list()
-        wanted = [name for name in there if name in _FILES or name.startswith(tuple(f"{each}/" for each in _FOLDERS))]
-        if "config.yaml" not in wanted:
+        if self.folder.config.is_file() and all(self._tells(name, step, there) for name in _LINES):
             return False
-        self.storage.get_files({name: self.folder.path / name for name in wanted})
+        if "config.yaml" not in there:
+            return False
+        wanted = {*_FILES, *_GROWING}
+        folders = tuple(f"{each}/" for each in (*_FOLDERS, _CURVES))
+        _get(self.storage, there, self.folder.path, lambda name: name in wanted or name.startswith(folders))
         return True
 
-    def _tells(self, name: str, step: int) -> bool:
-        """Return True if the local file has the stored lines of the steps up to `step`."""
+    def _tells(self, name: str, step: int, there: Iterable[str]) -> bool:
+        """Return True if the local file begins with the stored lines of the steps up to `step`."""
         path = self.folder.path / name
-        stored = self.storage.read(name)
-        if stored is None:
+        parts = chain(segments_of(there).get(name, []))
+        if not parts and name not in there:
             return True
         try:
-            here = read_lines(path) if path.is_file() else []
+            end, _ = end_of_step(path, step)
         except DataError:
             # Damaged; the stored file is intact.
             return False
-        there = parse_lines(stored.decode("utf-8"), f"{self.storage.url}/{name}")
-        return [line for line in here if line["step"] <= step] == [line for line in there if line["step"] <= step]
+        # Lines up to `end` count here. Whole segments are told by their names, and the one in which they end is read.
+        same = matching(parts, path, end)
+        begin = same[-1].end if same else 0
+        key = name if not parts else f"{SEGMENTS}/{name}/{parts[len(same)].name}" if len(same) < len(parts) else None
+        if key is None:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "part"
+            size = self.storage.get(key, part).size
+            here, stored = (part_chunks(path, begin, end), part_chunks(part, 0, end - begin))
+            if size < end - begin or any(one != other for one, other in zip(here, stored, strict=True)):
+                return False
+            following = next_step(part, end - begin)
+            return following is None or following > step
+
+
+def _get(storage: Storage, there: Iterable[str], to: Path, wanted: Callable[[str], bool]) -> None:
+    """Download the wanted files of a run, by their names in the run folder; those in segments are put together."""
+    segments = {name: found for name, found in segments_of(there).items() if wanted(name)}
+    whole = [key for key in there if wanted(key) and not key.startswith(f"{SEGMENTS}/") and key not in segments]
+    storage.get_files({name: to / name for name in whole})
+    fetch_segments(storage, {name: to / name for name in segments}, segments)
+
+
+def num_stored_lines(storage: Storage, name: str) -> int:
+    """Count the lines of a file of a run in its storage, or in a run folder."""
+    there = storage.list()
+    with tempfile.TemporaryDirectory() as folder:
+        _get(storage, there, Path(folder), lambda each: each == name)
+        path = Path(folder) / name
+        return sum(1 for _ in path.open("rb")) if path.is_file() else 0
 
 
 def fetch_results(url: str, to: Path) -> Path:
@@ -129,10 +192,10 @@ def fetch_results(url: str, to: Path) -> Path:
     """
     storage = Storage(url, patience_s=15.0)
     try:
-        names = [name for name in storage.list() if not name.startswith(_UNREAD)]
-        if "config.yaml" not in names:
+        there = storage.list()
+        if "config.yaml" not in there:
             raise DataError(f"{url}: holds no run (there is no config.yaml); give a URL such as s3://bucket/folder/<name>")
-        storage.get_files({name: to / name for name in names})
+        _get(storage, there, to, lambda name: not name.startswith(_UNREAD))
     except (KdrayError, OSError, ValueError) as error:
         raise error if isinstance(error, DataError) else DataError(f"{url}: cannot be read: {error}") from error
     return to

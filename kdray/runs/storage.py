@@ -168,6 +168,10 @@ class Storage:
             return self._patiently(f"write {key}", lambda: self._move(path, key))
         return self._patiently(f"write {key}", lambda: self._write(key, _chunks_of(path)))
 
+    def put_part(self, path: Path, begin: int, end: int, key: str) -> FileDigest:
+        """Upload the bytes of a local file from `begin` to before `end`, as a file of its own."""
+        return self._patiently(f"write {key}", lambda: self._write(key, part_chunks(path, begin, end)))
+
     def read(self, key: str) -> bytes | None:
         """Read a file's content; None if it does not exist."""
 
@@ -236,6 +240,11 @@ class Storage:
     def put_files(self, files: Mapping[str, Path], move: bool = False) -> dict[str, FileDigest]:
         """Upload several files in parallel, as `put` does; return digests by key."""
         return _several(lambda item: self.put(item[1], item[0], move), files.items(), files)
+
+    def several(self, work: Callable[[str], T], keys: Iterable[str]) -> dict[str, T]:
+        """Call `work` for several keys in parallel; return its results by key."""
+        wanted = list(keys)
+        return _several(work, wanted, wanted)
 
     def put_tree(self, folder: Path, key: str, move: bool = False) -> dict[str, FileDigest]:
         """Upload all files of a folder below `key`; return their digests by path in the folder."""
@@ -348,6 +357,14 @@ def _several(work: Callable[[Any], T], items: Iterable[Any], names: Iterable[str
 def _chunks_of(path: Path) -> Iterator[bytes]:
     with path.open("rb") as source:
         yield from _chunks(source)
+
+
+def part_chunks(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes of a file from `begin` to before `end`, or to its end if that comes first."""
+    with path.open("rb") as source:
+        source.seek(begin)
+        while (left := end - source.tell()) > 0 and (chunk := source.read(min(_CHUNK, left))):
+            yield chunk
 
 
 def _chunks(source: BinaryIO) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kdray.runs.remote_copy import fetch_results
 from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 
@@ -105,11 +106,17 @@ def test_a_run_goes_on_from_its_storage_alone(workplace: Path, marker: str, serv
     assert f"step-{steps:06d}" in kept
 
     # What the run left is there as it is here.
-    for name in ("config.yaml", "metrics.jsonl", "ledger.jsonl", "summary.json", "report.html", "teachers.json"):
-        assert server.read(f"{key}/{name}") == (run / name).read_bytes(), name
+    url = server.url(f"{BUCKET}/{key}")
+    copy = fetch_results(url, tmp_path / "copy")
+    curves = [path.relative_to(run) for path in (run / "tb").rglob("*") if path.is_file()]
+    lines = ("metrics.jsonl", "ledger.jsonl", "events.jsonl", *curves)
+    for name in ("config.yaml", "summary.json", "report.html", "teachers.json", *lines):
+        assert (copy / name).read_bytes() == (run / name).read_bytes(), name
+    # What was appended since the last segment alone is sent, so that all together are as long as the files.
+    segments = server.held(f"{key}/segments/")
+    assert sum(len(server.read(each)) for each in segments) == sum((run / name).stat().st_size for name in lines)
     here = {path.name: path.read_bytes() for path in (run / "student").iterdir()}
     assert here == {name.rpartition("/")[2]: server.read(name) for name in server.held(f"{key}/student/")}
-    url = server.url(f"{BUCKET}/{key}")
     finish(start("export", url, "--to", str(tmp_path / "model")), 0)
     from transformers import AutoModelForCausalLM
 

@@ -20,6 +20,7 @@ from kdray.config.storage import below
 from kdray.errors import ConfigError, DataError, StorageError
 from kdray.runs.checkpoints import commit, newest_checkpoint, prune_checkpoints
 from kdray.runs.folder import RunFolder
+from kdray.runs.lines.segments import segments_of
 from kdray.runs.remote_copy import StoredRun, fetch_results
 from kdray.runs.storage import FileDigest, Retry, Storage
 from tests.support.s3_server import BUCKET, S3Server, s3_server
@@ -350,17 +351,21 @@ def test_what_changed_is_sent_and_nothing_else(storage: Storage, tmp_path: Path)
         {"samples/.step-2.parquet.1": b"half", "samples/step-2.partial": b"half", "peers/a/config.yaml": b""},
     )
     sent = stored.send()
-    names = {"config.yaml", "metrics.jsonl", "ledger.jsonl", "events.jsonl", "samples/step-1.parquet", "tb/events"}
-    assert set(storage.list()) == names
+    growing = ["events.jsonl", "ledger.jsonl", "metrics.jsonl", "tb/events"]
+    whole = {"config.yaml", "samples/step-1.parquet"}
+    assert sorted(segments_of(storage.list())) == growing
+    assert {key for key in storage.list() if not key.startswith("segments/")} == whole
     assert sent == sum(storage.list().values())
     assert stored.send() == 0
     with stored.folder.metrics.open("a") as file:
         file.write('{"step": 4}\n')
-    assert stored.send() == stored.folder.metrics.stat().st_size
-    assert storage.read("metrics.jsonl") == stored.folder.metrics.read_bytes()
+    assert stored.send() == len('{"step": 4}\n')
+    assert [segment.end for segment in sorted(segments_of(storage.list())["metrics.jsonl"])][-1:] == [
+        stored.folder.metrics.stat().st_size
+    ]
     tree(stored.folder.path, {"summary.json": b"{}", "report.html": b"<p>"})
     stored.send_results()
-    assert set(storage.list()) == names | {"summary.json", "report.html"}
+    assert {key for key in storage.list() if not key.startswith("segments/")} == whole | {"summary.json", "report.html"}
 
 
 @pytest.mark.parametrize(

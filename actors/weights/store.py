@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from ray.exceptions import ObjectLostError
 
 from actors.weights.deltas import Delta, Sent
+from actors.weights.scratch import spacious_folder
 from kdray.checks.parity import TrainedLogprobs, Verdict
 from kdray.errors import EngineError
 
@@ -171,7 +171,7 @@ async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
                 bucket = await asyncio.wait_for(_value(whole), _FETCH_S)
                 deltas = await asyncio.wait_for(asyncio.gather(*map(_value, changes)), _FETCH_S)
                 if folder is None:
-                    folder = await asyncio.to_thread(_spacious_folder, bucket.nbytes * len(buckets))
+                    folder = await asyncio.to_thread(spacious_folder, bucket.nbytes * len(buckets))
                 paths.append(folder / f"bucket-{index:05d}.safetensors")
                 await asyncio.to_thread(_write, paths[-1], bucket, deltas)
         except BaseException as error:
@@ -200,10 +200,3 @@ def _write(path: Path, whole: np.ndarray, deltas: Sequence[Delta]) -> None:
         data = np.memmap(path, dtype=np.uint8, mode="r+")
         for delta in deltas:
             delta.apply(data)
-
-
-def _spacious_folder(size: int) -> Path:
-    """Create a folder in shared memory if that has room for `size` bytes twice, else in the temporary folder."""
-    shared = Path("/dev/shm")
-    roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * size
-    return Path(tempfile.mkdtemp(prefix="kdray-weights-", dir=shared if roomy else None))

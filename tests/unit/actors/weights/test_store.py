@@ -112,7 +112,7 @@ async def test_weights_that_were_lost_are_asked_for_until_they_are_published_aga
             asked_again.set()
         return folders[-1]
 
-    monkeypatch.setattr(module, "_spacious_folder", folder)
+    monkeypatch.setattr(module, "spacious_folder", folder)
     store = WeightStore()
     lost = OwnerDiedError("00" * 28, None, "")
     await store.commit(2, held(reference(data(b"half")), reference(error=lost)), publisher="first")

@@ -115,6 +115,13 @@ class CheckpointedStudent:
     async def save_checkpoint(self, step: int) -> None:
         await self._save(step, None, {})
 
+    async def should_save_early(self) -> bool:
+        """Return True if the batches since the last checkpoint take all the disk that they may, and say so."""
+        full = await self.ranks.holds_too_much()
+        if full:
+            self.on_event("checkpoint_early", reason="training.replay_gib")
+        return full
+
     async def save_in_phase(self, phase: str, done: int, step: int) -> None:
         """Write a checkpoint in the middle of a supervised phase. Args: done: its steps; step: number of the checkpoint before
         the phase."""

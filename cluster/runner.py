@@ -313,6 +313,7 @@ class Runner:
                 pool_metrics=pools.metrics,
                 text=self._text(pools),
                 on_wait=pools.awaited,
+                save_early=recoverable.should_save_early,
                 **batch_hooks(checked),
             ),
             stop=self.stop,
@@ -334,16 +335,8 @@ class Runner:
             await student.export(distilled)
             recoverable.progress["stage"] = "finetune"
         settings = training.finetune
-        phase = Phase(
-            "finetune",
-            str(distilled),
-            None,
-            None,
-            settings.learning_rate,
-            settings.steps,
-            schedule=training.schedule,
-            base=self._base,
-        )
+        rate, schedule = settings.learning_rate, training.schedule
+        phase = Phase("finetune", str(distilled), None, None, rate, settings.steps, schedule=schedule, base=self._base)
         checkpoint = self._checkpoint if resumed else None
         await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
         done = self._numbers.finetune_done(checkpoint.step) if checkpoint else 0

@@ -48,6 +48,10 @@ SKIP_WINDOW = 100
 """Steps in which at most `training.max_skipped` batches are left out."""
 
 
+async def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Hooks:
     """Callbacks of the loop; each defaults to a no-op."""
@@ -66,6 +70,8 @@ class Hooks:
     """Returns the rewards of a batch; None without a reward."""
     weights: Callable[[Sequence[Rollout]], dict[int, float] | None] = lambda rollouts: None
     """Returns the loss weights of the rollouts of a batch, by sample id; None if all have equal weight."""
+    save_early: Callable[[], Awaitable[bool]] = _never
+    """Returns True if a checkpoint is to be written after this step, though none is due."""
 
 
 @dataclass
@@ -159,7 +165,8 @@ class Distillation:
                 metrics |= {f"heldout/{name}": value for name, value in (await self.hooks.evaluate(done)).items()}
             self.reporter.step(report, metrics)
             self.reporter.samples(ready.rollouts, done)
-            if settings.checkpoint_every and done % settings.checkpoint_every == 0 and done < settings.steps:
+            due = settings.checkpoint_every and done % settings.checkpoint_every == 0
+            if done < settings.steps and (due or await self.hooks.save_early()):
                 await self._save(done)
             if self.stop.is_set() and done < settings.steps:
                 await self._interrupt(done)

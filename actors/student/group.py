@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,9 @@ class StudentGroup:
         from actors.student.lost_ranks import LostRanks
 
         training = self.training
-        self._mailbox = on_driver_node(Mailbox, max_concurrency=1000).remote(training.ranks, training.max_restarts)
+        self._mailbox = on_driver_node(Mailbox, max_concurrency=1000).remote(
+            training.ranks, training.max_restarts, on_disk=True
+        )
         use_gpu = training.gpus_per_rank > 0
         resources = {"CPU": training.cpus_per_rank, **training.resources}
         if use_gpu:
@@ -141,6 +144,9 @@ class StudentGroup:
             # Retrieved, so that asyncio does not report it as never retrieved: the call that met a failure has already raised
             # it.
             self._fit.exception()
+        with contextlib.suppress(RayActorError, TimeoutError):
+            # What it leaves on the disk otherwise is swept by the next process that looks there.
+            await asyncio.wait_for(_awaited(self._mailbox.close.remote()), _CLOSE_S)
         # Ranks that did not end lose their mailbox, and end then.
         ray.kill(self._mailbox)
 
@@ -187,6 +193,11 @@ class StudentGroup:
     async def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face folder; an absolute path, since ranks work in folders of their own."""
         await self._call(Command("export", folder=str(folder)))
+
+    async def holds_too_much(self) -> bool:
+        """True if the batches since the last checkpoint take all the disk that they may (`training.replay_gib`)."""
+        held: int = await self._mailbox.kept_bytes.remote()
+        return held >= self.training.replay_gib * _GIB
 
     async def restarts(self) -> int:
         """Number of times that the ranks were restarted after one was lost."""
@@ -244,6 +255,10 @@ class StudentGroup:
 
 async def _awaited(reference: Any) -> Any:
     return await reference
+
+
+_CLOSE_S = 10.0
+_GIB = 2**30
 
 
 def _reason(fit: asyncio.Future[Any]) -> str:

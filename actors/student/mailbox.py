@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
 
+from actors.student.kept_batches import KeptBatches
 from actors.student.trainer import Phase
+from actors.weights.scratch import release, temporary_folder
+from kdray.types import TrainBatch
 
 _REFILLING_STEPS = 100
 """Steps without a loss after which the restarts are as good as unused, if no checkpoint is written before."""
@@ -39,6 +42,8 @@ class Command:
     """export: folder to write."""
     progress: dict[str, Any] | None = None
     """save: contents of the commit marker written with the weights."""
+    kept: int | None = None
+    """train: index under which the mailbox has the shards on disk, instead of `shards` and `text_shards` (`Mailbox.shards`)."""
 
 
 class RestartBudget:
@@ -74,8 +79,11 @@ class RestartBudget:
 class Mailbox:
     """Log of commands and their results; an actor with async methods. The driver writes, ranks read."""
 
-    def __init__(self, world_size: int, max_restarts: int = 0) -> None:
+    def __init__(self, world_size: int, max_restarts: int = 0, on_disk: bool = False) -> None:
+        """Args: on_disk: move batches that all ranks have trained from Ray's object store to a folder for temporary files."""
         self._world_size = world_size
+        self._kept = KeptBatches(temporary_folder()) if on_disk else None
+        self._keeping: asyncio.Task[None] | None = None
         self._budget = RestartBudget(max_restarts)
         self._news: list[tuple[str, dict[str, Any]]] = []
         self._commands: dict[int, Command] = {}
@@ -90,6 +98,9 @@ class Mailbox:
 
     async def post(self, command: Command) -> int:
         """Append a command; returns its index."""
+        if command.kind == "train" and self._keeping is not None:
+            # So that a disk that is slower than the training slows it down, and the object store holds two batches at most.
+            await asyncio.wait({self._keeping})
         async with self._changed:
             index = self._next
             self._commands[index] = command
@@ -115,9 +126,38 @@ class Mailbox:
             if is_new and len(answers) == self._world_size and not self._failure(index):
                 if command.kind == "save":
                     self._commit(index, command)
+                if command.kind == "train" and self._kept is not None:
+                    self._keeping = asyncio.create_task(self._keep(index, command))
                 if forgotten := self._budget.advance(command):
                     self._news.append(("restarts_refilled", forgotten))
             self._changed.notify_all()
+
+    async def _keep(self, index: int, command: Command) -> None:
+        """Move the shards of a command that all ranks have finished from the object store to the disk."""
+        assert self._kept is not None
+        assert command.shards is not None
+        try:
+            shards = await asyncio.gather(*map(_value, command.shards))
+            text = None if command.text_shards is None else await asyncio.gather(*map(_value, command.text_shards))
+            await asyncio.to_thread(self._kept.put, index, shards, text)
+        except OSError as error:
+            # They stay where they are, which Ray moves to disk when its store is full.
+            self._news.append(("batches_not_kept", {"reason": str(error)[:_REASON_CHARACTERS]}))
+            return
+        if index in self._commands:
+            self._commands[index] = replace(command, shards=None, text_shards=None, kept=index)
+        else:
+            # A checkpoint came first.
+            self._kept.drop(index)
+
+    async def shards(self, index: int, rank: int) -> tuple[TrainBatch, TrainBatch | None]:
+        """Shard of a command whose shards are on disk, and its text. Raises: TrainingError if they cannot be read."""
+        assert self._kept is not None
+        return await asyncio.to_thread(self._kept.get, index, rank)
+
+    async def kept_bytes(self) -> int:
+        """Size of the batches on disk."""
+        return 0 if self._kept is None else self._kept.bytes
 
     def _commit(self, index: int, command: Command) -> None:
         """Make restarts begin after this command; earlier ones are no longer needed."""
@@ -126,6 +166,8 @@ class Mailbox:
         for old in [i for i in self._commands if i < index and i != phase_index]:
             del self._commands[old]
             self._answers.pop(old, None)
+            if self._kept is not None:
+                self._kept.drop(old)
 
     async def result(self, index: int) -> Any:
         """Rank 0's result of a command, once every rank has finished; or the first error, after which others may never
@@ -186,6 +228,12 @@ class Mailbox:
         for actor in self._ranks.values():
             ray.kill(actor)
 
+    async def close(self) -> None:
+        """Delete the batches on disk."""
+        if self._kept is not None:
+            await asyncio.to_thread(self._kept.close)
+            release()
+
     async def heard_since_kill(self) -> bool:
         """True if any rank has called since `kill_ranks`."""
         return self._heard_at > self._killed_at
@@ -193,3 +241,7 @@ class Mailbox:
     async def restarts(self) -> int:
         """Number of times that the whole group was restarted after its first start."""
         return max(0, self._starts - 1)
+
+
+async def _value(reference: Any) -> Any:
+    return await reference

@@ -28,6 +28,7 @@ from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
 from kdray.runs.lease import Ticket
+from kdray.types import TrainBatch
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +127,7 @@ def execute(command: Command, trainer: StudentTrainer, files: RankFiles, config:
         assert command.phase is not None
         files.start_phase(command.phase, None if command.checkpoint is None else Path(command.checkpoint))
     elif command.kind == "train":
-        assert command.shards is not None
-        text = None if command.text_shards is None else ray.get(command.text_shards[trainer.rank])
-        return trainer.train_step(ray.get(command.shards[trainer.rank]), text, command.scheduled)
+        return trainer.train_step(*_shards(command, trainer.rank, config.mailbox), command.scheduled)
     elif command.kind == "publish":
         assert command.version is not None
         return outlet.publish(command.version)
@@ -143,6 +142,17 @@ def execute(command: Command, trainer: StudentTrainer, files: RankFiles, config:
         assert command.folder is not None
         files.export(Path(command.folder), config.tokenizer, config.parity_ids[:SHORT])
     return None
+
+
+def _shards(command: Command, rank: int, mailbox: Any) -> tuple[TrainBatch, TrainBatch | None]:
+    """A rank's shard of a batch, and of its pretraining text."""
+    if command.kept is not None:
+        index = command.kept
+        found: tuple[TrainBatch, TrainBatch | None] = call_with_retry(lambda: mailbox.shards.remote(index, rank))
+        return found
+    assert command.shards is not None
+    text = None if command.text_shards is None else ray.get(command.text_shards[rank])
+    return ray.get(command.shards[rank]), text
 
 
 class Outlet:

@@ -78,5 +78,6 @@ class Steps:
             reporter.phase_step(report)
             reached = step + 1
             # The last one, too: what follows may take long.
-            if self.save is not None and self.every and (reached % self.every == 0 or reached == self.count):
+            due = self.every and (reached % self.every == 0 or reached == self.count)
+            if self.save is not None and (due or await student.should_save_early()):
                 await self.save(reached)

@@ -104,7 +104,10 @@ class TrainingSettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     checkpoint_every: Annotated[NonNegative, OnResume()] = 50
     """Steps between checkpoints, in every phase; 0 writes one only at the end and on interruption. The batches since the last
-    one are kept in Ray's object store, which spills them to disk when it is full: restarted ranks replay them."""
+    one are kept for restarted ranks, which replay them (`replay_gib`)."""
+    replay_gib: Annotated[PositiveFloat, OnResume()] = 64.0
+    """Disk for the batches since the last checkpoint, in the folder for temporary files (`TMPDIR`) of the driver's node, GiB. A
+    checkpoint is written early when they take that much; `kdray plan` says how much a step takes."""
     keep_checkpoints: Annotated[Positive, OnResume()] = 2
     """Number of most recent checkpoints to keep."""
     max_restarts: Annotated[NonNegative, OnResume()] = 2

@@ -92,6 +92,9 @@ class StubGroup(StubStudent):
     async def restarts(self) -> int:
         return 0
 
+    async def holds_too_much(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -144,6 +144,16 @@ async def test_checkpoint_cadence(tmp_path: Path, every: int, saved: list[int]) 
     assert rig.reporter.events == [("checkpoint", {"step": step}) for step in saved]
 
 
+async def test_a_checkpoint_is_written_early_where_it_has_to_be(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_every=4)
+
+    async def full() -> bool:
+        return rig.student.steps_done in (1, 6)
+
+    await rig.run(save_early=full)
+    assert rig.student.saved == [1, 4, 6]
+
+
 async def test_evaluation_cadence(tmp_path: Path) -> None:
     rig = Rig(tmp_path, evaluate_every=2)
     versions = []

@@ -26,8 +26,9 @@ from cluster.connect import check_local_cpus, connected, connecting
 from cluster.evaluation import check_signals, held_out
 from cluster.interrupt import run_coroutine
 from cluster.peer_runs import run_together
+from cluster.planning.head import check_head
 from cluster.planning.placement import bundles
-from cluster.planning.reservation import reserved
+from cluster.planning.reservation import driver_node, reserved
 from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation
@@ -172,6 +173,7 @@ def _run(
         opened.enter_context(watchdog)
         on_phase(connecting(config))
         opened.enter_context(connected(config))
+        check_head([*configs.values()], [driver_node()])
         on_phase(_PLACING)
         room = opened.enter_context(reserved(wanted, config.cluster, _tell))
         plans: dict[str, RunPlan] = {}
@@ -416,6 +418,7 @@ def check_teachers(config: Config, on_phase: OnPhase = _unseen) -> dict[str, dic
     checked = check(config)
     on_phase(connecting(config))
     with connected(config):
+        check_head([config], [driver_node()])
         on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")
         on_phase("starting engines and asking them")

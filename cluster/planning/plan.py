@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from cluster.planning.accelerators import Accelerator
+from cluster.planning.head import HEAD, head_lines, head_of, hidden_width
 from cluster.planning.memory import GIB, EngineMemory, Lengths, LossTensors, ModelShape, RankMemory, engine_memory, rank_memory
 from cluster.planning.node_memory import check_gpu_memory, check_node_memory
 from cluster.planning.placement import (
@@ -64,6 +65,8 @@ class NodeKind(Settings):
     """Memory of each node, GiB; None ignores it."""
     object_store_gib: PositiveFloat | None = None
     """Size of Ray's object store on each node, GiB; None takes Ray's default, 30% of `memory_gib`."""
+    head: bool = False
+    """The first of these nodes is Ray's head, on which the driver runs."""
     resources: dict[str, float] = Field(default={})
     """Custom Ray resources per node."""
     labels: dict[str, str] = Field(default={})
@@ -101,7 +104,9 @@ def described_nodes(path: Path) -> list[Node]:
             labels.setdefault(ACCELERATOR_LABEL, kind.accelerator_type)
         if kind.gpu_memory_gib is not None:
             resources[GPU_MEMORY] = kind.gpu_memory_gib
-        nodes += [Node({k: v for k, v in resources.items() if v}, labels, f"kind {number + 1}")] * kind.count
+        node = Node({k: v for k, v in resources.items() if v}, labels, f"kind {number + 1}")
+        first = replace(node, resources={**node.resources, HEAD: 1.0}) if kind.head else node
+        nodes += [first, *[node] * (kind.count - 1)]
     return nodes
 
 
@@ -160,6 +165,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
                 "between, or two stages"
             )
     lines += publication_lines(config, student, placed, nodes)
+    lines += head_lines(config, nodes, _used_on_head(placed, roles, nodes))
     lines += _growth(wanted, config, nodes)
     return Plan(roles, lines)
 
@@ -313,9 +319,9 @@ def _student_role(
     on_gpu = training.gpus_per_rank > 0
     element = 2 if training.precision == "bf16" else 4
     held = 0.0
-    if config.rollout.teacher_signal == "hidden":
+    if width := hidden_width(config):
         (name,) = config.teachers
-        held = shapes[name].hidden * shapes[name].vocab * element
+        held = width * shapes[name].vocab * element
     if training.features is not None and config.white_box_teacher is not None:
         held = shapes[config.white_box_teacher[0]].parameters * element
 
@@ -341,6 +347,16 @@ def _student_role(
         rate,
         f"trains, {training.backend.description}, {training.precision}",
     )
+
+
+def _used_on_head(placed: Sequence[Placed], roles: Sequence[Role], nodes: Sequence[Node]) -> float:
+    """Main memory that the parts on CPUs take on the driver's node, bytes."""
+    head = head_of(nodes)
+    here = next((index for index, node in enumerate(nodes) if node is head), None)
+    if here is None:
+        return 0.0
+    on_cpus = [(role, item) for item, role in zip(placed, roles, strict=True) if not role.bundle.resources.get("GPU")]
+    return sum(role.memory_bytes * item.nodes.get(here, 0) for role, item in on_cpus)
 
 
 def _smaller(

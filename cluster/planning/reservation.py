@@ -31,6 +31,12 @@ def live_nodes() -> list[Node]:
     return [Node.of_ray(node) for node in ray.nodes() if node["Alive"]]
 
 
+def driver_node() -> Node:
+    """The node that this process, the driver, is on, with its total resources."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(Node.of_ray(node) for node in ray.nodes() if node["NodeID"] == here)
+
+
 def free_nodes(held: Mapping[str, Mapping[str, float]] = MappingProxyType({})) -> list[Node]:
     """Every living node with its free resources. Args: held: resources reserved by this run, by node id."""
     from ray._private.state import available_resources_per_node

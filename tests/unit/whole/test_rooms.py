@@ -53,7 +53,7 @@ ALLOWED = {
         "actors.background_call actors.driver_actor actors.weights"
     ),
     # Commands and the cluster.
-    "cluster.planning": "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs kdray.checks",
+    "cluster.planning": "kdray.errors kdray.config kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.checks",
     "cluster.connect": "kdray.errors kdray.config cluster.planning",
     "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",

@@ -26,6 +26,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t
+
 RESULTS = Path("benchmarks/results/evidence")
 FIGURE = Path("benchmarks/results/evidence.svg")
 PAGE = Path("docs/evidence.md")
@@ -89,6 +91,7 @@ REGIMES = {
     "long": Regime(*RUNNING_SUM, ("training.sft.steps=150", "training.steps=240", "training.learning_rate=3e-3")),
     "fewer labels": Regime(*SPELLED_SUM, ("data.prompts.labelled=48", "training.sft.steps=160"), few_labels(48)),
     "few labels": Regime(*SPELLED_SUM, (), few_labels(64)),
+    "weak start": Regime(*SPELLED_SUM, ("training.sft.steps=140",), few_labels(64)),
 }
 
 
@@ -224,6 +227,28 @@ def by_seed(cells: Sequence[Mapping[str, Any]], regime: str) -> str:
         )
         lines.append(f"| {seed} | {start} | {' | '.join(after)} | {teacher} |")
     return "\n".join(lines)
+
+
+def paired(cells: Sequence[Mapping[str, Any]], regime: str, way: str = "MiniLLM") -> str:
+    """Markdown table of a way's exact match minus each other's on the confirming seeds that both have, at least three.
+
+    Mean over seeds with its 95% interval by Student's t, and the number of seeds on which it is ahead, level and behind.
+    """
+    right: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        if cell["regime"] == regime and cell["seed"] >= FIRST_CONFIRMING_SEED:
+            right.setdefault(cell["way"], {})[cell["seed"]] = 100.0 * cell["after"]["exact_match"]
+    lines = [f"| {way} minus | seeds | points (95% interval) | ahead, level, behind |", "|---|---|---|---|"]
+    for other, found in right.items():
+        gaps = [right[way][seed] - value for seed, value in found.items() if seed in right.get(way, {})]
+        if other == way or len(gaps) < 3:
+            continue
+        mean, half = statistics.mean(gaps), float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+        signs = [sum(1 for gap in gaps if sign(gap)) for sign in (lambda x: x > 0, lambda x: x == 0, lambda x: x < 0)]
+        lines.append(
+            f"| {other} | {len(gaps)} | {mean:+.1f} ({mean - half:.1f} to {mean + half:.1f}) | {', '.join(map(str, signs))} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:

@@ -29,7 +29,20 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM, get_scheduler
 
 import kdray
-from benchmarks.evidence import REGIMES, WAYS, Cell, by_seed, commit_of_tree, draw, gap_text, read, record, table, write_page
+from benchmarks.evidence import (
+    REGIMES,
+    WAYS,
+    Cell,
+    by_seed,
+    commit_of_tree,
+    draw,
+    gap_text,
+    paired,
+    read,
+    record,
+    table,
+    write_page,
+)
 from kdray.config import Config, load_config
 from kdray.data.dataset import Dataset, PromptStream, encode_answer, load_dataset
 from kdray.evaluation import ends_in_a_loop
@@ -299,8 +312,11 @@ def main() -> int:
             run_cell(Cell(way, given.regime, seed), 60.0 * given.minutes - (time.monotonic() - began))
     cells: Sequence[Mapping[str, Any]] = read(RESULTS)
     if given.table:
-        seeds = f"**Exact match of regime `{given.regime}` in percent, seed by seed.**\n\n{by_seed(cells, given.regime)}\n"
-        write_page(PAGE, f"{seeds}\n{table(cells)}", MARKS)
+        pages = []
+        for regime in (each for each in REGIMES if len({cell["seed"] for cell in cells if cell["regime"] == each}) > 1):
+            pages += [f"**Exact match of regime `{regime}` in percent, seed by seed.**", by_seed(cells, regime)]
+            pages += [of_seeds] if (of_seeds := paired(cells, regime)) else []
+        write_page(PAGE, "\n\n".join([*pages, table(cells)]), MARKS)
     if given.figure:
         draw(cells, FIGURE)
     return 0

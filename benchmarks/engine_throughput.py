@@ -1,4 +1,4 @@
-"""Tokens per second of the one pass against its parts, in one run: `python benchmarks/engine_throughput.py`.
+"""Tokens per second of the one pass against its parts, in one run: `python -m benchmarks.engine_throughput`.
 
 Teacher alone, student alone, mixture with recording, scoring by prefill: same engine settings, same prompts, 64 new tokens.
 The baseline is the two models one after the other, 1 / (1 / teacher + 1 / student). Writes benchmarks/results/.
@@ -7,12 +7,9 @@ The baseline is the two models one after the other, 1 / (1 / teacher + 1 / stude
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import platform
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +17,7 @@ import numpy as np
 
 from actors.serving.engine import TeacherEngine
 from actors.serving.spec import EngineSpec, Role
+from benchmarks import measured
 from kdray.config import TinyModel
 from kdray.models.resolve import build_tiny_model
 from kdray.types import Rollout, SampleRequest
@@ -82,21 +80,17 @@ def main() -> None:
             rates[role] = asyncio.run(_measure(spec))
             print(role, {name: round(rate) for name, rate in rates[role].items()}, flush=True)
     after_another = 1 / (1 / rates["teacher"]["sample"] + 1 / rates["student"]["sample"])
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+    ratio = rates["mixture"]["sample"] / after_another
+    figures = {
         "in_flight": IN_FLIGHT,
         "new_tokens": NEW_TOKENS,
         "tokens_per_s": rates,
         "one_after_another": after_another,
-        "one_pass_over_one_after_another": rates["mixture"]["sample"] / after_another,
+        "one_pass_over_one_after_another": ratio,
     }
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"engine_throughput_{result['date']}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"one pass / one after another: {result['one_pass_over_one_after_another']:.2f}  ({path})")
+    name = f"engine_throughput_{datetime.now(UTC).date().isoformat()}"
+    path = measured.write(name, ("torch", "transformers"), figures)
+    print(f"one pass / one after another: {ratio:.2f}  ({path})")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Ways of distilling on answers of 59 and 69 tokens, several seeds each, by real runs: the numbers behind docs/evidence.md.
 
-    python benchmarks/evidence.py --seeds 0                      # one seed of every cell, one after another
-    python benchmarks/evidence.py --seeds 100 101 102 103 104 --minutes 60
-    python benchmarks/evidence.py --table --figure               # rewrite the table and the figure from the files
+    python -m benchmarks.evidence --seeds 0                      # one seed of every cell, one after another
+    python -m benchmarks.evidence --seeds 100 101 102 103 104 --minutes 60
+    python -m benchmarks.evidence --table --figure               # rewrite the table and the figure from the files
 
 A cell is a way, a regime and a seed: one `kdray run` of the regime's recipe. It leaves one JSON file in
 benchmarks/results/evidence, and a cell that has its file is skipped, so that a sweep goes on over days. A run that ends with an

@@ -1,7 +1,7 @@
 """Exactness of the families: every pair of `tests/support/families.py` through engine, update and export; a table of the gaps.
 
-    python benchmarks/families.py [--only NAME ...] [--again] [--out FILE]
-    python benchmarks/families.py --table [--out FILE]        # writes the table of docs/models.md from the file
+    python -m benchmarks.families [--only NAME ...] [--again] [--out FILE]
+    python -m benchmarks.families --table [--out FILE]        # writes the table of docs/models.md from the file
 
 Every pair runs in a process of its own. Results are kept as JSON lines; a pair that is in the file and passed is not run again,
 so that an interrupted run continues; with `--again` only if it was measured on this commit.

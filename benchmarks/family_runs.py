@@ -1,7 +1,7 @@
 """Whole runs of real architectures: supervised phase, distillation by two ranks under ZeRO 2, updates, export, reload.
 
-    python benchmarks/family_runs.py [--only NAME ...] [--again] [--out FILE]
-    python benchmarks/family_runs.py --table [--out FILE]     # writes the table of docs/models.md from the file
+    python -m benchmarks.family_runs [--only NAME ...] [--again] [--out FILE]
+    python -m benchmarks.family_runs --table [--out FILE]     # writes the table of docs/models.md from the file
 
 Tiny pairs of `tests/support/families.py`, through `kdray run`. A run ends with 0 only if replicas hold the trainer's student at
 the start and after every update, and if the export, loaded anew, is the student that was trained. Results are kept as JSON

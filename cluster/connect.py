@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.utils import get_num_cpus
 from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
 
@@ -22,6 +23,12 @@ from kdray.config import Config
 from kdray.errors import ConfigError, KdrayError
 
 logger = logging.getLogger(__name__)
+
+NO_TOKEN = (
+    "warning: {where} asks for no token: whoever reaches its ports can run code on it; start its nodes with "
+    "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (docs/clusters.md)"
+)
+"""Format of the warning about a cluster without authentication; `where` names it."""
 
 _STARTS = 3
 _SLOW = "The current node timed out during startup.*"
@@ -132,6 +139,8 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
                 ray.init(address=address, **quiet)
             except ConnectionError as error:
                 raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
+            if not is_token_auth_enabled():
+                logger.warning(NO_TOKEN.format(where=f"the cluster at {setting}={address}"))
         else:
             start_local(num_cpus=config.cluster.local_cpus, **quiet)
     try:

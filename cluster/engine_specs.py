@@ -129,6 +129,7 @@ def _spec(context: RunContext, engine: EngineSettings) -> EngineSpec:
         update_kv=config.rollout.update_kv,
         weight_transfer=None if config.training.weight_transfer == "object_store" else config.training.weight_transfer,
         engine_args=engine.engine_args | engine.unsafe_engine_args,
+        secrets=config.cluster.secret_files("replicas"),
     )
 
 

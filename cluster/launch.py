@@ -37,6 +37,7 @@ from kdray.checks.trackers import check_trackers
 from kdray.config import Config, StudentBackendSettings, load_config
 from kdray.config.load import read_config
 from kdray.config.resuming import as_begun
+from kdray.config.secret_files import set_secrets
 from kdray.errors import ConfigError, LeaseLost, StorageError
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
@@ -77,6 +78,8 @@ def run(
     Args: prompts: texts or records, for `data.prompts.type: iterable`; on_phase: see `OnPhase`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """
+    # Before the storage is read, too.
+    set_secrets(config.cluster.secret_files("driver"))
     if resume:
         config = _as_begun(config)
     else:

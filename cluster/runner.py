@@ -128,6 +128,7 @@ class Runner:
             parity_ids=student_ids(context),
             average=stores.average,
             on_event=self.reporter.event,
+            secrets=config.cluster.secret_files("ranks"),
             stored=None if self._stored is None else self._stored.storage.url,
             # Peers' too: their folders are within the one that has it.
             lease=self._lease.ticket,

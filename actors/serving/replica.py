@@ -29,6 +29,7 @@ from actors.vllm_plugin.record_table import Passes
 from actors.weights.store import pull
 from actors.weights.transfer import Ask, Turn, receive
 from kdray.checks.parity import Verdict, judge, refusal
+from kdray.config.secret_files import set_secrets
 from kdray.errors import EngineError
 from kdray.rollouts.arrow import rollouts_to_table, table_to_requests, table_to_rollouts
 from kdray.teachers.fingerprint import Fingerprint
@@ -84,6 +85,8 @@ class TeacherReplica:
         Raises: EngineError with the cause, which is also reported to the registry.
         """
         try:
+            # The engine's own processes inherit them.
+            set_secrets(self._spec.secrets)
             await self._engine.start()
             await check_batch_sizes(self._engine, self._engine.checked_sizes)
             if run.registry is None or not run.compared or self._spec.role == "student":

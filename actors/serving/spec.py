@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Role = Literal["mixture", "teacher", "student"]
@@ -63,6 +65,8 @@ class EngineSpec:
     student_dtype: str = "float32"
     """Dtype in which the trainer computes."""
     engine_args: dict[str, Any] = field(default_factory=dict)
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    """Files with the values of environment variables that the engine needs, by the variable's name."""
 
 
 @dataclass(frozen=True)

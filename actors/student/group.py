@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class StudentGroup:
     parity_ids: tuple[int, ...] = ()
     """Token ids on which replicas compare the student with the trainer's; empty if they do not."""
 
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    """Files with the values of environment variables that ranks need, by the variable's name."""
+
     on_event: Callable[..., None] = lambda kind, **fields: None
     """Called with events of the ranks: kind, and fields by name."""
 
@@ -95,6 +98,7 @@ class StudentGroup:
                     lease=self.lease,
                     average=self.average,
                     parity_ids=self.parity_ids,
+                    secrets=self.secrets,
                 )
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),

@@ -9,9 +9,9 @@ any more.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from actors.weights.publisher import Publisher
 from actors.weights.sender import WeightServer
 from kdray.checks.parity import LONG, SHORT, TrainedLogprobs
 from kdray.config import TrainingSettings
+from kdray.config.secret_files import set_secrets
 from kdray.errors import StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
 from kdray.runs.lease import Ticket
@@ -56,6 +57,8 @@ class RankConfig:
     """Token ids whose log q is published with every version, so that replicas can compare; empty leaves it out."""
     average: Any = None
     """Actor handle of the WeightStore of a teacher that is this student's average."""
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    """Files with the values of environment variables that ranks need, by the variable's name."""
 
 
 def run_rank(given: dict[str, RankConfig]) -> None:
@@ -63,6 +66,7 @@ def run_rank(given: dict[str, RankConfig]) -> None:
     import torch
 
     config = given["config"]
+    set_secrets(config.secrets)
     if config.training.gpus_per_rank == 0:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     trainer = StudentTrainer(config.training, config.vocab_size, config.seed)

@@ -212,6 +212,9 @@ def _ray_cluster(address: str | None) -> Check:
         return Check(name, None, "RAY_ADDRESS=auto: looked up when a run starts")
     if problem := unreachable(address):
         return Check(name, False, f"RAY_ADDRESS={problem}", CLUSTER_REMEDY.format(setting="RAY_ADDRESS"))
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        remedy = "without a token, whoever reaches the cluster's ports can run code on it (docs/clusters.md)"
+        return Check(name, None, f"RAY_ADDRESS={address} answers; RAY_AUTH_MODE is not token", remedy)
     return Check(name, True, f"RAY_ADDRESS={address} answers")
 
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from cluster.jobs.package import JobPackage, write_folder
 from kdray.config import Config
+from kdray.config.base import is_loopback
 from kdray.errors import ConfigError, KdrayError
 
 _DASHBOARD_PORT = 8265
@@ -35,10 +36,14 @@ _PROGRESS = re.compile(rf"^(?:prepare \S+|[a-z]+) \d+/\d+\b{_LEFT}|(?<=^still ).
 _POLL_S = 0.5
 _RECONNECT_S = 2.0
 _RECONNECTS = 30
+_ANSWER_S = 30.0
 
 
-def server_address(given: str | None) -> str:
-    """The job server's URL: the given one, or the one from Ray's own variables. Raises: ConfigError."""
+def server_address(given: str | None, insecure: bool = False) -> str:
+    """The job server's URL: the given one, or the one from Ray's own variables.
+
+    Args: insecure: accept plain http to other machines. Raises: ConfigError.
+    """
     setting, address = "--address", given
     if address is None:
         for setting in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
@@ -58,8 +63,15 @@ def server_address(given: str | None) -> str:
     if parts.username is not None or parts.password is not None:
         # The value is not repeated, since it may be a secret.
         raise ConfigError(f"{setting}: holds a user or a password; give the token by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
-    if port is None and parts.scheme == "http":
-        url = f"http://{parts.netloc}:{_DASHBOARD_PORT}"
+    if parts.scheme == "http":
+        if not (insecure or is_loopback(host)):
+            raise ConfigError(
+                f"{setting}={address}: plain http to another machine, on which anyone in between reads the cluster's token and "
+                f"the run's config; use https, or a tunnel (ssh -L {_DASHBOARD_PORT}:localhost:{port or _DASHBOARD_PORT} "
+                f"{host}, then --address=localhost:{_DASHBOARD_PORT}), or --insecure on a network that you trust"
+            )
+        if port is None:
+            url = f"http://{parts.netloc}:{_DASHBOARD_PORT}"
     return url.rstrip("/")
 
 
@@ -98,9 +110,11 @@ class JobState:
 class JobServer:
     """Jobs of kdray on one cluster, by Ray's Jobs API. Every failure becomes a message; no message contains the token."""
 
-    def __init__(self, address: str | None) -> None:
-        """Raises: ConfigError if nothing answers, something else answers, or the token is not the cluster's."""
-        self.address = server_address(address)
+    def __init__(self, address: str | None, insecure: bool = False) -> None:
+        """Raises: ConfigError if nothing answers, something else answers, the token is not the cluster's, or the connection
+        would be readable to others and that is not accepted (`insecure`)."""
+        self.address = server_address(address, insecure)
+        self.insecure = insecure
         # Ray's variables take precedence over a given address, and Ray sends an existing token only in this mode, which it
         # reads once, when it is imported.
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
@@ -157,6 +171,13 @@ class JobServer:
                 },
             )
         return self.job(submission_id)
+
+    def asks_for_token(self) -> bool:
+        """True unless the server tells a stranger, who sends no token, what jobs there are."""
+        import requests
+
+        with self._explained():
+            return requests.get(f"{self.address}/api/jobs/", timeout=_ANSWER_S).status_code in (401, 403)
 
     def jobs(self) -> list[JobState]:
         """Jobs that kdray submitted, the newest first."""

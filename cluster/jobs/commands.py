@@ -19,6 +19,9 @@ Address = Annotated[
         "--address", metavar="URL", help="The cluster's dashboard, such as http://head:8265; else RAY_API_SERVER_ADDRESS."
     ),
 ]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Allow plain http to another machine: token and config pass unencrypted.")
+]
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or the id of one of its jobs.")]
 
 
@@ -26,6 +29,7 @@ def submit(
     config: ConfigPath,
     overrides: Overrides = None,
     address: Address = None,
+    insecure: Insecure = False,
     follow: Annotated[bool, typer.Option("--follow", help="Follow the log; end with the job's exit code.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its checkpoint.")] = False,
     supervise: Supervise = False,
@@ -47,7 +51,12 @@ def submit(
                 RunFolder(settings.run_folder).check_free()
         package, environment = pack(settings), forwarded(settings)
         name = check_name(name or settings.run.name)
-        server = JobServer(address)
+        server = JobServer(address, insecure)
+        if not server.asks_for_token():
+            # Not before the server: it sets what Ray reads when it is imported.
+            from cluster.connect import NO_TOKEN
+
+            typer.echo(NO_TOKEN.format(where=f"the cluster at {server.address}"), err=True)
         reasons = unchecked(settings, package) if check_here else ["--no-check"]
         if reasons:
             typer.echo(f"models and data are checked when the job starts, not here: {'; '.join(reasons)}")
@@ -72,12 +81,13 @@ def status(
         str | None, typer.Argument(metavar="[NAME]", help="A run's name or a job's id; all jobs if not given.")
     ] = None,
     address: Address = None,
+    insecure: Insecure = False,
 ) -> None:
     """Show the jobs of a cluster, or one: state, how far it is, and how it ended."""
     with exit_codes():
         from cluster.jobs.client import TABLE, JobServer, outcome, table_rows
 
-        server = JobServer(address)
+        server = JobServer(address, insecure)
         found = server.logs_of([server.job(name)] if name is not None else server.jobs())
         if not found:
             typer.echo(f"no jobs of kdray at {server.address}")
@@ -94,12 +104,12 @@ def status(
                 typer.echo(outcome(job, log))
 
 
-def stop(name: JobName, address: Address = None) -> None:
+def stop(name: JobName, address: Address = None, insecure: Insecure = False) -> None:
     """Ask a job to write a checkpoint and end, wait, and tell how it ended; exit 1 when it was killed without."""
     with exit_codes():
         from cluster.jobs.client import JobServer, job_exit_code, outcome
 
-        server = JobServer(address)
+        server = JobServer(address, insecure)
         job = server.job(name)
         if not job.ended:
             typer.echo(f"{job.id}: asked to write a checkpoint and end; it is killed after {job.stop_wait_s} s")
@@ -113,13 +123,14 @@ def stop(name: JobName, address: Address = None) -> None:
 def logs(
     name: JobName,
     address: Address = None,
+    insecure: Insecure = False,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends; end with its exit code.")] = False,
 ) -> None:
     """Print a job's log."""
     with exit_codes():
         from cluster.jobs.client import JobServer
 
-        server = JobServer(address)
+        server = JobServer(address, insecure)
         job = server.job(name)
         if follow:
             _follow(server, job)
@@ -144,5 +155,5 @@ def _follow(server: JobServer, job: JobState) -> None:
 
 def _hints(server: JobServer, job: JobState) -> str:
     """The commands for a running job."""
-    where = f"{job.id} --address {server.address}"
+    where = f"{job.id} --address {server.address}{' --insecure' if server.insecure else ''}"
     return f"kdray logs {where} --follow; kdray status {where}; kdray stop {where}"

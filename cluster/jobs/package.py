@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from cluster.jobs import plugin_list
 from kdray.config import Config, parse_config
 from kdray.config.plugins import plugins_of
+from kdray.config.secret_files import is_secret
 from kdray.errors import ConfigError, DataError, KdrayError
 from kdray.teachers.kind import kind_of
 
@@ -107,9 +108,10 @@ def unchecked(config: Config, package: JobPackage) -> list[str]:
     reasons = [
         f"{setting}={path} is not on this machine" for setting, path in package.remote_paths.items() if not path.exists()
     ]
+    of_files = config.cluster.secret_files("driver")
     for name in config.teachers:
         for setting, variable in kind_of(config, name).environment.items():
-            if not os.environ.get(variable):
+            if variable not in of_files and not os.environ.get(variable):
                 reasons.append(f"teachers.{name}.{setting}={variable} is not set on this machine")
     return reasons
 
@@ -117,10 +119,16 @@ def unchecked(config: Config, package: JobPackage) -> list[str]:
 def forwarded(config: Config) -> dict[str, str]:
     """Environment of the job: forwarded variables, and how long Ray waits after asking it to end.
 
-    Raises: ConfigError for a variable that is not set here.
+    Raises: ConfigError for a variable that is not set here, or that holds a secret.
     """
     variables = {}
     for name in config.cluster.job.forward_env:
+        if is_secret(name):
+            raise ConfigError(
+                f"cluster.job.forward_env={name}: a forwarded value can be read in Ray's logs and dashboard, and this name "
+                "says that it is a secret; write it into a file on the cluster's nodes and give that "
+                f"(cluster.secrets={{{name}: {{file: PATH}}}}), or set it where the nodes are started (a Kubernetes Secret)"
+            )
         if name not in os.environ:
             raise ConfigError(f"cluster.job.forward_env={name}: the variable is not set here; export it, or remove it")
         variables[name] = os.environ[name]

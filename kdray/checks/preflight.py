@@ -13,6 +13,7 @@ from kdray.checks.models import check_heads, check_models
 from kdray.checks.unsafe_notes import unsafe_notes
 from kdray.config import Config
 from kdray.config.route import Route
+from kdray.config.secret_files import set_secrets
 from kdray.data.chat import ChatTemplate
 from kdray.data.dataset import Dataset, load_dataset
 from kdray.data.pretraining import load_windows
@@ -30,6 +31,7 @@ from kdray.teachers.team import prompts_of
 
 def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
+    set_secrets(config.cluster.secret_files("driver"))
     check_models(config)
     student = config.student
     tokenizer = student_tokenizer(config)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from kdray.config.base import NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings, expanded
 from kdray.config.job import JobSettings
+from kdray.config.secret_files import Reader, SecretFiles
 from kdray.config.storage import check_storage_url
 from kdray.config.trackers import TensorBoardTracker, TrackerSource
 
@@ -135,5 +136,13 @@ class ClusterSettings(Settings):
     be waited for."""
     health_check_period_s: PositiveFloat = 10.0
     """Seconds between health checks of a replica."""
+    secrets: SecretFiles = Field(default={})
+    """Environment variables whose values lie in files, by name, as in
+    `HF_TOKEN: {file: /run/secrets/hf-token, read_by: [driver, replicas, ranks]}`. The values are in nothing that kdray hands to
+    Ray or writes."""
     job: JobSettings = JobSettings()
     """Settings of the run as a Ray job, for `kdray submit`."""
+
+    def secret_files(self, reader: Reader) -> dict[str, Path]:
+        """Files of the secrets that a kind of process gets, by the variable's name."""
+        return {name: secret.file for name, secret in self.secrets.items() if reader in secret.read_by}

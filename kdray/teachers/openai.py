@@ -17,11 +17,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from kdray.config import OpenAITeacherSettings
+from kdray.config.base import is_loopback
 from kdray.config.signals import Signal
 from kdray.data.dataset import asked_text
 from kdray.errors import ConfigError, EngineError, RequestRefused
@@ -62,7 +64,11 @@ class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
                 f"teachers.{self.name}.api_key_env={variable}: the variable is not set; export it, or set "
                 "api_key_env=null for an endpoint without keys"
             )
-        return Found(f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}")
+        url = urlsplit(self.settings.base_url)
+        readable = url.scheme == "http" and not is_loopback(url.hostname or "")
+        sent = "all prompts" if variable is None else "the key and all prompts"
+        warning = f"; warning: by plain http {sent} can be read on the way" if readable else ""
+        return Found(f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}{warning}")
 
     @property
     def environment(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 
 from tests.support.heads import free_ports, started_head
 from tests.support.runs import ENGINE, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
@@ -85,6 +87,16 @@ def environments(titles: Sequence[str], value: str) -> list[dict[str, str]]:
     return found
 
 
+def holding(value: bytes, *folders: Path) -> list[Path]:
+    """Files below the folders that hold a value."""
+    found = []
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        with contextlib.suppress(FileNotFoundError):
+            if value in path.read_bytes():
+                found.append(path)
+    return found
+
+
 def wait_for(condition: Callable[[], object], timeout_s: float = 280, every_s: float = 0.5) -> object:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -96,7 +108,15 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 280, every_s: f
 def test_a_run_is_submitted_watched_stopped_and_resumed(user: Path, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     run = user / "runs" / "sent"
     monkeypatch.setenv(VARIABLE, "first")
-    config = recipe(user, "sent", training={"steps": 2000, "batch_size": 32, "sft": {"steps": 4}})
+    key = secrets.token_hex(16)
+    (user / "key").write_text(f"{key}\n")
+    by_file = {"file": str(user / "key"), "read_by": ["driver", "replicas", "ranks"]}
+    config = recipe(
+        user,
+        "sent",
+        training={"steps": 2000, "batch_size": 32, "sft": {"steps": 4}},
+        cluster={"job": {"forward_env": [VARIABLE]}, "secrets": {"A_KEY": by_file}},
+    )
     submitted = finish(start("submit", config), 0)
     assert "job sent: submitted to" in submitted
     assert "prompts.jsonl as inputs/data.prompts.path/prompts.jsonl" in submitted
@@ -109,6 +129,15 @@ def test_a_run_is_submitted_watched_stopped_and_resumed(user: Path, head: Head, 
     assert "working_dir_files" in code
     assert Path(code).is_relative_to(head.folder)
     assert (Path(code) / "actors" / "vllm_plugin" / "mixture_model.py").is_file()
+    # The secret has come to the engine, and stands nowhere that Ray shows or keeps.
+    assert {engine["A_KEY"] for engine in engines} == {key}
+    details = requests.get(
+        f"{head.address}/api/serve/applications/", headers={"Authorization": f"Bearer {head.token}"}, timeout=30
+    )
+    assert VARIABLE in details.text, "where a forwarded variable is shown"
+    assert key not in details.text
+    assert holding(b"first", head.folder), "Ray's logs have a forwarded value"
+    assert holding(key.encode(), head.folder, run) == []
     # Who stops looking stops nothing.
     leaver.send_signal(signal.SIGINT)
     left = finish(leaver, 130)

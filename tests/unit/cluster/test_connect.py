@@ -12,7 +12,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 from ray._private.utils import validate_socket_filepath
 
-from cluster.connect import connected, start_local
+from cluster.connect import NO_TOKEN, connected, start_local
 from kdray.config import parse_config
 from kdray.errors import ConfigError
 
@@ -109,3 +109,18 @@ def test_a_short_folder_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     start_local()
     assert (seen, caplog.messages) == (["/tmp/mine"], [])
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_cluster_without_a_token_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asks: bool
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr("cluster.connect.unreachable", lambda address: None)
+    monkeypatch.setattr("cluster.connect.is_token_auth_enabled", lambda: asks)
+    tree = {"run": {"name": "x"}, "student": {"model": {"type": "tiny"}}, "teachers": {"t": {"model": {"type": "tiny"}}}}
+    config = parse_config(tree | {"cluster": {"address": "head:6379"}})
+    with caplog.at_level("WARNING", "cluster.connect"), connected(config, serving=False):
+        pass
+    told = [record.getMessage() for record in caplog.records if "asks for no token" in record.getMessage()]
+    assert told == ([] if asks else [NO_TOKEN.format(where="the cluster at cluster.address=head:6379")])

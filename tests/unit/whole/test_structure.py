@@ -17,6 +17,7 @@ FILES = sorted(path for package in ("kdray", "actors", "cluster") for path in (R
 MOST_PARAMETERS = 8
 
 MORE_PARAMETERS = {
+    ("cluster/jobs/commands.py", "submit"): "options of a command, which typer reads from its parameters",
     ("kdray/losses/chunked.py", "chunked_divergence"): "two heads with their biases, one value of an autograd function",
 }
 """Functions that may have more, and why."""

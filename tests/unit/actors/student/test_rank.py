@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from actors.student.mailbox import Command
 from actors.student.trainer import Phase
 from actors.weights.deltas import Sent
 from kdray.config import MiniLLMLoss, TrainingSettings
+from kdray.errors import TrainingError
 from kdray.types import StepReport
 
 PHASE = Phase("distill", "student", None, MiniLLMLoss(), 1e-3, 10)
@@ -109,3 +111,16 @@ def answered(value: Any) -> Any:
         return value
 
     return answer
+
+
+def test_a_rank_has_its_secrets_before_it_does_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trainer:
+        def __init__(self, *given: object) -> None:
+            raise TrainingError(f"begins with {os.environ['A_KEY']}")
+
+    (tmp_path / "key").write_text("value\n")
+    monkeypatch.setenv("A_KEY", "older")
+    monkeypatch.setattr(module, "StudentTrainer", Trainer)
+    config = module.RankConfig(TrainingSettings(), 8, 0, None, None, None, tmp_path, secrets={"A_KEY": tmp_path / "key"})  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match="begins with value"):
+        module.run_rank({"config": config})

@@ -189,16 +189,40 @@ def test_what_cannot_be_checked_here_is_said(here, monkeypatch):
 
 
 def test_the_environment_of_a_job(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    job_settings = {"stop_wait_s": 45, "forward_env": ["HF_TOKEN"]}
-    assert forwarded(config(cluster={"job": job_settings})) == {"HF_TOKEN": "secret", "RAY_JOB_STOP_WAIT_TIME_S": "45"}
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
+    job_settings = {"stop_wait_s": 45, "forward_env": ["HF_ENDPOINT"]}
+    variables = {"HF_ENDPOINT": "http://mirror", "RAY_JOB_STOP_WAIT_TIME_S": "45"}
+    assert forwarded(config(cluster={"job": job_settings})) == variables
     # The value goes with the job, never into a file.
-    assert "secret" not in config(cluster={"job": job_settings}).dump()
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ConfigError, match="cluster.job.forward_env=HF_TOKEN.*not set here"):
+    assert "mirror" not in config(cluster={"job": job_settings}).dump()
+    monkeypatch.delenv("HF_ENDPOINT")
+    with pytest.raises(ConfigError, match="cluster.job.forward_env=HF_ENDPOINT.*not set here"):
         forwarded(config(cluster={"job": job_settings}))
     with pytest.raises(ConfigError, match="cluster.job.forward_env=RAY_AUTH_TOKEN"):
         config(cluster={"job": {"forward_env": ["RAY_AUTH_TOKEN"]}})
+
+
+def test_a_secret_goes_by_its_file_and_never_by_its_value(here, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_value")
+    with pytest.raises(ConfigError, match=r"forward_env=HF_TOKEN: .*cluster\.secrets=\{HF_TOKEN: \{file: PATH\}\}") as refusal:
+        forwarded(config(cluster={"job": {"forward_env": ["HF_TOKEN"]}}))
+    assert "hf_value" not in str(refusal.value)
+    file = tmp_path / "key"
+    teacher = {"type": "openai", "base_url": "https://far/v1", "model": "m", "api_key_env": "FAR_KEY"}
+    monkeypatch.delenv("FAR_KEY", raising=False)
+    settings = config(
+        student={"model": str(here / "other")},
+        teachers={"far": teacher},
+        loss={"type": "sequence"},
+        rollout={"alpha": 1},
+        cluster={"secrets": {"FAR_KEY": {"file": str(file)}}},
+    )
+    # The file is on the cluster: what needs it is checked by the job.
+    assert unchecked(settings, pack(settings)) == [f"cluster.secrets.FAR_KEY.file={file} is not on this machine"]
+    file.write_text("the-value")
+    assert unchecked(settings, pack(settings)) == []
+    assert forwarded(settings) == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert "the-value" not in settings.dump()
 
 
 PROBE = """
@@ -354,16 +378,40 @@ def test_the_entry_hands_on_the_commands_exit_code(tmp_path):
     ],
 )
 def test_addresses(given, url):
-    assert server_address(given) == url
+    assert server_address(given, insecure=True) == url
+
+
+@pytest.mark.parametrize(
+    "given", ["localhost", "http://127.0.0.1:8265", "http://127.8.9.1:1", "http://[::1]:8265", "https://head"]
+)
+def test_what_nobody_can_read_on_the_way_needs_no_word(given):
+    assert server_address(given)
+
+
+@pytest.mark.parametrize(
+    "given", ["http://head:9000", "head:9000", "http://10.0.0.1:9000", "http://localhost.example.com:9000"]
+)
+def test_plain_http_to_another_machine_is_refused_unless_it_is_accepted(given):
+    with pytest.raises(ConfigError, match=rf"^--address={given}: plain http.*ssh -L 8265:localhost:9000 .*--insecure"):
+        server_address(given)
+    assert server_address(given, insecure=True)
+
+
+@pytest.mark.parametrize("command", [["status"], ["stop", "trial"], ["logs", "trial"]])
+def test_every_command_takes_the_acceptance(command, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs_client, "JobServer", lambda address, insecure: asked.append((address, insecure)) or server([]))
+    CliRunner().invoke(app, [*command, "--address", "http://head:1", "--insecure"])
+    assert asked == [("http://head:1", True)]
 
 
 def test_the_address_comes_from_rays_variables_too(monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_ADDRESS", "http://one:1")
-    assert server_address(None) == "http://one:1"
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://two:2")
-    assert server_address(None) == "http://two:2"
-    assert server_address("http://three:3") == "http://three:3"
+    monkeypatch.setenv("RAY_ADDRESS", "https://one:1")
+    assert server_address(None) == "https://one:1"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://two:2")
+    assert server_address(None) == "https://two:2"
+    assert server_address("https://three:3") == "https://three:3"
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ConfigError, match="--address: which cluster"):
@@ -393,7 +441,7 @@ def test_ids_are_the_name_with_a_number_where_it_is_taken(used, expected):
 def server(jobs: list[SimpleNamespace], logs: dict[str, str] | None = None) -> JobServer:
     """A client whose job server is these lists."""
     client = JobServer.__new__(JobServer)
-    client.address = "http://head:8265"
+    client.address, client.insecure = "http://head:8265", True
     client._client = SimpleNamespace(
         list_jobs=lambda: jobs,
         get_job_info=lambda name: next(job for job in jobs if job.submission_id == name),
@@ -548,7 +596,7 @@ def test_a_log_that_cannot_be_had_costs_its_own_row_alone(monkeypatch):
         return STOPPED
 
     client._client.get_job_logs = logs
-    monkeypatch.setattr(jobs_client, "JobServer", lambda address: client)
+    monkeypatch.setattr(jobs_client, "JobServer", lambda address, insecure: client)
     result = CliRunner().invoke(app, ["status"])
     assert result.exit_code == 0, result.output
     rows = {

@@ -34,6 +34,7 @@ from transformers import Qwen2Config
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.planning.head import HEAD
 from cluster.planning.placement import Node, bundles, matches
 from cluster.planning.plan import described_nodes, plan
 from kdray.config import Config, load_config
@@ -82,7 +83,7 @@ KUBERAY: dict[str, dict[str, Any]] = {
         "resources": "unused",
         "image": str,
         "imagePullPolicy": str,
-        "securityContext": "unused",
+        "securityContext": "pod",
         "idleTimeoutSeconds": int,
         "upscalingMode": {"Default", "Aggressive", "Conservative"},
         "version": {"v1", "v2"},
@@ -153,7 +154,8 @@ def _kubernetes(name: str) -> dict[str, dict[str, Any]]:
 AWS = _load("ray-up-aws.yaml")
 ON_PREMISE = _load("ray-up-onprem.yaml")
 CLUSTER = _kubernetes("kuberay-cluster.yaml")
-JOB = _kubernetes("kuberay-job.yaml")["RayJob"]
+JOBS = _kubernetes("kuberay-job.yaml")
+JOB = JOBS["RayJob"]
 SPEC = CLUSTER["RayCluster"]["spec"]
 
 
@@ -292,9 +294,66 @@ def test_clusters_ask_for_a_token_and_files_hold_no_secret() -> None:
     for path in [*MANIFESTS.glob("*.yaml"), ROOT / "Dockerfile"]:
         text = path.read_text()
         assert not re.search(SECRET, text), path.name
-    # By name alone; without the Secret the pods start, too.
-    references = [each for group in _groups(SPEC) for each in group["template"]["spec"]["containers"][0]["envFrom"]]
-    assert references == [{"secretRef": {"name": "kdray-storage", "optional": True}}] * len(_groups(SPEC))
+
+
+def test_pods_get_the_secrets_of_their_part_alone() -> None:
+    """By name; without the Secret the pods start, too."""
+    found = {
+        group.get("groupName", "head"): [each["secretRef"] for each in group["template"]["spec"]["containers"][0]["envFrom"]]
+        for group in _groups(SPEC)
+    }
+    parts = {"head": ["hub", "storage", "driver"], "student": ["hub", "storage"]}
+    assert found == {
+        role: [{"name": f"kdray-{name}", "optional": True} for name in parts.get(role, ["hub"])] for role in ["head", *ROLES]
+    }
+
+
+def _beyond_restricted(pod: dict[str, Any], containers: list[dict[str, Any]]) -> list[str]:
+    """What the profile "restricted" of Kubernetes' Pod Security Standards forbids, of what these pods could have."""
+    shared = pod.get("securityContext", {})
+    found = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    kinds = {"name", "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    found += [f"volume {volume['name']}" for volume in pod.get("volumes", []) if not set(volume) <= kinds]
+    for container in containers:
+        own = shared | container.get("securityContext", {})
+        if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
+            found.append("privileges")
+        if own.get("capabilities") != {"drop": ["ALL"]}:
+            found.append("capabilities")
+        if not own.get("runAsNonRoot") or not own.get("runAsUser"):
+            found.append("root")
+        if own.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+            found.append("seccomp")
+        found += [f"host port {port['hostPort']}" for port in container.get("ports", []) if port.get("hostPort")]
+    return found
+
+
+def test_pods_pass_the_restricted_profile() -> None:
+    for group in _groups(SPEC):
+        pod = group["template"]["spec"]
+        assert _beyond_restricted(pod, pod["containers"]) == []
+        bare = {**pod, "securityContext": {}, "hostNetwork": True, "volumes": [{"name": "x", "hostPath": {"path": "/"}}]}
+        assert set(_beyond_restricted(bare, [{}])) == {
+            "hostNetwork", "volume x", "privileges", "capabilities", "root", "seccomp",
+        }  # fmt: skip
+    # KubeRay puts Ray's autoscaler into the head's pod, with a context of its own.
+    sidecar = {"securityContext": SPEC["autoscalerOptions"]["securityContext"]}
+    assert _beyond_restricted(SPEC["headGroupSpec"]["template"]["spec"], [sidecar]) == []
+
+
+def test_only_the_clusters_pods_and_the_operator_reach_it() -> None:
+    policy = CLUSTER["NetworkPolicy"]
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    assert JOBS["NetworkPolicy"] == policy
+    own = policy["spec"]["podSelector"]["matchLabels"]
+    assert all(group["template"]["metadata"]["labels"] == own for group in _groups(SPEC))
+    cluster, operator = policy["spec"]["ingress"]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert cluster == {"from": [{"podSelector": {"matchLabels": own}}]}
+    head = SPEC["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    assert {"name": "dashboard", "containerPort": operator["ports"][0]["port"]} in head
+    # One entry with both selectors: these pods in any namespace. Two entries would be every pod of every namespace.
+    assert [set(each) for each in operator["from"]] == [{"namespaceSelector", "podSelector"}]
 
 
 def test_a_retried_job_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
@@ -304,7 +363,7 @@ def test_a_retried_job_goes_on_where_the_last_one_stopped(tmp_path: Path) -> Non
     line = spec["entrypoint"]
     # As Ray's job supervisor does: by a shell. Its words are what kdray's command line gets.
     shell = line.replace(str(config.run.output), str(tmp_path)).replace("kdray run", "printf '%s\\n'", 1)
-    words = ["/opt/kdray/configs/on_cluster.yaml"]
+    words = ["/opt/kdray/configs/on_cluster.yaml", "--supervise"]
     assert subprocess.run(shell, shell=True, capture_output=True, text=True, check=True).stdout.split() == words
     (tmp_path / config.run.name).mkdir()
     (tmp_path / config.run.name / "config.yaml").touch()
@@ -415,6 +474,22 @@ def _kubernetes_nodes() -> list[Node]:
     return [Node(kind["resources"], kind["labels"], "kubernetes") for kind in kinds for _ in range(kind["max_workers"])]
 
 
+def _pods() -> list[Node]:
+    """Nodes as Ray sees them in the pods, each kind at its most, with their object stores."""
+    nodes = []
+    for group in _groups(SPEC):
+        limits, given = group["template"]["spec"]["containers"][0]["resources"]["limits"], group["rayStartParams"]
+        resources = {
+            "CPU": float(given.get("num-cpus", limits["cpu"])),
+            "GPU": float(limits.get("nvidia.com/gpu", 0)),
+            "memory": float(parse_quantity(limits["memory"])),
+            "object_store_memory": float(given["object-store-memory"]),
+            HEAD: float("groupName" not in group),
+        }
+        nodes += [Node(resources, group["labels"], "pod") for _ in range(group.get("maxReplicas", 1))]
+    return nodes
+
+
 QWEN = {
     "student": (1536, 8960, 28, 12, 2, 151936, True),
     "large": (5120, 13824, 48, 40, 8, 152064, False),
@@ -510,6 +585,32 @@ def test_the_documented_cluster_is_that_of_the_files(recipe: Config, tmp_path: P
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "bottleneck" in done.output or "rates" in done.output
+
+
+def test_an_8b_student_fits_the_pods(recipe: Config, tmp_path: Path) -> None:
+    """Its versions fit the object stores and /dev/shm, its engines and ranks their memory, the batches the head."""
+    folder = tmp_path / "student"
+    Qwen2Config(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+    ).save_pretrained(folder)
+    teachers = [f"teachers.{name}.model={teacher.model}" for name, teacher in recipe.served_teachers.items()]
+    # Beside 8B of student, a 7B teacher takes two of its GPUs.
+    two = [f"cluster.roles.teachers.small.{setting}=2" for setting in ("tensor_parallel_size", "num_gpus")]
+    settings = [f"student.model={folder}", "training.zero_stage=2", *teachers, *two]
+    found = plan(load_config(RECIPE, settings), _pods())
+    assert not any("note:" in line or "warning" in line for line in found.lines), found.lines
+    # What is in /dev/shm at most is in the plan's line: it has to fit there as well.
+    (line,) = (line for line in found.lines if line.startswith("publication: "))
+    most = float(re.search(r"([\d.]+) on a node of replicas", line)[1])
+    for group in SPEC["workerGroupSpecs"]:
+        (shm,) = (volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm")
+        assert most * 2**30 < parse_quantity(shm["emptyDir"]["sizeLimit"])
 
 
 def test_documented_roles_are_the_recipes() -> None:

@@ -34,8 +34,8 @@ from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation
 from kdray.checks.preflight import check
 from kdray.checks.trackers import check_trackers
-from kdray.config import Config, StudentBackendSettings, load_config
-from kdray.config.load import read_config
+from kdray.config import Config, StudentBackendSettings
+from kdray.config.load import load_saved_config, read_saved_config
 from kdray.config.resuming import as_begun
 from kdray.config.secret_files import set_secrets
 from kdray.errors import ConfigError, LeaseLost, StorageError
@@ -136,10 +136,10 @@ def _as_begun(config: Config) -> Config:
     """The config with the defaults that the run to resume began with, where they have changed since."""
     folder = RunFolder(config.run_folder)
     if folder.config.is_file():
-        return as_begun(load_config(folder.config), config)
+        return as_begun(load_saved_config(folder.config), config)
     stored = StoredRun.of(config)
     content = None if stored is None else stored.storage.read("config.yaml")
-    return config if content is None else as_begun(read_config(content, f"{config.run.storage}: config.yaml"), config)
+    return config if content is None else as_begun(read_saved_config(content, f"{config.run.storage}: config.yaml"), config)
 
 
 def _begun(config: Config) -> bool:

@@ -30,8 +30,9 @@ from cluster.planning.publication import publication_lines
 from cluster.planning.roles import GPU_MEMORY, Role, weakest_gpu
 from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.checks.models import check_models
-from kdray.config import Config, EngineSettings, ModelSource, TrainingSettings, load_config
+from kdray.config import Config, EngineSettings, ModelSource, TrainingSettings
 from kdray.config.base import NonNegativeFloat, Positive, PositiveFloat, Settings
+from kdray.config.load import load_saved_config
 from kdray.config.route import Route
 from kdray.errors import CapacityError, ConfigError, DataError
 from kdray.models.adapters import adapted_layers
@@ -114,7 +115,7 @@ def rates_of(run: Path) -> Measured:
     """Read the rates measured by a run from its metrics. Raises: DataError if the folder holds none."""
     folder = RunFolder.open(run)
     try:
-        return measured(read_lines(folder.metrics), load_config(folder.config).training.batch_size)
+        return measured(read_lines(folder.metrics), load_saved_config(folder.config).training.batch_size)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--run {run}: its metrics say nothing of rates: {error}") from error
 

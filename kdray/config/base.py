@@ -55,6 +55,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+SAVED = "saved"
+"""Key of a validation's context: true for the config of a run that has begun, whose sections met the rules of its day."""
+
 BESIDE = "beside"
 """Key of a validation's context: folder where a relative path is looked for that leads nowhere from the working directory."""
 

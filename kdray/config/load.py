@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from kdray.config import strict_yaml
 from kdray.config.backends import backend_keys, with_backend
-from kdray.config.base import BESIDE
+from kdray.config.base import BESIDE, SAVED
 from kdray.config.explain import explain
 from kdray.config.roles import role_keys
 from kdray.config.run_config import Config
@@ -18,6 +18,20 @@ from kdray.config.shipped import recipe_named
 from kdray.errors import ConfigError
 
 _MAX_PROBLEMS = 20
+
+
+def load_saved_config(path: Path, beside: Path | None = None) -> Config:
+    """Read the config of a run that has begun, as `load_config` does without overrides, but by the sections' own rules alone.
+
+    Rules across sections that are younger than the run neither hide its results nor keep it from being resumed by a config that
+    meets them.
+    """
+    return _read(_content(path), str(path), (), {BESIDE: beside or path.parent, SAVED: True})
+
+
+def read_saved_config(content: bytes, source: str) -> Config:
+    """The same from the content of its file. Args: source: its place, for messages."""
+    return _read(content, source, (), {SAVED: True})
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), beside: Path | None = None) -> Config:
@@ -28,15 +42,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), b
     Raises: ConfigError with file, setting, value and remedy.
     """
     path = Path(path)
+    return _read(_content(path), str(path), overrides, {BESIDE: beside or path.parent})
+
+
+def _content(path: Path) -> bytes:
     try:
         if not path.is_file():
             if (path / "config.yaml").is_file():
                 raise ConfigError(f"{path}: a run folder, not a config file; give {path / 'config.yaml'}")
             raise ConfigError(f"{path}: {'a folder, not a config file' if path.is_dir() else _absent(path)}")
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path!s:.100}: cannot be read: {error.strerror}") from error
-    return read_config(content, str(path), overrides, beside or path.parent)
 
 
 def _absent(path: Path) -> str:
@@ -44,11 +61,8 @@ def _absent(path: Path) -> str:
     return "no such config file" + ("" if name is None else f"; `kdray init {name}` writes the recipe of that name")
 
 
-def read_config(content: bytes, source: str, overrides: list[str] | tuple[str, ...] = (), beside: Path | None = None) -> Config:
-    """Read the content of a recipe. Args: source: its place, for messages; beside: as for `parse_config`.
-
-    Raises: as `load_config`.
-    """
+def _read(content: bytes, source: str, overrides: list[str] | tuple[str, ...], context: dict[str, Any]) -> Config:
+    """Config of a recipe's content. Args: source: its place; context: of the validation. Raises: as `load_config`."""
     try:
         tree = strict_yaml.load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -62,7 +76,7 @@ def read_config(content: bytes, source: str, overrides: list[str] | tuple[str, .
         raise ConfigError(f"{source}: {error}") from error
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree, f"{source} with the overrides" if overrides else source, beside)
+    return _validated(tree, f"{source} with the overrides" if overrides else source, context)
 
 
 def parse_config(tree: dict[str, Any], source: str = "config", beside: Path | None = None) -> Config:
@@ -70,8 +84,12 @@ def parse_config(tree: dict[str, Any], source: str = "config", beside: Path | No
 
     Raises: ConfigError listing every problem, one per line.
     """
+    return _validated(tree, source, {BESIDE: beside})
+
+
+def _validated(tree: dict[str, Any], source: str, context: dict[str, Any]) -> Config:
     try:
-        return Config.model_validate(tree, context={BESIDE: beside})
+        return Config.model_validate(tree, context=context)
     except ValidationError as error:
         found = error.errors()
         lines = [explain(item, Config) for item in found[:_MAX_PROBLEMS]]

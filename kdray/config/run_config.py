@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from kdray.config.base import OnResume, Settings
+from kdray.config.base import SAVED, OnResume, Settings
 from kdray.config.data import DataSettings
 from kdray.config.features import AttentionTerm, HiddenTerm, RelationTerm
 from kdray.config.losses import LossSource, MiniLLMLoss
@@ -57,8 +57,8 @@ class Config(Settings):
         return with_roles(tree)
 
     @model_validator(mode="after")
-    def _together(self) -> Config:
-        broken = first_broken(self)
+    def _together(self, info: ValidationInfo) -> Config:
+        broken = None if (info.context or {}).get(SAVED) else first_broken(self)
         if broken is not None:
             raise ValueError(broken)
         return self

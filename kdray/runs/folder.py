@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from kdray.config import Config, load_config, resuming
+from kdray.config.load import load_saved_config
 from kdray.config.resuming import Change, changeable
 from kdray.errors import ConfigError, DataError
 from kdray.runs.lines.streams import drop_later_steps, drop_torn_line
@@ -161,7 +162,9 @@ class RunFolder:
         Raises: ConfigError; DataError if the events cannot be read.
         """
         events = read_lines(self.events) if self.events.is_file() else []
-        return load_config(self.config, list(overrides), started_in(events))
+        if overrides:
+            return load_config(self.config, list(overrides), started_in(events))
+        return load_saved_config(self.config, started_in(events))
 
     @property
     def logs(self) -> Path:
@@ -223,7 +226,7 @@ class RunFolder:
         """Return the settings that a resumed run changes. Raises: ConfigError if it may not change one of them."""
         if not self.config.is_file():
             raise ConfigError(f"{self.path}: there is no run to resume; leave out --resume, or correct run.name")
-        found = resuming.changes(load_config(self.config), config)
+        found = resuming.changes(load_saved_config(self.config), config)
         if refused := [change for change in found if not change.allowed]:
             told = "; ".join(f"{each.setting}: {_told(each.old)} there, {_told(each.new)} now" for each in refused)
             raise ConfigError(

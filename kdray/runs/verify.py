@@ -19,7 +19,8 @@ from typing import Any
 
 import msgspec
 
-from kdray.config import Config, load_config
+from kdray.config import Config
+from kdray.config.load import load_saved_config
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
@@ -47,7 +48,7 @@ def verify(run: Path) -> Proof:
     folder = RunFolder.open(run)
     proof = Proof()
     events = _events(proof, folder.events)
-    config = load_config(folder.config, (), started_in(events))
+    config = load_saved_config(folder.config, started_in(events))
     proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
     dataset = _prompts_of(proof, config)
     checkpoints = sorted(folder.checkpoints.glob(f"step-*/{COMMITTED}"))

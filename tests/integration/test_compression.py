@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,9 @@ def test_a_pruned_student_is_distilled_exported_in_int8_and_measured(tmp_path: P
     cells = [[cell.strip() for cell in line.split("│")] for line in _kdray("eval", run, "--student", quantised).splitlines()]
     rows = {row[1]: row[2:4] for row in cells if len(row) == 5}
     for key in ("reverse_kl", "forward_kl"):
-        # A value is followed by its interval.
-        plain, rounded = (float(cell.split()[0]) for cell in rows[key])
+        # A value and its interval, which is that of 48 prompts: a token drawn otherwise changes the rest of its response.
+        (plain, low, high), (rounded, *_) = ([float(number) for number in re.findall(r"[\d.]+", cell)] for cell in rows[key])
         assert plain == pytest.approx(summary["after"][key], rel=0.05)
-        assert 0 < abs(rounded - plain) < 0.1 * plain, "8 bits show, and hardly"
+        assert rounded != plain
+        assert low <= rounded <= high, "8 bits show, and hardly"
     assert not list((tmp_path / "runs" / ".models").glob(".plain-*"))

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdray.config import Config, ModelSource, load_config
+from kdray.config import Config, ModelSource
+from kdray.config.load import load_saved_config
 from kdray.models.resolve import model_name
 from kdray.runs.folder import RunFolder
 from kdray.runs.metrics import METRICS
@@ -21,7 +22,7 @@ def write_card(run: RunFolder, model: Path, step: int | None = None) -> None:
     """Write the card into an exported model's folder. Args: step: of the checkpoint; None for the finished run's student."""
     from huggingface_hub import ModelCardData
 
-    config = load_config(run.config)
+    config = load_saved_config(run.config)
     student = config.student.model
     # A folder's place on some machine says nothing to others.
     base = student if isinstance(student, str) and not Path(student).expanduser().exists() else None

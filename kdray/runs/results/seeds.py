@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdray.config import Config, load_config
+from kdray.config import Config
+from kdray.config.load import load_saved_config
 from kdray.config.resuming import changes
 from kdray.errors import ConfigError
 from kdray.runs.folder import RunFolder, plain, read_lines, write_atomically
@@ -61,7 +62,7 @@ def finished(config: Config) -> dict[str, Any] | None:
     kinds = [line["kind"] for line in read_lines(folder.events) if line["kind"] in ("start", "finished")]
     if kinds[-1:] != ["finished"]:
         return None
-    other = [each for each in changes(load_config(folder.config), config) if not each.setting.startswith(_FREE)]
+    other = [each for each in changes(load_saved_config(folder.config), config) if not each.setting.startswith(_FREE)]
     if other:
         told = "; ".join(f"{each.setting}: {each.old!r} there, {each.new!r} now" for each in other)
         raise ConfigError(

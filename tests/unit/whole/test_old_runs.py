@@ -12,6 +12,7 @@ import yaml
 from cluster import launch
 from kdray.config import Config, load_config
 from kdray.config.resuming import as_begun, changes
+from kdray.errors import ConfigError
 from kdray.runs.folder import RunFolder
 from kdray.runs.report import write_report
 from kdray.runs.verify import verify
@@ -70,3 +71,20 @@ def test_it_is_verified_and_reported(recipe: Path) -> None:
     page = write_report(run)
     assert page.is_file()
     assert "reverse" in page.read_text()
+
+
+def test_a_younger_rule_hides_no_run_and_stops_no_resume(recipe: Path, tmp_path: Path) -> None:
+    """Deadlines that may stand beside each other no more: the run is read, verified, shown, and resumed with better ones."""
+    path = tmp_path / "old-run" / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["cluster"] = (tree.get("cluster") or {}) | {"stuck_run_after_s": 10.0}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="cluster.stuck_run_after_s=10 is not above"):
+        load_config(path)
+    folder = RunFolder.open(tmp_path / "old-run")
+    assert folder.load_config().cluster.stuck_run_after_s == 10
+    assert not verify(folder.path).problems
+    write_report(folder.path)
+    folder.check_resumable(load_config(recipe))
+    with pytest.raises(ConfigError, match="cluster.stuck_run_after_s=10 is not above"):
+        folder.load_config(["run.seed=0"])

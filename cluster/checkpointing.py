@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.background_call import in_daemon_thread
+from actors.student.checkpoints.rank_files import Saved
 from actors.student.group import StudentGroup
 from kdray.runs.checkpoints import PHASE_STEP, drop_checkpoints, prune_checkpoints
 from kdray.runs.folder import RunFolder
@@ -137,18 +138,50 @@ class CheckpointedStudent:
     def _storage(self) -> Storage:
         return Storage.local(self.folder.path) if self.stored is None else self.stored.storage
 
+    async def open_checkpoint(self, step: int) -> OpenedCheckpoint:
+        await in_daemon_thread(self.guard)
+        await self.ranks.open_checkpoint(step, self._progress_now())
+        return OpenedCheckpoint(self, step)
+
+    def _progress_now(self) -> dict[str, Any]:
+        return self.progress | {key: entry() for key, entry in self.live.items()}
+
+    async def keep_files(self) -> tuple[int, float]:
+        """Send the run's files to its storage, if it has one. Returns: bytes that were sent, and seconds."""
+        started = time.monotonic()
+        sent = 0 if self.stored is None else await in_daemon_thread(self.stored.send)
+        return sent, time.monotonic() - started
+
     async def _save(self, step: int, name: str | None, place: dict[str, Any]) -> None:
         await in_daemon_thread(self.guard)
-        started = time.monotonic()
         # First: once the checkpoint is committed, the files have everything that a resume from it needs.
-        sent = 0 if self.stored is None else await in_daemon_thread(self.stored.send)
-        send_s = time.monotonic() - started
-        progress = self.progress | {key: entry() for key, entry in self.live.items()} | place
-        saved = await self.ranks.save_checkpoint(step, progress, name)
+        files = await self.keep_files()
+        saved = await self.ranks.save_checkpoint(step, self._progress_now() | place, name)
+        await self.note_saved(step, saved, *files)
+
+    async def note_saved(self, step: int, saved: Saved, files_bytes: int, files_s: float) -> None:
+        """Report what a committed checkpoint cost, and delete the oldest ones."""
         for retry in saved.retries:
             self.on_retry(**retry)
         if self.stored is not None:
             costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
-            self.on_event("stored", step=step, **costs, files_bytes=sent, files_s=send_s)
+            self.on_event("stored", step=step, **costs, files_bytes=files_bytes, files_s=files_s)
         await in_daemon_thread(self.guard)
         await in_daemon_thread(prune_checkpoints, self._storage, self.keep)
+
+
+class OpenedCheckpoint:
+    """An open checkpoint of the ranks (`kdray.interfaces.OpenCheckpoint`)."""
+
+    def __init__(self, student: CheckpointedStudent, step: int) -> None:
+        self._student = student
+        self._step = step
+        self._files: tuple[int, float] = (0, 0.0)
+
+    async def keep_files(self) -> None:
+        self._files = await self._student.keep_files()
+
+    async def commit(self) -> None:
+        await in_daemon_thread(self._student.guard)
+        saved = await self._student.ranks.commit_checkpoint()
+        await self._student.note_saved(self._step, saved, *self._files)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -38,7 +39,7 @@ from kdray.models.inspect import chat_template_text
 from kdray.models.saving import TokenizerSource
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.pretraining import PretrainingText
-from kdray.rollouts.race import Stopped, first_of
+from kdray.rollouts.race import Stopped, both, first_of
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.context import Checked, Models, RunContext, installed_versions
@@ -87,6 +88,7 @@ class Runner:
         self._config = plan.checked.config
         self._lease = plan.lease
         self._folder = RunFolder(plan.folder.path.absolute(), plan.lease.check)
+        self._distilled = self._folder.checkpoints / "distilled"
         self._checkpoint = plan.checkpoint
         # Within the supervised phase nothing is there that a resume of the later ones needs.
         self._after_sft = None if plan.checkpoint is None or plan.checkpoint.stage == "sft" else plan.checkpoint
@@ -254,8 +256,6 @@ class Runner:
             after = progress["after"]
         else:
             after = await self._finetune(student, pools, recoverable) if training.finetune.steps else progress["distilled"]
-            self._folder.guard()
-            await student.export(self._folder.student)
         if self._stored is not None:
             await in_daemon_thread(self._stored.storage.get_tree, "student", self._folder.student, COMMITTED)
         self._beside.measured(self._name)
@@ -320,8 +320,16 @@ class Runner:
             stop=self.stop,
             start_step=start_step,
         ).run()
-        name = "distilled" if training.finetune.steps else "after"
-        progress["distilled"] = await self._measure(pools, steps, name)
+        name, folder = ("distilled", self._distilled) if training.finetune.steps else ("after", self._folder.student)
+        progress["distilled"] = await self._measure_and_export(student, pools, steps, name, folder)
+
+    async def _measure_and_export(
+        self, student: StudentGroup, pools: Pools, version: int, name: str, folder: Path
+    ) -> dict[str, float]:
+        """Evaluate a version, which takes the replicas, while the ranks write it as a model."""
+        self._folder.guard()
+        numbers, _ = await both(self._measure(pools, version, name), student.export(folder))
+        return numbers
 
     def _renewal(self) -> Renewal | None:
         found = (teacher.renewal for teacher in self._config.teachers.values())
@@ -329,15 +337,12 @@ class Runner:
 
     async def _finetune(self, student: StudentGroup, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
         """Run the second stage, on the reference answers; a resume continues it from its last checkpoint."""
-        training, distilled = self._config.training, self._folder.checkpoints / "distilled"
-        number = self._numbers.finetune_checkpoint
+        training, number = self._config.training, self._numbers.finetune_checkpoint
         resumed = recoverable.progress["stage"] == "finetune"
-        if not resumed:
-            await student.export(distilled)
-            recoverable.progress["stage"] = "finetune"
+        recoverable.progress["stage"] = "finetune"
         settings = training.finetune
         rate, schedule = settings.learning_rate, training.schedule
-        phase = Phase("finetune", str(distilled), None, None, rate, settings.steps, schedule=schedule, base=self._base)
+        phase = Phase("finetune", str(self._distilled), None, None, rate, settings.steps, schedule=schedule, base=self._base)
         checkpoint = self._checkpoint if resumed else None
         await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
         done = self._numbers.finetune_done(checkpoint.step) if checkpoint else 0
@@ -361,7 +366,7 @@ class Runner:
         await recoverable.save_checkpoint(number(settings.steps))
         version = self._numbers.finetuned_version
         await student.publish(version)
-        return await self._measure(pools, version, "after")
+        return await self._measure_and_export(student, pools, version, "after", self._folder.student)
 
     async def _check_parity(self, version: int) -> None:
         """Wait until a replica has loaded the student and compared it with the trainer's. A refusal ends the run as in

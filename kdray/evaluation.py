@@ -76,7 +76,8 @@ class HeldOut:
     async def measure(self, version: int) -> Measurement:
         """Evaluate a student version.
 
-        Raises: EngineError if the replicas cannot give full-vocabulary KLs; ResponseError if the grader failed.
+        Raises: EngineError if the replicas cannot give full-vocabulary KLs, or another version answered; ResponseError if the
+        grader failed.
         """
         asked = [(prompt, draw) for prompt in self.prompts for draw in range(self.samples_per_prompt)]
         # Replicas update to `min_version` before they sample.
@@ -96,6 +97,8 @@ class HeldOut:
         async with aclosing(draw_scored(self.sampler, self.scorer, requests)) as stream:
             rollouts = [rollout async for part in stream for rollout in part]
         rollouts.sort(key=lambda rollout: rollout.sample_id)
+        if self.alpha < 1.0:
+            _refuse_others(rollouts, version)
         draws = [self._draw(prompt, draw, rollout) for (prompt, draw), rollout in zip(asked, rollouts, strict=True)]
         numbers = {name: ratio.value for name, ratio in ratios(draws, self.pass_at).items()}
         responses = [_targets(rollout) for rollout in rollouts]
@@ -142,6 +145,16 @@ def distinct(responses: Sequence[np.ndarray], n: int) -> float | None:
         return None
     grams = np.concatenate(found)
     return len(np.unique(grams, axis=0)) / len(grams)
+
+
+def _refuse_others(rollouts: Sequence[Rollout], version: int) -> None:
+    """Refuse numbers of a mixture of versions: training goes on beside an evaluation. Raises: EngineError."""
+    drew = {int(each) for rollout in rollouts for each in np.unique(rollout.target_versions)}
+    if drew - {version}:
+        raise EngineError(
+            f"the evaluation of student version {version} was answered by version {', '.join(map(str, sorted(drew)))}: it "
+            "would be of neither; continue with --resume, and report it with the run folder if it happens again"
+        )
 
 
 def _targets(rollout: Rollout) -> np.ndarray:

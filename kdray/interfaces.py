@@ -69,6 +69,18 @@ class Teacher(Sampler, Scorer, Protocol):
     """Availability of the teacher, and the reason while it is lost."""
 
 
+class OpenCheckpoint(Protocol):
+    """A checkpoint whose state is set aside, and which no resume uses yet."""
+
+    async def keep_files(self) -> None:
+        """Store what a resume needs of the run's own files. Lines of steps are not added to them meanwhile."""
+        ...
+
+    async def commit(self) -> None:
+        """Complete the checkpoint; training goes on meanwhile."""
+        ...
+
+
 class Student(Protocol):
     """All ranks of the student as a unit: a call reaches every rank, and a failure of one rank fails the call."""
 
@@ -90,6 +102,13 @@ class Student(Protocol):
 
     async def save_checkpoint(self, step: int) -> None:
         """Write a checkpoint that a later run can resume from. Returns once it is committed."""
+        ...
+
+    async def open_checkpoint(self, step: int) -> OpenCheckpoint:
+        """Set the present state aside, to become a checkpoint beside the next steps. Returns once training may change it.
+
+        One at a time: the one before is complete, or given up.
+        """
         ...
 
 

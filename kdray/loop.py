@@ -15,6 +15,11 @@ Only the admission of samples waits for train, so that step s + 1 is sampled whi
 allows. `stop` ends train's wait for a batch, or takes effect after the running step: a checkpoint is written in both cases. The
 first coroutine that fails cancels the others, and only its error is raised from `run`.
 
+Two things run beside the next step. An evaluation of version s: train holds version s + 1 back until it has ended, so that no
+replica that answers it can have newer weights, and the line of step s is written with its numbers. A checkpoint of step s:
+the student sets its state aside, and the files become a checkpoint later, once that line is written; until then the one
+before counts.
+
 The loop receives all collaborators and imports no Ray.
 """
 
@@ -26,11 +31,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 from kdray.data.dataset import PromptStream
 from kdray.errors import Interrupted, TrainingError, first_reason
-from kdray.interfaces import Reporter, Sampler, Scorer, Student
+from kdray.interfaces import OpenCheckpoint, Reporter, Sampler, Scorer, Student
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.rollouts.buffer import ReadyBatch, RolloutBuffer
 from kdray.rollouts.draw import LoopSettings, draw_scored, sample_request
@@ -57,7 +63,8 @@ class Hooks:
     """Callbacks of the loop; each defaults to a no-op."""
 
     evaluate: Callable[[int], Awaitable[dict[str, float]]] | None = None
-    """Called with a version after every `evaluate_every` steps; its numbers are added to the step's metrics."""
+    """Called with a version after every `evaluate_every` steps, beside the next step; its numbers are added to the metrics of
+    its own step. No newer version is published before it returns."""
     pool_metrics: Callable[[], dict[str, float]] = dict
     """Returns numbers of the pools for a step's metrics."""
     text: Callable[[int], Awaitable[TrainBatch]] | None = None
@@ -103,6 +110,15 @@ class Distillation:
         """Tokens and seconds of the latest steps."""
         self._saved = self.start_step
         """Step of the newest checkpoint."""
+        self._saving_s = 0.0
+        """Seconds that train waited for checkpoints since the latest step."""
+        self._evaluating: asyncio.Task[None] | None = None
+        """The latest evaluation beside a step."""
+        self._committing: asyncio.Task[None] | None = None
+        """The latest checkpoint that was completed beside a step. Not cancelled with the others: its state is good."""
+        self._files_kept = asyncio.Event()
+        """Cleared while a checkpoint needs the files of the run as they are."""
+        self._files_kept.set()
         self._left_out = self.ledger.not_finite_steps()
         """Steps whose batch the ranks left out, those before a resume included."""
 
@@ -112,12 +128,18 @@ class Distillation:
         Raises: Interrupted after `stop`; if a part failed, its exception alone.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._producer = tasks.create_task(self.produce(), name="produce")
-                tasks.create_task(self.train(), name="train")
+            async with asyncio.TaskGroup() as self._tasks:
+                self._producer = self._tasks.create_task(self.produce(), name="produce")
+                self._tasks.create_task(self.train(), name="train")
         except BaseExceptionGroup as group:
+            if self._committing is not None:
+                # What was trained before the failure is not lost with it. If this fails, too, the failure is its reason.
+                await asyncio.wait({self._committing})
             # A user can act on one reason: the first failure; the others are its consequences.
             raise first_reason(group) from group
+        finally:
+            if self._committing is not None:
+                self._committing.cancel()
 
     # ---------------------------------------------------------------------------------------------------- rollouts
 
@@ -161,17 +183,41 @@ class Distillation:
                 await self._interrupt(step)
             report, metrics = await self._step(step, started, ready, text)
             done = step + 1
+            tell = partial(self._tell, report, metrics)
             if self.hooks.evaluate is not None and settings.evaluate_every and done % settings.evaluate_every == 0:
-                metrics |= {f"heldout/{name}": value for name, value in (await self.hooks.evaluate(done)).items()}
-            self.reporter.step(report, metrics)
+                self._evaluating = self._tasks.create_task(self._evaluate(self.hooks.evaluate, done, tell), name="evaluate")
+            else:
+                tell({})
             self.reporter.samples(ready.rollouts, done)
             due = settings.checkpoint_every and done % settings.checkpoint_every == 0
-            if done < settings.steps and (due or await self.hooks.save_early()):
+            if done < settings.steps and due:
+                await self._open_checkpoint(done)
+            elif done < settings.steps and await self.hooks.save_early():
+                # Training may not go on before the disk has room.
                 await self._save(done)
             if self.stop.is_set() and done < settings.steps:
                 await self._interrupt(done)
+        await self._evaluated()
+        await self._committed()
         if self._saved < settings.steps:
             await self._save(settings.steps)
+
+    def _tell(self, report: StepReport, metrics: Mapping[str, Any], heldout: Mapping[str, float]) -> None:
+        """Write a step's line. Args: heldout: numbers of its version's evaluation, if there was one."""
+        self.reporter.step(report, {**metrics, **{f"heldout/{name}": value for name, value in heldout.items()}})
+
+    async def _evaluate(
+        self,
+        measure: Callable[[int], Awaitable[dict[str, float]]],
+        version: int,
+        tell: Callable[[Mapping[str, float]], None],
+    ) -> None:
+        tell(await measure(version))
+
+    async def _evaluated(self) -> None:
+        """Wait for an evaluation that runs beside a step."""
+        if self._evaluating is not None:
+            await self._evaluating
 
     async def _inputs(self, step: int) -> tuple[ReadyBatch, TrainBatch | None]:
         """The rollouts and the pretraining text of a step, produced concurrently."""
@@ -194,8 +240,16 @@ class Distillation:
         rewards = self.hooks.rewards(rollouts)
         advantages = None if rewards is None else rewards.advantages
         batch = rollouts_to_batch(rollouts, done, dropped, self.hooks.weights(rollouts), advantages)
-        report = await self.student.train_step(batch, text, values)
+        try:
+            report = await self.student.train_step(batch, text, values)
+        except TrainingError:
+            # The step before is whole, and so is its checkpoint once its line is written.
+            await self._evaluated()
+            raise
         trained = time.perf_counter()
+        # Replicas load a version as soon as there is one: those that are still asked for the one before must not see it.
+        await self._evaluated()
+        evaluated = time.perf_counter()
         ids = [rollout.sample_id for rollout in rollouts]
         if report.left_out:
             self._leave_out(done, report.left_out)
@@ -216,6 +270,10 @@ class Distillation:
         await self.student.publish(done)
         await self._buffer.published(done)
         now = time.perf_counter()
+        # A checkpoint of the step before is about to be what the files say up to there.
+        await self._files_kept.wait()
+        self._saving_s += time.perf_counter() - now
+        saving_s, self._saving_s = self._saving_s, 0.0
         self._recent.append((report.num_target_tokens, now - started))
         self.ledger.append(done, ids, dropped, facts)
         self.totals.prompts_consumed += len(rollouts) // self.settings.samples_per_prompt
@@ -228,7 +286,9 @@ class Distillation:
             "tokens_per_s": sum(tokens for tokens, _ in self._recent) / sum(seconds for _, seconds in self._recent),
             "wait_rollout_s": ready.wait_rollout_s,
             "wait_teacher_s": ready.wait_teacher_s,
-            "wait_sync_s": now - trained,
+            "wait_sync_s": now - evaluated,
+            "wait_evaluation_s": evaluated - trained,
+            "wait_checkpoint_s": saving_s,
             "queue_age_s": ready.queue_age_s,
             **self.hooks.pool_metrics(),
         }
@@ -265,7 +325,41 @@ class Distillation:
         )
 
     async def _save(self, step: int) -> None:
+        """Write a checkpoint and wait for it, after everything that runs beside a step."""
+        await self._evaluated()
+        started = time.perf_counter()
+        await self._committed()
         await self.student.save_checkpoint(step)
+        self._saving_s += time.perf_counter() - started
+        self._note_saved(step)
+
+    async def _open_checkpoint(self, step: int) -> None:
+        """Have the student set its state aside; it becomes a checkpoint beside the next step."""
+        started = time.perf_counter()
+        await self._committed()
+        opened = await self.student.open_checkpoint(step)
+        self._saving_s += time.perf_counter() - started
+        self._files_kept.clear()
+        self._committing = asyncio.create_task(self._commit(step, opened, self._evaluating), name="commit")
+        self._tasks.create_task(self._committed(), name="committed")
+
+    async def _commit(self, step: int, opened: OpenCheckpoint, evaluating: asyncio.Task[None] | None) -> None:
+        """Complete a checkpoint, unless the evaluation of its step fails: its line is then missing."""
+        if evaluating is not None:
+            await asyncio.wait({evaluating})
+            if evaluating.cancelled() or evaluating.exception() is not None:
+                return
+        await opened.keep_files()
+        self._files_kept.set()
+        await opened.commit()
+        self._note_saved(step)
+
+    async def _committed(self) -> None:
+        """Wait for a checkpoint that is completed beside a step; whoever waits may be cancelled, and it goes on."""
+        if self._committing is not None:
+            await asyncio.shield(self._committing)
+
+    def _note_saved(self, step: int) -> None:
         self._saved = step
         self.reporter.event("checkpoint", step=step)
 
@@ -273,6 +367,8 @@ class Distillation:
         """Write a checkpoint, unless this step already has one, and end; samples in flight are drawn again after a resume."""
         if self._producer is not None:
             self._producer.cancel()
+        await self._evaluated()
+        await self._committed()
         if step > self._saved or step == 0:
             await self._save(step)
         self.reporter.event("interrupted", step=step)

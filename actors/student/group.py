@@ -194,6 +194,22 @@ class StudentGroup:
         folder = self.checkpoints / (name or f"step-{step:06d}")
         return await self._call(Command("save", checkpoint=str(folder), progress={"step": step, **(progress or {})}))
 
+    async def open_checkpoint(self, step: int, progress: dict[str, Any]) -> None:
+        """Have every rank write its state to a folder of its own, which `commit_checkpoint` completes beside other commands."""
+        folder = self.checkpoints / f"step-{step:06d}"
+        await self._call(Command("open", checkpoint=str(folder), progress={"step": step, **progress}))
+
+    async def commit_checkpoint(self) -> Saved:
+        """Complete the open checkpoint, once the files of all ranks are stored; none stops training before that."""
+        assert self._fit is not None
+        stored = asyncio.ensure_future(_awaited(self._mailbox.stored.remote()))
+        # Longer than that, the ranks wait for it themselves, and count as stuck after the same time again.
+        limit = self.training.stuck_after_s
+        await asyncio.wait({stored, self._fit}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        stored.cancel()
+        saved: Saved = await self._call(Command("commit"))
+        return saved
+
     async def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face folder; an absolute path, since ranks work in folders of their own."""
         await self._call(Command("export", folder=str(folder)))

@@ -18,16 +18,18 @@ from kdray.types import TrainBatch
 _REFILLING_STEPS = 100
 """Steps without a loss after which the restarts are as good as unused, if no checkpoint is written before."""
 _REASON_CHARACTERS = 1000
+_COMMITS = ("save", "commit")
+"""Commands after which there is a new checkpoint."""
 
 
 @dataclass(frozen=True)
 class Command:
     """Command executed by every rank. Fields that a command does not use are None."""
 
-    kind: Literal["phase", "train", "publish", "renew", "save", "export", "stop"]
+    kind: Literal["phase", "train", "publish", "renew", "save", "open", "commit", "export", "stop"]
     phase: Phase | None = None
     checkpoint: str | None = None
-    """phase: checkpoint to continue from. save: folder to write."""
+    """phase: checkpoint to continue from. save: folder to write. open: folder that the next commit completes."""
     shards: Sequence[ray.ObjectRef] | None = None
     """train: one TrainBatch per rank."""
     text_shards: Sequence[ray.ObjectRef] | None = None
@@ -41,7 +43,7 @@ class Command:
     folder: str | None = None
     """export: folder to write."""
     progress: dict[str, Any] | None = None
-    """save: contents of the commit marker written with the weights."""
+    """save, open: contents of the commit marker written with the weights."""
     kept: int | None = None
     """train: index under which the mailbox has the shards on disk, instead of `shards` and `text_shards` (`Mailbox.shards`)."""
 
@@ -70,10 +72,11 @@ class RestartBudget:
         Returns: how many losses are forgotten and by what, if that is progress and there were any.
         """
         self._steps += command.kind == "train"
-        if not self.used or not (command.kind == "save" or self._steps >= _REFILLING_STEPS):
+        saved = command.kind in _COMMITS
+        if not self.used or not (saved or self._steps >= _REFILLING_STEPS):
             return None
         forgotten, self.used = self.used, 0
-        return {"losses": forgotten, "by": "checkpoint" if command.kind == "save" else f"{_REFILLING_STEPS} steps"}
+        return {"losses": forgotten, "by": "checkpoint" if saved else f"{_REFILLING_STEPS} steps"}
 
 
 class Mailbox:
@@ -94,6 +97,8 @@ class Mailbox:
         self._ranks: dict[int, Any] = {}
         self._killed_at = 0.0
         self._heard_at = time.monotonic()
+        self._stored: set[int] = set()
+        """Ranks whose files of the open checkpoint are where they belong."""
         self._changed = asyncio.Condition()
 
     async def post(self, command: Command) -> int:
@@ -104,6 +109,8 @@ class Mailbox:
         async with self._changed:
             index = self._next
             self._commands[index] = command
+            if command.kind == "open":
+                self._stored = set()
             self._next += 1
             self._changed.notify_all()
             return index
@@ -124,8 +131,8 @@ class Mailbox:
             is_new = rank not in answers
             answers.setdefault(rank, result)
             if is_new and len(answers) == self._world_size and not self._failure(index):
-                if command.kind == "save":
-                    self._commit(index, command)
+                if command.kind in _COMMITS:
+                    self._commit(index)
                 if command.kind == "train" and self._kept is not None:
                     self._keeping = asyncio.create_task(self._keep(index, command))
                 if forgotten := self._budget.advance(command):
@@ -159,11 +166,26 @@ class Mailbox:
         """Size of the batches on disk."""
         return 0 if self._kept is None else self._kept.bytes
 
-    def _commit(self, index: int, command: Command) -> None:
-        """Make restarts begin after this command; earlier ones are no longer needed."""
-        phase_index = max(i for i in self._commands if i <= index and self._commands[i].kind == "phase")
-        self._start = (index + 1, phase_index, command.checkpoint)
-        for old in [i for i in self._commands if i < index and i != phase_index]:
+    async def note_stored(self, rank: int) -> None:
+        """Register that a rank's files of the open checkpoint are stored, or cannot be, as its commit will say."""
+        async with self._changed:
+            self._stored.add(rank)
+            self._changed.notify_all()
+
+    async def stored(self) -> None:
+        """Wait until a commit of the open checkpoint would wait for no rank's files."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._stored) == self._world_size)
+
+    def _commit(self, index: int) -> None:
+        """Make restarts begin after the command whose state is now a checkpoint; earlier ones are no longer needed.
+
+        Those since then stay, if it was opened and steps were trained before its commit: ranks that restart repeat them.
+        """
+        at = max(i for i in self._commands if i <= index and self._commands[i].kind in ("save", "open"))
+        phase_index = max(i for i in self._commands if i <= at and self._commands[i].kind == "phase")
+        self._start = (at + 1, phase_index, self._commands[at].checkpoint)
+        for old in [i for i in self._commands if i < at and i != phase_index]:
             del self._commands[old]
             self._answers.pop(old, None)
             if self._kept is not None:

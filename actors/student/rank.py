@@ -124,8 +124,8 @@ def call_with_retry(call: Callable[[], Any]) -> Any:
 
 def execute(command: Command, trainer: StudentTrainer, files: RankFiles, config: RankConfig, outlet: Outlet) -> Any:
     """Execute a command, together with the other ranks. Returns: rank 0's result."""
-    if command.kind not in ("train", "publish", "renew"):
-        # A restart from a checkpoint publishes nothing that came before it.
+    if command.kind not in ("train", "publish", "renew", "open", "commit"):
+        # A restart from a checkpoint publishes nothing that came before it; from an open one, the version that it holds.
         outlet.flush()
     if command.kind == "phase":
         assert command.phase is not None
@@ -142,6 +142,11 @@ def execute(command: Command, trainer: StudentTrainer, files: RankFiles, config:
     elif command.kind == "save":
         assert command.checkpoint is not None
         return files.save(Path(command.checkpoint), command.progress or {})
+    elif command.kind == "open":
+        assert command.checkpoint is not None
+        files.open(Path(command.checkpoint), command.progress or {}, lambda: config.mailbox.note_stored.remote(trainer.rank))
+    elif command.kind == "commit":
+        return files.commit()
     elif command.kind == "export":
         assert command.folder is not None
         files.export(Path(command.folder), config.tokenizer, config.parity_ids[:SHORT])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
+from kdray.errors import first_reason
+
 Result = TypeVar("Result")
+Other = TypeVar("Other")
 
 
 class Stopped(Exception):
@@ -43,6 +46,16 @@ async def all_of(tasks: Collection[asyncio.Task[Any]]) -> None:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in ended:
             task.result()
+
+
+async def both(one: Coroutine[Any, Any, Result], other: Coroutine[Any, Any, Other]) -> tuple[Result, Other]:
+    """Return the results of two calls that run side by side. Raises: the first failure, which cancels the other."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            first, second = tasks.create_task(one), tasks.create_task(other)
+    except BaseExceptionGroup as group:
+        raise first_reason(group) from group
+    return first.result(), second.result()
 
 
 async def once(condition: Callable[[], bool], every_s: float) -> None:

@@ -84,6 +84,10 @@ METRICS: dict[str, Metric] = {
         "nats/token", "step", "Largest mean |log q of a replica - log q of the trainer| since the step before, on fixed ids"
     ),
     "wait_sync_s": Metric("s", "step", "Training waited for its new weights to be copied; replicas get them meanwhile"),
+    "wait_evaluation_s": Metric(
+        "s", "step", "Training waited for the evaluation of the version before to end, before it published its new weights"
+    ),
+    "wait_checkpoint_s": Metric("s", "step", "Training waited for checkpoints since the step before"),
     "wait_s": Metric("s", "step", "Training waited for samples or scores of this teacher alone or among others"),
     "queue_age_s": Metric(
         "s", "step", "Age of the oldest rollout in flight or waiting, since its admission, at the batch's start"

@@ -23,6 +23,8 @@ from kdray.config import MiniLLMLoss, ReverseKLLoss, TrainingSettings
 from kdray.errors import TrainingError
 from kdray.losses import LossBatch, loss_function
 from kdray.rollouts.batching import shard, take_rows
+from kdray.runs.checkpoints import newest_checkpoint
+from kdray.runs.storage import Storage
 from kdray.types import TrainBatch
 from tests.integration.conftest import VOCAB, TinyModels
 from tests.support.s3_server import BUCKET, S3Server, s3_server
@@ -229,6 +231,34 @@ async def test_published_weights_are_the_trained_ones_and_a_bad_loss_moves_nothi
         assert any(not torch.equal(before[name], exported[name]) for name in pulled)
         assert all(torch.isfinite(tensor).all() for tensor in pulled.values())
         assert folder.is_dir()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stored", [False, True])
+async def test_an_open_checkpoint_is_committed_beside_a_step_and_is_where_lost_ranks_go_on(
+    stored, models, batches, reference, tmp_path, server
+) -> None:
+    """Opened after step 2, committed after step 3: it holds step 2, and ranks that are lost then train step 3 again."""
+    training = training_of(ranks=2, zero_stage=1, max_restarts=1)
+    async with open_group(training, tmp_path, server.url(f"{BUCKET}/opened") if stored else None) as (ranks, _):
+        await ranks.start_phase(phase_of(models[1]))
+        curve = [await ranks.train_step(batch) for batch in batches[:2]]
+        await ranks.open_checkpoint(2, {"note": "of step 2"})
+        committing = asyncio.ensure_future(ranks.commit_checkpoint())
+        curve.append(await ranks.train_step(batches[2]))
+        saved = await committing
+        assert saved.bytes > 0
+        assert saved.write_s > 0
+        assert saved.store_s > 0
+        _kill_one_rank()
+        await asyncio.sleep(1)
+        curve.append(await ranks.train_step(batches[3]))
+        assert await ranks.restarts() == 1
+    np.testing.assert_allclose([(report.loss, report.grad_norm) for report in curve], reference, rtol=2e-4)
+    storage = Storage(server.url(f"{BUCKET}/opened")) if stored else Storage.local(tmp_path)
+    found, bad = newest_checkpoint([storage])
+    assert found is not None
+    assert (found.step, found.marker["note"], bad) == (2, "of step 2", [])
 
 
 @pytest.mark.full

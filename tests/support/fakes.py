@@ -6,7 +6,7 @@ Delays are counted in turns of the event loop, not in seconds, so that every int
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,12 @@ class FakeStudent:
     batches: list[TrainBatch] = field(default_factory=list)
     texts: list[TrainBatch | None] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
+    told: Callable[[], Collection[int]] = tuple
+    """Returns the steps whose lines are written."""
+    turns_per_file: int = 1
+    turns_per_commit: int = 1
+    lost_commits: Mapping[int, Exception] = field(default_factory=dict)
+    """Step -> what the commit of its open checkpoint raises."""
 
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
@@ -246,6 +252,33 @@ class FakeStudent:
         assert step == self.steps_done, "a checkpoint names the step that the weights are at"
         await turns(2)
         self.saved.append(step)
+
+    async def open_checkpoint(self, step: int) -> FakeCheckpoint:
+        assert step == self.steps_done, "a checkpoint names the step that the weights are at"
+        await turns(2)
+        self.history.add("opened", step)
+        return FakeCheckpoint(self, step)
+
+
+@dataclass
+class FakeCheckpoint:
+    """An open checkpoint, which takes as long to complete as its student says."""
+
+    student: FakeStudent
+    step: int
+
+    async def keep_files(self) -> None:
+        assert self.step in self.student.told(), "the files lack the line of the checkpoint's step"
+        assert max(self.student.told()) == self.step, "the files have lines that the checkpoint does not"
+        await turns(self.student.turns_per_file)
+        assert max(self.student.told()) == self.step, "a line was added to files that are being sent"
+
+    async def commit(self) -> None:
+        await turns(self.student.turns_per_commit)
+        if self.step in self.student.lost_commits:
+            raise self.student.lost_commits[self.step]
+        self.student.history.add("committed", self.step)
+        self.student.saved.append(self.step)
 
 
 class FakeReporter:
@@ -291,6 +324,7 @@ class Rig:
         self.scorer: FakeScorer | None = None
         self.student = FakeStudent(self.history, batch_size, steps_done=start_step)
         self.reporter = FakeReporter()
+        self.student.told = lambda: self.reporter.metrics
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.totals = Totals()
         self.stop = asyncio.Event()

@@ -233,18 +233,32 @@ class StubStudent:
         self._tables.published[version] = self._tables.student
 
     async def save_checkpoint(self, step: int, name: str | None = None) -> None:
+        await self._opened(step, name).commit()
+
+    async def open_checkpoint(self, step: int) -> StubCheckpoint:
+        return self._opened(step, None)
+
+    def _opened(self, step: int, name: str | None) -> StubCheckpoint:
         storage, key = Storage.local(self._folder.path), f"checkpoints/{name or f'step-{step:06d}'}"
-        if begin(storage, key, self._mine, known=key == self._loaded):
-            weights = io.BytesIO()
-            np.save(weights, self._tables.student)
-            place = within(key, self._mine)
-            digest = storage.write(f"{place}/student.npy", weights.getvalue())
-            counters = json.dumps([rank.updates for rank in self.ranks]).encode()
-            counted = storage.write(f"{place}/updates.json", counters)
-            self._pause()
+        wanted = begin(storage, key, self._mine, known=key == self._loaded)
+        weights = io.BytesIO()
+        np.save(weights, self._tables.student)
+        counters = json.dumps([rank.updates for rank in self.ranks]).encode()
+        files = {"student.npy": weights.getvalue(), "updates.json": counters}
+        return StubCheckpoint(self, key if wanted else None, files, {"step": step} | {n: get() for n, get in self.live.items()})
+
+    async def store(self, key: str | None, files: Mapping[str, bytes], progress: Mapping[str, Any]) -> None:
+        """Write a checkpoint's files and its marker, with a turn for the steps beside it after each. Args: key: None if it is
+        there already."""
+        storage = Storage.local(self._folder.path)
+        if key is not None:
+            digests = {}
+            for name, content in files.items():
+                digests[name] = storage.write(f"{within(key, self._mine)}/{name}", content)
+                self._pause()
+                await asyncio.sleep(0.0)
             self._guard()
-            progress = {"step": step} | {name: entry() for name, entry in self.live.items()}
-            commit(storage, key, progress, [{"student.npy": digest, "updates.json": counted}], self._mine)
+            commit(storage, key, progress, [digests], self._mine)
             self._pause()
         self._guard()
         prune_checkpoints(storage, self._config.training.keep_checkpoints)
@@ -255,6 +269,20 @@ class StubStudent:
         self._tables.student = np.load(files / "student.npy")
         for rank, updates in zip(self.ranks, json.loads((files / "updates.json").read_bytes()), strict=True):
             rank.updates = updates
+
+
+class StubCheckpoint:
+    """An open checkpoint; its files are written beside the next steps, from what the student was when it was opened."""
+
+    def __init__(self, student: StubStudent, key: str | None, files: dict[str, bytes], progress: dict[str, Any]) -> None:
+        self._student = student
+        self._written = key, files, progress
+
+    async def keep_files(self) -> None:
+        await asyncio.sleep(0.0)
+
+    async def commit(self) -> None:
+        await self._student.store(*self._written)
 
 
 def files_of(checkpoint: Path) -> Path:

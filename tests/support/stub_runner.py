@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.checkpointing import Checkpoint
+from cluster.evaluation import held_out
 from cluster.parts import ConcurrentRuns, Pools, RunStores
 from cluster.runner import Runner, RunPlan
 from kdray.config import Config
@@ -38,7 +39,8 @@ class StubPool(StubSampler):
     replicas_serving, retried, hedged = 1, 0, 0
 
     def __init__(self, tables: Tables) -> None:
-        super().__init__(tables, lambda request: 0.0)
+        # Evaluations of the student take longer than a step: what runs beside them could meet them.
+        super().__init__(tables, lambda request: 0.01 if request.alpha == 0.0 else 0.0)
         self.availability = Availability()
         self.asked: list[SampleRequest] = []
 
@@ -64,6 +66,15 @@ class StubGroup(StubStudent):
 
     phase = ""
 
+    async def publish(self, version: int) -> None:
+        await super().publish(version)
+        self.history[version] = self._tables.student
+
+    @property
+    def history(self) -> dict[int, Any]:
+        """Weights of every version that was published."""
+        return self.__dict__.setdefault("_history", {})
+
     async def start_phase(self, phase: Any, checkpoint: Path | None = None) -> None:
         self.phase = phase.name
         for rank in self.ranks:
@@ -77,8 +88,20 @@ class StubGroup(StubStudent):
         return await super().train_step(batch)
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None, name: str | None = None) -> Any:
-        self.live = {name: lambda value=value: value for name, value in (progress or {}).items()}
+        self._take(progress or {})
         await super().save_checkpoint(step, name)
+        return SimpleNamespace(retries=[], bytes=0, write_s=0.0, store_s=0.0)
+
+    async def open_checkpoint(self, step: int, progress: dict[str, Any] | None = None) -> Any:
+        self._take(progress or {})
+        self.opened = await super().open_checkpoint(step)
+        return self.opened
+
+    def _take(self, progress: dict[str, Any]) -> None:
+        self.live = {name: lambda value=value: value for name, value in progress.items()}
+
+    async def commit_checkpoint(self) -> Any:
+        await self.opened.commit()
         return SimpleNamespace(retries=[], bytes=0, write_s=0.0, store_s=0.0)
 
     @property
@@ -138,13 +161,23 @@ class StubRun:
                 runner.stop.set()
 
         group.on_step = on_step
-        pool: Any = self.pool
-        pools = Pools(sampler=pool, scorer=None, all=[pool], others=[])
+        self.checked = checked
+        pools = self._pools(self.pool)
         try:
             self.summary = await runner._phases(Models("student", {"toy": "teacher"}), group, pools)  # type: ignore[arg-type]
         finally:
             reporter.close()
         return self
+
+    @staticmethod
+    def _pools(pool: Any) -> Pools:
+        return Pools(sampler=pool, scorer=None, all=[pool], others=[])
+
+    async def alone(self, version: int) -> dict[str, float]:
+        """Numbers of a version that was published, measured again while nothing else happens."""
+        tables = Tables(self.config.run.seed, self.checked.vocab_size)
+        tables.published = {version: self.group.history[version]}
+        return (await held_out(self.checked, self._pools(StubPool(tables))).measure(version)).numbers
 
 
 async def _verdict(version: int) -> Verdict:

@@ -1,8 +1,9 @@
 """Files that a rank writes for a run, and reads again: in the run folder, or in the storage if nodes share no folder.
 
-Every rank writes its part to a folder of its own and uploads it; once all have, rank 0 writes the marker. Ranks fail together:
-an error on one is raised on all, so that none waits for it. Names of what they write contain the owner of the run's lease:
-ranks of a driver that stood still share none with those of its successor.
+Every rank writes its part to a folder of its own, and a thread uploads it, beside training if the checkpoint is only opened;
+once all have, rank 0 writes the marker. Ranks fail together: an error on one is raised on all, so that none waits for it.
+Names of what they write contain the owner of the run's lease: ranks of a driver that stood still share none with those of its
+successor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,9 +23,11 @@ from kdray.errors import DataError, LeaseLost, StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
 from kdray.runs.checkpoints import FILES, FOLDER, begin, clear, commit, differing, folder_of, read_marker, within
 from kdray.runs.lease import Ticket
-from kdray.runs.storage import Storage
+from kdray.runs.storage import FileDigest, Storage
 
 T = TypeVar("T")
+Stored = tuple[dict[str, FileDigest], float]
+"""Digests of a rank's files by their path, and the seconds until all were in their place."""
 
 _PROBE_BYTES = 1 << 20
 
@@ -37,9 +41,21 @@ class Saved:
     write_s: float = 0.0
     """Rank 0: time to write the state to its own folder."""
     store_s: float = 0.0
-    """Rank 0: time to move it to its final place, including the slowest rank's."""
+    """Time to move it to its final place, the slowest rank's; beside training, if the checkpoint was opened."""
     retries: list[dict[str, Any]] = field(default_factory=list)
     """Operations on the storage that were retried since the last checkpoint, of all ranks: rank, what, attempt, reason."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that is not committed."""
+
+    key: str
+    progress: dict[str, Any]
+    own: Path
+    """Folder of this rank."""
+    stored: Future[Stored]
+    write_s: float
 
 
 class RankFiles:
@@ -56,6 +72,8 @@ class RankFiles:
         self._storage = Storage.local(run_folder) if storage is None else Storage(storage)
         self._storage.on_retry = lambda retry: self._retried.append({"rank": trainer.rank, **asdict(retry)})
         self._loaded: str | None = None
+        self._opened: _Opened | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Next to the checkpoints, a rename publishes a folder; if they are elsewhere, Ray Train's folder on this node will do.
         beside = run_folder / "checkpoints" if storage is None else Path.cwd()
         name = f".rank-{trainer.rank}"
@@ -70,12 +88,22 @@ class RankFiles:
         self._scratch.mkdir(parents=True)
 
     def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     # ----------------------------------------------------------------------------------------------------- writing
 
     def save(self, folder: Path, progress: dict[str, Any]) -> Saved:
         """Write a checkpoint atomically; an existing one (from a replay, or the one that was loaded) is left unchanged."""
+        self.open(folder, progress)
+        return self.commit()
+
+    def open(self, folder: Path, progress: dict[str, Any], on_stored: Callable[[], Any] = lambda: None) -> None:
+        """Write the state to a folder of this rank, from where a thread moves it to its place while training goes on.
+
+        Nothing is a checkpoint before `commit`, which has to follow before the next one; an existing one is left unchanged.
+        Args: on_stored: called once `commit` would not wait for this rank's files, in any thread.
+        """
         key, first = self._key(folder), self._trainer.rank == 0
 
         def wanted() -> bool:
@@ -83,31 +111,62 @@ class RankFiles:
                 self._check_lease()
             return first and begin(self._storage, key, self._mine, known=key == self._loaded)
 
+        self._abandon()
         if not self._together(wanted)[0]:
-            return Saved()
+            on_stored()
+            return
         started = time.perf_counter()
-        with self._own_folder() as own:
+        own = self._new_folder()
+        try:
             self._write(own, lambda: self._trainer.save(own))
-            written = time.perf_counter()
-            parts = self._together(lambda: self._storage.put_tree(own, within(key, self._mine), move=True))
+        except BaseException:
+            shutil.rmtree(own, ignore_errors=True)
+            raise
+        place, written = within(key, self._mine), time.perf_counter()
+
+        def store() -> Stored:
+            digests = self._storage.put_tree(own, place, move=True)
+            return digests, time.perf_counter() - written
+
+        stored = self._thread.submit(store)
+        self._opened = _Opened(key, progress, own, stored, written - started)
+        stored.add_done_callback(lambda _: on_stored())
+
+    def commit(self) -> Saved:
+        """Complete the open checkpoint, waiting for its files; no-op if it was there already."""
+        opened = self._opened
+        if opened is None:
+            return Saved()
+        first = self._trainer.rank == 0
+        try:
+            answers = self._together(opened.stored.result)
+        finally:
+            self._abandon()
+        parts = [part for part, _ in answers]
 
         def committed() -> None:
             if first:
                 # A driver that stood still for long may have been followed by another one, which has checkpoints of its own.
                 self._check_lease()
-                commit(self._storage, key, progress, parts, self._mine)
+                commit(self._storage, opened.key, opened.progress, parts, self._mine)
                 if self._mine:
                     self._check_lease()
-                    clear(self._storage, key, self._mine)
+                    clear(self._storage, opened.key, self._mine)
 
         self._together(committed)
         told, self._retried = self._retried, []
         return Saved(
             bytes=sum(digest.size for part in parts for digest in part.values()),
-            write_s=written - started,
-            store_s=time.perf_counter() - written,
+            write_s=opened.write_s,
+            store_s=max(seconds for _, seconds in answers),
             retries=[each for rank in self._trainer.gather(told) for each in rank],
         )
+
+    def _abandon(self) -> None:
+        """Forget the open checkpoint, and delete what is left of it in this rank's folder."""
+        if self._opened is not None:
+            shutil.rmtree(self._opened.own, ignore_errors=True)
+            self._opened = None
 
     def export(self, folder: Path, tokenizer: TokenizerSource, ids: Sequence[int] = ()) -> None:
         """Write the student as a Hugging Face folder, with a marker that distinguishes it from an interrupted one.
@@ -185,9 +244,12 @@ class RankFiles:
     def _key(self, folder: Path) -> str:
         return folder.relative_to(self._run_folder).as_posix()
 
+    def _new_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self._scratch))
+
     @contextmanager
     def _own_folder(self) -> Iterator[Path]:
-        own = Path(tempfile.mkdtemp(dir=self._scratch))
+        own = self._new_folder()
         try:
             yield own
         finally:

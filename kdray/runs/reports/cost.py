@@ -14,6 +14,8 @@ WAITS = {
     "wait_rollout_s": "waited for rollouts",
     "wait_teacher_s": "waited for teachers' scores",
     "wait_sync_s": "waited for the copy of its weights",
+    "wait_evaluation_s": "waited for evaluations",
+    "wait_checkpoint_s": "waited for checkpoints",
 }
 TRAINING = "train_step_s"
 _BEGIN = {"start": "preparation", "starting": "engines start", "serving": "student starts"}
@@ -94,7 +96,7 @@ def seconds_by_stage(ran: Sequence[Stage], lines: Sequence[Mapping[str, Any]]) -
             known = [(words, sum(line.get(metric) or 0.0 for line in lines)) for metric, words in parts.items()]
             rows += [(f"{DISTILL}: {words}", spent) for words, spent in known]
             rest = seconds - sum(spent for _, spent in known)
-            rows.append((f"{DISTILL}: checkpoints, evaluations, everything else", max(rest, 0.0)))
+            rows.append((f"{DISTILL}: everything else", max(rest, 0.0)))
     return rows
 
 

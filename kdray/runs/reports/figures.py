@@ -16,6 +16,9 @@ from kdray.runs.reports.pages import show
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#8a8a8a")
 
+HELD_BACK = ("wait_evaluation_s", "wait_checkpoint_s")
+"""Waits for what runs beside the steps."""
+
 CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats per token", ("loss",)),
     ("Divergence from the teacher", "nats per token", ("reverse_kl", "forward_kl")),
@@ -26,7 +29,7 @@ CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Staleness", "steps", ("staleness_mean", "staleness_max")),
     ("Speed", "tokens per second", ("tokens_per_s",)),
     ("Teacher replicas", "replicas", ("teacher_replicas",)),
-    ("Waits", "seconds per step", ("wait_rollout_s", "wait_teacher_s", "wait_sync_s")),
+    ("Waits", "seconds per step", ("wait_rollout_s", "wait_teacher_s", "wait_sync_s", *HELD_BACK)),
 )
 """Title, unit and metrics of each plot of curves."""
 

@@ -121,7 +121,7 @@ def _shares(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, flo
     teachers = sorted({key for line in timed for key in line if key.startswith("teacher/") and key.endswith("/wait_s")})
     names = {TRAINING: "trained"} | WAITS
     if len(teachers) > 1:
-        names = {name: words for name, words in names.items() if name == TRAINING or name == "wait_sync_s"}
+        names = {name: words for name, words in names.items() if name not in ("wait_rollout_s", "wait_teacher_s")}
         names |= {name: f"waited for {name.split('/')[1]}" for name in teachers}
     times = [datetime.fromisoformat(line["time"]) for line in timed]
     size = -(-(len(timed) - 1) // _BINS)

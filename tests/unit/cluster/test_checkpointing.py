@@ -10,6 +10,7 @@ import pytest
 
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
 from kdray.runs.folder import RunFolder
+from kdray.runs.storage import Storage
 
 
 class Ranks:
@@ -23,6 +24,13 @@ class Ranks:
 
     async def publish(self, version: int) -> None:
         self.asked.append(("publish", version))
+
+    async def open_checkpoint(self, step: int, progress: dict[str, Any]) -> None:
+        self.asked.append(("open", step, progress))
+
+    async def commit_checkpoint(self) -> Any:
+        self.asked.append(("commit",))
+        return SimpleNamespace(retries=[{"rank": 0, "what": "put"}], bytes=1, write_s=0.0, store_s=0.0)
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any], name: str | None = None) -> Any:
         self.asked.append(("save", step, progress) if name is None else ("save", step, progress, name))
@@ -73,6 +81,32 @@ async def test_progress_is_what_holds_when_a_checkpoint_is_written(tmp_path: Pat
     await saving.save_checkpoint(3)
     assert ranks.asked == [("save", 3, {"stage": "finetune", "tokens": 5})]
     assert retries == [{"rank": 0, "what": "put"}]
+
+
+async def test_an_open_checkpoint_keeps_the_progress_of_its_step_and_sends_the_files_before_its_commit(tmp_path: Path) -> None:
+    ranks, tokens, told = Ranks(), [5], []
+
+    def send() -> int:
+        ranks.asked.append(("send",))
+        return 7
+
+    guarded: list[int] = []
+    saving = student(
+        tmp_path,
+        ranks,
+        live={"tokens": lambda: tokens[0]},
+        stored=SimpleNamespace(send=send, storage=Storage.local(tmp_path)),
+        on_event=lambda kind, **fields: told.append((kind, fields)),
+        guard=lambda: guarded.append(len(ranks.asked)),
+    )
+    opened = await saving.open_checkpoint(3)
+    tokens[0] = 6
+    await opened.keep_files()
+    await opened.commit()
+    assert ranks.asked == [("open", 3, {"tokens": 5}), ("send",), ("commit",)]
+    assert guarded == [0, 2, 3], "before it is opened, committed, and others are deleted"
+    ((kind, fields),) = told
+    assert (kind, fields["step"], fields["files_bytes"], fields["bytes"]) == ("stored", 3, 7, 1)
 
 
 def test_a_checkpoint_tells_its_place_in_the_run() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +26,9 @@ from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.report import write_report
 from kdray.runs.results.draws import ratios, read_draws
 from kdray.runs.verify import verify
+from kdray.types import Rollout, SampleRequest
 from tests.support.stub_run import EOS, stub_config
-from tests.support.stub_runner import StubGroup, StubRun
+from tests.support.stub_runner import StubGroup, StubPool, StubRun
 
 
 def config_of(tmp_path: Path, **sections: Any) -> Config:
@@ -139,6 +142,39 @@ async def test_a_resume_measures_neither_the_teacher_nor_the_student_before_agai
     whole = await StubRun(config_of(tmp_path, name="whole"))()
     for name in ("before", "teacher", "after"):
         assert resumed.summary[name] == whole.summary[name]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+async def test_an_evaluation_beside_training_has_the_numbers_of_its_version(tmp_path: Path, max_staleness: int) -> None:
+    """Replicas here always draw by the newest version: a student that is published during an evaluation changes its numbers."""
+    config = config_of(tmp_path, rollout={"max_staleness": max_staleness}, evaluation={"every": 1})
+    run = await StubRun(config)()
+    lines = read_lines(RunFolder(config.run_folder).metrics)
+    assert len(lines) == config.training.steps
+    for line in lines:
+        found = {name.removeprefix("heldout/"): value for name, value in line.items() if name.startswith("heldout/")}
+        assert found == await run.alone(line["step"])
+    assert len({line["heldout/reverse_kl"] for line in lines}) == len(lines)
+
+
+async def test_the_student_is_written_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    sample, writes = StubPool.sample, asyncio.Event()
+
+    async def slow(pool: StubPool, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
+        if requests[0].alpha == 0.0 and requests[0].min_version == config.training.steps:
+            await asyncio.wait_for(writes.wait(), 20)
+        async for part in sample(pool, requests):
+            yield part
+
+    async def export(group: StubGroup, folder: Path) -> None:
+        writes.set()
+
+    monkeypatch.setattr(StubPool, "sample", slow)
+    monkeypatch.setattr(StubGroup, "export", export)
+    run = await StubRun(config)()
+    assert measured(RunFolder(config.run_folder)) == ["before", "teacher", "after"]
+    assert run.summary["after"]["prompts"] == 12
 
 
 async def test_every_checkpoint_records_what_the_run_reads(tmp_path: Path) -> None:

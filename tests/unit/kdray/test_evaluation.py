@@ -189,6 +189,19 @@ async def test_a_scorer_that_cannot_give_full_rows_is_refused() -> None:
         await HeldOut(make_prompts(), sampler, FakeScorer(world, history), decode, None, 6, seed=5).measure(version=0)
 
 
+async def test_numbers_of_another_version_are_refused() -> None:
+    class Newer(ScriptedSampler):
+        def _rollout(self, request: SampleRequest) -> Rollout:
+            made = super()._rollout(request)
+            made.student_versions[-1:] += request.prompt_id == 7
+            return made
+
+    with pytest.raises(EngineError, match="evaluation of student version 3 was answered by version 3, 4"):
+        await HeldOut(PROMPTS, Newer(), None, decode, None, max_new_tokens=8, seed=5).measure(version=3)
+    # Of the student's versions, a teacher alone has none.
+    await HeldOut(PROMPTS, Newer(), None, decode, None, max_new_tokens=8, seed=5, alpha=1.0).measure(version=3)
+
+
 async def test_the_same_version_gives_the_same_numbers_and_a_later_one_smaller_ones() -> None:
     world = BigramWorld()
 

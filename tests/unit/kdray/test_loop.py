@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdray.errors import EngineError, Interrupted, TrainingError
+from kdray.errors import EngineError, Interrupted, StorageError, TrainingError
 from kdray.rollouts.columns import rollout_columns, value_of, with_columns
 from kdray.rollouts.draw import draw_scored
 from kdray.rollouts.seeds import sample_seed
@@ -169,7 +169,99 @@ async def test_evaluation_cadence(tmp_path: Path) -> None:
     assert found == {1: None, 2: 20.0, 3: None, 4: 40.0, 5: None, 6: 60.0}
 
 
+async def test_a_step_is_trained_beside_an_evaluation_and_its_version_is_held_back(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, evaluate_every=2, max_staleness=1)
+    seen: dict[int, set[int]] = {}
+
+    async def evaluate(version: int) -> dict[str, float]:
+        rig.history.add("evaluate", version)
+        for _ in range(200):
+            seen.setdefault(version, set()).add(rig.history.published)
+            await turns(1)
+        rig.history.add("evaluated", version)
+        return {"reverse_kl": 10.0 * version}
+
+    await rig.run(evaluate=evaluate)
+    # No replica can have held other weights at any moment of it.
+    assert seen == {2: {2}, 4: {4}, 6: {6}}
+    for version in (2, 4):
+        assert rig.history.at("evaluate", version) < rig.history.at("train", version)
+        assert rig.history.at("trained", version) < rig.history.at("evaluated", version)
+        assert rig.history.at("evaluated", version) < rig.history.at("publish", version + 1)
+        assert rig.reporter.metrics[version + 1]["wait_evaluation_s"] > 0
+    found = {step: metrics.get("heldout/reverse_kl") for step, metrics in rig.reporter.metrics.items()}
+    assert found == {1: None, 2: 20.0, 3: None, 4: 40.0, 5: None, 6: 60.0}
+    assert list(rig.reporter.sampled) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_checkpoint_is_completed_beside_the_next_steps(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_every=2, max_staleness=1)
+    rig.student.turns_per_commit, rig.student.turns_per_step = 60, 10
+    await rig.run()
+    assert rig.student.saved == [2, 4, 6]
+    assert rig.history.at("opened", 2) < rig.history.at("train", 2) < rig.history.at("trained", 2)
+    assert rig.history.at("trained", 2) < rig.history.at("committed", 2), "training went on meanwhile"
+    # One at a time.
+    assert rig.history.at("committed", 2) < rig.history.at("opened", 4)
+    assert [step for _, fields in rig.reporter.events for step in fields.values()] == [2, 4, 6]
+
+
+async def test_the_files_of_a_checkpoint_have_its_evaluation_and_no_later_step(tmp_path: Path) -> None:
+    """`FakeCheckpoint` looks at the lines while it is being completed."""
+    rig = Rig(tmp_path, checkpoint_every=2, evaluate_every=2, max_staleness=1)
+    rig.student.turns_per_file = 80
+
+    async def evaluate(version: int) -> dict[str, float]:
+        await turns(50)
+        assert version not in rig.student.saved
+        return {"reverse_kl": 1.0}
+
+    await rig.run(evaluate=evaluate)
+    assert rig.student.saved == [2, 4, 6]
+
+
 # ------------------------------------------------------------------------------------------------------- failures
+
+
+async def test_a_failure_does_not_take_an_open_checkpoint_with_it(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_every=2, evaluate_every=2)
+    rig.student.turns_per_commit = 60
+    error = TrainingError("step 3: loss is nan")
+    rig.student.failures = {3: error}
+
+    async def evaluate(version: int) -> dict[str, float]:
+        await turns(50)
+        return {"reverse_kl": 1.0}
+
+    with pytest.raises(TrainingError) as caught:
+        await rig.run(evaluate=evaluate)
+    assert caught.value is error
+    assert rig.student.saved == [2]
+    assert list(rig.reporter.metrics) == [1, 2]
+
+
+async def test_a_checkpoint_that_cannot_be_completed_ends_the_run(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_every=2)
+    error = StorageError("the storage is away")
+    rig.student.lost_commits = {4: error}
+    with pytest.raises(StorageError) as caught:
+        await rig.run()
+    assert caught.value is error
+    assert rig.student.saved == [2]
+    assert rig.reporter.events == [("checkpoint", {"step": 2})]
+
+
+async def test_cancelling_the_run_leaves_an_open_checkpoint_open(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_every=1)
+    rig.student.turns_per_commit = 100_000
+    run = asyncio.ensure_future(rig.run())
+    while ("opened", 1) not in rig.history.events:
+        await turns(1)
+    await turns(5)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert rig.student.saved == []
 
 
 class ReplicaDied(Exception):
@@ -310,6 +402,28 @@ async def test_a_stop_right_after_a_checkpoint_leaves_that_one(tmp_path: Path) -
     await run_and_stop(rig, "train", 2)
     assert set(rig.student.saved) == {3}
     assert rig.reporter.events[-1] == ("interrupted", {"step": 3})
+
+
+async def test_a_stop_completes_an_open_checkpoint_and_its_evaluation_first(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_every=2, evaluate_every=2)
+    rig.student.turns_per_commit, rig.student.turns_per_step = 60, 30
+
+    async def evaluate(version: int) -> dict[str, float]:
+        await turns(50)
+        return {"reverse_kl": float(version)}
+
+    async def watch() -> None:
+        while ("train", 2) not in rig.history.events:
+            await turns(1)
+        rig.stop.set()
+
+    watcher = asyncio.create_task(watch())
+    with pytest.raises(Interrupted, match="step 3"):
+        await rig.run(evaluate=evaluate)
+    await watcher
+    assert rig.student.saved == [2, 3]
+    assert list(rig.reporter.metrics) == [1, 2, 3]
+    assert rig.reporter.metrics[2]["heldout/reverse_kl"] == 2.0
 
 
 async def test_a_stop_in_the_last_step_is_the_end_of_the_run(tmp_path: Path) -> None:
@@ -509,7 +623,7 @@ async def test_context_of_the_environment_is_trained_and_counted_nowhere(tmp_pat
         assert other[3] == one[3], "the targets"
         assert other[2] == (*one[2], 0, 0), "the turn is context, as the prompt is"
     assert turned.totals == plain.totals
-    clock = {"tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s", "queue_age_s"}
+    clock = {"tokens_per_s", "queue_age_s"} | {name for name in METRICS if name.startswith("wait_")}
     for step, metrics in plain.reporter.metrics.items():
         found = turned.reporter.metrics[step]
         assert 1.0 <= found.pop("turns") <= found.pop("environment_tokens") == 2.0

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kdray.data.dataset import PromptStream
+from kdray.interfaces import OpenCheckpoint
 from kdray.loop import Distillation
 from kdray.rollouts.draw import LoopSettings
 from kdray.rollouts.seeds import unit
@@ -143,6 +144,9 @@ class SlowStudent:
 
     async def save_checkpoint(self, step: int) -> None:
         pass
+
+    async def open_checkpoint(self, step: int) -> OpenCheckpoint:
+        raise AssertionError("no checkpoint is due")
 
 
 class QuietReporter(FakeReporter):

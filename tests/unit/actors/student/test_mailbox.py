@@ -145,6 +145,61 @@ async def test_the_phase_of_a_save_is_the_last_one_before_it() -> None:
     assert await mailbox.start(0) == (save + 1, DISTILL, "step-2")
 
 
+async def opened_mailbox() -> tuple[Mailbox, list[int]]:
+    """A mailbox after phase, open, train, publish, all answered by two ranks; and the indices of these."""
+    mailbox = Mailbox(world_size=2)
+    commands = (
+        Command("phase", phase=DISTILL),
+        Command("train"),
+        Command("open", checkpoint="step-1"),
+        Command("train"),
+        Command("publish", version=2),
+    )
+    indices = []
+    for command in commands:
+        indices.append(await mailbox.post(command))
+        await answer_all(mailbox, indices[-1])
+    return mailbox, indices
+
+
+async def test_an_open_checkpoint_is_where_nobody_starts() -> None:
+    mailbox, _ = await opened_mailbox()
+    assert await mailbox.start(0) == (0, None, None)
+
+
+async def test_after_its_commit_ranks_start_where_it_was_opened_and_repeat_what_followed() -> None:
+    mailbox, indices = await opened_mailbox()
+    commit = await mailbox.post(Command("commit"))
+    await mailbox.answer(commit, 0, None)
+    assert await mailbox.start(0) == (0, None, None), "one rank has not committed"
+    await mailbox.answer(commit, 1, None)
+    assert await mailbox.start(0) == (indices[2] + 1, DISTILL, "step-1")
+    followed = [(await mailbox.command(index)).kind for index in range(indices[2] + 1, commit + 1)]
+    assert followed == ["train", "publish", "commit"]
+    dropped = asyncio.ensure_future(mailbox.command(indices[1]))
+    assert not await within_turns(dropped)
+    dropped.cancel()
+    # The next one replaces it as a whole.
+    await answer_all(mailbox, await mailbox.post(Command("open", checkpoint="step-2")))
+    last = await mailbox.post(Command("commit"))
+    await answer_all(mailbox, last)
+    assert await mailbox.start(0) == (last, DISTILL, "step-2")
+
+
+async def test_a_commit_is_due_once_the_files_of_all_ranks_are_stored() -> None:
+    mailbox, _ = await opened_mailbox()
+    waiting = asyncio.ensure_future(mailbox.stored())
+    await mailbox.note_stored(1)
+    await mailbox.note_stored(1)
+    assert not await within_turns(waiting)
+    await mailbox.note_stored(0)
+    await asyncio.wait_for(waiting, 1)
+    await mailbox.post(Command("open", checkpoint="step-2"))
+    again = asyncio.ensure_future(mailbox.stored())
+    assert not await within_turns(again)
+    again.cancel()
+
+
 async def test_replaying_after_a_loss_walks_the_same_commands() -> None:
     mailbox, save = await saved_mailbox()
     commands = [Command("train", version=number) for number in range(3)]

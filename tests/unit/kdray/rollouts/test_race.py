@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kdray.rollouts.race import Stopped, all_of, first_of
+from kdray.rollouts.race import Stopped, all_of, both, first_of
 from tests.support.fakes import turns
 
 
@@ -117,3 +117,32 @@ async def test_the_first_failure_of_several_rises_and_the_others_run_on() -> Non
     await asyncio.gather(*others, return_exceptions=True)
     await all_of([asyncio.ensure_future(after(number)) for number in (3, 1)])
     await all_of([])
+
+
+async def test_both_give_their_results_side_by_side() -> None:
+    met = asyncio.Barrier(2)
+
+    async def one(value: int) -> int:
+        await asyncio.wait_for(met.wait(), 5)
+        return value
+
+    assert await both(one(1), one(2)) == (1, 2)
+
+
+async def test_the_first_failure_of_both_rises_alone_and_cancels_the_other() -> None:
+    cancelled: list[bool] = []
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("the reason")
+
+    async def waits() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    with pytest.raises(ValueError, match="the reason"):
+        await both(waits(), fails())
+    assert cancelled == [True]

@@ -11,7 +11,10 @@ import pyarrow.parquet as pq
 
 from tests.support.stub_run import drive, files_of, stub_config
 
-MEASURED = {"time", "tokens_per_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s", "queue_age_s"}
+MEASURED = {
+    *("time", "tokens_per_s", "queue_age_s", "wait_rollout_s", "wait_teacher_s", "wait_sync_s"),
+    *("wait_evaluation_s", "wait_checkpoint_s"),
+}
 """What a clock says."""
 
 

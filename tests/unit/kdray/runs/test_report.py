@@ -265,7 +265,8 @@ def test_the_cost_is_told_by_stage_and_for_a_million_tokens(folder):
         )
     )
     for step in (1, 2):
-        folder.append_metrics({"step": step, "train_step_s": 10.0, "wait_rollout_s": 25.0, "wait_sync_s": 1.0})
+        waits = {"wait_rollout_s": 25.0, "wait_sync_s": 1.0, "wait_evaluation_s": 1.5, "wait_checkpoint_s": 0.5}
+        folder.append_metrics({"step": step, "train_step_s": 10.0, **waits})
     folder.write_summary({"steps": 2, "trained_tokens": 500_000})
     _, page = page_of(folder)
     assert page.tables["costs"][1:] == [
@@ -277,7 +278,9 @@ def test_the_cost_is_told_by_stage_and_for_a_million_tokens(folder):
         ["distill: waited for rollouts", "50.0", "100"],
         ["distill: waited for teachers' scores", "0.0", "0"],
         ["distill: waited for the copy of its weights", "2.0", "4"],
-        ["distill: checkpoints, evaluations, everything else", "8.0", "16"],
+        ["distill: waited for evaluations", "3.0", "6"],
+        ["distill: waited for checkpoints", "1.0", "2"],
+        ["distill: everything else", "4.0", "8"],
         ["all stages", "120.0", "240"],
         ["replicas of big, added up", "180.0", "360"],
     ]

@@ -236,6 +236,64 @@ def test_what_is_saved_is_loaded(group: Group, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".rank-*"))
 
 
+def test_an_open_checkpoint_holds_the_state_that_it_was_opened_with(
+    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files take their time; the ranks train meanwhile, and nothing is a checkpoint before its commit."""
+    put_tree, goes_on, stored = Storage.put_tree, threading.Event(), threading.Event()
+
+    def slow(storage: Storage, own: Path, into: str, move: bool = False) -> Any:
+        assert goes_on.wait(20)
+        return put_tree(storage, own, into, move)
+
+    monkeypatch.setattr(Storage, "put_tree", slow)
+    folder, told = step(group, tmp_path, 4), []
+
+    def on_stored() -> None:
+        told.append(threading.current_thread().name)
+        if len(told) == 2:
+            stored.set()
+
+    assert group.all(lambda files: files.open(folder, {"step": 4}, on_stored)) == [None, None]
+    for trainer in group.trainers:
+        trainer.state = "trained on"
+    assert not told
+    assert group.storage.list("checkpoints/step-000004") == {}
+    goes_on.set()
+    assert stored.wait(20)
+    assert read_marker(group.storage, "checkpoints/step-000004") is None
+    for saved in group.all(lambda files: files.commit()):
+        assert isinstance(saved, Saved)
+        assert saved.bytes == len("of 0") + len("of 1") + len("everybody's")
+    assert group.storage.read("checkpoints/step-000004/state/rank-1.pt") == b"of 1"
+    assert read_marker(group.storage, "checkpoints/step-000004") is not None
+    # Ranks that repeat both commands find it there.
+    told.clear()
+    assert group.all(lambda files: files.open(folder, {"step": 4}, on_stored)) == [None, None]
+    assert len(told) == 2
+    assert group.all(lambda files: files.commit()) == [Saved(), Saved()]
+    assert group.storage.read("checkpoints/step-000004/state/rank-1.pt") == b"of 1"
+    assert not list(tmp_path.rglob(".rank-*/*"))
+
+
+def test_ranks_lost_with_an_open_checkpoint_write_it_again(group: Group, tmp_path: Path) -> None:
+    folder = step(group, tmp_path, 4)
+    group.all(lambda files: files.open(folder, {"step": 4}))
+    for files in group.files:
+        files._opened.stored.result(20)  # type: ignore[union-attr]
+        files.close()
+    for number, trainer in enumerate(group.trainers):
+        trainer.state = f"replayed {number}"
+    url = group.storage.url if (tmp_path / "shared").exists() else None
+    group.files[:] = [RankFiles(each, tmp_path / "run", url) for each in group.trainers]  # type: ignore[arg-type]
+    assert group.all(lambda files: files.commit()) == [Saved(), Saved()]
+    assert read_marker(group.storage, "checkpoints/step-000004") is None
+    group.all(lambda files: files.open(folder, {"step": 4}))
+    assert all(isinstance(each, Saved) for each in group.all(lambda files: files.commit()))
+    assert group.storage.read("checkpoints/step-000004/state/rank-1.pt") == b"replayed 1"
+    assert read_marker(group.storage, "checkpoints/step-000004") is not None
+
+
 def test_a_replayed_save_leaves_the_first_one_alone(group: Group, tmp_path: Path) -> None:
     folder = step(group, tmp_path, 4)
     group.all(lambda files: files.save(folder, {"step": 4}))

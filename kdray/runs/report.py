@@ -13,9 +13,10 @@ from kdray.errors import DataError
 from kdray.runs.folder import RunFolder, read_lines, write_atomically
 from kdray.runs.metrics import METRICS
 from kdray.runs.reports.cost import costs
-from kdray.runs.reports.figures import CURVES, OPTIONAL, Points, curves, has_value, points_of
+from kdray.runs.reports.figures import curves
 from kdray.runs.reports.pages import page, show
 from kdray.runs.reports.samples import heldout, training_samples
+from kdray.runs.reports.steps import CURVES, OPTIONAL, Steps
 from kdray.runs.reports.timeline import timeline
 from kdray.runs.results.comparison import OUTCOMES, headlines, show_interval
 from kdray.runs.results.harness import read_results, rows
@@ -38,8 +39,7 @@ def write_report(run_folder: Path) -> Path:
     if not any(path.exists() for path in (folder.config, folder.metrics, folder.events, folder.summary)):
         raise DataError(f"{run_folder}: not a run folder (no config.yaml, no metrics.jsonl); give one such as runs/<name>")
     summary = folder.read_summary() if folder.summary.exists() else {}
-    metrics = read_lines(folder.metrics) if folder.metrics.exists() else []
-    lines = [line for line in metrics if "step" in line]
+    steps = Steps.read(folder.metrics)
     events = read_lines(folder.events) if folder.events.exists() else []
     outcome_columns = [name for name in OUTCOMES if isinstance(summary.get(name), dict)]
     installed = [summary.get(key) for key in ("versions", "plugins")]
@@ -50,7 +50,7 @@ def write_report(run_folder: Path) -> Path:
     html = page(
         "run.html",
         name=folder.path.resolve().name,
-        last_step=max((line["step"] for line in lines), default=None),
+        last_step=steps.last_step,
         missing=[path.name for path in (folder.config, folder.metrics, folder.events, folder.summary) if not path.exists()],
         headlines=headlines(summary),
         gap=_gap(summary.get("gap_closed")),
@@ -62,11 +62,11 @@ def write_report(run_folder: Path) -> Path:
         by_tasks=_by_tasks(measured := read_results(folder)),
         measured=list(measured),
         totals={key: show(value) for key, value in summary.items() if key not in (*outcome_columns, *_APART)},
-        costs=[(what, f"{spent:,.1f}", _rounded(each)) for what, spent, each in costs(events, lines, tokens)],
+        costs=[(what, f"{spent:,.1f}", _rounded(each)) for what, spent, each in costs(events, steps, tokens)],
         tokens=show(tokens) if tokens else None,
         versions={key: show(value) for key, value in versions.items()},
-        timeline=timeline(lines, events),
-        curves=_curves(lines),
+        timeline=timeline(steps, events),
+        curves=_curves(steps),
         events=[
             (
                 line.get("time", ""),
@@ -139,15 +139,12 @@ def _change(found: Mapping[str, float] | None) -> str:
     return "" if found is None else f"{found['value']:+.3g} ({found['low']:+.3g} to {found['high']:+.3g})"
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, list[str], list[tuple[str, str]]]]:
+def _curves(steps: Steps) -> list[tuple[str, Any, list[str], list[tuple[str, str]]]]:
     """Build (title, figure or None, names that no step has, (metric, meaning) of those drawn) for each plot."""
     found: list[tuple[str, Any, list[str], list[tuple[str, str]]]] = []
-    # The same metric of a single teacher, or on the held-out prompts, which is measured at some steps only.
-    prefixed = sorted({key for line in lines for key in line if key.startswith(("teacher/", "heldout/"))})
     for title, unit, names in CURVES:
-        others = [key for key in prefixed if key.split("/")[-1] in names]
-        drawn: dict[str, Points] = {name: points_of(lines, name) for name in (*names, *others)}
-        absent = [name for name, points in drawn.items() if not has_value(points)]
+        drawn = steps.curves_of(names)
+        absent = [name for name, curve in drawn.items() if curve.first is None]
         figure = curves(drawn, unit, title)
         if figure is None and title in OPTIONAL:
             continue

@@ -11,10 +11,11 @@ import yaml
 
 from kdray.config import strict_yaml
 from kdray.errors import DataError
-from kdray.runs.folder import RunFolder, read_lines, write_atomically
+from kdray.runs.folder import RunFolder, write_atomically
 from kdray.runs.metrics import METRICS
-from kdray.runs.reports.figures import CURVES, OPTIONAL, Points, curves, points_of
+from kdray.runs.reports.figures import curves
 from kdray.runs.reports.pages import page, show
+from kdray.runs.reports.steps import CURVES, OPTIONAL, Steps
 from kdray.runs.results.comparison import OUTCOMES, show_interval
 
 _NOT_COMPARED = ("run.name", "run.output", "run.storage")
@@ -28,7 +29,7 @@ class _Run:
     settings: Mapping[str, Any]
     """By dotted name."""
     summary: Mapping[str, Any]
-    lines: list[dict[str, Any]]
+    steps: Steps
 
 
 def write_comparison(runs: Mapping[str, Path], to: Path) -> Path:
@@ -73,10 +74,9 @@ def _read(source: str, path: Path) -> _Run:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{folder.config}: not valid YAML: {error}") from error
     summary = folder.read_summary() if folder.summary.exists() else {}
-    lines = [line for line in read_lines(folder.metrics) if "step" in line] if folder.metrics.exists() else []
     # The copy of a stored run lies in a folder of another name.
     name = Path(source.rstrip("/")).name if "://" in source else folder.path.resolve().name
-    return _Run(name, settings, summary, lines)
+    return _Run(name, settings, summary, Steps.read(folder.metrics))
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -137,9 +137,9 @@ def _curves(runs: Mapping[str, _Run]) -> list[tuple[str, str, Any]]:
     found = []
     for title, unit, names in CURVES:
         for name in names:
-            lines: dict[str, Points] = {run: points_of(each.lines, name) for run, each in runs.items()}
-            heldout = {f"{run}, held-out": points_of(each.lines, f"heldout/{name}") for run, each in runs.items()}
-            figure = curves(lines | heldout, unit, f"{title}: {name}")
+            trained = {run: each.steps.curve(name) for run, each in runs.items()}
+            heldout = {f"{run}, held-out": each.steps.curve(f"heldout/{name}") for run, each in runs.items()}
+            figure = curves(trained | heldout, unit, f"{title}: {name}")
             if figure is not None or title not in OPTIONAL:
                 found.append((title, name, figure))
     return found

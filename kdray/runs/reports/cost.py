@@ -8,16 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from kdray.runs.reports.steps import TRAINING, WAITS, Steps
 from kdray.runs.tracking.trackers import DISTILL
 
-WAITS = {
-    "wait_rollout_s": "waited for rollouts",
-    "wait_teacher_s": "waited for teachers' scores",
-    "wait_sync_s": "waited for the copy of its weights",
-    "wait_evaluation_s": "waited for evaluations",
-    "wait_checkpoint_s": "waited for checkpoints",
-}
-TRAINING = "train_step_s"
 _BEGIN = {"start": "preparation", "starting": "engines start", "serving": "student starts"}
 _END = ("finished", "failed", "interrupted")
 _EVALUATION = "evaluation"
@@ -36,7 +29,7 @@ class Stage:
         return (self.end - self.begin).total_seconds()
 
 
-def stages(events: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> list[Stage]:
+def stages(events: Sequence[Mapping[str, Any]], steps: Steps) -> list[Stage]:
     """Stages in the order in which they ran, from events and steps' times, without the time between a stop and a resume.
 
     A supervised phase ends with its model's evaluation, where no event tells them apart.
@@ -44,25 +37,25 @@ def stages(events: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
     found: list[Stage] = []
     name: str | None = None
     begin = now = None
-    trained = [datetime.fromisoformat(line["time"]) for line in lines if "time" in line]
+    trained = None if steps.last_time is None else datetime.fromisoformat(steps.last_time)
     for event in events:
         if "time" not in event:
             continue
         now, kind = datetime.fromisoformat(event["time"]), event.get("kind")
         following = _following(event, name)
-        if kind == "evaluation" and name == DISTILL and begin is not None:
-            # Whatever was trained before it: the last evaluation begins after the last step.
-            last = max((time for time in trained if begin <= time <= now), default=None)
-            if trained and last == trained[-1]:
-                found.append(Stage(name, begin, last))
-                name, begin = _EVALUATION, last
+        evaluated = kind == "evaluation" and name == DISTILL
+        # Whatever was trained before it: the last evaluation begins after the last step.
+        if evaluated and begin is not None and trained is not None and begin <= trained <= now:
+            found.append(Stage(name, begin, trained))
+            name, begin = _EVALUATION, trained
         if following is _SAME:
             continue
         if name is not None and begin is not None and kind != "start":
             found.append(Stage(name, begin, now))
         name, begin = following, now
     if name is not None and begin is not None:
-        end = max([begin, *([now] if now else []), *trained])
+        latest = [] if steps.latest_time is None else [datetime.fromisoformat(steps.latest_time)]
+        end = max([begin, *([now] if now else []), *latest])
         found.append(Stage(name, begin, end))
     return [stage for stage in found if stage.seconds > 0.0]
 
@@ -83,7 +76,7 @@ def _following(event: Mapping[str, Any], name: str | None) -> str | None:
     return _EVALUATION if kind in ("parity", "signals") and name not in (DISTILL, _EVALUATION, None) else _SAME
 
 
-def seconds_by_stage(ran: Sequence[Stage], lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+def seconds_by_stage(ran: Sequence[Stage], steps: Steps) -> list[tuple[str, float]]:
     """(stage, seconds); distillation is followed by its parts, indented."""
     totals: dict[str, float] = defaultdict(float)
     for stage in ran:
@@ -91,9 +84,9 @@ def seconds_by_stage(ran: Sequence[Stage], lines: Sequence[Mapping[str, Any]]) -
     rows = []
     for name, seconds in totals.items():
         rows.append((name, seconds))
-        if name == DISTILL and lines:
+        if name == DISTILL and steps.last_step is not None:
             parts = {TRAINING: "trained"} | WAITS
-            known = [(words, sum(line.get(metric) or 0.0 for line in lines)) for metric, words in parts.items()]
+            known = [(words, steps.totals.get(metric, 0.0)) for metric, words in parts.items()]
             rows += [(f"{DISTILL}: {words}", spent) for words, spent in known]
             rest = seconds - sum(spent for _, spent in known)
             rows.append((f"{DISTILL}: everything else", max(rest, 0.0)))
@@ -115,15 +108,13 @@ def replica_seconds(events: Sequence[Mapping[str, Any]], end: datetime) -> dict[
     return dict(totals)
 
 
-def costs(
-    events: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], tokens: int | None
-) -> list[tuple[str, float, float | None]]:
+def costs(events: Sequence[Mapping[str, Any]], steps: Steps, tokens: int | None) -> list[tuple[str, float, float | None]]:
     """(what, seconds, seconds for a million distilled tokens) of a run.
 
     Args: tokens: response tokens that distillation trained on; None if they are not known.
     """
-    ran = stages(events, lines)
-    rows = seconds_by_stage(ran, lines)
+    ran = stages(events, steps)
+    rows = seconds_by_stage(ran, steps)
     if not ran:
         return []
     rows.append(("all stages", sum(stage.seconds for stage in ran)))

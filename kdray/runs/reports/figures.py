@@ -13,77 +13,32 @@ import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
 from kdray.runs.reports.pages import show
+from kdray.runs.reports.steps import Curve, Point
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#8a8a8a")
 
-HELD_BACK = ("wait_evaluation_s", "wait_checkpoint_s")
-"""Waits for what runs beside the steps."""
-
-CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Loss", "nats per token", ("loss",)),
-    ("Divergence from the teacher", "nats per token", ("reverse_kl", "forward_kl")),
-    ("Trainer against replicas", "nats per token", ("rollout_gap", "parity_gap")),
-    ("Rewards", "1", ("reward", "reward_contrast")),
-    ("Response tokens", "tokens", ("response_tokens",)),
-    ("Importance weights", "weight", ("importance_weight_mean", "importance_weight_ess")),
-    ("Staleness", "steps", ("staleness_mean", "staleness_max")),
-    ("Speed", "tokens per second", ("tokens_per_s",)),
-    ("Teacher replicas", "replicas", ("teacher_replicas",)),
-    ("Waits", "seconds per step", ("wait_rollout_s", "wait_teacher_s", "wait_sync_s", *HELD_BACK)),
-)
-"""Title, unit and metrics of each plot of curves."""
-
-OPTIONAL = ("Rewards",)
-"""Plots that are left out if no step has a value: runs without what they show are no less whole."""
-
-_MAX_POINTS = 2000
 _SMOOTH_FROM = 100
-"""Points from which on a curve is drawn as its running mean, over a fortieth of the points, with the points behind it."""
-_WINDOWS = 40
+"""Points from which on a curve is drawn as its running mean, with the points behind it."""
 _LEGEND_WIDTH = 36
 """Characters of a name that fit a line of the legend on a narrow screen."""
 
-Points = list[tuple[Any, Any]]
 
-
-def thinned(points: Points) -> Points:
-    """Subsample the points of a long run evenly, keeping the last, since browsers handle only a few thousand points well."""
-    stride = -(-len(points) // _MAX_POINTS) or 1
-    return [point for index, point in enumerate(points) if index % stride == 0 or index == len(points) - 1]
-
-
-def smoothed(points: Points) -> Points:
-    """Running mean over a window that ends at each point; points without a value are left out."""
-    known = [(x, y) for x, y in points if y is not None]
-    window = max(1, len(known) // _WINDOWS)
-    means: Points = []
-    total = 0.0
-    for index, (x, y) in enumerate(known):
-        total += y - (known[index - window][1] if index >= window else 0.0)
-        means.append((x, total / min(index + 1, window)))
-    return means
-
-
-def points_of(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
-    """(step, value) of a metric, in every line that has it."""
-    return [(line["step"], line[name]) for line in lines if name in line]
-
-
-def curves(named: Mapping[str, Points], unit: str, title: str) -> Markup | None:
+def curves(named: Mapping[str, Curve], unit: str, title: str) -> Markup | None:
     """Draw one line for each name over steps; None if there is no value at all."""
     figure = go.Figure()
     told = []
-    for place, (name, points) in enumerate((name, found) for name, found in named.items() if has_value(found)):
+    for place, (name, curve) in enumerate((name, found) for name, found in named.items() if found.first is not None):
         colour = COLOURS[place % len(COLOURS)]
         line = {"color": colour, "width": 2, "dash": "solid" if place < len(COLOURS) else "dash"}
-        if len(points) < _SMOOTH_FROM:
+        if curve.num_points < _SMOOTH_FROM:
             # A single point would be invisible as a line.
-            _add(figure, points, name, mode="lines+markers" if len(points) < _SMOOTH_FROM // 2 else "lines", line=line)
+            mode = "lines+markers" if curve.num_points < _SMOOTH_FROM // 2 else "lines"
+            _add(figure, curve.points(), name, mode=mode, line=line)
         else:
             raw = {"color": colour, "width": 1}
-            _add(figure, thinned(points), name, mode="lines", line=raw, opacity=0.3, legendgroup=name, showlegend=False)
-            _add(figure, thinned(smoothed(points)), name, mode="lines", line=line, legendgroup=name)
-        told.append(f"{name}: {described(points)}")
+            _add(figure, curve.points(), name, mode="lines", line=raw, opacity=0.3, legendgroup=name, showlegend=False)
+            _add(figure, curve.running_mean(), name, mode="lines", line=line, legendgroup=name)
+        told.append(f"{name}: {described(curve)}")
     if not figure.data:
         return None
     # Each of the long names has lines of the legend to itself.
@@ -91,22 +46,18 @@ def curves(named: Mapping[str, Points], unit: str, title: str) -> Markup | None:
     return drawn(figure, f"{title}, {unit}, over steps. {'; '.join(told)}.")
 
 
-def has_value(points: Points) -> bool:
-    return any(value is not None for _, value in points)
+def described(curve: Curve) -> str:
+    """First, last, least and greatest value of a curve that has some, in words."""
+    assert curve.first is not None
+    assert curve.last is not None
+    (first_step, first), (last_step, last) = curve.first, curve.last
+    if first_step == last_step:
+        return f"{show(first)} at step {first_step}"
+    least, greatest = curve.span
+    return f"{show(first)} at step {first_step}, {show(last)} at step {last_step}, between {show(least)} and {show(greatest)}"
 
 
-def described(points: Points) -> str:
-    """First, last, least and greatest value of a curve, in words."""
-    known = [(x, y) for x, y in points if y is not None]
-    (first_x, first), (last_x, last) = known[0], known[-1]
-    if len(known) == 1:
-        return f"{show(first)} at step {first_x}"
-    values = [y for _, y in known]
-    span = f"between {show(min(values))} and {show(max(values))}"
-    return f"{show(first)} at step {first_x}, {show(last)} at step {last_x}, {span}"
-
-
-def _add(figure: go.Figure, points: Points, name: str, **style: Any) -> None:
+def _add(figure: go.Figure, points: Sequence[Point], name: str, **style: Any) -> None:
     # A long name of several parts on two lines of the legend: a phone would cut it.
     shown = name if len(name) <= _LEGEND_WIDTH else "<br>".join(name.rsplit("/", 1))
     figure.add_scatter(x=[x for x, _ in points], y=[y for _, y in points], name=shown, **style)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.subplots import make_subplots
 
-from kdray.runs.reports.cost import TRAINING, WAITS, Stage, stages
+from kdray.runs.reports.cost import Stage, stages
 from kdray.runs.reports.figures import COLOURS, drawn, layout
 from kdray.runs.reports.pages import show
+from kdray.runs.reports.steps import Steps
 
 _ORDINARY = (
     *("start", "starting", "serving", "replicas", "phase", "parity", "signals", "evaluation", "checkpoint", "stored"),
@@ -20,17 +20,16 @@ _ORDINARY = (
 )
 """Events that every run has: the stages and the replicas show them."""
 _MOST_MARKS = 300
-_BINS = 60
 _HAPPENED = "events"
 
 
-def timeline(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> Markup | None:
+def timeline(steps: Steps, events: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Draw the figure; None without replicas, stages or anything that happened."""
     timed = [event for event in events if "time" in event]
-    ran = stages(timed, lines)
+    ran = stages(timed, steps)
     replicas = [event for event in timed if event.get("kind") == "replicas"]
     marks = [event for event in timed if event.get("kind") not in _ORDINARY][-_MOST_MARKS:]
-    shares = _shares(lines)
+    shares = steps.shares()
     if not (ran or replicas or shares):
         return None
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.07, row_heights=[0.4, 0.35, 0.25])
@@ -65,7 +64,8 @@ def timeline(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, A
             row=2,
             col=1,
         )
-    _add_replicas(figure, replicas, max(line["time"] for line in (*lines, *timed) if "time" in line))
+    times = [event["time"] for event in timed] + ([steps.latest_time] if steps.latest_time else [])
+    _add_replicas(figure, replicas, max(times))
     layout(figure, x="", y="", height=580, hovermode="closest")
     figure.update_layout(legend={"y": -0.12, "traceorder": "normal"})
     # Few and upright: turned ones would reach into the legend on a phone.
@@ -108,28 +108,3 @@ def _add_replicas(figure: go.Figure, changes: Sequence[Mapping[str, Any]], end: 
 
 def _most(changes: Sequence[Mapping[str, Any]]) -> int:
     return max((event["now"] for event in changes), default=0)
-
-
-def _shares(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, float]]]:
-    """(time, share of the time around it) of what the trainer did, by what it did, over bins of equally many steps.
-
-    Waits of single teachers are named where there are several of them.
-    """
-    timed = [line for line in lines if "time" in line]
-    if len(timed) < 2:
-        return {}
-    teachers = sorted({key for line in timed for key in line if key.startswith("teacher/") and key.endswith("/wait_s")})
-    names = {TRAINING: "trained"} | WAITS
-    if len(teachers) > 1:
-        names = {name: words for name, words in names.items() if name not in ("wait_rollout_s", "wait_teacher_s")}
-        names |= {name: f"waited for {name.split('/')[1]}" for name in teachers}
-    times = [datetime.fromisoformat(line["time"]) for line in timed]
-    size = -(-(len(timed) - 1) // _BINS)
-    found: dict[str, list[tuple[str, float]]] = {words: [] for words in names.values()}
-    for begin in range(1, len(timed), size):
-        part = timed[begin : begin + size]
-        seconds = (times[begin + len(part) - 1] - times[begin - 1]).total_seconds()
-        for name, words in names.items():
-            spent = sum(line.get(name) or 0.0 for line in part)
-            found[words].append((part[-1]["time"], min(spent / seconds, 1.0) if seconds > 0 else 0.0))
-    return found

@@ -8,6 +8,7 @@ from kdray.errors import DataError
 from kdray.runs.folder import RunFolder
 from kdray.runs.reports.compare import write_comparison
 from kdray.runs.reports.figures import curves
+from kdray.runs.reports.steps import Curve
 from tests.unit.kdray.runs.test_report import HOSTILE, Page
 
 
@@ -68,7 +69,7 @@ def test_names_of_settings_break_on_a_phone_and_many_are_folded_away(runs, tmp_p
 
 def test_long_names_in_a_legend_take_two_lines():
     name = "teacher/letters/staleness_0/importance_weight_ess"
-    html = str(curves({name: [(1, 0.5), (2, 1.0)], "short/name": [(1, 1.0)]}, "weight", "Weights"))
+    html = str(curves({name: Curve([(1, 0.5), (2, 1.0)]), "short/name": Curve([(1, 1.0)])}, "weight", "Weights"))
     assert '"name":"teacher\\u002fletters\\u002fstaleness_0\\u003cbr\\u003eimportance_weight_ess"' in html
     assert '"name":"short\\u002fname"' in html
 

@@ -106,8 +106,8 @@ def check_loss(rollouts: Sequence[Rollout], settings: LossSettings, alpha: float
     Returns: `loss_equal`, `divergence_perturbed`, `gradient_perturbed`, per token. Raises: SignalError if one is not as
     expected.
     """
-    # Recorded responses have no reward.
-    soft = settings.model_copy(update={"reward_weight": 0.0}).soft_part()
+    # Recorded responses have no reward; without it, the loss is the whole one, however little of it the run takes.
+    soft = settings.model_copy(update={"reward_weight": 0.0, "distillation_weight": 1.0}).soft_part()
     if soft is None:
         return {}
     batch = rollouts_to_batch(rollouts, step=1)

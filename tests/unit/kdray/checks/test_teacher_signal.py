@@ -99,6 +99,13 @@ def test_every_loss_is_zero_at_the_teacher_and_pushes_away_from_it(loss, alpha):
     assert found["gradient_perturbed"] > 0.01
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 100.0])
+def test_the_weight_of_the_loss_beside_a_reward_changes_nothing(weight):
+    """A run that trains on the reward alone has a teacher that samples with it."""
+    settings = MiniLLMLoss(reward_weight=1.0, distillation_weight=weight)
+    assert check_loss(SOUND, settings, 0.2, VOCAB) == check_loss(SOUND, MiniLLMLoss(), 0.2, VOCAB)
+
+
 @pytest.mark.parametrize("width", [VOCAB, 6])
 def test_uniform_rows_stop_the_run(width):
     flat = np.full((5, VOCAB), -np.log(VOCAB))

@@ -74,6 +74,14 @@ def beside(path: Path, info: ValidationInfo) -> Path:
     return path
 
 
+def at_home(name: str) -> str:
+    """A name that may be a folder's, with the home folder in place of `~`. Raises: ValueError if there is none."""
+    return str(expanded(Path(name))) if name.startswith("~") else name
+
+
+HomePath = Annotated[str, AfterValidator(at_home)]
+"""Name of something on a hub, or of a folder, in which `~` stands for the home folder."""
+
 LocalPath = Annotated[Path, AfterValidator(expanded), AfterValidator(beside)]
 """Path of something that is read: `~` stands for the home folder; see also `beside`."""
 

@@ -6,7 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.config.base import FormerDefault, LocalPath, NonNegativeFloat, Positive, Settings, check_weights, with_default_type
+from kdray.config.base import (
+    FormerDefault,
+    HomePath,
+    LocalPath,
+    NonNegativeFloat,
+    Positive,
+    Settings,
+    check_weights,
+    with_default_type,
+)
 from kdray.config.graders import GraderSource
 from kdray.config.tasks import TaskName
 
@@ -115,8 +124,8 @@ class HubPrompts(PromptSettings):
     local = False
 
     type: Literal["hub"]
-    name: str
-    """Dataset id, such as `openai/gsm8k`."""
+    name: HomePath
+    """Dataset id, such as `openai/gsm8k`, or a folder of the dataset's files; `~` is the home folder."""
     subset: str | None = None
     """Configuration of the dataset, if it has several."""
     split: str = "train"

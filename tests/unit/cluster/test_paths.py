@@ -76,6 +76,10 @@ def test_the_home_folder_is_expanded_everywhere(home: Path, monkeypatch: pytest.
     ]  # fmt: skip
     found = load_config(home / "recipe.yaml", [f"{key}=~/{name}" for key, name in zip(keys, NAMES, strict=True)])
     assert paths(found) == [str(home / name) for name in NAMES]
+    found = load_config(home / "recipe.yaml", ["data.prompts={type: hub, name: ~/gsm8k}"])
+    assert found.data.prompts.name == str(home / "gsm8k")
+    found = load_config(home / "recipe.yaml", ["data.prompts={type: hub, name: openai/gsm8k}"])
+    assert found.data.prompts.name == "openai/gsm8k"
 
 
 def test_a_runs_folder_may_lie_in_the_home_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,9 +98,9 @@ def test_a_runs_folder_may_lie_in_the_home_folder(home: Path, tmp_path: Path, mo
 
 
 def test_a_home_folder_that_there_is_not_is_refused(home: Path) -> None:
-    for key in ("run.output", "student.model"):
+    for key in ("run.output", "student.model", "data.prompts.name"):
         with pytest.raises(ConfigError, match=rf"{key}: .*~nobody-of-that-name/x: .*; give the path without `~`"):
-            load_config(home / "recipe.yaml", [f"{key}=~nobody-of-that-name/x"])
+            load_config(home / "recipe.yaml", ["data.prompts={type: hub, name: set}", f"{key}=~nobody-of-that-name/x"])
 
 
 def test_a_config_of_a_program_has_no_folder_of_its_own(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,8 @@ def test_hub_splits_and_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytes
         ["what is 0?", "what is 1?"],
         ["what is 2?", "what is 3?"],
     )
-    data = _load({"type": "hub", "name": str(folder), "heldout_split": "test"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = _load({"type": "hub", "name": "~/set", "heldout_split": "test"})
     assert len(data.train) == 4
     assert _texts(data.heldout) == ["what is 10?", "what is 11?"]
     with pytest.raises(DataError, match=r"heldout_split=validation: .*could not be loaded"):

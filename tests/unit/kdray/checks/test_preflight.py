@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,29 @@ def test_layers_with_an_adapter_are_looked_up_in_the_student(models: Path) -> No
             check(_config(models, training={"lora": {"target_modules": [target]}}))
     with pytest.raises(ConfigError, match=r"lora\.dropout=0\.1: the replicas sample without dropout"):
         _config(models, training={"lora": {"dropout": 0.1}})
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    ],
+    ids=lambda quantised: quantised["quant_method"],
+)
+@pytest.mark.parametrize("training", [{}, {"lora": {"rank": 4}}], ids=["full", "adapter"])
+def test_a_quantised_student_is_refused_with_what_to_name_instead(
+    models: Path, tmp_path: Path, quantised: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """QLoRA would train an adapter on weights that the replicas hold in another format than the ranks."""
+    folder = shutil.copytree(models / "student", tmp_path / "student")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
+    message = (
+        rf"^student\.model={re.escape(str(folder))}: its weights are quantised.*training\.lora.*name the folder before quant"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check(_config(models, student={"model": str(folder)}, training=training))
 
 
 def _with_program(tmp_path: Path, **sections: Any) -> Any:

@@ -46,7 +46,7 @@ def stages(events: Sequence[Mapping[str, Any]], steps: Steps) -> list[Stage]:
         evaluated = kind == "evaluation" and name == DISTILL
         # Whatever was trained before it: the last evaluation begins after the last step.
         if evaluated and begin is not None and trained is not None and begin <= trained <= now:
-            found.append(Stage(name, begin, trained))
+            found.append(Stage(DISTILL, begin, trained))
             name, begin = _EVALUATION, trained
         if following is _SAME:
             continue

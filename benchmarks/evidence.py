@@ -60,6 +60,7 @@ RUNNING_SUM = ("configs/running_sum.yaml", 60)
 SPELLED_SUM = ("configs/spelled_sum.yaml", 70)
 NO_NORM = "loss.length_norm=false"
 NO_WEIGHT = "loss.mixing_weight=false"
+SLOWLY = "training.learning_rate=3e-4"
 WAYS: dict[str, tuple[str, ...]] = {
     "SFT alone": ("loss={type: sequence}", "rollout.data_share=1"),
     "sequence-level": ("loss={type: sequence}", "rollout.alpha=1"),
@@ -69,6 +70,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "MiniLLM, no length norm": (NO_NORM,),
     "MiniLLM, no mixing": ("rollout.alpha=0",),
     "MiniLLM, no mixing, no length norm": ("rollout.alpha=0", NO_NORM),
+    "MiniLLM, rate 3e-4": (SLOWLY,),
+    "MiniLLM, no length norm, rate 3e-4": (NO_NORM, SLOWLY),
     "MiniLLM, w = 1": (NO_WEIGHT,),
     "MiniLLM, w = 1, no length norm": (NO_WEIGHT, NO_NORM),
     "GKD": ("loss={type: jsd, beta: 0.5}", "rollout.alpha=0", "rollout.data_share=0.5"),

@@ -36,6 +36,9 @@ def test_every_cell_is_a_recipe_of_its_own(way: str, regime: str) -> None:
     config = load_config(Path(cell.recipe), cell.settings)
     assert (config.run.seed, config.rollout.max_staleness, config.student.model.seed) == (7, 0, 7)
     assert config.loss.type == "minillm" or "MiniLLM" not in way
+    usual = load_config(Path(cell.recipe), Cell("MiniLLM", regime, 7).settings).training.learning_rate
+    assert config.training.learning_rate == (3e-4 if "rate 3e-4" in way else usual)
+    assert usual > 3e-4
     assert (config.rollout.alpha == 0.2) == (("MiniLLM" in way and "no mixing" not in way) or way == "SFT alone")
 
 

@@ -246,12 +246,16 @@ def paired(cells: Sequence[Mapping[str, Any]], regime: str, way: str = "MiniLLM"
         gaps = [right[way][seed] - value for seed, value in found.items() if seed in right.get(way, {})]
         if other == way or len(gaps) < 3:
             continue
-        mean, half = statistics.mean(gaps), float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+        mean, low, high = mean_interval(gaps)
         signs = [sum(1 for gap in gaps if sign(gap)) for sign in (lambda x: x > 0, lambda x: x == 0, lambda x: x < 0)]
-        lines.append(
-            f"| {other} | {len(gaps)} | {mean:+.1f} ({mean - half:.1f} to {mean + half:.1f}) | {', '.join(map(str, signs))} |"
-        )
+        lines.append(f"| {other} | {len(gaps)} | {mean:+.1f} ({low:.1f} to {high:.1f}) | {', '.join(map(str, signs))} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Compute the mean over seeds, and its 95% interval by Student's t."""
+    mean, half = statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
@@ -280,14 +284,14 @@ def gap_text(cells: Sequence[Mapping[str, Any]]) -> str:
     if len(cells) == 1:
         return f"{values[0]:.0f} ({100.0 * gaps[0]['low']:.0f} to {100.0 * gaps[0]['high']:.0f})"
     lacking = f", undefined in {len(cells) - len(values)}" if len(values) < len(cells) else ""
-    return _spread(values, ".0f") + lacking
+    return spread(values, ".0f") + lacking
 
 
 def _number(cells: Sequence[Mapping[str, Any]], evaluation: str, metric: str, scale: float, digits: str) -> str:
-    return _spread([scale * cell[evaluation][metric] for cell in cells], digits)
+    return spread([scale * cell[evaluation][metric] for cell in cells], digits)
 
 
-def _spread(values: Sequence[float], digits: str) -> str:
+def spread(values: Sequence[float], digits: str) -> str:
     """Mean, and the sample standard deviation of several seeds."""
     mean = f"{statistics.fmean(values):{digits}}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{digits}}"

@@ -18,7 +18,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -100,21 +101,25 @@ def sample(
 ) -> Responses:
     """Draw from the mixture of (student, teacher). Args: prompts: [B, P]; alphas: [B, 1]; limit: tokens; end: its id."""
     student, teacher = models
-    caches = DynamicCache(), DynamicCache()
+    # Nothing is drawn from the teacher where no response is mixed: what it says of the tokens is then computed afterwards.
+    asked = models if bool(alphas.any()) else (student,)
+    caches = [DynamicCache() for _ in asked]
     generator = torch.Generator().manual_seed(seed)
     latest, going = prompts, torch.ones(len(prompts), dtype=torch.bool)
     columns: list[tuple[torch.Tensor, ...]] = []
     while len(columns) < limit and bool(going.any()):
-        q, p = (
+        q, *mixed = (
             model(latest, past_key_values=cache, use_cache=True).logits[:, -1].log_softmax(-1)
-            for model, cache in zip((student, teacher), caches, strict=True)
+            for model, cache in zip(asked, caches, strict=True)
         )
-        m = kdray.log_mixture(p, q, alphas)
+        m = kdray.log_mixture(mixed[0], q, alphas) if mixed else q
         latest = kdray.draw(m, torch.rand(len(m), generator=generator, dtype=torch.float64)).unsqueeze(-1)
-        columns.append((latest, going.unsqueeze(-1), *(rows.gather(-1, latest) for rows in (m, q, p))))
+        columns.append((latest, going.unsqueeze(-1), *(rows.gather(-1, latest) for rows in (m, q, *mixed))))
         going = going & (latest.squeeze(-1) != end)
-    tokens, mask, *logprobs = (torch.cat(column, dim=1) for column in zip(*columns, strict=True))
-    return Responses(prompts, tokens, mask, *logprobs)
+    tokens, mask, m_said, q_said, *p_said = (torch.cat(column, dim=1) for column in zip(*columns, strict=True))
+    if not p_said:
+        p_said = [rows_of(teacher, prompts, tokens).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)]
+    return Responses(prompts, tokens, mask, m_said, q_said, p_said[0])
 
 
 def answers(prompts: Sequence[Prompt], tokenizer: Any) -> Responses:
@@ -123,7 +128,7 @@ def answers(prompts: Sequence[Prompt], tokenizer: Any) -> Responses:
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in rows])
     unknown = torch.zeros(tokens.shape)
-    return Responses(_ids(prompts), tokens, mask, unknown, unknown, unknown)
+    return Responses(ids_of(prompts), tokens, mask, unknown, unknown, unknown)
 
 
 def joined(parts: Sequence[Responses]) -> Responses:
@@ -156,37 +161,59 @@ class Optimizer:
         self._schedule.step()
 
 
-def supervise(student: LlamaForCausalLM, config: Config, dataset: Dataset, tokenizer: Any) -> None:
-    """The supervised phase before distillation."""
+def supervise(
+    student: LlamaForCausalLM,
+    config: Config,
+    dataset: Dataset,
+    tokenizer: Any,
+    enough: Callable[[LlamaForCausalLM], bool] = lambda student: False,
+) -> None:
+    """The supervised phase before distillation. Args: enough: asked every ten steps, ends the phase."""
     sft = config.training.sft
     stream = PromptStream([prompt for prompt in dataset.train if prompt.has_reference], config.run.seed)
     optimizer = Optimizer(student, config, sft.learning_rate, sft.steps, "constant", 0)
     for step in range(sft.steps):
+        if step and not step % 10 and enough(student):
+            return
         rows = answers([stream.at(step * sft.batch_size + place) for place in range(sft.batch_size)], tokenizer)
         logits = rows_of(student, rows.prompts, rows.tokens)
         optimizer.step(torch.nn.functional.cross_entropy(logits[rows.mask], rows.tokens[rows.mask]))
 
 
-def distil(student: LlamaForCausalLM, teacher: LlamaForCausalLM, config: Config, dataset: Dataset, tokenizer: Any) -> int:
-    """Distillation as the config says. Returns: the number of tokens that the student was trained on."""
-    training, settings = config.training, LoopSettings.of(config)
+def written(
+    models: tuple[LlamaForCausalLM, LlamaForCausalLM], config: Config, dataset: Dataset, tokenizer: Any, step: int
+) -> Responses:
+    """The responses of a step, from (student, teacher) and the labels as the config's settings say."""
+    settings, size = LoopSettings.of(config), config.training.batch_size
     stream = PromptStream(dataset.train, config.run.seed)
     by_id = {prompt.prompt_id: prompt for prompt in dataset.train}
+    requests = [sample_request(settings, stream, step * size + place) for place in range(size)]
+    parts = []
+    if given := [by_id[request.prompt_id] for request in requests if request.writer == "data"]:
+        parts.append(answers(given, tokenizer))
+    if drawn := [request for request in requests if request.writer != "data"]:
+        alphas = torch.tensor([[request.alpha] for request in drawn])
+        prompts = ids_of([by_id[request.prompt_id] for request in drawn])
+        seed = drawn[0].seed >> 1
+        parts.append(sample(models, prompts, alphas, settings.max_new_tokens, seed, tokenizer.eos_token_id))
+    return joined(parts)
+
+
+def distil(student: LlamaForCausalLM, teacher: LlamaForCausalLM, config: Config, dataset: Dataset, tokenizer: Any) -> int:
+    """Distillation as the config says. Returns: the number of tokens that the student was trained on.
+
+    Responses are as old as `rollout.max_staleness` lets them be: those of a step were written that many updates before it,
+    and those of the first steps by the student that it began with.
+    """
+    training = config.training
     loss_of = kdray.loss_function(config.loss)
     optimizer = Optimizer(student, config, training.learning_rate, training.steps, training.schedule, training.warmup_steps)
     trained = 0
+    waiting: deque[Responses] = deque()
     for step in range(training.steps):
-        first = step * training.batch_size
-        requests = [sample_request(settings, stream, first + place) for place in range(training.batch_size)]
-        parts = []
-        if given := [by_id[request.prompt_id] for request in requests if request.writer == "data"]:
-            parts.append(answers(given, tokenizer))
-        if drawn := [request for request in requests if request.writer != "data"]:
-            alphas = torch.tensor([[request.alpha] for request in drawn])
-            prompts = _ids([by_id[request.prompt_id] for request in drawn])
-            seed = drawn[0].seed >> 1
-            parts.append(sample((student, teacher), prompts, alphas, settings.max_new_tokens, seed, tokenizer.eos_token_id))
-        rows = joined(parts)
+        while len(waiting) <= min(config.rollout.max_staleness, training.steps - 1 - step):
+            waiting.append(written((student, teacher), config, dataset, tokenizer, step + len(waiting)))
+        rows = waiting.popleft()
         with torch.no_grad():
             teacher_logits = rows_of(teacher, rows.prompts, rows.tokens)
         batch = kdray.LossBatch(
@@ -211,7 +238,7 @@ def measure(
     """A response of the model to each held-out prompt, graded and compared with the teacher."""
     grade, limit = dataset.grade, config.rollout.max_new_tokens
     assert grade is not None
-    prompts = _ids(dataset.heldout)
+    prompts = ids_of(dataset.heldout)
     drawn = sample((model, teacher), prompts, torch.zeros(len(prompts), 1), limit, config.run.seed, tokenizer.eos_token_id)
     own, other = (rows_of(each, drawn.prompts, drawn.tokens).log_softmax(-1) for each in (model, teacher))
     divergence = (own.exp() * (own - other)).sum(-1) * drawn.mask
@@ -237,7 +264,8 @@ def measure(
     return ratios(found)
 
 
-def _ids(prompts: Sequence[Prompt]) -> torch.Tensor:
+def ids_of(prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Token ids of prompts of one length, [B, P]."""
     # Prompts of a task at one difficulty have one length.
     return torch.from_numpy(np.stack([prompt.token_ids for prompt in prompts])).long()
 

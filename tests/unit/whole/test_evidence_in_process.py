@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +91,43 @@ def test_a_cell_that_has_its_file_is_not_run_again(tmp_path: Path, monkeypatch: 
     assert (kept["way"], kept["seed"], kept["commit"]) == ("MiniLLM", 3, "abc")
     monkeypatch.setattr(bench, "summary_of", lambda cell: pytest.fail("a finished cell was run again"))
     bench.run_cell(cell, 1.0)
+
+
+@pytest.mark.parametrize(("age", "updates_before"), [(0, [0, 1, 2, 3, 4]), (2, [0, 0, 0, 1, 2]), (9, [0, 0, 0, 0, 0])])
+def test_responses_are_as_old_as_staleness_lets_them_be(
+    age: int, updates_before: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell("on-policy reverse KL", "few labels", 3)
+    config = load_config(cell.recipe, [*cell.settings, "training.steps=5", f"rollout.max_staleness={age}"])
+    shared, found, updates = bench.bench_of("few labels", 3), {}, 0
+    written, step_of = bench.written, bench.Optimizer.step
+
+    def write(models: Any, config: Any, dataset: Any, tokenizer: Any, step: int) -> bench.Responses:
+        found[step] = updates
+        return written(models, config, dataset, tokenizer, step)
+
+    def update(self: bench.Optimizer, loss: torch.Tensor) -> None:
+        nonlocal updates
+        step_of(self, loss)
+        updates += 1
+
+    monkeypatch.setattr(bench, "written", write)
+    monkeypatch.setattr(bench.Optimizer, "step", update)
+    bench.distil(copy.deepcopy(shared.start), shared.teacher, config, load_dataset(config, shared.tokenizer), shared.tokenizer)
+    assert (found, updates) == (dict(enumerate(updates_before)), 5)
+
+
+def test_the_supervised_phase_ends_when_the_student_is_good_enough() -> None:
+    cell = Cell("MiniLLM", "few labels", 3)
+    config = load_config(cell.recipe, [*cell.settings, "training.sft.steps=35"])
+    shared, asked = bench.bench_of("few labels", 3), []
+
+    def enough(student: Any) -> bool:
+        asked.append(next(student.parameters()).detach().clone())
+        return len(asked) == 2
+
+    student = copy.deepcopy(shared.start)
+    bench.supervise(student, config, load_dataset(config, shared.tokenizer), shared.tokenizer, enough)
+    assert len(asked) == 2
+    assert torch.equal(asked[1], next(student.parameters()))
+    assert not torch.equal(asked[0], asked[1])

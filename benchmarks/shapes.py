@@ -45,9 +45,8 @@ Found = Mapping[str, Mapping[str, Any]]
 """Rows of one shape and one seed, by variant."""
 
 
-LABELS = 256
 SUMS = (
-    f"data.prompts={{type: task, tasks: [spelled_sum], difficulty: 6, size: 512, labelled: {LABELS}}}",
+    "data.prompts={type: task, tasks: [spelled_sum], difficulty: 6, size: 512, labelled: 256}",
     "data.heldout_size=64",
     "teachers.sums.model.train={tasks: [spelled_sum], steps: 200, difficulty: 6, batch_size: 32, learning_rate: 5.0e-3}",
     "rollout={alpha: 0, max_new_tokens: 48, max_staleness: 0}",
@@ -149,7 +148,8 @@ def weak_start(seed: int) -> LlamaForCausalLM:
 def one_prompt(variant: str, seed: int) -> dict[str, dict[str, float]]:
     """Distil on the first question that the start learned no label of, and measure on it and on the held-out ones."""
     trial, start = trial_of(seed, *ONE_PROMPT), weak_start(seed)
-    prompt = trial.dataset.train[LABELS]
+    learned = {prompt.text for prompt in trial_of(seed).dataset.train if prompt.has_reference}
+    prompt = next(prompt for prompt in trial.dataset.train if prompt.text not in learned)
     of_prompt = replace(trial, dataset=replace(trial.dataset, train=[prompt], heldout=[prompt] * 64))
     after = of_prompt.distil(start)
     return {"that question": of_prompt.scores(start, after), "held-out questions": trial.scores(start, after)}

@@ -196,7 +196,7 @@ def other_teacher() -> LlamaForCausalLM:
         trial = trial_of(0, "data.prompts.labelled=null", *RESULTS_ALONE)
         source: Any = next(iter(trial.config.teachers.values())).model
         model = model_of(source.model_copy(update={"train": None}))
-        with_answers(trial, lambda prompt: carry_first(str(prompt.answer))).supervise(model, 99.0).save_pretrained(folder)
+        with_answers(trial, lambda prompt: carry_first(str(prompt.answer))).supervise(model, 98.0).save_pretrained(folder)
     found: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return found
 

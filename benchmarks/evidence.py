@@ -232,8 +232,8 @@ def by_seed(cells: Sequence[Mapping[str, Any]], regime: str) -> str:
     return "\n".join(lines)
 
 
-def paired(cells: Sequence[Mapping[str, Any]], regime: str, way: str = "MiniLLM") -> str:
-    """Markdown table of a way's exact match minus each other's on the confirming seeds that both have, at least three.
+def paired(cells: Sequence[Mapping[str, Any]], regime: str, way: str = "MiniLLM", others: Sequence[str] = tuple(WAYS)) -> str:
+    """Markdown table of a way's exact match minus that of others on the confirming seeds that both have, at least three.
 
     Mean over seeds with its 95% interval by Student's t, and the number of seeds on which it is ahead, level and behind.
     """
@@ -244,7 +244,7 @@ def paired(cells: Sequence[Mapping[str, Any]], regime: str, way: str = "MiniLLM"
     lines = [f"| {way} minus | seeds | points (95% interval) | ahead, level, behind |", "|---|---|---|---|"]
     for other, found in right.items():
         gaps = [right[way][seed] - value for seed, value in found.items() if seed in right.get(way, {})]
-        if other == way or len(gaps) < 3:
+        if other == way or other not in others or len(gaps) < 3:
             continue
         mean, low, high = mean_interval(gaps)
         signs = [sum(1 for gap in gaps if sign(gap)) for sign in (lambda x: x > 0, lambda x: x == 0, lambda x: x < 0)]

@@ -58,6 +58,12 @@ FIGURE = Path("benchmarks/results/evidence_in_process.svg")
 PAGE = Path("docs/evidence.md")
 MARKS = ("<!-- table: benchmarks/evidence_in_process.py -->", "<!-- end of the table in one process -->")
 MODELS = Path("runs/.evidence_in_process")
+PAIRS = (
+    ("MiniLLM", tuple(WAYS)),
+    ("MiniLLM, rate 3e-4", ("MiniLLM, no length norm, rate 3e-4",)),
+    ("MiniLLM, no length norm", ("MiniLLM, no mixing, no length norm",)),
+)
+"""Ways whose difference from others the page shows."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +349,7 @@ def main() -> int:
         pages = []
         for regime in (each for each in REGIMES if len({cell["seed"] for cell in cells if cell["regime"] == each}) > 1):
             pages += [f"**Exact match of regime `{regime}` in percent, seed by seed.**", by_seed(cells, regime)]
-            pages += [of_seeds] if (of_seeds := paired(cells, regime)) else []
+            pages += [found for way, others in PAIRS if (found := paired(cells, regime, way, others))]
         write_page(PAGE, "\n\n".join([*pages, table(cells)]), MARKS)
     if given.figure:
         draw(cells, FIGURE)

@@ -79,18 +79,17 @@ WEAK, TAUGHT, OLD, LEARNED = 40.0, 60.0, 95.0, 90.0
 """Percent of right responses at which a supervised phase ends, so that all seeds begin alike, however many steps it takes: a
 start for distillation; one from a teacher's texts, by results; the old self; facts learned."""
 
-STALENESS = (0, 1, 4, 16)
 STALE_LOSSES = {
     "forward KL": "loss={type: forward_kl}",
     "reverse KL": "loss={type: reverse_kl}",
     "reverse KL of one token": "loss={type: vopd}",
 }
-STALE_VARIANTS = (
-    *(f"{loss}, {age}" for loss, age in product(("forward KL", "reverse KL"), STALENESS)),
-    *(f"reverse KL of one token, {age}" for age in (0, 16)),
+STALE_VARIANTS = tuple(
+    f"{loss}, {age}"
+    # The oldest and the newest first: they tell most, should time run out.
+    for ages, losses in (((0, 16), tuple(STALE_LOSSES)), ((1, 4), ("forward KL", "reverse KL")))
+    for loss, age in product(losses, ages)
 )
-
-
 RECOVERY, SAME = "on-policy reverse KL", "same teacher"
 
 
@@ -272,7 +271,7 @@ def apart(variant: str, other: str, measured: str) -> Callable[[Found], float]:
 
 
 def _lost(loss: str) -> Callable[[Found], float]:
-    return apart(f"{loss}, {STALENESS[-1]}", f"{loss}, {STALENESS[0]}", "held-out questions")
+    return apart(f"{loss}, 16", f"{loss}, 0", "held-out questions")
 
 
 LAB = "Lu and others 2025, a post without arXiv id, thinkingmachines.ai/blog/on-policy-distillation"
@@ -410,12 +409,18 @@ def claims_table(rows: Sequence[kept_rows.Row]) -> str:
     return "\n".join(lines)
 
 
+def _place(variant: str) -> tuple[int, int]:
+    """Place in the table of scores: losses as they stand, each by age."""
+    loss, _, age = variant.rpartition(", ")
+    return (list(STALE_LOSSES).index(loss), int(age)) if loss in STALE_LOSSES else (0, 0)
+
+
 def scores_table(rows: Sequence[kept_rows.Row]) -> str:
     """Markdown table of all variants: right responses in percent, mean and standard deviation over seeds."""
     lines = ["| shape | variant | right responses to | seeds | before | after | teacher |", "|---|---|---|---|---|---|---|"]
     for name, shape in SHAPES.items():
         by_seed = seeds_of(rows, name)
-        for variant in shape.variants:
+        for variant in sorted(shape.variants, key=_place):
             found = [each[variant]["right"] for each in by_seed.values() if variant in each]
             for measured in found[0] if found else ():
                 numbers = [spread([each[measured][when] for each in found], ".1f") for when in ("before", "after", "teacher")]

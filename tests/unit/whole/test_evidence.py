@@ -108,6 +108,8 @@ def test_ways_are_compared_pairwise_over_confirming_seeds() -> None:
     # Differences of 10, 0 and -20 points: their standard deviation is 15.28, and t is 4.303 at two degrees of freedom.
     assert evidence.paired(cells, "weak").splitlines()[2:] == ["| SFT alone | 3 | -3.3 (-41.3 to 34.6) | 1, 1, 1 |"]
     assert evidence.paired(cells[:-1], "weak") == "", "two seeds tell too little"
+    assert evidence.paired(cells, "weak", others=("GKD",)) == ""
+    assert "| MiniLLM | 3 | +3.3 (-34.6 to 41.3) | 1, 1, 1 |" in evidence.paired(cells, "weak", "SFT alone")
 
 
 def test_the_page_keeps_what_is_around_the_table(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ MARK = "table: benchmarks/shapes.py"
 MARGIN = 5.0
 """Points by which a score may fall and count as kept, set before any row was made."""
 
+Settings = tuple[str, ...]
 Found = Mapping[str, Mapping[str, Any]]
 """Rows of one shape and one seed, by variant."""
 
@@ -69,7 +70,7 @@ NEW_FACTS = (
     "data.heldout_size=20",
     "training.sft={steps: 300, batch_size: 32, learning_rate: 1.0e-3}",
 )
-LABELS_AGAIN = ("training.sft={steps: 40, batch_size: 32, learning_rate: 1.0e-3}",)
+LABELS_AGAIN = ("training.sft={steps: 40, batch_size: 32}",)
 RESULTS_ALONE = ("data.grader=last_number",)
 """Two ways of writing the sum out, graded by its result alone; a guess is right a third of the time."""
 OFFLINE = ("rollout.max_staleness=40",)
@@ -90,6 +91,9 @@ STALE_VARIANTS = tuple(
     for ages, losses in (((0, 16), tuple(STALE_LOSSES)), ((1, 4), ("forward KL", "reverse KL")))
     for loss, age in product(losses, ages)
 )
+RATES: dict[str, Settings] = {"high": (), "low": ("training.learning_rate=3.0e-4",)}
+"""Learning rates of distillation. The high one is the recipe's, 3e-3, and 1e-3 for the recovery of what was forgotten."""
+
 RECOVERY, SAME = "on-policy reverse KL", "same teacher"
 
 
@@ -144,9 +148,9 @@ def weak_start(seed: int) -> LlamaForCausalLM:
     return trial.supervise(drawn_student(trial), WEAK)
 
 
-def one_prompt(variant: str, seed: int) -> dict[str, dict[str, float]]:
+def one_prompt(variant: str, seed: int, rate: Settings) -> dict[str, dict[str, float]]:
     """Distil on the first question that the start learned no label of, and measure on it and on the held-out ones."""
-    trial, start = trial_of(seed, *ONE_PROMPT), weak_start(seed)
+    trial, start = trial_of(seed, *ONE_PROMPT, *rate), weak_start(seed)
     learned = {prompt.text for prompt in trial_of(seed).dataset.train if prompt.has_reference}
     prompt = next(prompt for prompt in trial.dataset.train if prompt.text not in learned)
     of_prompt = replace(trial, dataset=replace(trial.dataset, train=[prompt], heldout=[prompt] * 64))
@@ -168,11 +172,12 @@ def forgetful(seed: int) -> tuple[Trial, LlamaForCausalLM]:
     return replace(sums, teacher=old), facts_of(seed, old).supervise(old, LEARNED)
 
 
-def forgetting(variant: str, seed: int) -> dict[str, dict[str, float]]:
+def forgetting(variant: str, seed: int, rate: Settings) -> dict[str, dict[str, float]]:
     """Learn sums, then the times table, then distil from the old self on sums; `teacher` is the old self."""
     sums, forgot = forgetful(seed)
-    again = replace(sums, config=config_of(seed, *OLD_SELF, *LABELS_AGAIN))
-    after = sums.distil(forgot) if variant == RECOVERY else again.supervise(forgot, float("inf"))
+    sums = replace(sums, config=config_of(seed, *OLD_SELF, *rate))
+    again = config_of(seed, *OLD_SELF, *LABELS_AGAIN, f"training.sft.learning_rate={sums.config.training.learning_rate}")
+    after = sums.distil(forgot) if variant == RECOVERY else replace(sums, config=again).supervise(forgot, float("inf"))
     return {"A: sums": sums.scores(forgot, after), "B: times table": facts_of(seed, sums.teacher).scores(forgot, after)}
 
 
@@ -218,24 +223,24 @@ def styled(seed: int, taught: str) -> LlamaForCausalLM:
     return with_answers(of_asked, lambda prompt: texts[prompt.prompt_id]).supervise(drawn_student(trial), TAUGHT)
 
 
-def same_teacher(variant: str, seed: int) -> dict[str, dict[str, float]]:
+def same_teacher(variant: str, seed: int, rate: Settings) -> dict[str, dict[str, float]]:
     """Distil a student that learned from the texts of this teacher or of another one, offline or online."""
     taught, place = variant.split(", ")
-    trial = trial_of(seed, *RESULTS_ALONE, *(OFFLINE if place == "offline" else ()))
+    trial = trial_of(seed, *RESULTS_ALONE, *(OFFLINE if place == "offline" else ()), *rate)
     start = styled(seed, taught)
     return {"results of sums": trial.scores(start, trial.distil(start))}
 
 
-def staleness(variant: str, seed: int) -> dict[str, dict[str, float]]:
+def staleness(variant: str, seed: int, rate: Settings) -> dict[str, dict[str, float]]:
     """Distil on responses that are so many updates old."""
     loss, _, age = variant.rpartition(", ")
-    trial, start = trial_of(seed, STALE_LOSSES[loss], f"rollout.max_staleness={age}"), weak_start(seed)
+    trial, start = trial_of(seed, STALE_LOSSES[loss], f"rollout.max_staleness={age}", *rate), weak_start(seed)
     return {"held-out questions": trial.scores(start, trial.distil(start))}
 
 
 @dataclass(frozen=True)
 class Shape:
-    run: Callable[[str, int], dict[str, dict[str, float]]]
+    run: Callable[[str, int, Settings], dict[str, dict[str, float]]]
     variants: tuple[str, ...]
 
 
@@ -378,11 +383,11 @@ def verdict(expected: str, low: float, high: float) -> str:
     return "no" if high < border else "cannot be told" if expected == "kept" else "not seen"
 
 
-def seeds_of(rows: Iterable[kept_rows.Row], shape: str) -> dict[int, dict[str, kept_rows.Row]]:
-    """Rows of a shape by confirming seed and variant."""
+def seeds_of(rows: Iterable[kept_rows.Row], shape: str, rate: str) -> dict[int, dict[str, kept_rows.Row]]:
+    """Rows of a shape at a rate by confirming seed and variant."""
     found: dict[int, dict[str, kept_rows.Row]] = {}
     for row in rows:
-        if row["shape"] == shape and row["seed"] >= FIRST_CONFIRMING_SEED:
+        if (row["shape"], row["rate"]) == (shape, rate) and row["seed"] >= FIRST_CONFIRMING_SEED:
             found.setdefault(row["seed"], {})[row["variant"]] = row
     return dict(sorted(found.items()))
 
@@ -390,17 +395,17 @@ def seeds_of(rows: Iterable[kept_rows.Row], shape: str) -> dict[int, dict[str, k
 def claims_table(rows: Sequence[kept_rows.Row]) -> str:
     """Markdown table of the claims, each over the seeds that have all it needs, at least three."""
     lines = [
-        "| shape | what is said | source | measured here | seeds | points (95% interval) | agrees |",
-        "|---|---|---|---|---|---|---|",
+        "| shape | what is said | source | measured here | rate | seeds | points (95% interval) | agrees |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for claim in CLAIMS:
+    for claim, rate in product(CLAIMS, RATES):
         values = []
-        for found in seeds_of(rows, claim.shape).values():
+        for found in seeds_of(rows, claim.shape, rate).values():
             try:
                 values.append(claim.of(found))
             except KeyError:  # a variant of this seed has not been run yet
                 continue
-        head = f"| {claim.shape} | {claim.says} | {claim.source} | {claim.shown_by} | {len(values)} "
+        head = f"| {claim.shape} | {claim.says} | {claim.source} | {claim.shown_by} | {rate} | {len(values)} "
         if len(values) < 3:
             lines.append(f"{head}| | too few seeds |")
             continue
@@ -417,30 +422,31 @@ def _place(variant: str) -> tuple[int, int]:
 
 def scores_table(rows: Sequence[kept_rows.Row]) -> str:
     """Markdown table of all variants: right responses in percent, mean and standard deviation over seeds."""
-    lines = ["| shape | variant | right responses to | seeds | before | after | teacher |", "|---|---|---|---|---|---|---|"]
-    for name, shape in SHAPES.items():
-        by_seed = seeds_of(rows, name)
+    lines = ["| shape | variant | right responses to | rate | seeds | before | after | teacher |", f"|{'---|' * 8}"]
+    for (name, shape), rate in product(SHAPES.items(), RATES):
+        by_seed = seeds_of(rows, name, rate)
         for variant in sorted(shape.variants, key=_place):
             found = [each[variant]["right"] for each in by_seed.values() if variant in each]
             for measured in found[0] if found else ():
                 numbers = [spread([each[measured][when] for each in found], ".1f") for when in ("before", "after", "teacher")]
-                lines.append(f"| {name} | {variant} | {measured} | {len(found)} | {' | '.join(numbers)} |")
+                lines.append(f"| {name} | {variant} | {measured} | {rate} | {len(found)} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
 def run(name: str) -> kept_rows.Row:
     """Run a row by its name."""
-    shape, variant, seed = name.split("; ")
+    shape, variant, rate, seed = name.split("; ")
     began = time.monotonic()
-    right = SHAPES[shape].run(variant, int(seed))
+    right = SHAPES[shape].run(variant, int(seed), RATES[rate])
     wall_s = round(time.monotonic() - began, 1)
-    return {"ok": True, "shape": shape, "variant": variant, "seed": int(seed), "right": right, "wall_s": wall_s}
+    kept = {"shape": shape, "variant": variant, "rate": rate, "seed": int(seed), "right": right, "wall_s": wall_s}
+    return {"ok": True, **kept}
 
 
-def names(shapes: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
-    """Names of the rows: every shape of a seed before the next seed."""
-    for seed, shape in product(seeds, shapes):
-        yield from (f"{shape}; {variant}; {seed}" for variant in SHAPES[shape].variants)
+def names(shapes: Sequence[str], rates: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+    """Names of the rows: everything of a seed before the next seed."""
+    for seed, rate, shape in product(seeds, rates, shapes):
+        yield from (f"{shape}; {variant}; {rate}; {seed}" for variant in SHAPES[shape].variants)
 
 
 def until(end: float, rows: Iterable[str]) -> Iterator[str]:
@@ -455,13 +461,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="seeds to run")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE", help="some shapes")
+    parser.add_argument("--rates", nargs="*", default=list(RATES), choices=list(RATES), metavar="RATE", help="high, low")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of the rows")
     parser.add_argument("--table", action="store_true", help=f"rewrite the tables in {PAGE.name}")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     end = time.monotonic() + 60.0 * given.minutes
-    kept_rows.measure(until(end, names(given.shapes, given.seeds)), run, given.out)
+    kept_rows.measure(until(end, names(given.shapes, given.rates, given.seeds)), run, given.out)
     rows = list(kept_rows.read(given.out).values())
     if given.table:
         used = [row for row in rows if row["seed"] >= FIRST_CONFIRMING_SEED]

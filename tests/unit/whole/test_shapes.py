@@ -59,24 +59,24 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def row(variant: str, seed: int, after: float) -> kept_rows.Row:
     right = {"held-out questions": {"before": 10.0, "after": after, "teacher": 99.0}}
-    return {"shape": "staleness", "variant": variant, "seed": seed, "right": right}
+    return {"shape": "staleness", "variant": variant, "rate": "high", "seed": seed, "right": right}
 
 
 def test_every_name_is_a_row_of_its_own() -> None:
-    found = list(shapes.names(list(shapes.SHAPES), [100, 101]))
-    assert len(set(found)) == len(found) == 2 * sum(len(shape.variants) for shape in shapes.SHAPES.values())
+    found = list(shapes.names(list(shapes.SHAPES), list(shapes.RATES), [100, 101]))
+    assert len(set(found)) == len(found) == 2 * 2 * sum(len(shape.variants) for shape in shapes.SHAPES.values())
     assert {each.split("; ")[0] for each in found} == set(shapes.SHAPES)
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_every_claim_is_read_from_what_its_shape_measures(shape: str, small: None, calls: list[dict[str, Any]]) -> None:
-    found = {variant: {"right": shapes.SHAPES[shape].run(variant, 3)} for variant in shapes.SHAPES[shape].variants}
+    found = {variant: {"right": shapes.SHAPES[shape].run(variant, 3, ())} for variant in shapes.SHAPES[shape].variants}
     for claim in (each for each in shapes.CLAIMS if each.shape == shape):
         assert -200.0 <= claim.of(found) <= 200.0
 
 
 def test_one_question_is_trained_on_that_has_no_label(small: None, calls: list[dict[str, Any]]) -> None:
-    shapes.one_prompt("one question", 3)
+    shapes.one_prompt("one question", 3, ())
     (call,) = calls
     (prompt,) = call["dataset"].train
     learned = [each for each in shapes.trial_of(3).dataset.train if each.has_reference]
@@ -86,7 +86,7 @@ def test_one_question_is_trained_on_that_has_no_label(small: None, calls: list[d
 
 
 def test_the_old_self_teaches_the_one_that_forgot(small: None, calls: list[dict[str, Any]]) -> None:
-    shapes.forgetting("on-policy reverse KL", 3)
+    shapes.forgetting("on-policy reverse KL", 3, ())
     (call,) = calls
     old, forgot = (list(call[each].parameters()) for each in ("teacher", "student"))
     assert any(not torch.equal(left, right) for left, right in zip(old, forgot, strict=True))
@@ -108,7 +108,7 @@ def test_a_student_learns_from_the_texts_of_a_teacher(
     monkeypatch.setattr(shapes, "supervise", supervise)
     for taught in (shapes.SAME, "other teacher"):
         for place in ("offline", "online"):
-            shapes.same_teacher(f"{taught}, {place}", 3)
+            shapes.same_teacher(f"{taught}, {place}", 3, ())
     same, lesson_of_the_other, other = lessons
     labels = {prompt.text: prompt.answer for prompt in shapes.trial_of(3).dataset.train if prompt.answer}
     assert {text for text, _ in same} == {text for text, _ in other} == set(labels)
@@ -125,13 +125,13 @@ def test_claims_are_means_over_the_seeds_that_confirm() -> None:
     after = {100: 70.0, 101: 60.0, 102: 50.0, 0: 170.0}
     rows = [row("reverse KL, 0", seed, 80.0) for seed in (*after, 103)]
     rows += [row("reverse KL, 16", seed, right) for seed, right in after.items()]
-    (line,) = [each for each in shapes.claims_table(rows).splitlines() if "reverse KL does not" in each]
+    (line,) = [each for each in shapes.claims_table(rows).splitlines() if "reverse KL does not" in each and "| high |" in each]
     # A standard deviation of 10 over three seeds, and t is 4.303 at two degrees of freedom.
     assert line.endswith("| 3 | -20.0 (-44.8 to 4.8) | not seen |")
-    assert "| forward KL tolerates stale responses | arXiv 2606.24143 | 16 updates old minus fresh | 0 | | too few" in (
+    assert "| forward KL tolerates stale responses | arXiv 2606.24143 | 16 updates old minus fresh | high | 0 | | too few" in (
         shapes.claims_table(rows)
     )
-    assert "| staleness | reverse KL, 0 | held-out questions | 4 | 10.0 ± 0.0 | 80.0 ± 0.0 | 99.0 ± 0.0 |" in (
+    assert "| staleness | reverse KL, 0 | held-out questions | high | 4 | 10.0 ± 0.0 | 80.0 ± 0.0 | 99.0 ± 0.0 |" in (
         shapes.scores_table(rows)
     )
 
@@ -154,6 +154,14 @@ def test_claims_are_means_over_the_seeds_that_confirm() -> None:
 )
 def test_an_interval_says_yes_no_or_nothing(expected: str, low: float, high: float, said: str) -> None:
     assert shapes.verdict(expected, low, high) == said
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_the_low_rate_is_that_of_every_distillation(shape: str, small: None, calls: list[dict[str, Any]]) -> None:
+    for rate in shapes.RATES:
+        shapes.SHAPES[shape].run(shapes.SHAPES[shape].variants[0], 3, shapes.RATES[rate])
+    high, low = (call["config"].training.learning_rate for call in calls)
+    assert low == 3e-4 < high
 
 
 def test_no_row_is_started_when_the_time_is_up() -> None:

@@ -334,11 +334,12 @@ def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
     left.axvline(0.0, color="grey", linewidth=0.8)
     left.axvline(100.0, color="grey", linewidth=0.8, linestyle="--")
     left.set_yticks(range(len(rows)), rows)
-    left.set_xlabel("share of the gap to the teacher closed, % (lower ones at -100)")
+    left.set_xlabel("share of the gap closed, % (lower ones at -100)")
     middle.set_xlabel("right steps, %")
     right.axvline(0.0, color="grey", linewidth=0.8, linestyle="--")
-    right.set_xlabel("tokens of a response, beyond those of a right one")
-    left.legend(fontsize=7)
+    right.set_xlabel("tokens beyond those of a right response")
+    # Between responses that broke off and those of the right length there is most room.
+    right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="best")
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 

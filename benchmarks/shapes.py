@@ -279,14 +279,15 @@ def _lost(loss: str) -> Callable[[Found], float]:
     return apart(f"{loss}, 16", f"{loss}, 0", "held-out questions")
 
 
-LAB = "Lu and others 2025, a post without arXiv id, thinkingmachines.ai/blog/on-policy-distillation"
+LAB = "Lu 2025"
+"""A post without arXiv id, thinkingmachines.ai/blog/on-policy-distillation."""
 LIGHTNING = "arXiv 2604.13010"
 ASYNC = "arXiv 2606.24143"
 _IT, _REST, _A, _B, _RESULT = "that question", "held-out questions", "A: sums", "B: times table", "results of sums"
 CLAIMS = (
     Claim(
         "one question",
-        "20 steps of 256 responses to one question improve the student",
+        "trained many times on one question, a student improves",
         LAB,
         "on it, after minus before",
         change("one question", _IT),
@@ -393,25 +394,22 @@ def seeds_of(rows: Iterable[kept_rows.Row], shape: str, rate: str) -> dict[int, 
 
 
 def claims_table(rows: Sequence[kept_rows.Row]) -> str:
-    """Markdown table of the claims, each over the seeds that have all it needs, at least three."""
-    lines = [
-        "| shape | what is said | source | measured here | rate | seeds | points (95% interval) | agrees |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for claim, rate in product(CLAIMS, RATES):
-        values = []
-        for found in seeds_of(rows, claim.shape, rate).values():
-            try:
-                values.append(claim.of(found))
-            except KeyError:  # a variant of this seed has not been run yet
-                continue
-        head = f"| {claim.shape} | {claim.says} | {claim.source} | {claim.shown_by} | {rate} | {len(values)} "
-        if len(values) < 3:
-            lines.append(f"{head}| | too few seeds |")
-            continue
-        mean, low, high = mean_interval(values)
-        lines.append(f"{head}| {mean:+.1f} ({low:.1f} to {high:.1f}) | {verdict(claim.expected, low, high)} |")
+    """Markdown table of the claims, each at both rates over the seeds that have the whole shape, at least three."""
+    columns = "".join(f" {rate} rate: points (95% interval), seeds | agrees |" for rate in RATES)
+    lines = [f"| shape | what is said | source | measured here |{columns}", f"|{'---|' * (4 + 2 * len(RATES))}"]
+    for claim in CLAIMS:
+        seen = " | ".join(_seen(claim, seeds_of(rows, claim.shape, rate).values()) for rate in RATES)
+        lines.append(f"| {claim.shape} | {claim.says} | {claim.source} | {claim.shown_by} | {seen} |")
     return "\n".join(lines)
+
+
+def _seen(claim: Claim, seeds: Iterable[Found]) -> str:
+    # A seed counts once all variants of its shape are there.
+    values = [claim.of(found) for found in seeds if found.keys() >= set(SHAPES[claim.shape].variants)]
+    if len(values) < 3:
+        return f"{len(values)} | too few seeds"
+    mean, low, high = mean_interval(values)
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f}), {len(values)} | {verdict(claim.expected, low, high)}"
 
 
 def _place(variant: str) -> tuple[int, int]:

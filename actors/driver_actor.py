@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kdray.errors import TrainingError
+
+_ASK_EVERY_S = 1.0
 
 
 def on_driver_node(actor: type[Any], **options: Any) -> Any:
@@ -16,3 +22,63 @@ def on_driver_node(actor: type[Any], **options: Any) -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, enable_task_events=False, **options)
+
+
+class ActorWatch:
+    """Watch over the actors of a run: none of them is replaced, since what they hold is lost with them.
+
+    Callers of a lost one meet an error of Ray's sooner or later, or wait; the watch names it at once. A resume starts new ones.
+    """
+
+    def __init__(self, silence_s: float) -> None:
+        """Args: silence_s: longest time without an answer; they answer in milliseconds, or stand still."""
+        self._silence_s = silence_s
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._reason = ""
+        self._lost = asyncio.Event()
+
+    def add(self, name: str, actor: Any) -> None:
+        """Watch an actor from now on. Args: name: in words; each only once."""
+        self._asking[name] = asyncio.create_task(self._ask(name, actor))
+
+    def remove(self, name: str) -> None:
+        """Watch an actor no longer: it is about to be ended."""
+        if (asking := self._asking.pop(name, None)) is not None:
+            asking.cancel()
+
+    async def watch(self) -> None:
+        """Wait without end. Raises: TrainingError naming an actor that is dead, or does not answer any more."""
+        await self._lost.wait()
+        raise TrainingError(f"{self._reason}. What it held cannot be replaced; continue from the last checkpoint with --resume")
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        for name in list(self._asking):
+            self.remove(name)
+
+    async def _ask(self, name: str, actor: Any) -> None:
+        # Its start has no limit here: a busy node takes long for a process.
+        limit_s, missed = None, 0
+        while True:
+            try:
+                await asyncio.wait_for(_value(actor.__ray_ready__.remote()), limit_s)
+                limit_s, missed = self._silence_s / 2, 0
+            except ActorUnavailableError:
+                # Its node is temporarily unreachable.
+                pass
+            except ActorDiedError:
+                return self._lose(f"{name} is gone: its process was killed, as when the driver's node runs out of memory")
+            except TimeoutError:
+                # Twice: this process itself may have stood still, and see its limit before the answer.
+                missed += 1
+                if missed == 2:
+                    return self._lose(f"{name} has not answered for cluster.stuck_after_s={self._silence_s:g} s")
+            await asyncio.sleep(_ASK_EVERY_S)
+
+    def _lose(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self._lost.set()
+
+
+async def _value(reference: Any) -> Any:
+    return await reference

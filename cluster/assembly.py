@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.background_call import in_daemon_thread
+from actors.serve_controller import keep_alive
 from actors.serving.deployment import deploy
 from actors.serving.pool import ReplicaPool
 from actors.serving.spec import EngineSpec, RunHandles
@@ -87,7 +88,7 @@ async def open_pools(
     sampler = samplers[route.sampler]
     assert sampler is not None
     scorer = _scorer(context, one, served) if route.scored_later else None
-    watchers: list[asyncio.Task[None]] = []
+    watchers = [asyncio.create_task(keep_alive(config.cluster.stuck_after_s, on_event))] if pools else []
     try:
         for other in others.values():
             await other.check()
@@ -102,7 +103,7 @@ async def open_pools(
                 if run.registry is not None and (reasons := await run.registry.refused.remote(name)):
                     raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
             raise
-        watchers = [asyncio.create_task(pool.watch_replicas()) for pool in pools]
+        watchers += [asyncio.create_task(pool.watch_replicas()) for pool in pools]
         on_event("serving", pools=[pool.name for pool in pools])
         yield Pools(
             sampler=sampler,

@@ -17,6 +17,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.utils import get_num_cpus
 from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
 
+from actors.serve_controller import revive
 from cluster.planning.placement import Bundle, Node, check_capacity
 from cluster.planning.reservation import live_nodes
 from kdray.config import Config
@@ -147,6 +148,8 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
         if serving:
             from ray import serve
 
+            # One that another run left behind standing still would hang this one, before it can say anything.
+            revive(config.cluster.stuck_after_s)
             # Replicas are called through handles only: no HTTP proxy, no open port.
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
             logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.driver_actor import ActorWatch
 from actors.serving.pool import ReplicaPool
 from kdray.interfaces import Sampler, Scorer, Teacher
 from kdray.teachers.kind import LocalTeacher
@@ -92,7 +93,10 @@ class RunStores:
 class ConcurrentRuns:
     """Shared state of concurrent runs that use one cluster and teach each other."""
 
-    def __init__(self, runs: Sequence[str]) -> None:
+    def __init__(self, runs: Sequence[str], silence_s: float = 300.0) -> None:
+        """Args: silence_s: longest time without an answer of an actor that holds a run's state (`cluster.stuck_after_s`)."""
+        self.actors = ActorWatch(silence_s)
+        """The actors that hold the runs' state."""
         self._measured = {run: asyncio.Event() for run in runs}
         self._with_ranks: set[str] = set()
         self._waits: list[Callable[[], list[str]]] = []
@@ -107,15 +111,22 @@ class ConcurrentRuns:
         """Time of the latest answer of any pool, by `time.monotonic`; 0 if there was none."""
         return max((pool.answered_at for pools in self._pools for pool in pools.all), default=0.0)
 
-    def ranks_start(self, run: str, waits_for: Callable[[], list[str]]) -> None:
-        """Register that the run's ranks are placed or waiting for placement. Args: waits_for: what they have to do."""
+    def ranks_start(self, run: str, waits_for: Callable[[], list[str]], mailbox: Any = None) -> None:
+        """Register that the run's ranks are placed or waiting for placement. Args: waits_for: what they have to do; mailbox:
+        the actor that tells them, which is watched from now on."""
         self._with_ranks.add(run)
+        if mailbox is not None:
+            self.actors.add(_mailbox(run), mailbox)
         self._waits.append(waits_for)
 
     def pools_serve(self, pools: Pools) -> None:
         """Register pools of which answers are expected from now on."""
         self._pools.append(pools)
         self._waits.extend(pool.waits_for for pool in pools.all)
+
+    def ranks_close(self, run: str) -> None:
+        """Register that the run's ranks and their mailbox are about to end."""
+        self.actors.remove(_mailbox(run))
 
     def ranks_end(self, run: str) -> None:
         self._with_ranks.discard(run)
@@ -138,3 +149,7 @@ class ConcurrentRuns:
         for other, event in self._measured.items():
             if other != run:
                 await event.wait()
+
+
+def _mailbox(run: str) -> str:
+    return f"the mailbox of the ranks of {run}" if run else "the mailbox of the ranks"

@@ -8,19 +8,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
-from actors.driver_actor import on_driver_node
+from actors.driver_actor import ActorWatch, on_driver_node
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
 from cluster.interrupt import on_interrupt
 from cluster.parts import ConcurrentRuns, RunStores
 from cluster.runner import Runner, RunPlan
-from kdray.errors import Interrupted, LeaseLost
+from kdray.errors import Interrupted, LeaseLost, TrainingError
 from kdray.runs.context import Checked
 from kdray.runs.lease import Lease
 from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import MAIN_STUDENT
+
+_NAMED_S = 5.0
+"""Time in which a lost actor is named by the watch over all."""
 
 
 async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Watchdog) -> dict[str, dict[str, Any]]:
@@ -34,8 +38,11 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
     assert main is not None
     actors: list[Any] = []
 
+    beside = ConcurrentRuns(list(plans), next(iter(plans.values())).checked.config.cluster.stuck_after_s)
+
     def make(kind: type[Any]) -> Any:
         actors.append(on_driver_node(kind, max_concurrency=1000).remote())
+        beside.actors.add(f"actor {len(actors)} of the run ({kind.__name__})", actors[-1])
         return actors[-1]
 
     def on_signal() -> None:
@@ -46,7 +53,6 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
             runner.reporter.event("interrupt_requested")
 
     try:
-        beside = ConcurrentRuns(list(plans))
         stores = _stores({name: plan.checked for name, plan in plans.items()}, make)
         runners = {name: Runner(name, plan, stores[name], beside) for name, plan in plans.items()}
         reporters = [runner.reporter for runner in runners.values()]
@@ -54,16 +60,19 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
         watchdog.waits_for = beside.waits_for
         watchdog.on_event = reporters[0].event
         with on_interrupt(on_signal):
-            return await _all_of(runners, lease, watchdog)
+            return await _all_of(runners, lease, watchdog, beside.actors)
     finally:
+        beside.actors.close()
         for each in actors:
             ray.kill(each)
 
 
-async def _all_of(runners: Mapping[str, Runner], lease: Lease, watchdog: Watchdog) -> dict[str, dict[str, Any]]:
-    tasks = {name: asyncio.create_task(runner.run()) for name, runner in runners.items()}
-    # Ends by its error alone: a driver may wait for long without writing anything.
-    watching = {asyncio.create_task(lease.watch()), asyncio.create_task(watchdog.watch())}
+async def _all_of(
+    runners: Mapping[str, Runner], lease: Lease, watchdog: Watchdog, actors: ActorWatch
+) -> dict[str, dict[str, Any]]:
+    tasks = {name: asyncio.create_task(_run(runner, actors)) for name, runner in runners.items()}
+    # End by their errors alone: a driver may wait for long without writing anything, or calling anybody.
+    watching = {asyncio.create_task(each.watch()) for each in (lease, watchdog, actors)}
     try:
         running: set[asyncio.Task[Any]] = set(tasks.values())
         while running:
@@ -86,6 +95,19 @@ async def _all_of(runners: Mapping[str, Runner], lease: Lease, watchdog: Watchdo
         for task in (*tasks.values(), *watching):
             task.cancel()
         await asyncio.gather(*tasks.values(), *watching, return_exceptions=True)
+
+
+async def _run(runner: Runner, actors: ActorWatch) -> dict[str, Any]:
+    try:
+        return await runner.run()
+    except RayActorError as error:
+        # Whoever called it met it first. The watch says which it was.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(actors.watch(), _NAMED_S)
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(
+            f"a process of the run was lost: {reason}; continue from the last checkpoint with --resume"
+        ) from error
 
 
 def _stores(runs: Mapping[str, Checked], make: Callable[[type[Any]], Any]) -> dict[str, RunStores]:

@@ -136,22 +136,23 @@ class Runner:
             lease=self._lease.ticket,
         )
         await student.start()
-        self._beside.ranks_start(self._name, student.waits_for)
+        self._beside.ranks_start(self._name, student.waits_for, student.mailbox)
         try:
             registry = on_driver_node(TeacherRegistry).remote(self._folder.read_teachers())
+            self._beside.actors.add(f"the registry of teachers of {config.run.name}", registry)
             handles = RunHandles(weights=stores.weights, registry=registry, board=stores.board)
             opening = open_pools(context, handles, self.reporter.event, stores.teacher_weights, logs=self._folder.logs)
             pools = await self._or_stop(opening.__aenter__())
             self._beside.pools_serve(pools)
             self._folder.write_teachers(await registry.known.remote())
             try:
-                unplaced = partial(self._unplaced_ranks, student)
-                await self._or_stop(await_placed(unplaced, config.cluster, self.reporter.event))
+                await self._or_stop(await_placed(partial(self._unplaced_ranks, student), config.cluster, self.reporter.event))
                 return await self._watched(self._phases(context.models, student, pools))
             finally:
                 self.reporter.say("closing: replicas and ranks end, then the report is written")
                 await opening.__aexit__(None, None, None)
         finally:
+            self._beside.ranks_close(self._name)
             await student.close()
             self._beside.ranks_end(self._name)
 

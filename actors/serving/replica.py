@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from actors.background_call import in_daemon_thread
 from actors.serving.engine import TeacherEngine
 from actors.serving.load_stats import Workload
 from actors.serving.replica_choice import CallRoute
@@ -40,6 +41,8 @@ logger = logging.getLogger("ray.serve")
 _WATCH_PERIOD_S = 0.5
 _RUN_ENDS_S = 60.0
 _OWNER_ANSWERS_S = 10.0
+_DELETED_S = 60.0
+"""Time in which Serve ends the replicas of a deleted pool."""
 
 
 class TeacherReplica:
@@ -290,9 +293,10 @@ class TeacherReplica:
         try:
             await asyncio.wait_for(_value(self._owner.__ray_ready__.remote()), _OWNER_ANSWERS_S)
         except ActorDiedError:
-            await asyncio.to_thread(_delete_pool)
-            # Serve now ends this replica gracefully; until then it has nothing to watch.
-            await asyncio.Event().wait()
+            in_daemon_thread(_delete_pool)
+            # Serve now ends this replica gracefully, unless its controller stands still.
+            await asyncio.sleep(_DELETED_S)
+            end_process()
         except (ActorUnavailableError, TimeoutError):
             # The driver's node is temporarily unreachable, or stands still; the engine is watched all the same.
             return

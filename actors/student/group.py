@@ -121,6 +121,11 @@ class StudentGroup:
         self._fit = in_daemon_thread(trainer.fit)
         self._telling = asyncio.create_task(self._tell())
 
+    @property
+    def mailbox(self) -> Any:
+        """Actor handle of the Mailbox; None before the start."""
+        return self._mailbox
+
     async def _tell(self) -> None:
         """Pass on the mailbox's events, as they come."""
         told = 0

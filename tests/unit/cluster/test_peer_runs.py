@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
+from cluster import peer_runs
 from cluster.parts import ConcurrentRuns
 from cluster.peer_runs import _all_of, _stores
 from kdray.config import Config, parse_config
@@ -20,6 +22,7 @@ from kdray.errors import TrainingError
 from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import peer_configs
 from tests.support.fakes import turns
+from tests.support.local_actors import Handle
 
 TINY = {"model": {"type": "tiny"}}
 PEERS: dict[str, Any] = {
@@ -126,5 +129,62 @@ async def test_runs_of_which_none_advances_end_with_the_reason(tmp_path: Path) -
         lease: Any = SimpleNamespace(watch=holds)
         runners: Any = {"": StubRunner(reporter)}
         with pytest.raises(TrainingError, match="waits for the student ranks, to finish `train` since 9 s; pool main"):
-            await asyncio.wait_for(_all_of(runners, lease, watchdog), 20)
+            await asyncio.wait_for(_all_of(runners, lease, watchdog, beside.actors), 20)
     assert events == ["run_stuck", "failed"]
+
+
+class Alive:
+    """An actor that answers; `dead` does not."""
+
+    def __init__(self, dead: bool = False) -> None:
+        self.dead = dead
+
+    async def __ray_ready__(self) -> None:
+        if self.dead:
+            raise ActorDiedError
+
+
+async def holds() -> None:
+    await asyncio.Event().wait()
+
+
+class CallsTheDead:
+    """A run that meets a lost actor by a call."""
+
+    def __init__(self, reporter: Any, calls: bool) -> None:
+        self.reporter = reporter
+        self._calls = calls
+
+    async def run(self) -> dict[str, Any]:
+        if self._calls:
+            raise ActorDiedError
+        await holds()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("calls", [True, False])
+async def test_a_lost_actor_ends_the_run_and_is_named_even_if_nobody_calls_it(calls: bool) -> None:
+    events: list[tuple[str, str]] = []
+    reporter = SimpleNamespace(event=lambda kind, reason: events.append((kind, reason)))
+    beside = ConcurrentRuns([""])
+    beside.actors.add("the mailbox", Handle(Alive(dead=True)))
+    beside.actors.add("the store", Handle(Alive()))
+    still: Any = SimpleNamespace(watch=holds)
+    runners: Any = {"": CallsTheDead(reporter, calls)}
+    with pytest.raises(TrainingError, match="the mailbox is gone"):
+        await asyncio.wait_for(_all_of(runners, still, still, beside.actors), 20)
+    beside.actors.close()
+    ((kind, reason),) = events
+    assert kind == "failed"
+    assert "the mailbox is gone" in reason
+
+
+async def test_an_error_of_an_actor_that_is_not_the_runs_own_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_runs, "_NAMED_S", 0.1)
+    reporter = SimpleNamespace(event=lambda kind, reason: None)
+    beside = ConcurrentRuns([""])
+    still: Any = SimpleNamespace(watch=holds)
+    runners: Any = {"": CallsTheDead(reporter, calls=True)}
+    told = r"^a process of the run was lost: [^\n]+; continue from the last checkpoint with --resume$"
+    with pytest.raises(TrainingError, match=told):
+        await asyncio.wait_for(_all_of(runners, still, still, beside.actors), 20)

@@ -41,12 +41,13 @@ ALLOWED = {
     ),
     # Engines and actors.
     "actors.background_call": "",
-    "actors.driver_actor": "",
+    "actors.driver_actor": "kdray.errors",
+    "actors.serve_controller": "kdray.errors actors.background_call",
     "actors.vllm_plugin": "kdray.rollouts",
     "actors.weights": "kdray.errors kdray.checks",
     "actors.serving": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.checks "
-        "actors.vllm_plugin actors.weights"
+        "actors.background_call actors.vllm_plugin actors.weights"
     ),
     "actors.student": (
         "kdray.errors kdray.types kdray.config kdray.models kdray.rollouts kdray.losses kdray.runs kdray.checks "
@@ -54,8 +55,8 @@ ALLOWED = {
     ),
     # Commands and the cluster.
     "cluster.planning": "kdray.errors kdray.config kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.checks",
-    "cluster.connect": "kdray.errors kdray.config cluster.planning",
-    "cluster.parts": "kdray.interfaces kdray.teachers actors.serving",
+    "cluster.connect": "kdray.errors kdray.config actors.serve_controller cluster.planning",
+    "cluster.parts": "kdray.interfaces kdray.teachers actors.driver_actor actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",
     "cluster.evaluation": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.runs kdray.evaluation "
@@ -63,7 +64,7 @@ ALLOWED = {
     ),
     "cluster.assembly": (
         "kdray.errors kdray.config kdray.interfaces kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs "
-        "actors.background_call actors.serving cluster.planning cluster.parts cluster.engine_specs"
+        "actors.background_call actors.serve_controller actors.serving cluster.planning cluster.parts cluster.engine_specs"
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
     "cluster.stages": "kdray.errors kdray.types kdray.data kdray.rollouts kdray.runs cluster.checkpointing",

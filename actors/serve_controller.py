@@ -1,0 +1,84 @@
+"""Ray Serve's controller: one that stands still is restarted, since Serve's own calls wait for it without end.
+
+Ray restarts a controller that dies, and the new one takes over what runs. One that hangs, Ray does not notice: nothing replaces
+a lost replica any more, pools can be neither deployed nor deleted, and a resumed run would not even get as far as saying so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from actors.background_call import in_daemon_thread
+from kdray.errors import KdrayError
+
+logger = logging.getLogger(__name__)
+
+_ASK_EVERY_S = 2.0
+_RESTARTS_S = 60.0
+"""Longest restart: a process, and its checkpoint."""
+
+
+def revive(limit_s: float) -> bool:
+    """Restart the cluster's controller if it does not answer for so long; blocks. Returns: True if it was necessary.
+
+    Raises: KdrayError if it does not answer after that either.
+    """
+    controller = _controller()
+    if controller is None or _answers(controller, limit_s):
+        return False
+    logger.warning("Ray Serve's controller has not answered for %g s, and is restarted", limit_s)
+    ray.kill(controller, no_restart=False)
+    if not _answers(controller, _RESTARTS_S):
+        raise KdrayError(
+            f"Ray Serve's controller did not answer for cluster.stuck_after_s={limit_s:g} s, nor within {_RESTARTS_S:g} s of a "
+            "restart; end Serve on this cluster (`serve shutdown`, which ends other runs' replicas, too), or the cluster itself"
+        )
+    return True
+
+
+async def keep_alive(limit_s: float, on_event: Callable[..., None]) -> None:
+    """Restart the controller whenever it has not answered for so long, with an event; never returns."""
+    while True:
+        await asyncio.sleep(_ASK_EVERY_S)
+        try:
+            if await in_daemon_thread(revive, limit_s):
+                on_event("controller_restarted", silent_s=limit_s)
+        except KdrayError as error:
+            on_event("controller_stuck", reason=str(error))
+
+
+def _controller() -> Any:
+    """Handle of the cluster's controller; None if Serve does not run."""
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    # Asked from threads, which may outlast a Ray that has shut down: it would start another.
+    if not ray.is_initialized():
+        return None
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _answers(controller: Any, limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            ray.get(controller.__ray_ready__.remote(), timeout=left)
+        except GetTimeoutError:
+            return False
+        except RayActorError:
+            # It restarts, or has been ended: then there is nobody to wait for.
+            if _controller() is None:
+                return True
+            time.sleep(min(left, 0.5))
+        else:
+            return True
+    return False

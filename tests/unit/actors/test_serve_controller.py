@@ -1,0 +1,105 @@
+"""Ray Serve's controller, standing still and dying, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+from actors import serve_controller
+from actors.serve_controller import keep_alive, revive
+from kdray.errors import KdrayError
+from kdray.rollouts.race import once
+
+
+class Cluster:
+    """A Ray with one controller, which hangs until it is killed, or for ever."""
+
+    def __init__(self, hangs: bool = False, heals: bool = True, runs: bool = True) -> None:
+        self.hangs, self.heals, self.runs = hangs, heals, runs
+        self.unavailable = 0
+        self.killed: list[bool] = []
+        self.asked = 0
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_actor(self, name: str, namespace: str) -> Any:
+        assert (name, namespace) == ("SERVE_CONTROLLER_ACTOR", "serve")
+        if not self.runs:
+            raise ValueError(name)
+        return type("Handle", (), {"__ray_ready__": type("Method", (), {"remote": staticmethod(lambda: None)})})
+
+    def get(self, reference: Any, timeout: float) -> None:
+        self.asked += 1
+        if self.unavailable:
+            self.unavailable -= 1
+            raise ActorUnavailableError("restarting", b"0" * 16)
+        if self.hangs:
+            time.sleep(timeout)
+            raise GetTimeoutError
+
+    def kill(self, handle: Any, no_restart: bool) -> None:
+        self.killed.append(no_restart)
+        self.hangs = not self.heals
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster], Cluster]:
+    def use(cluster: Cluster) -> Cluster:
+        monkeypatch.setattr(serve_controller, "ray", cluster)
+        monkeypatch.setattr(serve_controller, "_RESTARTS_S", 0.1)
+        monkeypatch.setattr(serve_controller, "_ASK_EVERY_S", 0.01)
+        return cluster
+
+    return use
+
+
+def test_one_that_answers_is_left_alone(on: Callable[[Cluster], Cluster]) -> None:
+    cluster = on(Cluster())
+    assert not revive(0.1)
+    assert not cluster.killed
+    assert not revive(0.1)
+
+
+def test_where_serve_does_not_run_there_is_nobody_to_ask(on: Callable[[Cluster], Cluster]) -> None:
+    cluster = on(Cluster(runs=False))
+    assert not revive(0.1)
+    assert cluster.asked == 0
+
+
+def test_one_that_stands_still_is_killed_and_ray_restarts_it(on: Callable[[Cluster], Cluster]) -> None:
+    cluster = on(Cluster(hangs=True))
+    assert revive(0.1)
+    # Killed for good, its pools would be gone, and those of other runs.
+    assert cluster.killed == [False]
+    assert not revive(0.1)
+
+
+def test_one_that_restarts_already_is_waited_for(on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = on(Cluster())
+    cluster.unavailable = 1
+    assert not revive(5.0)
+    assert (cluster.asked, cluster.killed) == (2, [])
+
+
+def test_one_that_does_not_come_back_is_said(on: Callable[[Cluster], Cluster]) -> None:
+    on(Cluster(hangs=True, heals=False))
+    with pytest.raises(KdrayError, match=r"cluster\.stuck_after_s=0\.1 s.*`serve shutdown`"):
+        revive(0.1)
+
+
+async def test_the_watch_tells_of_every_restart_and_goes_on(on: Callable[[Cluster], Cluster]) -> None:
+    cluster = on(Cluster(hangs=True, heals=False))
+    events: list[tuple[str, dict[str, Any]]] = []
+    watching = asyncio.create_task(keep_alive(0.05, lambda kind, **fields: events.append((kind, fields))))
+    await once(lambda: bool(events), 0.01)
+    assert events[0][0] == "controller_stuck"
+    cluster.heals = True
+    await once(lambda: events[-1] == ("controller_restarted", {"silent_s": 0.05}), 0.01)
+    watching.cancel()
+    assert set(cluster.killed) == {False}

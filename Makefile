@@ -25,11 +25,12 @@ test-full: $(STAMP) lint  ## adds the longer tests; with RESUME=1, leaves out wh
 	$(PYTEST) -p tests.support.passed --passed $(if $(RESUME),resume,new) tests/unit
 	$(PYTEST) -p tests.support.passed --passed $(if $(RESUME),resume,new) tests/integration
 
-chaos: $(STAMP)  ## 30 faults on one run, real engines
-	$(BIN)/python -m tests.soak.chaos --seed 0 --faults 30
+chaos: $(STAMP)  ## 100 faults on one run, real engines; MINUTES=8 ends a part with 3 after that time, RESUME=1 goes on
+	$(BIN)/python -m tests.soak.chaos --seed 0 --faults 100 --folder runs/chaos $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(RESUME),--resume)
 
-soak: $(STAMP)  ## memory of every process over 20 minutes of training
-	$(BIN)/python -m tests.soak.soak --minutes 20
+soak: $(STAMP)  ## growth of every process and of what a run keeps elsewhere, over two hours or MINUTES; RESUME=1 goes on
+	$(BIN)/python -m tests.soak.soak --minutes $(or $(MINUTES),120) --folder runs/soak $(if $(RESUME),--resume)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
-"""A run under a seeded schedule of faults, on a cluster of its own: `python -m tests.soak.chaos --seed 0 --faults 30`.
+"""A run under a seeded schedule of faults, on a cluster of its own: `python -m tests.soak.chaos --seed 0 --faults 100`.
 
-Faults hit real engines, ranks, drivers and nodes while the run trains; whatever ends the command, it is started again with
---resume. The verdict comes from the files: `kdray verify`, the ledger, and the held-out numbers beside those of an undisturbed
-run of the same recipe.
+Faults hit real engines, ranks, drivers, actors and nodes while the run trains; whatever ends the command, it is started again
+with --resume, or by its supervisor. Budgets (restarts, retries) are the settings' defaults, and every deadline is its default
+divided by `SCALE`. The verdict comes from the files: `kdray verify`, the ledger, and the held-out numbers beside those of an
+undisturbed run of the same recipe.
+
+With `--folder`, everything is kept there, and `--minutes` bounds a part: the same command with `--resume` goes on.
 """
 
 from __future__ import annotations
@@ -12,140 +15,186 @@ import contextlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import yaml
 
-from tests.support.runs import ENGINE, json_lines, of_the_run, start, write_recipe
+from cluster.jobs.supervision import newest_step
+from kdray.config.sections import ClusterSettings
+from kdray.config.training import TrainingSettings
+from tests.integration.conftest import make_workplace
+from tests.soak.faults import KINDS, NODE_CPUS, STORE_BYTES, Faults, await_none, driver_of, engines, ranks, replicas
+from tests.support.runs import json_lines, start, write_recipe
 
-STUCK_S = 30.0
-"""Deadline of engines and ranks in these runs; the ranks of a tiny student start within it."""
-QUALITY_NATS = 0.1
-"""Difference of the final reverse KL that two runs of these few samples may have by chance, nats per token."""
-STORE_BYTES = 100 * 2**20
-"""Ray's object store on every node of these clusters."""
-_NODE_CPUS = 3
-"""Room for a whole run: a teacher's replica, a replica of the student's pool, a rank."""
-_LESS_THAN_A_CHECKPOINT = 300_000
-"""Bytes; more than the logs of a rank."""
+SCALE = 20.0
+"""Every deadline of these runs is its default divided by this: what a node does in minutes, a tiny model does in seconds."""
+DEADLINES = {
+    "training": (TrainingSettings, ("stuck_after_s", "stuck_loading_after_s")),
+    "cluster": (
+        ClusterSettings,
+        (
+            "wait_s",
+            "start_timeout_s",
+            "teardown_s",
+            "stuck_after_s",
+            "request_silence_s",
+            "stuck_run_after_s",
+            "health_check_period_s",
+        ),
+    ),
+}
+QUALITY = "reverse_kl", "forward_kl"
+"""Held-out numbers of the disturbed run that have to lie in the intervals of the undisturbed one."""
+NOT_FINISHED = 3
+"""Exit code of a part after which there are others."""
+STUDENT_POOL = {"sampler": "student", "pool": {"kv_cache_gib": 0.2}}
+"""For section `rollout`: the student samples on replicas of its own."""
 _BETWEEN_STEPS = 2
 """Steps that the run trains between two faults."""
 _PATIENCE_S = 420.0
 """Longest time in which the run must have gone on after a fault."""
-_GONE_S = 60.0
-"""Longest time in which every process of a run that has ended has ended too."""
-STUDENT_POOL = {"sampler": "student", "pool": {"kv_cache_gib": 0.2}}
-"""For section `rollout`: the student samples on replicas of its own."""
+_MANY_STEPS = 10**6
 
 
 @dataclass
 class Outcome:
-    """What a disturbed run came to."""
+    """What a disturbed run came to; kept beside the run."""
 
     faults: list[str] = field(default_factory=list)
     """In their order."""
+    seconds: list[float] = field(default_factory=list)
+    """Time from each until the run had trained on."""
     starts: int = 0
     """Times the command was started."""
     codes: list[int] = field(default_factory=list)
     """How the command ended each time."""
-    events: Counter[str] = field(default_factory=Counter)
+    parts: int = 0
+    failures: list[str] = field(default_factory=list)
+    """Faults that the run did not get past, each in an earlier part."""
+    steps: int | None = None
+    """Steps of the whole run, once known."""
+    events: dict[str, int] = field(default_factory=dict)
     """Kinds of events that the run wrote, over all starts."""
     summary: dict[str, Any] = field(default_factory=dict)
     verified: str = ""
     """What `kdray verify` printed; it found nothing wrong."""
 
+    @classmethod
+    def read(cls, path: Path) -> Outcome:
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
 
 class Chaos:
     """One disturbed run."""
 
-    def __init__(self, recipe: Path, cluster: Any, seed: int, wanted: list[str]) -> None:
-        """Args: cluster: a `ray.cluster_utils.Cluster`, joined by this process; wanted: the faults, in order."""
-        tree = yaml.safe_load(recipe.read_text())
+    def __init__(
+        self,
+        recipe: Path,
+        cluster: Any,
+        seed: int,
+        wanted: Sequence[str],
+        supervise: bool = False,
+        end_early: bool = False,
+    ) -> None:
+        """Args: cluster: a `ray.cluster_utils.Cluster`, joined by this process; wanted: the faults, in order; supervise: the
+        command is started once, and its supervisor resumes it; end_early: the run ends soon after its last fault."""
         self._recipe = recipe
-        self._run = Path(tree["run"]["output"]) / tree["run"]["name"]
-        self._cluster = cluster
-        self._random = random.Random(seed)
+        self._tree: dict[str, Any] = yaml.safe_load(recipe.read_text())
+        self._run = Path(self._tree["run"]["output"]) / self._tree["run"]["name"]
+        self._path = self._run.with_name(f"{self._run.name}.outcome.json")
+        self._seed = seed
         self._wanted = wanted
+        self._supervise = supervise
+        self._end_early = end_early
         self._process: subprocess.Popen[str] | None = None
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as this object
-        self.outcome = Outcome()
-        self._held: list[Any] = []
-        self._faults: dict[str, Callable[[], None]] = {
-            "kill_replica": lambda: self._signal(_replicas, signal.SIGKILL),
-            "kill_engine": lambda: self._signal(_engines, signal.SIGKILL),
-            "stop_engine": lambda: self._signal(_engines, signal.SIGSTOP),
-            "kill_rank": lambda: self._signal(_ranks, signal.SIGKILL),
-            "stop_rank": lambda: self._signal(_ranks, signal.SIGSTOP),
-            "kill_driver": self._kill_driver,
-            "interrupt": self._interrupt,
-            "corrupt_checkpoint": self._corrupt_checkpoint,
-            "full_disk": self._full_disk,
-            "full_disk_of_a_rank": self._full_disk_of_a_rank,
-            "remove_node": self._remove_node,
-            "kill_controller": lambda: self._signal(_controllers, signal.SIGKILL),
-            "fill_store": self._fill_store,
-        }
-        assert list(self._faults) == self.kinds()
+        self._run.parent.mkdir(parents=True, exist_ok=True)
+        self._log = self._run.with_name(f"{self._run.name}.log").open("a+")
+        self._faults = Faults(recipe, self._run, cluster, _PATIENCE_S, self._driver, self._tail)
+        self.outcome = Outcome.read(self._path)
 
-    @classmethod
-    def kinds(cls) -> list[str]:
-        """Every fault there is."""
-        return [
-            "kill_replica",
-            "kill_engine",
-            "stop_engine",
-            "kill_rank",
-            "stop_rank",
-            "kill_driver",
-            "interrupt",
-            "corrupt_checkpoint",
-            "full_disk",
-            "full_disk_of_a_rank",
-            "remove_node",
-            "kill_controller",
-            "fill_store",
-        ]
+    def run(self, until: float | None = None) -> bool:
+        """Until the run has ended well, or the time is up. Returns: True if it has ended.
 
-    def run(self) -> Outcome:
-        """Until the run has ended well. Raises: AssertionError where it does not go on, or the files do not add up."""
-        self._start()
-        for fault in self._wanted:
-            self._train_on()
-            began = time.monotonic()
-            self._faults[fault]()
-            self.outcome.faults.append(fault)
-            print(f"{len(self.outcome.faults):3d} {fault} at step {self._steps()}", flush=True)
-            self._train_on()
-            self._held.clear()
-            print(f"    trained on after {time.monotonic() - began:.0f} s", flush=True)
-        self._finish()
+        Args: until: by `time.monotonic`; None is no limit. A part ends before a fault that may take longer.
+        Raises: AssertionError where the run does not go on, or the files do not add up.
+        """
+        if self.outcome.summary:
+            return True
+        try:
+            self._start()
+            while len(self.outcome.faults) < len(self._wanted):
+                self._train_on()
+                if until is not None and time.monotonic() + self._expected_s() > until:
+                    self._pause()
+                    return False
+                self._next_fault()
+            if not self._finish(until):
+                return False
+        except AssertionError as error:
+            self.outcome.failures.append(f"after {len(self.outcome.faults)} faults: {str(error)[:2000]}")
+            raise
+        finally:
+            self._write()
+            if self._process is not None and self._process.poll() is None:
+                # A fault that was not got past, or an interruption: the cluster goes with this process.
+                self._process.kill()
         self.outcome.events = Counter(event["kind"] for event in json_lines(self._run / "events.jsonl"))
         self.outcome.summary = json.loads((self._run / "summary.json").read_text())
         self.outcome.verified = self._verify()
-        return self.outcome
+        self._write()
+        return True
+
+    def _next_fault(self) -> None:
+        index = len(self.outcome.faults)
+        kind = self._wanted[index]
+        print(f"{index + 1:3d} {kind} at step {self._steps()}", flush=True)
+        began = time.monotonic()
+        self._faults.inject(kind, f"{self._seed}-{index}")
+        self._train_on()
+        self._faults.relieve()
+        self.outcome.faults.append(kind)
+        self.outcome.seconds.append(round(time.monotonic() - began, 1))
+        print(f"    trained on after {self.outcome.seconds[-1]:.0f} s", flush=True)
+        self._write()
+
+    def _expected_s(self) -> float:
+        """Time that the next fault may take, from those of its kind before."""
+        kind = self._wanted[len(self.outcome.faults)]
+        seen = [each for fault, each in zip(self.outcome.faults, self.outcome.seconds, strict=True) if fault == kind]
+        return 1.3 * max(seen) if seen else 120.0 * (2 if KINDS[kind] == 1 else 1)
 
     def _start(self) -> None:
-        resume = ["--resume"] if self.outcome.starts else []
-        self._process = start("run", str(self._recipe), *resume, log=self._log)
+        flags = ["--resume"] if self.outcome.starts else []
+        if self._supervise:
+            flags.append("--supervise")
+        self._process = start("run", str(self._recipe), *flags, log=self._log)
         self.outcome.starts += 1
+
+    def _driver(self) -> psutil.Process:
+        """Process of the driver; waits for the supervisor's next one."""
+        assert self._process is not None
+        if not self._supervise:
+            return psutil.Process(self._process.pid)
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            with contextlib.suppress(StopIteration, psutil.NoSuchProcess):
+                return driver_of(self._process.pid)
+            assert time.monotonic() < deadline, f"no driver: {self._tail()}"
+            time.sleep(0.5)
 
     def _steps(self) -> int:
         """Steps trained so far; lines of a metrics file may be taken back by a resume."""
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return max((line["step"] for line in json_lines(self._run / "metrics.jsonl")), default=0)
-        return 0
+        return newest_step(self._run)
 
     def _train_on(self) -> None:
         """Wait until the run has trained a few steps from here, starting the command again where it ended."""
@@ -165,21 +214,38 @@ class Chaos:
         code = self._process.poll()
         if code is not None:
             self.outcome.codes.append(code)
+            assert not self._supervise, f"the supervisor ended with {code}: {self._tail()}"
             assert code in (1, 130, -signal.SIGKILL), f"the command ended with {code}: {self._tail()}"
             self._start()
 
-    def _finish(self) -> None:
+    def _pause(self) -> None:
+        """End the run after a checkpoint, for another part to continue it."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
+        code = self._process.wait(_PATIENCE_S)
+        self.outcome.codes.append(code)
+        assert code == 130, f"an interrupted run ended with {code}: {self._tail()}"
+
+    def _finish(self, until: float | None) -> bool:
+        """Train the rest. Returns: False if the time is up."""
         deadline = time.monotonic() + 2 * _PATIENCE_S
+        if self._end_early and self.outcome.steps is None:
+            self._pause()
+            self.outcome.steps = self._steps() + _BETWEEN_STEPS
+            self._tree["training"]["steps"] = self.outcome.steps
+            self._recipe.write_text(yaml.safe_dump(self._tree))
+            self._start()
         assert self._process is not None
         while self._process.poll() != 0:
+            if until is not None and time.monotonic() > until:
+                self._pause()
+                return False
             self._start_again_if_ended()
             assert time.monotonic() < deadline, f"does not end: {self._tail()}"
             time.sleep(0.5)
         self.outcome.codes.append(0)
-        deadline = time.monotonic() + _GONE_S
-        while left := [*_replicas(), *_engines(), *_ranks()]:
-            assert time.monotonic() < deadline, f"left behind: {left}"
-            time.sleep(0.5)
+        await_none(replicas, engines, ranks)
+        return True
 
     def _verify(self) -> str:
         done = subprocess.run(
@@ -189,104 +255,10 @@ class Chaos:
         return done.stdout
 
     def _tail(self) -> str:
-        self._log.flush()
-        self._log.seek(0)
-        return self._log.read()[-4000:]
+        return Path(self._log.name).read_text(errors="replace")[-4000:]
 
-    # --------------------------------------------------------------------------------------------------- faults
-
-    def _signal(self, processes: Callable[[], list[psutil.Process]], number: int) -> None:
-        victim = self._hit(processes)
-        victim.send_signal(number)
-        if number == signal.SIGKILL:
-            victim.wait(60)
-
-    def _hit(self, processes: Callable[[], list[psutil.Process]]) -> psutil.Process:
-        """One of them, drawn."""
-        # After a fault before, replacements may still be on their way.
-        deadline = time.monotonic() + _PATIENCE_S
-        while not processes():
-            assert time.monotonic() < deadline, f"nobody to hit: {self._tail()}"
-            time.sleep(0.5)
-        return self._random.choice(sorted(processes(), key=lambda each: each.pid))
-
-    def _kill_driver(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def _interrupt(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGINT)
-
-    def _corrupt_checkpoint(self) -> None:
-        """Break the newest checkpoint and kill the driver: the resume must take the one before."""
-        self._kill_driver()
-        # Ranks that outlive the driver for a moment may still commit a newer one.
-        deadline = time.monotonic() + _GONE_S
-        while left := _ranks():
-            assert time.monotonic() < deadline, f"left behind: {left}"
-            time.sleep(0.1)
-        newest = max((self._run / "checkpoints").glob("step-*/COMMITTED.json")).parent
-        files = sorted(path for path in newest.rglob("*") if path.is_file() and path.suffix != ".json")
-        victim = self._random.choice(files)
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 0xFF
-        victim.write_bytes(content)
-
-    def _full_disk(self) -> None:
-        """Nothing more can be appended by the driver, as on a full disk or over a quota; it ends, and has room again."""
-        assert self._process is not None
-        driver = psutil.Process(self._process.pid)
-        driver.rlimit(psutil.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_PATIENCE_S)
-
-    def _full_disk_of_a_rank(self) -> None:
-        """A rank has no room for its next checkpoint (its logs are smaller); the run ends with the reason."""
-        self._hit(_ranks).rlimit(psutil.RLIMIT_FSIZE, (_LESS_THAN_A_CHECKPOINT, resource.RLIM_INFINITY))
-        assert self._process is not None
-        self._process.wait(_PATIENCE_S)
-        assert "cannot be written: File too large" in self._tail(), self._tail()
-
-    def _fill_store(self) -> None:
-        """Somebody else fills Ray's object store on the driver's node, so that what the run puts there has to make room."""
-        import ray
-
-        self._held = [ray.put(np.full(STORE_BYTES // 2, index, np.uint8)) for index in range(4)]
-
-    def _remove_node(self) -> None:
-        """A worker node goes with all that is on it, and an equal one comes."""
-        node = self._random.choice(sorted(self._cluster.worker_nodes, key=lambda each: each.raylet_socket_name))
-        self._cluster.remove_node(node, allow_graceful=False)
-        self._cluster.add_node(num_cpus=_NODE_CPUS, object_store_memory=STORE_BYTES)
-
-
-def _named(*titles: str) -> list[psutil.Process]:
-    """Processes of this test's run with one of these in their command line."""
-    found = []
-    for process in of_the_run(os.environ["KDRAY_TEST_MARKER"]):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            line = " ".join(process.cmdline())
-            if any(title in line for title in titles):
-                found.append(process)
-    return found
-
-
-def _replicas() -> list[psutil.Process]:
-    return _named("ray::ServeReplica:kdray-")
-
-
-def _engines() -> list[psutil.Process]:
-    return _named(*ENGINE)
-
-
-def _ranks() -> list[psutil.Process]:
-    return _named("ray::RayTrainWorker")
-
-
-def _controllers() -> list[psutil.Process]:
-    return _named("ray::ServeController")
+    def _write(self) -> None:
+        self._path.write_text(json.dumps(asdict(self.outcome), indent=1))
 
 
 @contextlib.contextmanager
@@ -299,13 +271,19 @@ def cluster_of(workers: int) -> Iterator[Any]:
     nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(workers):
-            nodes.add_node(num_cpus=_NODE_CPUS, object_store_memory=STORE_BYTES)
+            nodes.add_node(num_cpus=NODE_CPUS, object_store_memory=STORE_BYTES)
         nodes.wait_for_nodes()
         ray.init(address=nodes.address, log_to_driver=False)
         yield nodes
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+def deadlines(section: str) -> dict[str, float]:
+    """The deadlines of a section, divided by `SCALE`."""
+    settings, names = DEADLINES[section]
+    return {name: settings.model_fields[name].default / SCALE for name in names}
 
 
 def recipe_of(workplace: Path, name: str, address: str, steps: int, student_pool: bool = False) -> Path:
@@ -317,51 +295,102 @@ def recipe_of(workplace: Path, name: str, address: str, steps: int, student_pool
             "batch_size": 32,
             "learning_rate": 3e-3,
             "checkpoint_every": 3,
-            "keep_checkpoints": 3,
-            "max_restarts": 1000,
-            "stuck_after_s": STUCK_S,
             "sft": {"steps": 20, "batch_size": 32, "learning_rate": 3e-3},
+            **deadlines("training"),
         },
-        rollout={"max_new_tokens": 8, "retries": 12, **(STUDENT_POOL if student_pool else {})},
-        cluster={"address": address, "health_check_period_s": 2, "stuck_after_s": STUCK_S, "wait_s": 300},
+        rollout={"max_new_tokens": 8, **(STUDENT_POOL if student_pool else {})},
+        cluster={"address": address, **deadlines("cluster")},
     )
 
 
-def schedule(seed: int, faults: int, kinds: list[str]) -> list[str]:
-    """So many faults, every kind about as often, in an order of the seed."""
-    wanted = (kinds * (faults // len(kinds) + 1))[:faults]
+def schedule(seed: int, faults: int, kinds: Sequence[str]) -> list[str]:
+    """So many faults in an order of the seed: every kind, if there are as many, and then as often as `KINDS` says."""
+    wanted = list(kinds)[:faults]
+    while len(wanted) < faults:
+        # The one that is furthest behind its share.
+        wanted.append(min(kinds, key=lambda kind: (wanted.count(kind) + 1) / KINDS[kind]))
     random.Random(seed).shuffle(wanted)
     return wanted
 
 
 def steps_for(faults: int) -> int:
-    """Steps that leave room for every fault."""
+    """Steps that leave room for so many faults of the kinds that are over in seconds."""
     return 6 + 3 * _BETWEEN_STEPS * faults
 
 
-def main() -> None:
-    from .conftest import make_workplace
+def outside(calm: Mapping[str, Any], disturbed: Mapping[str, Any]) -> list[str]:
+    """Held-out numbers of a disturbed run that lie outside the intervals of an undisturbed one. Args: summaries."""
+    found = []
+    for name in QUALITY:
+        low, high = calm["intervals"]["after"][name]
+        value = disturbed["after"][name]
+        if not low <= value <= high:
+            found.append(f"after: {name} is {value:.4g}, and {calm['after'][name]:.4g} ({low:.4g} to {high:.4g}) undisturbed")
+    return found
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", type=int, default=30)
-    parser.add_argument("--student-pool", action="store_true", help="the student samples on replicas of its own")
-    parser.add_argument("--kinds", nargs="*", default=Chaos.kinds(), choices=Chaos.kinds(), help="faults to draw from; all")
-    given = parser.parse_args()
-    os.environ["KDRAY_TEST_MARKER"] = f"chaos-{os.getpid()}"
-    with tempfile.TemporaryDirectory() as folder, cluster_of(2) as cluster:
-        workplace = make_workplace(Path(folder))
-        where = cluster.address, steps_for(given.faults), given.student_pool
-        calm = Chaos(recipe_of(workplace, "calm", *where), cluster, given.seed, []).run()
-        wanted = schedule(given.seed, given.faults, given.kinds)
-        outcome = Chaos(recipe_of(workplace, "disturbed", *where), cluster, given.seed, wanted).run()
+
+def report(seed: int, calm: Outcome, outcome: Outcome) -> None:
     print(outcome.verified)
-    print("faults:", dict(Counter(outcome.faults)), "starts:", outcome.starts, "exit codes:", dict(Counter(outcome.codes)))
+    print(f"seed {seed}; faults:", dict(Counter(outcome.faults)))
+    print("parts:", outcome.parts, "starts:", outcome.starts, "exit codes:", dict(Counter(outcome.codes)))
+    for kind in sorted(set(outcome.faults)):
+        seen = [each for fault, each in zip(outcome.faults, outcome.seconds, strict=True) if fault == kind]
+        print(f"    {kind}: trained on after {min(seen):.0f} to {max(seen):.0f} s")
     print("events:", dict(outcome.events))
     for name in ("before", "after"):
         print(f"{name}: undisturbed {calm.summary[name]}, disturbed {outcome.summary[name]}")
-    calm_kl, disturbed_kl = (each.summary["after"]["reverse_kl"] for each in (calm, outcome))
-    assert abs(disturbed_kl - calm_kl) <= QUALITY_NATS, f"after: reverse KL {disturbed_kl:.3f}, undisturbed {calm_kl:.3f}"
+    print("intervals, undisturbed:", {name: calm.summary["intervals"]["after"][name] for name in QUALITY})
+    for failure in outcome.failures:
+        print("FAILED in an earlier part,", failure)
+
+
+def _part(folder: Path, given: argparse.Namespace) -> int:
+    """Go on with both runs, for as long as there is time; returns the exit code."""
+    until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
+    if not (folder / "prompts.jsonl").exists():
+        make_workplace(folder)
+    with cluster_of(2) as cluster:
+        disturbed = Outcome.read(folder / "runs" / "disturbed.outcome.json")
+        steps = disturbed.steps or _MANY_STEPS
+        recipe = recipe_of(folder, "disturbed", cluster.address, steps, given.student_pool)
+        wanted = schedule(given.seed, given.faults, given.kinds)
+        chaos = Chaos(recipe, cluster, given.seed, wanted, supervise=given.supervise, end_early=True)
+        chaos.outcome.parts += 1
+        if not chaos.run(until):
+            print(f"{len(chaos.outcome.faults)} of {given.faults} faults; go on with --resume")
+            return NOT_FINISHED
+        assert chaos.outcome.steps is not None
+        recipe = recipe_of(folder, "calm", cluster.address, chaos.outcome.steps, given.student_pool)
+        calm = Chaos(recipe, cluster, given.seed, [])
+        if not calm.run(until):
+            print("the undisturbed run is not at its end; go on with --resume")
+            return NOT_FINISHED
+    report(given.seed, calm.outcome, chaos.outcome)
+    differs = outside(calm.outcome.summary, chaos.outcome.summary)
+    assert not differs, differs
+    assert not chaos.outcome.failures, f"{len(chaos.outcome.failures)} faults that the run did not get past"
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--student-pool", action="store_true", help="the student samples on replicas of its own")
+    parser.add_argument("--supervise", action="store_true", help="one command a part, whose supervisor resumes the run")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="faults to draw from; all")
+    parser.add_argument("--folder", type=Path, help="where both runs and the state are kept; a temporary one otherwise")
+    parser.add_argument("--minutes", type=float, help=f"longest part; it ends with {NOT_FINISHED} if there is more to do")
+    parser.add_argument("--resume", action="store_true", help="go on with the parts in --folder, with the same seed and faults")
+    given = parser.parse_args()
+    os.environ["KDRAY_TEST_MARKER"] = f"chaos-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not given.resume and any(folder.iterdir()):
+            parser.error(f"--folder {folder} holds an earlier run; go on with --resume, or name another")
+        code = _part(folder.absolute(), given)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Memory of every process over a long run: `python -m tests.soak.soak --minutes 20`.
+"""Growth of every process, and of what a run keeps elsewhere: `python -m tests.soak.soak --minutes 20`.
 
-A run on real engines with checkpoints, evaluations and weight updates, on a Ray of its own. Each process's own memory (USS:
-what would be free without it; shared pages are nobody's) is read every few seconds; the verdict compares an early stretch with
-the last one.
+A run on real engines with checkpoints, evaluations and weight updates. Read every few seconds: each process's own memory (USS:
+what would be free without it; shared pages are nobody's), what Ray's object store holds, shared memory, temporary files, and
+the run folder without the files that grow by design. The verdict is a slope per hour of each, with an interval
+(`tests.soak.slopes`). With `--folder` a soak of any length is made in parts: the same command with `--resume` continues the run
+and the series. `--plant` has the run leak, which the verdict must find. The machine should be idle: its shared memory is
+everybody's.
 """
 
 from __future__ import annotations
@@ -12,57 +15,106 @@ import contextlib
 import json
 import os
 import signal
-import statistics
+import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 
+from tests.integration.conftest import make_workplace
+from tests.soak.leaks import LEAKS
+from tests.soak.slopes import Slope, combined, slope
 from tests.support.runs import finish, json_lines, of_the_run, start, write_recipe
 
 _PERIOD_S = 5.0
-_STRETCH = 0.2
-"""Share of the run in each of the stretches that are compared; one such share before the first is for warming up."""
-GROWTH_MIB = 12.0
-GROWTH = 0.03
-"""A process is flat if it grew by less than either of these from the early stretch to the last one."""
-
+ALLOWED_MIB_PER_HOUR = 6.0
+"""2 GiB in two weeks."""
 _ROLES = {
-    "driver": "cluster.cli run",
-    "engine": "VLLM::EngineCore",
-    "replica": "ray::ServeReplica:kdray-",
-    "rank": "ray::RayTrainWorker",
-    "orders": "ray::Mailbox",
-    "weights": "ray::WeightStore",
-    "registry": "ray::TeacherRegistry",
-    "board": "ray::ScalingBoard",
-    "Serve's controller": "ray::ServeController",
-    "Train's controller": "ray::TrainController",
-    "raylet": "raylet/raylet",
-    "gcs": "gcs/gcs_server",
+    "driver": ("cluster.cli run", "tests.soak.leaks"),
+    "engine": ("VLLM::EngineCore",),
+    "replica": ("ray::ServeReplica:kdray-",),
+    "rank": ("ray::RayTrainWorker",),
+    "orders": ("ray::Mailbox",),
+    "weights": ("ray::WeightStore",),
+    "registry": ("ray::TeacherRegistry",),
+    "board": ("ray::ScalingBoard",),
+    "Serve's controller": ("ray::ServeController",),
+    "Train's controller": ("ray::TrainController",),
+    "raylet": ("raylet/raylet",),
+    "gcs": ("gcs/gcs_server",),
 }
+_GROW_BY_DESIGN = ("ledger.jsonl", "metrics.jsonl", "events.jsonl", "samples", "tb")
+"""In the run folder; docs/guarantees.md has what they cost a step."""
 
 
-def roles(marker: str) -> dict[str, float]:
+@dataclass
+class Part:
+    """Series of one start of the run: its processes are others after the next."""
+
+    seconds: list[float] = field(default_factory=list)
+    mib: dict[str, list[float]] = field(default_factory=dict)
+    """By what was measured; None where it was not there."""
+    steps: int = 0
+
+    def add(self, seconds: float, found: dict[str, float]) -> None:
+        for name in found.keys() - self.mib.keys():
+            self.mib[name] = [float("nan")] * len(self.seconds)
+        self.seconds.append(seconds)
+        for name, values in self.mib.items():
+            values.append(found.get(name, float("nan")))
+
+
+def processes(marker: str) -> dict[str, float]:
     """Own memory of the run's processes, MiB; the sum where a role has several."""
-    found: dict[str, float] = defaultdict(float)
+    found: dict[str, float] = {}
     for process in of_the_run(marker):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             title = " ".join(process.cmdline())
-            role = next((role for role, sign in _ROLES.items() if sign in title), None)
+            role = next((role for role, signs in _ROLES.items() if any(sign in title for sign in signs)), None)
             if role is not None:
-                found[role] += process.memory_full_info().uss / 2**20
+                found[role] = found.get(role, 0.0) + process.memory_full_info().uss / 2**20
     return found
 
 
-def soak(folder: Path, minutes: float, marker: str) -> tuple[dict[str, list[float]], int]:
-    """Own memory by role, a value every few seconds from the first training step on; and the steps that the run trained."""
-    from .conftest import make_workplace
+def places(run: Path, temporary: Path) -> dict[str, float]:
+    """What the run keeps outside its processes, MiB."""
+    import ray
+    from ray._private.internal_api import node_stats
 
+    held = 0
+    for node in ray.nodes():
+        stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+        held += stats.store_stats.object_store_bytes_used
+    return {
+        "object store": held / 2**20,
+        "/dev/shm": size_of(Path("/dev/shm")),
+        "temporary files": size_of(temporary),
+        "run folder": size_of(run, _GROW_BY_DESIGN),
+    }
+
+
+def size_of(folder: Path, without: Sequence[str] = ()) -> float:
+    """Space that the files below a folder take, MiB. Args: without: names in the folder itself that do not count."""
+    total = 0
+    for at, folders, files in os.walk(folder, onerror=lambda error: None):
+        if Path(at) == folder:
+            folders[:] = [each for each in folders if each not in without]
+            files = [each for each in files if each not in without]
+        for each in files:
+            with contextlib.suppress(OSError):
+                total += 512 * os.lstat(os.path.join(at, each)).st_blocks
+    return total / 2**20
+
+
+def soak(folder: Path, minutes: float, marker: str, plant: str | None, rate: float) -> Part:
+    """Train for so long from the first step on, measuring every few seconds."""
+    if not (folder / "prompts.jsonl").exists():
+        make_workplace(folder)
     recipe = write_recipe(
-        make_workplace(folder),
+        folder,
         "soak",
         # More steps than there is time for: the run is asked to stop.
         training={"steps": 10**6, "batch_size": 32, "learning_rate": 1e-4, "checkpoint_every": 50},
@@ -70,53 +122,97 @@ def soak(folder: Path, minutes: float, marker: str) -> tuple[dict[str, list[floa
         cluster={"health_check_period_s": 2},
     )
     run = folder / "runs" / "soak"
-    held: dict[str, list[float]] = defaultdict(list)
+    part = Part()
+    before = len(json_lines(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
     with tempfile.TemporaryFile("w+") as log:
-        process = start("run", str(recipe), log=log)
-        while not (run / "metrics.jsonl").exists() or not json_lines(run / "metrics.jsonl"):
+        arguments = ["run", str(recipe), *(["--resume"] if (run / "config.yaml").exists() else [])]
+        if plant is None:
+            process = start(*arguments, log=log)
+        else:
+            process = start(plant, str(rate), *arguments, log=log, module="tests.soak.leaks")
+        while not (run / "metrics.jsonl").exists() or len(json_lines(run / "metrics.jsonl")) <= before:
             if process.poll() is not None:
                 log.seek(0)
                 raise AssertionError(f"the run ended with {process.returncode}: {log.read()[-4000:]}")
             time.sleep(1)
-        end = time.monotonic() + 60 * minutes
-        while time.monotonic() < end:
+        began = time.monotonic()
+        while (now := time.monotonic() - began) < 60 * minutes:
             assert process.poll() is None, f"the run ended with {process.returncode}"
-            for role, size in roles(marker).items():
-                held[role].append(size)
+            part.add(now, processes(marker) | places(run, Path(tempfile.gettempdir())))
             time.sleep(_PERIOD_S)
         process.send_signal(signal.SIGINT)
         finish(process, 130)
-    return held, len(json_lines(run / "metrics.jsonl"))
+    part.steps = len(json_lines(run / "metrics.jsonl")) - before
+    return part
 
 
-def stretches(values: list[float]) -> tuple[float, float]:
-    """Medians of the early stretch and of the last one."""
-    share = max(1, int(len(values) * _STRETCH))
-    return statistics.median(values[share : 2 * share]), statistics.median(values[-share:])
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    """A Ray of the soak's own, which the run joins, so that its object store can be asked."""
+    import ray
+
+    from cluster.connect import start_local
+
+    start_local(num_cpus=4, log_to_driver=False, object_store_memory=200 * 2**20)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def is_flat(early: float, last: float) -> bool:
-    return last - early < max(GROWTH_MIB, GROWTH * early)
+def verdict(parts: Sequence[Part], allowed: float = ALLOWED_MIB_PER_HOUR) -> tuple[dict[str, Slope], list[str], list[str]]:
+    """Slope of everything measured, from all parts; what grows, and what they are too short to tell about."""
+    found: dict[str, Slope] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.mib):
+        each = [slope(part.seconds, part.mib[name]) for part in parts if name in part.mib]
+        known = [one for one in each if one is not None]
+        if known:
+            found[name] = combined(known)
+    growing = [name for name, each in found.items() if each.grows(allowed)]
+    open_ = [name for name, each in found.items() if not each.grows(allowed) and not each.is_flat(allowed)]
+    return found, growing, open_
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--to", type=Path, help="JSON file for the series")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of this part, from its first step on")
+    parser.add_argument("--folder", type=Path, help="where run and series are kept; a temporary one otherwise")
+    parser.add_argument("--resume", action="store_true", help="go on with the run and the series in --folder")
+    parser.add_argument("--plant", choices=list(LEAKS), help="a leak in the run, which must be found")
+    parser.add_argument("--mib-per-minute", type=float, default=1.0, help="of the planted leak")
     given = parser.parse_args()
     marker = os.environ["KDRAY_TEST_MARKER"] = f"soak-{os.getpid()}"
-    with tempfile.TemporaryDirectory() as folder:
-        held, steps = soak(Path(folder), given.minutes, marker)
-    if given.to is not None:
-        given.to.write_text(json.dumps({"steps": steps, "period_s": _PERIOD_S, "mib": held}))
-    print(f"{steps} steps in {given.minutes:g} minutes; MiB of each role's own memory, early and last stretch")
-    growing = []
-    for role, values in sorted(held.items()):
-        early, last = stretches(values)
-        print(f"{role:20s} {early:9.1f} {last:9.1f} {last - early:+7.1f}")
-        if not is_flat(early, last):
-            growing.append(role)
-    assert not growing, f"not flat: {growing}"
+    with contextlib.ExitStack() as stack:
+        folder = (given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not given.resume and any(folder.iterdir()):
+            parser.error(f"--folder {folder} holds an earlier soak; go on with --resume, or name another")
+        # A folder of its own for what the run and its Ray leave there.
+        tempfile.tempdir = os.environ["TMPDIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp"))
+        series = folder / "series.json"
+        parts = [Part(**each) for each in json.loads(series.read_text())] if series.exists() else []
+        stack.enter_context(_ray())
+        parts.append(soak(folder, given.minutes, marker, given.plant, given.mib_per_minute))
+        series.write_text(json.dumps([asdict(part) for part in parts]))
+    sys.exit(report(parts, given.plant))
+
+
+def report(parts: Sequence[Part], plant: str | None) -> int:
+    """Print slopes and verdict; returns the exit code."""
+    found, growing, open_ = verdict(parts)
+    hours = sum(part.seconds[-1] for part in parts) / 3600
+    steps = sum(part.steps for part in parts)
+    print(f"{steps} steps in {hours:.2f} h, {len(parts)} parts; allowed are {ALLOWED_MIB_PER_HOUR:g} MiB/h")
+    print(f"{'':20s} {'MiB':>9s} {'MiB/h':>9s}   interval of 95%")
+    for name, each in sorted(found.items()):
+        mark = "  GROWS" if name in growing else "  cannot be told yet" if name in open_ else ""
+        print(f"{name:20s} {each.level:9.1f} {each.per_hour:+9.2f}   {each.low:+.2f} to {each.high:+.2f}{mark}")
+    if plant is not None:
+        place = {"driver": "driver", "shm": "/dev/shm", "store": "object store", "folder": "run folder"}[plant]
+        print(f"the planted leak in {place} was {'found' if place in growing else 'NOT FOUND'}")
+        return 0 if place in growing else 1
+    return 1 if growing else 0
 
 
 if __name__ == "__main__":

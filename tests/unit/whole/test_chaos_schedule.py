@@ -1,0 +1,66 @@
+"""The schedule of the chaos run, its deadlines, and its verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdray.config import load_config
+from tests.soak import chaos
+from tests.soak.chaos import Outcome, deadlines, outside, recipe_of, schedule
+from tests.soak.faults import KINDS, Faults
+
+
+def test_every_kind_is_there_and_a_seed_gives_one_order() -> None:
+    wanted = schedule(0, 100, list(KINDS))
+    assert len(wanted) == 100
+    counts = Counter(wanted)
+    assert counts.keys() == KINDS.keys()
+    assert min(counts.values()) >= 2
+    assert counts["second_driver"] > counts["kill_rank"] > counts["stop_rank"]
+    assert schedule(0, 100, list(KINDS)) == wanted != schedule(1, 100, list(KINDS))
+    assert Counter(schedule(3, 2, ["kill_rank", "fill_store"])) == {"kill_rank": 1, "fill_store": 1}
+
+
+def test_every_kind_can_be_injected() -> None:
+    assert all(callable(getattr(Faults, f"_{kind}")) for kind in KINDS)
+
+
+def test_budgets_are_the_defaults_and_deadlines_are_scaled_by_one_factor(tmp_path: Path) -> None:
+    config = load_config(recipe_of(tmp_path, "disturbed", "127.0.0.1:1", 10), [])
+    assert (config.training.max_restarts, config.rollout.retries, config.training.keep_checkpoints) == (2, 5, 2)
+    assert config.cluster.stuck_after_s == pytest.approx(300 / chaos.SCALE)
+    assert config.training.stuck_after_s == pytest.approx(1800 / chaos.SCALE)
+    for section, (settings, names) in chaos.DEADLINES.items():
+        # A deadline that is added later has to be scaled, too.
+        assert {name for name in settings.model_fields if name.endswith("_s")} == set(names)
+        for name, value in deadlines(section).items():
+            assert getattr(getattr(config, section), name) == value == settings.model_fields[name].default / chaos.SCALE
+
+
+def summary(reverse_kl: float, forward_kl: float) -> dict[str, Any]:
+    after = {"reverse_kl": [0.10, 0.14], "forward_kl": [0.4, 0.6]}
+    return {"after": {"reverse_kl": reverse_kl, "forward_kl": forward_kl}, "intervals": {"after": after}}
+
+
+def test_the_disturbed_run_has_to_be_as_good_as_the_undisturbed_one() -> None:
+    calm = summary(0.12, 0.5)
+    assert not outside(calm, summary(0.13, 0.45))
+    (worse,) = outside(calm, summary(0.2, 0.5))
+    assert worse == "after: reverse_kl is 0.2, and 0.12 (0.1 to 0.14) undisturbed"
+    assert len(outside(calm, summary(3.0, 0.0))) == 2
+
+
+def test_the_state_survives_from_part_to_part(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "disturbed.outcome.json"
+    recipe = recipe_of(tmp_path, "disturbed", "127.0.0.1:1", 10)
+    first = chaos.Chaos(recipe, None, 0, ["kill_rank"])
+    first.outcome.faults.append("kill_rank")
+    first.outcome.seconds.append(12.5)
+    first._write()
+    again = chaos.Chaos(recipe, None, 0, ["kill_rank"]).outcome
+    assert again == first.outcome == Outcome.read(path)
+    assert again.seconds == [12.5]

@@ -1,0 +1,123 @@
+"""The slope of a soak's series, and its verdict, on series that are made for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.soak.slopes import Slope, combined, slope
+from tests.soak.soak import Part, report, verdict
+
+PERIOD_S = 5.0
+ALLOWED = 6.0
+
+
+def times(minutes: float) -> np.ndarray:
+    return np.arange(0.0, 60 * minutes, PERIOD_S)
+
+
+def noise(count: int, seed: int = 0, size: float = 1.0) -> np.ndarray:
+    """Noise of which values that follow each other are alike, with an outlier now and then, as of memory that is in use for a
+    moment."""
+    draw = np.random.default_rng(seed)
+    found = np.zeros(count)
+    for index in range(1, count):
+        found[index] = 0.7 * found[index - 1] + draw.normal(0.0, size)
+    found[draw.random(count) < 0.02] += 40 * size
+    return found
+
+
+def fit(minutes: float, values: np.ndarray) -> Slope:
+    found = slope(list(times(minutes)), list(values))
+    assert found is not None
+    return found
+
+
+def test_a_flat_series_with_noise_and_outliers_is_flat() -> None:
+    for seed in range(20):
+        when = times(120)
+        found = fit(120, 900.0 + noise(len(when), seed))
+        assert not found.grows(ALLOWED)
+        assert found.is_flat(ALLOWED)
+        assert found.level == pytest.approx(900.0, abs=2.0)
+
+
+def test_a_leak_of_a_mib_a_minute_is_found_in_minutes() -> None:
+    for seed in range(20):
+        when = times(10)
+        found = fit(10, 900.0 + noise(len(when), seed, size=0.4) + when / 60.0)
+        assert found.grows(ALLOWED)
+        assert found.per_hour == pytest.approx(60.0, rel=0.35)
+
+
+def test_a_leak_that_takes_two_weeks_to_matter_is_found_in_hours() -> None:
+    # 12 MiB an hour, 4 GiB in two weeks: the stretches of before let 12 MiB pass.
+    when = times(180)
+    found = fit(180, 900.0 + noise(len(when)) + 12.0 * when / 3600)
+    assert found.grows(ALLOWED)
+    assert found.low < 12.0 < found.high
+
+
+def test_a_step_at_the_start_is_no_growth() -> None:
+    when = times(60)
+    found = fit(60, 900.0 + noise(len(when)) + np.where(when < 400, 0.0, 50.0))
+    assert not found.grows(ALLOWED)
+
+
+def test_a_sawtooth_is_no_growth() -> None:
+    when = times(120)
+    found = fit(120, 900.0 + noise(len(when), size=0.1) + (when % 170.0) / 10.0)
+    assert not found.grows(ALLOWED)
+
+
+def test_a_short_noisy_series_is_neither() -> None:
+    when = times(3)
+    found = fit(3, 900.0 + noise(len(when), size=20.0))
+    assert not found.grows(ALLOWED)
+    assert not found.is_flat(ALLOWED)
+    assert slope([0.0, 5.0, 10.0], [1.0, 1.0, 1.0]) is None
+
+
+def test_what_comes_late_is_fitted_from_there() -> None:
+    part = Part()
+    for when in times(60):
+        part.add(when, {"driver": 100.0} | ({"board": 30.0} if when > 1200 else {}))
+    found, growing, undecided = verdict([part])
+    assert (found["board"].per_hour, found["driver"].per_hour) == (0.0, 0.0)
+    assert not growing
+    assert not undecided
+
+
+def test_parts_together_say_more_than_each() -> None:
+    found = combined([Slope(10.0, 5.0, 15.0, 900.0), Slope(14.0, 9.0, 19.0, 950.0)])
+    assert (found.per_hour, found.level) == (12.0, 950.0)
+    assert found.high - found.low == pytest.approx(10.0 / 2**0.5)
+    # A part without noise counts, and does not make the others' noise vanish into nothing.
+    found = combined([Slope(0.0, 0.0, 0.0, 10.0), Slope(1.0, -50.0, 50.0, 10.0)])
+    assert found.per_hour == pytest.approx(0.0, abs=1e-3)
+
+
+def test_the_parts_of_a_resumed_soak_are_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    # The second start begins lower: together they would look like one that shrinks.
+    parts = []
+    for level in (950.0, 900.0):
+        part = Part(steps=100)
+        for when in times(30):
+            part.add(when, {"engine": level + 20.0 * when / 3600, "driver": 100.0})
+        parts.append(part)
+    found, growing, _ = verdict(parts)
+    assert found["engine"].per_hour == pytest.approx(20.0)
+    assert growing == ["engine"]
+    assert report(parts, None) == 1
+    assert "engine                   " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_a_planted_leak_must_be_found(leaks: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    part = Part(steps=10)
+    for when in times(10):
+        part.add(when, {"driver": 100.0 + (when / 60 if leaks else 0.0), "/dev/shm": 5.0})
+    assert report([part], "driver") == (0 if leaks else 1)
+    assert report([part], "shm") == 1
+    assert report([part], None) == (1 if leaks else 0)
+    assert ("was found" in capsys.readouterr().out) is leaks

@@ -1,7 +1,8 @@
 """Memory of a replica and of a student rank, by component, estimated before anything is started.
 
-Exact: weights, KV cache and optimizer states, which follow from shapes. Counted: the tensors of a loss. Modelled: activations
-(the tensors that a Llama-like layer keeps for its backward pass, with fused attention) and the engine's rows.
+Exact: weights, KV cache and optimizer states, which follow from shapes. Counted: the tensors of a loss, and the rows that an
+engine draws and scores. Modelled: activations (the tensors that a Llama-like layer keeps for its backward pass, with fused
+attention).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from kdray.models.weight_format import WeightFormat
 
 GIB = 2**30
 _FLOAT32 = 4
-# Rows alive at once while log-probabilities are computed: of teacher, student, their mixture, and one working copy.
-_ENGINE_ROWS = 4
+# Most rows that an engine's recorder draws or measures at once; as many response tokens are scored at once, however few run.
+MEASURED_ROWS = 256
 # Float32 rows of the vocabulary alive at once for each token whose loss is computed. Of a chunk: products of the head, their
 # log-softmax, its gradient and what the loss makes in between; of a whole micro-batch, also copies of the logits by autograd.
 _CHUNK_ROWS, _CHUNK_ROWS_HIDDEN, _WHOLE_ROWS = 4.25, 13.0, 6.0
@@ -149,7 +150,7 @@ def engine_memory(
     vocab = max(model.vocab for model in models)
     widest = max(2 * model.hidden + 3 * model.intermediate / tensor_parallel for model in models)
     weights = sum(model.weight_bytes(element) for model in models) / tensor_parallel
-    logprobs = _ENGINE_ROWS * max_num_seqs * vocab * _FLOAT32
+    logprobs = engine_rows(len(models), max_num_seqs) * vocab * _FLOAT32
     activations = step_tokens * widest * element
     base = ENGINE_BASE_BYTES[device]
     room = budget - weights - logprobs - activations - base if kv_cache is None else kv_cache
@@ -161,6 +162,17 @@ def engine_memory(
         kv_per_token=sum(model.kv_bytes(element, tensor_parallel) for model in models),
         kv_room=room,
     )
+
+
+def engine_rows(models: int, max_num_seqs: int, measured: int = MEASURED_ROWS) -> float:
+    """Float32 rows of the vocabulary alive at once in an engine of 1 or 2 models. Args: measured: `MEASURED_ROWS`.
+
+    A step makes a row of each model for every sequence while those of the step before are there, and logits, of which vLLM has
+    a copy. Beside these it measures: rows that it scores, their logits, probabilities, and what the statistics make of them.
+    """
+    made = (2 * models + 1.5) * max_num_seqs
+    scored = (models + 1) * max_num_seqs + (2.5 * models + 1) * measured
+    return max(made, scored)
 
 
 @dataclass(frozen=True)

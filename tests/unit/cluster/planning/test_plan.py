@@ -465,7 +465,7 @@ def test_every_accelerator_is_one_that_ray_knows() -> None:
     [
         # Bytes of a layer's weight, GPUs of a replica, their memory, responses of 8k tokens that its cache holds at once.
         (LLAMA_70B | {"quantization_config": {"quant_method": "fp8"}}, 1 + 2 / 4096, 8, 79.6, 110),
-        (QWEN_32B, 2.0, 4, 79.6, 58),
+        (QWEN_32B, 2.0, 4, 79.6, 57),
         (
             LLAMA_70B | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
             0.5 + 2 / 128,

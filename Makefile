@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Two at a time, a file's tests together: they wait for starting engines more than they compute.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-unit test-integration test-full chaos soak lint format fuzz bench lock clean
+.PHONY: quickstart test test-unit test-integration test-full chaos soak lint format fuzz mutants bench lock clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
 	@test ! -e runs/quickstart || { echo "runs/quickstart holds an earlier run; for another: rm -r runs/quickstart"; exit 2; }
@@ -43,6 +43,11 @@ format: $(STAMP)
 
 fuzz: $(STAMP)  ## new mutations of configs and files, twenty times as many as the tests have
 	KDRAY_FUZZ=20 $(BIN)/python -m pytest tests/unit/whole/test_fuzz.py -q
+
+mutants: $(STAMP)  ## small faults in the mathematics that no unit test notices; an hour, goes on after an interruption (MINUTES=7)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/mutmut -r requirements/mutants.txt
+	PYTHONPATH=build/mutmut OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants --minutes $(or $(MINUTES),600)
+	PYTHONPATH=build/mutmut $(BIN)/python -m benchmarks.mutants --report --commit $$(git rev-parse --short HEAD)
 
 bench: $(STAMP)  ## all benchmarks of speed, on an idle machine; writes benchmarks/results/bench_DATE.json
 	$(BIN)/python -m benchmarks.bench

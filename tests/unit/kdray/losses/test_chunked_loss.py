@@ -24,7 +24,7 @@ from kdray.config import (
 )
 from kdray.errors import TrainingError, VocabError
 from kdray.losses import LossBatch, LossOutput, Objective, Whitening, chunked_loss
-from kdray.losses.support import buckets, logits_gradient
+from kdray.losses.support import Buckets, buckets, logits_gradient
 from tests.support.loss_batches import built_in_losses, loss_batch
 
 torch.set_num_threads(1)
@@ -105,6 +105,22 @@ def test_value_sums_and_gradients_are_those_of_all_logits(
     assert (of_head[VOCAB:] == 0).all(), "padding of the embedding"
     assert (of_bias[VOCAB:] == 0).all(), "padding of the embedding"
     assert of_head[:VOCAB].abs().max() > 0
+
+
+def test_parts_of_buckets_join_to_the_whole() -> None:
+    batch = loss_batch(4, 9, VOCAB)
+    rows = torch.randn(int(batch.mask.sum()), VOCAB, dtype=torch.float64).log_softmax(-1)
+    whole = buckets(rows, batch)
+    parts = [whole.part(slice(0, 5)), whole.part(slice(5, 6)), whole.part(slice(6, None))]
+    assert [len(part.teacher) for part in parts[:2]] == [5, 1]
+    joined = Buckets.joined(parts)
+    for name in ("teacher", "student", "present", "token_logprobs"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+    assert joined.has_tail
+    full = replace(whole, has_tail=False, token_logprobs=None)
+    again = Buckets.joined([full.part(slice(0, 5)), full.part(slice(5, None))])
+    assert not again.has_tail
+    assert again.token_logprobs is None
 
 
 @of_every_loss

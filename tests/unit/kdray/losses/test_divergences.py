@@ -482,6 +482,15 @@ def test_sampled_forward_kl_has_the_mean_of_forward_kl(alpha):
     np.testing.assert_allclose(torch.autograd.grad(mean, z)[0][0].numpy(), q - p, atol=1e-13)
 
 
+def test_sampled_forward_kl_reports_the_unweighted_log_ratio():
+    logits, batch, _ = make(12, prompts=(1, 2), responses=(3, 2))
+    rows = logits[batch.mask][:, :VOCAB].log_softmax(-1)
+    of_tokens = rows.gather(-1, batch.token_ids[batch.mask][:, None])[:, 0]
+    sums = loss_function(SAMPLED)(logits, batch, SAMPLED).sums
+    assert set(sums) == {"log_ratio"}
+    torch.testing.assert_close(sums["log_ratio"], (batch.teacher_logprobs[batch.mask] - of_tokens).sum().detach())
+
+
 def test_sampled_forward_kl_gradcheck():
     logits, batch, _ = make(12, prompts=(1,), responses=(2,))
     assert torch.autograd.gradcheck(lambda z: value(SAMPLED, z, batch), (logits.requires_grad_(),))

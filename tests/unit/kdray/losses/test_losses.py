@@ -270,6 +270,16 @@ def test_sft_by_hand():
     assert loss_function(None)(*by_hand(), None).total.item() == pytest.approx(6 * LN2, rel=1e-14)
 
 
+def test_sft_weighs_tokens_by_hand():
+    # ln2 + 2 (2 ln2) + 1/2 (3 ln2) = 6.5 ln2
+    logits, batch = by_hand()
+    weights = torch.zeros(batch.mask.shape, dtype=torch.float64).masked_scatter(
+        batch.mask, torch.tensor([1.0, 2.0, 0.5]).double()
+    )
+    found = loss_function(SEQUENCE)(logits, replace(batch, weights=weights), SEQUENCE)
+    assert found.total.item() == pytest.approx(6.5 * LN2, rel=1e-14)
+
+
 def test_sequence_needs_the_text_alone_and_pulls_towards_its_tokens():
     logits, full, _ = make(np.random.default_rng(21))
     # A black-box teacher's batch: no density of any kind.

@@ -142,6 +142,7 @@ def test_examples_have_targets_on_the_answer_only():
     assert batch.loss_mask.tolist() == [[False, False, False, True, True], [False, True, False, False, False]]
     assert batch.num_target_tokens == 3
     assert batch.columns == {}
+    assert batch.step == 2
 
 
 def test_snake_order_by_hand():
@@ -261,3 +262,16 @@ def test_loss_and_gradient_do_not_depend_on_order_ranks_or_micro_batches(sizes, 
 
 def test_an_empty_batch_has_no_parts():
     assert list(micro_batches(rollouts_to_batch([], step=1), 4)) == []
+
+
+def test_an_empty_batch_has_empty_shards():
+    """Every rank makes the same number of passes, none here; the width is that of one token."""
+    part = shard(rollouts_to_batch([], step=1), rank=1, world_size=2)
+    assert part.token_ids.shape == part.loss_mask.shape == (0, 1)
+    assert part.num_target_tokens == 0
+
+
+def test_ids_are_long_for_a_loss_and_other_columns_as_recorded():
+    tensors = LossBatch.from_train_batch(rollouts_to_batch([rollout(0)], step=1), VOCAB)
+    assert tensors.token_ids.dtype == tensors.support_ids.dtype == torch.long
+    assert tensors.support_logprobs.dtype == torch.float32

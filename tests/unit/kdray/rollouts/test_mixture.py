@@ -123,6 +123,15 @@ def test_two_distributions_never_give_a_token_that_neither_has(seed):
         assert allowed[draw_mixed(parts, points).numpy()].all()
 
 
+@pytest.mark.parametrize("vocab", [5, 256, 700])
+def test_rows_of_nan_give_an_id_of_the_vocabulary(vocab):
+    """The engine does not end in the middle of a step; what the rows are is found where they are recorded."""
+    rows = torch.full((3, vocab), torch.nan)
+    points = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
+    for tokens in (draw(rows, points), draw_mixed([(torch.ones(3, 1), rows)], points)):
+        assert ((tokens >= 0) & (tokens < vocab)).all()
+
+
 def test_draws_from_two_distributions_follow_the_mixture_across_blocks():
     count, vocab = 20_000, 700
     seeds = np.array([sample_seed(1, "train", sample) for sample in range(count)], dtype=np.uint64)

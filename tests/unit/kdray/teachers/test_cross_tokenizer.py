@@ -223,6 +223,18 @@ async def test_what_the_teacher_cannot_read_has_no_rows_and_the_rest_is_scored()
     assert (short.support_ids != -1).any()
 
 
+async def test_a_response_of_which_the_teacher_reads_nothing_has_no_rows() -> None:
+    """A teacher whose tokenizer strips spaces, and a response of nothing else that was cut: it has no token at all."""
+    stripping = byte_level(270, "<end>")
+    stripping.backend_tokenizer.normalizer = normalizers.Strip()
+    assert stripping("   ", add_special_tokens=False)["input_ids"] == []
+    inner = Bigram(len(stripping))
+    (found,) = await score(scorer(CHARACTERS, stripping, inner), rollout(CHARACTERS, "   ", stop=False))
+    assert not inner.asked
+    assert found.support_ids is not None
+    assert (found.support_ids == -1).all()
+
+
 async def test_an_empty_response_is_its_end() -> None:
     inner = Bigram(len(LARGE))
     (found,) = await score(scorer(CHARACTERS, LARGE, inner), rollout(CHARACTERS, ""))

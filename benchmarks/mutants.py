@@ -173,7 +173,7 @@ class Mutants:
         return "killed" if found.returncode else "survived"
 
     def reach(self, tests: list[Any]) -> tuple[dict[str, float], dict[str, list[str]]]:
-        """Run every test once. Returns: seconds of each; the tests that reach each function."""
+        """Run every test once. Returns: seconds of each; the tests that pass and reach each function."""
         known = {line["test"]: line for line in lines_of(REACHED)}
         found: set[str] = set()
         trampoline.record_trampoline_hit = lambda name, caller=None: found.add(name)
@@ -185,7 +185,9 @@ class Mutants:
                 found.clear()
                 began = time.process_time()
                 if not passes(item):
-                    raise RuntimeError(f"{item.nodeid} fails without a mutant")
+                    # Such as one that looks for files beside the packages, which the copy has not.
+                    print(f"left out, as it fails without a mutant: {item.nodeid}", flush=True)
+                    found.clear()
                 seconds = time.process_time() - began
                 known[item.nodeid] = {"test": item.nodeid, "seconds": round(seconds, 4), "functions": sorted(found)}
                 file.write(json.dumps(known[item.nodeid]) + "\n")

@@ -201,3 +201,17 @@ def test_a_large_vocabulary_is_drawn_from_as_its_float64_sums_say(peak: float) -
     # Sums within a block of 256 ids are float32: a neighbour at most, of masses at a boundary.
     blocks = draw_mixed([(torch.ones(len(uniforms), 1), rows.exp().expand(len(uniforms), -1))], uniforms)
     assert np.abs(blocks.numpy() - expected).max() <= 1
+
+
+def test_the_tail_behind_a_likely_id_is_drawn_from_id_by_id() -> None:
+    """Sums near 1, of which a float32 one steps over thirty of these ids at once."""
+    vocab = 151_936
+    logits = torch.from_numpy(0.1 * np.random.default_rng(1).normal(size=vocab)).float()
+    logits[0] = 20.0
+    row = logits.log_softmax(-1)[None]
+    cdf = np.cumsum(np.exp(row[0].numpy().astype(np.float64)))
+    points = torch.from_numpy((cdf[0] + (cdf[-1] - cdf[0]) * (np.arange(100) + 0.37) / 100) / cdf[-1])
+    expected = np.searchsorted(cdf, points.numpy() * cdf[-1], side="right")
+    np.testing.assert_array_equal(draw(row.expand(100, -1), points).numpy(), expected)
+    found = draw_mixed([(torch.ones(100, 1), row.exp().expand(100, -1))], points)
+    assert np.abs(found.numpy() - expected).max() <= 1

@@ -18,6 +18,8 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 _NOT_TEXT = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio")
 """Modules of multimodal checkpoints that a text model does not have."""
+_WIDER_BY = {"cohere2": 1}
+"""Tokens by which vLLM's code of a type makes the window wider than its config states, and than transformers' is (0.32)."""
 
 
 def text_model(config: Any, architectures: list[str]) -> tuple[Any, list[str]]:
@@ -41,6 +43,8 @@ def build(
     own = vllm_config.with_hf_config(text, architectures=architectures)
     own.model_config.hf_text_config = own.model_config.hf_config.get_text_config()
     own.model_config.model_arch_config = own.model_config.get_model_arch_config()
+    if (more := _WIDER_BY.get(text.model_type, 0)) and text.sliding_window:
+        own.model_config.hf_text_config.sliding_window = text.sliding_window - more
     # vLLM's `LogitsProcessor` reads it when it is made.
     own.model_config.hf_config.head_dtype = vllm_config.model_config.hf_config.kdray_logits
     # `replace` derives the quantisation again from the model config.

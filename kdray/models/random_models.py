@@ -39,12 +39,17 @@ class RandomModel:
     vision: Mapping[str, Any] | None = None
     """Config of the vision tower of a model that also sees, whose language model the other fields describe."""
 
+    dtype: str = "float32"
+    """Of the files."""
+    file_size: str = "50GB"
+    """Largest size of a file, as transformers reads it; a model of several has an index of them."""
+
     def write(self, folder: Path) -> Path:
-        """Write a Hugging Face folder: safetensors in float32, config, tokenizer. Returns: the folder."""
+        """Write a Hugging Face folder: safetensors, config, tokenizer. Returns: the folder."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(self.seed)
-        keys = self._keys()
+        keys = self.keys()
         if self.vision is not None:
             keys = {"text_config": keys, "vision_config": dict(self.vision), "mm_tokens_per_image": 4}
         config = AutoConfig.for_model(self.model_type, **keys)
@@ -56,11 +61,12 @@ class RandomModel:
                 # Persistent ones are part of the checkpoint, such as the correction of a router's scores.
                 if name in model.state_dict() and buffer.is_floating_point() and not buffer.any():
                     buffer.uniform_(0.0, 0.5)
-        model.save_pretrained(folder)
+        model.to(getattr(torch, self.dtype)).save_pretrained(folder, max_shard_size=self.file_size)
         byte_tokenizer().save_pretrained(folder)
         return folder
 
-    def _keys(self) -> dict[str, Any]:
+    def keys(self) -> dict[str, Any]:
+        """Keys of the language model's config."""
         heads = max(1, self.size // 32)
         common = {
             "vocab_size": self.rows,

@@ -62,10 +62,22 @@ class Family:
         return EngineSpec(**given | dict(self.engine))
 
 
-def _of(name: str, model_type: str, tied: bool = False, tolerance: float = TOLERANCE, **config: Any) -> Family:
-    """A pair of one architecture. Args: config: keys of both configs."""
-    large = RandomModel(model_type, 128, 3, config, rows=VOCAB + 32, tied=tied, seed=1)
-    return Family(name, large, RandomModel(model_type, 64, 2, config, tied=tied, seed=2), tolerance=tolerance)
+_LAYERS = (3, 2)
+_MIXED = ("sliding_attention", "full_attention", "sliding_attention")
+"""Windows on some layers only, as large models have them; by default so few layers would all have one."""
+
+
+def _of(
+    name: str, model_type: str, tied: bool = False, tolerance: float = TOLERANCE, kinds: tuple[str, ...] = (), **config: Any
+) -> Family:
+    """A pair of one architecture. Args: kinds: of attention, by layer; config: keys of both configs."""
+    large, small = (config | ({"layer_types": list(kinds[:layers])} if kinds else {}) for layers in _LAYERS)
+    return Family(
+        name,
+        RandomModel(model_type, 128, _LAYERS[0], large, rows=VOCAB + 32, tied=tied, seed=1),
+        RandomModel(model_type, 64, _LAYERS[1], small, tied=tied, seed=2),
+        tolerance=tolerance,
+    )
 
 
 def _experts(**other: Any) -> dict[str, Any]:
@@ -73,6 +85,8 @@ def _experts(**other: Any) -> dict[str, Any]:
 
 
 QWEN2 = RandomModel("qwen2", 64, 2, seed=2)
+_DERIVED: dict[str, Any] = {"num_key_value_heads": None, "head_dim": None}
+"""Of families that have other names for them, or none."""
 _LATENT = {
     "kv_lora_rank": 32,
     "q_lora_rank": 64,
@@ -88,7 +102,13 @@ _LATENT = {
     "n_group": 2,
     "topk_group": 1,
 }
-
+_GRANITE4: dict[str, Any] = {
+    "num_local_experts": 0,
+    "shared_intermediate_size": 128,
+    "position_embedding_type": "rope",
+    "attention_multiplier": 0.1,
+}
+_GEMMA3: dict[str, Any] = {"sliding_window": 32, "query_pre_attn_scalar": 32}
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -113,6 +133,16 @@ FAMILIES: tuple[Family, ...] = (
             "original_max_position_embeddings": 128,
         },
     ),
+    Family(
+        "Llama, several files and an index",
+        RandomModel("llama", 128, 3, seed=1, file_size="300KB"),
+        RandomModel("llama", 64, 2, seed=2, file_size="100KB"),
+    ),
+    Family(
+        "Llama, files in bfloat16",
+        RandomModel("llama", 128, 3, seed=1, dtype="bfloat16"),
+        RandomModel("llama", 64, 2, seed=2, dtype="bfloat16"),
+    ),
     Family("Qwen 2 > Llama", RandomModel("qwen2", 128, 3, rows=VOCAB + 32, seed=1), RandomModel("llama", seed=2)),
     _of("Mistral, equal windows", "mistral", sliding_window=32),
     Family(
@@ -129,7 +159,7 @@ FAMILIES: tuple[Family, ...] = (
     _of("Ministral", "ministral", sliding_window=32),
     _of("Gemma", "gemma", tied=True),
     _of("Gemma 2", "gemma2", tied=True, sliding_window=32, attn_logit_softcapping=2.0, query_pre_attn_scalar=32),
-    _of("Gemma 3", "gemma3_text", tied=True, sliding_window=32, query_pre_attn_scalar=32),
+    _of("Gemma 3", "gemma3_text", tied=True, kinds=_MIXED, **_GEMMA3),
     _of("Phi 1 / 2", "phi", num_key_value_heads=None),
     _of("Phi 3", "phi3", sliding_window=None),
     _of(
@@ -146,7 +176,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _of("OLMo", "olmo"),
     _of("OLMo 2", "olmo2"),
-    _of("OLMo 3", "olmo3", sliding_window=32),
+    _of("OLMo 3", "olmo3", kinds=_MIXED, sliding_window=32),
     _of("OLMoE", "olmoe", tolerance=ROUTED, num_experts=8, num_experts_per_tok=2),
     _of("Granite", "granite", logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=2.0, attention_multiplier=0.1),
     _of("Granite MoE", "granitemoe", tolerance=ROUTED, num_local_experts=8, num_experts_per_tok=2, attention_multiplier=0.1),
@@ -154,7 +184,7 @@ FAMILIES: tuple[Family, ...] = (
     _of("GLM 4 (0414)", "glm4"),
     _of("GLM 4 MoE", "glm4_moe", tolerance=ROUTED, **_experts(n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1)),
     _of("Cohere", "cohere", tied=True, logit_scale=0.5),
-    _of("Cohere 2", "cohere2", tied=True, logit_scale=0.5, sliding_window=256),
+    _of("Cohere 2", "cohere2", tied=True, kinds=_MIXED, logit_scale=0.5, sliding_window=32),
     _of("GPT-NeoX", "gpt_neox", num_key_value_heads=None, head_dim=None),
     _of("GPT-2", "gpt2", tied=True),
     _of("SmolLM 3", "smollm3"),
@@ -172,14 +202,35 @@ FAMILIES: tuple[Family, ...] = (
     _of("Seed-OSS", "seed_oss"),
     _of("HunYuan", "hunyuan_v1_dense"),
     _of("Arcee", "arcee"),
-    _of("Exaone 4", "exaone4", sliding_window=32),
+    _of("Exaone 4", "exaone4", kinds=_MIXED, sliding_window=32),
     _of("Ernie 4.5", "ernie4_5"),
     _of("Nemotron", "nemotron"),
+    _of("Falcon", "falcon", tied=True, **_DERIVED),
+    _of("Falcon 40B", "falcon", tied=True, new_decoder_architecture=True, num_kv_heads=1, **_DERIVED),
+    _of("Falcon RW", "falcon", tied=True, alibi=True, multi_query=False, parallel_attn=False, bias=True, **_DERIVED),
+    _of("BLOOM", "bloom", tied=True, **_DERIVED),
+    _of("MPT", "mpt", tied=True, **_DERIVED),
+    _of("GPT-J", "gptj", rotary_dim=16, **_DERIVED),
+    _of("GPT-BigCode", "gpt_bigcode", tied=True, **_DERIVED),
+    _of("Ernie 4.5 MoE", "ernie4_5_moe", tolerance=ROUTED, moe_num_experts=8, moe_k=2, moe_intermediate_size=64, tied=True),
+    _of(
+        "dots.llm1", "dots1", tolerance=ROUTED, sliding_window=None,
+        **_experts(n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1),
+    ),
+    _of("Exaone MoE", "exaone_moe", tolerance=ROUTED, kinds=_MIXED, sliding_window=32, **_experts(num_shared_experts=1)),
+    _of("Granite 4, dense", "granitemoehybrid", kinds=("attention",) * 3, **_GRANITE4),
+    _of("Ministral 3", "ministral3"),
+    _of("MiniMax M2", "minimax_m2", tolerance=ROUTED, num_local_experts=8, num_experts_per_tok=2),
+    _of("HunYuan MoE", "hunyuan_v1_moe", tolerance=ROUTED, num_experts=8, moe_topk=2),
+    _of("GLM 4.7 Flash", "glm4_moe_lite", tolerance=ROUTED, **_LATENT),
+    _of("FlexOlmo", "flex_olmo", tolerance=ROUTED, num_experts=8, num_experts_per_tok=2),
+    _of("Gemma 4", "gemma4_text", tied=True, sliding_window=32),
+    _of("Gemma 3n", "gemma3n_text", tied=True, kinds=_MIXED, sliding_window=32),
     Family("Apertus > Qwen 2", RandomModel("apertus", 128, 3, seed=1), QWEN2, tolerance=ROUTED),
     Family(
         "Gemma 3 that also sees > Gemma 3",
-        RandomModel("gemma3", 128, 3, {"sliding_window": 32, "query_pre_attn_scalar": 32}, tied=True, seed=1, vision=_VISION),
-        RandomModel("gemma3_text", 64, 2, {"sliding_window": 32, "query_pre_attn_scalar": 32}, tied=True, seed=2),
+        RandomModel("gemma3", 128, 3, _GEMMA3 | {"layer_types": list(_MIXED)}, tied=True, seed=1, vision=_VISION),
+        RandomModel("gemma3_text", 64, 2, _GEMMA3 | {"layer_types": list(_MIXED[:2])}, tied=True, seed=2),
     ),
     # vLLM's CPU build computes int4 in bfloat16 alone.
     Family("Qwen 2, int4 teacher", RandomModel("qwen2", 128, 3, seed=1), QWEN2, {"dtype": "bfloat16"}, HALF, "int4"),

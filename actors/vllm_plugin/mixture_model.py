@@ -20,10 +20,12 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 
+from actors.vllm_plugin.config_hooks import InnerHooks, check_beside
 from actors.vllm_plugin.row_statistics import Rows
 from actors.vllm_plugin.sub_models import build, text_weights, unfilled
 
@@ -35,6 +37,7 @@ def register() -> None:
     """Register the architecture with vLLM in this process; idempotent."""
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MixtureForCausalLM)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = InnerHooks
 
 
 class MixtureForCausalLM(nn.Module):
@@ -66,6 +69,7 @@ class MixtureForCausalLM(nn.Module):
             source = config.kdray_student
             revision = config.kdray_student_revision
             student_config = get_config(source, trust_remote_code=False, revision=revision)
+            check_beside(student_config.architectures, architectures)
             self.student = build(
                 vllm_config, "student", student_config, student_config.architectures, quantised=False, prefix="student"
             )

@@ -44,3 +44,20 @@ def test_an_engine_gets_its_arguments_of_both_kinds(tmp_path: Path) -> None:
     )
     context = check(config).with_models()
     assert teacher_spec(context, "t").engine_args == {"block_size": 64, "log_level": "debug"}
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_teacher_that_only_scores_is_an_engine_without_a_student(holds: bool, tmp_path: Path) -> None:
+    config = parse_config(
+        {
+            "run": {"name": "x", "output": str(tmp_path)},
+            "data": {"prompts": {"type": "task", "tasks": ["last_letters"], "size": 16}, "heldout_size": 4},
+            "student": {"model": TINY | {"seed": 1}},
+            "teachers": {"t": {"model": TINY, "holds_student": holds}},
+            "rollout": {"sampler": "student", "max_new_tokens": 8},
+            "loss": {"type": "forward_kl"},
+        }
+    )
+    spec = teacher_spec(check(config).with_models(), "t")
+    assert spec.role == ("mixture" if holds else "teacher")
+    assert (spec.student is None, spec.student_revision) == (not holds, None)

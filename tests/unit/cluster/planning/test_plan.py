@@ -21,6 +21,7 @@ from cluster.planning.memory import (
     Lengths,
     LossTensors,
     ModelShape,
+    RankMemory,
     activation_bytes,
     engine_memory,
     loss_bytes,
@@ -38,6 +39,7 @@ from kdray.models.adapters import adapted_layers
 from tests.support.loss_batches import built_in_losses, loss_batch
 from tests.support.published_models import save_config
 
+CLUSTERS = Path(__file__).parents[4] / "docs" / "clusters.md"
 LLAMA_8B = {
     "dtype": "bfloat16",
     "hidden_size": 4096,
@@ -249,8 +251,10 @@ def test_the_loss_of_long_responses_does_not_grow_with_tokens_times_vocabulary()
     assert rank_memory(shape, training, Lengths(64, 8192), loss=LossTensors(chunks=False)).logprobs > 23 * GIB
 
 
-def test_activations_are_near_what_autograd_keeps() -> None:
-    model, tokens = _tiny(), 4 * 64
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None:
+    """Within a fifth, as all that a plan counts."""
+    model, tokens = _tiny().to(dtype), 4 * 64
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -263,9 +267,9 @@ def test_activations_are_near_what_autograd_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.model(torch.randint(0, 100, (4, 64))).last_hidden_state
     assert hidden.requires_grad
-    modelled = activation_bytes(ModelShape.of(model.config), tokens, 4, False)
-    assert 0.7 < modelled / sum(kept.values()) < 1.3
-    checkpointed = activation_bytes(ModelShape.of(model.config), tokens, 4, True)
+    modelled = activation_bytes(ModelShape.of(model.config), tokens, dtype.itemsize, False)
+    assert 0.8 < modelled / sum(kept.values()) < 1.2
+    checkpointed = activation_bytes(ModelShape.of(model.config), tokens, dtype.itemsize, True)
     assert checkpointed < modelled / 2
 
 
@@ -460,33 +464,73 @@ def test_every_accelerator_is_one_that_ray_knows() -> None:
     assert set(ACCELERATORS) <= {value for name, value in vars(accelerators).items() if name.isupper()}
 
 
-@pytest.mark.parametrize(
-    ("teacher", "weight", "parallel", "gpu_gib", "responses"),
-    [
-        # Bytes of a layer's weight, GPUs of a replica, their memory, responses of 8k tokens that its cache holds at once.
-        (LLAMA_70B | {"quantization_config": {"quant_method": "fp8"}}, 1 + 2 / 4096, 8, 79.6, 110),
-        (QWEN_32B, 2.0, 4, 79.6, 57),
-        (
-            LLAMA_70B | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
-            0.5 + 2 / 128,
-            4,
-            44.4,
-            24,
-        ),
-    ],
-    ids=["70B FP8 on 8 H100", "32B bf16 on 4 H100", "70B int4 on 4 L40S"],
-)
+def _counted(config: dict[str, Any], linear: float, parallel: int) -> float:
+    """Bytes of a model's weights on one of the GPUs that share it, tensor by tensor of a model without weights.
+
+    Args: linear: bytes of a weight of a layer's linear modules; others have two, and norms are on every GPU.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**{name: each for name, each in config.items() if name != "quantization_config"}))
+    found = 0.0
+    for name, module in model.named_modules():
+        each = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            found += each / parallel * (linear if "proj" in name else 2)
+        else:
+            found += 2 * each
+    return found
+
+
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
+AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+WORKED = [
+    pytest.param(LLAMA_70B | FP8, 1 + 2 / 4096, 8, (2, "H100", 8), 8, id="70B FP8 on 8 H100"),
+    pytest.param(QWEN_32B, 2.0, 4, (1, "H100", 8), 4, id="32B bf16 on 4 H100"),
+    pytest.param(LLAMA_70B | AWQ, 0.5 + 2 / 128, 4, (2, "L40S", 4), 4, id="70B int4 on 4 L40S"),
+]
+"""Teacher, bytes of a weight of its layers, GPUs of its replica; nodes, their kind and GPUs; ranks of the 8B student."""
+
+
+@pytest.mark.parametrize(("teacher", "weight", "parallel", "nodes", "ranks"), WORKED)
 def test_a_large_teacher_with_an_8b_student(
-    teacher: dict[str, Any], weight: float, parallel: int, gpu_gib: float, responses: int
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    teacher: dict[str, Any],
+    weight: float,
+    parallel: int,
+    nodes: tuple[int, str, int],
+    ranks: int,
 ) -> None:
-    large, student = ModelShape.of(LlamaConfig(**teacher)), ModelShape.of(LlamaConfig(**LLAMA_8B))
-    embedding = 2 * teacher["vocab_size"] * teacher["hidden_size"]
-    norms = (2 * teacher["num_hidden_layers"] + 1) * teacher["hidden_size"]
-    layers = large.parameters - embedding - norms
-    memory = engine_memory([large, student], 2, parallel, 256, 4096, 0.85 * gpu_gib * GIB)
-    expected = layers * weight + (embedding + norms + student.parameters) * 2
-    assert memory.weights == pytest.approx(expected / parallel, rel=1e-6)
-    assert memory.kv_tokens > responses * (8192 + 512)
+    """Replica and ranks of the worked examples, on their nodes, as docs/clusters.md has them."""
+    for name, shape in (("teacher", teacher), ("student", LLAMA_8B)):
+        LlamaConfig(**shape, max_position_embeddings=16384).save_pretrained(tmp_path / name)
+    engine = {"tensor_parallel_size": parallel, "num_gpus": parallel, "replicas": 1, "max_num_seqs": 256}
+    config = _config(
+        {name: str(tmp_path / name) for name in ("teacher", "student")},
+        teacher=engine,
+        rollout={"max_new_tokens": 8192},
+        training={"ranks": ranks, "micro_batch_size": 1},
+    )
+    count, kind, gpus = nodes
+    found = {role.bundle.role: role for role in plan(config, _nodes(count, kind, gpus=gpus)).roles}
+    replica, rank = found["teacher main"].memory, found["student"].memory
+    assert isinstance(replica, EngineMemory)
+    assert isinstance(rank, RankMemory)
+    student = _counted(LLAMA_8B, 2.0, parallel)
+    assert replica.weights == pytest.approx(_counted(teacher, weight, parallel) + student, rel=0.01)
+    whole = _counted(LLAMA_8B, 2.0, 1) / 2
+    assert (rank.weights, rank.gradients, rank.optimizer) == tuple(size * whole / ranks for size in (2, 4, 12))
+    limit = found["student"].memory_limit
+    assert limit is not None
+    assert rank.total < limit
+    responses = int(replica.kv_tokens / (8192 + 512))
+    row = (
+        f"| {gpus if count == 1 else f'{count} x {gpus}'} {kind} | {replica.weights / GIB:.1f} GiB | "
+        f"{replica.kv_per_token / 1024:.0f} KiB | {responses} | {rank.total / GIB:.1f} of {limit / GIB:.1f} GiB |"
+    )
+    name = request.node.callspec.id.split(" on ")[0]
+    (shown,) = (line for line in CLUSTERS.read_text().splitlines() if line.startswith("| " + name.replace("B ", "B in ", 1)))
+    assert shown.endswith(row), f"docs/clusters.md shows {shown}, and the plan says {row}"
 
 
 def test_publication_is_counted_and_a_small_object_store_is_named(models: dict[str, str], tmp_path: Path) -> None:

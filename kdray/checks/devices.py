@@ -65,12 +65,20 @@ def precision_notes(config: Config) -> Iterator[str]:
 def quantisation_notes(config: Config) -> Iterator[str]:
     """One line for each served teacher whose weights are quantised.
 
-    Raises: ConfigError for a format that the CPU build of vLLM has no kernels for.
+    Raises: ConfigError for a format that engines do not load, or not on the device of the installed build.
     """
+    device = vllm_build.vllm_device() or "gpu"
     for name in config.served_teachers:
-        form = WeightFormat.of(architecture(*config.source(name)))
+        model = architecture(*config.source(name))
+        form = WeightFormat.of(model)
         if form is not None:
-            if vllm_build.vllm_device() == "cpu" and form.bits == 8 and (form.is_float or not form.rounds_activations):
+            if not form.runs_on("gpu", model.model_type):
+                raise ConfigError(
+                    f"teachers.{name}.model has quantised weights ({form}) of a format that engines do not load: they load "
+                    "compressed-tensors (int4, int8, FP8), GPTQ and AWQ (4 or 8 bits), FP8, and gpt-oss in mxfp4; use one of "
+                    "these, or the model as it was before quantisation"
+                )
+            if not form.runs_on(device, model.model_type):
                 raise ConfigError(
                     f"teachers.{name}.model has quantised weights ({form}) that the CPU build of vLLM cannot compute with: "
                     "it has kernels for 4-bit weights (compressed-tensors, GPTQ, AWQ), and for int8 weights with int8 "

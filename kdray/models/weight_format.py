@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+_PACKED = frozenset({"compressed-tensors", "gptq", "awq"})
+"""Methods whose weights are integers of 4 or 8 bits."""
+_FLOAT8 = frozenset({"compressed-tensors", "fp8"})
 _SCALE_BYTES = 2
 _CHANNEL = 4096
 """Weights of a row that share a scale if there are no groups: the width of a usual model."""
@@ -44,6 +47,24 @@ class WeightFormat:
             is_float="fp8" in method or weights.get("type") == "float",
             rounds_activations=any(group.get("input_activations") for group in groups.values()),
         )
+
+    def runs_on(self, device: Literal["cpu", "gpu"], model_type: str) -> bool:
+        """Return True if engines load it there. A format that is not named here was not tried, or vLLM 0.32 has none of it.
+
+        Args: device: that vLLM's build computes on; model_type: of the model's config.
+        """
+        if self.method == "mxfp4":
+            return device == "gpu" and model_type == "gpt_oss"
+        if self.is_float:
+            return device == "gpu" and self.bits == 8 and self.method in _FLOAT8
+        if self.method not in _PACKED:
+            return False
+        if device == "gpu":
+            return self.bits in (4, 8)
+        # The CPU build has kernels for plain activations over 4 bits, and for int8 with both sides rounded.
+        if self.rounds_activations:
+            return self.bits == 8 and self.method == "compressed-tensors"
+        return self.bits == 4
 
     @property
     def weight_bytes(self) -> float:

@@ -149,3 +149,43 @@ def test_a_quantised_teacher_without_kernels_is_refused_on_cpus_alone(
     else:
         with pytest.raises(ConfigError, match=r"teachers\.t\.model has quantised weights .* the CPU build of vLLM cannot"):
             list(quantisation_notes(config(teachers=teachers)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        {"quant_method": "quark"},
+        {"quant_method": "torchao"},
+        {"quant_method": "auto-round", "bits": 4, "group_size": 128},
+        {"quant_method": "fbgemm_fp8"},
+        {"quant_method": "gptq", "bits": 3, "group_size": 128},
+        {"quant_method": "mxfp4"},
+        compressed("float", 4, False),
+    ],
+    ids=lambda settings: settings["quant_method"],
+)
+@pytest.mark.parametrize("device", ["cpu", "gpu", None])
+def test_a_format_that_was_not_tried_is_refused_everywhere(
+    settings: dict[str, Any], device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(quantization_config=settings).save_pretrained(tmp_path)
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: device)
+    with pytest.raises(ConfigError, match=r"teachers\.t\.model has quantised weights \(\S+, \d bits.* do not load: they load"):
+        list(quantisation_notes(config(teachers={"t": {"model": str(tmp_path)}})))
+
+
+def test_gpt_oss_in_its_own_format_is_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GptOssConfig
+
+    GptOssConfig(quantization_config={"quant_method": "mxfp4"}).save_pretrained(tmp_path)
+    settings = config(teachers={"t": {"model": str(tmp_path)}})
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "gpu")
+    (note,) = quantisation_notes(settings)
+    assert "(mxfp4, 4 bits)" in note
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "cpu")
+    with pytest.raises(ConfigError, match=r"the CPU build of vLLM cannot compute with"):
+        list(quantisation_notes(settings))

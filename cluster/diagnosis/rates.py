@@ -18,6 +18,8 @@ from cluster.planning.memory import ModelShape, engine_memory
 from kdray.models.random_models import VOCAB, RandomModel
 from kdray.types import SampleRequest
 
+PLAN_WITHIN = 0.2
+"""Share by which `kdray plan` may be off."""
 _MIN_S = 0.5
 """Shortest time over which a rate is measured."""
 
@@ -34,8 +36,8 @@ class Throughput:
     only_on_gpus: bool = False
 
     async def run(self, folder: Path) -> dict[str, Any]:
-        """Returns: `ok`; response tokens per second at each size; of the device, TFLOP/s and GB/s, and their shares of the data
-        sheet's if it is known.
+        """Returns: `ok` if the KV cache has the size of the plan; response tokens per second at each size; of the device,
+        TFLOP/s and GB/s, and their shares of the data sheet's if it is known.
         """
         from actors.serving.engine import TeacherEngine
 
@@ -53,10 +55,11 @@ class Throughput:
             gpu_memory_utilization=0.3,
         )
         engine = TeacherEngine(spec)
-        found: dict[str, Any] = {"ok": True}
+        found: dict[str, Any] = {}
         try:
             await engine.start()
-            found["KV cache, tokens / planned"] = engine.kv_tokens / _planned_kv_tokens(spec)
+            share = engine.kv_tokens / planned_kv_tokens(spec)
+            found |= {"ok": abs(share - 1) <= PLAN_WITHIN, "KV cache, tokens / planned": share}
             for size in self.sizes:
                 # The first pass at a size includes what is made once.
                 for _ in range(2):
@@ -69,7 +72,7 @@ class Throughput:
         return found | device_rates()
 
 
-def _planned_kv_tokens(spec: EngineSpec) -> int:
+def planned_kv_tokens(spec: EngineSpec) -> int:
     """Tokens in the KV cache of an engine on this machine, as `kdray plan` counts them."""
     models = [ModelShape.of(AutoConfig.from_pretrained(each, trust_remote_code=False)) for each in (spec.model, spec.student)]
     on_gpu = torch.cuda.is_available()

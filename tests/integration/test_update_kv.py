@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from actors.serving.engine import TeacherEngine
+from cluster.diagnosis.rates import PLAN_WITHIN, planned_kv_tokens
 from kdray.types import Rollout, SampleRequest
 from tests.integration.conftest import VOCAB, TinyModels
 from tests.support.pools import engine_spec
@@ -47,6 +49,8 @@ async def test_kept_keys_and_values_cost_nothing_and_are_recorded_as_sampled(tin
     new = tiny_models.make("newer-False", 2, 64, seed=3)
     engine = TeacherEngine(engine_spec(teacher, old, update_kv="keep"))
     await engine.start()
+    # Its cache is of the size that `kdray plan` counts.
+    assert engine.kv_tokens == pytest.approx(planned_kv_tokens(engine.spec), rel=PLAN_WITHIN)
     try:
         paths = [new / "model.safetensors"]
         rollouts = await _draw_over_an_update(engine, paths, 1)

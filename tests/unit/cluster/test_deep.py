@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,33 @@ def test_rates_of_a_known_gpu_stand_beside_its_data_sheet(monkeypatch: pytest.Mo
     found = rates.device_rates()
     assert found["TFLOP/s, share of peak"] == pytest.approx(0.5)
     assert found["GB/s, share of peak"] == pytest.approx(found["GB/s"] / 4800)
+
+
+@pytest.mark.parametrize(("share", "ok"), [(1.0, True), (0.81, True), (1.19, True), (0.79, False), (1.21, False)])
+def test_an_engine_whose_cache_is_not_that_of_the_plan_is_not_ok(
+    share: float, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        kv_tokens = 1000 * share
+
+        def __init__(self, spec: Any) -> None:
+            pass
+
+        async def start(self) -> None:
+            pass
+
+        async def close(self) -> None:
+            pass
+
+        async def sample(self, requests: Any) -> AsyncIterator[list[Any]]:
+            yield []
+
+    monkeypatch.setattr("actors.serving.engine.TeacherEngine", Engine)
+    monkeypatch.setattr(rates, "planned_kv_tokens", lambda spec: 1000)
+    monkeypatch.setattr(rates, "device_rates", dict)
+    monkeypatch.setattr(RandomModel, "write", lambda model, folder: folder)
+    found = asyncio.run(rates.Throughput(sizes=(1,)).run(tmp_path))
+    assert (found["ok"], found["KV cache, tokens / planned"]) == (ok, share)
 
 
 def test_results_and_crashes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

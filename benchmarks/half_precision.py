@@ -81,7 +81,7 @@ async def measure(size: str, logits: str, folder: Path) -> dict[str, Any]:
     )
     try:
         await engine.start()
-        of_engine = await engine.student_log_probabilities(ids)
+        of_engine = await engine.log_probabilities(ids)
     finally:
         await engine.close()
     return {

@@ -180,13 +180,16 @@ class Runner:
         """
         refused: list[str] = []
 
-        async def watch() -> None:
-            verdict = await self._stores.weights.refused.remote()
-            refused.append(refusal(verdict, str(self._config.student.model)))
+        async def watch(weights: Any, model: str) -> None:
+            verdict = await weights.refused.remote()
+            refused.append(refusal(verdict, model))
             self.reporter.event("version_refused", **asdict(verdict))
             self.stop.set()
 
-        watching = asyncio.create_task(watch())
+        stores = {str(self._config.student.model): self._stores.weights}
+        if self._stores.average is not None:
+            stores["its teacher"] = self._stores.average
+        watching = [asyncio.create_task(watch(weights, model)) for model, weights in stores.items()]
         try:
             return await phases
         except KdrayError as error:
@@ -194,7 +197,8 @@ class Runner:
                 raise TrainingError(f"{refused[0]}. {error}") from error
             raise
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
 
     def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
         """Ranks not yet placed on a node, as long as none of the student's has started; blocks."""

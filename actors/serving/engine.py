@@ -421,8 +421,8 @@ class TeacherEngine:
             self._broken = f"update to {which} version {version} failed: {error}"
             raise EngineError(self._broken) from error
 
-    async def student_log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
-        """log q of every id but the first under the student's present weights, by prefill: float32 [len(ids) - 1]."""
+    async def log_probabilities(self, ids: Sequence[int], which: Literal["student", "teacher"] = "student") -> np.ndarray:
+        """log q, or log p, of every id but the first under the present weights, by prefill: float32 [len(ids) - 1]."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -439,7 +439,7 @@ class TeacherEngine:
         engine_request = EngineRequest(key, [int(token_id) for token_id in ids[:-1]], params)
         async with aclosing(self._finish([engine_request], [len(ids) - 1])) as finished:
             ((_, _, record),) = [answer async for part in finished for answer in part]
-        return record["student_logprobs"]
+        return record[f"{which}_logprobs"]
 
     @property
     def dtype(self) -> str:

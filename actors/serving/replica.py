@@ -209,16 +209,44 @@ class TeacherReplica:
         trained = await weights.trained.remote(version)
         if trained is None or not self._spec.parity_ids:
             return None
-        served = await self._engine.student_log_probabilities(self._spec.parity_ids[: len(trained.logprobs) + 1])
+        served = await self._engine.log_probabilities(self._spec.parity_ids[: len(trained.logprobs) + 1])
         return judge(version, trained, served, self._engine.dtype, self._spec.student_dtype)
 
     async def _renew_teacher(self) -> None:
-        """Load the newest weights of a changing teacher, waiting for its first."""
-        if self._teacher_weights is None:
+        """Load the newest weights of a changing teacher, waiting for its first; once more if its log p is not its trainer's.
+
+        Raises: EngineError for a version that is refused twice; not at once, since the run, which learns of it, ends first.
+        """
+        store = self._teacher_weights
+        if store is None:
             return
-        newest, _ = await self._teacher_weights.newest.remote(0)
-        if newest > self._engine.teacher_version:
-            await self._pull(self._teacher_weights, newest, self._engine.update_teacher)
+        newest, _ = await store.newest.remote(0)
+        if newest <= self._engine.teacher_version:
+            return
+        await self._pull(store, newest, self._engine.update_teacher)
+        verdict = await self._compare_teacher(store)
+        if verdict is not None and not verdict.accepted:
+            self._engine.teacher_version = -1
+            await self._pull(store, newest, self._engine.update_teacher)
+            verdict = await self._compare_teacher(store)
+        if verdict is None:
+            return
+        await store.report_teacher.remote(verdict)
+        if not verdict.accepted:
+            await asyncio.sleep(_RUN_ENDS_S)
+            raise EngineError(refusal(verdict, f"teacher {self._spec.teacher}"))
+
+    async def _compare_teacher(self, store: Any) -> Verdict | None:
+        """Compare the loaded teacher with its trainer's; None if its trainer has not computed these weights' log p.
+
+        That is so for an average over versions, which no rank holds as a model, and where prefill is not recorded.
+        """
+        version = self._engine.teacher_version
+        trained = await store.trained.remote(version)
+        if trained is None or not self._spec.parity_ids or self._spec.scoring != "recorder":
+            return None
+        served = await self._engine.log_probabilities(self._spec.parity_ids[: len(trained.logprobs) + 1], "teacher")
+        return judge(version, trained, served, self._engine.dtype, self._spec.student_dtype)
 
     async def _pull(self, store: Any, at_least: int, update: Callable[[list[Path], int], Awaitable[None]]) -> None:
         version, folder, paths = await pull(store, at_least)

@@ -194,7 +194,9 @@ class Outlet:
 
     def renew(self, version: int, decay: float) -> None:
         """Update the average of the weights, and publish it. Args: decay: share of the average that is kept."""
-        _send(self._average, version, self._trainer.averaged_buckets(decay))
+        # Without an average they are the present weights, whose log q is at hand.
+        trained = self._trained() if decay == 0 else None
+        _send(self._average, version, self._trainer.averaged_buckets(decay), trained)
 
     def flush(self) -> None:
         """Return once everything is published. Raises: the error of a version that did not arrive."""

@@ -106,6 +106,13 @@ class WeightStore:
                 self._largest_gap = verdict.gap
             self._published.notify_all()
 
+    async def report_teacher(self, verdict: Verdict) -> None:
+        """Report a comparison by a replica whose teacher these weights are; it says nothing of replicas that sample."""
+        async with self._published:
+            if self._refusal is None and not verdict.accepted:
+                self._refusal = verdict
+                self._published.notify_all()
+
     async def verdict(self, at_least: int) -> Verdict:
         """Wait for a comparison of a version that is `at_least` this, by any replica."""
         async with self._published:

@@ -60,11 +60,11 @@ class EngineTransfer:
         tensors = {name: each.to(device) for name, each in load_file(new / "model.safetensors").items()}
         try:
             await engine.start()
-            before = await engine.student_log_probabilities(_IDS)
+            before = await engine.log_probabilities(_IDS)
             began = time.perf_counter()
             await _transfer(engine, tensors, self.backend, device)
             seconds = time.perf_counter() - began
-            after = await engine.student_log_probabilities(_IDS)
+            after = await engine.log_probabilities(_IDS)
         finally:
             await engine.close()
         gap = float(np.abs(after - log_probabilities_of_ids(str(new), _IDS)).max())

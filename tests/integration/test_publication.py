@@ -116,7 +116,7 @@ async def test_an_engine_in_bfloat16_loads_changes_as_it_loads_whole_versions(tm
             assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in publish(trainer, tmp_path)]
             await engine.update_student(paths, version)
             shutil.rmtree(folder)
-            served = await engine.student_log_probabilities(ids)
+            served = await engine.log_probabilities(ids)
             verdict = judge(version, trainer.log_probabilities(ids), served, engine.dtype, "bfloat16")
             print(verdict, sent[-1])
             assert verdict.accepted, verdict

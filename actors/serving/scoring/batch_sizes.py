@@ -36,7 +36,7 @@ class CheckedEngine(Protocol):
     def dtype(self) -> str: ...
     def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]: ...
     def score(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[Rollout]]: ...
-    async def student_log_probabilities(self, ids: Sequence[int]) -> np.ndarray: ...
+    async def log_probabilities(self, ids: Sequence[int]) -> np.ndarray: ...
 
 
 async def check_batch_sizes(engine: CheckedEngine, sizes: Sequence[int]) -> None:
@@ -85,7 +85,7 @@ def _request(spec: EngineSpec, size: int, index: int) -> SampleRequest:
 
 async def _student(engine: CheckedEngine, rollout: Rollout) -> np.ndarray:
     ids = np.concatenate([rollout.prompt_ids, rollout.token_ids]).tolist()
-    return (await engine.student_log_probabilities(ids))[len(rollout.prompt_ids) - 1 :]
+    return (await engine.log_probabilities(ids))[len(rollout.prompt_ids) - 1 :]
 
 
 def _gap(pairs: Iterable[tuple[np.ndarray | None, np.ndarray | None]]) -> float:

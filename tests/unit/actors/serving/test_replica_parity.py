@@ -26,8 +26,9 @@ class Engine:
 
     def __init__(self, answers: list[np.ndarray]) -> None:
         self.answers = answers
-        self.student_version = -1
+        self.student_version = self.teacher_version = -1
         self.loads = 0
+        self.asked: list[str] = []
 
     async def update_student(self, paths: list[Path], version: int) -> None:
         self.loads += 1
@@ -36,12 +37,21 @@ class Engine:
     async def set_initial_version(self, version: int) -> None:
         self.student_version = version
 
-    async def student_log_probabilities(self, ids: tuple[int, ...]) -> np.ndarray:
+    async def update_teacher(self, paths: list[Path], version: int) -> None:
+        assert version > self.teacher_version
+        self.loads += 1
+        self.teacher_version = version
+
+    async def log_probabilities(self, ids: tuple[int, ...], which: str = "student") -> np.ndarray:
         assert ids == IDS
+        self.asked.append(which)
         return self.answers.pop(0)
 
 
-async def loaded(answers: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, WeightStore, Exception | None]:
+async def loaded(
+    answers: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, *, teacher: bool = False
+) -> tuple[Engine, WeightStore, Exception | None]:
+    """Load version 4 into a replica. Args: answers: of its engine; teacher: as its teacher's weights."""
     monkeypatch.setattr(module, "_RUN_ENDS_S", 0.0)
     store, engine = WeightStore(), Engine(answers)
     await store.commit(
@@ -51,7 +61,11 @@ async def loaded(answers: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> 
     replica._spec = engine_spec(Path("teacher"), Path("student"), parity_ids=IDS)
     replica._engine = engine  # type: ignore[assignment]
     try:
-        await replica._load_student(Handle(store), 4)
+        if teacher:
+            replica._teacher_weights = Handle(store)
+            await replica._renew_teacher()
+        else:
+            await replica._load_student(Handle(store), 4)
     except EngineError as error:
         return engine, store, error
     finally:
@@ -81,6 +95,26 @@ async def test_a_version_refused_twice_is_reported_and_serves_nothing(monkeypatc
     assert "version 4 of student was refused twice" in str(error)
     verdict = await store.refused()
     assert (verdict.version, verdict.gap) == (4, 1.0)
+
+
+@pytest.mark.parametrize(("answers", "loads", "refused"), [([0.0], 1, False), ([1.0, 0.0], 2, False), ([1.0, 1.0], 2, True)])
+async def test_a_teacher_that_changes_is_compared_with_the_ranks_that_trained_it(
+    answers: list[float], loads: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, store, error = await loaded([TRAINED + np.float32(gap) for gap in answers], monkeypatch, teacher=True)
+    assert (engine.loads, engine.teacher_version, set(engine.asked)) == (loads, 4, {"teacher"})
+    assert (error is not None) == refused
+    if refused:
+        assert "version 4 of teacher t was refused twice" in str(error)
+        assert (await store.refused()).gap == 1.0
+    # It says nothing of replicas that sample from the student, which the start of a phase waits for.
+    assert store._verdict is None
+
+
+async def test_a_teacher_is_not_compared_where_its_log_p_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WeightStore, "trained", lambda self, version: _none())
+    engine, _, error = await loaded([], monkeypatch, teacher=True)
+    assert (engine.loads, engine.asked, error) == (1, [], None)
 
 
 async def test_a_version_without_the_trainers_numbers_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,3 +124,20 @@ def test_a_rank_has_its_secrets_before_it_does_anything(tmp_path: Path, monkeypa
     config = module.RankConfig(TrainingSettings(), 8, 0, None, None, None, tmp_path, secrets={"A_KEY": tmp_path / "key"})  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="begins with value"):
         module.run_rank({"config": config})
+
+
+@pytest.mark.parametrize(("decay", "sent"), [(0.0, "log q"), (0.9, None), (1.0, None)])
+def test_a_teacher_that_is_the_student_as_it_is_comes_with_its_log_q(decay: float, sent: str | None) -> None:
+    """Replicas compare what they loaded with it; of an average over versions, no rank holds the model."""
+    published: list[Any] = []
+    trainer: Any = SimpleNamespace(
+        rank=1, has_trained=True, log_probabilities=lambda ids: "log q", averaged_buckets=lambda decay: iter([])
+    )
+    config: Any = SimpleNamespace(parity_ids=(1, 2, 3), average=None, training=None)
+    outlet = module.Outlet(config, trainer)
+    outlet._average = SimpleNamespace(  # type: ignore[assignment]
+        publish=lambda version, buckets, trained: published.append((version, trained))
+    )
+    outlet.renew(5, decay)
+    outlet.close()
+    assert published == [(5, sent)]

@@ -67,7 +67,7 @@ class Engine:
             ids = [*rollout.prompt_ids, *rollout.token_ids]
             yield [replace(rollout, teacher_logprobs=log_p(ids, 0.2)[len(rollout.prompt_ids) :])]
 
-    async def student_log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
+    async def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         return log_p(ids, 0.1)[1:]
 
 

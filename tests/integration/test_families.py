@@ -76,7 +76,7 @@ class Parts:
         await self.engine.update_student(paths, self.version)
 
     async def compare(self) -> Verdict:
-        served = await self.engine.student_log_probabilities(IDS)
+        served = await self.engine.log_probabilities(IDS)
         trained = self.trainer.log_probabilities(IDS)
         verdict = judge(self.version, trained, served, self.engine.dtype, DTYPES[self.precision])
         print(verdict, f"spread {trained.spread:.2f}")
@@ -191,7 +191,12 @@ def test_a_run_ends_after_a_checkpoint_when_replicas_hold_another_student(
     assert refused["gap"] > refused["tolerance"]
     (start_gap,) = (event["gap"] for event in events if event["kind"] == "parity")
     assert start_gap < 1e-4
+    # No step asks for a checkpoint: that of the refusal is the only one.
+    (written,) = (event["step"] for event in events[events.index(refused) :] if event["kind"] == "checkpoint")
+    assert written > 0
     monkeypatch.undo()
     finish(start("run", str(recipe), "--resume"), 0)
+    starts = [event for event in json_lines(run / "events.jsonl") if event["kind"] == "start"]
+    assert [event["resumed_step"] for event in starts] == [None, written]
     check_ledger(run, 6)
     assert max(row["parity_gap"] for row in json_lines(run / "metrics.jsonl") if row.get("parity_gap") is not None) < 1e-4

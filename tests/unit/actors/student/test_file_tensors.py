@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -71,11 +69,14 @@ def test_an_export_that_lost_a_tensor_is_found(tmp_path: Path) -> None:
     trainer.export(tmp_path / "export", ids=IDS)
     trained = trainer.log_probabilities(IDS)
     assert export_gap(tmp_path / "export", torch.float32, IDS, trained, VOCAB) is None
-    message = export_gap(
-        tmp_path / "export", torch.float32, IDS, replace(trained, logprobs=trained.logprobs + np.float32(0.3)), VOCAB
-    )
+    # A buffer that transformers makes anew without a word: the correction of a router's scores.
+    exported = tmp_path / "export" / "model.safetensors"
+    tensors = of_files(tmp_path / "export")
+    (lost,) = (name for name in tensors if name.endswith("e_score_correction_bias"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, exported, {"format": "pt"})
+    message = export_gap(tmp_path / "export", torch.float32, IDS, trained, VOCAB)
     assert message is not None
-    assert "log q differs by 0.3 nats a token" in message
+    assert "the exported student, loaded anew, is another model than the one that was trained: log q differs by" in message
 
 
 def test_a_student_whose_files_lack_a_tensor_is_not_trained_from_random_weights(tmp_path: Path) -> None:

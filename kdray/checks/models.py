@@ -28,7 +28,7 @@ def check_models(config: Config) -> None:
         if model is not None:
             models[f"teachers.{name}.model"] = model, "teacher" if settings.served else "in-process teacher"
     for setting, (model, role) in models.items():
-        check_family(setting, role, *model, config.max_model_len)
+        check_family(setting, role, *model, config.max_model_len, config.run.untried_models)
     for setting, engine, held in _engines(config):
         _check_split(setting, engine, held)
 

@@ -1,4 +1,4 @@
-"""Warnings about settings that go beyond kdray's allow lists (`unsafe_engine_args`, `unsafe_options`), each by name."""
+"""Warnings about settings that go beyond kdray's allow lists (`unsafe_engine_args`, `untried_models` and others), by name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def unsafe_notes(config: Config) -> Iterator[str]:
     for section, engine in {"rollout.pool": config.rollout.pool, **engines}.items():
         yield from _note(f"{section}.unsafe_engine_args", engine.unsafe_engine_args)
     yield from _note("training.backend.unsafe_options", config.training.backend.unsafe)
+    for kind in config.run.untried_models:
+        yield (
+            f"run.untried_models: {kind}: nobody has compared what vLLM computes for it with transformers; the student is "
+            "compared with the replicas as ever, a teacher is not"
+        )
 
 
 def _note(setting: str, given: Mapping[str, Any]) -> Iterator[str]:

@@ -28,6 +28,9 @@ class RunSettings(Settings):
     None: the run folder is the only copy, and every node with student ranks must be able to access it. Credentials come from
     the environment."""
 
+    untried_models: Annotated[list[str], OnResume()] = Field(default=[])
+    """Model types (`model_type` of config.json) that the run may use although the table in docs/models.md has no row of them.
+    At your own risk: a student is still compared with its replicas, but nobody has compared such a teacher with anything."""
     trackers: Annotated[list[TrackerSource], OnResume()] = Field(default=[TensorBoardTracker()])
     """Destinations of numbers and events besides the run folder's own files; the keys depend on `type`: tensorboard,
     prometheus, wandb, mlflow, or one of another distribution. One that fails is reported as the event `tracker_failed` and

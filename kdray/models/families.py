@@ -6,7 +6,8 @@ table: docs/models.md shows it, and a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,8 @@ class ModelFacts:
     content: Mapping[str, Any]
     longest: int = 0
     """Tokens."""
+    untried: Collection[str] = ()
+    """Model types that the run may use although none of them was tried."""
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -46,6 +49,11 @@ class ModelFacts:
     def types(self) -> set[str]:
         """Model types of the whole and of its language model."""
         return {str(part["model_type"]) for part in (self.content, self.text) if "model_type" in part}
+
+    @property
+    def language_type(self) -> str:
+        """Model type of the language model."""
+        return str(self.text.get("model_type", self.content.get("model_type", "")))
 
     @property
     def architecture(self) -> str:
@@ -166,6 +174,26 @@ def _is_longer_than_rope(model: ModelFacts) -> bool:
     return trained is not None and model.longest > int(trained)
 
 
+def _windows_differ(model: ModelFacts) -> bool:
+    if model.language_type in WINDOWS_BY_LAYER:
+        return False
+    kinds = model.text.get("layer_types")
+    if isinstance(kinds, list):
+        return "sliding_attention" in kinds and len(set(kinds)) > 1
+    # Of Qwen 2 and its kin, whose older files state the layers by number: the first full ones, or every other of the first.
+    if not (model.text.get("use_sliding_window") and model.text.get("sliding_window")):
+        return False
+    first, layers = int(model.text.get("max_window_layers", 28)), int(model.text.get("num_hidden_layers") or 0)
+    return 0 < first < (layers if model.language_type != "qwen2_moe" else math.inf)
+
+
+def _is_untried(model: ModelFacts) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = model.language_type
+    return kind in CONFIG_MAPPING_NAMES and kind not in TRIED and kind not in model.untried
+
+
 def _is_unknown(model: ModelFacts) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -180,6 +208,54 @@ def _is_no_language_model(model: ModelFacts) -> bool:
     kind = str(model.content.get("model_type", ""))
     return kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+
+TRIED: frozenset[str] = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "granitemoe",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
+"""Types of language models that have a row in the table of docs/models.md, which tests compare with this list."""
+WINDOWS_BY_LAYER: frozenset[str] = frozenset({"cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3"})
+"""Types of which a row has windows on some layers alone; vLLM's code of others may have one for all."""
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -267,20 +343,51 @@ FAMILIES: tuple[Family, ...] = (
         "transformers {transformers} has no decoder of this type that predicts the next token",
         "use a decoder-only language model",
     ),
+    Family(
+        "a model with a window on some of its layers alone",
+        "Qwen2.5 with use_sliding_window and max_window_layers below its number of layers",
+        SERVED,
+        _windows_differ,
+        "vLLM's code of its type has one window for all layers",
+        "set use_sliding_window to false in its config.json where sequences stay within sliding_window, or use another model",
+        {"teacher": _ELSEWHERE},
+    ),
+    Family(
+        "a model with sparse attention",
+        "DeepSeek V3.2, GLM-5",
+        SERVED,
+        lambda model: bool(model.types & {"deepseek_v32", "glm_moe_dsa"}) or model.text.get("index_topk") is not None,
+        "vLLM's kernels of its indexer, which chooses the tokens to attend to, are for GPUs alone, and nobody has compared "
+        "them with transformers here",
+        "use a model with attention to every token",
+        {"teacher": _ELSEWHERE},
+    ),
+    Family(
+        "of a type that was not tried",
+        "decoders without a row in the table of docs/models.md",
+        SERVED,
+        _is_untried,
+        "nobody has compared what vLLM computes for it with transformers here, and a difference may show nowhere",
+        "use a model of a type in docs/models.md, or add its model_type to run.untried_models at your own risk: a student is "
+        "still compared with the replicas at the start and after every update, a teacher with nothing",
+    ),
 )
 """Refused families, most specific first."""
 
 
-def check_family(setting: str, role: Role, source: ModelSource, revision: str | None, longest: int) -> None:
+def check_family(
+    setting: str, role: Role, source: ModelSource, revision: str | None, longest: int, untried: Collection[str] = ()
+) -> None:
     """Check that a model's family can have a role. Reads config.json alone.
 
-    Args: setting: that names the model; longest: tokens of the longest sequence.
+    Args: setting: that names the model; longest: tokens of the longest sequence; untried: model types that the run may use
+    although none of them was tried.
     Raises: ConfigError with the family, the reason and the remedy.
     """
     named, revision = origin(source, revision)
     if isinstance(named, TinyModel):
         return
-    model = ModelFacts(read_config(resolve_model(named, Path()), revision), longest)
+    model = ModelFacts(read_config(resolve_model(named, Path()), revision), longest, untried)
     found = refusal(model, role)
     if found is not None:
         raise ConfigError(f"{setting}={named}: {found}")

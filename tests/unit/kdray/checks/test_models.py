@@ -46,6 +46,20 @@ def config(student: Any, teacher: dict[str, Any], **sections: Any) -> Config:
     return parse_config({"run": {"name": "r"}, "student": {"model": student}, "teachers": {"main": teacher}} | sections)
 
 
+def test_a_type_without_a_row_needs_a_setting(folder: Any, tmp_path: Path) -> None:
+    """Of student and teacher alike: exit code 2, and a run that has the setting says so at its start (`unsafe_notes`)."""
+    untried = folder("untried", {"architectures": ["CodeGenForCausalLM"], "model_type": "codegen"})
+    for tree in ((untried, {"model": TINY}), (TINY, {"model": untried})):
+        with pytest.raises(ConfigError, match=r"it is of a type that was not tried \(codegen\), .* add its model_type to run"):
+            check_models(config(*tree))
+        check_models(config(*tree, run={"name": "r", "untried_models": ["codegen"]}))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config(untried, {"model": TINY}).dump())
+    result = CliRunner().invoke(app, ["validate", str(recipe)])
+    assert result.exit_code == 2
+    assert "run.untried_models" in result.output
+
+
 def test_each_model_is_checked_for_its_own_role(folder: Any) -> None:
     gpt_oss, hybrid = folder("oss", GPT_OSS), folder("next", HYBRID)
     check_models(config(TINY, {"model": gpt_oss}))

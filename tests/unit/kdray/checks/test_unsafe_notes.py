@@ -33,3 +33,8 @@ def test_a_config_of_the_lists_has_none() -> None:
 def test_each_setting_is_named_with_its_arguments(sections: dict[str, Any], start: str) -> None:
     (line,) = notes(**sections)
     assert line == start + "not checked by kdray; may run code, and may make records or training wrong"
+
+
+def test_a_type_that_was_not_tried_is_named() -> None:
+    (line,) = notes(run={"name": "x", "untried_models": ["dbrx"]})
+    assert line.startswith("run.untried_models: dbrx: nobody has compared")

@@ -13,7 +13,17 @@ import pytest
 
 from kdray.config import TinyModel
 from kdray.errors import ConfigError
-from kdray.models.families import FAMILIES, ModelFacts, Role, check_family, read_config, refusal
+from kdray.models.families import (
+    FAMILIES,
+    TRIED,
+    WINDOWS_BY_LAYER,
+    ModelFacts,
+    Role,
+    check_family,
+    read_config,
+    refusal,
+)
+from tests.support.families import FAMILIES as ROWS
 
 DOCS = Path(__file__).parents[4] / "docs" / "models.md"
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -98,6 +108,22 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     ],
     "of an unknown type": [named("NextForCausalLM", "of_next_year"), {"architectures": ["LlamaForCausalLM"]}],
     "no language model": [named("CLIPModel", "clip"), named("ViTForImageClassification", "vit")],
+    "a model with a window on some of its layers alone": [
+        named("Qwen2ForCausalLM", "qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
+        named("Qwen2ForCausalLM", "qwen2", sliding_window=64, layer_types=["full_attention", "sliding_attention"]),
+        # vLLM would take the second's layers all for full ones, without an error.
+        named("Qwen2MoeForCausalLM", "qwen2_moe", use_sliding_window=True, sliding_window=64, max_window_layers=2),
+        named("Qwen3ForCausalLM", "qwen3", sliding_window=64, layer_types=["full_attention", "sliding_attention"]),
+    ],
+    "a model with sparse attention": [
+        named("DeepseekV32ForCausalLM", "deepseek_v32", index_topk=2048),
+        named("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
+        named("DeepseekV3ForCausalLM", "deepseek_v3", index_topk=2048),
+    ],
+    "of a type that was not tried": [
+        named("DbrxForCausalLM", "dbrx"),
+        named("CodeGenForCausalLM", "codegen"),
+    ],
 }
 """Name of a row -> files that it refuses."""
 
@@ -110,6 +136,15 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "Phi-3": named("Phi3ForCausalLM", "phi3", rope_scaling=None, original_max_position_embeddings=4096),
     "yarn": named("Qwen2ForCausalLM", "qwen2", rope_scaling={"type": "yarn", "original_max_position_embeddings": 4096}),
     "Mixtral": named("MixtralForCausalLM", "mixtral"),
+    "Qwen 2, a window that is not used": named(
+        "Qwen2ForCausalLM", "qwen2", use_sliding_window=False, sliding_window=64, max_window_layers=1
+    ),
+    "Qwen 2, a window on all layers": named(
+        "Qwen2ForCausalLM", "qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=0
+    ),
+    "Qwen 2, a window beyond the last layer": named(
+        "Qwen2ForCausalLM", "qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2
+    ),
     "its own code": named("XForCausalLM", "of_next_year", auto_map={"AutoConfig": "a.B"}),
 }
 
@@ -136,6 +171,34 @@ def test_every_row_has_an_example() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_what_works_is_not_refused(name: str, role: Role) -> None:
     assert refusal(ModelFacts(ACCEPTED[name], longest=100_000), role) is None
+
+
+def test_the_list_of_tried_types_is_that_of_the_rows() -> None:
+    """A type is tried if a row of the table has a language model of it; a row beyond tolerance fails where it is run."""
+    models = [model for row in ROWS for model in (row.teacher, row.student)]
+    assert {model.model_type for model in models if model.vision is None} == TRIED
+    assert all(f"{model.model_type}_text" in TRIED for model in models if model.vision is not None)
+
+
+def test_a_type_may_have_windows_by_layer_if_its_row_has() -> None:
+    from transformers import AutoConfig
+
+    found = set()
+    for model in (model for row in ROWS for model in (row.teacher, row.student) if model.vision is None):
+        kinds = getattr(AutoConfig.for_model(model.model_type, **model.keys()), "layer_types", None) or []
+        if "sliding_attention" in kinds and len(set(kinds)) > 1:
+            found.add(model.model_type)
+    assert found == WINDOWS_BY_LAYER
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_type_that_was_not_tried_may_be_used_where_the_run_says_so(role: Role) -> None:
+    (content, *_) = REFUSED["of a type that was not tried"]
+    refused = refusal(ModelFacts(content), role)
+    assert (refused is None) == (role == "in-process teacher"), "transformers computes it, which is what others are compared to"
+    assert refused is None or "add its model_type to run.untried_models at your own risk" in refused
+    assert refusal(ModelFacts(content, untried=["dbrx"]), role) is None
+    assert refusal(ModelFacts(REFUSED["a hybrid"][0], untried=["qwen3_next"]), "student") is not None, "it is known to fail"
 
 
 @pytest.mark.parametrize(("longest", "refused"), [(4096, False), (4097, True)])

@@ -68,9 +68,13 @@ def _uniform_window(text: Any) -> int | None:
 
 
 def unfilled(model: torch.nn.Module, filled: set[str]) -> list[str]:
-    """Parameters that a load left as they were made, without a tied output head, in order."""
+    """Parameters that a load left as they were made, without a tied output head, in order.
+
+    One that the model has under several names, as shared experts are, is filled under any of them.
+    """
+    found = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in filled}
     tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
-    return sorted({name for name, _ in model.named_parameters(remove_duplicate=True)} - filled - tied)
+    return sorted(name for name, each in model.named_parameters() if id(each) not in found and name not in tied)
 
 
 def text_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

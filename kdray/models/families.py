@@ -217,22 +217,32 @@ TRIED: frozenset[str] = frozenset(
         "cohere2",
         "deepseek_v2",
         "deepseek_v3",
+        "dots1",
         "ernie4_5",
         "exaone4",
+        "exaone_moe",
+        "falcon",
+        "flex_olmo",
         "gemma",
         "gemma2",
         "gemma3_text",
         "glm",
         "glm4",
         "glm4_moe",
+        "glm4_moe_lite",
         "gpt2",
+        "gpt_bigcode",
         "gpt_neox",
         "gpt_oss",
+        "gptj",
         "granite",
         "granitemoe",
+        "granitemoehybrid",
         "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
         "llama",
         "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
         "nemotron",
@@ -254,7 +264,9 @@ TRIED: frozenset[str] = frozenset(
     }
 )
 """Types of language models that have a row in the table of docs/models.md, which tests compare with this list."""
-WINDOWS_BY_LAYER: frozenset[str] = frozenset({"cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3"})
+WINDOWS_BY_LAYER: frozenset[str] = frozenset(
+    {"cohere2", "exaone4", "exaone_moe", "gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3"}
+)
 """Types of which a row has windows on some layers alone; vLLM's code of others may have one for all."""
 
 FAMILIES: tuple[Family, ...] = (
@@ -317,6 +329,49 @@ FAMILIES: tuple[Family, ...] = (
         "vLLM rounds the trained constants of its activation (xIELU) to bfloat16, so replicas would sample from another model "
         "than the ranks train",
         "use it as a teacher, and another student",
+    ),
+    Family(
+        "a mixture of experts whose modules have fixed names",
+        "dots.llm1, HunYuan-A13B, FlexOlmo",
+        STUDENT,
+        lambda model: bool(model.types & {"dots1", "flex_olmo", "hunyuan_v1_moe"}),
+        "vLLM's code gives its layers the same names wherever they are, so that they cannot be told from the teacher's",
+        "use it as a teacher, and another student",
+    ),
+    Family(
+        "EXAONE MoE",
+        "K-EXAONE",
+        STUDENT,
+        lambda model: "exaone_moe" in model.types,
+        "vLLM's loader of its experts does not take weights again",
+        "use it as a teacher, and another student",
+    ),
+    Family(
+        "ERNIE 4.5 with experts",
+        "ERNIE-4.5-21B-A3B",
+        SERVED,
+        lambda model: "ernie4_5_moe" in model.types,
+        "vLLM's CPU build leaves out its router's correction, and sends tokens to other experts than transformers; on GPUs it "
+        "was not run",
+        "use a dense ERNIE 4.5, or another model",
+        {"teacher": _ELSEWHERE},
+    ),
+    Family(
+        "BLOOM",
+        "BLOOM, BLOOMZ",
+        SERVED,
+        lambda model: "bloom" in model.types,
+        "vLLM computes its activation (GELU) exactly, and transformers by the approximation that it was trained with",
+        "use another model",
+        {"teacher": _ELSEWHERE},
+    ),
+    Family(
+        "MPT",
+        "MPT-7B, MPT-30B",
+        SERVED,
+        lambda model: "mpt" in model.types,
+        "vLLM has dropped it (0.28)",
+        "use another model",
     ),
     Family(
         "a longrope model beyond the length that it was first trained on",

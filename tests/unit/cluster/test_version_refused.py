@@ -33,9 +33,7 @@ async def test_a_refused_version_ends_the_run_after_a_checkpoint(whose: str, nam
         await asyncio.wait_for(runner.stop.wait(), 5)
         raise TrainingError("stopped at step 2 after writing a checkpoint")
 
-    with pytest.raises(
-        TrainingError, match=rf"version 3 {named} refused twice: .* stopped at step 2 after writing"
-    ):
+    with pytest.raises(TrainingError, match=rf"version 3 {named} refused twice: .* stopped at step 2 after writing"):
         await runner._watched(phases())
     assert [kind for kind, _ in events] == ["version_refused"]
     assert events[0][1]["gap"] == 0.5

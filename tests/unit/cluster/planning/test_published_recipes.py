@@ -10,7 +10,8 @@ import yaml
 
 from cluster.planning.memory import EngineMemory, ModelShape
 from cluster.planning.plan import described_nodes, plan
-from kdray.config import load_config
+from kdray.checks.devices import quantisation_notes
+from kdray.config import load_config, vllm_build
 from kdray.models.resolve import model_config
 from tests.support.published_models import PUBLISHED, save_config
 
@@ -32,10 +33,14 @@ def test_the_shapes_give_the_published_number_of_parameters(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_fits_on_the_nodes_that_it_names(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_fits_on_the_nodes_that_it_names(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cluster,) = re.findall(r"kdray plan \S+ --cluster (\S+)", recipe.read_text())
     assert f"kdray plan {recipe.relative_to(ROOT)} --cluster" in recipe.read_text()
     config = load_config(recipe, [f"{key}={save_config(name, tmp_path)}" for key, name in named(recipe).items()])
+    # Its format is one that engines load there.
+    monkeypatch.setattr(vllm_build, "vllm_device", lambda: "gpu")
+    quantised = [name for name, model in named(recipe).items() if "quantization_config" in PUBLISHED[model].config]
+    assert len(list(quantisation_notes(config))) == len(quantised)
     found = plan(config, described_nodes(ROOT / cluster))
     assert not [line for line in found.lines if "warning" in line]
     assert sum(role.bundle.count for role in found.roles if role.bundle.role == "student") == config.training.ranks

@@ -97,6 +97,15 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     ],
     "gpt-oss": [named("GptOssForCausalLM", "gpt_oss")],
     "Apertus": [named("ApertusForCausalLM", "apertus")],
+    "a mixture of experts whose modules have fixed names": [
+        named("Dots1ForCausalLM", "dots1"),
+        named("FlexOlmoForCausalLM", "flex_olmo"),
+        named("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe"),
+    ],
+    "EXAONE MoE": [named("ExaoneMoeForCausalLM", "exaone_moe")],
+    "ERNIE 4.5 with experts": [named("Ernie4_5_MoeForCausalLM", "ernie4_5_moe")],
+    "BLOOM": [named("BloomForCausalLM", "bloom")],
+    "MPT": [named("MptForCausalLM", "mpt")],
     "a longrope model beyond the length that it was first trained on": [
         named("Phi3ForCausalLM", "phi3", rope_scaling=LONGROPE, original_max_position_embeddings=4096),
         named("Phi3ForCausalLM", "phi3", rope_scaling=LONGROPE | {"type": "su"}, original_max_position_embeddings=4096),

@@ -40,7 +40,11 @@ def build(
     differ between models of an engine, and be empty for a quantised one: lists of excluded layers contain whole names.
     """
     text, architectures = text_model(config, architectures)
-    own = vllm_config.with_hf_config(text, architectures=architectures)
+    base = copy.copy(vllm_config)
+    base.model_config = copy.copy(vllm_config.model_config)
+    # Found there by vLLM when it derives sizes by layer, such as Gemma 4's; it would still be that of the other model.
+    base.model_config.hf_text_config = text.get_text_config()
+    own = base.with_hf_config(text, architectures=architectures)
     own.model_config.hf_text_config = own.model_config.hf_config.get_text_config()
     own.model_config.model_arch_config = own.model_config.get_model_arch_config()
     if (more := _WIDER_BY.get(text.model_type, 0)) and text.sliding_window:

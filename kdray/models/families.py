@@ -226,6 +226,7 @@ TRIED: frozenset[str] = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma4_text",
         "glm",
         "glm4",
         "glm4_moe",
@@ -265,7 +266,7 @@ TRIED: frozenset[str] = frozenset(
 )
 """Types of language models that have a row in the table of docs/models.md, which tests compare with this list."""
 WINDOWS_BY_LAYER: frozenset[str] = frozenset(
-    {"cohere2", "exaone4", "exaone_moe", "gemma2", "gemma3_text", "gpt_oss", "ministral", "olmo3"}
+    {"cohere2", "exaone4", "exaone_moe", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "ministral", "olmo3"}
 )
 """Types of which a row has windows on some layers alone; vLLM's code of others may have one for all."""
 

@@ -115,6 +115,7 @@ _GRANITE4: dict[str, Any] = {
     "position_embedding_type": "rope",
     "attention_multiplier": 0.1,
 }
+_GEMMA4: dict[str, Any] = {"sliding_window": 32, "global_head_dim": 64}
 _GEMMA3: dict[str, Any] = {"sliding_window": 32, "query_pre_attn_scalar": 32}
 _VISION = {
     "hidden_size": 32,
@@ -222,7 +223,15 @@ FAMILIES: tuple[Family, ...] = (
     _teaching("HunYuan MoE", "hunyuan_v1_moe", num_experts=8, moe_topk=2),
     _of("GLM 4.7 Flash", "glm4_moe_lite", tolerance=ROUTED, **_LATENT),
     _teaching("FlexOlmo", "flex_olmo", num_experts=8, num_experts_per_tok=2),
-    _of("Gemma 4", "gemma4_text", tied=True, sliding_window=32, hidden_size_per_layer_input=0, global_head_dim=64),
+    _of("Gemma 4", "gemma4_text", tied=True, hidden_size_per_layer_input=0, **_GEMMA4),
+    _of(
+        "Gemma 4, experts", "gemma4_text", tied=True, tolerance=ROUTED, hidden_size_per_layer_input=0, enable_moe_block=True,
+        num_experts=8, top_k_experts=2, moe_intermediate_size=64, **_GEMMA4,
+    ),
+    _of(
+        "Gemma 4, embeddings by layer", "gemma4_text", tied=True, hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=VOCAB + 32, **_GEMMA4,
+    ),
     _teaching("Apertus", "apertus"),
     Family(
         "Gemma 3 that also sees > Gemma 3",

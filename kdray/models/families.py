@@ -299,8 +299,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "a model that also sees or hears",
-        "Mistral 3 (Mistral-Small-3.x), Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Llama 3.2 Vision, Gemma 3n, InternVL, LLaVA, "
-        "Phi-4-multimodal",
+        "Mistral 3 (Mistral-Small-3.x), Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Llama 3.2 Vision, Gemma 3n, Gemma 4 as published, "
+        "InternVL, LLaVA, Phi-4-multimodal",
         EVERY,
         lambda model: _has_senses(model) and model.architecture not in _TEXT_OF_WHOLE,
         "its language model is not built without the rest",

@@ -186,10 +186,8 @@ class Runner:
             self.reporter.event("version_refused", **asdict(verdict))
             self.stop.set()
 
-        stores = {str(self._config.student.model): self._stores.weights}
-        if self._stores.average is not None:
-            stores["its teacher"] = self._stores.average
-        watching = [asyncio.create_task(watch(weights, model)) for model, weights in stores.items()]
+        watched = {str(self._config.student.model): self._stores.weights, "its teacher": self._stores.average}
+        watching = asyncio.gather(*(watch(each, model) for model, each in watched.items() if each is not None))
         try:
             return await phases
         except KdrayError as error:
@@ -197,8 +195,7 @@ class Runner:
                 raise TrainingError(f"{refused[0]}. {error}") from error
             raise
         finally:
-            for task in watching:
-                task.cancel()
+            watching.cancel()
 
     def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
         """Ranks not yet placed on a node, as long as none of the student's has started; blocks."""

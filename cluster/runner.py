@@ -174,8 +174,7 @@ class Runner:
             building.exception()
 
     async def _watched(self, phases: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-        """Run the phases; end them after a checkpoint if a replica refuses a version of the student.
-
+        """Run the phases; end them after a checkpoint if a replica refuses weights of the student or of its teacher.
         Raises: TrainingError with the gap between the replica's log q and the trainer's.
         """
         refused: list[str] = []

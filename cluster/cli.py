@@ -162,7 +162,7 @@ def capture(
         typer.Option("--reuse", help="Any draws that a prompt has count, whatever their seeds: ask about new prompts alone."),
     ] = False,
 ) -> None:
-    """Record the teacher's answers to every training prompt, to train later without it; a killed start is gone on with."""
+    """Record the teacher's answers to every training prompt, to train later without it; the same command continues."""
     with exit_codes():
         settings = load(config, overrides)
         with opening() as on_phase:

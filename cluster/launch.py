@@ -38,9 +38,9 @@ from kdray.config import Config, StudentBackendSettings
 from kdray.config.load import load_saved_config, read_saved_config
 from kdray.config.resuming import as_begun
 from kdray.config.secret_files import set_secrets
-from kdray.errors import ConfigError, LeaseLost, StorageError
+from kdray.errors import ConfigError, DataError, LeaseLost, StorageError
 from kdray.models.inspect import decoder
-from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint
+from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint, read_marker
 from kdray.runs.context import Checked, RunContext, resolve_models
 from kdray.runs.folder import CAPTURE, RunFolder
 from kdray.runs.lease import Lease, leased
@@ -82,6 +82,9 @@ def run(
     set_secrets(config.cluster.secret_files("driver"))
     if resume:
         config = _as_begun(config)
+        if (summary := _ended(config)) is not None:
+            on_phase("reading its results: the run has ended already")
+            return summary
     else:
         # Said at once, not after models are read and the cluster has room. `create` says why a folder cannot be read.
         with contextlib.suppress(OSError):
@@ -140,6 +143,16 @@ def _as_begun(config: Config) -> Config:
     stored = StoredRun.of(config)
     content = None if stored is None else stored.storage.read("config.yaml")
     return config if content is None else as_begun(read_saved_config(content, f"{config.run.storage}: config.yaml"), config)
+
+
+def _ended(config: Config) -> dict[str, Any] | None:
+    """Summary of a run that has ended with these settings, and whose student is there; None if there is something to do."""
+    try:
+        exported = read_marker(Storage.local(config.run_folder), "student") is not None
+        return finished(config) if exported else None
+    except (ConfigError, DataError):
+        # It goes on with others, or is refused with the reason.
+        return None
 
 
 def _begun(config: Config) -> bool:

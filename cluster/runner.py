@@ -149,7 +149,7 @@ class Runner:
                 await self._or_stop(await_placed(partial(self._unplaced_ranks, student), config.cluster, self.reporter.event))
                 return await self._watched(self._phases(context.models, student, pools))
             finally:
-                self.reporter.say("closing: replicas and ranks end, then the report is written")
+                self.reporter.say("closing: replicas and ranks end")
                 await opening.__aexit__(None, None, None)
         finally:
             self._beside.ranks_close(self._name)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _MEASURED = 2_000
 """References that are rendered to measure their lengths."""
+_MOST = 0.95
+"""Share of the answers that a proposed `rollout.max_new_tokens` holds."""
 
 _QUANTILES = {"shortest": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 _SHOWN = 600
@@ -81,6 +83,7 @@ def look_at(config: Config, tokenizer: Any, dataset: Dataset, rows: int = 1) -> 
         fate = "left out" if config.data.too_long == "drop" else "a run refuses them; raise it, or set data.too_long=drop"
         lines.append(f"too long: {dataset.dropped} prompts have more than {limit} tokens: {fate}")
     lines.append(f"answers: of {len(prompts)} prompts, {replies} have one to train on, {counted} a text to grade against")
+    lines.append(grading_line(dataset))
     lines.append(_template_line(config, tokenizer, prompts))
     if reasons:
         lines.append(f"supervised phases and rollout.data_share would be refused: {len(reasons)} rows, the first: {reasons[0]}")
@@ -94,7 +97,8 @@ def look_at(config: Config, tokenizer: Any, dataset: Dataset, rows: int = 1) -> 
         if too_long:
             lines.append(
                 f"{too_long} of {len(references)} answers are longer than "
-                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, where responses stop"
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, where responses stop; "
+                f"{int(np.quantile(measured['answers'], _MOST, method='higher'))} tokens would hold {_MOST:.0%} of them"
             )
     lengths = {
         name: {each: int(np.quantile(values, share, method="higher")) for each, share in _QUANTILES.items()}
@@ -105,6 +109,16 @@ def look_at(config: Config, tokenizer: Any, dataset: Dataset, rows: int = 1) -> 
         for prompt in dataset.train[:rows]
     ]
     return Look(lines, lengths, samples)
+
+
+def grading_line(dataset: Dataset) -> str:
+    """What tells right responses from wrong ones, in words."""
+    if dataset.grade is not None:
+        return f"grading: {dataset.grade.name}"
+    return (
+        "grading: nothing tells right responses from wrong ones, so that no exact match is reported; set data.grader, such as "
+        "exact or last_number, if prompts have answers"
+    )
 
 
 def show(found: Look, console: Console) -> None:
@@ -134,7 +148,7 @@ def _template_line(config: Config, tokenizer: Any, prompts: Sequence[Prompt]) ->
     if all(isinstance(prompt.question, str) and prompt.question == prompt.text for prompt in prompts):
         return f"chat template: {origin}, not used (data.chat_template={config.data.chat_template})"
     how = "its generation marks" if template.marked else "rendering the messages before and after each turn"
-    return f"chat template: {origin}; the assistant's tokens are told by {how}"
+    return f"chat template: {origin}; which tokens are the assistant's is found by {how}"
 
 
 def _references(config: Config, tokenizer: Any, dataset: Dataset) -> tuple[dict[int, Reference], list[str]]:

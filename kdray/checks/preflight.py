@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdray.checks.capabilities import check_capabilities
+from kdray.checks.data_look import grading_line
 from kdray.checks.devices import check_gpus, check_model_runners, precision_notes, quantisation_notes
 from kdray.checks.gradient_notes import gradient_notes
 from kdray.checks.models import check_heads, check_models
@@ -84,6 +85,8 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
     lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
     lines += [f"data: {line}" for line in dataset.lines]
+    if dataset.grade is None:
+        lines.append(grading_line(dataset))
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
     return Checked(config, tokenizer, dataset, vocab_size, stop_ids, Route.of(config), windows, lines)

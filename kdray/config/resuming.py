@@ -70,6 +70,9 @@ def changes(stored: Config, wanted: Config) -> list[Change]:
     for one, other in ((before, after), (after, before)):
         for name in [name for name, value in one.items() if value == {} and any(_within(key, f"{name}.*") for key in other)]:
             del one[name]
+        # A value that is not set likewise, where the other config has a section.
+        for name in [name for name, value in one.items() if value is None and any(_within(key, f"{name}.*") for key in other)]:
+            del one[name]
     return [
         Change(name, before.get(name), after.get(name), any(_within(name, each) for each in free))
         for name in sorted(before.keys() | after.keys())

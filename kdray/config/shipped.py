@@ -47,7 +47,7 @@ def write_recipe(words: str, to: Path | None = None) -> Path:
         meant = f"did you mean {' or '.join(close)}?" if close else "`kdray init` lists them"
         raise DataError(f"{words}: no recipe of that name; {meant}")
     target = to or Path(f"{name.rpartition('/')[2]}.yaml")
-    head = f"# kdray's recipe {name}, written by `kdray init`, which writes those under configs/ that it names, too.\n"
+    head = f"# kdray's recipe {name}, written by `kdray init`, as are the others that it names.\n"
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(head + recipes()[name].read_text(encoding="utf-8"))

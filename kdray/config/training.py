@@ -207,7 +207,9 @@ class TrainingSettings(Settings):
                 f"set training.ranks={most}, or choose another backend"
             )
         if self.warmup_steps > self.steps:
-            raise ValueError(f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}")
+            raise ValueError(
+                f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}; lower it, such as to 0"
+            )
         return self
 
     @property

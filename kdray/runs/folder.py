@@ -230,8 +230,8 @@ class RunFolder:
         if refused := [change for change in found if not change.allowed]:
             told = "; ".join(f"{each.setting}: {_told(each.old)} there, {_told(each.new)} now" for each in refused)
             raise ConfigError(
-                f"{self.path}: the run to resume had other settings ({told}). A resumed run may change where its parts run, "
-                f"and {', '.join(changeable(config))}: set the others back, or choose another run.name"
+                f"{self.path}: the run to resume had other settings: {told}. Give it those that it had, or choose another "
+                f"run.name. A resumed run may change where its parts run, and {', '.join(changeable(config))}"
             )
         return found
 

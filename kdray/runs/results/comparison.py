@@ -23,6 +23,8 @@ DIFFERENCES = (("after", "before"), ("after", "control"))
 _SHARES = ("exact_match", "step_match", "pass_at_", "truncated", "repetition", "top_overlap", "rouge_l")
 _LONGER = 1.25
 """Growth of responses from which on it is a warning; below it, a task may just need them."""
+_MOSTLY_CUT = 0.5
+"""Share of responses without an end from which on it is a warning."""
 _FEW_PROMPTS = 30
 _SAME_MODEL = 1e-3
 """Reverse KL, nats per token, below which student and teacher count as one model before distillation."""
@@ -197,7 +199,7 @@ def _match_gap(entry: dict[str, Any], after: Ratio, before: Ratio, reference: Ra
         return _entry(entry, None)
     if not any(each.sums.any() for each in (after, before, reference)):
         prompts = min(each.num_prompts for each in (after, before, reference))
-        reason = f"no response is right to any of {prompts} held-out prompts: before, after, nor of the {entry['reference']}"
+        reason = f"no response to {prompts} held-out prompts is right, neither the student's nor the {entry['reference']}'s"
         return entry | {"reason": reason}
     if gap.low <= 0.0:
         relation = "is worse than" if gap.high < 0.0 else "is not distinguishable from"
@@ -227,6 +229,12 @@ def _warnings(found: Mapping[str, Mapping[str, Ratio]], change: Mapping[str, Est
     prompts = min((len(metrics["response_tokens"].prompt_ids) for metrics in found.values()), default=_FEW_PROMPTS)
     if prompts < _FEW_PROMPTS:
         lines.append(f"{prompts} held-out prompts are few: intervals from fewer than {_FEW_PROMPTS} tend to be too narrow.")
+    cut = {name: metrics["truncated"].value for name, metrics in found.items() if "truncated" in metrics}
+    if cut.get("after", 0.0) >= _MOSTLY_CUT:
+        lines.append(
+            f"{cut['after']:.0%} of the responses after distillation are cut off at rollout.max_new_tokens: their ends are "
+            "neither learned nor measured; raise it if answers should end."
+        )
     length, loops = change.get("response_tokens"), change.get("repetition")
     if length is not None and length.low > 0.0:
         before, after = (found[name]["response_tokens"].value for name in ("before", "after"))

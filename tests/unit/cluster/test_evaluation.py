@@ -96,7 +96,7 @@ async def test_the_summary_holds_the_verdict_and_the_report_begins_with_it(tmp_p
     assert change["value"] == pytest.approx(summary["after"]["reverse_kl"] - summary["before"]["reverse_kl"])
     assert change["high"] < 0.0, "a table student that follows the exact gradient gets closer"
     # Neither table knows the task: no share of a gap between two that are always wrong.
-    assert summary["gap_closed"]["reason"].startswith("no response is right to any of 40 held-out prompts")
+    assert summary["gap_closed"]["reason"].startswith("no response to 40 held-out prompts is right")
     page = write_report(folder.path).read_text()
     assert page.index(summary["verdict"]) < page.index(">Results</h2>")
     again = StubRun(config_of(tmp_path, name="again", **sections))

@@ -12,7 +12,9 @@ from cluster.launch import run
 from cluster.planning.placement import bundles
 from kdray.config import Config, parse_config
 from kdray.errors import CapacityError, ConfigError
+from kdray.runs.checkpoints import commit
 from kdray.runs.folder import RunFolder
+from kdray.runs.storage import Storage
 
 
 def test_a_name_that_is_taken_is_refused_before_models_are_read(tmp_path: Path) -> None:
@@ -66,5 +68,26 @@ def test_a_resume_that_cannot_be_is_refused_before_ray_starts(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="there is no run to resume"):
         run(tiny(tmp_path), resume=True)
     RunFolder.create(tiny(tmp_path))
-    with pytest.raises(ConfigError, match="the run to resume had other settings .rollout.alpha: 0.2 there, 0.5 now"):
+    with pytest.raises(ConfigError, match="the run to resume had other settings: rollout.alpha: 0.2 there, 0.5 now. Give it"):
         run(tiny(tmp_path, rollout={"alpha": 0.5}), resume=True)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_run_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
+    """Its summary is what a resume returns, while its student is there and nothing is to be done."""
+    config = tiny(tmp_path)
+    folder = RunFolder.create(config)
+    folder.append_event("start")
+    folder.append_event("finished", steps=3)
+    folder.write_summary({"steps": 3})
+    phases: list[str | None] = []
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(config, resume=True)
+    commit(Storage.local(folder.path), "student", {}, [])
+    assert run(config, resume=True, on_phase=phases.append) == {"steps": 3}
+    assert phases == ["reading its results: the run has ended already"]
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(tiny(tmp_path, training={"steps": 2000, "schedule": "constant"}), resume=True)
+    folder.append_event("start")
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(config, resume=True)

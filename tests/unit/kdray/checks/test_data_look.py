@@ -62,7 +62,13 @@ def test_facts_lengths_and_rows(config: Config) -> None:
     assert found.lines[0].startswith("10 rows, chat messages: prompts from 'messages'; answers are the assistant's last turns")
     assert "held out: 2 of 10 prompts, a fifth, since data.heldout_size is not set" in found.lines
     assert "answers: of 10 prompts, 10 have one to train on, 10 a text to grade against" in found.lines
-    assert found.lines[-1].startswith("chat template: the student tokenizer's; the assistant's tokens are told by rendering")
+    assert found.lines[-1].startswith(
+        "chat template: the student tokenizer's; which tokens are the assistant's is found by rendering"
+    )
+    (grading,) = (line for line in found.lines if line.startswith("grading: "))
+    assert "set data.grader, such as exact or last_number" in grading
+    graded = look(with_data(config, grader="last_number"))
+    assert [line for line in graded.lines if line.startswith("grading: ")] == ["grading: data.grader.type=last_number"]
     assert found.lengths["answers"] == {"shortest": 2, "median": 2, "90%": 3, "99%": 3, "longest": 3}
     first, second = found.samples
     assert (first.place.endswith("chat.jsonl line 1"), second.place.endswith("chat.jsonl line 2")) == (True, True)

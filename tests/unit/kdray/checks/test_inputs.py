@@ -126,7 +126,7 @@ def test_another_setting_is_named_before_what_it_causes(tmp_path: Path, folder: 
     checkpoint = checkpoint_of(checked)
     other = checked_of(tmp_path, ROWS[:-1])
     data = other.config.data.model_copy(update={"heldout_size": 3})
-    with pytest.raises(ConfigError, match=r"had other settings \(data\.heldout_size: 2 there, 3 now"):
+    with pytest.raises(ConfigError, match=r"had other settings: data\.heldout_size: 2 there, 3 now"):
         launch._record(replace(other, config=other.config.model_copy(update={"data": data})), checkpoint)
 
 

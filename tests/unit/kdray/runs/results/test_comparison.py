@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def test_no_gap_where_not_even_the_teacher_is_right() -> None:
     found = comparison(before=draws_of(0), after=draws_of(0), teacher=draws_of(0))
     assert (found["gap_closed"]["value"], found["gap_closed"]["low"]) == (None, None)
     assert headlines(found)[1] == (
-        "Share of the gap to the teacher closed: undefined, since no response is right to any of 200 held-out prompts: before, "
-        "after, nor of the teacher."
+        "Share of the gap to the teacher closed: undefined, since no response to 200 held-out prompts is right, neither the "
+        "student's nor the teacher's."
     )
 
 
@@ -165,6 +166,13 @@ def test_responses_that_degenerate_are_a_warning() -> None:
     assert loops.startswith("more responses end in a loop: 1.0% before, 15.0% after (+14.0 points, ")
     assert headlines(found)[-2:] == [f"Warning: {longer}", f"Warning: {loops}"]
     assert comparison(before=draws_of(40, tokens=8), after=draws_of(40, tokens=9))["warnings"] == [], "a little longer"
+
+
+def test_responses_without_an_end_are_a_warning() -> None:
+    cut = [replace(draw, truncated=draw.prompt_id < PROMPTS * 0.6) for draw in draws_of(40)]
+    (found,) = comparison(before=draws_of(40), after=cut)["warnings"]
+    assert found.startswith("60% of the responses after distillation are cut off at rollout.max_new_tokens")
+    assert comparison(before=cut, after=draws_of(40))["warnings"] == []
 
 
 def test_few_prompts_are_a_warning() -> None:

@@ -746,7 +746,7 @@ FILES: list[tuple[str, Callable[[Place], Any], tuple[str, ...]]] = [
     ("a run of that name", lambda p: (p.started(), p.started()), ("runs/x", "already holds a run", "--resume", "run.name")),
     ("a folder of something else", without_config, ("runs/x", "not a run folder", "run.output")),
     ("nothing to resume", resumed, ("runs/x", "no run to resume", "--resume")),
-    ("other settings than those to resume", other_settings, ("rollout.alpha: 0.2 there, 0.5 now", "set the others back")),
+    ("other settings than those to resume", other_settings, ("rollout.alpha: 0.2 there, 0.5 now", "Give it those")),
     ("a stored config that is torn", torn_config, ("runs/x/config.yaml", "not valid YAML")),
     ("an output that is a file", as_a_file, ("run.output=runs", "cannot be written")),
     (

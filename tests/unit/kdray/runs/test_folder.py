@@ -122,6 +122,19 @@ def test_resume_takes_another_offload_of_the_same_stage(tmp_path, backwards):
         RunFolder.create(config(zero_optimization={"overlap_comm": True}), resume=True)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_section_that_only_one_config_has_is_named_by_its_keys(tmp_path, backwards):
+    """Not by its own name, too, as absent there and absent now."""
+    both = [config_in(tmp_path), config_in(tmp_path, data={"grader": "last_number"})]
+    stored, wanted = reversed(both) if backwards else both
+    RunFolder.create(stored)
+    with pytest.raises(ConfigError) as refusal:
+        RunFolder.create(wanted, resume=True)
+    assert "data.grader.type: " in str(refusal.value)
+    assert "data.grader: " not in str(refusal.value)
+    assert "absent there, absent now" not in str(refusal.value)
+
+
 def test_resume_takes_a_run_that_was_moved(tmp_path):
     RunFolder.create(config_in(tmp_path / "there"))
     (tmp_path / "there").rename(tmp_path / "here")

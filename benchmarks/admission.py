@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import measured, virtual_time
-from benchmarks.loop_scale import Quiet, StubReplicas
+from benchmarks.loop_scale import Quiet, StubReplicas, stub_settings
 from kdray.data.dataset import PromptStream
 from kdray.loop import Distillation
-from kdray.rollouts.draw import LoopSettings
 from kdray.runs.ledger import Ledger
 from kdray.types import Prompt, Rollout, SampleRequest, StepReport, TrainBatch
 
@@ -37,17 +36,7 @@ TRAIN_S = 1.0
 """Seconds of a training step: drawing a batch takes longer."""
 SIGMA = 0.8
 """Of the lengths' logarithms."""
-SETTINGS = LoopSettings(
-    seed=0,
-    steps=STEPS,
-    batch_size=BATCH,
-    alpha=0.2,
-    max_new_tokens=64,
-    samples_per_prompt=1,
-    max_staleness=0,
-    checkpoint_every=0,
-    evaluate_every=0,
-)
+SETTINGS = stub_settings(STEPS, BATCH)
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,8 @@ class Replicas(StubReplicas):
         self._came = asyncio.Event()
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
-        for next_one in asyncio.as_completed([self._draw(request) for request in requests]):
+        # Tasks begin in their order; of bare coroutines asyncio makes a set first, whose order differs from run to run.
+        for next_one in asyncio.as_completed([asyncio.ensure_future(self._draw(request)) for request in requests]):
             yield [await next_one]
 
     async def _draw(self, request: SampleRequest) -> Rollout:

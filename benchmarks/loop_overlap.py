@@ -20,25 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.loop_scale import Quiet, StubReplicas
+from benchmarks.loop_scale import Quiet, StubReplicas, stub_settings
 from kdray.data.dataset import PromptStream
 from kdray.loop import Distillation
-from kdray.rollouts.draw import LoopSettings
 from kdray.runs.ledger import Ledger
 from kdray.types import Prompt, Rollout, SampleRequest, StepReport, TrainBatch
 
 BATCH, STEPS, STAGE_S = 32, 24, 0.5
-SETTINGS = LoopSettings(
-    seed=0,
-    steps=STEPS,
-    batch_size=BATCH,
-    alpha=0.2,
-    max_new_tokens=64,
-    samples_per_prompt=1,
-    max_staleness=0,
-    checkpoint_every=0,
-    evaluate_every=0,
-)
+SETTINGS = stub_settings(STEPS, BATCH)
 
 
 class EvenReplicas(StubReplicas):

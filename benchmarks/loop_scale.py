@@ -103,20 +103,25 @@ class Quiet:
     def event(self, *given: Any, **fields: Any) -> None: ...
 
 
-async def rate(replicas: int, folder: Path) -> dict[str, float]:
-    """Rollouts a second of one replica, beside the rate that its slots allow."""
-    batch = replicas * SLOTS
-    settings = LoopSettings(
+def stub_settings(steps: int, batch_size: int, max_new_tokens: int = 64, max_staleness: int = 0) -> LoopSettings:
+    """Settings of a loop over stubs, without checkpoints and evaluations."""
+    return LoopSettings(
         seed=0,
-        steps=STEPS,
-        batch_size=batch,
+        steps=steps,
+        batch_size=batch_size,
         alpha=0.2,
-        max_new_tokens=TOKENS,
+        max_new_tokens=max_new_tokens,
         samples_per_prompt=1,
-        max_staleness=1,
+        max_staleness=max_staleness,
         checkpoint_every=0,
         evaluate_every=0,
     )
+
+
+async def rate(replicas: int, folder: Path) -> dict[str, float]:
+    """Rollouts a second of one replica, beside the rate that its slots allow."""
+    batch = replicas * SLOTS
+    settings = stub_settings(STEPS, batch, TOKENS, max_staleness=1)
     prompts = PromptStream([Prompt(index, np.arange(32, dtype=np.int32)) for index in range(1000)], 0)
     started, used = time.perf_counter(), time.process_time()
     await Distillation(

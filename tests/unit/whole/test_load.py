@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.virtual_time import JumpingLoop
 from kdray.data.dataset import PromptStream
 from kdray.interfaces import OpenCheckpoint
 from kdray.loop import Distillation
@@ -27,21 +28,6 @@ BATCH, STALENESS, STEPS = 1000, 9, 14
 SLOTS = BATCH * (STALENESS + 1)
 STEP_S = 60.0
 """What a training step takes; the sampler needs a second for most rollouts."""
-
-
-class JumpingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer instead of waiting for it."""
-
-    now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def _run_once(self) -> None:
-        scheduled = self._scheduled  # type: ignore[attr-defined]
-        if not self._ready and scheduled:  # type: ignore[attr-defined]
-            self.now = max(self.now, scheduled[0].when())
-        super()._run_once()  # type: ignore[misc]
 
 
 @dataclass

@@ -357,6 +357,7 @@ async def test_a_groups_log_p_is_the_sum_over_all_of_the_teachers_tokens() -> No
     assert len(asked.token_ids) > len(found.token_ids)
     rows = inner.rows[[2, *asked.token_ids[:-1]]]
     assert found.support_logprobs is not None
+    assert found.tail_logprobs is not None
     starts, ends = np.flatnonzero((found.support_logprobs > -np.inf).any(1)), boundaries(LARGE.decode, found.token_ids.tolist())
     assert len(starts) == len(found.token_ids), "every token of the student's begins a group"
     assert found.support_ids is not None
@@ -367,5 +368,7 @@ async def test_a_groups_log_p_is_the_sum_over_all_of_the_teachers_tokens() -> No
         order = np.argsort(-row)[:5]
         assert found.support_ids[start].tolist() == mapped[order].tolist()
         np.testing.assert_allclose(found.support_logprobs[start], row[order], rtol=1e-5)
+        # The tail is the rest of that row, too.
+        assert np.exp(found.tail_logprobs[start]) == pytest.approx(1 - np.exp(row[order]).sum(), rel=1e-4)
     assert found.teacher_logprobs is not None
     assert found.teacher_logprobs.sum() == pytest.approx(rows[np.arange(len(rows)), asked.token_ids].sum(), rel=1e-5)

@@ -309,17 +309,19 @@ class _OneOfTwo(TorchBackend):
 
 
 def test_the_mean_over_ranks_of_their_gradients_is_the_gradient_of_the_step(models: dict[str, Path]) -> None:
-    """The loss of a rank has the factor of their number, since backends average."""
-    training = training_of({"type": "torch"}, gradient_clipping=1e6)
+    """The loss of a rank has the factor of their number, since backends average; that of pretraining text, too."""
+    text_settings = {"source": {"type": "task"}, "batch_size": ROWS, "window_tokens": 16, "weight": 0.5}
+    training = training_of({"type": "torch"}, gradient_clipping=1e6, pretraining=text_settings)
+    text = replace(BATCHES[1], num_target_tokens=int(BATCHES[1].loss_mask.sum()))
     whole = StudentTrainer(training, VOCAB, seed=5)
     whole.start_phase(phase_of(models["student"]))
-    together = whole.train_step(BATCHES[0])
+    together = whole.train_step(BATCHES[0], text)
     losses, gradients = [], []
     for rank in range(2):
         backend = _OneOfTwo(training)
         trainer = StudentTrainer(training, VOCAB, seed=5, backend=backend)
         trainer.start_phase(phase_of(models["student"]))
-        losses.append(trainer.train_step(shard(BATCHES[0], rank, 2)).loss)
+        losses.append(trainer.train_step(shard(BATCHES[0], rank, 2), shard(text, rank, 2)).loss)
         gradients.append(backend.gradient)
     mean = {name: (gradients[0][name] + gradients[1][name]) / 2 for name in gradients[0]}
     norm = torch.stack([each.norm() for each in mean.values()]).norm().item()

@@ -215,3 +215,13 @@ def test_the_tail_behind_a_likely_id_is_drawn_from_id_by_id() -> None:
     np.testing.assert_array_equal(draw(row.expand(100, -1), points).numpy(), expected)
     found = draw_mixed([(torch.ones(100, 1), row.exp().expand(100, -1))], points)
     assert np.abs(found.numpy() - expected).max() <= 1
+
+
+def test_the_ids_of_a_block_behind_a_likely_one_are_drawn_too() -> None:
+    """Masses of 1e-9, which a float32 sum does not add to 1."""
+    masses = torch.cat([torch.ones(1), torch.full((255,), 1e-9)])
+    cdf = np.cumsum(masses.numpy().astype(np.float64))
+    wanted = np.arange(1, 256)
+    points = torch.from_numpy((cdf[wanted - 1] + 0.5e-9) / cdf[-1])
+    for parts in ([(torch.ones(255, 1), masses.expand(255, -1))], [(torch.full((255, 1), 0.5), masses.expand(255, -1))] * 2):
+        assert draw_mixed(parts, points).tolist() == wanted.tolist()

@@ -113,8 +113,8 @@ class Runner:
         step = None if self._checkpoint is None else self._checkpoint.step
         within = {} if self._checkpoint is None else self._checkpoint.within
         self.reporter.event("start", resumed_step=step, **within, **self._record["installation"])
-        for line in self._checked.dataset.lines:
-            self.reporter.event("data", found=line)
+        for kind, fields in self._checked.dataset.events():
+            self.reporter.event(kind, **fields)
         for line in unsafe_notes(config):
             self.reporter.event("unsafe", found=line)
         context: RunContext = await self._or_stop(self._with_models())

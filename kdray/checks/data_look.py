@@ -14,7 +14,7 @@ import numpy as np
 
 from kdray.config import Config
 from kdray.data.chat import ChatTemplate
-from kdray.data.dataset import Dataset, load_dataset
+from kdray.data.dataset import TOO_LONG, Dataset, load_dataset
 from kdray.data.encoding import Encoder
 from kdray.data.references import reference_of
 from kdray.errors import DataError
@@ -82,6 +82,7 @@ def look_at(config: Config, tokenizer: Any, dataset: Dataset, rows: int = 1) -> 
         limit = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
         fate = "left out" if config.data.too_long == "drop" else "a run refuses them; raise it, or set data.too_long=drop"
         lines.append(f"too long: {dataset.dropped} prompts have more than {limit} tokens: {fate}")
+    lines += [f"left out: {each.words}" for each in dataset.left_out if each.reason != TOO_LONG]
     lines.append(f"answers: of {len(prompts)} prompts, {replies} have one to train on, {counted} a text to grade against")
     lines.append(grading_line(dataset))
     lines.append(_template_line(config, tokenizer, prompts))

@@ -82,8 +82,8 @@ def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
     if windows:
         tokens = sum(len(window.token_ids) - 1 for window in windows)
         lines.append(f"pretraining text: {len(windows)} windows, {tokens} target tokens")
-    dropped = f", {dropped_text}" if (dropped_text := _dropped(dataset, config)) else ""
-    lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out{dropped}")
+    lines.append(f"prompts: {len(dataset.train)} to train on, {len(dataset.heldout)} held out")
+    lines += [f"left out: {each.words}" for each in dataset.left_out]
     lines += [f"data: {line}" for line in dataset.lines]
     if dataset.grade is None:
         lines.append(grading_line(dataset))
@@ -264,9 +264,3 @@ def _with_unknown_tokens(dataset: Dataset, tokenizer: Any) -> int:
     if tokenizer.unk_token_id is None:
         return 0
     return sum(bool((prompt.token_ids == tokenizer.unk_token_id).any()) for prompt in [*dataset.train, *dataset.heldout])
-
-
-def _dropped(dataset: Dataset, config: Config) -> str:
-    if not dataset.dropped:
-        return ""
-    return f"{dataset.dropped} dropped as longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,6 +37,23 @@ __all__ = [
 ]
 
 
+TOO_LONG, BEYOND, SAME_CONVERSATION = "too_long", "beyond_heldout_size", "same_conversation"
+"""Reasons why prompts of a source are left out."""
+
+ROWS_DROPPED = "rows_dropped"
+"""Event of a run whose data has prompts that it leaves out."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Prompts of a source that a run does not use, for one reason."""
+
+    reason: str
+    count: int
+    words: str
+    """Their number, the setting that decides it, and the place of the first one."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The prompts of a run."""
@@ -45,8 +62,8 @@ class Dataset:
     """Prompts to sample rollouts for."""
     heldout: list[Prompt]
     """Prompts for evaluation; no training prompt shares a `prompt_id` with them."""
-    dropped: int
-    """Number of prompts dropped as longer than `data.max_prompt_tokens`, training and held-out together."""
+    left_out: tuple[LeftOut, ...]
+    """Prompts of the source that the run does not use, by reason; each reason has at least one."""
     grade: Grading | None
     """`grade(prompt, response)` returns True for a correct response; None if the prompts have no grader."""
     lines: tuple[str, ...] = ()
@@ -58,6 +75,20 @@ class Dataset:
     def answers(self) -> dict[int, str]:
         """Reference answers by prompt id, of the prompts that have one."""
         return {prompt.prompt_id: prompt.answer for prompt in [*self.train, *self.heldout] if prompt.answer is not None}
+
+    @property
+    def dropped(self) -> int:
+        """Number of prompts dropped as longer than `data.max_prompt_tokens`, training and held-out together."""
+        return sum(each.count for each in self.left_out if each.reason == TOO_LONG)
+
+    def events(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what there is to say about the data, as kinds of events and their fields."""
+        for line in self.lines:
+            yield "data", {"found": line}
+        if self.left_out:
+            counts = {each.reason: each.count for each in self.left_out}
+            found = "; ".join(each.words for each in self.left_out)
+            yield ROWS_DROPPED, {"total": sum(counts.values()), "counts": counts, "found": found}
 
 
 SHARE_HELD_OUT = 5
@@ -132,26 +163,44 @@ def load_dataset(
     lines = list(table.lines)
     places = {index: row.place for index, row in enumerate(rows)}
     if heldout_table is None:
-        train, heldout, line = _split(config, encoded, places)
-        dropped = len(encoded.dropped)
+        train, heldout, line, apart_from = _split(config, encoded, places)
+        longer, others = encoded.dropped, [_same_conversation(apart_from, places)]
         lines += [line] if line is not None else []
     else:
         heldout_rows = _prepared(heldout_table.rows, config)
         apart = encode(heldout_rows, first_id=len(rows))
         places |= {len(rows) + index: row.place for index, row in enumerate(heldout_rows)}
         train, heldout = encoded.kept, apart.kept
-        dropped = len(encoded.dropped) + len(apart.dropped)
+        longer, others = [*encoded.dropped, *apart.dropped], [heldout_table.left_out]
         for name, part in (("training", encoded), ("held-out", apart)):
             if not part.kept:
                 raise DataError(
                     f"data.max_prompt_tokens={config.data.max_prompt_tokens}: all {len(part.dropped)} {name} prompts are "
                     "longer and were dropped; raise it"
                 )
-    return Dataset(train, heldout, dropped, grade, (*lines, *_repeated(train, heldout)), places)
+    left_out = tuple(each for each in (_too_long(config, longer, places), *others) if each is not None)
+    return Dataset(train, heldout, left_out, grade, (*lines, *_repeated(train, heldout)), places)
 
 
-def _split(config: Config, encoded: Encoded, places: dict[int, str]) -> tuple[list[Prompt], list[Prompt], str | None]:
-    """Hold out the last prompts: (training, held-out, a line for the user).
+def _too_long(config: Config, longer: Sequence[Prompt], places: dict[int, str]) -> LeftOut | None:
+    if not longer:
+        return None
+    limit = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
+    first = places[longer[0].prompt_id]
+    return LeftOut(TOO_LONG, len(longer), f"{len(longer)} prompts have more than {limit} tokens, the first: {first}")
+
+
+def _same_conversation(turns: Sequence[Prompt], places: dict[int, str]) -> LeftOut | None:
+    if not turns:
+        return None
+    words = f"{len(turns)} turns are of the conversation whose later ones are held out (data.turns=each)"
+    return LeftOut(SAME_CONVERSATION, len(turns), f"{words}: {places[turns[0].prompt_id]}")
+
+
+def _split(
+    config: Config, encoded: Encoded, places: dict[int, str]
+) -> tuple[list[Prompt], list[Prompt], str | None, list[Prompt]]:
+    """Hold out the last prompts: (training, held-out, a line for the user, those that belong to neither).
 
     Raises: DataError if that leaves none to train on.
     """
@@ -170,13 +219,15 @@ def _split(config: Config, encoded: Encoded, places: dict[int, str]) -> tuple[li
     heldout = prompts[-size:]
     # Turns of a conversation are prompts of one place: those before a held-out turn would tell what is asked.
     split = places[heldout[0].prompt_id]
-    train = [prompt for prompt in prompts[:-size] if config.data.turns != "each" or places[prompt.prompt_id] != split]
+    before = prompts[:-size]
+    train = [prompt for prompt in before if config.data.turns != "each" or places[prompt.prompt_id] != split]
     if not train:
         raise DataError(
             f"data.heldout_size={size} of {len(prompts)} prompts leaves no whole conversation to train on; lower "
             "data.heldout_size, or give more conversations"
         )
-    return train, heldout, line
+    # The turns of a conversation are neighbours.
+    return train, heldout, line, before[len(train) :]
 
 
 def _repeated(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> list[str]:
@@ -280,7 +331,15 @@ def response_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 # ------------------------------------------------------------------------------------------- sources -> records
 
 
-def _task_rows(source: TaskPrompts, config: Config) -> tuple[Table, Table]:
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out rows of a source that has its own."""
+
+    rows: list[Row]
+    left_out: LeftOut | None = None
+
+
+def _task_rows(source: TaskPrompts, config: Config) -> tuple[Table, Heldout]:
     """Generate (training, held-out) rows; held-out ones come first, so that they do not depend on `size`."""
     # Seeds distinct from other uses of the run's seed and from those of the examples that a tiny teacher trains on.
     streams = [int(word) for word in np.random.SeedSequence([config.run.seed, 0x6B6472]).generate_state(2, np.uint64)]
@@ -299,7 +358,7 @@ def _task_rows(source: TaskPrompts, config: Config) -> tuple[Table, Table]:
         for examples in (train, heldout)
     ]
     made[0][labelled:] = [replace(row, answer=None) for row in made[0][labelled:]]
-    return Table(made[0], []), Table(made[1], [])
+    return Table(made[0], []), Heldout(made[1])
 
 
 def _heldout_size(config: Config) -> int:
@@ -307,7 +366,7 @@ def _heldout_size(config: Config) -> int:
     return DEFAULT_HELDOUT if config.data.heldout_size is None else config.data.heldout_size
 
 
-def _file_rows(source: PromptFile, config: Config) -> tuple[Table, Table | None]:
+def _file_rows(source: PromptFile, config: Config) -> tuple[Table, Heldout | None]:
     """Rows of a file and of its held-out file."""
     columns = Columns(source.prompt_column, source.answer_column, source.domain_column)
 
@@ -318,10 +377,10 @@ def _file_rows(source: PromptFile, config: Config) -> tuple[Table, Table | None]
     table = read(source.path, "data.prompts.path")
     if source.heldout_path is None:
         return table, None
-    return table, _first(read(source.heldout_path, "data.prompts.heldout_path"), config)
+    return table, _first(read(source.heldout_path, "data.prompts.heldout_path"), config, str(source.heldout_path))
 
 
-def _hub_rows(source: HubPrompts, config: Config) -> tuple[Table, Table | None]:
+def _hub_rows(source: HubPrompts, config: Config) -> tuple[Table, Heldout | None]:
     """Rows of a split and of the held-out split."""
     columns = Columns(source.prompt_column, source.answer_column, source.domain_column)
 
@@ -334,15 +393,19 @@ def _hub_rows(source: HubPrompts, config: Config) -> tuple[Table, Table | None]:
     wanted = source.heldout_split
     if wanted is None:
         return table, None
-    return table, _first(read(wanted, "heldout_split", f"{source.name} (split {wanted})"), config)
+    return table, _first(read(wanted, "heldout_split", f"{source.name} (split {wanted})"), config, f"the split {wanted}")
 
 
-def _first(table: Table, config: Config) -> Table:
+def _first(table: Table, config: Config, source: str) -> Heldout:
     """The held-out rows of a source of their own."""
-    return replace(table, rows=table.rows[: _heldout_size(config)])
+    size = _heldout_size(config)
+    if (more := len(table.rows) - size) <= 0:
+        return Heldout(table.rows)
+    words = f"{more} prompts of {source} are beyond its first {size} (data.heldout_size)"
+    return Heldout(table.rows[:size], LeftOut(BEYOND, more, words))
 
 
-_READERS: dict[str, Callable[[Any, Config], tuple[Table, Table | None]]] = {
+_READERS: dict[str, Callable[[Any, Config], tuple[Table, Heldout | None]]] = {
     "task": _task_rows,
     "file": _file_rows,
     "jsonl": _file_rows,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdray.data.dataset import ROWS_DROPPED
 from kdray.errors import DataError
 from kdray.runs.folder import RunFolder, read_lines, write_atomically
 from kdray.runs.metrics import METRICS
@@ -58,6 +59,7 @@ def write_report(run_folder: Path) -> Path:
         outcomes=_outcomes(summary, outcome_columns),
         pairs=list(summary.get("differences", {})),
         differences=_differences(summary.get("differences", {})),
+        left_out=next((line for line in reversed(events) if line.get("kind") == ROWS_DROPPED), None),
         resampling=summary.get("resampling"),
         by_tasks=_by_tasks(measured := read_results(folder)),
         measured=list(measured),

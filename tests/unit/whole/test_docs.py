@@ -41,6 +41,19 @@ def test_the_page_of_data_shows_the_usual_formats():
     assert len(FORMATS) == 8
 
 
+def test_the_page_of_clusters_lists_the_kinds_of_events():
+    table = (DOCS / "clusters.md").read_text(encoding="utf-8").rpartition("\n## Events\n")[2]
+    kinds = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = set(re.findall(r"`([a-z_]+)`", " ".join(kinds)))
+    sources = [path for package in ("kdray", "actors", "cluster") for path in (DOCS.parent / package).rglob("*.py")]
+    told = r"(?:event|_record|append_event)\(\s*\"([a-z_]+)\""
+    written = {kind for path in sources for kind in re.findall(told, path.read_text(encoding="utf-8"))}
+    assert len(written) > 30, "the pattern no longer finds the events"
+    # Some kinds are constants or chosen by an expression.
+    assert written <= listed
+    assert listed - written == {"data", "rows_dropped", "setting_changed", "tracker_failed", "failed"}
+
+
 def test_the_page_of_plugins_shows_the_files_that_are_tested():
     """Every file of the example distribution stands in the page, as it is."""
     text = (DOCS / "extending.md").read_text(encoding="utf-8")

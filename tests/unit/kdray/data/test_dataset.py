@@ -103,6 +103,20 @@ def test_a_heldout_file_gives_its_first_prompts_under_ids_of_their_own(tmp_path:
     assert len(data.train) == 3
     assert _texts(data.heldout) == ["what is 10?", "what is 11?"]
     assert [prompt.prompt_id for prompt in data.heldout] == [3, 4]
+    (left_out,) = data.left_out
+    assert (left_out.reason, left_out.count) == ("beyond_heldout_size", 2)
+    assert _load({"type": "jsonl", "path": str(train), "heldout_path": str(heldout)}, heldout_size=4).left_out == ()
+
+
+def test_turns_before_a_held_out_one_are_left_out_and_told(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for text in "abc" for role in ("user", "assistant")]
+    path = _jsonl(tmp_path / "a.jsonl", [{"messages": turns}] * 2)
+    data = _load({"type": "jsonl", "path": str(path)}, _chat_tokenizer(), turns="each", heldout_size=1)
+    (left_out,) = data.left_out
+    assert len(data.train) + len(data.heldout) + left_out.count == 6
+    assert (left_out.reason, left_out.count) == ("same_conversation", 2)
+    assert left_out.words.endswith(f"(data.turns=each): {path} line 2")
+    assert [kind for kind, _ in data.events()][-1] == "rows_dropped"
 
 
 def test_a_folder_of_parquet_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -230,6 +244,9 @@ def test_long_prompts_are_refused_or_dropped_and_never_cut(tmp_path: Path) -> No
     assert "data.too_long=drop" in message
     data = _load(source, max_prompt_tokens=10, too_long="drop")
     assert data.dropped == 2
+    (left_out,) = data.left_out
+    assert (left_out.reason, left_out.count) == ("too_long", 2)
+    assert left_out.words.endswith("more than data.max_prompt_tokens=10 tokens, the first: " + f"{path} line 2")
     assert [prompt.prompt_id for prompt in data.train + data.heldout] == [0, 2, 4, 5], "ids move when rows are dropped"
     assert all(len(prompt.token_ids) == len(prompt.text) for prompt in data.train + data.heldout)
     with pytest.raises(DataError, match=r"heldout_size=2 of 0 prompts \(6 more are too long\)"):

@@ -336,13 +336,14 @@ def doctor(
     """
     with exit_codes():
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         from cluster.diagnosis.doctor import checks
 
         found = checks()
-        table = Table("", "check", "found", "what to do")
+        # A path may be longer than its column.
+        table = Table("", "check", *(Column(name, overflow="fold") for name in ("found", "what to do")))
         marks = {True: Text("ok", "green"), False: Text("MISSING", "bold red"), None: Text("note", "yellow")}
         for check in found:
             table.add_row(marks[check.ok], check.name, Text(check.found), Text(check.remedy))

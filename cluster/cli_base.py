@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ import typer
 from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, first_reason
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kdray.config import Config
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe, such as configs/quickstart.yaml.")]
@@ -128,19 +131,101 @@ def load(path: Path, overrides: list[str] | None) -> Config:
 def print_columns(
     title: str, columns: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Print a table with a row for each key and a column for each mapping. Args: intervals: of some numbers, by column."""
+    """Print a table with a row for each key and a column for each mapping, whole within the terminal's width.
+
+    On a narrow one, intervals stand below their numbers, and columns that have no room follow in a table of their own.
+    Args: intervals: of some numbers, by column.
+    """
+    from rich.console import Console
+
+    from kdray.runs.results.comparison import show_interval
+
+    console = Console()
+    keys = list(dict.fromkeys(key for values in columns.values() for key in values))
+    apart = " "
+
+    def rows(names: Sequence[str]) -> list[list[str]]:
+        return [[key, *(cell(name, key) for name in names)] for key in keys]
+
+    def cell(name: str, key: str) -> str:
+        return _cell(columns[name].get(key)) + show_interval(intervals, name, key).replace(" ", apart, 1)
+
+    def fits(names: Sequence[str]) -> bool:
+        longest = Widths.of([title, *names], rows(names)).longest
+        return _needed(longest) <= console.width
+
+    names = list(columns)
+    if fits(names) or not intervals:
+        print_rows([title, *names], rows(names), console)
+        return
+    apart = "\n"
+    while names:
+        count = max((count for count in range(1, len(names) + 1) if fits(names[:count])), default=1)
+        print_rows([title, *names[:count]], rows(names[:count]), console)
+        names = names[count:]
+
+
+def print_rows(titles: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    """Print a table within the terminal's width. Its words stay whole; where they have no room side by side, each row becomes
+    lines of their own, with the titles before them.
+    """
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    from kdray.runs.results.comparison import show_interval
-
+    console = console or Console()
+    widths = Widths.of(titles, rows)
+    room = console.width - _needed([0] * len(titles))
+    if sum(widths.words) > room:
+        for first, *others in rows:
+            console.print(Text(f"{titles[0]} {first}".strip(), style="bold"))
+            lines = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 0, 0, 2))
+            for name, value in zip(titles[1:], others, strict=True):
+                if value:
+                    lines.add_row(Text(name), Text(value))
+            console.print(lines)
+        return
     # Text, not markup: a path may contain square brackets.
-    table = Table(title, *(Column(Text(name)) for name in columns))
-    for key in dict.fromkeys(key for values in columns.values() for key in values):
-        shown = [_cell(values.get(key)) + show_interval(intervals, name, key) for name, values in columns.items()]
-        table.add_row(key, *(Text(each) for each in shown))
-    Console().print(table)
+    columns = [Column(Text(name), width=width) for name, width in zip(titles, widths.within(room), strict=True)]
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of a table's columns."""
+
+    longest: list[int]
+    """Longest line of each column."""
+    words: list[int]
+    """Longest word of each column."""
+
+    @classmethod
+    def of(cls, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Widths:
+        from rich.cells import cell_len
+
+        cells = [list(column) for column in zip(titles, *rows, strict=True)]
+        return cls(
+            [max(cell_len(line) for cell in column for line in [*cell.splitlines(), ""]) for column in cells],
+            [max(cell_len(word) for cell in column for word in [*cell.split(), ""]) for column in cells],
+        )
+
+    def within(self, room: int) -> list[int]:
+        """Widths that together take at most `room`: each column has at least its longest word, and a share of what is left."""
+        wanted = [longest - word for longest, word in zip(self.longest, self.words, strict=True)]
+        left = min(room - sum(self.words), sum(wanted))
+        found = []
+        for word, more in zip(self.words, wanted, strict=True):
+            share = left * more // max(1, sum(wanted))
+            found.append(word + share)
+        return found
+
+
+def _needed(widths: Sequence[int]) -> int:
+    """Width of a table with columns of these widths: a border and two spaces for each."""
+    return sum(widths) + 3 * len(widths) + 1
 
 
 def _cell(value: Any) -> str:

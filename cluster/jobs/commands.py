@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli_base import ConfigPath, Overrides, Supervise, exit_codes, load
+from cluster.cli_base import ConfigPath, Overrides, Supervise, exit_codes, load, print_rows
 from kdray.errors import Interrupted, KdrayError
 
 if TYPE_CHECKING:
@@ -92,13 +92,7 @@ def status(
         if not found:
             typer.echo(f"no jobs of kdray at {server.address}")
             return
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*TABLE)
-        for row in table_rows(found):
-            table.add_row(*row)
-        Console().print(table, markup=False)
+        print_rows(TABLE, [*table_rows(found)])
         for job, log in found.items():
             if job.ended or isinstance(log, KdrayError):
                 typer.echo(outcome(job, log))

@@ -129,7 +129,7 @@ def show(found: Look, console: Console) -> None:
 
     for line in found.lines:
         console.print(Text(line))
-    table = Table("tokens", *_QUANTILES)
+    table = Table("tokens", *_QUANTILES, padding=(0, 1, 0, 0), pad_edge=False)
     for name, quantiles in found.lengths.items():
         table.add_row(name, *map(str, quantiles.values()))
     console.print(table)

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from kdray.data.token_texts import token_texts
 from kdray.runs.folder import RunFolder, utc_now
+from kdray.runs.reports.progress import progress_line
 from kdray.runs.results.draws import Draw, write_draws
 from kdray.runs.ticks import Ticks
 from kdray.runs.tracking.trackers import DISTILL, Trackers
@@ -58,8 +58,6 @@ _SHOWN = {"start": ("resumed_step", "host")}
 """Fields of an event that the terminal shows, where it does not show all; the rest is in events.jsonl."""
 _WAITS = {"rollout": "rollouts", "teacher": "scores", "sync": "weights"}
 """What the trainer waits for, by metric. Scores that come with a rollout are part of it: only later ones are `scores`."""
-_NARROW = 140
-"""Columns of a terminal below which the bar is short."""
 
 
 class RunReporter:
@@ -108,16 +106,7 @@ class RunReporter:
         self._task: TaskID | None = None
         self._ticks = Ticks(self._tick)
         if self._console.is_terminal:
-            # Phase, bar, step and time stay whole on a narrow terminal; the numbers take what is left, and are cut.
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=12 if self._console.width < _NARROW else 30),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-                console=self._console,
-                expand=True,
-            )
+            self._progress = progress_line(self._console)
             self._progress.start()
         if self._trackers is not None:
             self._trackers.start(self.event)
@@ -150,7 +139,7 @@ class RunReporter:
             return
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(name, total=total, values="")
+        self._task = self._progress.add_task(name, total=total, values=())
 
     def phase_step(self, report: StepReport) -> None:
         """Report an optimizer step of a phase other than distillation: trackers and terminal, no line in metrics.jsonl."""
@@ -183,13 +172,13 @@ class RunReporter:
         if self._progress is not None:
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(what, total=None, values="")
+            self._task = self._progress.add_task(what, total=None, values=())
 
     def _tick(self, what: str, seconds: float) -> None:
         if self._progress is None:
             self._print(f"still {what}: {seconds:.0f} s")
         elif self._task is not None:
-            self._progress.update(self._task, values=f"{seconds:.0f} s")
+            self._progress.update(self._task, values=(f"{seconds:.0f} s",))
 
     def say(self, text: str) -> None:
         """Show a line that is no event."""
@@ -249,7 +238,8 @@ class RunReporter:
         if due or time.monotonic() - self._last_line_at > _PLAIN_LINE_EVERY_S:
             self._last_line_at = time.monotonic()
             self._print(
-                f"{self._phase} {completed}/{self._phase_total}{self._left(completed, *self._phase_from)}  {values}".rstrip()
+                f"{self._phase} {completed}/{self._phase_total}{self._left(completed, *self._phase_from)}  "
+                f"{'  '.join(values)}".rstrip()
             )
 
     def _left(self, completed: int, first: int, since: float) -> str:
@@ -315,8 +305,8 @@ def _numbers(report: StepReport) -> dict[str, Any]:
     }
 
 
-def _describe(metrics: Mapping[str, float]) -> str:
-    """Format the most important metrics as short text."""
+def _describe(metrics: Mapping[str, float]) -> list[str]:
+    """Format the most important metrics as short texts, the most important first."""
     parts = [f"{name} {_short(metrics[name])}" for name in ("loss", "reverse_kl") if name in metrics]
     if "tokens_per_s" in metrics:
         parts.append(f"{_short(metrics['tokens_per_s'])} tokens/s")
@@ -325,7 +315,7 @@ def _describe(metrics: Mapping[str, float]) -> str:
     ]
     if waits:
         parts.append("waits " + " ".join(waits))
-    return "  ".join(parts)
+    return parts
 
 
 def _short(value: Any) -> str:

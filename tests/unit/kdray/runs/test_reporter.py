@@ -202,7 +202,7 @@ def test_terminal_shows_one_bar_with_the_numbers(folder):
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 150])
-def test_a_narrow_terminal_shows_phase_step_and_time_and_cuts_the_numbers(folder, width):
+def test_a_narrow_terminal_shows_phase_step_and_time_and_the_numbers_that_fit(folder, width):
     output = io.StringIO()
     reporter = RunReporter(folder, 10_000, Console(file=output, force_terminal=True, width=width))
     numbers = {"reverse_kl": 0.25, "tokens_per_s": 1234.5, "wait_rollout_s": 0.5, "wait_teacher_s": 0.0, "wait_sync_s": 0.1}
@@ -215,7 +215,30 @@ def test_a_narrow_terminal_shows_phase_step_and_time_and_cuts_the_numbers(folder
     assert lines
     assert re.match(r"distill \S+ +9999/10000 +\d:\d\d:\d\d loss 0.625", lines[-1]), lines[-1]
     assert cell_len(lines[-1].rstrip()) <= width
-    assert ("weights" in lines[-1]) == (width == 150)
+    shown = ["loss 0.625", "reverse_kl 0.25", "1234 tokens/s", "waits rollouts 0.50s scores 0.00s weights 0.10s"]
+    count = {60: 1, 80: 3, 120: 3, 150: 4}[width]
+    assert lines[-1].rstrip().endswith(f" {'  '.join(shown[:count])}"), "a number is cut, or one that fits is left out"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_what_cannot_be_counted_shows_no_count(folder, width):
+    output = io.StringIO()
+    reporter = RunReporter(folder, 4, Console(file=output, force_terminal=True, width=width))
+    try:
+        reporter.event("start", host="here")
+        reporter._tick("preparing models", 12.0)
+        reporter._progress.refresh()
+        reporter.preparing("a teacher with a long name", 3, 200)
+        reporter._progress.refresh()
+    finally:
+        reporter.close()
+    lines = [Text.from_ansi(each).plain for each in re.split(r"[\r\n]+", output.getvalue())]
+    unknown = [line.rstrip() for line in lines if line.startswith("preparing models")]
+    assert unknown[-1].endswith(" 12 s")
+    assert "?" not in "".join(unknown)
+    assert "-:--" not in "".join(unknown)
+    assert any(re.match(r"prepare a teacher with .* +3/200 +-:--:--", line) for line in lines)
+    assert max(map(cell_len, lines)) <= width
 
 
 def test_samples_of_some_steps_are_kept(make, folder):

@@ -219,7 +219,12 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     nodes: Annotated[
-        Path | None, typer.Option("--cluster", metavar="FILE", help="YAML that describes a cluster; the live one otherwise.")
+        Path | None,
+        typer.Option(
+            "--cluster",
+            metavar="FILE",
+            help="YAML of a cluster; otherwise RAY_ADDRESS's, or this machine.",
+        ),
     ] = None,
     measured: Annotated[
         Path | None, typer.Option("--run", metavar="RUN", help="Take the rates from this run's metrics, not from a model.")
@@ -235,9 +240,9 @@ def plan(
 
             rates = None if measured is None else rates_of(measured)
             if nodes is None:
-                from cluster.connect import connected_nodes
+                from cluster.connect import nodes_for
 
-                found = lay_out(settings, connected_nodes(settings), rates)
+                found = lay_out(settings, nodes_for(settings), rates)
             else:
                 found = lay_out(settings, described_nodes(nodes), rates)
         print_columns("role", table(found))

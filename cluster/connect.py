@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import ray
 from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.utils import get_num_cpus
 from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
 
@@ -109,30 +110,42 @@ def _short_paths() -> Iterator[None]:
         os.environ.update(before)
 
 
-def connected_nodes(config: Config) -> list[Node]:
-    """Nodes of the cluster that a run of this config would join, or of the local Ray that it would start."""
-    with connected(config, serving=False):
-        return live_nodes()
+def nodes_for(config: Config) -> list[Node]:
+    """Nodes of the cluster that a run of this config would join; otherwise this machine, as the local Ray that the run would
+    start finds it, which takes no Ray."""
+    if not _starts_local(config):
+        with connected(config, serving=False):
+            return live_nodes()
+    # Ray tells what it finds on a machine nowhere else.
+    found = ResourceAndLabelSpec(num_cpus=config.cluster.local_cpus).resolve(is_head=True, node_ip_address="127.0.0.1")
+    return [Node(found.to_resource_dict(), found.labels, "this machine")]
 
 
 def connecting(config: Config) -> str:
     """What `connected` does, in words."""
     if ray.is_initialized():
         return "using this program's Ray"
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    return f"joining Ray at {address}" if address and address != "local" else "starting Ray on this machine"
+    return "starting Ray on this machine" if _starts_local(config) else f"joining Ray at {_address(config)}"
+
+
+def _address(config: Config) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def _starts_local(config: Config) -> bool:
+    # In Ray, `local` means a new local instance.
+    return not ray.is_initialized() and _address(config) in (None, "", "local")
 
 
 @contextlib.contextmanager
 def connected(config: Config, serving: bool = True) -> Iterator[None]:
     """Join the named cluster or start a local Ray, with Ray Serve if `serving`. Shuts down only what it started."""
     setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     already = ray.is_initialized()
     if not already:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        # In Ray, `local` means a new local instance.
-        if address and address != "local":
+        if address and not _starts_local(config):
             remedy = CLUSTER_REMEDY.format(setting=setting)
             if address != "auto" and (problem := unreachable(address)):
                 raise ConfigError(f"{setting}={problem}; {remedy}")
@@ -168,8 +181,7 @@ def check_local_cpus(config: Config, wanted: Sequence[Bundle]) -> None:
 
     The rest of what the run needs is checked once Ray tells what it found. Raises: CapacityError.
     """
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if ray.is_initialized() or (address and address != "local"):
+    if not _starts_local(config):
         return
     cpus = float(config.cluster.local_cpus or get_num_cpus())
     # As much as all parts together could ask for.

@@ -31,3 +31,6 @@ ACCELERATORS = {
     "H20": Accelerator(95, 148, 4000),
     "B200": Accelerator(178, 2250, 8000),
 }
+
+NOMINAL_CORE = Accelerator(0.0, 0.05, 10.0)
+"""A CPU core, of which nothing is known: parts of a run on cores of one kind are compared by it, and its rates never shown."""

@@ -27,7 +27,7 @@ from cluster.planning.placement import (
     describe_resources,
 )
 from cluster.planning.publication import publication_lines
-from cluster.planning.roles import GPU_MEMORY, Role, weakest_gpu
+from cluster.planning.roles import GPU_MEMORY, Role, cores, weakest_gpu
 from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.checks.models import check_models
 from kdray.config import Config, EngineSettings, ModelSource, TrainingSettings
@@ -38,7 +38,7 @@ from kdray.errors import CapacityError, ConfigError, DataError
 from kdray.models.adapters import adapted_layers
 from kdray.models.inspect import architecture
 from kdray.models.precision import engine_dtype
-from kdray.runs.folder import RunFolder, read_lines
+from kdray.runs.folder import RunFolder
 from kdray.teachers.kind import kind_of
 
 _CAPACITY_GAP = 20.0
@@ -115,8 +115,8 @@ def rates_of(run: Path) -> Measured:
     """Read the rates measured by a run from its metrics. Raises: DataError if the folder holds none."""
     folder = RunFolder.open(run)
     try:
-        return measured(read_lines(folder.metrics), load_saved_config(folder.config).training.batch_size)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return measured(folder.metrics, load_saved_config(folder.config).training.batch_size)
+    except (OSError, ValueError) as error:
         raise DataError(f"--run {run}: its metrics say nothing of rates: {error}") from error
 
 
@@ -209,7 +209,7 @@ def _column(role: Role) -> dict[str, str]:
     cells["together, GiB"] = f"{total / GIB:.1f}{limit}"
     if isinstance(memory, EngineMemory):
         cells["KV cache, tokens"] = f"{memory.kv_tokens:,}"
-    if role.rate is not None:
+    if role.rate is not None and not role.on_cpus:
         cells["response tokens/s, modelled"] = f"{role.rate:,.0f}"
     return cells
 
@@ -295,12 +295,12 @@ def _engine_role(
         )
     running = min(settings.max_num_seqs, max(1, found.kv_tokens // sequence))
     samples = pool or route.sampler != "students"
-    rate = None
-    if gpu is not None and on_gpu:
+    rate, hardware = None, gpu if on_gpu else cores(item.bundle)
+    if hardware is not None:
         one = (
-            sampling_rate(models, gpu, parts, running, lengths, element)
+            sampling_rate(models, hardware, parts, running, lengths, element)
             if samples
-            else scoring_rate(models, gpu, parts, lengths)
+            else scoring_rate(models, hardware, parts, lengths)
         )
         rate = one * item.bundle.count
     does = f"samples, {running} sequences at once" if samples else "scores by prefill"
@@ -337,9 +337,9 @@ def _student_role(
             f"log-probabilities {found.logprobs / GIB:.1f}), and the smallest GPU that it may be placed on has "
             f"{limit / GIB:.1f} GiB; {_smaller(training, lengths, memory, limit)}"
         )
-    rate = None
-    if gpu is not None and on_gpu:
-        rate = training_rate(student, gpu, training.ranks, lengths, training.gradient_checkpointing)
+    rate, hardware = None, gpu if on_gpu else cores(item.bundle)
+    if hardware is not None:
+        rate = training_rate(student, hardware, training.ranks, lengths, training.gradient_checkpointing)
     return Role(
         item.bundle,
         _where(item, nodes),
@@ -391,6 +391,12 @@ def _where(item: Placed, nodes: Sequence[Node]) -> dict[str, int]:
     return dict(kinds)
 
 
+_ON_CPUS = (
+    "modelled for CPUs of one kind, by arithmetic and memory alone: fixed costs, which rule small models, are left out; "
+    "measure: kdray plan CONFIG --run RUN"
+)
+
+
 def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
     """Describe the bottleneck, by modelled rates."""
     if any(role.rate is None for role in roles):
@@ -399,6 +405,9 @@ def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
             f"rates: nothing is known of the hardware of {unknown}; name its accelerator type, or measure: "
             "kdray plan CONFIG --run RUN"
         ]
+    nominal = [role.bundle.role for role in roles if role.on_cpus]
+    if nominal and len(nominal) < len(roles):
+        return [f"rates: those of CPUs ({', '.join(nominal)}) are not known beside GPUs'; measure: kdray plan CONFIG --run RUN"]
     rates = {role.bundle.role: role.rate or 0.0 for role in roles}
     training = rates.pop("student")
     sharing = config.rollout.teachers
@@ -410,10 +419,15 @@ def _balance(config: Config, roles: Sequence[Role]) -> list[str]:
         rates = {role: rate for role, rate in rates.items() if not role.startswith("teacher")}
     supply |= rates
     if not supply:
+        if nominal:
+            return ["bottleneck: student; no replica samples"]
         return [f"modelled: the student trains {training:,.0f} response tokens/s; no replica samples"]
     slowest = min(supply, key=lambda role: supply[role])
-    text = ", ".join(f"{role} {rate:,.0f}" for role, rate in {**supply, "student": training}.items())
-    lines = [f"modelled response tokens/s: {text}"]
+    if nominal:
+        lines = [_ON_CPUS]
+    else:
+        text = ", ".join(f"{role} {rate:,.0f}" for role, rate in {**supply, "student": training}.items())
+        lines = [f"modelled response tokens/s: {text}"]
     ratio = supply[slowest] / training
     if ratio < 1:
         more = math.ceil(1 / ratio * 10) / 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.planning.accelerators import ACCELERATORS, Accelerator
+from cluster.planning.accelerators import ACCELERATORS, NOMINAL_CORE, Accelerator
 from cluster.planning.memory import GIB, EngineMemory, RankMemory
 from cluster.planning.placement import ACCELERATOR_LABEL, Bundle, Node
 
@@ -24,13 +24,24 @@ class Role:
     memory_limit: float | None
     """Memory of a GPU, bytes; None if unknown (or the role runs on CPUs)."""
     rate: float | None
-    """Response tokens per second of the whole role; None if its hardware is unknown."""
+    """Response tokens per second of the whole role; None if its hardware is unknown. On CPUs, of nominal cores: only ratios
+    between such roles mean anything."""
     does: str
+
+    @property
+    def on_cpus(self) -> bool:
+        return not self.bundle.resources.get("GPU")
 
     @property
     def memory_bytes(self) -> float:
         """Memory of each bundle."""
         return self.memory.total if isinstance(self.memory, RankMemory) else self.memory.needed + self.memory.kv_room
+
+
+def cores(bundle: Bundle) -> Accelerator:
+    """The cores of one bundle on CPUs, as nominal hardware."""
+    count = bundle.resources.get("CPU", 0.0) or 1.0
+    return Accelerator(0.0, count * NOMINAL_CORE.tflops, count * NOMINAL_CORE.bandwidth_gb_s)
 
 
 def weakest_gpu(hosts: Sequence[Node]) -> tuple[Accelerator | None, float | None]:

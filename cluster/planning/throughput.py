@@ -6,12 +6,16 @@ parameter and token; training takes 6 (8 with recomputation). Both reach a fract
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+
+import msgspec
 
 from cluster.planning.accelerators import Accelerator
 from cluster.planning.memory import Lengths, ModelShape
+from kdray.runs.lines.streams import raw_lines, stream
 
 DECODE_EFFICIENCY = 0.6
 """Assumed fraction of peak bandwidth or arithmetic in decoding and prefill."""
@@ -61,18 +65,34 @@ class Measured:
     replicas: float
 
 
-def measured(metrics: Sequence[Mapping[str, Any]], batch_size: int) -> Measured:
-    """Compute rates from the lines of metrics.jsonl, without the first quarter, in which engines warm up.
+class RateLine(msgspec.Struct):
+    """Line of metrics.jsonl, of which only the rates are of interest."""
 
-    Raises: ValueError if there are fewer than four steps.
+    tokens_per_s: float | None
+    response_tokens: float
+    wait_rollout_s: float
+    wait_teacher_s: float
+    teacher_replicas: float
+
+
+def measured(path: Path, batch_size: int) -> Measured:
+    """Compute rates from a file of metrics, a line at a time, without the first quarter, in which engines warm up.
+
+    Raises: ValueError if there are fewer than four steps; DataError naming the line that cannot be read.
     """
-    if len(metrics) < 4:
-        raise ValueError(f"{len(metrics)} steps are too few to measure; at least 4 are needed")
-    lines = [line for line in metrics[len(metrics) // 4 :] if line["tokens_per_s"]]
+    steps = sum(1 for _ in raw_lines(path))
+    if steps < 4:
+        raise ValueError(f"{steps} steps are too few to measure; at least 4 are needed")
+    tokens = seconds = waiting = replicas = 0.0
+    lines = 0
+    for line, _ in islice(stream(path, RateLine), steps // 4, None):
+        if not line.tokens_per_s:
+            continue
+        lines += 1
+        tokens += line.response_tokens * batch_size
+        seconds += line.response_tokens * batch_size / line.tokens_per_s
+        waiting += line.wait_rollout_s + line.wait_teacher_s
+        replicas += line.teacher_replicas
     if not lines:
         raise ValueError("no step trained a token")
-    tokens = [line["response_tokens"] * batch_size for line in lines]
-    seconds = sum(each / line["tokens_per_s"] for each, line in zip(tokens, lines, strict=True))
-    waiting = sum(line["wait_rollout_s"] + line["wait_teacher_s"] for line in lines)
-    replicas = sum(line["teacher_replicas"] for line in lines) / len(lines)
-    return Measured(sum(tokens) / max(1e-9, seconds - waiting), sum(tokens) / seconds, waiting / seconds, replicas)
+    return Measured(tokens / max(1e-9, seconds - waiting), tokens / seconds, waiting / seconds, replicas / lines)

@@ -11,8 +11,10 @@ import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 from ray._private.utils import validate_socket_filepath
+from typer.testing import CliRunner
 
-from cluster.connect import NO_TOKEN, connected, start_local
+from cluster.cli import app
+from cluster.connect import NO_TOKEN, connected, nodes_for, start_local
 from kdray.config import parse_config
 from kdray.errors import ConfigError
 
@@ -66,6 +68,25 @@ def test_local_by_name_is_the_same_as_none(monkeypatch: pytest.MonkeyPatch, wher
     with connected(config, serving=False):
         pass
     assert [options["num_cpus"] for options in started] == [3]
+
+
+def test_a_plan_for_this_machine_starts_no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    tree = {"run": {"name": "x"}, "student": {"model": {"type": "tiny"}}, "teachers": {"t": {"model": {"type": "tiny"}}}}
+    config = parse_config(tree | {"cluster": {"local_cpus": 7}})
+    (node,) = nodes_for(config)
+    assert (node.resources["CPU"], node.name) == (7, "this machine")
+    assert node.resources["memory"] > 2**28
+    assert node.resources["object_store_memory"] > 2**20
+    recipe = tmp_path / "x.yaml"
+    recipe.write_text(config.dump())
+    result = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert "bottleneck: " in result.stdout
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS=127.0.0.1:1 does not answer"):
+        nodes_for(config)
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])

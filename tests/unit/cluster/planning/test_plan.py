@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from cluster.planning.memory import (
     rank_memory,
 )
 from cluster.planning.placement import ACCELERATOR_LABEL, Node
-from cluster.planning.plan import described_nodes, plan
+from cluster.planning.plan import described_nodes, plan, table
 from cluster.planning.publication import CHANGES as PUBLISHED_CHANGES
 from cluster.planning.throughput import measured, sampling_rate, scoring_rate, training_rate
 from kdray.config import Config, LoRASettings, MiniLLMLoss, RolloutSettings, TrainingSettings, load_config, parse_config
@@ -314,7 +316,11 @@ def test_rates_follow_the_roofline() -> None:
     assert training_rate(shape, gpu, 4, lengths, True) == pytest.approx(4 * 0.35e15 / (8 * shape.parameters))
 
 
-def test_measured_rates_leave_waits_out() -> None:
+def test_measured_rates_leave_waits_out(tmp_path: Path) -> None:
+    def of(*lines: dict[str, Any]) -> Path:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"torn')
+        return tmp_path / "metrics.jsonl"
+
     line = {
         "response_tokens": 10.0,
         "tokens_per_s": 100.0,
@@ -323,13 +329,33 @@ def test_measured_rates_leave_waits_out() -> None:
         "teacher_replicas": 2.0,
     }
     slow = line | {"tokens_per_s": 1.0}
-    found = measured([slow, line, line, line], batch_size=64)
+    found = measured(of(slow, line, line, line | {"step": 3, "teacher/main/wait_s": 1.0}), batch_size=64)
     # 640 tokens in 6.4 s a step, 4 of them waiting; the first quarter is not counted.
     assert found.supply == pytest.approx(100)
     assert found.training == pytest.approx(640 / 2.4)
     assert (found.waits, found.replicas) == (pytest.approx(4 / 6.4), 2)
     with pytest.raises(ValueError, match="too few"):
-        measured([line], 64)
+        measured(of(line, line, line), 64)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: .*wait_rollout_s"):
+        measured(of(line, {"tokens_per_s": 1.0, "response_tokens": 1.0}, line, line), 64)
+
+
+def test_measured_rates_of_a_long_run_take_no_memory(tmp_path: Path) -> None:
+    line = {
+        "response_tokens": 10.0,
+        "tokens_per_s": 100.0,
+        "wait_rollout_s": 3.0,
+        "wait_teacher_s": 1.0,
+        "teacher_replicas": 2.0,
+    }
+    (tmp_path / "metrics.jsonl").write_text((json.dumps(line | {"other": [0.5] * 100}) + "\n") * 10_000)
+    tracemalloc.start()
+    try:
+        measured(tmp_path / "metrics.jsonl", 64)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2e5, "the lines of 6 MB are held"
 
 
 def test_a_plan_places_roles_by_label_and_names_the_bottleneck(models: dict[str, str]) -> None:
@@ -346,6 +372,32 @@ def test_a_plan_places_roles_by_label_and_names_the_bottleneck(models: dict[str,
     assert ("bottleneck: student" in text) == (teacher.rate > student.rate)
     assert "warning" not in text, "70B to 8B is no gap"
     assert student.does == "trains, ZeRO 3, bf16"
+
+
+def _on_cpus(models: dict[str, str], teacher: dict[str, Any], **training: Any) -> Config:
+    return _config(
+        models,
+        teacher={"tensor_parallel_size": 1, "num_gpus": 0, "num_cpus": 1, "replicas": 1, **teacher},
+        training={"ranks": 1, "gpus_per_rank": 0, "cpus_per_rank": 1, "precision": "fp32", "zero_stage": 0, **training},
+    )
+
+
+def test_on_cpus_the_bottleneck_is_named_by_ratios_alone(models: dict[str, str]) -> None:
+    """As many cores for the student make it slower than one for the teacher; no rate of cores is shown."""
+    node = [Node({"CPU": 64}, {}, "this machine")]
+    found = plan(_on_cpus(models, {}), node)
+    text = "\n".join(found.lines)
+    assert "nothing is known" not in text
+    assert "bottleneck: teacher main; the student would wait" in text
+    assert "modelled for CPUs of one kind" in text
+    assert "kdray plan CONFIG --run RUN" in text
+    assert not any("tokens/s" in row for column in table(found).values() for row in column)
+    assert "tokens/s" not in text
+    turned = plan(_on_cpus(models | {"teacher": models["student"]}, {"num_cpus": 60}), node)
+    assert "bottleneck: student; teacher main gives" in "\n".join(turned.lines)
+    mixed = _on_cpus(models, {}, gpus_per_rank=1, ranks=8, precision="bf16", zero_stage=3)
+    (line,) = [line for line in plan(mixed, [*node, *_nodes(1, "H200")]).lines if line.startswith("rates: ")]
+    assert "those of CPUs (teacher main) are not known beside GPUs'" in line
 
 
 def test_a_teacher_far_larger_than_its_student_is_warned_of(models: dict[str, str], tmp_path: Path) -> None:

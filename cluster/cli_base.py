@@ -145,7 +145,8 @@ def print_columns(
     apart = " "
 
     def rows(names: Sequence[str]) -> list[list[str]]:
-        return [[key, *(cell(name, key) for name in names)] for key in keys]
+        every = [[key, *(cell(name, key) for name in names)] for key in keys]
+        return [row for row in every if any(row[1:])]
 
     def cell(name: str, key: str) -> str:
         return _cell(columns[name].get(key)) + show_interval(intervals, name, key).replace(" ", apart, 1)

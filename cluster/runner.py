@@ -174,9 +174,8 @@ class Runner:
             building.exception()
 
     async def _watched(self, phases: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-        """Run the phases; end them after a checkpoint if a replica refuses weights of the student or of its teacher.
-        Raises: TrainingError with the gap between the replica's log q and the trainer's.
-        """
+        """Run the phases; end them after a checkpoint if a replica refuses weights of the student or of its teacher: raises
+        TrainingError with the gap between the replica's log q and the trainer's."""
         refused: list[str] = []
 
         async def watch(weights: Any, model: str) -> None:
@@ -185,8 +184,8 @@ class Runner:
             self.reporter.event("version_refused", **asdict(verdict))
             self.stop.set()
 
-        watched = {str(self._config.student.model): self._stores.weights, "its teacher": self._stores.average}
-        watching = asyncio.gather(*(watch(each, model) for model, each in watched.items() if each is not None))
+        stores = {str(self._config.student.model): self._stores.weights, "its teacher": self._stores.average}
+        watching = asyncio.gather(*(watch(each, model) for model, each in stores.items() if each is not None))
         try:
             return await phases
         except KdrayError as error:
@@ -195,6 +194,7 @@ class Runner:
             raise
         finally:
             watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
     def _unplaced_ranks(self, student: StudentGroup) -> list[Bundle]:
         """Ranks not yet placed on a node, as long as none of the student's has started; blocks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,3 +38,21 @@ async def test_a_refused_version_ends_the_run_after_a_checkpoint(whose: str, nam
         await runner._watched(phases())
     assert [kind for kind, _ in events] == ["version_refused"]
     assert events[0][1]["gap"] == 0.5
+
+
+async def test_a_run_that_ends_leaves_no_error_of_the_watch_behind() -> None:
+    """asyncio prints what nobody fetched, as a traceback on the user's terminal."""
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    runner: Any = Runner.__new__(Runner)
+    runner._stores = SimpleNamespace(weights=Handle(WeightStore()), average=None)
+    runner._config = SimpleNamespace(student=SimpleNamespace(model="small"))
+
+    async def phases() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"steps": 1}
+
+    assert await runner._watched(phases()) == {"steps": 1}
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert not told

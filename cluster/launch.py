@@ -42,7 +42,7 @@ from kdray.errors import ConfigError, DataError, LeaseLost, StorageError
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint, read_marker
 from kdray.runs.context import Checked, RunContext, resolve_models
-from kdray.runs.folder import CAPTURE, RunFolder
+from kdray.runs.folder import CAPTURE, RunFolder, check_writable
 from kdray.runs.lease import Lease, leased
 from kdray.runs.remote_copy import METRICS, StoredRun, num_stored_lines
 from kdray.runs.report import write_report
@@ -94,14 +94,16 @@ def run(
     on_phase(_CHECKING)
     check_trackers(config)
     _quieten(config.training.backend)
-    configs = {"": config}
+    # Places that cannot be written are told of before models are read, as are files that are not there.
+    check_writable(config)
+    configs, stored = {"": config}, {"": StoredRun.of(config)}
     given = None if prompts is None else list(prompts)
     checked = {"": check(config, given)}
     if config.peers:
         models = resolve_models(config)
         configs |= peer_configs(config, models.teachers, models.student)
         checked |= {name: check(each, given) for name, each in configs.items() if name}
-    stored = {name: StoredRun.of(each) for name, each in configs.items()}
+        stored |= {name: StoredRun.of(each) for name, each in configs.items() if name}
     with leased(config, stored[""]) as lease:
         for each in stored.values():
             if each is not None:

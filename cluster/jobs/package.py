@@ -16,15 +16,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from cluster.jobs import plugin_list
+from kdray.checks.paths import named_models, read_paths
 from kdray.config import Config, parse_config
 from kdray.config.plugins import plugins_of
 from kdray.config.secret_files import is_secret
@@ -68,7 +67,7 @@ def pack(config: Config) -> JobPackage:
         )
     tree = config.model_dump(mode="json")
     files, remote_paths, sizes = {}, {}, {}
-    for keys, path in _paths(config):
+    for keys, path in read_paths(config):
         setting = ".".join(keys)
         if _absolute(str(path)):
             remote_paths[setting] = path
@@ -81,7 +80,7 @@ def pack(config: Config) -> JobPackage:
         place = f"{INPUTS}/{setting}/{path.absolute().name}"
         files[place], sizes[setting] = path, _size(path)
         _set(tree, keys, place)
-    for keys, model in _models(config):
+    for keys, model in named_models(config):
         folder = Path(model).expanduser()
         if folder.is_absolute():
             remote_paths[".".join(keys)] = folder
@@ -198,33 +197,6 @@ def build_wheel(root: Path, folder: Path) -> Path:
 def _absolute(path: str) -> bool:
     """True if a path is valid on every machine: an absolute one, or a URL such as s3://bucket."""
     return Path(path).is_absolute() or re.match(r"[a-z][a-z0-9+.-]*:/", path) is not None
-
-
-def _paths(config: Config) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """Yield every path that the config reads from, with the keys that lead to it."""
-    for keys, value in _leaves(config, ()):
-        if isinstance(value, Path) and keys != ("run", "output"):
-            yield keys, value
-
-
-def _models(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield every model that is a folder or a hub id, with the keys that lead to it."""
-    for keys, value in _leaves(config, ()):
-        # A remote teacher's model is a name at its endpoint.
-        ours = keys[0] != "teachers" or not config.teachers[keys[1]].remote
-        if isinstance(value, str) and ours and (keys[-1] == "model" or keys[-2:] == ("model", "source")):
-            yield keys, value
-
-
-def _leaves(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _leaves(getattr(value, name), (*keys, name))
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(item, (*keys, str(name)))
-    else:
-        yield keys, value
 
 
 def _set(tree: dict[str, Any], keys: tuple[str, ...], value: str) -> None:

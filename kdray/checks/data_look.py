@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdray.checks.paths import check_files
 from kdray.config import Config
 from kdray.data.chat import ChatTemplate
 from kdray.data.dataset import TOO_LONG, Dataset, load_dataset
 from kdray.data.encoding import Encoder
 from kdray.data.references import reference_of
 from kdray.errors import DataError
-from kdray.models.inspect import student_tokenizer
+from kdray.models.inspect import check_source, student_tokenizer
 from kdray.types import Prompt, Reference
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Look:
 
 def look(config: Config, rows: int = 5) -> Look:
     """Read the data of a recipe, and show `rows` of its training rows. Raises: ConfigError or DataError."""
+    check_files(config)
+    check_source("student.model", config.student.model, config.student.revision)
     tokenizer = student_tokenizer(config)
     # What would be refused for its length is counted here, and said.
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"too_long": "drop"})})

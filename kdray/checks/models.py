@@ -8,7 +8,7 @@ from kdray.config import Config, EngineSettings, ModelSource, vllm_build
 from kdray.config.route import Route
 from kdray.errors import ConfigError
 from kdray.models.families import Role, check_family
-from kdray.models.inspect import architecture, describe
+from kdray.models.inspect import architecture, check_source, describe
 from kdray.models.tensor_parallel import common_sizes, indivisible
 from kdray.teachers.kind import kind_of
 
@@ -27,6 +27,8 @@ def check_models(config: Config) -> None:
         model = kind_of(config, name).model
         if model is not None:
             models[f"teachers.{name}.model"] = model, "teacher" if settings.served else "in-process teacher"
+    for setting, (model, _) in models.items():
+        check_source(setting, *model)
     for setting, (model, role) in models.items():
         check_family(setting, role, *model, config.max_model_len, config.run.untried_models)
     for setting, engine, held in _engines(config):

@@ -11,6 +11,7 @@ from kdray.checks.data_look import grading_line
 from kdray.checks.devices import check_gpus, check_model_runners, precision_notes, quantisation_notes
 from kdray.checks.gradient_notes import gradient_notes
 from kdray.checks.models import check_heads, check_models
+from kdray.checks.paths import check_files
 from kdray.checks.unsafe_notes import unsafe_notes
 from kdray.config import Config
 from kdray.config.route import Route
@@ -31,8 +32,12 @@ from kdray.teachers.team import prompts_of
 
 
 def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
-    """Run every check. Raises: ConfigError, DataError or VocabError with setting, value and remedy."""
+    """Run every check, those of names and paths first.
+
+    Raises: ConfigError, DataError or VocabError with setting, value and remedy.
+    """
     set_secrets(config.cluster.secret_files("driver"))
+    check_files(config)
     check_models(config)
     student = config.student
     tokenizer = student_tokenizer(config)

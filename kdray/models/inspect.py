@@ -12,7 +12,7 @@ from kdray.config import Config, ModelSource, PrunedModel, TinyModel
 from kdray.data.hub import check_model_on_hub
 from kdray.errors import ConfigError, DataError
 from kdray.models.pruning import plan_pruning
-from kdray.models.resolve import calibration_texts, model_config, resolve_model, task_tokenizer
+from kdray.models.resolve import calibration_texts, located, model_config, resolve_model, task_tokenizer
 from kdray.models.safetensors_check import check_weights
 
 
@@ -23,6 +23,17 @@ def origin(source: ModelSource, revision: str | None) -> tuple[str | TinyModel, 
     if revision is not None:
         raise ConfigError(f"revision={revision}: a pruned model is built here; set model.revision, that of its source")
     return source.source, source.revision
+
+
+def check_source(setting: str, source: ModelSource, revision: str | None) -> None:
+    """Check that a model is a folder here, or on the hub. Nothing is looked for where it is built from its settings.
+
+    Args: setting: that names the model. Raises: ConfigError or DataError with setting, value and remedy.
+    """
+    if isinstance(source, PrunedModel):
+        check_source(f"{setting}.source", source.source, source.revision)
+    elif isinstance(source, str):
+        check_model_on_hub(located(source, f"{setting}={source:.100}"), revision, setting)
 
 
 def load_tokenizer(source: ModelSource, revision: str | None) -> Any:

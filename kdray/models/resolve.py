@@ -95,20 +95,28 @@ def resolve_model(source: ModelSource, cache: Path, on_step: OnStep | None = Non
     if isinstance(source, TinyModel):
         folder = Path(cache).absolute() / model_name(source)
         return str(folder if folder.is_dir() else build_tiny_model(source, folder, on_step))
+    return located(source, f"model {source[:100]!r}")
+
+
+def located(source: str, what: str) -> str:
+    """Return the absolute path of a model's folder, or the name of one that can only be on the hub.
+
+    Args: what: names the model in messages. Raises: DataError if it can be neither.
+    """
     folder = Path(source).expanduser()
     try:
         is_folder = folder.is_dir()
     except OSError as error:
-        raise DataError(f"model {source[:100]!r}: {error.strerror}; name another folder") from error
+        raise DataError(f"{what}: {error.strerror}; name another folder") from error
     if is_folder:
         if not (folder / "config.json").is_file():
-            raise DataError(f"model {source!r}: the folder has no config.json; name a Hugging Face model folder")
+            raise DataError(f"{what}: the folder has no config.json; name a Hugging Face model folder")
         # Other processes of the run may have a different working directory.
         return str(folder.absolute())
     if folder.exists():
-        raise DataError(f"model {source!r} is a file; name the folder that holds config.json and the weights")
+        raise DataError(f"{what} is a file; name the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(source):
-        raise DataError(f"model {source!r}: no such folder; name an existing one, or a hub id such as `org/name`")
+        raise DataError(f"{what}: no such folder; name an existing one, or a hub id such as `org/name`")
     return source
 
 

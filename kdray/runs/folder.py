@@ -247,6 +247,19 @@ def _told(value: Any) -> str:
     return "absent" if value is None else repr(value)
 
 
+def check_writable(config: Config) -> None:
+    """Check that the run's folder can be made. Raises: ConfigError with the reason."""
+    place = config.run_folder.absolute()
+    try:
+        there = next(each for each in (place, *place.parents) if each.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file", str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{there} may not be written", str(there))
+    except OSError as error:
+        raise not_writable(config, error) from error
+
+
 def not_writable(config: Config, error: OSError) -> ConfigError:
     """Error of a run's folder that cannot be made or written."""
     reason = error.strerror or str(error)

@@ -26,7 +26,7 @@ def test_a_name_that_is_taken_is_refused_before_models_are_read(tmp_path: Path) 
             "teachers": {"t": {"model": nowhere}},
         }
     )
-    RunFolder.create(config)
+    RunFolder.create(config).append_metrics({"step": 1})
     with pytest.raises(ConfigError, match="already holds a run; continue it with --resume"):
         run(config)
 
@@ -61,6 +61,30 @@ def test_too_few_cpus_are_told_before_ray_starts(tmp_path: Path, monkeypatch: py
     check_local_cpus(more, bundles(more))
     # The cluster's CPUs are not this machine's.
     check_local_cpus(tiny(tmp_path, cluster={"address": "head:6379"}), bundles(tiny(tmp_path)))
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"storage": "file:///nowhere/at/all"}, r"run\.storage=file:///nowhere/at/all"),
+        (
+            {"output": "{tmp}/file/runs"},
+            r"run\.output=.*/file/runs: the run's folder cannot be written there: .*/file is a file",
+        ),
+    ],
+)
+def test_places_that_cannot_be_written_are_told_before_models_are_read(
+    section: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("models were read")
+
+    monkeypatch.setattr("cluster.launch.check", refuse)
+    (tmp_path / "file").touch()
+    named = {name: value.format(tmp=tmp_path) for name, value in section.items()}
+    with pytest.raises(ConfigError, match=words):
+        run(tiny(tmp_path, run={"name": "small", "output": str(tmp_path), **named}))
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -64,9 +64,9 @@ def _used(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    hub._check.cache_clear()
+    hub._problem.cache_clear()
     yield endpoint
-    hub._check.cache_clear()
+    hub._problem.cache_clear()
 
 
 def test_what_is_there_is_asked_for_once(address: str) -> None:

@@ -131,6 +131,19 @@ class Config(Settings):
         """True if responses are rewarded in some step."""
         return self.loss.reward_weight > 0.0 or "loss.reward_weight" in self.training.schedules
 
+    @property
+    def distilled(self) -> bool:
+        """True if the student learns from its teacher's distributions in some step."""
+        return self.loss.distillation_weight > 0.0 or "loss.distillation_weight" in self.training.schedules
+
+    @property
+    def trained_by(self) -> str:
+        """What trains the student, apart from a warm-up, in words that may begin a sentence."""
+        reward = ("a reward" if self.distilled else "a reward alone") if self.rewarded else None
+        parts = ["distillation" if self.distilled else None, reward, "fine-tuning" if self.training.finetune.steps else None]
+        *others, last = [part for part in parts if part is not None]
+        return f"{', '.join(others)} and {last}" if others else last
+
     def student_beside(self, name: str) -> bool:
         """True if a served teacher's replicas also hold the student."""
         return self.served_teachers[name].holds_student and not self.teacher_needs_own_engine

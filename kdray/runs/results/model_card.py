@@ -43,14 +43,29 @@ def _origin(config: Config, teachers: list[str], step: int | None) -> Iterator[s
     training, rollout = config.training, config.rollout
     taught = " and ".join(f"`{name}`" for name in teachers)
     when = "" if step is None else f" This is the checkpoint of step {step} of {training.steps}."
-    yield f"`{_name(config.student.model)}`, distilled from {taught} by kdray.{when}"
+    how = f"distilled from {taught}" if config.distilled else f"trained on a reward, beside {taught} as its teacher,"
+    yield f"`{_name(config.student.model)}`, {how} by kdray.{when}"
     yield ""
     yield f"- loss `{config.loss.type}`; teacher's weight in the sampling distribution (alpha) {rollout.alpha:g}"
+    if config.rewarded:
+        verdict = (
+            "the task's own verdict" if config.data.grader is None else f"the verdict of the grader `{config.data.grader.type}`"
+        )
+        weights = f"weight {_weight(config, 'reward')}, distillation's {_weight(config, 'distillation')}"
+        yield f"- reward: {verdict} on each response, over that on the others to its prompt; {weights}"
     yield f"- {training.steps} steps of {training.batch_size} responses, learning rate {training.learning_rate:g}"
     if training.sft.steps:
         yield f"- {training.sft.steps} supervised steps before them"
+    if training.finetune.steps:
+        yield f"- {training.finetune.steps} supervised steps after them"
     if training.lora is not None:
         yield f"- an adapter of rank {training.lora.rank}, merged here; by itself in `adapter/`"
+
+
+def _weight(config: Config, term: str) -> str:
+    """Weight of a term of the loss; where it follows a schedule, that it does."""
+    setting = f"{term}_weight"
+    return "by a schedule" if f"loss.{setting}" in config.training.schedules else f"{getattr(config.loss, setting):g}"
 
 
 def _name(source: ModelSource) -> str:
@@ -69,7 +84,8 @@ def _results(summary: Mapping[str, Any]) -> Iterator[str]:
     for metric in dict.fromkeys(metric for column in columns for metric in summary[column]):
         unit = f" ({METRICS[metric].unit})" if metric in METRICS else ""
         cells = [_cell(summary, column, metric) for column in columns]
-        yield f"| {metric}{unit} | {' | '.join(cells)} |"
+        if any(cells):
+            yield f"| {metric}{unit} | {' | '.join(cells)} |"
     versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
     yield ""
     yield f"Trained on {summary['trained_tokens']:,} response tokens{f', with {versions}' if versions else ''}."
@@ -77,4 +93,7 @@ def _results(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _cell(summary: Mapping[str, Any], column: str, metric: str) -> str:
     value = summary[column].get(metric)
-    return f"{value:.4g}{show_interval(summary.get('intervals'), column, metric)}" if isinstance(value, int | float) else ""
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.4g}{show_interval(summary.get('intervals'), column, metric)}"
+    number = isinstance(value, int | float)
+    return f"{value:,.0f}{show_interval(summary.get('intervals'), column, metric)}" if number else str(value or "")

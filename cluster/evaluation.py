@@ -119,8 +119,9 @@ def teacher_left_out(checked: Checked) -> str | None:
 
 
 def teacher_facts(checked: Checked) -> TeacherFacts:
-    """Facts about the run's teachers that the comparison of its evaluations needs."""
-    return TeacherFacts(teacher_left_out(checked), any(_changes(each) for each in checked.config.teachers.values()))
+    """Facts about the run that the comparison of its evaluations needs."""
+    config = checked.config
+    return TeacherFacts(teacher_left_out(checked), any(map(_changes, config.teachers.values())), config.trained_by)
 
 
 def _changes(teacher: TeacherSettings) -> bool:

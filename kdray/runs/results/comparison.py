@@ -57,12 +57,14 @@ REVERSE_KL = Headline("reverse_kl", "reverse KL", False, 1.0, ".3g", " nats per 
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """Facts about the run's teacher that a comparison needs."""
+    """Facts about the run's teacher, and what else trains its student, that a comparison needs."""
 
     left_out: str | None
     """Reason why its own score is not there; None if it is."""
     changes: bool
     """Its weights change during the run: divergences from it before and after are not from one model."""
+    trained_by: str = "distillation"
+    """What trained the student between before and after, in words."""
 
 
 def compare(folder: RunFolder, summary: Mapping[str, Any], passes: Sequence[int], teacher: TeacherFacts) -> dict[str, Any]:
@@ -148,15 +150,16 @@ def _verdict(summary: Mapping[str, Any], changes: Mapping[str, Mapping[str, Esti
     change = changes["before"].get(metric.name)
     if change is None:
         return (
-            f"{metric.words.capitalize()} was {was} before and {now} after distillation; there is no interval, since "
+            f"{metric.words.capitalize()} was {was} before and {now} after {teacher.trained_by}; there is no interval, since "
             "evaluations/ lacks the responses of one of them or has fewer than two prompts."
         )
     if change.excludes_zero:
         verb = "raised" if change.value > 0 else "lowered"
-        first = f"Distillation {verb} {metric.words} from {was} to {now} ({metric.show_difference(change)})"
+        what = teacher.trained_by[:1].upper() + teacher.trained_by[1:]
+        first = f"{what} {verb} {metric.words} from {was} to {now} ({metric.show_difference(change)})"
     else:
         first = (
-            f"{metric.words.capitalize()} after distillation, {now}, is not distinguishable from before, {was} "
+            f"{metric.words.capitalize()} after {teacher.trained_by}, {now}, is not distinguishable from before, {was} "
             f"({metric.show_difference(change)})"
         )
     if metric.name not in control:
@@ -232,7 +235,7 @@ def _warnings(found: Mapping[str, Mapping[str, Ratio]], change: Mapping[str, Est
     cut = {name: metrics["truncated"].value for name, metrics in found.items() if "truncated" in metrics}
     if cut.get("after", 0.0) >= _MOSTLY_CUT:
         lines.append(
-            f"{cut['after']:.0%} of the responses after distillation are cut off at rollout.max_new_tokens: their ends are "
+            f"{cut['after']:.0%} of the responses after training are cut off at rollout.max_new_tokens: their ends are "
             "neither learned nor measured; raise it if answers should end."
         )
     length, loops = change.get("response_tokens"), change.get("repetition")

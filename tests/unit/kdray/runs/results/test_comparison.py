@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdray.config import parse_config
 from kdray.runs.folder import RunFolder
 from kdray.runs.results.comparison import TeacherFacts, compare, compared, headlines, show_interval
 from kdray.runs.results.draws import Draw, ratios, write_draws
@@ -171,7 +172,7 @@ def test_responses_that_degenerate_are_a_warning() -> None:
 def test_responses_without_an_end_are_a_warning() -> None:
     cut = [replace(draw, truncated=draw.prompt_id < PROMPTS * 0.6) for draw in draws_of(40)]
     (found,) = comparison(before=draws_of(40), after=cut)["warnings"]
-    assert found.startswith("60% of the responses after distillation are cut off at rollout.max_new_tokens")
+    assert found.startswith("60% of the responses after training are cut off at rollout.max_new_tokens")
     assert comparison(before=cut, after=draws_of(40))["warnings"] == []
 
 
@@ -195,3 +196,24 @@ def test_a_folder_without_the_files_has_numbers_without_intervals(tmp_path: Path
     found = compare(folder, summary, [], FIXED)
     assert found["verdict"].endswith("; the control is at 50.0%, without an interval.")
     assert headlines({}) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "finetune", "words"),
+    [
+        ({}, 0, "Distillation"),
+        ({"reward_weight": 1.0}, 0, "Distillation and a reward"),
+        ({"reward_weight": 1.0, "distillation_weight": 0.0}, 0, "A reward alone"),
+        ({"reward_weight": 1.0}, 5, "Distillation, a reward and fine-tuning"),
+        ({}, 5, "Distillation and fine-tuning"),
+    ],
+)
+def test_the_verdict_names_what_trained(loss: dict[str, float], finetune: int, words: str) -> None:
+    tiny = {"model": {"type": "tiny"}}
+    tree = {"run": {"name": "x"}, "student": tiny, "teachers": {"t": tiny}, "rollout": {"samples_per_prompt": 2}}
+    config = parse_config(tree | {"loss": loss, "training": {"finetune": {"steps": finetune}}})
+    facts = replace(FIXED, trained_by=config.trained_by)
+    raised = comparison(facts, before=draws_of(right=40), after=draws_of(right=120))["verdict"]
+    assert raised.startswith(f"{words} raised exact match from 20.0% to 60.0%")
+    same = comparison(facts, before=draws_of(right=40), after=draws_of(right=40))["verdict"]
+    assert same.startswith(f"Exact match after {words[:1].lower()}{words[1:]}, 20.0%, is not distinguishable")

@@ -465,7 +465,7 @@ class Runner:
             # Its own clean-up comes first, but must not keep the run from ending.
             return await first_of(work, self.stop.wait(), clean_up_s=_CLEAN_UP_S)
         except Stopped:
-            raise Interrupted("stopped before there was anything new to save") from None
+            raise Interrupted("stopped before there was anything new to save; --resume goes on") from None
 
     def _on_retry(self, **retry: Any) -> None:
         self._storage_retries += 1

@@ -68,7 +68,7 @@ class Steps:
         for step in range(done, self.count):
             if self.save is not None and stop.is_set():
                 if step == done:
-                    raise Interrupted("stopped before there was anything new to save")
+                    raise Interrupted("stopped before there was anything new to save; --resume goes on")
                 await self.save(step)
                 raise Interrupted(
                     f"stopped at step {step} of {_TITLES[self.name]} after writing a checkpoint; continue with --resume"

@@ -84,6 +84,9 @@ class RunFolder:
                 self.append_event(CHANGED, step=step, setting=each.setting, old=each.old, new=each.new)
         else:
             self.check_free()
+            # What a run that saved nothing knew of its teachers is not true of another one's. Its events stay.
+            drop_torn_line(self.events)
+            (self.path / "teachers.json").unlink(missing_ok=True)
         for path in (self.path, self.checkpoints, self.samples, self.logs):
             path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.dump())
@@ -96,10 +99,20 @@ class RunFolder:
         """Check that a new run may begin here. Raises: ConfigError that names the folder and the remedies."""
         if not self.path.exists() or (self.path.is_dir() and all(_may_be_there(path) for path in self.path.iterdir())):
             return
+        if self.holds_nothing:
+            return
         if self.config.is_file():
             remedies = "continue it with --resume, or choose another run.name"
             raise ConfigError(f"{self.path}: already holds a run; {remedies}")
         raise ConfigError(f"{self.path}: exists and is not a run folder; choose another run.name or run.output")
+
+    @property
+    def holds_nothing(self) -> bool:
+        """True for a run that ended before it saved anything: to continue it is to begin anew, under any settings."""
+        saved = any(path.exists() for path in (self.summary, self.student))
+        grown = any(path.exists() and path.stat().st_size for path in (self.metrics, self.path / "ledger.jsonl"))
+        checkpoints = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        return self.config.is_file() and not (saved or grown or checkpoints)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

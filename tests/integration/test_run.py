@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from kdray.config import TinyModel
 from kdray.data.tasks import generate_examples
+from kdray.runs.folder import RunFolder
 from kdray.runs.metrics import METRICS
 from tests.support.runs import (
     BATCH,
@@ -252,6 +253,7 @@ def test_an_interruption_while_a_model_is_trained_first_ends_in_order(workplace:
     assert "interrupted: stopped before there was anything new to save" in output
     assert "Stack trace" not in output
     assert_nothing_left(marker)
+    RunFolder(workplace / "runs" / "early").check_free()
 
 
 @pytest.mark.full

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from kdray.config import TinyModel
 from kdray.data.tasks import generate_examples
 from kdray.models.resolve import build_tiny_model
+from kdray.runs.folder import RunFolder
 from tests.support.runs import ENGINE, assert_nothing_left, finish, json_lines, of_the_run, start, write_recipe
 
 LACKING = "model.layers.1.input_layernorm.weight"
@@ -84,6 +85,7 @@ def test_ctrl_c_while_an_engine_starts_ends_the_run_in_order(models: Path, marke
     assert not [line for line in output.splitlines() if "Stack trace" in line or "Traceback" in line], output[-6000:]
     assert "serving" not in [event["kind"] for event in json_lines(events)]
     assert_nothing_left(marker)
+    RunFolder(events.parent).check_free()
     assert took < 100, f"{took:.0f} s"
 
 

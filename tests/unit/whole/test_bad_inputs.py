@@ -743,7 +743,11 @@ def checkpoint_of(place: Place) -> Any:
 
 
 FILES: list[tuple[str, Callable[[Place], Any], tuple[str, ...]]] = [
-    ("a run of that name", lambda p: (p.started(), p.started()), ("runs/x", "already holds a run", "--resume", "run.name")),
+    (
+        "a run of that name",
+        lambda p: (p.started().append_metrics({"step": 1}), p.started()),
+        ("runs/x", "already holds a run", "--resume", "run.name"),
+    ),
     ("a folder of something else", without_config, ("runs/x", "not a run folder", "run.output")),
     ("nothing to resume", resumed, ("runs/x", "no run to resume", "--resume")),
     ("other settings than those to resume", other_settings, ("rollout.alpha: 0.2 there, 0.5 now", "Give it those")),

@@ -630,7 +630,7 @@ def test_a_name_that_is_taken_is_refused_before_the_cluster_is_asked(here, tmp_p
     recipe = tmp_path / "recipe.yaml"
     run = {"name": "trial", "output": str(tmp_path / "runs")}
     recipe.write_text(yaml.safe_dump({"run": run, "student": {"model": TINY}, "teachers": {"t": {"model": TINY}}}))
-    RunFolder.create(load_config(recipe))
+    RunFolder.create(load_config(recipe)).append_metrics({"step": 1})
     nowhere = ["--address", "http://127.0.0.1:1"]
     result = CliRunner().invoke(app, ["submit", str(recipe), *nowhere])
     assert result.exit_code == 2

@@ -37,9 +37,32 @@ def test_create_accepts_an_empty_folder(tmp_path):
 
 
 def test_create_refuses_a_run_of_the_same_name_and_names_the_remedies(tmp_path):
-    RunFolder.create(config_in(tmp_path))
+    RunFolder.create(config_in(tmp_path)).append_metrics({"step": 1})
     with pytest.raises(ConfigError, match=r"trial: already holds a run.*--resume.*run\.name"):
         RunFolder.create(config_in(tmp_path))
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "ledger.jsonl", "summary.json", "student/config.json", "checkpoints/a/b"])
+def test_a_run_that_saved_nothing_may_be_begun_again_and_one_that_saved_something_may_not(tmp_path, kept):
+    """As after Ctrl-C while its teacher is trained; also by a recipe that was corrected meanwhile."""
+    first = RunFolder.create(config_in(tmp_path))
+    first.append_event("start")
+    first.write_teachers({"t": {"model": "one"}})
+    (first.logs / "driver.log").write_text("told")
+    with first.events.open("a") as file:
+        file.write('{"kind": "cut sh')
+    again = RunFolder.create(config_in(tmp_path, rollout={"alpha": 0.5}))
+    again.append_event("start")
+    assert [line["kind"] for line in read_lines(again.events)] == ["start", "start"]
+    assert again.load_config().rollout.alpha == 0.5
+    assert again.read_teachers() == {}
+    assert (again.logs / "driver.log").read_text() == "told"
+    RunFolder.create(config_in(tmp_path, rollout={"alpha": 0.5}), resume=True)
+    path = again.path / kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        again.check_free()
 
 
 def test_a_run_may_start_where_a_capture_lies(tmp_path):

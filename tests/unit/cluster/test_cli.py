@@ -244,11 +244,13 @@ def test_capture_passes_its_options_and_says_how_to_train_from_it(recipe, launch
 
 def test_run_again_needs_resume(recipe, launch):
     call("run", recipe)
+    assert call("run", recipe).exit_code == 0, "nothing was saved"
+    RunFolder(launch.calls[0][0].run_folder).append_metrics({"step": 1})
     refused = call("run", recipe)
     assert refused.exit_code == 2
     assert "--resume" in refused.stderr
     assert call("run", recipe, "--resume", "training.steps=300").exit_code == 0
-    assert [resume for _, resume in launch.calls] == [False, False, True]
+    assert [resume for _, resume in launch.calls] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -581,11 +583,14 @@ def test_doctor_lists_plugins_and_those_that_no_config_could_use(example_plugin,
 
 
 def test_doctor_asks_the_cluster_that_ray_address_names(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", f"http://127.0.0.1:{port}/"):
             monkeypatch.setenv("RAY_ADDRESS", address)
             assert named("Ray cluster").ok is True, address
+        monkeypatch.delenv("RAY_AUTH_MODE")
+        assert named("Ray cluster").ok is None, "whoever reaches it may run code on it"
     for address in (f"127.0.0.1:{port}", "127.0.0.1:many"):
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert named("Ray cluster").ok is False, address

@@ -152,7 +152,7 @@ def print_columns(
         return _cell(columns[name].get(key)) + show_interval(intervals, name, key).replace(" ", apart, 1)
 
     def fits(names: Sequence[str]) -> bool:
-        longest = Widths.of([title, *names], rows(names)).longest
+        longest = Widths.of([title, *names], rows(names), _LONGEST_TITLE).longest
         return _needed(longest) <= console.width
 
     names = list(columns)
@@ -177,6 +177,8 @@ def print_rows(titles: Sequence[str], rows: Sequence[Sequence[str]], console: Co
     console = console or Console()
     widths = Widths.of(titles, rows)
     room = console.width - _needed([0] * len(titles))
+    if sum(widths.longest) > room:
+        widths = Widths.of(titles, rows, _LONGEST_TITLE)
     if sum(widths.words) > room:
         for first, *others in rows:
             console.print(Text(f"{titles[0]} {first}".strip(), style="bold"))
@@ -187,11 +189,15 @@ def print_rows(titles: Sequence[str], rows: Sequence[Sequence[str]], console: Co
             console.print(lines)
         return
     # Text, not markup: a path may contain square brackets.
-    columns = [Column(Text(name), width=width) for name, width in zip(titles, widths.within(room), strict=True)]
+    shown = zip(titles, widths.within(room), strict=True)
+    columns = [Column(Text(name, overflow="fold"), width=width, overflow="fold") for name, width in shown]
     table = Table(*columns)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
+
+
+_LONGEST_TITLE = 24
 
 
 @dataclass(frozen=True)
@@ -204,24 +210,26 @@ class Widths:
     """Longest word of each column."""
 
     @classmethod
-    def of(cls, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Widths:
+    def of(cls, titles: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None) -> Widths:
+        """Measure a table. Args: most: width to which titles, such as paths, may be folded; None leaves them whole."""
         from rich.cells import cell_len
 
-        cells = [list(column) for column in zip(titles, *rows, strict=True)]
-        return cls(
-            [max(cell_len(line) for cell in column for line in [*cell.splitlines(), ""]) for column in cells],
-            [max(cell_len(word) for cell in column for word in [*cell.split(), ""]) for column in cells],
-        )
+        def widest(pieces: Callable[[str], list[str]]) -> list[int]:
+            found = []
+            for title, *cells in zip(titles, *rows, strict=True):
+                head = max(map(cell_len, pieces(title)), default=0)
+                found.append(max([head if most is None else min(head, most), *(cell_len(x) for c in cells for x in pieces(c))]))
+            return found
+
+        return cls(widest(str.splitlines), widest(str.split))
 
     def within(self, room: int) -> list[int]:
-        """Widths that together take at most `room`: each column has at least its longest word, and a share of what is left."""
-        wanted = [longest - word for longest, word in zip(self.longest, self.words, strict=True)]
-        left = min(room - sum(self.words), sum(wanted))
-        found = []
-        for word, more in zip(self.words, wanted, strict=True):
-            share = left * more // max(1, sum(wanted))
-            found.append(word + share)
-        return found
+        """Widths that together take at most `room`: the widest columns are narrowed, none below its longest word."""
+
+        def narrowed(most: int) -> list[int]:
+            return [max(word, min(longest, most)) for longest, word in zip(self.longest, self.words, strict=True)]
+
+        return narrowed(max((most for most in range(room + 1) if sum(narrowed(most)) <= room), default=0))
 
 
 def _needed(widths: Sequence[int]) -> int:

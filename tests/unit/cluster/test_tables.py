@@ -60,3 +60,22 @@ def test_jobs_are_whole_and_become_lines_where_there_is_no_room(width, monkeypat
     assert ("│" in output) == (width == 140)
     if width < 140:
         assert output.splitlines()[3].split() == ["started", "2026-11-30", "06:42:40"]
+
+
+def test_the_widest_column_wraps_first(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_rows(TABLE, [("sent", "RUNNING", "", "distill 110/2000", "2026-11-30 06:42:40", "0:03:04")])
+    output = capsys.readouterr().out
+    assert "│ sent │ RUNNING │           │ distill 110/2000 │ 2026-11-30        │ 0:03:04  │" in output
+
+
+def test_a_path_over_a_column_is_folded_and_costs_the_numbers_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = "/tmp/pytest-of-somebody/pytest-7/popen-gw0/workplace0/exported-in-8-bits/"
+    names = {"student": "before", path: "after"}
+    print_columns("held-out", {key: RESULTS[of] for key, of in names.items()}, {k: INTERVALS[of] for k, of in names.items()})
+    output = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")] for line in output.splitlines()]
+    assert ["", "exact_match", "0.5391", "2.539", ""] in cells
+    assert path in "".join(line.split("┃")[3].strip() for line in output.splitlines() if "┃" in line)
+    assert max(map(cell_len, output.splitlines())) <= 80

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from actors.serving.pool import ReplicaPool
 
 DEPLOYING = threading.Lock()
-"""Lock around Ray Serve's run call, which is not thread-safe (Ray 2.60)."""
+"""Lock around Ray Serve's calls that make deployments or read them: both register a module of Serve's with cloudpickle for a
+moment, and take it from each other (Ray 2.60)."""
 _LOOK_EVERY_S = 0.5
 _MISSING_PACKAGE = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
@@ -42,7 +43,7 @@ def deploy(pools: Sequence[ReplicaPool]) -> None:
     except RuntimeError as error:
         names = ", ".join(pool.name for pool in pools)
         # Serve's error names the deployments; the reason of a replica's failure is in their status.
-        found = serve.status().applications
+        found = applications()
         details = "\n".join(
             each.message for pool in pools if pool.application in found for each in found[pool.application].deployments.values()
         )
@@ -58,12 +59,10 @@ def _await_serving(pools: Sequence[ReplicaPool]) -> None:
     Serve's own wait never ends for a deleted application (Ray 2.60); it would continue after Ray has shut down, and start
     another.
     """
-    from ray import serve
-
     waiting = list(pools)
     while waiting:
         _check_wanted(waiting)
-        found = serve.status().applications
+        found = applications()
         states = {pool: found[pool.application] for pool in waiting if pool.application in found}
         for pool, state in states.items():
             failed = state.status == "DEPLOY_FAILED"
@@ -75,6 +74,14 @@ def _await_serving(pools: Sequence[ReplicaPool]) -> None:
                 raise RuntimeError(f"deploying {pool.application} failed: {state.message}")
         waiting = [pool for pool in waiting if pool not in states or states[pool].status != "RUNNING"]
         time.sleep(_LOOK_EVERY_S)
+
+
+def applications() -> dict[str, Any]:
+    """State of each of Serve's applications, by name; blocks."""
+    from ray import serve
+
+    with DEPLOYING:
+        return dict(serve.status().applications)
 
 
 def _not_started(pools: str, cause: str, attempts: int = 1) -> EngineError:

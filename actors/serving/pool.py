@@ -15,7 +15,7 @@ import pyarrow as pa
 from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type
 
 from actors.serving.autoscaling import ScaleWatch
-from actors.serving.deployment import DEPLOYING, actor_options
+from actors.serving.deployment import DEPLOYING, actor_options, applications
 from actors.serving.hedging import CallTimes, Patience
 from actors.serving.load_stats import Awaited
 from actors.serving.replica import RatedReplica, TeacherReplica
@@ -304,9 +304,7 @@ class ReplicaPool:
             self._on_event("teacher_missing", teacher=self.name, reason=reason)
 
     def _count_replicas(self) -> int:
-        from ray import serve
-
-        application = serve.status().applications.get(self.application)
+        application = applications().get(self.application)
         if application is None:
             return 0
         return int(application.deployments[self.name].replica_states.get("RUNNING", 0))

@@ -148,7 +148,7 @@ class Chaos:
             if self._process is not None and self._process.poll() is None:
                 # A fault that was not got past, or an interruption: the cluster goes with this process.
                 self._process.kill()
-        self.outcome.events = Counter(event["kind"] for event in json_lines(self._run / "events.jsonl"))
+        self.outcome.events = dict(Counter(event["kind"] for event in json_lines(self._run / "events.jsonl")))
         self.outcome.summary = json.loads((self._run / "summary.json").read_text())
         self.outcome.verified = self._verify()
         self._write()

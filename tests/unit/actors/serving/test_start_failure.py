@@ -155,6 +155,8 @@ class StatusOf:
     states: list[State]
 
     def __call__(self) -> Any:
+        # Reading Serve's state takes from a deployment that is being made what it has registered with cloudpickle.
+        assert deployment.DEPLOYING.locked()
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return type("Status", (), {"applications": {"app": state}})
 

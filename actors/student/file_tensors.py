@@ -2,14 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from actors.student.backend import StudentBackend
+from actors.student.lora import Published, published
 from kdray.checks.parity import TrainedLogprobs, judge
 from kdray.models.attention import attention_arguments
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Weights of a phase's student that no update changes, so that replicas need them once."""
+
+    names: tuple[str, ...] = ()
+    """In the module, without an adapter."""
+    nbytes: int = 0
+    joined: str | None = None
+    """Tensors of the module that the student's files hold in one, for which frozen weights are sent with every version."""
+
+
+def fixed_weights(backend: StudentBackend, module: Any) -> Fixed:
+    """Find the weights that are frozen and have no adapter; none in a family whose files join several tensors of the module.
+
+    There a frozen tensor may be part of one file tensor with a trained one, and all are sent with every version.
+    """
+    found = [each for each in published(module) if not any(part.requires_grad for part in each.parameters)]
+    if found and (joined := _joined(module)):
+        return Fixed(joined=joined)
+    return Fixed(tuple(each.name for each in found), sum(_size(backend, each) for each in found))
+
+
+def _joined(model: Any) -> str | None:
+    """Tensors of the module that the model's files hold in one; None if there are none."""
+    # Those that loading the model went through; a mere renaming has no operations.
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    several = (each.target_patterns for each in conversions if getattr(each, "operations", None))
+    return next((" and ".join(targets) for targets in several if len(targets) > 1), None)
+
+
+def _size(backend: StudentBackend, each: Published) -> int:
+    return backend.numel(each.parameters[0]) * each.parameters[0].element_size()
+
+
+def whole_buckets(
+    backend: StudentBackend,
+    parameters: Iterable[Published],
+    buffers: Mapping[str, torch.Tensor],
+    limit: float,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole parameters in buckets, then buffers in one, under the names that they have in the module: copies on `device`.
+
+    A collective: ranks other than 0 get the same number of empty buckets. Args: limit: size of a bucket, bytes.
+    """
+    bucket: list[Published] = []
+    size = 0
+    for each in parameters:
+        needed = _size(backend, each)
+        if bucket and size + needed > limit:
+            yield _whole(backend, bucket, device)
+            bucket, size = [], 0
+        bucket.append(each)
+        size += needed
+    if bucket:
+        yield _whole(backend, bucket, device)
+    if buffers:
+        # No backend shards them.
+        yield {name: buffer.to(device, copy=True) for name, buffer in buffers.items()} if backend.rank == 0 else {}
+
+
+def _whole(backend: StudentBackend, bucket: list[Published], device: torch.device | str) -> dict[str, torch.Tensor]:
+    tensors = iter(backend.whole([parameter for each in bucket for parameter in each.parameters], device))
+    if backend.rank != 0:
+        return {}
+    return {each.name: each.value(tuple(next(tensors) for _ in each.parameters)) for each in bucket}
 
 
 def in_files(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -176,7 +176,7 @@ class StudentGroup:
         )
         gap = await self.weights.largest_gap.remote()
         measured = {"parity_gap": gap, "published_bytes": self._published_bytes}
-        if self.training.sync_full_every > 1 and (sent := await self.weights.sent.remote()) is not None:
+        if self.training.sends_parts and (sent := await self.weights.sent.remote()) is not None:
             measured |= sent.metrics()
         return replace(report, metrics=report.metrics | {name: value for name, value in measured.items() if value is not None})
 

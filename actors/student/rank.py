@@ -8,10 +8,12 @@ any more.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,8 @@ from kdray.types import TrainBatch
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,16 +175,17 @@ class Outlet:
         self._config = config
         self._trainer = trainer
         self._server: WeightServer | None = None
-        self._publisher: Publisher | None = None
-        self._average: Publisher | None = None
+        publisher: Publisher | None = None
+        average: Publisher | None = None
         # One for both: a replica that has a version of the student finds the average that belongs to it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weight-publisher")
         if trainer.rank == 0 and config.training.weight_transfer != "object_store":
             self._server = WeightServer(config.training.weight_transfer, config.weights, config.training.sync_bucket_mib)
         if trainer.rank == 0 and config.training.weight_transfer == "object_store":
-            self._publisher = Publisher(config.weights, self._thread, config.training.sync_full_every)
+            publisher = Publisher(config.weights, self._thread, config.training.sync_full_every)
         if trainer.rank == 0 and config.average is not None:
-            self._average = Publisher(config.average, self._thread, config.training.sync_full_every)
+            average = Publisher(config.average, self._thread, config.training.sync_full_every)
+        self._student, self._average = Channel(trainer, publisher), Channel(trainer, average)
 
     def publish(self, version: int) -> int:
         """Publish the weights as they are now. Through the object store, they may arrive after this returns.
@@ -189,20 +194,19 @@ class Outlet:
         """
         if self._config.training.weight_transfer == "object_store":
             trained = self._trained()
-            return _send(self._publisher, version, self._trainer.weight_buckets(), trained)
+            return self._student.send(version, lambda fixed: self._trainer.weight_buckets(fixed=fixed), trained)
         return self._announce(version)
 
     def renew(self, version: int, decay: float) -> None:
         """Update the average of the weights, and publish it. Args: decay: share of the average that is kept."""
         # Without an average they are the present weights, whose log q is at hand.
         trained = self._trained() if decay == 0 else None
-        _send(self._average, version, self._trainer.averaged_buckets(decay), trained)
+        self._average.send(version, lambda fixed: self._trainer.averaged_buckets(decay, fixed), trained)
 
     def flush(self) -> None:
         """Return once everything is published. Raises: the error of a version that did not arrive."""
-        for publisher in (self._publisher, self._average):
-            if publisher is not None:
-                publisher.flush()
+        for channel in (self._student, self._average):
+            channel.flush()
 
     def close(self) -> None:
         """Stop sending."""
@@ -230,30 +234,56 @@ class Outlet:
         return self._trainer.log_probabilities(ids) if len(ids) > 1 else None
 
 
-def _send(
-    publisher: Publisher | None,
-    version: int,
-    buckets: Iterator[dict[str, torch.Tensor]],
-    trained: TrainedLogprobs | None = None,
-) -> int:
-    """Publish buckets, which every rank takes part in gathering; returns their bytes.
+Buckets = Iterator[dict[str, "torch.Tensor"]]
 
-    Args: publisher: rank 0's; None on the others, whose buckets are empty.
+
+class Channel:
+    """Weights on their way to one store, on every rank: all take part in gathering them, and rank 0 sends.
+
+    Weights that no update changes are sent once, and again after a replica could not fetch a version, or a phase began: they
+    stay in the object store, and every version refers to them.
     """
-    size = 0
 
-    def counted() -> Iterator[dict[str, torch.Tensor]]:
-        nonlocal size
-        for bucket in buckets:
-            size += sum(tensor.nbytes for tensor in bucket.values())
-            yield bucket
+    def __init__(self, trainer: StudentTrainer, publisher: Publisher | None) -> None:
+        """Args: publisher: rank 0's; None on the others, whose buckets are empty."""
+        self._trainer = trainer
+        self._publisher = publisher
+        self._held: Any = None
+        """Phase and names of the fixed weights that were sent; the same on all ranks."""
 
-    if publisher is not None:
-        publisher.publish(version, counted(), trained)
-    else:
-        for _ in counted():
-            pass
-    return size
+    def send(self, version: int, buckets: Callable[[bool], Buckets], trained: TrainedLogprobs | None) -> int:
+        """Publish a version. Args: buckets: gathers the fixed weights, or all others; trained: as for `Publisher.publish`.
+
+        Returns: bytes of the whole version, on rank 0.
+        """
+        fixed = self._trainer.fixed
+        belongs = self._trainer.phases_started, fixed.names
+        anew = belongs != self._held
+        if anew and fixed.joined is not None and self._publisher is not None:
+            logger.info("every version is sent whole, since the student's files hold %s in one tensor", fixed.joined)
+        if not anew and fixed.names:
+            anew = self._trainer.gather(self._publisher is not None and self._publisher.lost())[0]
+        size = fixed.nbytes
+
+        def counted() -> Buckets:
+            nonlocal size
+            for bucket in buckets(False):
+                size += sum(tensor.nbytes for tensor in bucket.values())
+                yield bucket
+
+        held, others = buckets(True) if anew else None, counted()
+        if self._publisher is not None:
+            self._publisher.publish(version, others, trained, held)
+        else:
+            for _ in chain(held or (), others):
+                pass
+        self._held = belongs
+        return size
+
+    def flush(self) -> None:
+        """Return once everything is published. Raises: the error of a version that did not arrive."""
+        if self._publisher is not None:
+            self._publisher.flush()
 
 
 _UNREACHABLE_S = 1.0

@@ -21,7 +21,7 @@ from actors.student import lora
 from actors.student.backend import Forward, Optimization, StudentBackend, open_backend
 from actors.student.dropout import set_recomputation, without_dropout
 from actors.student.features import StudentWithFeatures, load_feature_teacher, place_teacher, unwrapped, weigh_features
-from actors.student.file_tensors import export_gap, in_files, persistent_buffers
+from actors.student.file_tensors import Fixed, export_gap, fixed_weights, in_files, persistent_buffers, whole_buckets
 from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_state_loss, load_output_head
 from actors.student.micro_batch_loss import MicroBatchLoss
 from actors.student.output_head import use_float32_head
@@ -89,6 +89,7 @@ class StudentTrainer:
         self.backend = open_backend(training) if backend is None else backend
         self.rank = self.backend.rank
         self.world_size = self.backend.world_size
+        self.phases_started = 0
         self.steps_done = 0
         self.has_trained = False
         """True once a step was made since the phase was started, or continued from a checkpoint."""
@@ -127,6 +128,7 @@ class StudentTrainer:
             # Supervised phases keep it: their checkpoints include distillation's averaged teacher.
             self._average = {}
         self.phase = phase
+        self.phases_started += 1
         self.steps_done = 0
         self.has_trained = False
 
@@ -369,38 +371,31 @@ class StudentTrainer:
         logprobs = rows.gather(-1, tokens[0, 1:, None])[:, 0]
         return TrainedLogprobs(logprobs.cpu().numpy(), float(rows.std(-1).mean()))
 
-    def weight_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+    @property
+    def fixed(self) -> Fixed:
+        """Weights that no update of the phase changes."""
+        return fixed_weights(self.backend, unwrapped(self.backend.module))
+
+    def weight_buckets(
+        self, device: torch.device | str = "cpu", fixed: bool | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """The student's tensors as checkpoint files have them, in buckets of `training.sync_bucket_mib`: copies on `device`.
 
         Rank 0 gets the tensors; other ranks get the same number of empty buckets: gathering is collective.
+        Args: fixed: True for those of `self.fixed` alone, False for all others.
         """
-        for bucket in self._module_buckets(device):
+        for bucket in self._module_buckets(device, fixed):
             yield in_files(unwrapped(self.backend.module), bucket)
 
-    def _module_buckets(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+    def _module_buckets(
+        self, device: torch.device | str = "cpu", fixed: bool | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Parameters, then persistent buffers, under the names that they have in the module."""
-        limit = self.training.sync_bucket_mib * 2**20
-        bucket: list[lora.Published] = []
-        size = 0.0
-        module = unwrapped(self.backend.module)
-        for each in lora.published(module):
-            needed = self.backend.numel(each.parameters[0]) * each.parameters[0].element_size()
-            if bucket and size + needed > limit:
-                yield self._whole(bucket, device)
-                bucket, size = [], 0.0
-            bucket.append(each)
-            size += needed
-        if bucket:
-            yield self._whole(bucket, device)
-        if buffers := persistent_buffers(module):
-            # No backend shards them.
-            yield {name: buffer.to(device, copy=True) for name, buffer in buffers.items()} if self.rank == 0 else {}
-
-    def _whole(self, bucket: list[lora.Published], device: torch.device | str) -> dict[str, torch.Tensor]:
-        tensors = iter(self.backend.whole([parameter for each in bucket for parameter in each.parameters], device))
-        if self.rank != 0:
-            return {}
-        return {each.name: each.value(tuple(next(tensors) for _ in each.parameters)) for each in bucket}
+        module, held = unwrapped(self.backend.module), set(self.fixed.names)
+        chosen = (each for each in lora.published(module) if fixed is None or (each.name in held) == fixed)
+        # A forward pass of training may change a buffer.
+        buffers = {} if fixed else persistent_buffers(module)
+        yield from whole_buckets(self.backend, chosen, buffers, self.training.sync_bucket_mib * 2**20, device)
 
     def _adapter(self) -> dict[str, torch.Tensor]:
         """Whole A and B by name in the module, on rank 0's CPU; empty on other ranks, and without an adapter."""
@@ -418,13 +413,17 @@ class StudentTrainer:
             self._facts = lora.facts_of(self.training.lora, tensors)
         return self._facts
 
-    def averaged_buckets(self, decay: float) -> Iterator[dict[str, torch.Tensor]]:
+    def averaged_buckets(self, decay: float, fixed: bool | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Exponential moving average of the weights, after an update: average <- decay average + (1 - decay) weights.
 
         It is initialised with the weights, kept on rank 0's CPU in float32, and part of every checkpoint. Buckets as in
-        `weight_buckets`, in the weights' own dtype. Source: Tarvainen & Valpola 2017, mean teacher (arXiv 1703.01780).
+        `weight_buckets`, in the weights' own dtype; those that no update changes are their own average. Source: Tarvainen &
+        Valpola 2017, mean teacher (arXiv 1703.01780).
         """
-        for bucket in self.weight_buckets():
+        if fixed:
+            yield from self.weight_buckets(fixed=True)
+            return
+        for bucket in self.weight_buckets(fixed=fixed):
             averaged = {}
             for name, tensor in bucket.items():
                 last = self._average.get(name)

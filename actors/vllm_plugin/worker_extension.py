@@ -7,6 +7,7 @@ Results are Arrow IPC bytes: vLLM's own encoding corrupts plain arrays unless in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -169,10 +170,13 @@ def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any])
 
 
 def _read(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                yield name, file.get_tensor(name)
+    """Tensors of all files in the order of their names: vLLM keeps those of a layer until it has the last of them, and a layer
+    with an adapter has its frozen tensors in another file."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+        for name in sorted(where):
+            yield name, where[name].get_tensor(name)
 
 
 def _unpack_experts(part: torch.nn.Module) -> None:

@@ -52,6 +52,8 @@ class ModelShape:
     """Bytes of each of those, with its share of a scale."""
     adapter: int | None = None
     """Parameters of low-rank adapters, which alone are trained; None trains all of the model's."""
+    adapted: int | None = None
+    """Parameters of the model that the adapters change; None changes all."""
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:

@@ -230,7 +230,8 @@ def _shapes(config: Config) -> dict[str, ModelShape]:
             model = architecture(source, revision)
             found[name] = ModelShape.of(model)
             if name == _STUDENT and config.training.lora is not None:
-                found[name] = replace(found[name], adapter=adapted_layers(model, config.training.lora).parameters)
+                layers = adapted_layers(model, config.training.lora)
+                found[name] = replace(found[name], adapter=layers.parameters, adapted=layers.changed)
         except (OSError, ValueError) as error:
             where = f"teachers.{name}.model" if name else "student.model"
             first = str(error).splitlines()[0]

@@ -17,7 +17,17 @@ _VERSIONS = 2
 
 def version_bytes(student: ModelShape, precision: str) -> float:
     """Size of a published version: every weight in the dtype of training. An adapter is published merged."""
-    return student.parameters * (2.0 if precision == "bf16" else 4.0)
+    return student.parameters * _element(precision)
+
+
+def update_bytes(student: ModelShape, precision: str) -> float:
+    """Size of the weights of a version that training changes; the others are sent once a phase."""
+    changed = student.parameters if student.adapted is None else student.adapted
+    return changed * _element(precision)
+
+
+def _element(precision: str) -> float:
+    return 2.0 if precision == "bf16" else 4.0
 
 
 def publication_lines(config: Config, student: ModelShape, placed: Sequence[Placed], nodes: Sequence[Node]) -> Iterator[str]:
@@ -32,20 +42,24 @@ def publication_lines(config: Config, student: ModelShape, placed: Sequence[Plac
     if not replicas or config.training.weight_transfer != "object_store":
         return
     version = version_bytes(student, config.training.precision)
+    update = update_bytes(student, config.training.precision)
     most = max(replicas.values())
     by_changes = config.training.sync_full_every > 1
-    copies, copied = (2, "a copy, another to compare with") if by_changes else (1, "a copy")
-    held, extra = (_VERSIONS + CHANGES, " with changes") if by_changes else (_VERSIONS, "")
+    # Both of a phase's first version and of the phase's before: every weight is sent again then.
+    copies, copied = (version + update, "a copy, another to compare with") if by_changes else (version, "a copy")
+    held, extra = (CHANGES * update, " with changes") if by_changes else (0.0, "")
+    held += _VERSIONS * version
     stored = f"{_VERSIONS} versions{extra}"
     files = f"one in files for each of {most} that load"
+    part = "" if student.adapted is None else f", of which every update sends {update / GIB:.2f}"
     yield (
-        f"publication: a version of the student has {version / GIB:.2f} GiB; main memory for it, at most: "
-        f"{(copies + held) * version / GIB:.2f} GiB on rank 0's node ({copied}, and {stored} in Ray's object store), "
-        f"{(held + most) * version / GIB:.2f} on a node of replicas ({stored}, and {files})"
+        f"publication: a version of the student has {version / GIB:.2f} GiB{part}; main memory for it, at most: "
+        f"{(copies + held) / GIB:.2f} GiB on rank 0's node ({copied}, and {stored} in Ray's object store), "
+        f"{(held + most * version) / GIB:.2f} on a node of replicas ({stored}, and {files})"
     )
     # Rank 0 may be on any node of the ranks.
     ranks = {index for item in placed if item.bundle.role == "student" for index in item.nodes}
-    needed = held * version
+    needed = held
     short: dict[tuple[str, float], int] = Counter()
     for index in ranks | set(replicas):
         there = nodes[index].resources.get("object_store_memory")

@@ -218,6 +218,11 @@ class TrainingSettings(Settings):
         return self.on_not_finite == "skip"
 
     @property
+    def sends_parts(self) -> bool:
+        """True if a version may bring less than the whole student: replicas have the rest."""
+        return self.sync_full_every > 1 or self.lora is not None
+
+    @property
     def mini_batches(self) -> int:
         """Number of mini-batches per step."""
         return self.batch_size // (self.mini_batch_size or self.batch_size)

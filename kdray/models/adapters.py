@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ class AdaptedLayers:
     names: tuple[str, ...]
     parameters: int
     """Number of parameters of all adapters, A and B."""
+    changed: int
+    """Number of parameters of these layers' own weights, which the adapters change when they are merged."""
     total: int
     """Number of parameters of the model without adapters."""
     targets: tuple[str, ...]
@@ -54,6 +57,7 @@ def adapted_layers(config: Any, settings: LoRASettings) -> AdaptedLayers:
     return AdaptedLayers(
         names=tuple(chosen),
         parameters=sum(settings.rank * sum(linear[name]) for name in chosen),
+        changed=sum(math.prod(linear[name]) for name in chosen),
         total=sum(parameter.numel() for parameter in model.parameters()),
         targets=_shortest(chosen, list(sizes)),
     )

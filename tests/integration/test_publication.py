@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
+from safetensors.torch import load_file, save_file
 
 from actors.serving.engine import TeacherEngine
+from actors.student.rank import Channel
 from actors.weights.publisher import Publisher
 from actors.weights.store import WeightStore, pull
 from cluster.diagnosis.exactness import open_trainer, publish
 from kdray.checks.parity import judge
+from kdray.config import LoRASettings
 from kdray.models.random_models import VOCAB
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.types import SampleRequest
@@ -124,3 +128,67 @@ async def test_an_engine_in_bfloat16_loads_changes_as_it_loads_whole_versions(tm
         await engine.close()
     assert [each.nbytes > 0.9 * sent[0].nbytes for each in sent] == [True, False, False, False, True], sent
     assert all(0 < each.changed < each.words for each in sent[1:])
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("_ray")
+async def test_an_engine_that_gets_adapted_layers_alone_holds_the_merged_student(tmp_path: Path) -> None:
+    """Queries and values have adapters, which the engine fuses with keys; experts stay frozen, and are packed when loaded.
+
+    Version 2 is missed. In the end the engine takes other weights, and then the newest version as a late replica does.
+    """
+    spec = replace(family("Qwen 3 MoE").spec(tmp_path), dtype="bfloat16")
+    trainer = open_trainer(spec, 1e-3, "bf16")
+    lora = LoRASettings(rank=4, target_modules=["q_proj", "v_proj"])
+    trainer.training = trainer.training.model_copy(update={"sync_bucket_mib": 0.1, "lora": lora})
+    assert trainer.phase is not None
+    trainer.start_phase(trainer.phase)
+    store = ray.remote(WeightStore).options(num_cpus=0, max_concurrency=100).remote()
+    channel = Channel(trainer, Publisher(store, ThreadPoolExecutor(1)))
+    ids = np.random.default_rng(0).integers(3, VOCAB, size=40).astype(np.int32)
+    requests = [SampleRequest(number, number, ids, 0.5, number, 30) for number in range(8)]
+    engine = TeacherEngine(spec)
+    sent, sizes, seen = [], [], []
+
+    async def load(number: int) -> None:
+        """Load the newest version, which has to hold the merged student's bits."""
+        _, folder, paths = await pull(store, version)
+        stored = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        merged = {name: tensor for bucket in trainer.weight_buckets() for name, tensor in bucket.items()}
+        assert stored.keys() == merged.keys()
+        assert all(torch.equal(stored[name], merged[name]) for name in merged)
+        await engine.update_student(paths, number)
+        shutil.rmtree(folder)
+        seen.append(await engine.log_probabilities(ids))
+        verdict = judge(number, trainer.log_probabilities(ids), seen[-1], engine.dtype, "bfloat16")
+        print(verdict, sent[-1])
+        assert verdict.accepted, verdict
+
+    try:
+        await engine.start()
+        rollouts = [rollout async for part in engine.sample(requests) for rollout in part]
+        for version in range(4):
+            trainer.train_step(rollouts_to_batch(rollouts, version + 1))
+            sizes.append(channel.send(version, lambda fixed: trainer.weight_buckets(fixed=fixed), None))
+            channel.flush()
+            sent.append(await store.sent.remote())
+            if version != 2:
+                await load(version)
+        whole = publish(trainer, tmp_path)
+        await engine.update_student(whole, 4)
+        assert np.array_equal(await engine.log_probabilities(ids), seen[-1]), "as after a version that was sent whole"
+        other = {name: tensor * 0.5 for path in whole for name, tensor in load_file(path).items()}
+        save_file(other, tmp_path / "other.safetensors")
+        await engine.update_student([tmp_path / "other.safetensors"], 5)
+        assert not np.array_equal(await engine.log_probabilities(ids), seen[-1])
+        await load(6)
+        assert np.array_equal(seen[-1], seen[-2])
+    finally:
+        await engine.close()
+    adapted = sum(
+        load_file(path)[name].nbytes for path in whole for name in load_file(path) if "q_proj" in name or "v_proj" in name
+    )
+    assert len(set(sizes)) == 1
+    assert sent[0].nbytes > sizes[0]
+    assert all(adapted < each.nbytes < 1.2 * adapted < 0.2 * sizes[0] for each in sent[1:]), (sent, sizes, adapted)
+    assert not np.array_equal(seen[0], seen[1]), "training has moved it"

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
+from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from actors.student.file_tensors import Fixed
 from kdray.errors import TrainingError
 from tests.unit.actors.student.test_backend_contract import (
     BATCHES,
@@ -129,6 +131,40 @@ def test_publication_is_the_base_plus_the_scaled_product(
             torch.testing.assert_close(published[name], expected, rtol=0.0 if precision == "fp32" else 0.01, atol=1e-6)
         else:
             assert torch.equal(published[name], expected)
+
+
+@pytest.mark.parametrize("model", ["student", "tied"])
+def test_a_version_is_what_moved_beside_what_never_does(backend: dict[str, Any], models: dict[str, Path], model: str) -> None:
+    """All backends and stages: the fixed weights that were gathered first complete every later version, bit for bit."""
+    trainer = started(lora_of(backend), phase_of(models[model], warmup_steps=0, learning_rate=0.05))
+    fixed = {name: tensor for bucket in trainer.weight_buckets(fixed=True) for name, tensor in bucket.items()}
+    averaged = {name: tensor for bucket in trainer.averaged_buckets(0.5, fixed=True) for name, tensor in bucket.items()}
+    assert_same(averaged, fixed)
+    for batch in BATCHES[:2]:
+        trainer.train_step(batch)
+        buckets = [list(bucket) for bucket in trainer.weight_buckets(fixed=False)]
+        moved = {name: tensor for bucket in trainer.weight_buckets(fixed=False) for name, tensor in bucket.items()}
+        assert sorted(name for bucket in buckets for name in bucket) == sorted(NAMES)
+        assert len(buckets) > 1
+        assert not moved.keys() & fixed.keys()
+        assert_same(moved | fixed, weights_of(trainer))
+        assert trainer.fixed.nbytes == sum(tensor.nbytes for tensor in fixed.values())
+    plain = started(training_of(backend), phase_of(models[model]))
+    assert plain.fixed == Fixed()
+    assert not list(plain.weight_buckets(fixed=True))
+
+
+def test_a_family_whose_files_join_tensors_is_sent_whole(models: dict[str, Path]) -> None:
+    """A file tensor may consist of an adapted and a frozen one."""
+    trainer = started(lora_of({"type": "torch"}), phase_of(models["student"]))
+    assert trainer.fixed.names
+    renamed = WeightRenaming("one", "other")
+    experts = WeightConverter(["experts.*.up", "experts.*.gate"], "experts.gate_up", [MergeModulelist(0), Concatenate(1)])
+    trainer.backend.module._weight_conversions = [renamed, experts]  # type: ignore[assignment]
+    assert trainer.fixed.names, "a tensor of the module that is several of the files' is safe"
+    joined = WeightConverter("qkv", ["q_proj", "k_proj", "v_proj"], [Chunk(0)])
+    trainer.backend.module._weight_conversions = [renamed, joined]  # type: ignore[assignment]
+    assert trainer.fixed == Fixed(joined="q_proj and k_proj and v_proj")
 
 
 def test_the_optimizer_holds_the_adapter_alone(models: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from actors.student import rank as module
+from actors.student.file_tensors import Fixed
 from actors.student.group import StudentGroup
 from actors.student.mailbox import Command
 from actors.student.trainer import Phase
@@ -64,18 +65,82 @@ def test_ranks_that_start_again_publish_their_checkpoint_the_average_first(
 
 
 class Publisher:
-    def publish(self, version: int, buckets: Any, trained: Any) -> None:
-        self.given = (version, list(buckets), trained)
+    def __init__(self) -> None:
+        self.loses = False
+
+    def lost(self) -> bool:
+        return self.loses
+
+    def publish(self, version: int, buckets: Any, trained: Any, fixed: Any) -> None:
+        held = None if fixed is None else list(fixed)
+        self.given = (version, list(buckets), trained, held)
+
+
+class Trainer:
+    """A trainer whose weights are frozen or not; `asked` are the values that ranks exchanged."""
+
+    def __init__(self, fixed: Fixed) -> None:
+        self.fixed = fixed
+        self.phases_started = 1
+        self.asked: list[Any] = []
+        self.first: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        self.asked.append(value)
+        return [value if self.first is None else self.first]
 
 
 def test_a_publication_counts_its_bytes() -> None:
     buckets = [{"a": torch.zeros(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16)}, {"c": torch.zeros(5)}]
     publisher: Any = Publisher()
-    assert module._send(publisher, 3, iter(buckets), "trained") == 48 + 4 + 20  # type: ignore[arg-type]
-    assert publisher.given == (3, buckets, "trained")
-    assert module._send(None, 3, iter([{}, {}])) == 0
+    trainer: Any = Trainer(Fixed())
+    channel = module.Channel(trainer, publisher)
+    for _ in range(2):
+        assert channel.send(3, lambda fixed: iter([] if fixed else buckets), "trained") == 48 + 4 + 20  # type: ignore[arg-type]
+        assert publisher.given[:3] == (3, buckets, "trained")
+        assert not publisher.given[3]
+    assert module.Channel(trainer, None).send(3, lambda fixed: iter([] if fixed else [{}, {}]), None) == 0
+    assert not trainer.asked, "ranks of an ordinary student exchange nothing"
     nothing: Any = None
     assert module.execute(Command("publish", version=3), nothing, nothing, nothing, Outlet()) == 48  # type: ignore[arg-type]
+
+
+def test_fixed_weights_are_sent_once_a_phase_and_again_after_a_loss() -> None:
+    """Every rank gathers what rank 0 sends, though it alone hears of a loss."""
+    publisher: Any = Publisher()
+    trainer: Any = Trainer(Fixed(("a", "b"), 1000))
+    other: Any = Trainer(trainer.fixed)
+    channel, follower = module.Channel(trainer, publisher), module.Channel(other, None)
+    gathered: list[tuple[str, bool]] = []
+
+    def buckets(rank: str, fixed: bool) -> Any:
+        gathered.append((rank, fixed))
+        yield {"frozen" if fixed else "moved": torch.zeros(3)}
+
+    def send() -> bool:
+        """Publish on both ranks: True if fixed weights were sent, which have to be those that both gathered."""
+        gathered.clear()
+        trainer.asked.clear()
+        assert channel.send(1, lambda fixed: buckets("0", fixed), None) == 1000 + 12
+        other.first = trainer.asked[0] if trainer.asked else None
+        other.asked.clear()
+        follower.send(1, lambda fixed: buckets("1", fixed), None)
+        assert len(other.asked) == len(trainer.asked)
+        sent = publisher.given[3] is not None
+        assert gathered == [(rank, fixed) for rank in "01" for fixed in ([True, False] if sent else [False])]
+        return sent
+
+    assert [send(), send(), send()] == [True, False, False]
+    publisher.loses = True
+    assert send()
+    publisher.loses = False
+    assert not send()
+    for each in (trainer, other):
+        each.phases_started = 2
+    assert [send(), send()] == [True, False]
+    for each in (trainer, other):
+        each.fixed = Fixed(("a",), 1000)
+    assert [send(), send()] == [True, False], "`b` is trained from now on"
 
 
 async def test_a_step_reports_the_bytes_of_the_last_publication(tmp_path: Path) -> None:
@@ -89,8 +154,9 @@ async def test_a_step_reports_the_bytes_of_the_last_publication(tmp_path: Path) 
     assert (await group.train_step(None)).metrics == {"padding": 0.25, "published_bytes": 72}
 
 
-async def test_a_step_reports_what_was_new_in_the_last_publication(tmp_path: Path) -> None:
-    training = TrainingSettings.model_validate({"sync_full_every": 10})
+@pytest.mark.parametrize("settings", [{"sync_full_every": 10}, {"lora": {}}], ids=str)
+async def test_a_step_reports_what_was_new_in_the_last_publication(settings: dict[str, Any], tmp_path: Path) -> None:
+    training = TrainingSettings.model_validate(settings)
     group: Any = StudentGroup(training, 8, 0, None, None, tmp_path, tmp_path)  # type: ignore[arg-type]
     group._shards = lambda batch: []
     report = StepReport(1, 0.5, 4, 1.0, 0.1, 0.1)
@@ -114,13 +180,13 @@ def answered(value: Any) -> Any:
 
 
 def test_a_rank_has_its_secrets_before_it_does_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Trainer:
+    class Secretive:
         def __init__(self, *given: object) -> None:
             raise TrainingError(f"begins with {os.environ['A_KEY']}")
 
     (tmp_path / "key").write_text("value\n")
     monkeypatch.setenv("A_KEY", "older")
-    monkeypatch.setattr(module, "StudentTrainer", Trainer)
+    monkeypatch.setattr(module, "StudentTrainer", Secretive)
     config = module.RankConfig(TrainingSettings(), 8, 0, None, None, None, tmp_path, secrets={"A_KEY": tmp_path / "key"})  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="begins with value"):
         module.run_rank({"config": config})
@@ -131,13 +197,17 @@ def test_a_teacher_that_is_the_student_as_it_is_comes_with_its_log_q(decay: floa
     """Replicas compare what they loaded with it; of an average over versions, no rank holds the model."""
     published: list[Any] = []
     trainer: Any = SimpleNamespace(
-        rank=1, has_trained=True, log_probabilities=lambda ids: "log q", averaged_buckets=lambda decay: iter([])
+        rank=1,
+        has_trained=True,
+        log_probabilities=lambda ids: "log q",
+        averaged_buckets=lambda decay, fixed: iter([]),
+        fixed=Fixed(),
+        phases_started=1,
     )
     config: Any = SimpleNamespace(parity_ids=(1, 2, 3), average=None, training=None)
     outlet = module.Outlet(config, trainer)
-    outlet._average = SimpleNamespace(  # type: ignore[assignment]
-        publish=lambda version, buckets, trained: published.append((version, trained))
-    )
+    publisher: Any = SimpleNamespace(publish=lambda version, buckets, trained, fixed: published.append((version, trained)))
+    outlet._average = module.Channel(trainer, publisher)
     outlet.renew(5, decay)
     outlet.close()
     assert published == [(5, sent)]

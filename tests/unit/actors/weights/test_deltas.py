@@ -77,13 +77,17 @@ class Rank:
         )
         self._publisher = Publisher(handle, ThreadPoolExecutor(1), full_every)
 
-    async def publish(self, version: int, buckets: list[Bucket]) -> Sent | None:
+    async def publish(self, version: int, buckets: list[Bucket], fixed: list[Bucket] | None = None) -> Sent | None:
         """Publish copies; returns what was new, if that is counted."""
         self.put.clear()
         copies = [{name: tensor.clone() for name, tensor in bucket.items()} for bucket in buckets]
-        await asyncio.to_thread(self._publisher.publish, version, copies)
+        await asyncio.to_thread(self._publisher.publish, version, copies, None, fixed)
         await asyncio.to_thread(self._publisher.flush)
         return await self.store.sent()
+
+    async def lost(self) -> bool:
+        """The publisher's question before a version."""
+        return await asyncio.to_thread(self._publisher.lost)
 
     async def size(self, version: int, buckets: list[Bucket]) -> int:
         """Publish copies; returns bytes that were new."""
@@ -157,6 +161,46 @@ async def test_what_did_not_change_is_not_sent_again(monkeypatch: pytest.MonkeyP
         assert sent is not None
         assert sent.changed == 1
         assert await rank.load(version) == (version, [save(bucket) for bucket in buckets])
+
+
+@pytest.mark.parametrize("full_every", [1, 3])
+async def test_fixed_weights_are_put_once_and_are_part_of_every_version(
+    full_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that starts late, or missed versions, has all of them; others bring a version's own weights alone."""
+    rank, (moved, *fixed), generator = Rank(monkeypatch, full_every), model(), torch.Generator().manual_seed(1)
+    everything = [save(bucket) for bucket in fixed]
+    sizes = []
+    for version in range(8):
+        sent = await rank.publish(version, [moved], fixed if version == 0 else None)
+        assert sent is not None
+        sizes.append(sent.nbytes)
+        assert len(rank.put) == (3 if version == 0 else 1)
+        if version != 3:
+            assert await rank.load(version) == (version, [*everything, save(moved)])
+        move([moved], generator, share=0.02)
+    own = len(save(moved))
+    assert sizes[0] == own + sum(map(len, everything))
+    assert [size == own for size in sizes[1:]] == [version % full_every == 0 for version in range(1, 8)]
+    assert max(sizes[1:]) == own
+
+
+async def test_lost_fixed_weights_are_told_and_replaced_by_those_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, (moved, *fixed) = Rank(monkeypatch, full_every=100), model()
+    await rank.publish(0, [moved], fixed)
+    assert not await rank.lost()
+    rank.put[1].lost = True
+    loading = asyncio.create_task(rank.load(0))
+    await asyncio.wait_for(rank.reported.wait(), 5)
+    moved["w"][0, 0] += 1
+    assert await rank.lost()
+    assert await rank.publish(1, [moved], fixed) == Sent(sum(len(save(bucket)) for bucket in (moved, *fixed)))
+    assert await loading == (1, [*map(save, fixed), save(moved)]), "the changes begin with a whole bucket, too"
+    other = [{"v": torch.ones(7)}]
+    await rank.publish(2, [moved], other)
+    assert await rank.load(2) == (2, [save(other[0]), save(moved)]), "of another phase"
+    assert await rank.publish(3, [moved], []) is not None
+    assert await rank.load(3) == (3, [save(moved)])
 
 
 @pytest.mark.parametrize("lost", ["whole", "changes"])

@@ -612,6 +612,16 @@ def test_publication_is_counted_and_a_small_object_store_is_named(models: dict[s
     assert f"{4.5 * version:.2f} on a node of replicas" in told
     (note,) = (line for line in lines if "object store" in line and line.startswith("note: "))
     assert f"has 30.00 GiB, and 2 versions of the student with changes {2.5 * version:.2f}" in note
+    # Queries and values of all heads; an update brings their weights alone, though a phase begins with all.
+    lora = LoRASettings(target_modules=["q_proj", "v_proj"])
+    update = 32 * 4096 * (4096 + 1024) * 2 / GIB
+    for every, copies, changes in ((1, 0.0, 0.0), (10, update, 0.5 * update)):
+        settings = config.training.model_copy(update={"lora": lora, "sync_full_every": every})
+        lines = plan(config.model_copy(update={"training": settings}), described_nodes(described)).lines
+        (told,) = (line for line in lines if line.startswith("publication: "))
+        assert f"has {version:.2f} GiB, of which every update sends {update:.2f}; " in told
+        assert f"{3 * version + copies + changes:.2f} GiB on rank 0's node" in told
+        assert f"{4 * version + changes:.2f} on a node of replicas" in told
 
 
 @pytest.mark.parametrize(

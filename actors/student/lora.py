@@ -19,6 +19,7 @@ import torch
 from kdray.config import LoRASettings
 from kdray.errors import TrainingError
 from kdray.models.adapters import adapted_layers
+from kdray.models.resolve import model_name
 
 ADAPTER = "adapter"
 """Folder of the adapter inside an exported student."""
@@ -52,13 +53,14 @@ class Published:
 def add_adapter(model: Any, settings: LoRASettings, base: tuple[str, str | None], folder: Path | None, seed: int) -> None:
     """Freeze the model and add an adapter to it: fresh, so that it changes nothing yet, or the one in `folder`.
 
-    Args: base: folder or hub id, and revision, of the frozen weights, which the adapter's files name.
+    Args: base: folder or hub id, and revision, of the frozen weights, which the adapter's files name as others may know them.
     Raises: TrainingError if the adapter in `folder` has other settings.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from safetensors.torch import load_file
 
     layers = adapted_layers(model.config, settings)
+    name, revision = _public(model, *base)
     config = LoraConfig(
         r=settings.rank,
         # An integer in peft's own type, though it computes with any number.
@@ -67,8 +69,8 @@ def add_adapter(model: Any, settings: LoRASettings, base: tuple[str, str | None]
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base[0],
-        revision=base[1],
+        base_model_name_or_path=name,
+        revision=revision,
         inference_mode=False,
     )
     model.requires_grad_(False)
@@ -85,6 +87,14 @@ def add_adapter(model: Any, settings: LoRASettings, base: tuple[str, str | None]
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
             parameter.copy_(stored[_in_file(name)])
+
+
+def _public(model: Any, source: str, revision: str | None) -> tuple[str, str | None]:
+    """Name of a model on other machines: hub id and the commit that was loaded, or the folder's name without its place."""
+    name = model_name(source)
+    if name != source:
+        return name, None
+    return name, getattr(model.config, "_commit_hash", None) or revision
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

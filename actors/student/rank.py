@@ -260,7 +260,7 @@ class Channel:
         belongs = self._trainer.phases_started, fixed.names
         anew = belongs != self._held
         if anew and fixed.joined is not None and self._publisher is not None:
-            logger.info("every version is sent whole, since the student's files hold %s in one tensor", fixed.joined)
+            logger.warning("every version is sent whole, since the student's files hold %s in one tensor", fixed.joined)
         if not anew and fixed.names:
             anew = self._trainer.gather(self._publisher is not None and self._publisher.lost())[0]
         size = fixed.nbytes

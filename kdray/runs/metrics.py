@@ -94,7 +94,9 @@ METRICS: dict[str, Metric] = {
     ),
     "published_bytes": Metric("B", "step", "Weights that the student published last for the replicas, before any compression"),
     "update_bytes": Metric(
-        "B", "step", "What is new in the version published last, which every node fetches, with training.sync_full_every"
+        "B",
+        "step",
+        "What is new in the version published last, which every node fetches, with training.sync_full_every or training.lora",
     ),
     "update_changed": Metric(
         "share", "step", "Weights of that version that differ from the one before, counted as 16-bit words of its files"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,7 +201,10 @@ def test_the_files_of_a_checkpoint_have_no_base(
 ) -> None:
     trainer = started(lora_of(backend), phase_of(models[model]))
     trainer.train_step(BATCHES[0])
+    # A teacher's, of `type: self`.
+    list(trainer.averaged_buckets(0.5, fixed=False))
     trainer.save(tmp_path)
+    assert load_file(tmp_path / "average.safetensors").keys() == set(NAMES)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     base = load_file(models[model] / "model.safetensors")
     # A norm's weights are all 1.
@@ -255,6 +260,47 @@ print(json.dumps(gaps))
     assert to_merged < 1e-4 < 1e-2 < to_base
 
 
+def test_an_adapter_names_a_base_that_another_machine_has(models: dict[str, Path], tmp_path: Path) -> None:
+    """Peft finds a base of the hub by id and commit, and a folder by its name where somebody has put it."""
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "home" / "hub" / "models--org--base"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(models["student"], cache / "snapshots" / commit)
+    code = """
+import json, sys, torch
+from pathlib import Path
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from tests.unit.actors.student.test_lora import BATCHES, lora_of, phase_of, started
+ids, gaps, named = torch.arange(2, 20)[None], [], []
+for base in ("org/base", sys.argv[1]):
+    out = Path(base).name
+    trainer = started(lora_of({"type": "torch"}), phase_of(base, warmup_steps=0, learning_rate=0.05))
+    trainer.train_step(BATCHES[0])
+    trainer.export(Path("out") / out)
+    config = json.loads((Path("out") / out / "adapter" / "adapter_config.json").read_text())
+    named.append([config["base_model_name_or_path"], config["revision"]])
+    Path("student").exists() or Path("student").symlink_to(sys.argv[1])
+    loaded = AutoPeftModelForCausalLM.from_pretrained(f"out/{out}/adapter", dtype=torch.float32).eval()
+    merged = AutoModelForCausalLM.from_pretrained(f"out/{out}", dtype=torch.float32).eval()
+    gaps.append((loaded(ids).logits - merged(ids).logits).abs().max().item())
+print(json.dumps([named, gaps]))
+"""
+    (tmp_path / "elsewhere").mkdir()
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", code, str(models["student"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path / "elsewhere", env=environment)
+    assert done.returncode == 0, done.stderr
+    named, gaps = json.loads(done.stdout.splitlines()[-1])
+    assert named == [["org/base", commit], ["student", None]]
+    assert max(gaps) < 1e-4
+
+
 def test_the_next_phase_goes_on_with_the_same_adapter_on_the_base(models: dict[str, Path], tmp_path: Path) -> None:
     """Not with a second one on merged weights: the files of the last phase are then an adapter of the student's own base."""
     training = lora_of({"type": "torch"}, precision="bf16")
@@ -267,7 +313,7 @@ def test_the_next_phase_goes_on_with_the_same_adapter_on_the_base(models: dict[s
     assert_same(adapter_of(again), parts)
     assert_same(weights_of(again), weights)
     config = tmp_path / "sft" / "adapter" / "adapter_config.json"
-    assert json.loads(config.read_text())["base_model_name_or_path"] == base[0]
+    assert json.loads(config.read_text())["base_model_name_or_path"] == models["student"].name
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 4}))
     with pytest.raises(TrainingError, match="its adapter has rank 4, and training.lora.rank=3"):
         started(training, phase_of(tmp_path / "sft", base=base))

@@ -19,7 +19,7 @@ import torch
 from kdray.config import LoRASettings
 from kdray.errors import TrainingError
 from kdray.models.adapters import adapted_layers
-from kdray.models.resolve import model_name
+from kdray.models.resolve import hub_commit, model_name
 
 ADAPTER = "adapter"
 """Folder of the adapter inside an exported student."""
@@ -60,7 +60,7 @@ def add_adapter(model: Any, settings: LoRASettings, base: tuple[str, str | None]
     from safetensors.torch import load_file
 
     layers = adapted_layers(model.config, settings)
-    name, revision = _public(model, *base)
+    name, revision = _public(*base)
     config = LoraConfig(
         r=settings.rank,
         # An integer in peft's own type, though it computes with any number.
@@ -89,12 +89,10 @@ def add_adapter(model: Any, settings: LoRASettings, base: tuple[str, str | None]
             parameter.copy_(stored[_in_file(name)])
 
 
-def _public(model: Any, source: str, revision: str | None) -> tuple[str, str | None]:
+def _public(source: str, revision: str | None) -> tuple[str, str | None]:
     """Name of a model on other machines: hub id and the commit that was loaded, or the folder's name without its place."""
     name = model_name(source)
-    if name != source:
-        return name, None
-    return name, getattr(model.config, "_commit_hash", None) or revision
+    return (name, None) if name != source else (name, hub_commit(source, revision) or revision)
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

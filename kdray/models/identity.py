@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kdray.config import ModelSource, PrunedModel, TinyModel
 from kdray.errors import DataError
-from kdray.models.resolve import calibration_texts, model_config, model_name
+from kdray.models.resolve import calibration_texts, hub_commit, model_config, model_name
 
 COMMIT = "commit"
 """Key of a hub model's resolved commit."""
@@ -42,7 +42,8 @@ def model_identity(source: ModelSource, revision: str | None) -> dict[str, str]:
         return {"settings": model_name(source)}
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        return {COMMIT: str(model_config(source, revision)._commit_hash)}
+        model_config(source, revision)
+        return {COMMIT: str(hub_commit(source, revision))}
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (*_READ, _WEIGHTS) and path.is_file()]
     try:
         return {path.name: _sampled(path) if path.suffix == _WEIGHTS else _digest(path.read_bytes()) for path in files}

@@ -255,11 +255,23 @@ def model_config(source: str | TinyModel, revision: str | None) -> Any:
     return AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
 
 
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """Commit of a model of the hub whose config this machine has loaded; None if its cache does not have it.
+
+    Transformers' configs no longer tell it (5.19). Args: revision: commit or tag; None is the default branch.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def _content(origin: str, revision: str | None) -> str:
     """Identity of a model's content: a hash of a folder's files, or the hub id with its commit."""
     folder = Path(origin)
     if not folder.is_dir():
-        return f"{origin}@{model_config(origin, revision)._commit_hash}"
+        model_config(origin, revision)
+        return f"{origin}@{hub_commit(origin, revision)}"
     hashes = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as file:

@@ -204,7 +204,10 @@ def test_the_files_of_a_checkpoint_have_no_base(
     # A teacher's, of `type: self`.
     list(trainer.averaged_buckets(0.5, fixed=False))
     trainer.save(tmp_path)
-    assert load_file(tmp_path / "average.safetensors").keys() == set(NAMES)
+    average = tmp_path / "average.safetensors"
+    assert load_file(average).keys() == set(NAMES)
+    # Of adapted layers, merged: until the adapter has moved, these are the base's.
+    average.unlink()
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     base = load_file(models[model] / "model.safetensors")
     # A norm's weights are all 1.
@@ -271,6 +274,7 @@ import json, sys, torch
 from pathlib import Path
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
+from kdray.models.identity import model_identity
 from tests.unit.actors.student.test_lora import BATCHES, lora_of, phase_of, started
 ids, gaps, named = torch.arange(2, 20)[None], [], []
 for base in ("org/base", sys.argv[1]):
@@ -284,7 +288,7 @@ for base in ("org/base", sys.argv[1]):
     loaded = AutoPeftModelForCausalLM.from_pretrained(f"out/{out}/adapter", dtype=torch.float32).eval()
     merged = AutoModelForCausalLM.from_pretrained(f"out/{out}", dtype=torch.float32).eval()
     gaps.append((loaded(ids).logits - merged(ids).logits).abs().max().item())
-print(json.dumps([named, gaps]))
+print(json.dumps([named, gaps, model_identity("org/base", None)]))
 """
     (tmp_path / "elsewhere").mkdir()
     environment = {
@@ -296,7 +300,8 @@ print(json.dumps([named, gaps]))
     command = [sys.executable, "-c", code, str(models["student"])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path / "elsewhere", env=environment)
     assert done.returncode == 0, done.stderr
-    named, gaps = json.loads(done.stdout.splitlines()[-1])
+    named, gaps, identity = json.loads(done.stdout.splitlines()[-1])
+    assert identity == {"commit": commit}
     assert named == [["org/base", commit], ["student", None]]
     assert max(gaps) < 1e-4
 

@@ -42,10 +42,10 @@ def test_a_run_trains_an_adapter_and_leaves_it_beside_the_merged_model(workplace
     assert gaps
     assert max(gaps) < 1e-4
     assert not [event for event in json_lines(run / "events.jsonl") if event["kind"] == "version_refused"]
-    # Whole at the start of the phase and after the resume, each told by the step after it.
+    # Whole at the start of the phase and after the resume, told by the step after it, or by two if the next is under way.
     moved = {row["step"]: row["update_bytes"] / row["published_bytes"] for row in json_lines(run / "metrics.jsonl")}
-    assert {step for step, share in moved.items() if share > 1.0} == {1, 13}
-    assert max(share for share in moved.values() if share < 1.0) < 0.9, "embeddings, head and norms stay"
+    assert {1, 13} <= {step for step, share in moved.items() if share > 1.0} <= {1, 2, 13, 14}
+    assert max(share for share in moved.values() if share < 1.0) < 0.94, "embeddings and norms stay"
 
     merged, base = (load_file(folder / "model.safetensors") for folder in (run / "student", workplace / "student"))
     adapter = load_file(run / "student" / "adapter" / "adapter_model.safetensors")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from actors.student.features import parameter_groups
+from actors.weights.copies import CopyBuffers
 from kdray.config import TrainingSettings
 from kdray.errors import TrainingError
 
@@ -185,6 +186,10 @@ class StudentBackend(ABC):
 
         Other ranks take part and return nothing. The parameters of one call fit into memory together.
         """
+
+    def whole_into(self, parameters: Sequence[torch.nn.Parameter], buffers: CopyBuffers) -> list[torch.Tensor]:
+        """`whole` on the CPU, in memory that the next copies of the same parameters are written to, where the backend can."""
+        return self.whole(parameters, "cpu")
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -11,6 +11,7 @@ import torch
 
 from actors.student.backend import StudentBackend
 from actors.student.lora import Published, published
+from actors.weights.copies import CopyBuffers
 from kdray.checks.parity import TrainedLogprobs, judge
 from kdray.models.attention import attention_arguments
 
@@ -55,29 +56,34 @@ def whole_buckets(
     buffers: Mapping[str, torch.Tensor],
     limit: float,
     device: torch.device | str = "cpu",
+    copy_buffers: CopyBuffers | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Whole parameters in buckets, then buffers in one, under the names that they have in the module: copies on `device`.
 
-    A collective: ranks other than 0 get the same number of empty buckets. Args: limit: size of a bucket, bytes.
+    A collective: ranks other than 0 get the same number of empty buckets. Args: limit: size of a bucket, bytes; copy_buffers:
+    memory of the parameters' copies, which are on the CPU then.
     """
     bucket: list[Published] = []
     size = 0
     for each in parameters:
         needed = _size(backend, each)
         if bucket and size + needed > limit:
-            yield _whole(backend, bucket, device)
+            yield _whole(backend, bucket, device, copy_buffers)
             bucket, size = [], 0
         bucket.append(each)
         size += needed
     if bucket:
-        yield _whole(backend, bucket, device)
+        yield _whole(backend, bucket, device, copy_buffers)
     if buffers:
         # No backend shards them.
         yield {name: buffer.to(device, copy=True) for name, buffer in buffers.items()} if backend.rank == 0 else {}
 
 
-def _whole(backend: StudentBackend, bucket: list[Published], device: torch.device | str) -> dict[str, torch.Tensor]:
-    tensors = iter(backend.whole([parameter for each in bucket for parameter in each.parameters], device))
+def _whole(
+    backend: StudentBackend, bucket: list[Published], device: torch.device | str, copy_buffers: CopyBuffers | None
+) -> dict[str, torch.Tensor]:
+    parameters = [parameter for each in bucket for parameter in each.parameters]
+    tensors = iter(backend.whole(parameters, device) if copy_buffers is None else backend.whole_into(parameters, copy_buffers))
     if backend.rank != 0:
         return {}
     return {each.name: each.value(tuple(next(tensors) for _ in each.parameters)) for each in bucket}

@@ -194,7 +194,9 @@ class Outlet:
         """
         if self._config.training.weight_transfer == "object_store":
             trained = self._trained()
-            return self._student.send(version, lambda fixed: self._trainer.weight_buckets(fixed=fixed), trained)
+            return self._student.send(
+                version, lambda fixed: self._trainer.weight_buckets(fixed=fixed, reuse=not fixed), trained
+            )
         return self._announce(version)
 
     def renew(self, version: int, decay: float) -> None:

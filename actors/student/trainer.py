@@ -26,6 +26,7 @@ from actors.student.hidden_state_loss import HEAD_TOLERANCE, OutputHead, hidden_
 from actors.student.micro_batch_loss import MicroBatchLoss
 from actors.student.output_head import use_float32_head
 from actors.student.refusal import NotFinite, refuse_gradient, refuse_loss
+from actors.weights.copies import CopyBuffers
 from kdray.checks.parity import TrainedLogprobs
 from kdray.config import LossSettings, TrainingSettings
 from kdray.errors import TrainingError
@@ -97,6 +98,7 @@ class StudentTrainer:
         self._loss: LossSettings | None = None
         self._average: dict[str, torch.Tensor] = {}
         self._facts: dict[str, Any] | None = None
+        self._copies = CopyBuffers()
         self._teacher_head: OutputHead | None = None
         self._micro_batch_loss: MicroBatchLoss | None = None
         self._record = ShardRecord()
@@ -105,7 +107,7 @@ class StudentTrainer:
         """Load the phase's weights and start a fresh optimizer and schedule."""
         training = self.training
         self.backend.close()
-        self._facts = None
+        self._facts, self._copies = None, CopyBuffers()
         module = self._load(phase)
         optimization = Optimization(
             phase.learning_rate,
@@ -377,25 +379,26 @@ class StudentTrainer:
         return fixed_weights(self.backend, unwrapped(self.backend.module))
 
     def weight_buckets(
-        self, device: torch.device | str = "cpu", fixed: bool | None = None
+        self, device: torch.device | str = "cpu", fixed: bool | None = None, reuse: bool = False
     ) -> Iterator[dict[str, torch.Tensor]]:
         """The student's tensors as checkpoint files have them, in buckets of `training.sync_bucket_mib`: copies on `device`.
 
         Rank 0 gets the tensors; other ranks get the same number of empty buckets: gathering is collective.
-        Args: fixed: True for those of `self.fixed` alone, False for all others.
+        Args: fixed: True for those of `self.fixed` alone, False for all others; reuse: True for copies on the CPU that hold
+        until the next call with True.
         """
-        for bucket in self._module_buckets(device, fixed):
+        for bucket in self._module_buckets(device, fixed, self._copies if reuse else None):
             yield in_files(unwrapped(self.backend.module), bucket)
 
     def _module_buckets(
-        self, device: torch.device | str = "cpu", fixed: bool | None = None
+        self, device: torch.device | str = "cpu", fixed: bool | None = None, copies: CopyBuffers | None = None
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Parameters, then persistent buffers, under the names that they have in the module."""
         module, held = unwrapped(self.backend.module), set(self.fixed.names)
         chosen = (each for each in lora.published(module) if fixed is None or (each.name in held) == fixed)
         # A forward pass of training may change a buffer.
         buffers = {} if fixed else persistent_buffers(module)
-        yield from whole_buckets(self.backend, chosen, buffers, self.training.sync_bucket_mib * 2**20, device)
+        yield from whole_buckets(self.backend, chosen, buffers, self.training.sync_bucket_mib * 2**20, device, copies)
 
     def _adapter(self) -> dict[str, torch.Tensor]:
         """Whole A and B by name in the module, on rank 0's CPU; empty on other ranks, and without an adapter."""

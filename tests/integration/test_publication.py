@@ -110,7 +110,7 @@ async def test_an_engine_in_bfloat16_loads_changes_as_it_loads_whole_versions(tm
         rollouts = [rollout async for part in engine.sample(requests) for rollout in part]
         for version in range(5):
             trainer.train_step(rollouts_to_batch(rollouts, version + 1))
-            publisher.publish(version, trainer.weight_buckets())
+            publisher.publish(version, trainer.weight_buckets(reuse=True))
             publisher.flush()
             sent.append(await store.sent.remote())
             if version == 2:
@@ -169,7 +169,7 @@ async def test_an_engine_that_gets_adapted_layers_alone_holds_the_merged_student
         rollouts = [rollout async for part in engine.sample(requests) for rollout in part]
         for version in range(4):
             trainer.train_step(rollouts_to_batch(rollouts, version + 1))
-            sizes.append(channel.send(version, lambda fixed: trainer.weight_buckets(fixed=fixed), None))
+            sizes.append(channel.send(version, lambda fixed: trainer.weight_buckets(fixed=fixed, reuse=not fixed), None))
             channel.flush()
             sent.append(await store.sent.remote())
             if version != 2:

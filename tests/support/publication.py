@@ -18,6 +18,7 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
+from actors.weights.copies import CopyBuffers
 from actors.weights.publisher import Publisher
 from actors.weights.store import WeightStore, pull
 
@@ -38,12 +39,16 @@ class Rank:
 
     def __init__(self, store: Any, count: int, size: int, stride: int = 1, full_every: int = 1) -> None:
         self._publisher = Publisher(store, ThreadPoolExecutor(1), full_every)
-        self._count, self._size, self._stride = count, size, stride
+        self._model = [torch.zeros(size) for _ in range(count)]
+        self._stride = stride
+        self._copies = CopyBuffers()
 
     def publish(self, version: int) -> float:
         """Returns: seconds that training would have waited."""
+        for tensor in self._model:
+            tensor[:: self._stride] = float(version)
         begun = time.perf_counter()
-        buckets = ({str(index): model_tensor(self._size, version, self._stride)} for index in range(self._count))
+        buckets = ({str(index): self._copies.copy(tensor)} for index, tensor in enumerate(self._model))
         self._publisher.publish(version, buckets)
         return time.perf_counter() - begun
 

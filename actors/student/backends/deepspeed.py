@@ -26,6 +26,7 @@ from actors.student.backend import (
 from actors.student.backends.zero_shards import Layout, ZeroShards, first_file, restore
 from actors.student.checkpoints.safe_load import plain_values, tensors_only
 from actors.student.features import parameter_groups
+from actors.weights.copies import CopyBuffers
 from kdray.config import DeepSpeedSettings, TrainingSettings
 from kdray.errors import TrainingError
 
@@ -225,11 +226,17 @@ class DeepSpeedBackend(StudentBackend):
         return getattr(parameter, "ds_numel", parameter.numel())
 
     def whole(self, parameters: Sequence[torch.nn.Parameter], device: torch.device | str) -> list[torch.Tensor]:
+        return self._on_rank_0(parameters, lambda parameter: parameter.detach().to(device, copy=True).contiguous())
+
+    def whole_into(self, parameters: Sequence[torch.nn.Parameter], buffers: CopyBuffers) -> list[torch.Tensor]:
+        return self._on_rank_0(parameters, buffers.copy)
+
+    def _on_rank_0(
+        self, parameters: Sequence[torch.nn.Parameter], copy: Callable[[torch.nn.Parameter], torch.Tensor]
+    ) -> list[torch.Tensor]:
         sharded = self._settings.zero_stage == 3
         with _import_deepspeed(self._on).zero.GatheredParameters(list(parameters)) if sharded else nullcontext():
-            if self.rank != 0:
-                return []
-            return [parameter.detach().to(device, copy=True).contiguous() for parameter in parameters]
+            return [copy(parameter) for parameter in parameters] if self.rank == 0 else []
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

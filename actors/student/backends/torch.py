@@ -23,6 +23,7 @@ from actors.student.backend import (
     training_device,
     uses_fused_optimizer,
 )
+from actors.weights.copies import CopyBuffers
 from kdray.config import TrainingSettings
 from kdray.errors import TrainingError
 
@@ -140,6 +141,9 @@ class TorchBackend(StudentBackend):
 
     def whole(self, parameters: Sequence[torch.nn.Parameter], device: torch.device | str) -> list[torch.Tensor]:
         return [parameter.detach().to(device, copy=True).contiguous() for parameter in parameters]
+
+    def whole_into(self, parameters: Sequence[torch.nn.Parameter], buffers: CopyBuffers) -> list[torch.Tensor]:
+        return [buffers.copy(parameter) for parameter in parameters]
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

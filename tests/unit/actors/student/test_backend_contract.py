@@ -525,6 +525,23 @@ def test_a_folder_without_a_checkpoint_is_refused(backend: dict[str, Any], model
 # ---------------------------------------------------------------------------------------------------- publication
 
 
+def test_copies_in_reused_memory_are_the_weights_of_their_moment(backend: dict[str, Any], models: dict[str, Path]) -> None:
+    """Each publication writes over the copies of the one before, and over no others."""
+    trainer = started(training_of(backend), phase_of(models["student"], warmup_steps=0))
+    plain = weights_of(trainer)
+    first = {name: tensor for bucket in trainer.weight_buckets(reuse=True) for name, tensor in bucket.items()}
+    assert_same(first, plain)
+    kept = {name: tensor.clone() for name, tensor in plain.items()}
+    trainer.train_step(BATCHES[0])
+    assert_same(first, kept)
+    second = {name: tensor for bucket in trainer.weight_buckets(reuse=True) for name, tensor in bucket.items()}
+    assert_same(second, weights_of(trainer))
+    assert_same(plain, kept)
+    assert all(not torch.equal(tensor, kept[name]) for name, tensor in second.items())
+    if backend["type"] != "flat":
+        assert all(tensor.data_ptr() == first[name].data_ptr() for name, tensor in second.items())
+
+
 @pytest.mark.parametrize("name", ["student", "tied"])
 def test_published_buckets_are_the_export_and_leave_the_student_alone(
     backend: dict[str, Any], models: dict[str, Path], name: str, tmp_path: Path

@@ -174,11 +174,12 @@ async def pull(store: Any, at_least: int) -> tuple[int, Path, list[Path]]:
         folder: Path | None = None
         paths: list[Path] = []
         try:
-            for index, (whole, *changes) in enumerate(buckets):
-                bucket = await asyncio.wait_for(_value(whole), _FETCH_S)
-                deltas = await asyncio.wait_for(asyncio.gather(*map(_value, changes)), _FETCH_S)
-                if folder is None:
-                    folder = await asyncio.to_thread(spacious_folder, bucket.nbytes * len(buckets))
+            fetched = [await asyncio.wait_for(asyncio.gather(*map(_value, bucket)), _FETCH_S) for bucket in buckets]
+            if fetched:
+                # The first bucket says nothing of the others: an embedding is one by itself.
+                folder = await asyncio.to_thread(spacious_folder, sum(whole.nbytes for whole, *_ in fetched))
+            for index, (bucket, *deltas) in enumerate(fetched):
+                assert folder is not None
                 paths.append(folder / f"bucket-{index:05d}.safetensors")
                 await asyncio.to_thread(_write, paths[-1], bucket, deltas)
         except BaseException as error:

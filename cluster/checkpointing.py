@@ -52,6 +52,8 @@ class Numbering:
 
     steps: int
     """Steps of distillation."""
+    finetune_steps: int
+    """Steps of fine-tuning; 0 is none."""
 
     def finetune_checkpoint(self, done: int) -> int:
         """Checkpoint of fine-tuning after `done` of its own steps: distillation's last checkpoint has the number `steps`."""
@@ -60,6 +62,16 @@ class Numbering:
     def finetune_done(self, checkpoint: int) -> int:
         """Number of fine-tuning steps done at such a checkpoint."""
         return checkpoint - self.steps - 1
+
+    @property
+    def last_checkpoint(self) -> int:
+        """The last checkpoint before the control."""
+        return self.finetune_checkpoint(self.finetune_steps) if self.finetune_steps else self.steps
+
+    @property
+    def last_version(self) -> int:
+        """Version of the student that is the run's result."""
+        return self.finetuned_version if self.finetune_steps else self.steps
 
     @property
     def finetuned_version(self) -> int:

@@ -98,6 +98,7 @@ class ConcurrentRuns:
         self.actors = ActorWatch(silence_s)
         """The actors that hold the runs' state."""
         self._measured = {run: asyncio.Event() for run in runs}
+        self._ended = {run: asyncio.Event() for run in runs}
         self._with_ranks: set[str] = set()
         self._waits: list[Callable[[], list[str]]] = []
         self._pools: list[Pools] = []
@@ -146,9 +147,21 @@ class ConcurrentRuns:
         self._measured[run].set()
 
     async def others_measured(self, run: str) -> None:
-        for other, event in self._measured.items():
-            if other != run:
-                await event.wait()
+        await _others(self._measured, run)
+
+    def ended(self, run: str) -> None:
+        """Register that the run has its summary, and needs no teacher any more."""
+        self._ended[run].set()
+
+    async def others_ended(self, run: str) -> None:
+        await _others(self._ended, run)
+
+
+async def _others(events: Mapping[str, asyncio.Event], run: str) -> None:
+    """Wait for the events of all runs but one."""
+    for other, event in events.items():
+        if other != run:
+            await event.wait()
 
 
 def _mailbox(run: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from cluster.evaluation import check_signals, measure_at_start, measure_student,
 from cluster.parts import ConcurrentRuns, Pools, RunStores
 from cluster.planning.placement import Bundle, bundles
 from cluster.planning.reservation import await_placed, living_actors
+from cluster.stages.phases import Phases
 from cluster.stages.supervised import Answers, Steps
 from kdray.checks.parity import refusal
 from kdray.checks.unsafe_notes import unsafe_notes
@@ -50,7 +52,6 @@ from kdray.runs.remote_copy import LEDGER, StoredRun
 from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import compare
 from kdray.runs.resume import carried_progress, final_counts, restore_run_state
-from kdray.teachers.kind import kind_of
 from kdray.types import StepReport, TrainBatch
 
 _CLEAN_UP_S = 30.0
@@ -99,7 +100,7 @@ class Runner:
         self._stores = stores
         self._beside = beside
         self._measure = partial(measure_student, self._checked, self.reporter)
-        self._numbers = Numbering(self._config.training.steps)
+        self._numbers = Numbering(self._config.training.steps, self._config.training.finetune.steps)
         self._storage_retries = 0
         if self._stored is not None:
             self._stored.storage.on_retry = lambda retry: self._on_retry(**asdict(retry))
@@ -147,10 +148,14 @@ class Runner:
             self._folder.write_teachers(await registry.known.remote())
             try:
                 await self._or_stop(await_placed(partial(self._unplaced_ranks, student), config.cluster, self.reporter.event))
-                return await self._watched(self._phases(context.models, student, pools))
+                summary = await self._watched(self._phases(context.models, student, pools))
             finally:
                 self.reporter.say("closing: replicas and ranks end")
                 await opening.__aexit__(None, None, None)
+            with suppress(Stopped):
+                # The ranks own what they published, which replicas of the others that start now still have to load.
+                await first_of(self._beside.others_ended(self._name), self.stop.wait())
+            return summary
         finally:
             self._beside.ranks_close(self._name)
             await student.close()
@@ -217,8 +222,7 @@ class Runner:
         horizon = steps if stored is None or training.schedule == "constant" else max(steps, int(stored["horizon"]))
         schedules = Schedules.of(config, horizon)
         start_step, self._totals = restore_run_state(self._folder, self._ledger, schedules, steps, found)
-        base, revision = models.student, config.student.revision
-        self._base = base, revision
+        phases = Phases(config, models, self._folder.checkpoints, horizon)
         progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "sft", **self._record}
         recoverable = CheckpointedStudent(
             student,
@@ -232,47 +236,36 @@ class Runner:
             on_retry=self._on_retry,
             guard=self._lease.check_everywhere,
         )
-        if training.sft.steps:
-            if self._after_sft is None:
-                await self._warm_up(recoverable, base, revision)
-            base, revision = str(self._folder.checkpoints / "sft"), None
+        if training.sft.steps and self._after_sft is None:
+            await self._warm_up(recoverable, phases.sft)
         progress |= {"stage": "distill"} if stored is None else carried_progress(stored)
-        updates = training.updates_per_step
-        phase = Phase(
-            name="distill",
-            model=base,
-            revision=revision,
-            loss=config.loss,
-            learning_rate=training.learning_rate,
-            steps=horizon * updates,
-            warmup_steps=training.warmup_steps * updates,
-            schedule=training.schedule,
-            teacher=self._teacher_of_head(models),
-            base=self._base,
-            feature_teacher=self._teacher_of_features(models),
-        )
         if progress["stage"] == "distill":
-            await self._distill(student, pools, phase, recoverable, schedules, start_step)
+            await self._distill(student, pools, phases.distill, recoverable, schedules, start_step)
         if progress["stage"] == "control":
             after = progress["after"]
+            if not self._beside.alone:
+                await self._teach_again(student, phases.last)
+        elif training.finetune.steps:
+            after = await self._finetune(student, pools, recoverable, phases.finetune)
         else:
-            after = await self._finetune(student, pools, recoverable) if training.finetune.steps else progress["distilled"]
+            after = progress["distilled"]
         if self._stored is not None:
             await in_daemon_thread(self._stored.storage.get_tree, "student", self._folder.student, COMMITTED)
         self._beside.measured(self._name)
         control = None
-        if config.evaluation.control and not self.stop.is_set():
-            try:
-                # The control's published weights must not teach peers that are still training.
-                await self._or_stop(self._beside.others_measured(self._name))
-                progress |= {"stage": "control", "after": after}
-                control = await self._control(pools, recoverable, base, revision)
-            except Interrupted:
-                if self._keeps_control:
-                    raise
-                # The run itself is complete; its summary states that there is no control.
-                self.reporter.event("interrupted", phase="control")
+        if config.evaluation.control:
+            # The control's published weights must not teach peers that are still training.
+            await self._or_stop(self._beside.others_measured(self._name))
+            progress |= {"stage": "control", "after": after}
+            control = await self._control(pools, recoverable, phases)
         return self._summarise(progress, after, control, await student.restarts(), pools)
+
+    async def _teach_again(self, student: StudentGroup, last: Phase) -> None:
+        """Publish the run's result as before the control, from which it resumes: who learns from it may have to resume, too."""
+        assert self._checkpoint is not None
+        before = self._checkpoint.folder.with_name(f"step-{self._numbers.last_checkpoint:06d}")
+        await self._or_stop(student.start_phase(last, before))
+        await student.publish(self._numbers.last_version)
 
     async def _distill(
         self,
@@ -336,14 +329,14 @@ class Runner:
         found = (teacher.renewal for teacher in self._config.teachers.values())
         return next((Renewal(*renewal) for renewal in found if renewal is not None), None)
 
-    async def _finetune(self, student: StudentGroup, pools: Pools, recoverable: CheckpointedStudent) -> dict[str, float]:
+    async def _finetune(
+        self, student: StudentGroup, pools: Pools, recoverable: CheckpointedStudent, phase: Phase
+    ) -> dict[str, float]:
         """Run the second stage, on the reference answers; a resume continues it from its last checkpoint."""
         training, number = self._config.training, self._numbers.finetune_checkpoint
         resumed = recoverable.progress["stage"] == "finetune"
         recoverable.progress["stage"] = "finetune"
         settings = training.finetune
-        rate, schedule = settings.learning_rate, training.schedule
-        phase = Phase("finetune", str(self._distilled), None, None, rate, settings.steps, schedule=schedule, base=self._base)
         checkpoint = self._checkpoint if resumed else None
         await self._or_stop(student.start_phase(phase, checkpoint.folder if checkpoint else None))
         done = self._numbers.finetune_done(checkpoint.step) if checkpoint else 0
@@ -393,22 +386,6 @@ class Runner:
             found = await check_signals(self._checked, teacher, version)
             self.reporter.event("signals", teacher=teacher.name, **found)
 
-    def _teacher_of_head(self, models: Models) -> tuple[str, str | None] | None:
-        """Model and revision of the output head that the ranks need, if teachers return hidden states."""
-        if self._config.rollout.teacher_signal != "hidden":
-            return None
-        (name,) = self._config.teachers
-        found = kind_of(self._config, name).model
-        assert found is not None
-        return models.teachers[name], found[1]
-
-    def _teacher_of_features(self, models: Models) -> tuple[str, str | None] | None:
-        """Model and revision of the teacher whose layers the student is compared with, if the config enables it."""
-        if self._config.training.features is None or self._config.white_box_teacher is None:
-            return None
-        name, _ = self._config.white_box_teacher
-        return models.teachers[name], self._config.source(name)[1]
-
     def _text(self, pools: Pools) -> Callable[[int], Awaitable[TrainBatch]] | None:
         """The pretraining text of a step, if the config mixes in any."""
         settings = self._config.training.pretraining
@@ -417,42 +394,36 @@ class Runner:
         scorer = pools.teachers[0] if settings.teacher_share else None
         return PretrainingText(self._checked.windows, settings, self._config.run.seed, scorer).batch
 
-    async def _warm_up(self, recoverable: CheckpointedStudent, base: str, revision: str | None) -> None:
+    async def _warm_up(self, recoverable: CheckpointedStudent, phase: Phase) -> None:
         """Run the supervised phase before distillation; a resume continues it from its last checkpoint."""
         training, sft, student = self._config.training, self._config.training.sft, recoverable.ranks
-        phase = Phase("sft", base, revision, None, sft.learning_rate, sft.steps, base=self._base)
         await self._or_stop(student.start_phase(phase, self._checkpoint.folder if self._checkpoint else None))
         save = partial(recoverable.save_in_phase, "sft", step=0)
         steps = Steps("sft", sft.steps, self._answers.batches(0, sft.batch_size), save, training.checkpoint_every)
         await steps.run(recoverable, self.reporter, self.stop, self._checkpoint.phase_step if self._checkpoint else 0)
         await student.export(self._folder.checkpoints / "sft")
 
-    @property
-    def _keeps_control(self) -> bool:
-        """True if the control has checkpoints. Teachers that are students would be missing at a resume from one."""
-        return self._stores.average is None and self._beside.alone
-
-    async def _control(self, pools: Pools, recoverable: CheckpointedStudent, base: str, revision: str | None) -> dict[str, Any]:
+    async def _control(self, pools: Pools, recoverable: CheckpointedStudent, phases: Phases) -> dict[str, Any]:
         """Train the same student further by SFT alone, on at least as many student tokens as distillation used.
 
-        Its learning rate decays like distillation's. A resume continues it from its last checkpoint.
+        A resume continues it from its last checkpoint.
         """
         training, sft, progress = self._config.training, self._config.training.sft, recoverable.progress
         student, resumed = recoverable.ranks, self._checkpoint if "control_tokens" in progress else None
         count = self._answers.steps_for(1.02 * self._totals.trained_tokens, sft.batch_size)
         progress.setdefault("control_tokens", 0)
-        phase = Phase("control", base, revision, None, sft.learning_rate, count, schedule=training.schedule, base=self._base)
-        await self._or_stop(student.start_phase(phase, resumed.folder if resumed else None))
+        await self._or_stop(student.start_phase(phases.control(count), resumed.folder if resumed else None))
+        if resumed and self._stores.average is not None:
+            # Replicas answer once they have their teacher, which every checkpoint has kept as it was.
+            await student.renew(0, decay=1.0)
 
         def add(report: StepReport) -> None:
             progress["control_tokens"] += report.num_target_tokens
 
-        last = self._numbers.finetune_checkpoint(training.finetune.steps) if training.finetune.steps else training.steps
-        save = partial(recoverable.save_in_phase, "control", step=last) if self._keeps_control else None
+        save = partial(recoverable.save_in_phase, "control", step=self._numbers.last_checkpoint)
         batches = self._answers.batches(sft.steps * sft.batch_size, sft.batch_size)
         steps = Steps("control", count, batches, save, training.checkpoint_every, add)
-        running = steps.run(recoverable, self.reporter, self.stop, resumed.phase_step if resumed else 0)
-        await (running if self._keeps_control else self._or_stop(running))
+        await steps.run(recoverable, self.reporter, self.stop, resumed.phase_step if resumed else 0)
         version = self._numbers.control_version
         await student.publish(version)
         numbers = await self._or_stop(self._measure(pools, version, "control"))

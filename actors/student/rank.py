@@ -90,12 +90,13 @@ def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, outle
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
         files.start_phase(phase, None if checkpoint is None else Path(checkpoint))
+        # Replicas that start now request what was published before the checkpoint. No command of the log publishes it again,
+        # and the objects of the ranks before are lost.
+        if config.average is not None and (phase.loss is not None or trainer.has_average()):
+            # Before the student's version that it belongs to, as in every step.
+            outlet.renew(trainer.steps_done, decay=1.0)
         if phase.loss is not None:
-            # Replicas that start now request the version that was published before the checkpoint: distillation's versions are
-            # its steps. No command of the log publishes it again, and the objects of the ranks before are lost.
-            if config.average is not None:
-                # Before the student's version that it belongs to, as in every step.
-                outlet.renew(trainer.steps_done, decay=1.0)
+            # Distillation's versions are its steps.
             outlet.publish(trainer.steps_done)
     while True:
         try:

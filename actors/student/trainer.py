@@ -110,12 +110,7 @@ class StudentTrainer:
         self._facts, self._copies = None, CopyBuffers()
         module = self._load(phase)
         optimization = Optimization(
-            phase.learning_rate,
-            training.betas,
-            training.weight_decay,
-            phase.schedule,
-            phase.warmup_steps,
-            phase.steps,
+            phase.learning_rate, training.betas, training.weight_decay, phase.schedule, phase.warmup_steps, phase.steps
         )
         self.backend.start(module, optimization)
         set_recomputation(self.backend.module, training.gradient_checkpointing)
@@ -433,6 +428,10 @@ class StudentTrainer:
                 self._average[name] = tensor.float() if last is None else torch.lerp(tensor.float(), last, decay)
                 averaged[name] = self._average[name].to(tensor.dtype)
             yield averaged
+
+    def has_average(self) -> bool:
+        """True, on every rank, once there is such an average."""
+        return bool(self.gather(bool(self._average))[0])
 
     def export(self, folder: Path, tokenizer: TokenizerSource | None = None, ids: Sequence[int] = ()) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer): `from_pretrained` loads it.

@@ -1,1 +1,1 @@
-"""Parts of a run that train the student without a teacher."""
+"""Phases of a run, and the parts of it that train the student without a teacher."""

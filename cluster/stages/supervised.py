@@ -56,8 +56,8 @@ class Steps:
     count: int
     batch: Callable[[int], TrainBatch]
     """Batch of a step, from 0 on."""
-    save: Callable[[int], Awaitable[None]] | None
-    """Writes a checkpoint after so many steps; None if the phase has none, so that who stops the run cancels it."""
+    save: Callable[[int], Awaitable[None]]
+    """Writes a checkpoint after so many steps."""
     every: int
     """Steps between checkpoints; 0 writes one only when the run is stopped."""
     on_step: Callable[[StepReport], None] = lambda report: None
@@ -66,7 +66,7 @@ class Steps:
         """Train from step `done` on. Raises: Interrupted, after a checkpoint, once `stop` is set."""
         reporter.phase(self.name, self.count)
         for step in range(done, self.count):
-            if self.save is not None and stop.is_set():
+            if stop.is_set():
                 if step == done:
                     raise Interrupted("stopped before there was anything new to save; --resume goes on")
                 await self.save(step)
@@ -79,5 +79,5 @@ class Steps:
             reached = step + 1
             # The last one, too: what follows may take long.
             due = self.every and (reached % self.every == 0 or reached == self.count)
-            if self.save is not None and (due or await student.should_save_early()):
+            if due or await student.should_save_early():
                 await self.save(reached)

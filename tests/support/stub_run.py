@@ -90,7 +90,9 @@ class Tables:
         rng = np.random.default_rng(seed)
         # So that a response ends after a few tokens, and some are cut.
         ends = 4.0 * (np.arange(vocab_size) == EOS)
-        self.teacher = _log_softmax(rng.normal(size=(vocab_size, vocab_size)) + ends)
+        self.teacher: Any = log_softmax(rng.normal(size=(vocab_size, vocab_size)) + ends)
+        self.average: np.ndarray | None = None
+        """The student's average, if that is the teacher."""
         self.student = rng.normal(size=(vocab_size, vocab_size)) + ends
         self.published: dict[int, np.ndarray] = {}
 
@@ -101,7 +103,7 @@ class Tables:
         rows = []
         ends = {EOS, *request.stop_ids}
         while len(tokens) < request.max_new_tokens and (not tokens or last not in ends):
-            log_p, log_q = self.teacher[last], _log_softmax(logits[last])
+            log_p, log_q = self.teacher[last], log_softmax(logits[last])
             mixture = request.alpha * np.exp(log_p) + (1.0 - request.alpha) * np.exp(log_q)
             u = uniforms(np.array([request.seed], dtype=np.uint64), np.array([len(tokens)]))[0]
             cdf = np.cumsum(mixture)
@@ -131,7 +133,7 @@ class Tables:
         rows, places = np.nonzero(shard.loss_mask)
         gradient, loss = np.zeros_like(self.student), 0.0
         for last in shard.token_ids[rows, places - 1]:
-            log_q = _log_softmax(self.student[last])
+            log_q = log_softmax(self.student[last])
             difference = log_q - self.teacher[last]
             divergence = float(np.exp(log_q) @ difference)
             gradient[last] += np.exp(log_q) * (difference - divergence)
@@ -245,6 +247,10 @@ class StubStudent:
         np.save(weights, self._tables.student)
         counters = json.dumps([rank.updates for rank in self.ranks]).encode()
         files = {"student.npy": weights.getvalue(), "updates.json": counters}
+        if self._tables.average is not None:
+            average = io.BytesIO()
+            np.save(average, self._tables.average)
+            files["average.npy"] = average.getvalue()
         return StubCheckpoint(self, key if wanted else None, files, {"step": step} | {n: get() for n, get in self.live.items()})
 
     async def store(self, key: str | None, files: Mapping[str, bytes], progress: Mapping[str, Any]) -> None:
@@ -267,6 +273,8 @@ class StubStudent:
         files = files_of(checkpoint)
         self._loaded = f"checkpoints/{checkpoint.name}"
         self._tables.student = np.load(files / "student.npy")
+        if (files / "average.npy").exists():
+            self._tables.average = np.load(files / "average.npy")
         for rank, updates in zip(self.ranks, json.loads((files / "updates.json").read_bytes()), strict=True):
             rank.updates = updates
 
@@ -365,7 +373,7 @@ async def _drive(
     return summary
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 

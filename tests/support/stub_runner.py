@@ -21,6 +21,7 @@ from kdray.config.route import Route
 from kdray.data.dataset import load_dataset
 from kdray.interfaces import Availability
 from kdray.models.resolve import task_tokenizer
+from kdray.rollouts.race import once
 from kdray.runs.checkpoints import newest_checkpoint
 from kdray.runs.context import Checked, Models
 from kdray.runs.folder import RunFolder
@@ -28,21 +29,32 @@ from kdray.runs.lease import Lease, leased
 from kdray.runs.reporter import RunReporter
 from kdray.runs.storage import Storage
 from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
-from tests.support.stub_run import EOS, StubSampler, StubStudent, Tables
+from tests.support.stub_run import EOS, StubSampler, StubStudent, Tables, log_softmax
 
 
 class StubPool(StubSampler):
     """A teacher's replicas, which hold the student, too."""
 
-    name = "toy"
     spec = SimpleNamespace(role="teacher")
     replicas_serving, retried, hedged = 1, 0, 0
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, name: str = "toy", peer: StubRun | None = None) -> None:
+        """Args: peer: the run whose student is the teacher."""
         # Evaluations of the student take longer than a step: what runs beside them could meet them.
         super().__init__(tables, lambda request: 0.01 if request.alpha == 0.0 else 0.0)
+        self.name = name
         self.availability = Availability()
         self.asked: list[SampleRequest] = []
+        self._peer = peer
+
+    async def _one(self, request: SampleRequest) -> Rollout:
+        await asyncio.sleep(self._delay_s(request))
+        version = max(self._tables.published)
+        if self._peer is not None:
+            self._tables.teacher = await self._peer.taught(version)
+        # As replicas do whose teacher is not published.
+        await once(lambda: self._tables.teacher is not None, 0.005)
+        return self._tables.draw(request, version)
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         self.asked.extend(requests)
@@ -65,6 +77,7 @@ class StubGroup(StubStudent):
     on_step: Callable[[int], None] = staticmethod(lambda step: None)
 
     phase = ""
+    answers: Any = None
 
     async def publish(self, version: int) -> None:
         await super().publish(version)
@@ -77,6 +90,8 @@ class StubGroup(StubStudent):
 
     async def start_phase(self, phase: Any, checkpoint: Path | None = None) -> None:
         self.phase = phase.name
+        if phase.loss is not None:
+            self._tables.average = None
         for rank in self.ranks:
             rank.updates = 0
         if checkpoint is not None:
@@ -85,7 +100,20 @@ class StubGroup(StubStudent):
     async def train_step(self, batch: TrainBatch, *others: Any, **named: Any) -> StepReport:
         self.on_step(batch.step)
         self.trained.append((self.phase, batch.step))
-        return await super().train_step(batch)
+        teacher = self._tables.teacher
+        if self.phase != "distill":
+            # The reference answers stand for a teacher of their own, whoever teaches otherwise.
+            self._tables.teacher = self.answers
+        report = await super().train_step(batch)
+        self._tables.teacher = teacher
+        return report
+
+    async def renew(self, version: int, decay: float) -> None:
+        """Move the average of the weights, and publish it as the teacher."""
+        tables = self._tables
+        kept = tables.student if tables.average is None else tables.average
+        tables.average = decay * kept + (1.0 - decay) * tables.student
+        tables.teacher = log_softmax(tables.average)
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any] | None = None, name: str | None = None) -> Any:
         self._take(progress or {})
@@ -133,6 +161,18 @@ class StubRun:
     config: Config
     resume: bool = False
     summary: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    """Among the concurrent runs."""
+    beside: ConcurrentRuns = field(default_factory=lambda: ConcurrentRuns([""]))
+    peer: StubRun | None = None
+    """The run whose student is the teacher."""
+    group: StubGroup = field(init=False)
+
+    async def taught(self, version: int) -> Any:
+        """The student as another run's teacher: version for version, as long as it is trained, and then the last."""
+        wanted = min(version, self.config.training.steps)
+        await once(lambda: hasattr(self, "group") and wanted in self.group.history, 0.005)
+        return log_softmax(self.group.history[wanted])
 
     async def __call__(self, stop_at: int | None = None, phase: str | None = None) -> StubRun:
         """Run it to its end. Args: stop_at: step in which the user interrupts the run, in this phase or any."""
@@ -148,13 +188,19 @@ class StubRun:
         dataset = load_dataset(config, tokenizer)
         reporter.references = dataset.answers
         checked = Checked(config, tokenizer, dataset, len(tokenizer), (EOS,), Route.of(config))
-        tables = Tables(config.run.seed, len(tokenizer))
-        self.pool = StubPool(tables)
+        tables = Tables(config.run.seed + len(self.name), len(tokenizer))
+        self.pool = StubPool(tables, next(iter(config.teachers)), self.peer)
         group = self.group = StubGroup(tables, folder, config, lambda: None)
-        stores: Any = RunStores(SimpleNamespace(verdict=SimpleNamespace(remote=_verdict)), None, None, {})
+        group.answers = tables.teacher
+        follows = any(teacher.follows_student for teacher in config.teachers.values())
+        if follows or self.peer is not None:
+            # Nobody teaches before something was published.
+            tables.teacher = None
+        average = object() if follows else None
+        stores: Any = RunStores(SimpleNamespace(verdict=SimpleNamespace(remote=_verdict)), None, average, {})
         record: dict[str, Any] = {"inputs": {"tokenizer": {"vocabulary": "abc"}}, "installation": {"host": "here"}}
         plan = RunPlan(checked, folder, reporter, checkpoint, None, lease, record, on_start=lambda: None)
-        runner = Runner("", plan, stores, ConcurrentRuns([""]))
+        runner = Runner(self.name, plan, stores, self.beside)
 
         def on_step(step: int) -> None:
             if step == stop_at and phase in (None, group.phase):

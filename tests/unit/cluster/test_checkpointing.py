@@ -53,10 +53,13 @@ def student(tmp_path: Path, ranks: Any, **changes: Any) -> CheckpointedStudent:
 
 @pytest.mark.parametrize("done", [0, 1, 7])
 def test_numbers_beyond_distillation_never_meet_its_own(done: int) -> None:
-    numbers = Numbering(steps=10)
+    numbers = Numbering(steps=10, finetune_steps=5)
     assert numbers.finetune_checkpoint(done) == 11 + done
     assert numbers.finetune_done(numbers.finetune_checkpoint(done)) == done
     assert (numbers.finetuned_version, numbers.control_version) == (11, 12)
+    assert (numbers.last_checkpoint, numbers.last_version) == (16, 11)
+    without = Numbering(steps=10, finetune_steps=0)
+    assert (without.last_checkpoint, without.last_version) == (10, 10)
 
 
 async def test_a_teacher_is_renewed_before_the_version_that_belongs_to_it(tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ async def test_a_control_waits_until_all_others_are_measured() -> None:
     await asyncio.wait_for(ConcurrentRuns([""]).others_measured(""), 1.0)
 
 
+async def test_ranks_stay_until_all_runs_have_ended() -> None:
+    beside = ConcurrentRuns(["", "ada"])
+    beside.ended("ada")
+    waiting = asyncio.ensure_future(beside.others_ended("ada"))
+    await turns(3)
+    assert not waiting.done()
+    beside.ended("")
+    await asyncio.wait_for(waiting, 1.0)
+    await asyncio.wait_for(beside.others_ended(""), 1.0)
+
+
 class StubRunner:
     """A run whose loop waits for an answer that never comes."""
 

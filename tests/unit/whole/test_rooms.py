@@ -67,7 +67,10 @@ ALLOWED = {
         "actors.background_call actors.serve_controller actors.serving cluster.planning cluster.parts cluster.engine_specs"
     ),
     "cluster.checkpointing": "kdray.types kdray.runs actors.background_call actors.student",
-    "cluster.stages": "kdray.errors kdray.types kdray.data kdray.rollouts kdray.runs cluster.checkpointing",
+    "cluster.stages": (
+        "kdray.errors kdray.types kdray.config kdray.data kdray.rollouts kdray.runs kdray.teachers actors.student "
+        "cluster.checkpointing"
+    ),
     "cluster.cli_base": "kdray.errors kdray.config kdray.runs",
     "cluster.interrupt": "",
     "cluster.capture_run": (
@@ -82,7 +85,7 @@ ALLOWED = {
     ),
     "cluster.batch_hooks": "kdray.types kdray.models kdray.rollouts kdray.teachers kdray.runs",
     "cluster.runner": (
-        "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.loop "
+        "kdray.errors kdray.types kdray.data kdray.models kdray.rollouts kdray.runs kdray.loop "
         "kdray.checks actors.background_call actors.driver_actor actors.serving actors.student cluster.planning "
         "cluster.parts cluster.engine_specs cluster.evaluation cluster.assembly cluster.checkpointing "
         "cluster.stages cluster.batch_hooks"

@@ -26,8 +26,11 @@ PHASE = Phase("distill", "student", None, MiniLLMLoss(), 1e-3, 10)
 class Mailbox:
     """An actor whose calls have their results at once."""
 
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+
     def __getattr__(self, name: str) -> Any:
-        results = {"start": (4, PHASE, "step-000007"), "command": Command("stop")}
+        results = {"start": (4, self._phase, "step-000007"), "command": Command("stop")}
         return SimpleNamespace(remote=lambda *given: results.get(name))
 
 
@@ -46,22 +49,37 @@ class Outlet:
         self.sent.append("flushed")
 
 
+def started_again(phase: Phase, average: Any, monkeypatch: pytest.MonkeyPatch, averaged: bool = False) -> list[Any]:
+    """What ranks send that start again in a phase. Args: averaged: their checkpoint has an average."""
+    context = SimpleNamespace(current_actor=None)
+    monkeypatch.setattr(module, "ray", SimpleNamespace(get=lambda result: result, get_runtime_context=lambda: context))
+    began: list[Any] = []
+    config: Any = SimpleNamespace(mailbox=Mailbox(phase), average=average)
+    trainer: Any = SimpleNamespace(rank=0, steps_done=7, has_average=lambda: averaged)
+    files: Any = SimpleNamespace(start_phase=lambda *given: began.append(given))
+    outlet: Any = Outlet()
+    module.run_log(config, trainer, files, outlet)
+    assert began == [(phase, Path("step-000007"))]
+    return outlet.sent
+
+
 @pytest.mark.parametrize("average", [None, object()])
 def test_ranks_that_start_again_publish_their_checkpoint_the_average_first(
     average: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica that has a version of the student must find the average that belongs to it."""
-    context = SimpleNamespace(current_actor=None)
-    monkeypatch.setattr(module, "ray", SimpleNamespace(get=lambda result: result, get_runtime_context=lambda: context))
-    began: list[Any] = []
-    config: Any = SimpleNamespace(mailbox=Mailbox(), average=average)
-    trainer: Any = SimpleNamespace(rank=0, steps_done=7)
-    files: Any = SimpleNamespace(start_phase=lambda *given: began.append(given))
-    outlet: Any = Outlet()
-    module.run_log(config, trainer, files, outlet)
-    assert began == [(PHASE, Path("step-000007"))]
     first = [] if average is None else [("average", 7, 1.0)]
-    assert outlet.sent == [*first, ("student", 7), "flushed"]
+    assert started_again(PHASE, average, monkeypatch) == [*first, ("student", 7), "flushed"]
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_ranks_that_start_again_in_a_supervised_phase_publish_the_average_that_they_keep(
+    averaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that start later wait for their teacher, and the ranks before are gone with it."""
+    control = Phase("control", "student", None, None, 1e-3, 10)
+    sent = [("average", 7, 1.0)] if averaged else []
+    assert started_again(control, object(), monkeypatch, averaged) == [*sent, "flushed"]
 
 
 class Publisher:

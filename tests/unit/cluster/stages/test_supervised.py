@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,26 @@ import pytest
 from cluster.jobs.supervision import newest_step
 from cluster.parts import ConcurrentRuns
 from kdray.config import Config
+from kdray.config.teachers import SelfTeacherSettings
 from kdray.errors import Interrupted
 from kdray.runs.checkpoints import newest_checkpoint
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.storage import Storage
 from kdray.runs.verify import verify
+from kdray.teachers.peers import peer_configs
 from tests.support.stub_run import files_of, stub_config
 from tests.support.stub_runner import StubGroup, StubRun
 
 SFT, DISTILL = 8, 6
 
 
-def config_of(tmp_path: Path, name: str = "stub", **training: Any) -> Config:
+LONGEST_S = 20.0
+
+
+def config_of(tmp_path: Path, name: str = "stub", teachers: dict[str, Any] | None = None, **training: Any) -> Config:
     settings = {"steps": DISTILL, "sft": {"steps": SFT, "batch_size": 8}, "keep_checkpoints": 2} | training
-    return stub_config(tmp_path, name, training=settings, data={"heldout_size": 6}, evaluation={"control": True})
+    sections: dict[str, Any] = {} if teachers is None else {"teachers": teachers}
+    return stub_config(tmp_path, name, training=settings, data={"heldout_size": 6}, evaluation={"control": True}, **sections)
 
 
 def checkpoints(config: Config) -> set[str]:
@@ -115,13 +122,54 @@ async def test_without_checkpoints_in_between_an_interruption_still_writes_one(t
     assert weights(resumed.config) == weights(whole.config)
 
 
-async def test_a_control_beside_students_that_teach_is_trained_in_one_piece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ConcurrentRuns, "alone", False)
+SELF = {"toy": SelfTeacherSettings(type="self", every=2, decay=0.5)}
+PEER = {"toy": {"type": "peer", "model": {"type": "tiny", "seed": 1}}}
+
+
+def with_average(tmp_path: Path, name: str) -> Config:
+    """Such a teacher needs prompts or answers of its own to teach anything, which stub engines do not read."""
+    return config_of(tmp_path, name).model_copy(update={"teachers": SELF})
+
+
+async def test_an_interrupted_control_goes_on_with_the_average_that_is_its_teacher(tmp_path: Path) -> None:
+    whole = await StubRun(with_average(tmp_path, "whole"))()
+    config = with_average(tmp_path, "stub")
+    with pytest.raises(Interrupted, match="stopped at step 2 of the control after"):
+        await StubRun(config)(2, "control")
+    resumed = await asyncio.wait_for(StubRun(config, resume=True)(), LONGEST_S)
+    assert {phase for phase, _ in resumed.group.trained} == {"control"}
+    assert_same(resumed, whole)
+
+
+async def beside_a_peer(main: Config, resume: bool = False, stop_at: int | None = None) -> tuple[StubRun, StubRun]:
+    """The run and its peer's, whose students teach each other. Args: stop_at: step of the control that both are stopped in."""
+    beside = ConcurrentRuns(["", "toy"])
+    (peer,) = peer_configs(main, {"toy": "some/peer"}, "some/student").values()
+    one, other = StubRun(main, resume, beside=beside), StubRun(peer, resume, name="toy", beside=beside)
+    one.peer, other.peer = other, one
+    await asyncio.wait_for(asyncio.gather(one(stop_at, "control"), other()), LONGEST_S)
+    return one, other
+
+
+async def test_an_interrupted_control_beside_peers_goes_on_and_they_have_their_teacher_again(tmp_path: Path) -> None:
+    """The peer, which had ended, too, is measured again: beside the student that it learned from, not beside its control."""
+    whole, other = await beside_a_peer(config_of(tmp_path, "whole", teachers=PEER))
+    config = config_of(tmp_path, teachers=PEER)
+    with pytest.raises(Interrupted, match="stopped at step 2 of the control after"):
+        await beside_a_peer(config, stop_at=2)
+    resumed, peer = await beside_a_peer(config, resume=True)
+    assert {phase for phase, _ in resumed.group.trained} == {"control"}
+    assert peer.group.trained == []
+    assert_same(resumed, whole)
+    assert peer.summary["after"] == other.summary["after"]
+    assert weights(peer.config) == weights(other.config)
+
+
+async def test_a_run_that_is_stopped_before_its_control_has_no_results_yet(tmp_path: Path, whole: StubRun) -> None:
+    """A resume measures the student again, and trains the control."""
     config = config_of(tmp_path)
-    run = await StubRun(config)(2, "control")
-    assert run.summary["control"] is None
-    events = read_lines(config.run_folder / "events.jsonl")
-    assert [line["phase"] for line in events if line["kind"] == "interrupted"] == ["control"]
-    assert not [name for name in checkpoints(config) if name.startswith("control")]
+    run = StubRun(config)
+    with pytest.raises(Interrupted, match="anything new"):
+        await run(DISTILL, "distill")
+    assert not RunFolder(config.run_folder).summary.exists()
+    assert_same(await StubRun(config, resume=True)(), whole)

@@ -26,11 +26,12 @@ from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
 from kdray.runs.folder import CHANGED, RunFolder, read_lines, started_in
 from kdray.runs.lines.occurrences import Occurrences
-from kdray.runs.lines.streams import stream
+from kdray.runs.lines.streams import raw_lines, stream
+from kdray.runs.verification.blocks import BlockChecks, in_blocks
 from kdray.runs.verification.proof import SHOWN, Proof
 from kdray.runs.verification.records import RecordChecks
 from kdray.runs.verification.step_checks import Rules, check_ids, check_outcomes, check_prompts
-from kdray.runs.verification.steps import Step, steps_of
+from kdray.runs.verification.steps import Step, steps_in
 
 __all__ = ["Proof", "verify"]
 
@@ -55,8 +56,10 @@ def verify(run: Path) -> Proof:
     read = {marker: _read_checkpoint(proof, marker) for marker in checkpoints}
     ledger = _Ledger(proof, config, events, dataset, [each["step"] for each in read.values() if each is not None])
     path = folder.path / "ledger.jsonl"
-    for line in steps_of(proof, path):
-        ledger.add(line)
+    for lines in in_blocks(raw_lines(path), ledger.block_lines):
+        if not ledger.take([raw for _, raw in lines]):
+            for line in steps_in(proof, path, lines):
+                ledger.add(line)
     ledger.close()
     has_metrics = _check_metrics(proof, ledger, folder.metrics, events)
     # A run killed before the end of its first step may not have them yet.
@@ -129,25 +132,46 @@ class _Numbers:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.counts = Occurrences()
+        self._counts = Occurrences()
         self.last = 0
         """Greatest number."""
-        self._before = 0
+        self._begin, self._end = 0, 0
+        """The latest numbers in a row, which are not counted yet, and the one that would be next."""
         self._disordered: int | None = None
 
     def add(self, step: int) -> None:
-        self.counts.add([step])
-        if self.counts.total > 1 and step < self._before and self._disordered is None:
-            self._disordered = step
-        self._before, self.last = step, max(self.last, step)
+        if step == self._end and self._begin < self._end:
+            self._end += 1
+            self.last = max(self.last, step)
+        else:
+            self.add_run(step, 1)
+
+    def add_run(self, first: int, count: int) -> None:
+        """Add `count` numbers from `first` on."""
+        if self._begin < self._end and first < self._end - 1 and self._disordered is None:
+            self._disordered = first
+        self._count()
+        self._begin, self._end = first, first + count
+        self.last = max(self.last, self._end - 1)
+
+    def _count(self) -> None:
+        if self._begin < self._end:
+            self._counts.add_run(self._begin, self._end - self._begin)
+            self._begin = self._end
+
+    @property
+    def total(self) -> int:
+        """Numbers that were added."""
+        return self._counts.total + self._end - self._begin
 
     def check(self, proof: Proof, done: int) -> None:
         """Check for steps 1 to `done`, each once, in order."""
         name = self._name
-        for begin, end in self.counts.missing(1, done + 1):
+        self._count()
+        for begin, end in self._counts.missing(1, done + 1):
             proof.wrong_range("gap", begin, end, lambda step: f"{name} has no lines of step {step}")
         beyond = []
-        for begin, end, times in self.counts.ranges():
+        for begin, end, times in self._counts.ranges():
             if times > 1:
                 told = f"{name} has {times} lines of step {{}}"
                 proof.wrong_range("twice", max(1, begin), max(1, min(end, done + 1)), told.format)
@@ -175,6 +199,7 @@ class _Ledger:
         self._rules = Rules(config, events)
         self.records = RecordChecks(config.training)
         self._stream = None if dataset is None else PromptStream(dataset.train, config.run.seed)
+        self._blocks = BlockChecks(config, self._rules, self._stream)
         self._numbers = _Numbers("ledger.jsonl")
         self.samples = Occurrences()
         self.left_out: Counter[str] = Counter()
@@ -190,6 +215,34 @@ class _Ledger:
         """Prompts, tokens trained and tokens drawn of the steps up to each boundary, without those up to the one before."""
         self._lacking: list[int] = []
         self._uneven: list[int] = []
+
+    @property
+    def block_lines(self) -> int:
+        """Number of lines that `take` looks at together."""
+        return self._blocks.lines
+
+    def take(self, raw: Sequence[bytes]) -> bool:
+        """Take the next lines, if they are sound; otherwise, return False, and each is to be added alone."""
+        found = self._blocks.sound(raw, self.records.left_out)
+        if found is None:
+            return False
+        size, siblings = self.config.training.batch_size, self.config.rollout.samples_per_prompt
+        self._numbers.add_run(found.first, found.count)
+        self.samples.add_run((found.first - 1) * size, found.count * size)
+        self.left_out.update(found.rules)
+        self.records.take(found.first, found.count, found.ranks)
+        self.scorers.update(found.scorers)
+        self.staleness = max(self.staleness, *found.staleness)
+        self._last_told = found.steps[-1]
+        for step, stale, drawn, kept, left_out in zip(
+            found.steps, found.staleness, found.drawn, found.kept, found.left_out, strict=True
+        ):
+            self.metrics[step] = (stale, drawn, size, left_out)
+            sums = self._sums[bisect_left(self._boundaries, step)]
+            sums[0] += size // siblings
+            sums[1] += kept
+            sums[2] += drawn
+        return True
 
     def add(self, line: Step) -> None:
         """Check the next line."""
@@ -242,7 +295,7 @@ class _Ledger:
     @property
     def num_steps(self) -> int:
         """Number of lines."""
-        return self._numbers.counts.total
+        return self._numbers.total
 
     @property
     def last(self) -> int:
@@ -290,13 +343,13 @@ def _check_metrics(proof: Proof, ledger: _Ledger, path: Path, events: Sequence[M
         unreadable = True
         proof.wrong("unreadable", str(error))
 
-    bound = ledger.config.rollout.max_staleness
+    bound, is_told = ledger.config.rollout.max_staleness, ledger.is_told
     for line, _ in stream(path, _Metrics, wrong):
         numbers.add(line.step)
         staleness = line.staleness_max
         if isinstance(staleness, int | float) and staleness > bound:
             proof.wrong("staleness", f"step {line.step}: staleness_max={staleness:g}; rollout.max_staleness={bound}")
-        if ledger.is_told and (entry := ledger.metrics.get(line.step)) is not None:
+        if is_told and (entry := ledger.metrics.get(line.step)) is not None:
             _compare(proof, line, *entry)
     if not unreadable:
         last, reached = ledger.last, numbers.last
@@ -304,15 +357,18 @@ def _check_metrics(proof: Proof, ledger: _Ledger, path: Path, events: Sequence[M
         # A resume takes lines back from metrics.jsonl first, and may be killed at that point too.
         cut = proof.state != "finished" and reached in (last - 1, _resumed_step(events)) and reached <= last
         numbers.check(proof, reached if cut else last)
-    return numbers.counts.total > 0
+    return numbers.total > 0
 
 
 def _compare(proof: Proof, line: _Metrics, staleness: int, tokens: int, size: int, left_out: int) -> None:
     """Compare a line of the metrics with what the ledger has of its step."""
+    mean, share = tokens / size if size else 0.0, left_out / size if left_out else None
+    if (line.staleness_max, line.response_tokens, line.filtered) == (staleness, mean, share):
+        return
     wanted = {
         "staleness_max": (line.staleness_max, float(staleness)),
-        "response_tokens": (line.response_tokens, tokens / size if size else 0.0),
-        "filtered": (line.filtered, left_out / size if left_out else None),
+        "response_tokens": (line.response_tokens, mean),
+        "filtered": (line.filtered, share),
     }
     for name, (found, value) in wanted.items():
         alike = isinstance(found, int | float) and value is not None and math.isclose(found, value, rel_tol=1e-9)

@@ -18,15 +18,20 @@ class Occurrences:
     def add(self, numbers: Sequence[int]) -> bool:
         """Count these; return True if each is one more than the one before it."""
         count = len(numbers)
-        self.total += count
         if count and numbers == range_list(numbers[0], count):
-            self._change(numbers[0], 1)
-            self._change(numbers[0] + count, -1)
+            self.add_run(numbers[0], count)
             return True
+        self.total += count
         for number in numbers:
             self._change(number, 1)
             self._change(number + 1, -1)
         return not count
+
+    def add_run(self, first: int, count: int) -> None:
+        """Count `count` numbers, at least one, from `first` on."""
+        self.total += count
+        self._change(first, 1)
+        self._change(first + count, -1)
 
     def _change(self, at: int, by: int) -> None:
         self._changes[at] += by

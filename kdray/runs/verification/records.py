@@ -46,6 +46,19 @@ class RecordChecks:
             for what in differences(line.line, training.batch_size, passes, updates):
                 proof.wrong("training", f"step {line.step}: {what}")
 
+    @property
+    def left_out(self) -> int:
+        """Batches so far that were not finite, for which no update was due."""
+        return self._left_out
+
+    def take(self, first: int, count: int, ranks: int) -> None:
+        """Count the next lines, of which another check has found the records sound."""
+        self._first = first if self._first is None else self._first
+        self._begun = first if self._begun is None else self._begun
+        self._steps += count
+        self._recorded += count
+        self._ranks = ranks
+
     def notes(self) -> list[str]:
         """Say what could not be compared."""
         if self._first is None or self._begun == self._first:

@@ -6,7 +6,7 @@ The checks look at whole columns first. Only a line in which something is wrong 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,6 @@ import msgspec
 import numpy as np
 
 from kdray.runs.ledger import NOT_FINITE
-from kdray.runs.lines.streams import raw_lines
 from kdray.runs.verification.proof import Proof
 
 OUTCOMES = ("prompt_ids", "tokens", "oldest", "newest", "scored_by")
@@ -34,7 +33,9 @@ class _Line(msgspec.Struct, frozen=True):
     dropped: dict[str, list[Number]] = {}
 
 
-class _Shard(msgspec.Struct, frozen=True):
+class Shard(msgspec.Struct, frozen=True):
+    """A rank's own record of a step."""
+
     samples: list[Number | list[Number]]
     digest: str
     targets: int
@@ -57,7 +58,7 @@ class Records(msgspec.Struct, frozen=True):
 
     dealt: list[Number] | Number
     dealt_digests: list[str]
-    trained: list[_Shard]
+    trained: list[Shard]
 
 
 class _Names(msgspec.Struct, frozen=True):
@@ -189,9 +190,9 @@ class Step:
         return self.sample_ids == list(range(first, first + batch_size))
 
 
-def steps_of(proof: Proof, path: Path) -> Iterator[Step]:
-    """Yield the well-formed lines of a ledger; others are problems of the proof."""
-    for number, raw in raw_lines(path):
+def steps_in(proof: Proof, path: Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[Step]:
+    """Yield those of a ledger's lines that are well-formed; others are problems of the proof."""
+    for number, raw in lines:
         try:
             line = _LINE.decode(raw)
         except (msgspec.ValidationError, OverflowError):

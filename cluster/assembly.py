@@ -76,7 +76,8 @@ async def open_pools(
         return spec if canary is None else replace(spec, canary=canary)
 
     served = [pool(name, spec_of(name), each) for name, each in config.served_teachers.items()]
-    others = {name: kind_of(config, name).open(context) for name in config.other_teachers}
+    telling = replace(context, on_event=on_event)
+    others = {name: kind_of(config, name).open(telling) for name in config.other_teachers}
     students = [pool("rollout", student_spec(context), settings.pool)] if route.student_pool else []
     pools = [*served, *students]
     by_name: dict[str, Teacher] = {**{pool.name: pool for pool in served}, **others}

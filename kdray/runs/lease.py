@@ -127,7 +127,9 @@ class Lease:
             self._remove()
             raise
         self._beaten = time.time()
-        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        # One for each: a storage that answers nothing holds its own up, and a driver that is not seen at work is taken over.
+        for place in self._renewed:
+            threading.Thread(target=self._renew, args=(place,), name="lease", daemon=True).start()
         return self
 
     def __enter__(self) -> Lease:
@@ -199,18 +201,18 @@ class Lease:
         self._me = replace(self._me, heartbeat=time.time())
         place.write(LEASE, json.dumps(asdict(self._me)).encode())
 
-    def _renew(self) -> None:
+    def _renew(self, place: Storage) -> None:
         while not self._ended.wait(self._stale_after_s / _BEATS):
-            for place in self._renewed:
-                # A storage that is away for a while is no reason to end; the next commit waits for it or fails.
-                with contextlib.suppress(StorageError), _locked(place):
-                    if self._ended.is_set():
-                        return
-                    self._lost = self._lost or _reason(place, self._me.owner)
-                    if self._lost is not None:
-                        return
-                    self._write(place)
-            self._beaten = time.time()
+            # A storage that is away for a while is no reason to end; the next commit waits for it or fails.
+            with contextlib.suppress(StorageError), _locked(place):
+                if self._ended.is_set():
+                    return
+                self._lost = self._lost or _reason(place, self._me.owner)
+                if self._lost is not None:
+                    return
+                self._write(place)
+            if place is self._renewed[0]:
+                self._beaten = time.time()
 
     def _remove(self) -> None:
         for place in self._taken:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pyarrow import ArrowInvalid
 from pyarrow import fs as arrow
@@ -32,6 +33,12 @@ PATIENCE_S = 120.0
 """Time for which an operation is retried before the storage counts as unavailable."""
 _PATIENCE_AT_START_S = 15.0
 _LONGEST_PAUSE_S = 15.0
+_SILENCE_S = 10.0
+"""Longest time without a byte of an answer, after which a request to S3 is sent again."""
+_CONNECT_S = 5.0
+_ATTEMPTS = 2
+"""Attempts of a request by the S3 client itself, whose own ten add up to more than a minute and a half where nothing answers: a
+retry is then told, and patience looked at, once in that time."""
 _CHUNK = 4 * 2**20
 _THREADS = 8
 _REFUSALS = (
@@ -102,6 +109,8 @@ class Storage:
     def _place(self) -> tuple[arrow.FileSystem, str]:
         """File system, and the URL's path in it."""
         url = self._base_url
+        if url.startswith("s3:"):
+            return _s3(url)
         if url.startswith("gs:"):
             # The library's default is to retry for 15 minutes.
             url += ("&" if "?" in url else "?") + "retry_limit_seconds=6"
@@ -328,6 +337,17 @@ class Storage:
             tried = int(trying.statistics.get("attempt_number", 1))
             times = f" ({tried} attempts in {trying.statistics.get('delay_since_first_attempt', 0):.0f} s)" if tried > 1 else ""
             raise StorageError(f"{self.url}: could not {what}{times}: {error}") from error
+
+
+def _s3(url: str) -> tuple[arrow.FileSystem, str]:
+    """File system of an S3 URL, which cannot say how long to wait for an answer, and the path in it. Raises: OSError."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if "region" not in options and "endpoint_override" not in options:
+        options["region"] = arrow.resolve_s3_region(parts.netloc)
+    strategy = arrow.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
+    system = arrow.S3FileSystem(request_timeout=_SILENCE_S, connect_timeout=_CONNECT_S, retry_strategy=strategy, **options)
+    return system, unquote(f"{parts.netloc}{parts.path}")
 
 
 def files_below(folder: Path) -> list[str]:

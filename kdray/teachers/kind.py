@@ -7,8 +7,8 @@ type, so that a kind of another distribution is used as those of this one are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Generic, Protocol, TypeVar
@@ -39,6 +39,8 @@ class TeacherContext:
     """Ids that every teacher and the student share."""
     stop_ids: tuple[int, ...]
     """End-of-sequence ids of the student."""
+    on_event: Callable[..., None] = field(default=lambda kind, **fields: None, kw_only=True, compare=False)
+    """Called with events of teachers: kind, and fields by name."""
 
     @property
     def prompts(self) -> list[Prompt]:

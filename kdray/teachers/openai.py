@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
-from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
 
 from kdray.config import OpenAITeacherSettings
 from kdray.config.base import is_loopback
@@ -32,6 +32,7 @@ from kdray.teachers.dialect import Dialect, support, text_of, token_id_of
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.teachers.kind import Found, TeacherContext, TeacherKind
 from kdray.teachers.rate_limit import RateLimiter
+from kdray.teachers.watched_client import WatchedClient
 from kdray.types import Rollout, SampleRequest
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,9 @@ class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
         # A chat endpoint applies its own template, so it gets the question as it was before the student's.
         text_of = asked_text(context.config, context.tokenizer, context.prompts, self.settings.chat)
         of_student = context.tokenizer, text_of, context.vocab_size, context.stop_ids
-        return RemoteTeacher(self.name, self.settings, *of_student, context.config.loss.support_with_token)
+        teacher = RemoteTeacher(self.name, self.settings, *of_student, context.config.loss.support_with_token)
+        teacher.on_event = context.on_event
+        return teacher
 
 
 class RemoteTeacher:
@@ -120,6 +123,8 @@ class RemoteTeacher:
         """Prompt tokens counted by the endpoint."""
         self.completion_tokens = 0
         """Response tokens counted by the endpoint."""
+        self.on_event: Callable[..., None] = lambda kind, **fields: None
+        """Called with events: kind, and fields by name."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._text_of = text_of
@@ -137,8 +142,10 @@ class RemoteTeacher:
             api_key=self._key or "none",
             timeout=settings.timeout_s,
             max_retries=settings.retries,
-            http_client=DefaultAsyncHttpxClient(
-                event_hooks={"request": [self._before_attempt], "response": [self._after_attempt]}
+            http_client=WatchedClient(
+                name,
+                lambda kind, **fields: self.on_event(kind, **fields),
+                event_hooks={"request": [self._before_attempt], "response": [self._after_attempt]},
             ),
         )
 

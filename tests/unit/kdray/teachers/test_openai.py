@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -36,6 +37,7 @@ from kdray.losses import LossBatch, loss_function
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.arrow import rollouts_to_table, table_to_rollouts
 from kdray.rollouts.batching import rollouts_to_batch
+from kdray.rollouts.race import once
 from kdray.runs.metrics import batch_metrics
 from kdray.teachers.dialect import support
 from kdray.teachers.kind import TeacherContext, kind_of
@@ -43,6 +45,7 @@ from kdray.teachers.openai import RemoteTeacher
 from kdray.teachers.programs.sampler import ProgramSampler, Rows, TextCodec
 from kdray.teachers.rate_limit import RateLimiter
 from kdray.types import Rollout, SampleRequest
+from tests.support.tcp_proxy import faults, tcp_proxy
 from tests.support.toy_world import ToyWorld
 
 TOKENIZER = task_tokenizer()
@@ -532,6 +535,44 @@ async def test_silence_and_closed_doors_are_told_apart() -> None:
     async with teacher_at(server.port, retries=0) as teacher:
         with pytest.raises(ConfigError, match=r"far\.base_url: .* cannot be reached"):
             await teacher.check()
+
+
+@pytest.mark.parametrize("fault", ["cut", "black_hole", "no_answers"])
+async def test_a_partition_in_the_middle_of_a_call_is_told_once_and_nothing_is_lost_or_doubled(fault: str) -> None:
+    """However many requests are in it; what arrives at the endpoint twice is answered once."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    with serving(lambda number, body: written("a")) as server, tcp_proxy(server.port) as network:
+        async with teacher_at(network.port, timeout_s=1.0, retries=8) as teacher:
+            teacher.on_event = lambda kind, **fields: told.append((kind, fields))
+            assert len(await collect(teacher.sample([request()]))) == 1
+            await asyncio.to_thread(faults(network)[fault])
+            asking = asyncio.ensure_future(collect(teacher.sample([request(sample_id=index) for index in range(5)])))
+            await asyncio.wait_for(once(lambda: teacher.retried >= 5, 0.01), 20)
+            assert not asking.done()
+            await asyncio.to_thread(network.heal)
+            answers = await asyncio.wait_for(asking, 20)
+    assert sorted(answer.sample_id for answer in answers) == [0, 1, 2, 3, 4]
+    assert [kind for kind, _ in told] == ["endpoint_lost", "endpoint_back"]
+    lost, back = (fields for _, fields in told)
+    assert (lost["teacher"], back["teacher"]) == ("far", "far")
+    assert lost["reason"].startswith(("ConnectError", "ReadError", "RemoteProtocolError") if fault == "cut" else "ReadTimeout")
+    assert back["failed_attempts"] >= 5
+
+
+async def test_an_endpoint_that_breaks_is_told_and_one_that_limits_the_rate_is_not() -> None:
+    told: list[Any] = []
+    statuses = iter([200, 429, 200, 503, 502, 200])
+
+    def answer(number: int, body: dict[str, Any]) -> Any:
+        status = next(statuses)
+        return written("a") if status == 200 else (status, {"retry-after": "0.01"}, {"error": {"message": "no"}})
+
+    with serving(answer) as server:
+        async with teacher_at(server.port) as teacher:
+            teacher.on_event = lambda kind, **fields: told.append((kind, fields.get("reason")))
+            for index in range(3):
+                await collect(teacher.sample([request(sample_id=index)]))
+    assert told == [("endpoint_lost", "status 503"), ("endpoint_back", None)]
 
 
 @pytest.mark.parametrize("value", ["", "  ", "two words", "line\nbreak", "schlüssel"])

@@ -64,3 +64,18 @@ def test_the_state_survives_from_part_to_part(tmp_path: Path) -> None:
     again = chaos.Chaos(recipe, None, 0, ["kill_rank"]).outcome
     assert again == first.outcome == Outcome.read(path)
     assert again.seconds == [12.5]
+
+
+def test_the_end_of_a_run_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path, "disturbed", "127.0.0.1:1", 10)
+    run = tmp_path / "runs" / "disturbed"
+    ended = chaos.Chaos(recipe, None, 0, [])
+    run.mkdir()
+    (run / "events.jsonl").write_text('{"kind": "start"}\n{"kind": "start"}\n{"kind": "finished"}\n')
+    (run / "summary.json").write_text('{"lost_samples": 0}')
+    monkeypatch.setattr(ended, "_start", lambda: None)
+    monkeypatch.setattr(ended, "_finish", lambda until: True)
+    monkeypatch.setattr(ended, "_verify", lambda: "each in its step")
+    assert ended.run()
+    assert Outcome.read(run.with_name("disturbed.outcome.json")) == ended.outcome
+    assert ended.outcome.events == {"start": 2, "finished": 1}

@@ -112,7 +112,8 @@ class RunFolder:
         saved = any(path.exists() for path in (self.summary, self.student))
         grown = any(path.exists() and path.stat().st_size for path in (self.metrics, self.path / "ledger.jsonl"))
         checkpoints = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        return self.config.is_file() and not (saved or grown or checkpoints)
+        # A config.yaml alone may be anybody's; a run's first line follows it at once.
+        return self.config.is_file() and self.events.is_file() and not (saved or grown or checkpoints)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

@@ -65,6 +65,14 @@ def test_a_run_that_saved_nothing_may_be_begun_again_and_one_that_saved_somethin
         again.check_free()
 
 
+def test_a_config_that_may_be_anybodys_is_not_written_over(tmp_path):
+    (tmp_path / "trial").mkdir()
+    (tmp_path / "trial" / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunFolder.create(config_in(tmp_path))
+    assert (tmp_path / "trial" / "config.yaml").read_text() == "mine: true\n"
+
+
 def test_a_run_may_start_where_a_capture_lies(tmp_path):
     (tmp_path / "trial" / "capture").mkdir(parents=True)
     RunFolder.create(config_in(tmp_path))

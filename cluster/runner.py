@@ -152,6 +152,7 @@ class Runner:
             finally:
                 self.reporter.say("closing: replicas and ranks end")
                 await opening.__aexit__(None, None, None)
+            self._beside.ended(self._name)
             with suppress(Stopped):
                 # The ranks own what they published, which replicas of the others that start now still have to load.
                 await first_of(self._beside.others_ended(self._name), self.stop.wait())

@@ -152,15 +152,19 @@ class Runner:
             finally:
                 self.reporter.say("closing: replicas and ranks end")
                 await opening.__aexit__(None, None, None)
-            self._beside.ended(self._name)
-            with suppress(Stopped):
-                # The ranks own what they published, which replicas of the others that start now still have to load.
-                await first_of(self._beside.others_ended(self._name), self.stop.wait())
+            await self._await_others()
             return summary
         finally:
             self._beside.ranks_close(self._name)
             await student.close()
             self._beside.ranks_end(self._name)
+
+    async def _await_others(self) -> None:
+        """Wait for the end of the runs beside this one, or for an interruption: the ranks own what they published, which
+        replicas of the others that start now still have to load."""
+        self._beside.ended(self._name)
+        with suppress(Stopped):
+            await first_of(self._beside.others_ended(self._name), self.stop.wait())
 
     async def _with_models(self) -> RunContext:
         """The context, with the models that have to be trained first; their progress is shown."""

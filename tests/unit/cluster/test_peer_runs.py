@@ -16,6 +16,7 @@ from actors.weights.store import WeightStore
 from cluster import peer_runs
 from cluster.parts import ConcurrentRuns
 from cluster.peer_runs import _all_of, _stores
+from cluster.runner import Runner
 from kdray.config import Config, parse_config
 from kdray.config.route import Route
 from kdray.errors import TrainingError
@@ -199,3 +200,15 @@ async def test_an_error_of_an_actor_that_is_not_the_runs_own_is_told_in_one_line
     told = r"^a process of the run was lost: [^\n]+; continue from the last checkpoint with --resume$"
     with pytest.raises(TrainingError, match=told):
         await asyncio.wait_for(_all_of(runners, still, still, beside.actors), 20)
+
+
+async def test_ranks_stay_until_the_last_of_the_runs_has_ended_or_is_stopped() -> None:
+    beside = ConcurrentRuns(["one", "two", "three"])
+    runs: Any = [SimpleNamespace(_beside=beside, _name=name, stop=asyncio.Event()) for name in ("one", "two", "three")]
+    waiting = [asyncio.create_task(Runner._await_others(run)) for run in runs[:2]]
+    await turns(5)
+    assert not any(task.done() for task in waiting)
+    runs[0].stop.set()
+    await asyncio.wait_for(waiting[0], 5)
+    await asyncio.wait_for(Runner._await_others(runs[2]), 5)
+    await asyncio.wait_for(waiting[1], 5)

@@ -167,7 +167,6 @@ def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path,
     assert_nothing_left(marker)
 
 
-@pytest.mark.full
 def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:
     """Both learn, each in its own folder; an interruption leaves a checkpoint of both, and both go on from it."""
     recipe = write_recipe(

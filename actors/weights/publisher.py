@@ -56,8 +56,9 @@ class Publisher:
     ) -> None:
         """Copy the weights, which may change as soon as this returns, and send them in the background.
 
-        Args: buckets: copies in main memory, which belong to the publisher from now on; trained: as for `WeightStore.commit`;
-        fixed: the version's other weights, which are part of every version until some are given again; None if they were.
+        Args: buckets: copies in main memory, which stay as they are until the next version is published; trained: as for
+        `WeightStore.commit`; fixed: the version's other weights, which are part of every version until some are given again;
+        None if they were.
         Raises: the error of the version before, if that did not arrive.
         """
         self.flush()

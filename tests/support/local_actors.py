@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from actors.weights.store import WeightStore
+
 
 class Handle:
     """An actor handle over an object of this process, whose methods are async."""
@@ -26,3 +28,15 @@ def reference(value: Any = None, error: Exception | None = None) -> asyncio.Futu
     else:
         future.set_exception(error)
     return future
+
+
+class ReportingStore(WeightStore):
+    """A store that says when it was told of lost weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reported = asyncio.Event()
+
+    async def report_lost(self) -> None:
+        await super().report_lost()
+        self.reported.set()

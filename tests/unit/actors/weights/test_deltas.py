@@ -22,8 +22,8 @@ from actors.weights import publisher as publisher_module
 from actors.weights import store as store_module
 from actors.weights.deltas import CHANGES, Chain, Delta, Sent
 from actors.weights.publisher import Publisher
-from actors.weights.store import WeightStore, pull
-from tests.support.local_actors import Handle
+from actors.weights.store import pull
+from tests.support.local_actors import Handle, ReportingStore
 
 Bucket = dict[str, torch.Tensor]
 
@@ -44,21 +44,11 @@ class Object:
         return self.value
 
 
-class Store(WeightStore):
-    def __init__(self) -> None:
-        super().__init__()
-        self.reported = asyncio.Event()
-
-    async def report_lost(self) -> None:
-        await super().report_lost()
-        self.reported.set()
-
-
 class Rank:
     """Rank 0's publisher in front of a store of this process."""
 
     def __init__(self, patch: pytest.MonkeyPatch, full_every: int) -> None:
-        self.store = Store()
+        self.store = ReportingStore()
         self.reported = self.store.reported
         self.put: list[Object] = []
         loop = asyncio.get_running_loop()

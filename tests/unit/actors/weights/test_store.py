@@ -17,7 +17,7 @@ from ray.exceptions import OwnerDiedError
 from actors.weights import store as module
 from actors.weights.store import WeightStore, pull
 from kdray.errors import EngineError
-from tests.support.local_actors import Handle, reference
+from tests.support.local_actors import Handle, ReportingStore, reference
 
 
 class Slow:
@@ -114,21 +114,9 @@ async def test_the_folder_has_room_for_all_buckets_of_any_size(monkeypatch: pyte
     assert asked == [sum(path.stat().st_size for path in paths)] == [sum(each.nbytes for each in buckets)]
 
 
-class _Reported(WeightStore):
-    """A store that says when it was told of lost weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reported = asyncio.Event()
-
-    async def report_lost(self) -> None:
-        await super().report_lost()
-        self.reported.set()
-
-
 async def test_weights_that_were_lost_are_asked_for_until_they_are_published_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOST_S", 0.01)
-    store = _Reported()
+    store = ReportingStore()
     lost = OwnerDiedError("00" * 28, None, "")
     await store.commit(2, held(reference(data(b"half")), reference(error=lost)), publisher="first")
     pulling = asyncio.create_task(pull(Handle(store), 2))

@@ -316,18 +316,21 @@ def test_rates_follow_the_roofline() -> None:
     assert training_rate(shape, gpu, 4, lengths, True) == pytest.approx(4 * 0.35e15 / (8 * shape.parameters))
 
 
+METRICS = {
+    "response_tokens": 10.0,
+    "tokens_per_s": 100.0,
+    "wait_rollout_s": 3.0,
+    "wait_teacher_s": 1.0,
+    "teacher_replicas": 2.0,
+}
+
+
 def test_measured_rates_leave_waits_out(tmp_path: Path) -> None:
     def of(*lines: dict[str, Any]) -> Path:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"torn')
         return tmp_path / "metrics.jsonl"
 
-    line = {
-        "response_tokens": 10.0,
-        "tokens_per_s": 100.0,
-        "wait_rollout_s": 3.0,
-        "wait_teacher_s": 1.0,
-        "teacher_replicas": 2.0,
-    }
+    line = METRICS
     slow = line | {"tokens_per_s": 1.0}
     found = measured(of(slow, line, line, line | {"step": 3, "teacher/main/wait_s": 1.0}), batch_size=64)
     # 640 tokens in 6.4 s a step, 4 of them waiting; the first quarter is not counted.
@@ -341,13 +344,7 @@ def test_measured_rates_leave_waits_out(tmp_path: Path) -> None:
 
 
 def test_measured_rates_of_a_long_run_take_no_memory(tmp_path: Path) -> None:
-    line = {
-        "response_tokens": 10.0,
-        "tokens_per_s": 100.0,
-        "wait_rollout_s": 3.0,
-        "wait_teacher_s": 1.0,
-        "teacher_replicas": 2.0,
-    }
+    line = METRICS
     (tmp_path / "metrics.jsonl").write_text((json.dumps(line | {"other": [0.5] * 100}) + "\n") * 10_000)
     tracemalloc.start()
     try:

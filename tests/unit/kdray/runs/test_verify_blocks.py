@@ -110,3 +110,23 @@ def test_whatever_is_changed_in_a_line_is_told_as_by_lines_alone(
     finally:
         path.write_bytes(whole)
     assert told > TRIALS / 8, "hardly anything was wrong in these"
+
+
+@pytest.mark.parametrize("what", ["samples", "digest", "targets", "updates"])
+def test_a_rank_that_trained_something_else_is_found(run: Path, one_by_one: Callable[[Path], Proof], what: str) -> None:
+    """Two ranks that trained each other's, so that all sums are right."""
+    path = run / "ledger.jsonl"
+    whole = path.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    one, other = lines[20]["trained"]
+    if what in ("targets", "updates"):
+        one[what], other[what] = one[what] + 1, other[what] - 1
+    else:
+        one[what], other[what] = other[what], one[what]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        proof = verify(run)
+        assert proof == one_by_one(run)
+        assert proof.problems
+    finally:
+        path.write_bytes(whole)

@@ -47,7 +47,7 @@ def launch(monkeypatch):
     def run(config, resume=False, prompts=None, on_phase=None):
         on_phase("checking models and data")
         fake.calls.append((config, resume))
-        RunFolder.create(config, resume)
+        RunFolder.create(config, resume).append_event("start")
         if fake.fails is not None:
             raise fake.fails
         return {"steps": 3, "before": {"reverse_kl": 0.875}, "after": {"reverse_kl": 0.125}, "control": None}

@@ -118,9 +118,12 @@ class StoredRun:
     # ---------------------------------------------------------------------------------------------------- fetching
 
     def refuse_another(self) -> None:
-        """Check that the name is free. Raises: ConfigError if the storage already holds a run of that name."""
-        held = self.storage.read("config.yaml") is not None
-        if held or any(name.endswith(f"/{COMMITTED}") for name in self.storage.list("checkpoints")):
+        """Check that the name is free. Raises: ConfigError if the storage holds something that a run of that name has saved."""
+        there = self.storage.list()
+        trained = {*_LINES, *_RESULTS} & (there.keys() | segments_of(there).keys())
+        # A start that ended before anything was saved is begun anew, as in the run folder: its segments stay in the chain.
+        committed = any(name.startswith(("checkpoints/", "student/")) and name.endswith(f"/{COMMITTED}") for name in there)
+        if trained or committed:
             raise ConfigError(f"{self.storage.url}: already holds a run; continue it with --resume, or choose another run.name")
 
     def fetch(self, step: int) -> bool:

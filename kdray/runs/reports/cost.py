@@ -1,4 +1,4 @@
-"""Seconds of a run by stage, and what a million distilled tokens cost in time of the run, of replicas and of the trainer."""
+"""Seconds of a run by stage, and what a million trained tokens cost in time of the run, of replicas and of the trainer."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def replica_seconds(events: Sequence[Mapping[str, Any]], end: datetime) -> dict[
 
 
 def costs(events: Sequence[Mapping[str, Any]], steps: Steps, tokens: int | None) -> list[tuple[str, float, float | None]]:
-    """(what, seconds, seconds for a million distilled tokens) of a run.
+    """(what, seconds, seconds for a million trained tokens) of a run.
 
     Args: tokens: response tokens that distillation trained on; None if they are not known.
     """

@@ -423,6 +423,28 @@ def test_a_new_run_does_not_go_over_one_that_is_stored(storage: Storage, tmp_pat
         stored.refuse_another()
 
 
+def test_a_start_that_saved_nothing_is_begun_anew_in_the_storage_too(storage: Storage, tmp_path: Path) -> None:
+    """Settings and events alone are no run; of the events, the storage then has what the new start's folder has."""
+    stored = StoredRun(RunFolder(tmp_path / "here"), storage)
+    history(stored.folder, 0)
+    stored.folder.append_event("start")
+    stored.send()
+    assert "config.yaml" in storage.list()
+    stored.refuse_another()
+    begun = StoredRun(RunFolder(tmp_path / "elsewhere"), storage)
+    history(begun.folder, 0)
+    begun.folder.append_event("start", again=True)
+    begun.refuse_another()
+    begun.send()
+    fetched = StoredRun(RunFolder(tmp_path / "third"), storage)
+    assert fetched.fetch(0)
+    assert fetched.folder.events.read_bytes() == begun.folder.events.read_bytes()
+    history(begun.folder, 1)
+    begun.send()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        begun.refuse_another()
+
+
 def test_where_a_resume_goes_on(storage: Storage, tmp_path: Path) -> None:
     """From the storage or the run folder, whichever has more steps; never from the start where something was trained."""
     from cluster.launch import _checkpoint_to_resume

@@ -109,8 +109,6 @@ class CheckpointedStudent:
     """Entries computed at the time of writing."""
     renewal: Renewal | None
     on_event: Callable[..., None]
-    on_retry: Callable[..., None]
-    """Called for every operation on the storage that a rank retried."""
     guard: Callable[[], None]
     """Called before anything is committed or deleted; raises if another driver has taken over the run. It may block."""
 
@@ -173,8 +171,6 @@ class CheckpointedStudent:
 
     async def note_saved(self, step: int, saved: Saved, files_bytes: int, files_s: float) -> None:
         """Report what a committed checkpoint cost, and delete the oldest ones."""
-        for retry in saved.retries:
-            self.on_retry(**retry)
         if self.stored is not None:
             costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
             self.on_event("stored", step=step, **costs, files_bytes=files_bytes, files_s=files_s)

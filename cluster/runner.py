@@ -103,7 +103,7 @@ class Runner:
         self._numbers = Numbering(self._config.training.steps, self._config.training.finetune.steps)
         self._storage_retries = 0
         if self._stored is not None:
-            self._stored.storage.on_retry = lambda retry: self._on_retry(**asdict(retry))
+            self._stored.storage.on_retry = lambda retry: self._on_event("storage_retry", **asdict(retry))
         self._ledger = Ledger(self._folder.path / LEDGER, plan.lease.check)
         self._totals = Totals()
         self._started = time.monotonic()
@@ -130,7 +130,7 @@ class Runner:
             storage=self._folder.path / "logs" / "ray_train",
             parity_ids=student_ids(context),
             average=stores.average,
-            on_event=self.reporter.event,
+            on_event=self._on_event,
             secrets=config.cluster.secret_files("ranks"),
             stored=None if self._stored is None else self._stored.storage.url,
             # Peers' too: their folders are within the one that has it.
@@ -238,7 +238,6 @@ class Runner:
             live={"totals": lambda: asdict(self._totals), "schedules": schedules.state},
             renewal=self._renewal(),
             on_event=self.reporter.event,
-            on_retry=self._on_retry,
             guard=self._lease.check_everywhere,
         )
         if training.sft.steps and self._after_sft is None:
@@ -443,9 +442,9 @@ class Runner:
         except Stopped:
             raise Interrupted("stopped before there was anything new to save; --resume goes on") from None
 
-    def _on_retry(self, **retry: Any) -> None:
-        self._storage_retries += 1
-        self.reporter.event("storage_retry", **retry)
+    def _on_event(self, kind: str, **fields: Any) -> None:
+        self._storage_retries += kind == "storage_retry"
+        self.reporter.event(kind, **fields)
 
     def _summarise(
         self, progress: dict[str, Any], after: dict[str, float], control: Any, restarts: int, pools: Pools

@@ -225,6 +225,13 @@ class Mailbox:
         since = f"{used} times without a checkpoint or {_REFILLING_STEPS} steps in between" if used > 1 else "once"
         return f"{reason}. The ranks were lost {since} (training.max_restarts={limit})"
 
+    async def tell(self, kind: str, fields: dict[str, Any]) -> None:
+        """Add an event of a rank, which waits for something and is not stuck."""
+        async with self._changed:
+            self._heard_at = time.monotonic()
+            self._news.append((kind, fields))
+            self._changed.notify_all()
+
     async def news(self, seen: int) -> list[tuple[str, dict[str, Any]]]:
         """Events of the ranks after the first `seen`, kind and fields, once there are any."""
         async with self._changed:

@@ -74,7 +74,14 @@ def run_rank(given: dict[str, RankConfig]) -> None:
     if config.training.gpus_per_rank == 0:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     trainer = StudentTrainer(config.training, config.vocab_size, config.seed)
-    files = RankFiles(trainer, config.run_folder, config.storage, config.lease)
+    # As it happens: an outage of minutes is known before the command that it holds up has ended.
+    files = RankFiles(
+        trainer,
+        config.run_folder,
+        config.storage,
+        config.lease,
+        lambda retry: config.mailbox.tell.remote("storage_retry", retry),
+    )
     outlet = Outlet(config, trainer)
     try:
         run_log(config, trainer, files, outlet)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,8 +42,6 @@ class Saved:
     """Rank 0: time to write the state to its own folder."""
     store_s: float = 0.0
     """Time to move it to its final place, the slowest rank's; beside training, if the checkpoint was opened."""
-    retries: list[dict[str, Any]] = field(default_factory=list)
-    """Operations on the storage that were retried since the last checkpoint, of all ranks: rank, what, attempt, reason."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,23 @@ class _Opened:
 class RankFiles:
     """A rank's access to the files of its run. Call `close` at the end."""
 
-    def __init__(self, trainer: StudentTrainer, run_folder: Path, storage: str | None, lease: Ticket | None = None) -> None:
+    def __init__(
+        self,
+        trainer: StudentTrainer,
+        run_folder: Path,
+        storage: str | None,
+        lease: Ticket | None = None,
+        on_retry: Callable[[dict[str, Any]], Any] = lambda retry: None,
+    ) -> None:
         """Args: storage: URL of the run in `run.storage`; None if there is only the run folder; lease: the run's, without which
-        nothing is committed or deleted; None if there is none."""
+        nothing is committed or deleted; None if there is none; on_retry: called before an operation on the storage is tried
+        again, in any thread: rank, what, attempt, reason."""
         self._trainer = trainer
         self._lease = lease
         self._mine = folder_of(None if lease is None else lease.owner)
         self._run_folder = run_folder
-        self._retried: list[dict[str, Any]] = []
         self._storage = Storage.local(run_folder) if storage is None else Storage(storage)
-        self._storage.on_retry = lambda retry: self._retried.append({"rank": trainer.rank, **asdict(retry)})
+        self._storage.on_retry = lambda retry: on_retry({"rank": trainer.rank, **asdict(retry)})
         self._loaded: str | None = None
         self._opened: _Opened | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -154,12 +159,10 @@ class RankFiles:
                     clear(self._storage, opened.key, self._mine)
 
         self._together(committed)
-        told, self._retried = self._retried, []
         return Saved(
             bytes=sum(digest.size for part in parts for digest in part.values()),
             write_s=opened.write_s,
             store_s=max(seconds for _, seconds in answers),
-            retries=[each for rank in self._trainer.gather(told) for each in rank],
         )
 
     def _abandon(self) -> None:

@@ -30,11 +30,11 @@ class Ranks:
 
     async def commit_checkpoint(self) -> Any:
         self.asked.append(("commit",))
-        return SimpleNamespace(retries=[{"rank": 0, "what": "put"}], bytes=1, write_s=0.0, store_s=0.0)
+        return SimpleNamespace(bytes=1, write_s=0.0, store_s=0.0)
 
     async def save_checkpoint(self, step: int, progress: dict[str, Any], name: str | None = None) -> Any:
         self.asked.append(("save", step, progress) if name is None else ("save", step, progress, name))
-        return SimpleNamespace(retries=[{"rank": 0, "what": "put"}], bytes=1, write_s=0.0, store_s=0.0)
+        return SimpleNamespace(bytes=1, write_s=0.0, store_s=0.0)
 
 
 def student(tmp_path: Path, ranks: Any, **changes: Any) -> CheckpointedStudent:
@@ -45,7 +45,6 @@ def student(tmp_path: Path, ranks: Any, **changes: Any) -> CheckpointedStudent:
         "live": {},
         "renewal": None,
         "on_event": lambda kind, **fields: None,
-        "on_retry": lambda **retry: None,
         "guard": lambda: None,
     }
     return CheckpointedStudent(ranks, RunFolder(tmp_path), **given | changes)
@@ -75,15 +74,11 @@ async def test_a_teacher_is_renewed_before_the_version_that_belongs_to_it(tmp_pa
 
 async def test_progress_is_what_holds_when_a_checkpoint_is_written(tmp_path: Path) -> None:
     ranks, progress, tokens = Ranks(), {"stage": "distill"}, [0]
-    retries: list[dict[str, Any]] = []
-    saving = student(
-        tmp_path, ranks, progress=progress, live={"tokens": lambda: tokens[0]}, on_retry=lambda **retry: retries.append(retry)
-    )
+    saving = student(tmp_path, ranks, progress=progress, live={"tokens": lambda: tokens[0]})
     progress["stage"] = "finetune"
     tokens[0] = 5
     await saving.save_checkpoint(3)
     assert ranks.asked == [("save", 3, {"stage": "finetune", "tokens": 5})]
-    assert retries == [{"rank": 0, "what": "put"}]
 
 
 async def test_an_open_checkpoint_keeps_the_progress_of_its_step_and_sends_the_files_before_its_commit(tmp_path: Path) -> None:

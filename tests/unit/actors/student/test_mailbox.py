@@ -282,6 +282,17 @@ async def test_a_failure_that_every_replay_repeats_uses_them_up() -> None:
     assert [kind for kind, _ in await ranks.events()] == ["ranks_lost"] * 3
 
 
+async def test_what_a_rank_tells_is_an_event_at_once_and_shows_that_it_is_not_stuck() -> None:
+    ranks = Losses(max_restarts=0)
+    waiting = asyncio.create_task(ranks.mailbox.news(0))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    silent = await ranks.mailbox.silent_s()
+    await ranks.mailbox.tell("storage_retry", {"rank": 1, "attempt": 2})
+    assert await asyncio.wait_for(waiting, 1) == [("storage_retry", {"rank": 1, "attempt": 2})]
+    assert await ranks.mailbox.silent_s() < silent
+
+
 async def test_steps_refill_them_too_where_no_checkpoint_is_written() -> None:
     ranks = Losses(max_restarts=1)
     await ranks.do("phase")

@@ -369,6 +369,32 @@ def test_a_checkpoint_of_the_run_folder_serves_a_run_that_has_a_storage_since(tm
     assert alone[1].state == "before"
 
 
+def test_an_operation_that_is_tried_again_is_told_before_it_has_succeeded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared" / "run").mkdir(parents=True)
+    told: list[dict[str, Any]] = []
+    back = threading.Event()
+    move = Storage._move
+
+    def fails(storage: Storage, path: Path, key: str) -> Any:
+        if not back.is_set():
+            raise OSError("the share does not answer")
+        return move(storage, path, key)
+
+    monkeypatch.setattr(Storage, "_move", fails)
+
+    def on_retry(retry: dict[str, Any]) -> None:
+        told.append(retry)
+        back.set()
+
+    trainer = FileTrainer(0, Meeting(threading.Barrier(1)), state="trained")
+    url = (tmp_path / "shared" / "run").as_uri()
+    files = RankFiles(trainer, tmp_path / "run", url, on_retry=on_retry)  # type: ignore[arg-type]
+    files.save(tmp_path / "run" / "checkpoints" / "step-000004", {"step": 4})
+    assert [(retry["rank"], retry["attempt"], retry["reason"]) for retry in told] == [(0, 1, "the share does not answer")]
+    assert "checkpoints/step-000004/COMMITTED.json" in Storage(url).list()
+
+
 class FailingTrainer(FileTrainer):
     """Whose writer raises what torch's does where a disk is full, which is no OSError."""
 

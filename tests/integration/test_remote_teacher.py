@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from kdray.errors import ConfigError, RequestRefused
 from kdray.models.resolve import build_tiny_model, task_tokenizer
 from kdray.teachers.openai import RemoteTeacher
 from kdray.types import Rollout, SampleRequest
+from tests.support.runs import check_ledger, json_lines
+from tests.support.tcp_proxy import tcp_proxy
 
 KEY = "right-key-5f0c"
 VARIABLE = "KDRAY_TEST_ENDPOINT_KEY"
@@ -37,6 +41,8 @@ POSITIONS = 96
 LIMIT = 24
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 START_S = 400.0
+SILENCE_S = 5.0
+"""Time without an answer after which a request is sent again, where an endpoint swallows all."""
 
 
 @dataclass
@@ -308,6 +314,47 @@ def _run(
     assert all(KEY.encode() not in text for text in texts), "the key is written nowhere"
     lines = (folder / "far" / "metrics.jsonl").read_text().splitlines()
     return json.loads((folder / "far" / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.mark.full
+def test_an_endpoint_that_swallows_all_within_a_step_is_noticed_and_nothing_is_lost_or_doubled(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
+    """The run waits for it, goes on once it answers, and has trained every sample once."""
+    steps = 20
+    run = tmp_path / "far"
+
+    def kinds() -> list[str]:
+        return [event["kind"] for event in json_lines(run / "events.jsonl")]
+
+    with tcp_proxy(urlsplit(endpoint.base_url).port or 0) as network, ThreadPoolExecutor(1) as pool:
+        base_url = f"http://127.0.0.1:{network.port}/v1"
+        settings = {"base_url": base_url, "timeout_s": SILENCE_S, "retries": 8}
+        rollout = {"alpha": 1.0, "max_new_tokens": 8}
+        running = pool.submit(_run, endpoint, tmp_path, settings, rollout=rollout, loss={"type": "sequence"})
+        until(lambda: (run / "metrics.jsonl").exists() and len(json_lines(run / "metrics.jsonl")) >= 5, running, START_S)
+        network.black_hole()
+        until(lambda: "endpoint_lost" in kinds(), running, 10 * SILENCE_S)
+        trained = len(json_lines(run / "metrics.jsonl"))
+        time.sleep(SILENCE_S)
+        assert len(json_lines(run / "metrics.jsonl")) == trained < steps, "it trains on what nobody wrote"
+        network.heal()
+        summary, metrics = running.result(400)
+    assert network.held > 0
+    assert kinds().count("endpoint_lost") == kinds().count("endpoint_back") == 1
+    check_ledger(run, steps)
+    assert summary["lost_samples"] == summary["duplicated_samples"] == 0
+    assert summary["retried_samples"] > 0
+    assert len(metrics) == steps
+
+
+def until(condition: Callable[[], bool], running: Future[Any], limit_s: float) -> None:
+    """Wait for something during a run."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert not running.done(), running.result()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.full

@@ -33,8 +33,21 @@ from cluster.jobs.supervision import newest_step
 from kdray.config.sections import ClusterSettings
 from kdray.config.training import TrainingSettings
 from tests.integration.conftest import make_workplace
-from tests.soak.faults import KINDS, NODE_CPUS, STORE_BYTES, Faults, await_none, driver_of, engines, ranks, replicas
+from tests.soak.faults import (
+    KINDS,
+    NODE_CPUS,
+    OF_STORAGE,
+    STORE_BYTES,
+    WITHOUT_STORAGE,
+    Faults,
+    await_none,
+    driver_of,
+    engines,
+    ranks,
+    replicas,
+)
 from tests.support.runs import json_lines, start, write_recipe
+from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 
 SCALE = 20.0
 """Every deadline of these runs is its default divided by this: what a node does in minutes, a tiny model does in seconds."""
@@ -64,6 +77,8 @@ _BETWEEN_STEPS = 2
 _PATIENCE_S = 420.0
 """Longest time in which the run must have gone on after a fault."""
 _MANY_STEPS = 10**6
+ALL = KINDS | OF_STORAGE
+"""Every fault, and how often it is drawn."""
 
 
 @dataclass
@@ -105,9 +120,11 @@ class Chaos:
         wanted: Sequence[str],
         supervise: bool = False,
         end_early: bool = False,
+        network: TcpProxy | None = None,
     ) -> None:
         """Args: cluster: a `ray.cluster_utils.Cluster`, joined by this process; wanted: the faults, in order; supervise: the
-        command is started once, and its supervisor resumes it; end_early: the run ends soon after its last fault."""
+        command is started once, and its supervisor resumes it; end_early: the run ends soon after its last fault; network:
+        to the run's storage, if it has one."""
         self._recipe = recipe
         self._tree: dict[str, Any] = yaml.safe_load(recipe.read_text())
         self._run = Path(self._tree["run"]["output"]) / self._tree["run"]["name"]
@@ -119,7 +136,7 @@ class Chaos:
         self._process: subprocess.Popen[str] | None = None
         self._run.parent.mkdir(parents=True, exist_ok=True)
         self._log = self._run.with_name(f"{self._run.name}.log").open("a+")
-        self._faults = Faults(recipe, self._run, cluster, _PATIENCE_S, self._driver, self._tail)
+        self._faults = Faults(recipe, self._run, cluster, _PATIENCE_S, self._driver, self._tail, network)
         self.outcome = Outcome.read(self._path)
 
     def run(self, until: float | None = None) -> bool:
@@ -171,7 +188,7 @@ class Chaos:
         """Time that the next fault may take, from those of its kind before."""
         kind = self._wanted[len(self.outcome.faults)]
         seen = [each for fault, each in zip(self.outcome.faults, self.outcome.seconds, strict=True) if fault == kind]
-        return 1.3 * max(seen) if seen else 120.0 * (2 if KINDS[kind] == 1 else 1)
+        return 1.3 * max(seen) if seen else 120.0 * (2 if ALL[kind] == 1 else 1)
 
     def _start(self) -> None:
         flags = ["--resume"] if self.outcome.starts else []
@@ -280,16 +297,35 @@ def cluster_of(workers: int) -> Iterator[Any]:
         nodes.shutdown()
 
 
+@contextlib.contextmanager
+def network_of() -> Iterator[tuple[TcpProxy, str]]:
+    """A network of this process to an object store of this process, and the store's URL there; begun before any Ray."""
+    # Not installed where the run has no storage.
+    from tests.support.s3_server import S3Server, s3_server
+
+    with s3_server() as server, tcp_proxy(server.port) as network:
+        yield network, S3Server(network.port).url()
+
+
+def kinds_for(storage: bool) -> list[str]:
+    """Faults that a run can have. Args: storage: it has one, whose network is this process's."""
+    without, added = (WITHOUT_STORAGE, OF_STORAGE) if storage else (frozenset(), {})
+    return [*(kind for kind in KINDS if kind not in without), *added]
+
+
 def deadlines(section: str) -> dict[str, float]:
     """The deadlines of a section, divided by `SCALE`."""
     settings, names = DEADLINES[section]
     return {name: settings.model_fields[name].default / SCALE for name in names}
 
 
-def recipe_of(workplace: Path, name: str, address: str, steps: int, student_pool: bool = False) -> Path:
+def recipe_of(
+    workplace: Path, name: str, address: str, steps: int, student_pool: bool = False, storage: str | None = None
+) -> Path:
     return write_recipe(
         workplace,
         name,
+        run={"storage": storage},
         training={
             "steps": steps,
             "batch_size": 32,
@@ -308,7 +344,7 @@ def schedule(seed: int, faults: int, kinds: Sequence[str]) -> list[str]:
     wanted = list(kinds)[:faults]
     while len(wanted) < faults:
         # The one that is furthest behind its share.
-        wanted.append(min(kinds, key=lambda kind: (wanted.count(kind) + 1) / KINDS[kind]))
+        wanted.append(min(kinds, key=lambda kind: (wanted.count(kind) + 1) / ALL[kind]))
     random.Random(seed).shuffle(wanted)
     return wanted
 
@@ -349,12 +385,14 @@ def _part(folder: Path, given: argparse.Namespace) -> int:
     until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     if not (folder / "prompts.jsonl").exists():
         make_workplace(folder)
-    with cluster_of(2) as cluster:
+    with contextlib.ExitStack() as opened:
+        network, storage = opened.enter_context(network_of()) if given.storage else (None, None)
+        cluster = opened.enter_context(cluster_of(2))
         disturbed = Outcome.read(folder / "runs" / "disturbed.outcome.json")
         steps = disturbed.steps or _MANY_STEPS
-        recipe = recipe_of(folder, "disturbed", cluster.address, steps, given.student_pool)
+        recipe = recipe_of(folder, "disturbed", cluster.address, steps, given.student_pool, storage)
         wanted = schedule(given.seed, given.faults, given.kinds)
-        chaos = Chaos(recipe, cluster, given.seed, wanted, supervise=given.supervise, end_early=True)
+        chaos = Chaos(recipe, cluster, given.seed, wanted, supervise=given.supervise, end_early=True, network=network)
         chaos.outcome.parts += 1
         if not chaos.run(until):
             print(f"{len(chaos.outcome.faults)} of {given.faults} faults; go on with --resume")
@@ -378,11 +416,17 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--student-pool", action="store_true", help="the student samples on replicas of its own")
     parser.add_argument("--supervise", action="store_true", help="one command a part, whose supervisor resumes the run")
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="faults to draw from; all")
+    parser.add_argument("--storage", action="store_true", help="checkpoints go to an S3 server, whose network has faults, too")
+    parser.add_argument("--kinds", nargs="*", choices=list(ALL), help="faults to draw from; all that the run can have")
     parser.add_argument("--folder", type=Path, help="where both runs and the state are kept; a temporary one otherwise")
     parser.add_argument("--minutes", type=float, help=f"longest part; it ends with {NOT_FINISHED} if there is more to do")
     parser.add_argument("--resume", action="store_true", help="go on with the parts in --folder, with the same seed and faults")
     given = parser.parse_args()
+    given.kinds = given.kinds or kinds_for(given.storage)
+    if impossible := set(given.kinds) - set(kinds_for(given.storage)):
+        parser.error(f"--kinds {' '.join(sorted(impossible))}: not {'with' if given.storage else 'without'} --storage")
+    if given.storage and given.minutes:
+        parser.error("--storage with --minutes: the server is this process's, and what it holds ends with the part")
     os.environ["KDRAY_TEST_MARKER"] = f"chaos-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from tests.support.runs import ENGINE, of_the_run, start
+from tests.support.tcp_proxy import TcpProxy
 
 NODE_CPUS = 3
 """Room for a whole run: a teacher's replica, a replica of the student's pool, a rank."""
@@ -53,6 +54,9 @@ KINDS: dict[str, int] = {
     "freeze_node": 1,
 }
 """Every fault there is, and how often it is drawn compared with others: those that take minutes to get past are rarer."""
+OF_STORAGE: dict[str, int] = {"cut_storage": 2, "black_hole_storage": 2}
+"""Faults of a run whose storage is behind a network of this process; `WITHOUT_STORAGE` are those that it cannot have."""
+WITHOUT_STORAGE = frozenset({"corrupt_checkpoint"})
 
 
 class Faults:
@@ -66,9 +70,12 @@ class Faults:
         patience_s: float,
         driver: Callable[[], psutil.Process],
         tail: Callable[[], str],
+        network: TcpProxy | None = None,
     ) -> None:
         """Args: cluster: a `ray.cluster_utils.Cluster`, joined by this process; patience_s: longest time until there is a
-        victim, and until a run that should end has; driver: its process; tail: the end of the run's output."""
+        victim, and until a run that should end has; driver: its process; tail: the end of the run's output; network: to the
+        run's storage."""
+        self._network = network
         self._recipe = recipe
         self._run = run
         self._cluster = cluster
@@ -224,6 +231,33 @@ class Faults:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
         self._cluster.remove_node(node, allow_graceful=False)
+
+    def _cut_storage(self) -> None:
+        assert self._network is not None
+        self._outage(self._network.cut)
+
+    def _black_hole_storage(self) -> None:
+        """The storage takes everything and answers nothing, from the middle of the next checkpoint on."""
+        network = self._network
+        assert network is not None
+        network.black_hole_at(b"/checkpoints/step-")
+        assert network.triggered.wait(self._patience_s), f"no checkpoint: {self._tail()}"
+        self._outage(lambda: None)
+
+    def _outage(self, begin: Callable[[], None]) -> None:
+        """An outage of the storage, until the run has noticed it."""
+        assert self._network is not None
+        before = self._retries()
+        begin()
+        deadline = time.monotonic() + self._patience_s
+        while self._retries() == before and self._driver().is_running():
+            assert time.monotonic() < deadline, f"the run does not notice that its storage is away: {self._tail()}"
+            time.sleep(0.2)
+        self._network.heal()
+
+    def _retries(self) -> int:
+        """Operations on the storage that the driver has tried again."""
+        return (self._run / "events.jsonl").read_text().count('"kind": "storage_retry"')
 
     def _node(self) -> Any:
         return self._random.choice(sorted(self._cluster.worker_nodes, key=lambda each: each.raylet_socket_name))

@@ -26,7 +26,13 @@ def test_every_kind_is_there_and_a_seed_gives_one_order() -> None:
 
 
 def test_every_kind_can_be_injected() -> None:
-    assert all(callable(getattr(Faults, f"_{kind}")) for kind in KINDS)
+    assert all(callable(getattr(Faults, f"_{kind}")) for kind in chaos.ALL)
+
+
+def test_a_storage_adds_faults_of_its_network_and_takes_those_of_local_checkpoints() -> None:
+    assert set(chaos.kinds_for(storage=False)) == KINDS.keys()
+    assert chaos.ALL.keys() - set(chaos.kinds_for(storage=True)) == {"corrupt_checkpoint"}
+    assert {"cut_storage", "black_hole_storage"} <= set(schedule(0, 30, chaos.kinds_for(storage=True)))
 
 
 def test_budgets_are_the_defaults_and_deadlines_are_scaled_by_one_factor(tmp_path: Path) -> None:

@@ -214,6 +214,9 @@ FAMILIES: tuple[Family, ...] = (
     _of("Falcon RW", "falcon", tied=True, alibi=True, multi_query=False, parallel_attn=False, bias=True, **_DERIVED),
     _of("GPT-J", "gptj", rotary_dim=16, **_DERIVED),
     _of("GPT-BigCode", "gpt_bigcode", tied=True, **_DERIVED),
+    _teaching(
+        "dots.llm1", "dots1", sliding_window=None, **_experts(n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1)
+    ),
     _teaching("Exaone MoE", "exaone_moe", layer_types=list(_MIXED), sliding_window=32, **_experts(num_shared_experts=1)),
     _of("Granite 4, dense", "granitemoehybrid", kinds=("attention",) * 3, **_GRANITE4),
     _of("Ministral 3", "ministral3"),

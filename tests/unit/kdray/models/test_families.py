@@ -98,6 +98,7 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     "gpt-oss": [named("GptOssForCausalLM", "gpt_oss")],
     "Apertus": [named("ApertusForCausalLM", "apertus")],
     "a mixture of experts whose modules have fixed names": [
+        named("Dots1ForCausalLM", "dots1"),
         named("FlexOlmoForCausalLM", "flex_olmo"),
         named("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe"),
     ],

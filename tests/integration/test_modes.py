@@ -168,7 +168,8 @@ def test_the_students_own_average_teaches_and_survives_a_resume(workplace: Path,
 
 
 def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:
-    """Both learn, each in its own folder; an interruption leaves a checkpoint of both, and both go on from it."""
+    """Both learn, each in its own folder; an interruption leaves a checkpoint of both, and both go on from it. Each has a
+    control of its own, which is measured after the other has been."""
     recipe = write_recipe(
         workplace,
         "mutual",
@@ -176,6 +177,7 @@ def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:
         rollout={"data_share": 0.5, "alpha": 0, "max_new_tokens": 8},
         loss={"type": "jsd"},
         training={"steps": 40, "batch_size": BATCH, "learning_rate": 1e-3, "sft": SFT},
+        evaluation={"control": True},
         cluster={"local_cpus": 6},
     )
     runs = [workplace / "runs" / "mutual", workplace / "runs" / "mutual" / "peers" / "main"]
@@ -197,6 +199,8 @@ def test_two_students_teach_each_other(workplace: Path, marker: str) -> None:
         assert (run / "report.html").exists()
         # Each moved from where it began towards the other, which moved too.
         assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
+        assert summary["control"]["trained_tokens"] >= summary["trained_tokens"] > 0
+        assert summary["control"]["reverse_kl"] > 0
         begun, ended = (load_file(path)["model.norm.weight"] for path in _weights(run))
         assert not np.allclose(begun, ended)
     assert_nothing_left(marker)

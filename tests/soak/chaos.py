@@ -2,7 +2,7 @@
 
 Faults hit real engines, ranks, drivers, actors and nodes while the run trains; whatever ends the command, it is started again
 with --resume, or by its supervisor. Budgets (restarts, retries) are the settings' defaults, and every deadline is its default
-divided by `SCALE`. The verdict comes from the files: `kdray verify`, the ledger, and the held-out numbers beside those of an
+divided by `--scale`. The verdict comes from the files: `kdray verify`, the ledger, and the held-out numbers beside those of an
 undisturbed run of the same recipe.
 
 With `--folder`, everything is kept there, and `--minutes` bounds a part: the same command with `--resume` goes on.
@@ -74,8 +74,8 @@ STUDENT_POOL = {"sampler": "student", "pool": {"kv_cache_gib": 0.2}}
 """For section `rollout`: the student samples on replicas of its own."""
 _BETWEEN_STEPS = 2
 """Steps that the run trains between two faults."""
-_PATIENCE_S = 420.0
-"""Longest time in which the run must have gone on after a fault."""
+PATIENCE_S = 420.0
+"""Longest time in which the run must have gone on after a fault, with deadlines divided by `SCALE`."""
 _MANY_STEPS = 10**6
 ALL = KINDS | OF_STORAGE
 """Every fault, and how often it is drawn."""
@@ -121,10 +121,12 @@ class Chaos:
         supervise: bool = False,
         end_early: bool = False,
         network: TcpProxy | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """Args: cluster: a `ray.cluster_utils.Cluster`, joined by this process; wanted: the faults, in order; supervise: the
         command is started once, and its supervisor resumes it; end_early: the run ends soon after its last fault; network:
-        to the run's storage, if it has one."""
+        to the run's storage, if it has one; patience_s: longest time in which the run must have gone on after a fault."""
+        self._patience_s = patience_s
         self._recipe = recipe
         self._tree: dict[str, Any] = yaml.safe_load(recipe.read_text())
         self._run = Path(self._tree["run"]["output"]) / self._tree["run"]["name"]
@@ -136,7 +138,7 @@ class Chaos:
         self._process: subprocess.Popen[str] | None = None
         self._run.parent.mkdir(parents=True, exist_ok=True)
         self._log = self._run.with_name(f"{self._run.name}.log").open("a+")
-        self._faults = Faults(recipe, self._run, cluster, _PATIENCE_S, self._driver, self._tail, network)
+        self._faults = Faults(recipe, self._run, cluster, patience_s, self._driver, self._tail, network)
         self.outcome = Outcome.read(self._path)
 
     def run(self, until: float | None = None) -> bool:
@@ -202,7 +204,7 @@ class Chaos:
         assert self._process is not None
         if not self._supervise:
             return psutil.Process(self._process.pid)
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         while True:
             with contextlib.suppress(StopIteration, psutil.NoSuchProcess):
                 return driver_of(self._process.pid)
@@ -215,7 +217,7 @@ class Chaos:
 
     def _train_on(self) -> None:
         """Wait until the run has trained a few steps from here, starting the command again where it ended."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         began, reached = self._steps(), 0
         while reached < began + _BETWEEN_STEPS:
             self._start_again_if_ended()
@@ -239,13 +241,13 @@ class Chaos:
         """End the run after a checkpoint, for another part to continue it."""
         assert self._process is not None
         self._process.send_signal(signal.SIGINT)
-        code = self._process.wait(_PATIENCE_S)
+        code = self._process.wait(self._patience_s)
         self.outcome.codes.append(code)
         assert code == 130, f"an interrupted run ended with {code}: {self._tail()}"
 
     def _finish(self, until: float | None) -> bool:
         """Train the rest. Returns: False if the time is up."""
-        deadline = time.monotonic() + 2 * _PATIENCE_S
+        deadline = time.monotonic() + 2 * self._patience_s
         if self._end_early and self.outcome.steps is None:
             self._pause()
             self.outcome.steps = self._steps() + _BETWEEN_STEPS
@@ -313,15 +315,22 @@ def kinds_for(storage: bool) -> list[str]:
     return [*(kind for kind in KINDS if kind not in without), *added]
 
 
-def deadlines(section: str) -> dict[str, float]:
-    """The deadlines of a section, divided by `SCALE`."""
+def deadlines(section: str, scale: float = SCALE) -> dict[str, float]:
+    """The deadlines of a section, divided by `scale`."""
     settings, names = DEADLINES[section]
-    return {name: settings.model_fields[name].default / SCALE for name in names}
+    return {name: settings.model_fields[name].default / scale for name in names}
 
 
 def recipe_of(
-    workplace: Path, name: str, address: str, steps: int, student_pool: bool = False, storage: str | None = None
+    workplace: Path,
+    name: str,
+    address: str,
+    steps: int,
+    student_pool: bool = False,
+    storage: str | None = None,
+    scale: float = SCALE,
 ) -> Path:
+    """Recipe of a run. Args: storage: URL of its storage; scale: its deadlines are their defaults divided by this."""
     return write_recipe(
         workplace,
         name,
@@ -332,10 +341,10 @@ def recipe_of(
             "learning_rate": 3e-3,
             "checkpoint_every": 3,
             "sft": {"steps": 20, "batch_size": 32, "learning_rate": 3e-3},
-            **deadlines("training"),
+            **deadlines("training", scale),
         },
         rollout={"max_new_tokens": 8, **(STUDENT_POOL if student_pool else {})},
-        cluster={"address": address, **deadlines("cluster")},
+        cluster={"address": address, **deadlines("cluster", scale)},
     )
 
 
@@ -390,9 +399,10 @@ def _part(folder: Path, given: argparse.Namespace) -> int:
         cluster = opened.enter_context(cluster_of(2))
         disturbed = Outcome.read(folder / "runs" / "disturbed.outcome.json")
         steps = disturbed.steps or _MANY_STEPS
-        recipe = recipe_of(folder, "disturbed", cluster.address, steps, given.student_pool, storage)
+        recipe = recipe_of(folder, "disturbed", cluster.address, steps, given.student_pool, storage, given.scale)
         wanted = schedule(given.seed, given.faults, given.kinds)
-        chaos = Chaos(recipe, cluster, given.seed, wanted, supervise=given.supervise, end_early=True, network=network)
+        patience_s = PATIENCE_S * max(1.0, SCALE / given.scale)
+        chaos = Chaos(recipe, cluster, given.seed, wanted, given.supervise, True, network, patience_s)
         chaos.outcome.parts += 1
         if not chaos.run(until):
             print(f"{len(chaos.outcome.faults)} of {given.faults} faults; go on with --resume")
@@ -419,6 +429,9 @@ def main() -> None:
     parser.add_argument("--storage", action="store_true", help="checkpoints go to an S3 server, whose network has faults, too")
     parser.add_argument("--kinds", nargs="*", choices=list(ALL), help="faults to draw from; all that the run can have")
     parser.add_argument("--folder", type=Path, help="where both runs and the state are kept; a temporary one otherwise")
+    parser.add_argument(
+        "--scale", type=float, default=SCALE, help=f"deadlines are their defaults divided by this, {SCALE:g}; 1 takes hours"
+    )
     parser.add_argument("--minutes", type=float, help=f"longest part; it ends with {NOT_FINISHED} if there is more to do")
     parser.add_argument("--resume", action="store_true", help="go on with the parts in --folder, with the same seed and faults")
     given = parser.parse_args()

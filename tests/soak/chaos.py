@@ -2,8 +2,8 @@
 
 Faults hit real engines, ranks, drivers, actors and nodes while the run trains; whatever ends the command, it is started again
 with --resume, or by its supervisor. Budgets (restarts, retries) are the settings' defaults, and every deadline is its default
-divided by `--scale`. The verdict comes from the files: `kdray verify`, the ledger, and the held-out numbers beside those of an
-undisturbed run of the same recipe.
+divided by `--scale`. The verdict comes from the files: `kdray verify`, the ledger, and the held-out numbers beside those of
+undisturbed runs of the same recipe.
 
 With `--folder`, everything is kept there, and `--minutes` bounds a part: the same command with `--resume` goes on.
 """
@@ -67,7 +67,9 @@ DEADLINES = {
     ),
 }
 QUALITY = "reverse_kl", "forward_kl"
-"""Held-out numbers of the disturbed run that have to lie in the intervals of the undisturbed one."""
+"""Held-out numbers of the disturbed run that have to lie in the intervals of undisturbed ones."""
+_UNDISTURBED = 3
+"""Undisturbed runs, of different seeds: after many steps they end further apart than one's interval over prompts is wide."""
 NOT_FINISHED = 3
 """Exit code of a part after which there are others."""
 STUDENT_POOL = {"sampler": "student", "pool": {"kv_cache_gib": 0.2}}
@@ -329,12 +331,14 @@ def recipe_of(
     student_pool: bool = False,
     storage: str | None = None,
     scale: float = SCALE,
+    seed: int = 0,
 ) -> Path:
-    """Recipe of a run. Args: storage: URL of its storage; scale: its deadlines are their defaults divided by this."""
+    """Recipe of a run. Args: storage: URL of its storage; scale: its deadlines are their defaults divided by this; seed: the
+    run's, of its prompts' order and its draws."""
     return write_recipe(
         workplace,
         name,
-        run={"storage": storage},
+        run={"storage": storage, "seed": seed},
         training={
             "steps": steps,
             "batch_size": 32,
@@ -363,18 +367,21 @@ def steps_for(faults: int) -> int:
     return 6 + 3 * _BETWEEN_STEPS * faults
 
 
-def outside(calm: Mapping[str, Any], disturbed: Mapping[str, Any]) -> list[str]:
-    """Held-out numbers of a disturbed run that lie outside the intervals of an undisturbed one. Args: summaries."""
+def outside(calm: Sequence[Mapping[str, Any]], disturbed: Mapping[str, Any]) -> list[str]:
+    """Held-out numbers of a disturbed run that lie outside the intervals of undisturbed ones, from the lowest bound to the
+    highest. Args: summaries."""
     found = []
     for name in QUALITY:
-        low, high = calm["intervals"]["after"][name]
+        bounds = [bound for each in calm for bound in each["intervals"]["after"][name]]
+        low, high = min(bounds), max(bounds)
         value = disturbed["after"][name]
         if not low <= value <= high:
-            found.append(f"after: {name} is {value:.4g}, and {calm['after'][name]:.4g} ({low:.4g} to {high:.4g}) undisturbed")
+            values = ", ".join(f"{each['after'][name]:.4g}" for each in calm)
+            found.append(f"after: {name} is {value:.4g}, and {values} ({low:.4g} to {high:.4g}) undisturbed")
     return found
 
 
-def report(seed: int, calm: Outcome, outcome: Outcome) -> None:
+def report(seed: int, calm: Sequence[Outcome], outcome: Outcome) -> None:
     print(outcome.verified)
     print(f"seed {seed}; faults:", dict(Counter(outcome.faults)))
     print("parts:", outcome.parts, "starts:", outcome.starts, "exit codes:", dict(Counter(outcome.codes)))
@@ -383,8 +390,11 @@ def report(seed: int, calm: Outcome, outcome: Outcome) -> None:
         print(f"    {kind}: trained on after {min(seen):.0f} to {max(seen):.0f} s")
     print("events:", dict(outcome.events))
     for name in ("before", "after"):
-        print(f"{name}: undisturbed {calm.summary[name]}, disturbed {outcome.summary[name]}")
-    print("intervals, undisturbed:", {name: calm.summary["intervals"]["after"][name] for name in QUALITY})
+        print(f"{name}: disturbed {outcome.summary[name]}")
+        for each in calm:
+            print(f"    undisturbed: {each.summary[name]}")
+    for each in calm:
+        print("intervals, undisturbed:", {name: each.summary["intervals"]["after"][name] for name in QUALITY})
     for failure in outcome.failures:
         print("FAILED in an earlier part,", failure)
 
@@ -408,13 +418,18 @@ def _part(folder: Path, given: argparse.Namespace) -> int:
             print(f"{len(chaos.outcome.faults)} of {given.faults} faults; go on with --resume")
             return NOT_FINISHED
         assert chaos.outcome.steps is not None
-        recipe = recipe_of(folder, "calm", cluster.address, chaos.outcome.steps, given.student_pool)
-        calm = Chaos(recipe, cluster, given.seed, [])
-        if not calm.run(until):
-            print("the undisturbed run is not at its end; go on with --resume")
-            return NOT_FINISHED
-    report(given.seed, calm.outcome, chaos.outcome)
-    differs = outside(calm.outcome.summary, chaos.outcome.summary)
+        calm = []
+        for seed in range(_UNDISTURBED):
+            name, steps = f"calm-{seed}", chaos.outcome.steps
+            # Nothing has to be noticed soon here, and a busy machine must not be taken for a hang.
+            recipe = recipe_of(folder, name, cluster.address, steps, given.student_pool, scale=1.0, seed=seed)
+            undisturbed = Chaos(recipe, cluster, given.seed, [], patience_s=PATIENCE_S * SCALE)
+            calm.append(undisturbed.outcome)
+            if not undisturbed.run(until):
+                print(f"undisturbed run {seed} is not at its end; go on with --resume")
+                return NOT_FINISHED
+    report(given.seed, calm, chaos.outcome)
+    differs = outside([each.summary for each in calm], chaos.outcome.summary)
     assert not differs, differs
     assert not chaos.outcome.failures, f"{len(chaos.outcome.failures)} faults that the run did not get past"
     return 0

@@ -47,16 +47,17 @@ def test_budgets_are_the_defaults_and_deadlines_are_scaled_by_one_factor(tmp_pat
             assert getattr(getattr(config, section), name) == value == settings.model_fields[name].default / chaos.SCALE
 
 
-def summary(reverse_kl: float, forward_kl: float) -> dict[str, Any]:
-    after = {"reverse_kl": [0.10, 0.14], "forward_kl": [0.4, 0.6]}
+def summary(reverse_kl: float, forward_kl: float, low: float = 0.10) -> dict[str, Any]:
+    after = {"reverse_kl": [low, 0.14], "forward_kl": [0.4, 0.6]}
     return {"after": {"reverse_kl": reverse_kl, "forward_kl": forward_kl}, "intervals": {"after": after}}
 
 
-def test_the_disturbed_run_has_to_be_as_good_as_the_undisturbed_one() -> None:
-    calm = summary(0.12, 0.5)
+def test_the_disturbed_run_has_to_be_as_good_as_undisturbed_ones() -> None:
+    calm = [summary(0.12, 0.5), summary(0.11, 0.5, low=0.08)]
     assert not outside(calm, summary(0.13, 0.45))
+    assert not outside(calm, summary(0.09, 0.45)), "within the interval of one of them"
     (worse,) = outside(calm, summary(0.2, 0.5))
-    assert worse == "after: reverse_kl is 0.2, and 0.12 (0.1 to 0.14) undisturbed"
+    assert worse == "after: reverse_kl is 0.2, and 0.12, 0.11 (0.08 to 0.14) undisturbed"
     assert len(outside(calm, summary(3.0, 0.0))) == 2
 
 

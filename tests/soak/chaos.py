@@ -429,6 +429,9 @@ def _part(folder: Path, given: argparse.Namespace) -> int:
                 print(f"undisturbed run {seed} is not at its end; go on with --resume")
                 return NOT_FINISHED
     report(given.seed, calm, chaos.outcome)
+    if given.out is not None:
+        kept = {"seed": given.seed, "scale": given.scale, "disturbed": chaos.outcome, "undisturbed": calm}
+        given.out.write_text(json.dumps(kept, default=asdict, indent=1) + "\n")
     differs = outside([each.summary for each in calm], chaos.outcome.summary)
     assert not differs, differs
     assert not chaos.outcome.failures, f"{len(chaos.outcome.failures)} faults that the run did not get past"
@@ -447,6 +450,7 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=SCALE, help=f"deadlines are their defaults divided by this, {SCALE:g}; 1 takes hours"
     )
+    parser.add_argument("--out", type=Path, help="JSON file for what both sides came to")
     parser.add_argument("--minutes", type=float, help=f"longest part; it ends with {NOT_FINISHED} if there is more to do")
     parser.add_argument("--resume", action="store_true", help="go on with the parts in --folder, with the same seed and faults")
     given = parser.parse_args()

@@ -431,7 +431,8 @@ def _part(folder: Path, given: argparse.Namespace) -> int:
     report(given.seed, calm, chaos.outcome)
     if given.out is not None:
         kept = {"seed": given.seed, "scale": given.scale, "disturbed": chaos.outcome, "undisturbed": calm}
-        given.out.write_text(json.dumps(kept, default=asdict, indent=1) + "\n")
+        text = json.dumps(kept, default=asdict, indent=1, ensure_ascii=False)
+        given.out.write_text(text.replace(f"{folder}/", "") + "\n", encoding="utf-8")
     differs = outside([each.summary for each in calm], chaos.outcome.summary)
     assert not differs, differs
     assert not chaos.outcome.failures, f"{len(chaos.outcome.failures)} faults that the run did not get past"

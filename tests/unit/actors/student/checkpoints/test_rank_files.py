@@ -373,25 +373,23 @@ def test_an_operation_that_is_tried_again_is_told_before_it_has_succeeded(tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shared" / "run").mkdir(parents=True)
     told: list[dict[str, Any]] = []
-    back = threading.Event()
+    attempts: list[int] = []
     move = Storage._move
 
     def fails(storage: Storage, path: Path, key: str) -> Any:
-        if not back.is_set():
+        attempts.append(len(told))
+        if len(attempts) == 1:
             raise OSError("the share does not answer")
         return move(storage, path, key)
 
     monkeypatch.setattr(Storage, "_move", fails)
 
-    def on_retry(retry: dict[str, Any]) -> None:
-        told.append(retry)
-        back.set()
-
     trainer = FileTrainer(0, Meeting(threading.Barrier(1)), state="trained")
     url = (tmp_path / "shared" / "run").as_uri()
-    files = RankFiles(trainer, tmp_path / "run", url, on_retry=on_retry)  # type: ignore[arg-type]
+    files = RankFiles(trainer, tmp_path / "run", url, on_retry=told.append)  # type: ignore[arg-type]
     files.save(tmp_path / "run" / "checkpoints" / "step-000004", {"step": 4})
     assert [(retry["rank"], retry["attempt"], retry["reason"]) for retry in told] == [(0, 1, "the share does not answer")]
+    assert attempts[1] == 1, "told before it was tried again"
     assert "checkpoints/step-000004/COMMITTED.json" in Storage(url).list()
 
 

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from kdray.config import Config
 from kdray.errors import ConfigError, LeaseLost, StorageError
 from kdray.runs.folder import LEASE, not_writable
 from kdray.runs.remote_copy import StoredRun
-from kdray.runs.storage import Storage
+from kdray.runs.storage import Retry, Storage
 
 STALE_AFTER_S = 60.0
 """Age of a heartbeat from which its driver counts as gone, if this machine cannot tell."""
@@ -79,9 +79,9 @@ class Ticket:
     """Folder with the lease that every node can read."""
     owner: str
 
-    def check(self) -> None:
-        """Check that the driver still has it. Raises: LeaseLost; StorageError."""
-        check_owner(Storage(self.url), self.owner)
+    def check(self, on_retry: Callable[[Retry], None] | None = None) -> None:
+        """Check that the driver still has it. Args: on_retry: see `Storage`. Raises: LeaseLost; StorageError."""
+        check_owner(Storage(self.url, on_retry=on_retry), self.owner)
 
 
 class Lease:
@@ -90,7 +90,8 @@ class Lease:
     def __init__(self, places: Sequence[Storage], stale_after_s: float = STALE_AFTER_S) -> None:
         """Args: places: folders with the run's files, the run folder first; its parent folders are created."""
         self._places = places
-        # Retried for so short a time that the others are renewed meanwhile.
+        # Tried again for a short time only: those that answer are renewed and given back meanwhile. Nor is that told, since who
+        # is told writes events, which needs the lease.
         self._renewed = [Storage(place.url, patience_s=min(_PATIENCE_S, stale_after_s / _BEATS)) for place in places]
         self._stale_after_s = stale_after_s
         self._me = Holder.here()
@@ -121,8 +122,8 @@ class Lease:
         Raises: ConfigError naming the driver that holds it; OSError if the run folder cannot be written.
         """
         try:
-            for place in self._places:
-                self._take(place)
+            for place, renewed in zip(self._places, self._renewed, strict=True):
+                self._take(place, renewed)
         except BaseException:
             self._remove()
             raise
@@ -170,7 +171,7 @@ class Lease:
         if self._lost is not None:
             raise LeaseLost(self._lost)
 
-    def _take(self, place: Storage) -> None:
+    def _take(self, place: Storage, renewed: Storage) -> None:
         if place.is_local:
             self._make(Path(place.root))
         seen = read_holder(place)
@@ -184,7 +185,7 @@ class Lease:
             if found is not None and found != seen and not found.is_dead:
                 raise _held(place, found, self._stale_after_s)
             self._me = replace(self._me, epoch=max(self._me.epoch, found.epoch + 1 if found else 1))
-            self._taken.append(place)
+            self._taken.append(renewed)
             self._write(place)
         if not place.is_local:
             time.sleep(min(_SETTLE_S, self._stale_after_s / _BEATS))

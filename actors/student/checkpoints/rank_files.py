@@ -242,7 +242,7 @@ class RankFiles:
 
     def _check_lease(self) -> None:
         if self._lease is not None:
-            self._lease.check()
+            self._lease.check(self._storage.on_retry)
 
     def _key(self, folder: Path) -> str:
         return folder.relative_to(self._run_folder).as_posix()

@@ -27,7 +27,7 @@ from kdray.runs.checkpoints import COMMITTED, FILES, checkpoint_at, differing
 from kdray.runs.folder import LEASE, RunFolder
 from kdray.runs.lease import Holder, Lease, check_owner, leased, read_holder
 from kdray.runs.remote_copy import StoredRun
-from kdray.runs.storage import Storage
+from kdray.runs.storage import Retry, Storage
 from kdray.runs.verify import verify
 from tests.support.stub_run import main, stub_config
 
@@ -307,6 +307,28 @@ def test_a_killed_driver_is_followed_at_once(forked: Any, going: Any) -> None:
     second.start()
     assert ended(second) == 0
     assert verify(run).problems == []
+
+
+def test_a_lease_is_given_back_without_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is that told: who is told of retries writes an event, for which the lease is no longer there."""
+    here, shared = tmp_path / "here", tmp_path / "shared"
+    shared.mkdir()
+    told: list[Retry] = []
+    places = [Storage.local(here), Storage(shared.as_uri(), on_retry=told.append, patience_s=20.0)]
+    lease = Lease(places, SHORT_S).take()
+    opened = Storage._open
+
+    def is_away(storage: Storage, key: str) -> Any:
+        if storage.url == shared.as_uri():
+            raise OSError("the share does not answer")
+        return opened(storage, key)
+
+    monkeypatch.setattr(Storage, "_open", is_away)
+    lease.release()
+    assert not told
+    assert not (here / LEASE).exists()
+    # In the storage it is taken over like that of a machine that is gone.
+    assert (shared / LEASE).exists()
 
 
 def test_a_lease_that_a_storage_misses_once_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

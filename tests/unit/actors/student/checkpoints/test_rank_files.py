@@ -393,6 +393,28 @@ def test_an_operation_that_is_tried_again_is_told_before_it_has_succeeded(tmp_pa
     assert "checkpoints/step-000004/COMMITTED.json" in Storage(url).list()
 
 
+def test_a_lease_that_is_read_again_is_told_too(tmp_path: Path, monkeypatch) -> None:
+    """The lease is where a rank notices an outage first."""
+    monkeypatch.chdir(tmp_path)
+    shared = tmp_path / "shared" / "run"
+    shared.mkdir(parents=True)
+    told: list[dict[str, Any]] = []
+    with Lease([Storage.local(shared)]).take() as lease:
+        trainer = FileTrainer(0, Meeting(threading.Barrier(1)), state="trained")
+        url = shared.as_uri()
+        files = RankFiles(trainer, tmp_path / "run", url, lease.ticket, told.append)  # type: ignore[arg-type]
+        opened = Storage._open
+
+        def fails_once(storage: Storage, key: str) -> Any:
+            monkeypatch.setattr(Storage, "_open", opened)
+            raise OSError(f"{key}: the share does not answer")
+
+        monkeypatch.setattr(Storage, "_open", fails_once)
+        files.save(tmp_path / "run" / "checkpoints" / "step-000004", {"step": 4})
+    assert [(retry["rank"], retry["what"]) for retry in told] == [(0, "read lease.json")]
+    assert told[0]["reason"].endswith("the share does not answer")
+
+
 class FailingTrainer(FileTrainer):
     """Whose writer raises what torch's does where a disk is full, which is no OSError."""
 

@@ -1,4 +1,5 @@
-"""Ray Serve's controller: one that stands still is restarted, since Serve's own calls wait for it without end.
+"""Ray Serve's controller: it is started apart from the job that needs it, and restarted if it stands still, since Serve's own
+calls wait for it without end.
 
 Ray restarts a controller that dies, and the new one takes over what runs. One that hangs, Ray does not notice: nothing replaces
 a lost replica any more, pools can be neither deployed nor deleted, and a resumed run would not even get as far as saying so.
@@ -8,12 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.client import ray as client
 
 from actors.background_call import in_daemon_thread
 from kdray.errors import KdrayError
@@ -23,6 +29,46 @@ logger = logging.getLogger(__name__)
 _ASK_EVERY_S = 2.0
 _RESTARTS_S = 60.0
 """Longest restart: a process, and its checkpoint."""
+_STARTS_S = 300.0
+"""Longest start of a controller by a process of its own."""
+_APART = """
+import sys
+
+import ray
+from actors.serve_controller import start_here
+
+ray.init(sys.argv[1], log_to_driver=False)
+start_here()
+"""
+
+
+def start() -> None:
+    """Start Ray Serve unless it runs; blocks.
+
+    On a cluster it outlives the job that needs it first, and Ray lends an actor's environment to all actors that it creates:
+    variables, packages and code of that job would be those of every later job's replicas. So a process that belongs to no job
+    starts it. Raises: KdrayError.
+    """
+    context = ray.get_runtime_context()
+    # A machine that is only a client of the cluster need not reach this address.
+    if context.runtime_env and not client.is_connected() and _controller() is None:
+        environment = {name: value for name, value in os.environ.items() if name != RAY_JOB_CONFIG_JSON_ENV_VAR}
+        command = [sys.executable, "-c", _APART, context.gcs_address]
+        try:
+            subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=_STARTS_S)
+        except subprocess.TimeoutExpired as error:
+            raise KdrayError(f"Ray Serve did not start within {_STARTS_S:g} s") from error
+        except subprocess.CalledProcessError as error:
+            raise KdrayError(f"Ray Serve did not start: {error.stderr.strip()}") from error
+    start_here()
+
+
+def start_here() -> None:
+    """Start Ray Serve from this process unless it runs; blocks."""
+    from ray import serve
+
+    # Replicas are called through handles only: no HTTP proxy, no open port.
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
 
 
 def revive(limit_s: float) -> bool:

@@ -18,7 +18,7 @@ from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.utils import get_num_cpus
 from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
 
-from actors.serve_controller import revive
+from actors import serve_controller
 from cluster.planning.placement import Bundle, Node, check_capacity
 from cluster.planning.reservation import live_nodes
 from kdray.config import Config
@@ -159,12 +159,9 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
             start_local(num_cpus=config.cluster.local_cpus, **quiet)
     try:
         if serving:
-            from ray import serve
-
             # One that another run left behind standing still would hang this one, before it can say anything.
-            revive(config.cluster.stuck_after_s)
-            # Replicas are called through handles only: no HTTP proxy, no open port.
-            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+            serve_controller.revive(config.cluster.stuck_after_s)
+            serve_controller.start()
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
         yield
     finally:

@@ -108,9 +108,10 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
     """Ray actor options of one replica: its resource reservation, and its number of threads."""
     # Ray sets one thread for an actor that reserves a fraction of a CPU; the reservation is the intended number.
     threads = str(max(1, int(settings.num_cpus)))
+    environment = _job_environment()
     options: dict[str, Any] = {
         "num_cpus": settings.num_cpus,
-        "runtime_env": {"env_vars": {**_job_variables(), "OMP_NUM_THREADS": threads}},
+        "runtime_env": environment | {"env_vars": {**(environment.get("env_vars") or {}), "OMP_NUM_THREADS": threads}},
     }
     if settings.num_gpus:
         options["num_gpus"] = settings.num_gpus
@@ -123,9 +124,7 @@ def actor_options(settings: EngineSettings) -> dict[str, Any]:
     return options
 
 
-def _job_variables() -> dict[str, str]:
-    """Environment variables of this process's Ray job. Serve's controller, possibly started by another job, passes on its
-    own."""
-    if not ray.is_initialized():
-        return {}
-    return dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})
+def _job_environment() -> dict[str, Any]:
+    """Runtime environment of this process's Ray job. Serve's controller, which creates the replicas, is of no job or of
+    another."""
+    return dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}

@@ -159,7 +159,8 @@ def test_nodes_come_for_replicas_and_go_when_the_pool_shrinks_and_when_the_run_e
                         "max_replicas": 2,
                         "upscale_wait_s": 1,
                         "upscale_delay_s": 2,
-                        "downscale_idle_s": 5,
+                        # Longer than a busy machine takes to start the second, during which it trains no step.
+                        "downscale_idle_s": 15,
                         "drain_s": 5,
                         "report_every_s": 1,
                     },

@@ -73,14 +73,14 @@ def recipe(workplace: Path, name: str, **sections: object) -> str:
     return str(write_recipe(workplace, name, **(values | sections)))
 
 
-def environments(titles: Sequence[str], value: str) -> list[dict[str, str]]:
-    """Environments of the processes of a job with one of these in their command line."""
+def environments(titles: Sequence[str], value: str | None = None) -> list[dict[str, str]]:
+    """Environments of the processes with one of these in their command line; of a job by its value of VARIABLE."""
     found = []
     for process in psutil.process_iter():
         try:
             environment = process.environ()
             line = " ".join(process.cmdline())
-            if any(title in line for title in titles) and environment.get(VARIABLE) == value:
+            if any(title in line for title in titles) and value in (None, environment.get(VARIABLE)):
                 found.append(environment)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -125,6 +125,10 @@ def test_a_run_is_submitted_watched_stopped_and_resumed(user: Path, head: Head, 
     # Every process of the job has kdray from the job's own folder, the engine's included, and the forwarded variable.
     engines = environments(ENGINE, "first")
     assert engines
+    # Serve's controller, which outlives the job, has nothing of it to pass on to the next.
+    (controller,) = (each for each in environments(["ServeController"]) if each.get("RAY_AUTH_TOKEN") == head.token)
+    assert VARIABLE not in controller
+    assert "working_dir_files" not in controller.get("PYTHONPATH", "")
     code = engines[0]["PYTHONPATH"].split(os.pathsep)[0]
     assert "working_dir_files" in code
     assert Path(code).is_relative_to(head.folder)

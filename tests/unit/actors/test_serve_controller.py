@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
 from actors import serve_controller
-from actors.serve_controller import keep_alive, revive
+from actors.serve_controller import keep_alive, revive, start
 from kdray.errors import KdrayError
 from kdray.rollouts.race import once
 
@@ -24,9 +25,14 @@ class Cluster:
         self.unavailable = 0
         self.killed: list[bool] = []
         self.asked = 0
+        self.runtime_env: dict[str, Any] = {}
+        self.gcs_address = "127.0.0.1:1"
 
     def is_initialized(self) -> bool:
         return True
+
+    def get_runtime_context(self) -> Cluster:
+        return self
 
     def get_actor(self, name: str, namespace: str) -> Any:
         assert (name, namespace) == ("SERVE_CONTROLLER_ACTOR", "serve")
@@ -103,3 +109,33 @@ async def test_the_watch_tells_of_every_restart_and_goes_on(on: Callable[[Cluste
     await once(lambda: events[-1] == ("controller_restarted", {"silent_s": 0.05}), 0.01)
     watching.cancel()
     assert set(cluster.killed) == {False}
+
+
+@pytest.mark.parametrize(
+    ("runtime_env", "runs", "apart"),
+    [({}, False, False), ({"env_vars": {"A": "1"}}, True, False), ({"env_vars": {"A": "1"}}, False, True)],
+    ids=["no job", "it runs", "job"],
+)
+def test_a_jobs_environment_is_kept_from_the_controller(
+    on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch, runtime_env: dict[str, Any], runs: bool, apart: bool
+) -> None:
+    commands: list[tuple[str, set[str]]] = []
+    here: list[None] = []
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"A": "1"}}}')
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
+    monkeypatch.setattr(subprocess, "run", lambda command, env, **_: commands.append((command[-1], set(env))))
+    monkeypatch.setattr(serve_controller, "start_here", lambda: here.append(None))
+    on(Cluster(runs=runs)).runtime_env = runtime_env
+    start()
+    assert len(here) == 1
+    assert [address for address, _ in commands] == ["127.0.0.1:1"] * apart
+    for _, names in commands:
+        assert "RAY_AUTH_TOKEN" in names
+        assert "RAY_JOB_CONFIG_JSON_ENV_VAR" not in names
+
+
+def test_why_serve_does_not_start_is_said(on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_controller, "_APART", "raise SystemExit('no node answers')")
+    on(Cluster(runs=False)).runtime_env = {"env_vars": {"A": "1"}}
+    with pytest.raises(KdrayError, match="Ray Serve did not start: no node answers"):
+        start()

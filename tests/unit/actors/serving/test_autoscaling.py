@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
+from actors.serving import deployment
 from actors.serving.autoscaling import CANNOT_BE_PLACED, Load, ScaleWatch, ScalingRules, State, decide
 from actors.serving.deployment import actor_options
 from actors.serving.replica_choice import CallRoute, ReplicaLoad, soonest
@@ -410,6 +411,17 @@ def test_mixed_hardware_is_asked_for_by_label() -> None:
     }
     assert "label_selector" not in actor_options(_engine(accelerator_type="L4"))
     assert not _engine(accelerator_types=["L4"]).mixed_hardware
+
+
+def test_replicas_have_the_environment_of_their_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's controller, which creates them, is of no job, and passes nothing on."""
+    found = {"pip": ["a-package"], "working_dir": "gcs://code.zip", "env_vars": {"A": "1", "OMP_NUM_THREADS": "7"}}
+    context = SimpleNamespace(runtime_env=found)
+    monkeypatch.setattr(deployment, "ray", SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context))
+    options = actor_options(_engine(num_cpus=2))
+    assert options["runtime_env"] == found | {"env_vars": {"A": "1", "OMP_NUM_THREADS": "2"}}
+    monkeypatch.setattr(deployment, "ray", SimpleNamespace(is_initialized=lambda: False))
+    assert actor_options(_engine(num_cpus=2))["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "2"}}
 
 
 # ---------------------------------------------------------------------------------------------------- Serve's router

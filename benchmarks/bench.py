@@ -103,7 +103,10 @@ SCRIPTS: dict[str, list[Goal]] = {
         Goal(
             "alpha 0 in a mixture replica, over a teacher that decodes every token",
             ">= 1.5",
-            lambda found: ", ".join(f"{kind} {each['ratio']:.2f}" for kind, each in found["lengths"].items()),
+            lambda found: ", ".join(
+                f"{in_flight} in flight {' and '.join(format(each['ratio'], '.2f') for each in kinds.values())}"
+                for in_flight, kinds in found["in_flight"].items()
+            ),
         )
     ],
     "step_growth": [

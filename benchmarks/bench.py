@@ -133,6 +133,16 @@ SCRIPTS: dict[str, list[Goal]] = {
         )
     ],
     "step_costs": [],
+    "stages_alone": [
+        Goal("the loop's steps over its slower stage alone", ">= 0.85", lambda found: f"{found['loop_over_ideal']:.2f}")
+    ],
+    "recording_cost": [
+        Goal(
+            "one pass over the same with nothing recorded",
+            ">= 0.95",
+            lambda found: ", ".join(f"{count} in flight {each['ratio']:.2f}" for count, each in found["in_flight"].items()),
+        )
+    ],
     "against_trl": [
         Goal("whole loop on-policy, alpha 0, over TRL's trainer", ">= 2.0 (1.3)", _over_trl("kdray, alpha 0")),
         Goal("whole loop at alpha 0.2, over the same trainer, which cannot mix", ">= 1.5 (1.0)", _over_trl("kdray, alpha 0.2")),

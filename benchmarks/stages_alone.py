@@ -90,7 +90,7 @@ def main() -> None:
         folder = Path(root)
         loop = step_costs.measure(folder)
         path = recipe(SIZES["small"], folder, "alone", {"alpha": 0.0, "max_staleness": 1})
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ |= {"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}
         context = check(load_config(path)).with_models()
         drawing, drawn = asyncio.run(draw(context))
         training = train(context, drawn, folder)

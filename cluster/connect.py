@@ -76,6 +76,18 @@ def _loopback() -> Iterator[None]:
             os.environ[variable] = told
 
 
+def _where_it_listens(address: str) -> contextlib.AbstractContextManager[None]:
+    """Context in which Ray joins an address of this machine.
+
+    Ray replaces a loopback address by the machine's other one, at which a cluster that was bound to loopback never answers.
+    """
+    parts = urlsplit(f"//{address}")
+    if "://" in address or parts.port is None or parts.hostname not in _LOOPBACK:
+        return contextlib.nullcontext()
+    return _loopback() if unreachable(f"{ray.util.get_node_ip_address()}:{parts.port}") else contextlib.nullcontext()
+
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SOCKET_BYTES = 107
 """Longest path of a socket on Linux."""
 _BELOW = len("/ray/session_2026-11-29_20-38-22_460123_4194304/sockets/plasma_store_9")
@@ -150,7 +162,8 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
             if address != "auto" and (problem := unreachable(address)):
                 raise ConfigError(f"{setting}={problem}; {remedy}")
             try:
-                ray.init(address=address, **quiet)
+                with _where_it_listens(address):
+                    ray.init(address=address, **quiet)
             except ConnectionError as error:
                 raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
             if not is_token_auth_enabled():

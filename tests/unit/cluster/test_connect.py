@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 from ray._private.utils import validate_socket_filepath
+from ray.util import get_node_ip_address
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -52,6 +54,31 @@ def test_a_start_that_a_busy_machine_was_too_slow_for_is_repeated(
     assert len(calls) == min(3, len(errors) + (ends_with is None))
     assert all(call["address"] == "local" and call["num_cpus"] == 2 for call in calls)
     assert (dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER) == before
+
+
+@pytest.mark.parametrize(("bound_to", "loopback"), [("127.0.0.1", True), ("0.0.0.0", False)])
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_a_cluster_is_joined_where_it_listens(
+    monkeypatch: pytest.MonkeyPatch, name: str, bound_to: str, loopback: bool
+) -> None:
+    """Ray would look for one that is bound to loopback at the machine's other address, and for its node's name there, too."""
+    # A machine without a network has no other address.
+    loopback = loopback and get_node_ip_address() != "127.0.0.1"
+    joined: list[bool] = []
+
+    def init(address: str, **options: Any) -> None:
+        joined.append(not ray_constants.ENABLE_RAY_CLUSTER)
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server((bound_to, 0)) as server:
+        address = f"{name}:{server.getsockname()[1]}"
+        tree = {"run": {"name": "x"}, "student": {"model": {"type": "tiny"}}, "teachers": {"t": {"model": {"type": "tiny"}}}}
+        config = parse_config(tree | {"cluster": {"address": address}})
+        with pytest.raises(ConfigError, match="no Ray cluster answers there"), connected(config):
+            pass
+    assert joined == [loopback]
+    assert ray_constants.ENABLE_RAY_CLUSTER
 
 
 @pytest.mark.parametrize(("where", "variable"), [("local", None), (None, "local"), (None, None)])

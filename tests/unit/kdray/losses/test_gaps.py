@@ -30,6 +30,7 @@ from kdray.config.losses import LOSSES
 from kdray.config.registry import name_of as kind_name
 from kdray.losses import LossBatch, Whitening, loss_function, return_sums
 from kdray.losses.policy_gradient import by_response, of_tokens, returns_after, returns_from, tokens_after
+from kdray.losses.rollout_gap import rollout_gap
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.types import WRITERS, Rollout
 
@@ -207,3 +208,36 @@ def test_per_decision_with_a_gap_by_hand() -> None:
         loss = PerDecisionLoss(type="per_decision", horizon=horizon)
         (gradient,) = torch.autograd.grad(loss_function(loss)(logits, batch, loss).total, logits)
         assert (gradient[mask][:, 0] / 0.75).tolist() == pytest.approx(wanted)
+
+
+def _of_groups() -> LossBatch:
+    """Four tokens, one of which no loss reads; two groups are of the trained version, as of two teachers."""
+    return LossBatch(
+        token_ids=torch.zeros(1, 5, dtype=torch.long),
+        mask=torch.tensor([[True, True, False, True, True]]),
+        vocab_size=3,
+        student_logprobs=torch.tensor([[-1.0, -2.0, -9.0, -3.0, -4.0]]),
+        group=torch.tensor([[0, 1, 0, 2, 0]]),
+        groups=("a/staleness_0", "b/staleness_0", "a/staleness_1", "c/staleness_0"),
+    )
+
+
+def test_shares_of_groups_by_hand() -> None:
+    found = _of_groups().shares("clipped", torch.tensor([True, False, True, False]))
+    assert {name: int(value) for name, value in found.items()} == {
+        "clipped": 2,
+        "a/staleness_0/clipped": 1,
+        "a/staleness_0/tokens": 2,
+        "b/staleness_0/clipped": 0,
+        "b/staleness_0/tokens": 1,
+        "a/staleness_1/clipped": 1,
+        "a/staleness_1/tokens": 1,
+        "c/staleness_0/clipped": 0,
+        "c/staleness_0/tokens": 0,
+    }
+
+
+def test_the_gap_of_rollouts_is_over_all_fresh_groups() -> None:
+    """Of several teachers, whose groups are compared one after the other."""
+    found = rollout_gap(torch.tensor([-1.5, -2.25, -7.0, -4.125]), _of_groups())
+    assert {name: float(value) for name, value in found.items()} == {"rollout_gap": 0.875, "rollout_gap_tokens": 3.0}

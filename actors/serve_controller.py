@@ -59,7 +59,8 @@ def start() -> None:
         except subprocess.TimeoutExpired as error:
             raise KdrayError(f"Ray Serve did not start within {_STARTS_S:g} s") from error
         except subprocess.CalledProcessError as error:
-            raise KdrayError(f"Ray Serve did not start: {error.stderr.strip()}") from error
+            *_, reason = f"exit code {error.returncode}", *error.stderr.strip().splitlines()
+            raise KdrayError(f"Ray Serve did not start: {reason}") from error
     start_here()
 
 

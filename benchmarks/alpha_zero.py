@@ -22,8 +22,7 @@ import numpy as np
 from actors.serving.engine import TeacherEngine
 from actors.serving.spec import EngineSpec
 from benchmarks import measured
-from kdray.config import TinyModel
-from kdray.models.resolve import build_tiny_model
+from benchmarks.tiny_pair import VOCAB, engine_spec
 from kdray.types import Rollout, SampleRequest
 
 IN_FLIGHT, ROUNDS = (4, 16, 64, 128), 7
@@ -36,7 +35,7 @@ def _requests(alpha: float, round_: int, count: int, spread: bool) -> list[Sampl
     random = np.random.default_rng(round_)
     found = []
     for index in range(count):
-        prompt, seed = random.integers(3, 99, size=24).astype(np.int32), int(random.integers(2**62))
+        prompt, seed = random.integers(3, VOCAB, size=24).astype(np.int32), int(random.integers(2**62))
         length = int(random.integers(4, LONGEST + 1)) if spread else LONGEST
         found.append(SampleRequest(index, index, prompt, alpha, seed, length))
     return found
@@ -92,20 +91,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with TemporaryDirectory() as root:
-        spec = EngineSpec(
-            role="mixture",
-            model=str(build_tiny_model(TinyModel(type="tiny", layers=6, width=192, seed=1), Path(root) / "teacher")),
-            student=str(build_tiny_model(TinyModel(type="tiny", layers=3, width=96, seed=2), Path(root) / "student")),
-            vocab_size=99,
-            # A random model ends a sequence at any token; without that, every round has the same work.
-            stop_ids=(),
-            max_model_len=256,
-            teacher_top_k=16,
-            student_top_k=16,
-            max_num_seqs=max(IN_FLIGHT),
-            kv_cache_gib=0.5,
-        )
-        found = asyncio.run(measure(spec, rounds))
+        found = asyncio.run(measure(engine_spec(Path(root), max(IN_FLIGHT)), rounds))
     for in_flight, kinds in found.items():
         for kind, each in kinds.items():
             ratios = f"{each['ratio']:.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})"

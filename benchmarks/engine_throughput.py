@@ -18,8 +18,7 @@ import numpy as np
 from actors.serving.engine import TeacherEngine
 from actors.serving.spec import EngineSpec, Role
 from benchmarks import measured
-from kdray.config import TinyModel
-from kdray.models.resolve import build_tiny_model
+from benchmarks.tiny_pair import VOCAB, engine_spec
 from kdray.types import Rollout, SampleRequest
 
 IN_FLIGHT = 128
@@ -31,7 +30,9 @@ ALPHAS: dict[Role, float] = {"teacher": 1.0, "student": 0.0, "mixture": 0.2}
 def _requests(alpha: float, round_: int) -> list[SampleRequest]:
     rng = np.random.default_rng(round_)
     return [
-        SampleRequest(index, index, rng.integers(3, 99, size=24).astype(np.int32), alpha, int(rng.integers(2**62)), NEW_TOKENS)
+        SampleRequest(
+            index, index, rng.integers(3, VOCAB, size=24).astype(np.int32), alpha, int(rng.integers(2**62)), NEW_TOKENS
+        )
         for index in range(IN_FLIGHT)
     ]
 
@@ -60,24 +61,9 @@ async def _measure(spec: EngineSpec) -> dict[str, float]:
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with TemporaryDirectory() as root:
-        teacher = build_tiny_model(TinyModel(type="tiny", layers=6, width=192, seed=1), Path(root) / "teacher")
-        student = build_tiny_model(TinyModel(type="tiny", layers=3, width=96, seed=2), Path(root) / "student")
         rates = {}
         for role in ALPHAS:
-            spec = EngineSpec(
-                role=role,
-                model=str(student if role == "student" else teacher),
-                student=str(student) if role == "mixture" else None,
-                vocab_size=99,
-                # A random model ends a sequence at any token; without that, every round has the same work.
-                stop_ids=(),
-                max_model_len=256,
-                teacher_top_k=16,
-                student_top_k=16,
-                max_num_seqs=IN_FLIGHT,
-                kv_cache_gib=0.5,
-            )
-            rates[role] = asyncio.run(_measure(spec))
+            rates[role] = asyncio.run(_measure(engine_spec(Path(root), IN_FLIGHT, role)))
             print(role, {name: round(rate) for name, rate in rates[role].items()}, flush=True)
     after_another = 1 / (1 / rates["teacher"]["sample"] + 1 / rates["student"]["sample"])
     ratio = rates["mixture"]["sample"] / after_another

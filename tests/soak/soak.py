@@ -109,8 +109,8 @@ def size_of(folder: Path, without: Sequence[str] = ()) -> float:
     return total / 2**20
 
 
-def soak(folder: Path, minutes: float, marker: str, plant: str | None, rate: float) -> Part:
-    """Train for so long from the first step on, measuring every few seconds."""
+def soak(part: Part, folder: Path, minutes: float, marker: str, plant: str | None, rate: float) -> None:
+    """Train for so long from the first step on, measuring into `part` every few seconds."""
     if not (folder / "prompts.jsonl").exists():
         make_workplace(folder)
     recipe = write_recipe(
@@ -122,7 +122,6 @@ def soak(folder: Path, minutes: float, marker: str, plant: str | None, rate: flo
         cluster={"health_check_period_s": 2},
     )
     run = folder / "runs" / "soak"
-    part = Part()
     before = len(json_lines(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
     with tempfile.TemporaryFile("w+") as log:
         arguments = ["run", str(recipe), *(["--resume"] if (run / "config.yaml").exists() else [])]
@@ -143,7 +142,6 @@ def soak(folder: Path, minutes: float, marker: str, plant: str | None, rate: flo
         process.send_signal(signal.SIGINT)
         finish(process, 130)
     part.steps = len(json_lines(run / "metrics.jsonl")) - before
-    return part
 
 
 @contextlib.contextmanager
@@ -193,8 +191,11 @@ def main() -> None:
         series = folder / "series.json"
         parts = [Part(**each) for each in json.loads(series.read_text())] if series.exists() else []
         stack.enter_context(_ray())
-        parts.append(soak(folder, given.minutes, marker, given.plant, given.mib_per_minute))
-        series.write_text(json.dumps([asdict(part) for part in parts]))
+        parts.append(Part())
+        try:
+            soak(parts[-1], folder, given.minutes, marker, given.plant, given.mib_per_minute)
+        finally:  # what was measured before a run died is the evidence of why
+            series.write_text(json.dumps([asdict(part) for part in parts]))
     sys.exit(report(parts, given.plant))
 
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from kdray.config.losses import LOSSES, LossSettings
+from kdray.config.base import Settings
+from kdray.config.explain import explain
+from kdray.config.losses import LossSettings, LossSource
 from kdray.errors import ConfigError, TrainingError
 from kdray.losses.batch import LossBatch
 
@@ -49,11 +52,16 @@ def distillation_loss(
     return loss_function(settings)(student_logits[:, :-1], batch, settings).total / targets.sum()
 
 
+class _Given(Settings):
+    """The argument `loss`, as the setting of that name in a recipe."""
+
+    loss: LossSource
+
+
 def _settings(loss: LossSettings | Mapping[str, Any] | str) -> LossSettings:
     if isinstance(loss, LossSettings):
         return loss
     try:
-        found: LossSettings = LOSSES.parse({"type": loss} if isinstance(loss, str) else loss)
-    except ValueError as error:
-        raise ConfigError(f"loss{error}" if str(error).startswith(".") else f"loss: {error}") from error
-    return found
+        return _Given.model_validate({"loss": {"type": loss} if isinstance(loss, str) else loss}).loss
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain(item, _Given) for item in error.errors())) from error

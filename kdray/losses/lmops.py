@@ -41,8 +41,7 @@ def lmops(rows: Buckets, batch: LossBatch, settings: LMOpsLoss, whitening: White
         flat = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
     policy_gradient = surrogate.sum()
 
-    both = rows if settings.single_step else rows.detach()
-    single_step = both.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
+    single_step = rows.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
     return LossOutput(
         total=single_step + policy_gradient,
         sums={
@@ -51,6 +50,6 @@ def lmops(rows: Buckets, batch: LossBatch, settings: LMOpsLoss, whitening: White
             "staleness_ratio": (tokens.current - tokens.student).exp().sum(),
             **batch.shares("ppo_clipped", flat),
             **tokens.metric_sums(),
-            **both.metric_sums(),
+            **rows.metric_sums(),
         },
     )

@@ -42,9 +42,7 @@ def minillm(rows: Buckets, batch: LossBatch, settings: MiniLLMLoss, whitening: W
     weights = tokens.mixing * staleness if settings.mixing_weight else staleness
     policy_gradient = -(weights * returns * tokens.logprobs).sum()
 
-    # Without the single-step term the KL is still reported, detached from the backward pass.
-    both = rows if settings.single_step else rows.detach()
-    single_step = both.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
+    single_step = rows.reverse_kl() if settings.single_step else torch.zeros_like(policy_gradient)
     return LossOutput(
         total=single_step + policy_gradient,
         sums={
@@ -53,6 +51,6 @@ def minillm(rows: Buckets, batch: LossBatch, settings: MiniLLMLoss, whitening: W
             "staleness_ratio": staleness.sum(),
             **batch.shares("staleness_clipped", clipped),
             **tokens.metric_sums(),
-            **both.metric_sums(),
+            **rows.metric_sums(),
         },
     )

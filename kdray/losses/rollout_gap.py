@@ -44,7 +44,7 @@ def rollout_gap_of_logits(logits: torch.Tensor, batch: LossBatch) -> dict[str, t
         mine = rows[part, : batch.vocab_size]
         mine = mine.to(torch.promote_types(mine.dtype, torch.float32))
         found.append(mine.gather(-1, tokens[part, None])[:, 0] - mine.logsumexp(-1))
-    return rollout_gap(torch.cat(found) if found else logits.new_zeros(0), batch)
+    return rollout_gap(torch.cat(found), batch)
 
 
 def _tells(batch: LossBatch) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import kdray
+from kdray.config import JSDLoss
 from kdray.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -69,6 +70,27 @@ def test_a_loss_that_needs_more_than_logits_is_refused() -> None:
         kdray.distillation_loss(logits, logits, ids, ids == 0, "jds")
     with pytest.raises(kdray.KdrayError, match=r"mask: no token after the first is a target"):
         kdray.distillation_loss(logits, logits, ids, torch.tensor([[True, False, False]]), "jsd")
+
+
+def test_a_loss_with_settings_of_its_own() -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 1, 3, 5, generator=generator)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    beta = 0.1
+    p, q = (logits[0, :2].softmax(-1) for logits in (teacher, student))
+    m = beta * p + (1 - beta) * q
+    by_hand = (beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()) / 2
+    for loss in ({"type": "jsd", "beta": beta}, JSDLoss(type="jsd", beta=beta)):
+        assert kdray.distillation_loss(student, teacher, ids, ids == 0, loss).item() == pytest.approx(by_hand.item(), rel=1e-5)
+    for given, message in (
+        ({"type": "jsd", "beta": 7}, r"^loss\.beta=7: input should be less than 1$"),
+        ({"type": "jsd", "bta": 0.1}, r"^loss\.bta: unknown key; did you mean `beta`\?$"),
+        ({"type": "jds"}, r"^loss\.type='jds': no installed loss has this name; did you mean `jsd`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            kdray.distillation_loss(student, teacher, ids, ids == 0, given)
 
 
 def test_distillation_loss_is_the_mean_over_targets_by_hand() -> None:

@@ -145,6 +145,19 @@ def test_relations_within_each_response(function, by_hand):
         assert errors[0] == pytest.approx(errors[1]), "the scale of the states plays no part"
 
 
+@pytest.mark.parametrize(
+    ("function", "tokens"), [(hidden_mse, 1), (hidden_cosine, 1), (relation_distances, 3), (relation_similarities, 2)]
+)
+def test_half_precision_is_compared_in_float32(function, tokens):
+    """In the shortest response that differs: relative distances of two tokens are always 1."""
+    generator = torch.Generator().manual_seed(3)
+    s, t = torch.randn(2, tokens, 6, generator=generator).bfloat16()
+    found = function(s, t)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(function(s.double(), t.double()).item(), rel=1e-5)
+    assert found > 1e-3
+
+
 def test_a_key_without_attention_costs_a_finite_amount():
     s, t = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]], requires_grad=True), torch.tensor([[[[0.0, 1.0], [0.5, 0.5]]]])
     value = attention_kl(s, t, torch.tensor([[False, True]]))

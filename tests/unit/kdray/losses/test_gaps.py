@@ -113,6 +113,7 @@ def measured(loss: LossSettings, rollouts: list[Rollout], logits: list[torch.Ten
     weights = {one.sample_id: 0.5 + one.sample_id for one in rollouts} if loss.type == "sequence" else None
     batch = rollouts_to_batch(rollouts, step=3, weights=weights)
     tensors = LossBatch.from_train_batch(batch, VOCAB)
+    assert tensors.groups == batch.groups
     placed = torch.full((*batch.token_ids.shape, VOCAB), torch.nan, dtype=torch.float64)
     for row, (one, given_logits) in enumerate(zip(rollouts, logits, strict=True)):
         placed[row, len(one.prompt_ids) : len(one.prompt_ids) + len(one.token_ids)] = given_logits

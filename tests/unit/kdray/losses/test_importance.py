@@ -48,6 +48,10 @@ def test_staleness_ratio_is_capped_above_only():
     ratio, clipped = staleness_ratio(current, sampled, cap=1.5)
     torch.testing.assert_close(ratio, torch.tensor([1.5, 1.0, 0.25, 1.5]))
     assert clipped.tolist() == [True, False, False, True]
+    # At the cap itself nothing is cut off: under cap 1 the sampler's own version trains.
+    kept, clipped = staleness_ratio(sampled, sampled, cap=1.0, handling="mask")
+    assert (kept == 1.0).all()
+    assert not clipped.any()
     # float32 overflow of the raw ratio still ends at the cap
     assert staleness_ratio(torch.tensor([0.0]), torch.tensor([-200.0]), cap=2.0)[0].item() == 2.0
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdray.config import ForwardKLLoss, JSDLoss, MiniLLMLoss, ReverseKLLoss, SequenceLoss
+from kdray.config import ForwardKLLoss, JSDLoss, LMOpsLoss, MiniLLMLoss, ReverseKLLoss, SequenceLoss
 from kdray.errors import TrainingError, VocabError
 from kdray.losses import LossBatch, loss_function
 
@@ -265,6 +265,41 @@ def test_minillm_by_hand():
     assert loss_function(discounted)(*by_hand(), discounted).sums["policy_gradient"].item() == pytest.approx(4 * LN2**2)
 
 
+def test_lmops_counts_as_clipped_what_has_no_gradient():
+    """Single tokens with clip 0.5; their advantage is log p / q, and the ratio is exactly 0.5 or 1.5 at the bounds."""
+    log_q = torch.zeros(4, dtype=torch.float64).log_softmax(-1)[0].item()
+    #          advantage, ratio, is clipped
+    cases = [
+        (0.0, 3.0, False),
+        (0.0, 0.1, False),
+        (1.0, 1.5, False),
+        (-1.0, 0.5, False),
+        (1.0, 3.0, True),
+        (-1.0, 0.1, True),
+        (1.0, 0.1, False),
+        (-1.0, 3.0, False),
+    ]
+    count = len(cases)
+    advantages, ratios, clipped = (torch.tensor(each, dtype=torch.float64).unsqueeze(-1) for each in zip(*cases, strict=True))
+    batch = LossBatch(
+        token_ids=torch.zeros(count, 1, dtype=torch.long),
+        mask=torch.ones(count, 1, dtype=torch.bool),
+        vocab_size=4,
+        student_logprobs=torch.full((count, 1), log_q, dtype=torch.float64),
+        mixture_logprobs=log_q - ratios.log(),
+        teacher_logprobs=log_q + advantages,
+        support_ids=torch.arange(4).repeat(count, 1, 1),
+        support_logprobs=torch.full((count, 1, 4), log_q, dtype=torch.float64),
+        tail_logprobs=torch.full((count, 1), -torch.inf, dtype=torch.float64),
+    )
+    loss = LMOpsLoss(type="lmops", clip=0.5, whitening=False, single_step=False)
+    logits = torch.zeros(count, 1, 4, dtype=torch.float64, requires_grad=True)
+    output = loss_function(loss)(logits, batch, loss)
+    assert output.sums["ppo_clipped"] == clipped.sum() == 2
+    (gradient,) = torch.autograd.grad(output.total, logits)
+    assert ((gradient == 0).all(-1) == (clipped.bool() | (advantages == 0))).all()
+
+
 def test_sft_by_hand():
     # -ln(1/2) - ln(1/4) - ln(1/8) = 6 ln2
     assert loss_function(None)(*by_hand(), None).total.item() == pytest.approx(6 * LN2, rel=1e-14)
@@ -510,7 +545,7 @@ def test_errors_name_what_is_missing():
     logits, batch, _ = make(np.random.default_rng(15))
     with pytest.raises(TrainingError, match="support_ids"):
         loss_function(REVERSE)(logits, replace(batch, support_ids=None), REVERSE)
-    with pytest.raises(VocabError, match=r"9 columns .* 10 ids"):
+    with pytest.raises(VocabError, match=r"the student's logits have 9 columns .* 10 ids"):
         loss_function(None)(logits, replace(batch, vocab_size=10), None)
 
 

@@ -114,6 +114,36 @@ def test_each_token_is_weighted_by_its_own_ratio_bounded_as_the_loss_bounds_it(w
         torch.testing.assert_close(term_of_each(world, loss, alpha, values, sampler), by_hand, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("horizon", [0, 1])
+def test_a_window_multiplies_the_ratios_of_the_tokens_around(world: ToyWorld, horizon: int) -> None:
+    """By hand: the product of q / m_old over `horizon` tokens to either side, as far as the response goes."""
+    alpha, values = 0.3, value_of_each(world) - 0.4
+    batch = world.batch(alpha, world.theta + world.drift)
+    assert batch.mixture_logprobs is not None
+    current = world.token_logprobs(world.student(world.theta))
+    ratios = (current - batch.mixture_logprobs).exp().where(world.mask, 1.0)
+    length = ratios.shape[1]
+    windows = [ratios[:, max(0, at - horizon) : at + horizon + 1].prod(-1) for at in range(length)]
+    weights = torch.stack(windows, dim=1) * values.unsqueeze(-1)
+    rows = world.student(world.theta).exp()[world.prefix]
+    by_logit = torch.nn.functional.one_hot(world.tokens, rows.shape[-1]) - rows
+    by_hand = -WEIGHT * torch.einsum(
+        "bs,bsv,bsvd->bd", weights.masked_fill(~world.mask, 0.0), by_logit, world.features[world.prefix]
+    )
+    loss = PerDecisionLoss(type="per_decision", horizon=horizon)
+    found = term_of_each(world, loss, alpha, values, world.theta + world.drift)
+    torch.testing.assert_close(found, by_hand, rtol=1e-9, atol=1e-12)
+
+
+def test_float32_logits_have_a_float32_loss(world: ToyWorld) -> None:
+    """Products of ratios are float64 in between."""
+    batch = world.batch(0.2)
+    batch = replace(batch, more={"advantages": value_of_each(world).unsqueeze(-1).expand(batch.mask.shape).clone()})
+    logits = (world.features @ world.theta)[world.prefix].float()
+    loss = PerDecisionLoss(type="per_decision", reward_weight=WEIGHT)
+    assert loss_function(loss)(logits, batch, loss).total.dtype == torch.float32
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.type)
 def test_the_objective_that_ranks_use_has_the_same_term(world: ToyWorld, loss: LossSettings) -> None:
     batch = world.batch(0.2)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kdray.config import ULDLoss
@@ -20,7 +20,7 @@ from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.batching import rollouts_to_batch
 from kdray.teachers.alignment import align, boundaries
 from kdray.teachers.cross_tokenizer import CrossTokenizerScorer, vocabulary_map
-from kdray.types import Rollout
+from kdray.types import WRITERS, Rollout, written_by
 
 LINES = ["last letters of the words", "the coin is still heads up", "naïve 对话"]
 
@@ -111,15 +111,17 @@ def test_a_token_is_the_students_first_one_of_its_text() -> None:
 
 
 def sentence_pieces(spaced: bool) -> Any:
-    """Words begin with a mark, unknown characters fall back to bytes; `spaced`: a space is put before every text."""
-    tokens = ["<unk>", "</s>", "▁", "a", "b", "▁a", "å", *(f"<0x{byte:02X}>" for byte in range(256))]
+    """Words begin with a mark, a sequence with its own token, unknown characters fall back to bytes; `spaced`: a space is put
+    before every text."""
+    tokens = ["<unk>", "</s>", "<s>", "▁", "a", "b", "▁a", "å", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True))
     mark = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), mark]) if spaced else mark
     read = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)] if spaced else read)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.mark.parametrize("spaced", [False, True])
@@ -144,6 +146,15 @@ def test_sentence_pieces_and_bytes_are_told_from_letters(spaced: bool) -> None:
     assert vocabulary_map(teacher, pieces, len(pieces))[pieces.convert_tokens_to_ids("<0xE5>")] == UNMATCHED
 
 
+def test_a_text_that_the_student_would_change_has_no_counterpart() -> None:
+    """Its first letter alone would look right."""
+    student, teacher = merges([]), byte_level(280, "<end>", ["aB aB"])
+    student.backend_tokenizer.normalizer = normalizers.Lowercase()
+    mapped, ids = vocabulary_map(student, teacher, len(teacher)), teacher.get_vocab()
+    assert mapped[ids["a"]] == student.get_vocab()["a"]
+    assert mapped[ids["aB"]] == UNMATCHED
+
+
 def test_a_teacher_without_an_end_is_refused() -> None:
     endless = byte_level(270, "<end>")
     endless.eos_token = None
@@ -153,11 +164,17 @@ def test_a_teacher_without_an_end_is_refused() -> None:
 
 async def test_the_same_tokenizer_gives_the_teachers_own_columns() -> None:
     inner = Bigram(len(CHARACTERS))
-    (found,) = await score(scorer(CHARACTERS, CHARACTERS, inner), rollout(CHARACTERS, "abc de"))
+    given = rollout(CHARACTERS, "abc de")
+    given = replace(given, writer=written_by("data", len(given.token_ids)))
+    (found,) = await score(scorer(CHARACTERS, CHARACTERS, inner), given)
     (asked,) = inner.asked
     assert asked.token_ids.tolist() == found.token_ids.tolist()
     assert asked.prompt_ids.tolist() == [9, 8, 2]
     assert asked.student_versions.tolist() == [4] * 7
+    assert asked.writer.tolist() == [WRITERS.index("data")] * 7
+    assert asked.writer.dtype == given.writer.dtype
+    assert asked.mixture_logprobs is None, "those are of the student's tokens"
+    assert asked.student_logprobs is None
     (plain,) = [part async for part in inner.score([asked])]
     for name in ("support_ids", "support_logprobs", "tail_logprobs", "teacher_logprobs"):
         np.testing.assert_allclose(getattr(found, name), getattr(plain[0], name))
@@ -218,7 +235,7 @@ async def test_what_the_teacher_cannot_read_has_no_rows_and_the_rest_is_scored()
     assert long.support_ids is not None
     assert long.teacher_logprobs is not None
     assert short.support_ids is not None
-    assert (long.support_ids == -1).all()
+    assert long.support_ids.tolist() == [[-1]] * len(long.token_ids), "no wider than it has to be"
     assert (long.teacher_logprobs == 0).all()
     assert (short.support_ids != -1).any()
 

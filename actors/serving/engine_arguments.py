@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from actors.serving.scoring.prompt_logprobs import MOST_IDS
 from actors.serving.spec import EngineSpec
+from actors.weights.scratch import PREFIX, process_folder
 from kdray.errors import EngineError
 from kdray.models.precision import checkpoint_dtype, cpu_dtype
 
 RECORDERS = {"v1": "actors.vllm_plugin.recorder:Recorder", "v2": "actors.vllm_plugin.recorder_v2:RecorderV2"}
 """Model runner of vLLM -> the logits processor that records its batches."""
 _SWITCHES = {"v1": "0", "v2": "1"}
+_SOCKETS = "VLLM_RPC_BASE_PATH"
 _PROMPT_ROWS = 256
 """Most tokens of a request in a step that vLLM's own prompt logprobs are computed for."""
 
@@ -29,6 +32,9 @@ def set_environment(spec: EngineSpec) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # vLLM leaves its sockets behind. A folder that is inherited belongs to another process.
+    if Path(os.environ.get(_SOCKETS) or PREFIX).name.startswith(PREFIX):
+        os.environ[_SOCKETS] = str(process_folder())
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(math.ceil(spec.start_timeout_s))
 
 

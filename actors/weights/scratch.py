@@ -1,4 +1,4 @@
-"""Folders for what a process keeps in files for a while, such as weights on their way into an engine.
+"""Folders for what a process keeps in files for a while, such as weights on their way into an engine, or sockets.
 
 What killed processes left is removed by the next one of the same user that makes one.
 
@@ -42,9 +42,14 @@ def spacious_folder(size: int) -> Path:
 
 def temporary_folder() -> Path:
     """Create a folder on the disk for temporary files (`TMPDIR`), which goes with the process, or is swept after it."""
+    return Path(tempfile.mkdtemp(dir=process_folder()))
+
+
+def process_folder() -> Path:
+    """This process's own folder among temporary files, for names that have to be short, such as those of sockets."""
     place = Path(tempfile.gettempdir())
     sweep(place)
-    return Path(tempfile.mkdtemp(dir=_folder_in(place)))
+    return _folder_in(place)
 
 
 def release() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 import torch
@@ -17,6 +19,7 @@ from scipy.stats import chisquare
 
 from actors.serving.engine import TeacherEngine
 from actors.student.hidden_state_loss import load_output_head
+from actors.weights.scratch import process_folder
 from kdray.config.environments import EnvironmentSettings
 from kdray.errors import EngineError
 from kdray.rollouts.columns import rollout_columns, unscored, value_of, with_columns
@@ -369,6 +372,14 @@ async def test_vllms_own_prompt_logprobs_agree_with_the_recorder(pair: Pair, tin
         assert rollout.reverse_kl is None
     with pytest.raises(EngineError, match="scoring=recorder"):
         await anext(engine.score(plain))
+
+
+async def test_sockets_are_where_they_go_with_the_process(pair: Pair) -> None:
+    """vLLM removes none of them; the folder is, or is swept after a kill."""
+    names = [Path(each.laddr) for each in psutil.Process().net_connections("unix")]
+    assert {name.parent for name in names if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name.name)} == {
+        process_folder()
+    }
 
 
 async def test_an_abandoned_stream_leaves_nothing_behind(pair: Pair) -> None:

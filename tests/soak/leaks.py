@@ -47,10 +47,15 @@ def _folder(size: int, recipe: Path) -> None:
 
 
 def _file_in(folder: str, size: int) -> Any:
-    file = tempfile.NamedTemporaryFile(prefix="kdray-leak-", dir=folder)  # noqa: SIM115 - it leaks
+    file = tempfile.NamedTemporaryFile(prefix=prefix(), dir=folder)  # noqa: SIM115 - it leaks
     file.write(os.urandom(size))
     file.flush()
     return file
+
+
+def prefix() -> str:
+    """Of the planted files of a soak."""
+    return f"kdray-leak-{os.environ['KDRAY_TEST_MARKER']}-"
 
 
 LEAKS: dict[str, Callable[[int, Path], None]] = {"driver": _driver, "shm": _shm, "store": _store, "folder": _folder}

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from tests.integration.conftest import make_workplace
-from tests.soak.leaks import LEAKS
+from tests.soak.leaks import LEAKS, prefix
 from tests.soak.slopes import Slope, combined, slope
 from tests.support.runs import finish, json_lines, of_the_run, start, write_recipe
 
@@ -196,6 +196,8 @@ def main() -> None:
             soak(parts[-1], folder, given.minutes, marker, given.plant, given.mib_per_minute)
         finally:  # what was measured before a run died is the evidence of why
             series.write_text(json.dumps([asdict(part) for part in parts]))
+            for planted in Path("/dev/shm").glob(f"{prefix()}*"):
+                planted.unlink()
     sys.exit(report(parts, given.plant))
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from actors.serving.engine import TeacherEngine
 from actors.serving.spec import EngineSpec
+from actors.weights.scratch import process_folder
 from kdray.types import SampleRequest
 
 
@@ -49,8 +50,8 @@ def module(name: str, **contents: Any) -> ModuleType:
     return made
 
 
-async def started(monkeypatch: pytest.MonkeyPatch, model: Path, on_cpu: bool, **fields: Any) -> StubEngine:
-    """A teacher's engine, on a platform that vLLM is told of."""
+async def started(monkeypatch: pytest.MonkeyPatch, model: Path, on_cpu: bool, sockets: str = "", **fields: Any) -> StubEngine:
+    """A teacher's engine, on a platform that vLLM is told of. Args: sockets: the environment's own folder of them."""
     stubs = {
         "vllm": {"AsyncEngineArgs": dict},
         "vllm.platforms": {"current_platform": Platform(on_cpu)},
@@ -66,6 +67,7 @@ async def started(monkeypatch: pytest.MonkeyPatch, model: Path, on_cpu: bool, **
         monkeypatch.setenv(name, "before")
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "before")
     monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", sockets)
     given: dict[str, Any] = {"vocab_size": 99, "stop_ids": (1,), "max_model_len": 64} | fields
     engine = TeacherEngine(EngineSpec(role="teacher", model=str(model), student=None, **given))
     await engine.start()
@@ -83,6 +85,15 @@ async def test_vllm_waits_for_the_engine_as_long_as_the_settings_say(monkeypatch
     assert engine.environment["VLLM_ENGINE_READY_TIMEOUT_S"] == "4001"
     default = await started(monkeypatch, model, on_cpu=True)
     assert int(default.environment["VLLM_ENGINE_READY_TIMEOUT_S"]) >= 1800
+
+
+async def test_sockets_go_with_their_process_unless_the_user_says_where(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    own = str(process_folder())
+    for given, expected in (("", own), ("/tmp/kdray-scratch-of-my-parent", own), (str(tmp_path), str(tmp_path))):
+        engine = await started(monkeypatch, model, on_cpu=True, sockets=given)
+        assert engine.environment["VLLM_RPC_BASE_PATH"] == expected
 
 
 @pytest.mark.parametrize(

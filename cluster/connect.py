@@ -16,11 +16,13 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.utils import get_num_cpus
+from ray.exceptions import AuthenticationError
 from tenacity import RetryError, Retrying, retry_if_exception_message, stop_after_attempt
 
 from actors import serve_controller
 from cluster.planning.placement import Bundle, Node, check_capacity
 from cluster.planning.reservation import live_nodes
+from kdray.checks.cluster_token import token_refused
 from kdray.config import Config
 from kdray.errors import ConfigError, KdrayError
 
@@ -166,7 +168,11 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
             try:
                 with _where_it_listens(address):
                     ray.init(address=address, **quiet)
+            except AuthenticationError as error:
+                raise token_refused(address, is_wrong=False) from error
             except ConnectionError as error:
+                if "InvalidAuthToken" in str(error.__cause__):
+                    raise token_refused(address, is_wrong=is_token_auth_enabled()) from error
                 raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
             if not is_token_auth_enabled():
                 logger.warning(NO_TOKEN.format(where=f"the cluster at {setting}={address}"))

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.jobs.package import JobPackage, write_folder
+from kdray.checks.cluster_token import token_refused, token_source
 from kdray.config import Config
 from kdray.config.base import is_loopback
 from kdray.errors import ConfigError, KdrayError
@@ -75,14 +76,6 @@ def server_address(given: str | None, insecure: bool = False) -> str:
     return url.rstrip("/")
 
 
-def _token_source() -> str | None:
-    """Location where Ray finds this user's token; None if there is none."""
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        if os.environ.get(name):
-            return name
-    return "~/.ray/auth_token" if (Path.home() / ".ray" / "auth_token").is_file() else None
-
-
 @dataclass(frozen=True)
 class JobState:
     """State of a job as reported by its server."""
@@ -119,7 +112,7 @@ class JobServer:
         # reads once, when it is imported.
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             os.environ.pop(name, None)
-        if _token_source() is not None:
+        if token_source() is not None:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from cluster.connect import unreachable
 
@@ -281,23 +274,8 @@ class JobServer:
         from requests.exceptions import ConnectionError as RequestsConnectionError
         from requests.exceptions import RequestException, Timeout
 
-        source = _token_source()
         if isinstance(error, AuthenticationError):
-            if "Forbidden" in str(error):
-                return ConfigError(
-                    f"{source}: the token is not that of the cluster at {self.address}; take the one that its head was started "
-                    "with (on the head: ray get-auth-token)"
-                )
-            mode = os.environ.get("RAY_AUTH_MODE")
-            if source is not None and mode != "token":
-                return ConfigError(f"RAY_AUTH_MODE={mode}: the cluster at {self.address} asks for a token; set it to token")
-            if source == "RAY_AUTH_TOKEN_PATH":
-                path = os.environ[source]
-                return ConfigError(f"RAY_AUTH_TOKEN_PATH={path}: holds no token; write the cluster's into the file")
-            return ConfigError(
-                f"RAY_AUTH_TOKEN: not set, and the cluster at {self.address} asks for a token; set it to the one that its head "
-                "was started with (on the head: ray get-auth-token), or RAY_AUTH_TOKEN_PATH to a file that holds it"
-            )
+            return token_refused(self.address, is_wrong="Forbidden" in str(error))
         if isinstance(error, ConnectionError | RequestsConnectionError | Timeout | ClientConnectionError):
             return ConfigError(f"--address={self.address}: no job server of Ray answers there; give the dashboard's address")
         if isinstance(error, RequestException | ClientError | KeyError) or "Version check" in str(error):

@@ -31,8 +31,11 @@ VARIABLE = "KDRAY_TEST_JOB"
 @dataclass(frozen=True)
 class Head:
     address: str
+    """Of its job server."""
     token: str
     folder: Path
+    gcs: str
+    """Address that drivers join."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def head() -> Iterator[Head]:
     inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         with started_head(folder, ports, inherited | settings, marker, "--num-cpus=4", "--dashboard-host=127.0.0.1"):
-            yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", token, folder)
+            yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", token, folder, f"127.0.0.1:{ports['port']}")
     finally:
         assert_nothing_left(marker)
         shutil.rmtree(folder, ignore_errors=True)
@@ -221,6 +224,30 @@ def test_what_is_wrong_with_token_and_address_is_one_message(user: Path, head: H
         assert head.token not in output
         assert wrong not in output
     other.shutdown()
+
+
+def test_joining_a_cluster_without_its_token_is_one_message(user: Path, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head asks for one as soon as its user has one, and a driver sends it only if told to: Ray itself says that nothing is
+    there."""
+    monkeypatch.setenv("HOME", str(user))
+    config = recipe(user, "joining", cluster={"address": head.gcs})
+    wrong = secrets.token_hex(32)
+    started = []
+    for environment, message in (
+        ({"RAY_AUTH_TOKEN": head.token}, f"RAY_AUTH_MODE: not set, and the cluster at {head.gcs} asks for a token"),
+        ({"RAY_AUTH_TOKEN": wrong, "RAY_AUTH_MODE": "token"}, "RAY_AUTH_TOKEN: the token is not that of the cluster"),
+        ({"RAY_AUTH_MODE": "token"}, f"RAY_AUTH_TOKEN: not set, and the cluster at {head.gcs} asks for a token"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delenv("RAY_AUTH_TOKEN")
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            started.append((start("plan", config), message))
+    for process, message in started:
+        output = finish(process, 2)
+        assert message in output
+        assert head.token not in output
+        assert wrong not in output
 
 
 @pytest.mark.full

@@ -55,7 +55,7 @@ ALLOWED = {
     ),
     # Commands and the cluster.
     "cluster.planning": "kdray.errors kdray.config kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.checks",
-    "cluster.connect": "kdray.errors kdray.config actors.serve_controller cluster.planning",
+    "cluster.connect": "kdray.errors kdray.config kdray.checks actors.serve_controller cluster.planning",
     "cluster.parts": "kdray.interfaces kdray.teachers actors.driver_actor actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",
     "cluster.evaluation": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, first_reason
+from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, Unavailable, first_reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,8 +79,19 @@ def exit_codes() -> Iterator[Outcome]:
         raise typer.Exit(_explain(error, outcome)) from None
 
 
+SUPERVISED = "KDRAY_SUPERVISED"
+"""Environment variable of a run that a supervisor has started."""
+MAY_PASS = 64
+"""What such a run adds to its exit code where its reason may pass by itself."""
+
+
 def _explain(error: BaseException, outcome: Outcome) -> int:
     """Print the reason why the command ends, and return its exit code."""
+    may_pass = isinstance(error, Unavailable) and SUPERVISED in os.environ
+    return _told(error, outcome) + (MAY_PASS if may_pass else 0)
+
+
+def _told(error: BaseException, outcome: Outcome) -> int:
     logs = outcome.logs()
     where = f"\nlogs: {logs}" if logs is not None else ""
     if isinstance(error, KeyboardInterrupt | Interrupted):

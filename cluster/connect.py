@@ -24,7 +24,7 @@ from cluster.planning.placement import Bundle, Node, check_capacity
 from cluster.planning.reservation import live_nodes
 from kdray.checks.cluster_token import token_refused
 from kdray.config import Config
-from kdray.errors import ConfigError, KdrayError
+from kdray.errors import AwayError, ConfigError, KdrayError
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
         if address and not _starts_local(config):
             remedy = CLUSTER_REMEDY.format(setting=setting)
             if address != "auto" and (problem := unreachable(address)):
-                raise ConfigError(f"{setting}={problem}; {remedy}")
+                raise AwayError(f"{setting}={problem}; {remedy}")
             try:
                 with _where_it_listens(address):
                     ray.init(address=address, **quiet)
@@ -173,7 +173,7 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
             except ConnectionError as error:
                 if "InvalidAuthToken" in str(error.__cause__):
                     raise token_refused(address, is_wrong=is_token_auth_enabled()) from error
-                raise ConfigError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
+                raise AwayError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
             if not is_token_auth_enabled():
                 logger.warning(NO_TOKEN.format(where=f"the cluster at {setting}={address}"))
         else:

@@ -21,8 +21,16 @@ class VocabError(DataError):
     """Teacher and student disagree on the meaning of a token id."""
 
 
-class CapacityError(ConfigError):
-    """The cluster can never provide what the config requires."""
+class Unavailable(KdrayError):
+    """Something outside of the run, which it needs, is away: the same command may succeed later."""
+
+
+class AwayError(Unavailable, ConfigError):
+    """What a setting names does not answer at the start, or is in another driver's hands."""
+
+
+class CapacityError(Unavailable, ConfigError):
+    """The cluster, as it is now, cannot provide what the config requires."""
 
 
 class EngineError(KdrayError, RuntimeError):
@@ -49,7 +57,7 @@ class TrainingError(KdrayError, RuntimeError):
     """The student group failed, or its loss was no longer finite."""
 
 
-class StorageError(KdrayError, OSError):
+class StorageError(Unavailable, OSError):
     """`run.storage` could not be read or written, even after retries."""
 
 

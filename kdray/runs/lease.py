@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kdray.config import Config
-from kdray.errors import ConfigError, LeaseLost, StorageError
+from kdray.errors import AwayError, LeaseLost, StorageError
 from kdray.runs.folder import LEASE, not_writable
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.storage import Retry, Storage
@@ -119,7 +119,7 @@ class Lease:
         """Take the lease everywhere, or from a driver that is gone, and begin to renew it.
 
         Waits for a third of `stale_after_s` before it takes over from a driver whose end it cannot see.
-        Raises: ConfigError naming the driver that holds it; OSError if the run folder cannot be written.
+        Raises: AwayError naming the driver that holds it; OSError if the run folder cannot be written.
         """
         try:
             for place, renewed in zip(self._places, self._renewed, strict=True):
@@ -229,7 +229,7 @@ class Lease:
 def leased(config: Config, stored: StoredRun | None, stale_after_s: float = STALE_AFTER_S) -> Lease:
     """Take the lease of a config's run folder, and of its copy in `run.storage`.
 
-    Raises: ConfigError naming the driver that holds it, or the folder that cannot be written.
+    Raises: AwayError naming the driver that holds it; ConfigError naming the folder that cannot be written.
     """
     places = [Storage.local(config.run_folder), *([] if stored is None else [stored.storage])]
     try:
@@ -270,9 +270,9 @@ def _reason(place: Storage, owner: str) -> str | None:
     return f"{place.url}: {other}; nothing more was written. This driver stood still, or lost sight of its files, for too long"
 
 
-def _held(place: Storage, found: Holder, stale_after_s: float) -> ConfigError:
+def _held(place: Storage, found: Holder, stale_after_s: float) -> AwayError:
     age = max(0.0, time.time() - found.heartbeat)
-    return ConfigError(
+    return AwayError(
         f"{place.url}: process {found.pid} on {found.host} is at work on this run (seen {age:.0f} s ago); wait for its end, or "
         f"stop it there. If that machine is gone, try again {stale_after_s:.0f} s after it was last seen"
     )

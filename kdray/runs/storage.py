@@ -25,7 +25,7 @@ from pyarrow import fs as arrow
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential_jitter
 
 from kdray.config.storage import CREDENTIALS, below
-from kdray.errors import ConfigError, StorageError
+from kdray.errors import AwayError, ConfigError, StorageError
 
 T = TypeVar("T")
 
@@ -161,7 +161,7 @@ class Storage:
             if isinstance(error, PermissionError) or any(sign in str(error) for sign in _REFUSALS):
                 remedy = "make it writable for this user" if self.is_local else CREDENTIALS
                 raise ConfigError(f"{setting}: may not be written: {error}; {remedy}") from error
-            raise ConfigError(f"{setting}: cannot be written: {error}; correct the URL, or start its server") from error
+            raise AwayError(f"{setting}: cannot be written: {error}; correct the URL, or start its server") from error
         finally:
             self.patience_s = patience
 

@@ -26,7 +26,7 @@ from kdray.config import OpenAITeacherSettings
 from kdray.config.base import is_loopback
 from kdray.config.signals import Signal
 from kdray.data.dataset import asked_text
-from kdray.errors import ConfigError, EngineError, RequestRefused
+from kdray.errors import AwayError, ConfigError, EngineError, RequestRefused
 from kdray.interfaces import Availability
 from kdray.teachers.dialect import Dialect, support, text_of, token_id_of
 from kdray.teachers.fingerprint import Fingerprint
@@ -160,7 +160,7 @@ class RemoteTeacher:
     async def check(self) -> None:
         """Make a short call that verifies address, key and model; with `token_ids`, also that both sides use the same ids.
 
-        Raises: ConfigError with setting, value and remedy.
+        Raises: ConfigError with setting, value and remedy; AwayError if the endpoint does not answer as it should.
         """
         try:
             if self._settings.token_ids:
@@ -169,8 +169,10 @@ class RemoteTeacher:
                 await self._chat(_PROBE, max_tokens=1, seed=0)
             else:
                 await self._complete(_PROBE, max_tokens=1)
-        except EngineError as error:
+        except RequestRefused as error:
             raise ConfigError(str(error)) from None
+        except EngineError as error:
+            raise AwayError(str(error)) from None
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[list[Rollout]]:
         """See `kdray.interfaces.Sampler`: only the teacher writes. With `logprobs` the rollouts come scored.

@@ -19,10 +19,20 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.cli_base import MAY_PASS, SUPERVISED
 from cluster.diagnosis import doctor
 from kdray import __version__
 from kdray.config import load_config, parse_config
-from kdray.errors import CapacityError, ConfigError, DataError, EngineError, Interrupted, VocabError
+from kdray.errors import (
+    AwayError,
+    CapacityError,
+    ConfigError,
+    DataError,
+    EngineError,
+    Interrupted,
+    StorageError,
+    VocabError,
+)
 from kdray.runs.checkpoints import commit
 from kdray.runs.folder import RunFolder
 from kdray.runs.storage import Storage
@@ -278,6 +288,23 @@ def test_exit_codes(recipe, launch, error, code):
     if code == 1:
         assert "replica 3 died" in result.stderr
         assert "logs: runs/trial/logs" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CapacityError("too few GPUs"), 2 + MAY_PASS),
+        (AwayError("run.storage=s3://b: cannot be written"), 2 + MAY_PASS),
+        (ExceptionGroup("tasks", [StorageError("write state: no answer")]), 1 + MAY_PASS),
+        (ConfigError("rollout.alpha=2: too much"), 2),
+        (EngineError("replica 3 died on node x"), 1),
+        (Interrupted("stopped at step 5 after writing a checkpoint"), 130),
+    ],
+)
+def test_a_supervised_run_says_whether_its_reason_may_pass(recipe, launch, monkeypatch, error, code):
+    monkeypatch.setenv(SUPERVISED, "1")
+    launch.fails = error
+    assert call("run", recipe).exit_code == code
 
 
 def test_an_unexpected_error_leaves_its_traceback_in_the_log(recipe, launch):

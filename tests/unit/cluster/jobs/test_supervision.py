@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli_base import MAY_PASS
 from cluster.jobs import supervision
-from cluster.jobs.supervision import Advance, Supervisor, newest_step
+from cluster.jobs.supervision import Absence, Advance, Supervisor, newest_step
 
 # Each start takes the next of the ends that it is given: the steps that it makes, then an exit code or a signal.
 _RUN = """
@@ -70,6 +71,48 @@ def test_a_step_that_fails_twice_ends_the_supervision_with_1(tmp_path: Path) -> 
 
 def test_a_kill_that_repeats_is_a_failure_of_the_run_not_a_signal_of_the_user(tmp_path: Path) -> None:
     assert supervised(tmp_path / "r", (4, -9), (4, -9))[0] == 1
+
+
+AWAY, OUTAGE = 2 + MAY_PASS, 1 + MAY_PASS
+"""A node that is not there at a start; a storage that went away during the run."""
+
+
+def test_a_run_waits_for_what_is_away_as_long_as_it_takes(tmp_path: Path) -> None:
+    """The same step fails many times, and once for a reason of its own."""
+    code, starts, told = supervised(tmp_path / "r", (3, OUTAGE), *[(3, AWAY)] * 5, (3, 1), (3, AWAY), (9, 0))
+    assert (code, len(starts)) == (0, 9)
+    assert told[0] == "supervision: the run ended as something that it needs is away at step 3; it is resumed in 0 s"
+    assert "ended with 1 at step 3" in told[6]
+
+
+@pytest.mark.parametrize(("end", "code"), [(AWAY, 2), (OUTAGE, 1)])
+def test_what_is_away_when_a_run_would_begin_ends_it(tmp_path: Path, end: int, code: int) -> None:
+    assert supervised(tmp_path / "r", (None, end), (9, 0))[:2] == (code, [[]])
+
+
+def test_a_resume_waits_from_its_first_start_on(tmp_path: Path) -> None:
+    """As a job that takes the place of one whose machine is gone: its lease is still there."""
+    code, starts, _ = supervised(tmp_path / "r", (None, AWAY), (9, 0), resume=True)
+    assert (code, starts) == (0, [["--resume"], ["--resume"]])
+
+
+def test_what_stays_away_for_a_day_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_LONGEST_ABSENCE_S", 0.0)
+    code, starts, told = supervised(tmp_path / "r", (3, 1), (3, AWAY), (9, 0))
+    assert (code, len(starts)) == (2, 2)
+    assert told[-1] == "supervision: nothing was trained for 0 hours; it is not tried again"
+
+
+def test_an_absence_begins_anew_once_a_step_was_made() -> None:
+    absence = Absence()
+    day = supervision._LONGEST_ABSENCE_S
+    assert absence.may_wait(0.0, 3, 0)
+    waited = absence.wait_s
+    assert absence.may_wait(0.9 * day, 3, 0)
+    assert absence.wait_s > waited
+    assert absence.may_wait(1.1 * day, 4, 0)
+    assert absence.wait_s == waited
+    assert not absence.may_wait(2.2 * day, 4, 0)
 
 
 @pytest.mark.parametrize("code", [2, 130])

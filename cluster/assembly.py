@@ -66,7 +66,7 @@ async def open_pools(
     settings = config.rollout
 
     def pool(name: str, spec: EngineSpec, engine: EngineSettings) -> ReplicaPool:
-        missing_after_s = 120.0 if settings.teachers is None else settings.teachers.missing_after_s
+        missing_after_s = None if settings.teachers is None else settings.teachers.missing_after_s
         live = (teacher_weights or {}).get(name)
         handles = run if live is None else replace(run, compared=False, teacher_weights=live)
         return ReplicaPool(name, spec, engine, config.cluster, handles, settings.retries, missing_after_s, on_event)

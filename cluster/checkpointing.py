@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,30 @@ class Renewal:
     """Share of the average that is kept."""
 
 
+class Pace:
+    """How long the latest training step and the latest checkpoint took, by which a stop is planned; seconds."""
+
+    def __init__(self) -> None:
+        self.step_s = 0.0
+        self.save_s = 0.0
+        self._began: float | None = None
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Time a training step."""
+        self._began = time.monotonic()
+        try:
+            yield
+            self.step_s = time.monotonic() - self._began
+        finally:
+            self._began = None
+
+    def time_to_stop(self) -> float:
+        """Time that the rest of the running step and a checkpoint are likely to take."""
+        rest = 0.0 if self._began is None else max(0.0, self.step_s - (time.monotonic() - self._began))
+        return rest + self.save_s
+
+
 @dataclass(frozen=True)
 class CheckpointedStudent:
     """A StudentGroup (`kdray.interfaces`) over the ranks, which writes the run's progress with every checkpoint."""
@@ -111,11 +136,13 @@ class CheckpointedStudent:
     on_event: Callable[..., None]
     guard: Callable[[], None]
     """Called before anything is committed or deleted; raises if another driver has taken over the run. It may block."""
+    pace: Pace = field(default_factory=Pace)
 
     async def train_step(
         self, batch: TrainBatch, text: TrainBatch | None = None, scheduled: Mapping[str, float] | None = None
     ) -> StepReport:
-        return await self.ranks.train_step(batch, text, scheduled)
+        with self.pace.step():
+            return await self.ranks.train_step(batch, text, scheduled)
 
     async def publish(self, version: int) -> None:
         if self.renewal is not None and version % self.renewal.every == 0:
@@ -127,7 +154,11 @@ class CheckpointedStudent:
         await self._save(step, None, {})
 
     async def should_save_early(self) -> bool:
-        """Return True if the batches since the last checkpoint take all the disk that they may, and say so."""
+        """Return True, and say why, if a node with ranks is about to be taken away, or the batches since the last checkpoint
+        take all the disk that they may."""
+        if leaving := await self.ranks.leaving():
+            self.on_event("checkpoint_early", reason="preemption", ranks=leaving)
+            return True
         full = await self.ranks.holds_too_much()
         if full:
             self.on_event("checkpoint_early", reason="training.replay_gib")
@@ -163,11 +194,13 @@ class CheckpointedStudent:
         return sent, time.monotonic() - started
 
     async def _save(self, step: int, name: str | None, place: dict[str, Any]) -> None:
+        started = time.monotonic()
         await in_daemon_thread(self.guard)
         # First: once the checkpoint is committed, the files have everything that a resume from it needs.
         files = await self.keep_files()
         saved = await self.ranks.save_checkpoint(step, self._progress_now() | place, name)
         await self.note_saved(step, saved, *files)
+        self.pace.save_s = time.monotonic() - started
 
     async def note_saved(self, step: int, saved: Saved, files_bytes: int, files_s: float) -> None:
         """Report what a committed checkpoint cost, and delete the oldest ones."""
@@ -184,6 +217,7 @@ class OpenedCheckpoint:
     def __init__(self, student: CheckpointedStudent, step: int) -> None:
         self._student = student
         self._step = step
+        self._began = time.monotonic()
         self._files: tuple[int, float] = (0, 0.0)
 
     async def keep_files(self) -> None:
@@ -193,3 +227,4 @@ class OpenedCheckpoint:
         await in_daemon_thread(self._student.guard)
         saved = await self._student.ranks.commit_checkpoint()
         await self._student.note_saved(self._step, saved, *self._files)
+        self._student.pace.save_s = time.monotonic() - self._began

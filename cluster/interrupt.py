@@ -1,9 +1,11 @@
-"""Interrupts of a run: SIGINT, SIGTERM and SIGHUP as calls in its event loop; and that loop, also inside a running one."""
+"""Interrupts of a run: SIGINT, SIGTERM and SIGHUP as calls in its event loop, and the time that is left after one; and that
+loop, also inside a running one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -41,6 +43,46 @@ def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+class Grace:
+    """Time between a signal to stop and the kill that follows it, at whose end this process ends whatever it does."""
+
+    def __init__(self, seconds: float, tell: Callable[[str], object]) -> None:
+        """Args: tell: called in a thread with the reason, if the time ran out."""
+        self._seconds = seconds
+        self._tell = tell
+
+    def begin(self, time_to_stop: float) -> str | None:
+        """Begin the time. Args: time_to_stop: expected, seconds. Returns: why there is no room for a checkpoint, if there is
+        none."""
+        usable = self._seconds - min(_LAST_S, _LAST_SHARE * self._seconds)
+        # In another thread the process is somebody else's, as a notebook's.
+        if threading.current_thread() is threading.main_thread():
+            clock = threading.Timer(usable, self._end)
+            clock.daemon = True
+            clock.start()
+        if time_to_stop <= usable * _FITS:
+            return None
+        return (
+            f"the rest of the step and a checkpoint take about {time_to_stop:.0f} s, which do not fit into "
+            f"cluster.grace_s={self._seconds:g}"
+        )
+
+    def _end(self) -> None:
+        # The disk may be what hangs.
+        telling = threading.Thread(target=self._tell, args=(f"cluster.grace_s={self._seconds:g} is over",), daemon=True)
+        telling.start()
+        telling.join(_TELL_S)
+        os._exit(_INTERRUPTED)
+
+
+_INTERRUPTED = 130
+_LAST_S, _LAST_SHARE = 2.0, 0.1
+"""Part of the time in which the process itself ends."""
+_FITS = 0.8
+"""Share of the time that the expected stop may take: the end of the pools comes after it."""
+_TELL_S = 1.0
 
 
 def _heeded() -> list[signal.Signals]:

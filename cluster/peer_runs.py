@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from actors.driver_actor import ActorWatch, on_driver_node
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
-from cluster.interrupt import on_interrupt
+from cluster.interrupt import Grace, on_interrupt
 from cluster.parts import ConcurrentRuns, RunStores
 from cluster.runner import Runner, RunPlan
 from kdray.errors import Interrupted, LeaseLost, TrainingError
@@ -37,20 +38,13 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
     main = asyncio.current_task()
     assert main is not None
     actors: list[Any] = []
-
-    beside = ConcurrentRuns(list(plans), next(iter(plans.values())).checked.config.cluster.stuck_after_s)
+    cluster = next(iter(plans.values())).checked.config.cluster
+    beside = ConcurrentRuns(list(plans), cluster.stuck_after_s)
 
     def make(kind: type[Any]) -> Any:
         actors.append(on_driver_node(kind, max_concurrency=1000).remote())
         beside.actors.add(f"actor {len(actors)} of the run ({kind.__name__})", actors[-1])
         return actors[-1]
-
-    def on_signal() -> None:
-        if any(runner.stop.is_set() for runner in runners.values()):
-            main.cancel()
-        for runner in runners.values():
-            runner.stop.set()
-            runner.reporter.event("interrupt_requested")
 
     try:
         stores = _stores({name: plan.checked for name, plan in plans.items()}, make)
@@ -59,12 +53,33 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
         watchdog.advanced_at = lambda: max(beside.answered_at, *(each.advanced_at for each in reporters))
         watchdog.waits_for = beside.waits_for
         watchdog.on_event = reporters[0].event
-        with on_interrupt(on_signal):
+        with on_interrupt(partial(_interrupt, runners.values(), cluster.grace_s, main.cancel)):
             return await _all_of(runners, lease, watchdog, beside.actors)
     finally:
         beside.actors.close()
         for each in actors:
             ray.kill(each)
+
+
+def _interrupt(runners: Collection[Runner], grace_s: float | None, end: Callable[[], object]) -> None:
+    """Have all runs stop after a checkpoint; at once, if they were asked before, or a checkpoint does not fit into the time.
+
+    Args: end: ends them all at once.
+    """
+
+    def over(reason: str) -> None:
+        for runner in runners:
+            runner.reporter.event("interrupted", reason=reason)
+
+    first = not any(runner.stop.is_set() for runner in runners)
+    no_room = None
+    if first and grace_s is not None:
+        no_room = Grace(grace_s, over).begin(max(runner.pace.time_to_stop() for runner in runners))
+    for runner in runners:
+        runner.stop.set()
+        runner.reporter.event("interrupt_requested", **({} if no_room is None else {"without_checkpoint": no_room}))
+    if not first or no_room is not None:
+        end()
 
 
 async def _all_of(

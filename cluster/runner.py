@@ -24,7 +24,7 @@ from actors.student.group import StudentGroup
 from actors.student.trainer import Phase
 from cluster.assembly import open_pools, training_sources
 from cluster.batch_hooks import batch_hooks
-from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
+from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Pace, Renewal
 from cluster.engine_specs import student_ids
 from cluster.evaluation import check_signals, measure_at_start, measure_student, teacher_facts
 from cluster.parts import ConcurrentRuns, Pools, RunStores
@@ -83,6 +83,7 @@ class Runner:
         """Args: name: among the concurrent runs."""
         self.reporter = plan.reporter
         self.stop = asyncio.Event()
+        self.pace = Pace()
         """Event that ends the run after a checkpoint."""
         self._name = name
         self._checked = plan.checked
@@ -239,6 +240,7 @@ class Runner:
             renewal=self._renewal(),
             on_event=self.reporter.event,
             guard=self._lease.check_everywhere,
+            pace=self.pace,
         )
         if training.sft.steps and self._after_sft is None:
             await self._warm_up(recoverable, phases.sft)

@@ -41,6 +41,7 @@ _CALLS_PER_REPLICA = 8
 _ROUTING_STATS_PERIOD_S = 2.0
 _LOOK_FOR_SLOW_EVERY_S = 0.5
 _FIRST_PAUSE_S = 0.5
+_MISSING_AFTER_S = 120.0
 _LONGEST_PAUSE_S = 30.0
 
 
@@ -93,11 +94,11 @@ class ReplicaPool:
         cluster: ClusterSettings,
         run: RunHandles,
         retries: int,
-        missing_after_s: float = 120.0,
+        missing_after_s: float | None = None,
         on_event: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
         """Args: run: the actors that this pool's replicas talk to; missing_after_s: time without a replica until an outage
-        begins."""
+        begins; None: long enough for another to start."""
         self.name = name
         self.spec = spec
         self.retried = 0
@@ -117,6 +118,7 @@ class ReplicaPool:
         self._retries = retries
         self._on_event = on_event
         self._missing_after_s = missing_after_s
+        self._longest_start_s = 0.0
         self._refusals = 0
         self._failures = 0
         self._served_at = time.monotonic()
@@ -275,8 +277,10 @@ class ReplicaPool:
     @property
     def _patience_s(self) -> float:
         """Time without a replica until an outage begins; a pool that grows from zero also gets the time to place one."""
-        autoscaling = self._settings.autoscaling
-        return self._missing_after_s if autoscaling is None else max(self._missing_after_s, autoscaling.placement_timeout_s)
+        autoscaling, given = self._settings.autoscaling, self._missing_after_s
+        placing_s = 0.0 if autoscaling is None else autoscaling.placement_timeout_s
+        # Twice: Serve has to notice the loss, and another engine has to load.
+        return max(max(_MISSING_AFTER_S, 2 * self._longest_start_s) if given is None else given, placing_s)
 
     async def _watch_availability(self, serving: int) -> None:
         """Begin an outage if no replica has served for long, or all were rejected; end it when one serves."""
@@ -294,6 +298,8 @@ class ReplicaPool:
                 self.availability.restore()
                 self._on_event("teacher_back", teacher=self.name)
             return
+        if registry is not None:
+            self._longest_start_s = await registry.longest_start_s.remote(self.name)
         reason = None
         if turned_away:
             reason = f"teacher {self.name} has no replica left; the new one was turned away: {turned_away[-1]}"

@@ -21,6 +21,7 @@ class TeacherRegistry:
         self._known = {name: Fingerprint.from_dict(values) for name, values in known.items()}
         self._refused: list[tuple[str, str]] = []
         self._failures: dict[str, list[StartFailure]] = {}
+        self._longest_start_s: dict[str, float] = {}
 
     def enter(self, teacher: str, found: Fingerprint) -> str | None:
         """Register a replica, the first one of a teacher as the reference for the others; returns the reason if it is
@@ -37,6 +38,14 @@ class TeacherRegistry:
     def refused(self, teacher: str) -> list[str]:
         """Reasons for which replicas of a teacher were rejected so far, oldest first."""
         return [reason for name, reason in self._refused if name == teacher]
+
+    def started(self, pool: str, seconds: float) -> None:
+        """Register the time that a replica of a pool took to start, seconds."""
+        self._longest_start_s[pool] = max(seconds, self.longest_start_s(pool))
+
+    def longest_start_s(self, pool: str) -> float:
+        """The longest that a replica of a pool took to start, seconds; 0 if none has."""
+        return self._longest_start_s.get(pool, 0.0)
 
     def failed(self, pool: str, failure: StartFailure) -> None:
         """Store why an engine of a pool did not start; of a pool's logs only the newest is kept."""

@@ -52,10 +52,15 @@ class TeacherReplica:
         """Start the engine. Raises: EngineError with the cause if it does not start, or the registry rejects this replica."""
         # From the first line on: loading may hang, and outlast the driver.
         watch = StartWatch(run.owner, spec.start_timeout_s, partial(_report, run.registry), _delete_pool)
+        began = time.monotonic()
         try:
             await self._begin(spec, run)
         finally:
             watch.stop()
+        if run.registry is not None:
+            from ray import serve
+
+            await run.registry.started.remote(serve.get_replica_context().deployment, time.monotonic() - began)
 
     async def _begin(self, spec: EngineSpec, run: RunHandles) -> None:
         self._spec = spec

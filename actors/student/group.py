@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import on_driver_node
 from actors.student.checkpoints.rank_files import Saved
+from actors.student.lost_ranks import draining_nodes
 from actors.student.mailbox import Command, Mailbox
 from actors.student.rank import RankConfig, run_rank
 from actors.student.trainer import Phase
@@ -65,6 +66,9 @@ class StudentGroup:
         self._fit: asyncio.Future[Any] | None = None
         self._published_bytes: int | None = None
         self._telling: asyncio.Task[None] | None = None
+        self._looked_at = -_NOTICES_EVERY_S
+        self._leaving: set[str] = set()
+        """Nodes of ranks that are about to be taken away."""
         self._commands: dict[str, float] = {}
         """Running commands, and when they were given."""
 
@@ -224,6 +228,16 @@ class StudentGroup:
         held: int = await self._mailbox.kept_bytes.remote()
         return held >= self.training.replay_gib * _GIB
 
+    async def leaving(self) -> list[int]:
+        """Ranks whose node the cluster will take away, as it does a spot instance; every notice is told once."""
+        if (now := time.monotonic()) - self._looked_at < _NOTICES_EVERY_S:
+            return []
+        self._looked_at = now
+        nodes, drained = await self._mailbox.nodes.remote(), await in_daemon_thread(draining_nodes)
+        leaving = drained & set(nodes.values()) - self._leaving
+        self._leaving |= leaving
+        return sorted(rank for rank, node in nodes.items() if node in leaving)
+
     async def restarts(self) -> int:
         """Number of times that the ranks were restarted after one was lost."""
         return await self._mailbox.restarts.remote()
@@ -283,6 +297,7 @@ async def _awaited(reference: Any) -> Any:
 
 
 _CLOSE_S = 10.0
+_NOTICES_EVERY_S = 2.0
 _GIB = 2**30
 
 

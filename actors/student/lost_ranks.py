@@ -30,6 +30,14 @@ class LostRanks(UserCallback):
             raise TrainingError(refused)
 
 
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that the cluster has announced to take away; blocks."""
+    # What Ray Train's own watcher reads. Its public call is a barrier for all ranks in every step.
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
 def _is_preempted(error: Exception) -> bool:
     """True for a rank whose node was taken away with notice, as spot instances are."""
     # Ray Train wraps the error of a rank that did not answer.

@@ -95,6 +95,7 @@ class Mailbox:
         self._start: tuple[int, int | None, str | None] = (0, None, None)
         self._starts = 0
         self._ranks: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
         self._killed_at = 0.0
         self._heard_at = time.monotonic()
         self._stored: set[int] = set()
@@ -242,10 +243,15 @@ class Mailbox:
         """Seconds since the last call from any rank."""
         return time.monotonic() - self._heard_at
 
-    async def enter(self, rank: int, actor: Any) -> None:
-        """Register a rank's actor, for `kill_ranks`."""
+    async def enter(self, rank: int, actor: Any, node: str = "") -> None:
+        """Register a rank's actor, for `kill_ranks`, and the id of its node."""
         self._ranks[rank] = actor
+        self._nodes[rank] = node
         self._heard_at = time.monotonic()
+
+    async def nodes(self) -> dict[int, str]:
+        """Id of the node of every rank that has entered."""
+        return self._nodes
 
     async def num_entered(self) -> int:
         """Number of ranks that have ever called."""

@@ -93,7 +93,8 @@ def run_rank(given: dict[str, RankConfig]) -> None:
 def run_log(config: RankConfig, trainer: StudentTrainer, files: RankFiles, outlet: Outlet) -> None:
     """Execute the log's commands in order, from the last committed checkpoint on, until the stop command."""
     mailbox, rank = config.mailbox, trainer.rank
-    ray.get(mailbox.enter.remote(rank, ray.get_runtime_context().current_actor))
+    context = ray.get_runtime_context()
+    ray.get(mailbox.enter.remote(rank, context.current_actor, context.get_node_id()))
     index, phase, checkpoint = ray.get(mailbox.start.remote(rank))
     if phase is not None:
         files.start_phase(phase, None if checkpoint is None else Path(checkpoint))

@@ -7,7 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdray.config.base import Fraction, NonNegative, NonNegativeFloat, OnResume, Positive, PositiveFloat, Settings
+from kdray.config.base import (
+    FormerDefault,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    OnResume,
+    Positive,
+    PositiveFloat,
+    Settings,
+)
 from kdray.config.environments import EnvironmentSource
 from kdray.config.filters import FilterSettings
 from kdray.config.programs import ProgramSettings
@@ -48,8 +57,9 @@ class RouteSettings(Settings):
     """Teacher of prompts that `map` or `rules` do not cover; None rejects such prompts."""
     missing: Literal["wait", "stop"] = "wait"
     """Action while a teacher has no replica: `wait` for one with its prompts, or `stop` the run with the reason."""
-    missing_after_s: PositiveFloat = 120.0
-    """Seconds without a replica after which a teacher counts as missing."""
+    missing_after_s: Annotated[PositiveFloat | None, FormerDefault(120.0), OnResume()] = None
+    """Seconds without a replica after which a teacher counts as missing. None: 120, or twice as long as its replicas took to
+    start, if that is longer."""
 
     @model_validator(mode="after")
     def _one_way(self) -> RouteSettings:
@@ -99,8 +109,9 @@ class EnsembleSettings(Settings):
     missing: Literal["wait", "renormalise", "stop"] = "wait"
     """Action while a teacher has no replica: `wait` for one, `renormalise` the weights of the others, or `stop` the run with
     the reason."""
-    missing_after_s: PositiveFloat = 120.0
-    """Seconds without a replica after which a teacher counts as missing."""
+    missing_after_s: Annotated[PositiveFloat | None, FormerDefault(120.0), OnResume()] = None
+    """Seconds without a replica after which a teacher counts as missing. None: 120, or twice as long as its replicas took to
+    start, if that is longer."""
 
     @model_validator(mode="after")
     def _one_kind_of_weights(self) -> EnsembleSettings:

@@ -117,6 +117,11 @@ class ClusterSettings(Settings):
     """Longest start of an engine: reading the weights, compiling, capturing graphs. The 140 GB of a 70B model take 20 minutes
     at 120 MB/s. A replica whose engine takes longer ends, and Ray Serve starts another, three times in all; pools that do not
     serve a minute later, without a word, end the command (`start_stuck`)."""
+    grace_s: PositiveFloat | None = None
+    """Time from the signal to stop to the kill, where the run's machine is taken away: 30 where pods are evicted, 120 on spot
+    instances of AWS. The run has ended by then, with a checkpoint if the rest of the step and one fit, by the time that the
+    latest took, and otherwise at once: what came after the last checkpoint is trained again. None takes all the time that it
+    needs."""
     teardown_s: PositiveFloat = 120.0
     """Longest wait for pools of replicas to be deleted when a run ends; what is not gone by then is named in an event
     (`teardown_stuck`), and the command goes on without it."""

@@ -97,11 +97,27 @@ def _steps(run: Path) -> int:
     return 0
 
 
+def _announce_end(node_id: str) -> None:
+    """As Ray's autoscaler does when the cloud takes an instance back."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, reason = client.drain_node(node_id, preemption, "taken back", int(1000 * (time.time() + 120)))
+    assert accepted, reason
+
+
+def _events(run: Path, field: str) -> list[tuple[str, Any]]:
+    return [(event["kind"], event.get(field)) for event in json_lines(run / "events.jsonl")]
+
+
 @pytest.mark.timeout(1800)
 def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_rank(
     cluster: Cluster, workplace: Path, marker: str
 ) -> None:
-    """The recipe of the other tests with only its cluster section changed; then a teacher's and the student's node go."""
+    """The recipe of the other tests with only its cluster section changed; then a teacher's node goes, and the student's,
+    which the cluster announces."""
     training = {"steps": _STEPS, "checkpoint_every": 20, "batch_size": 32, "learning_rate": 1e-3}
     recipe = write_recipe(workplace, "placed", training=training, rollout={"max_new_tokens": 8, "retries": 8})
     plain = yaml.safe_load(recipe.read_text())
@@ -119,6 +135,8 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     cluster.remove_node(raylets[by_label["small"]], allow_graceful=False)
     _until(lambda: len(_replicas()) == 1, "the teacher's node is gone")
     before = _steps(run)
+    _announce_end(by_label["student"])
+    _until(lambda: ("checkpoint_early", "preemption") in _events(run, "reason"), "a checkpoint before the node is taken away")
     cluster.remove_node(raylets[by_label["student"]], allow_graceful=False)
     finish(process, 0, 600)
 
@@ -128,6 +146,7 @@ def test_roles_land_where_asked_and_a_run_outlives_the_nodes_of_a_replica_and_a_
     assert "replicas" in kinds
     summary = yaml.safe_load((run / "summary.json").read_text())
     assert summary["restarts"] >= 1
+    assert [counted for kind, counted in _events(run, "counted") if kind == "ranks_lost"] == [False], "it was announced"
     assert (summary["lost_samples"], summary["duplicated_samples"]) == (0, 0)
     # For the other tests, as it was.
     cluster.remove_node(spare)

@@ -29,6 +29,7 @@ from tests.support.runs import (
     check_ledger,
     finish,
     json_lines,
+    of_the_run,
     reachable_from_outside,
     start,
     write_recipe,
@@ -189,6 +190,32 @@ def test_the_same_folder_is_not_written_twice(workplace: Path) -> None:
     output = finish(start("run", str(write_recipe(workplace, "taken"))), 2)
     assert "taken" in output
     assert "--resume" in output
+
+
+@pytest.mark.full
+def test_a_run_whose_rank_hangs_has_ended_when_the_kill_would_come(workplace: Path, marker: str) -> None:
+    """As on a spot instance: the signal, and `cluster.grace_s` later the end of the machine."""
+    grace_s, training = 20.0, {"steps": 500, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 4}
+    recipe = write_recipe(workplace, "evicted", training=training, cluster={"grace_s": grace_s})
+    process = start("run", str(recipe))
+    run = workplace / "runs" / "evicted"
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or len(json_lines(run / "metrics.jsonl")) < 6:
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (rank,) = (each for each in of_the_run(marker) if "ray::RayTrainWorker" in " ".join(each.cmdline()))
+    rank.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    finish(process, 130, 2 * grace_s)
+    assert time.monotonic() - sent < grace_s
+    assert json_lines(run / "events.jsonl")[-1]["reason"] == f"cluster.grace_s={grace_s:g} is over"
+    assert_nothing_left(marker)
+    steps = len(json_lines(run / "metrics.jsonl"))
+    finish(start("run", str(recipe), f"training.steps={steps + 4}", "--resume"), 0)
+    check_ledger(run, steps + 4)
 
 
 def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:

@@ -146,6 +146,9 @@ class StubGroup(StubStudent):
     async def holds_too_much(self) -> bool:
         return False
 
+    async def leaving(self) -> list[int]:
+        return []
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -50,6 +50,55 @@ def student(tmp_path: Path, ranks: Any, **changes: Any) -> CheckpointedStudent:
     return CheckpointedStudent(ranks, RunFolder(tmp_path), **given | changes)
 
 
+@pytest.mark.parametrize(
+    ("leaving", "full", "reason"),
+    [([1], True, {"reason": "preemption", "ranks": [1]}), ([], True, {"reason": "training.replay_gib"}), ([], False, None)],
+)
+async def test_a_checkpoint_comes_early_before_a_node_is_taken_away(
+    tmp_path: Path, leaving: list[int], full: bool, reason: dict[str, Any] | None
+) -> None:
+    async def answer(value: Any) -> Any:
+        return value
+
+    told: list[tuple[str, dict[str, Any]]] = []
+    ranks = SimpleNamespace(leaving=lambda: answer(leaving), holds_too_much=lambda: answer(full))
+    found = student(tmp_path, ranks, on_event=lambda kind, **fields: told.append((kind, fields)))
+    assert await found.should_save_early() is (reason is not None)
+    assert told == ([] if reason is None else [("checkpoint_early", reason)])
+
+
+async def test_a_stop_takes_the_rest_of_the_step_and_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("cluster.checkpointing.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    expected: list[float] = []
+
+    class Slow(Ranks):
+        async def train_step(self, *given: Any) -> Any:
+            clock[0] += 20.0
+            expected.append(pace.time_to_stop())
+            clock[0] += 40.0
+
+        async def save_checkpoint(self, step: int, progress: dict[str, Any], name: str | None = None) -> Any:
+            clock[0] += 9.0
+            return await super().save_checkpoint(step, progress, name)
+
+        async def commit_checkpoint(self) -> Any:
+            clock[0] += 7.0
+            return await super().commit_checkpoint()
+
+    saving = student(tmp_path, Slow())
+    pace = saving.pace
+    assert pace.time_to_stop() == 0.0, "before the first step nothing is known"
+    await saving.train_step(None)  # type: ignore[arg-type]
+    assert pace.time_to_stop() == 0.0
+    await saving.save_checkpoint(1)
+    assert pace.time_to_stop() == 9.0
+    await saving.train_step(None)  # type: ignore[arg-type]
+    assert expected == [0.0, 49.0]
+    await (await saving.open_checkpoint(2)).commit()
+    assert pace.time_to_stop() == 7.0
+
+
 @pytest.mark.parametrize("done", [0, 1, 7])
 def test_numbers_beyond_distillation_never_meet_its_own(done: int) -> None:
     numbers = Numbering(steps=10, finetune_steps=5)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from cluster.interrupt import on_interrupt, run_coroutine
+from cluster.interrupt import Grace, on_interrupt, run_coroutine
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,27 @@ def _interrupt_soon(number: signal.Signals = signal.SIGINT) -> None:
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
+
+
+def test_a_process_that_does_not_end_within_its_grace_is_ended_by_itself() -> None:
+    """Whatever hangs: here the main thread, and the disk that the reason is written to."""
+    program = (
+        "import time; from cluster.interrupt import Grace\n"
+        "def tell(reason): print(reason, flush=True); time.sleep(60)\n"
+        "assert Grace(2.0, tell).begin(1.0) is None; time.sleep(60)"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (130, "cluster.grace_s=2 is over\n")
+    assert 1.8 < time.monotonic() - began < 40
+
+
+def test_what_does_not_fit_into_the_grace_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Timer, "start", lambda self: None)
+    grace = Grace(30.0, print)
+    assert grace.begin(20.0) is None
+    reason = grace.begin(60.0)
+    assert reason == "the rest of the step and a checkpoint take about 60 s, which do not fit into cluster.grace_s=30"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

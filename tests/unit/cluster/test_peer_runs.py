@@ -15,7 +15,7 @@ from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from cluster import peer_runs
 from cluster.parts import ConcurrentRuns
-from cluster.peer_runs import _all_of, _stores
+from cluster.peer_runs import _all_of, _interrupt, _stores
 from cluster.runner import Runner
 from kdray.config import Config, parse_config
 from kdray.config.route import Route
@@ -47,6 +47,26 @@ def stores(configs: dict[str, Config]) -> tuple[dict[str, Any], list[tuple[int, 
 
     checked: Any = {name: SimpleNamespace(config=each, route=Route.of(each)) for name, each in configs.items()}
     return _stores(checked, make), made
+
+
+@pytest.mark.parametrize(("grace_s", "time_to_stop", "at_once"), [(None, 60.0, False), (30.0, 10.0, False), (30.0, 60.0, True)])
+def test_a_signal_ends_a_run_at_once_if_a_checkpoint_does_not_fit_into_its_grace(
+    monkeypatch: pytest.MonkeyPatch, grace_s: float | None, time_to_stop: float, at_once: bool
+) -> None:
+    monkeypatch.setattr("threading.Timer.start", lambda self: None)
+    ended: list[bool] = []
+    told: list[tuple[str, list[str]]] = []
+    runner: Any = SimpleNamespace(
+        stop=asyncio.Event(),
+        pace=SimpleNamespace(time_to_stop=lambda: time_to_stop),
+        reporter=SimpleNamespace(event=lambda kind, **fields: told.append((kind, list(fields)))),
+    )
+    _interrupt([runner], grace_s, lambda: ended.append(True))
+    assert runner.stop.is_set()
+    assert ended == [True] * at_once
+    assert told == [("interrupt_requested", ["without_checkpoint"] * at_once)]
+    _interrupt([runner], grace_s, lambda: ended.append(True))
+    assert len(ended) == at_once + 1, "a second signal ends it at once"
 
 
 def test_a_run_alone_has_one_store(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -310,6 +311,41 @@ async def test_a_teacher_that_is_lost_for_good_ends_the_answer_and_one_that_may_
     with pytest.raises(TeacherGone, match="turned away"):
         await asyncio.wait_for(asking, 5.0)
     assert pool._handle.answers[0].cancelled
+
+
+class Registry:
+    """The run's registry, as an actor's handle: its teacher's replicas took so long to start."""
+
+    def __init__(self, longest_start_s: float) -> None:
+        self._answers = {"refused": [], "longest_start_s": longest_start_s}
+
+    def __getattr__(self, name: str) -> Any:
+        async def answer(teacher: str) -> Any:
+            return self._answers[name]
+
+        return SimpleNamespace(remote=answer)
+
+
+@pytest.mark.parametrize(
+    ("set_to", "longest_start_s", "patience_s"), [(None, 20.0, 120.0), (None, 900.0, 1800.0), (5.0, 900.0, 5.0)]
+)
+async def test_a_teacher_is_missing_once_another_replica_would_have_started(
+    monkeypatch: pytest.MonkeyPatch, set_to: float | None, longest_start_s: float, patience_s: float
+) -> None:
+    events: list[str] = []
+    settings = VLLMTeacherSettings.model_validate({"model": "m"})
+    spec = EngineSpec("mixture", "m", "s", 5, (4,), 64, teacher="t")
+    run, clock = RunHandles(registry=Registry(longest_start_s)), 1000.0
+    monkeypatch.setattr("actors.serving.pool.time", SimpleNamespace(monotonic=lambda: clock))
+    pool = ReplicaPool("t", spec, settings, ClusterSettings(), run, 0, set_to, lambda kind, **fields: events.append(kind))
+    monkeypatch.setattr(pool, "_awaited", SimpleNamespace(owes=True))
+    await pool._watch_availability(1)
+    clock += 0.9 * patience_s
+    await pool._watch_availability(0)
+    assert events == []
+    clock += 0.2 * patience_s
+    await pool._watch_availability(0)
+    assert events == ["teacher_missing"]
 
 
 async def test_a_reader_that_goes_away_ends_the_calls() -> None:

@@ -89,6 +89,7 @@ async def test_a_failure_is_raised_and_reported_with_its_cause(
     (failure,) = actor.registry.failures("main")
     assert (failure.cause, failure.may_heal) == (cause, False)
     assert Engine.closed, "its processes go on"
+    assert actor.registry.longest_start_s("main") == 0, "it did not start"
     with pytest.raises(EngineError, match=f"^{cause}$"):
         await start(RunHandles() if step == "start" else RunHandles(registry=actor))
 
@@ -101,6 +102,10 @@ async def test_replicas_of_a_changing_teacher_are_not_compared(
     assert Engine.asked == asked
     assert list(actor.registry.known()) == known
     assert actor.registry.failures("main") == []
+    took = actor.registry.longest_start_s("main")
+    assert took > 0
+    actor.registry.started("main", took / 2)
+    assert actor.registry.longest_start_s("main") == took
 
 
 async def test_an_engine_with_captured_graphs_is_checked_at_their_sizes(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
 from kdray.errors import StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
+from tests.support.local_actors import Handle
 
 WARMUP = Phase("sft", "base", None, None, 1e-3, 10)
 DISTILL = Phase("distill", "base", None, None, 1e-4, 20)
@@ -437,3 +438,20 @@ async def test_loading_and_export_have_a_deadline_of_their_own(killed: list[Any]
     with pytest.raises(TrainingError, match="did not start again within training.stuck_loading_after_s=0.1"):
         await asyncio.wait_for(ranks._call(command), 2)
     assert len(killed) == 1
+
+
+async def test_ranks_on_a_node_that_will_be_taken_away_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox = Mailbox(3, 0)
+    for rank, node in enumerate(("a", "b", "b")):
+        await mailbox.enter(rank, None, node)
+    drained: set[str] = {"c"}
+    monkeypatch.setattr("actors.student.group.draining_nodes", lambda: drained)
+    monkeypatch.setattr("actors.student.group._NOTICES_EVERY_S", 0.0)
+    group: Any = object.__new__(StudentGroup)
+    group._mailbox, group._looked_at, group._leaving = Handle(mailbox), 0.0, set()
+    assert await group.leaving() == [], "a node without ranks"
+    drained.add("b")
+    assert await group.leaving() == [1, 2]
+    assert await group.leaving() == []
+    drained.add("a")
+    assert await group.leaving() == [0]

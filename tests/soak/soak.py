@@ -46,6 +46,11 @@ _ROLES = {
     "raylet": ("raylet/raylet",),
     "gcs": ("gcs/gcs_server",),
 }
+_PLACES = ("object store", "/dev/shm", "temporary files", "run folder")
+# The run of a soak has no autoscaled pool.
+_EXPECTED = (*(role for role in _ROLES if role != "board"), *_PLACES)
+TOO_SHORT = 3
+"""Exit code if the series do not tell."""
 _GROW_BY_DESIGN = ("ledger.jsonl", "metrics.jsonl", "events.jsonl", "samples", "tb")
 """In the run folder; docs/guarantees.md has what they cost a step."""
 
@@ -211,11 +216,14 @@ def report(parts: Sequence[Part], plant: str | None) -> int:
     for name, each in sorted(found.items()):
         mark = "  GROWS" if name in growing else "  cannot be told yet" if name in open_ else ""
         print(f"{name:20s} {each.level:9.1f} {each.per_hour:+9.2f}   {each.low:+.2f} to {each.high:+.2f}{mark}")
+    unseen = [name for name in _EXPECTED if name not in found]
+    if unseen:
+        print(f"not measured, or too seldom: {', '.join(unseen)}")
     if plant is not None:
         place = {"driver": "driver", "shm": "/dev/shm", "store": "object store", "folder": "run folder"}[plant]
         print(f"the planted leak in {place} was {'found' if place in growing else 'NOT FOUND'}")
         return 0 if place in growing else 1
-    return 1 if growing else 0
+    return 1 if growing or unseen else TOO_SHORT if open_ else 0
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_budgets_are_the_defaults_and_deadlines_are_scaled_by_one_factor(tmp_pat
     assert config.training.stuck_after_s == pytest.approx(1800 / chaos.SCALE)
     for section, (settings, names) in chaos.DEADLINES.items():
         # A deadline that is added later has to be scaled, too.
-        assert {name for name in settings.model_fields if name.endswith("_s")} == set(names)
+        limits = {name for name, field in settings.model_fields.items() if name.endswith("_s") and field.default is not None}
+        assert limits == set(names)
         for name, value in deadlines(section).items():
             assert getattr(getattr(config, section), name) == value == settings.model_fields[name].default / chaos.SCALE
 
@@ -52,13 +53,17 @@ def summary(reverse_kl: float, forward_kl: float, low: float = 0.10) -> dict[str
     return {"after": {"reverse_kl": reverse_kl, "forward_kl": forward_kl}, "intervals": {"after": after}}
 
 
-def test_the_disturbed_run_has_to_be_as_good_as_undisturbed_ones() -> None:
-    calm = [summary(0.12, 0.5), summary(0.11, 0.5, low=0.08)]
+def test_the_disturbed_run_has_to_be_as_good_as_the_undisturbed_one_in_the_middle() -> None:
+    bad = {
+        "after": {"reverse_kl": 0.9, "forward_kl": 3.0},
+        "intervals": {"after": {"reverse_kl": [0.1, 9], "forward_kl": [0.4, 9]}},
+    }
+    calm = [bad, summary(0.12, 0.5), summary(0.11, 0.5, low=0.08)]
     assert not outside(calm, summary(0.13, 0.45))
-    assert not outside(calm, summary(0.09, 0.45)), "within the interval of one of them"
-    (worse,) = outside(calm, summary(0.2, 0.5))
-    assert worse == "after: reverse_kl is 0.2, and 0.12, 0.11 (0.08 to 0.14) undisturbed"
-    assert len(outside(calm, summary(3.0, 0.0))) == 2
+    assert not outside(calm, summary(0.27, 0.45)), "runs of one seed differ by as much"
+    (worse,) = outside(calm, summary(0.29, 0.5))
+    assert worse == "after: reverse_kl is 0.29, and 0.9, 0.12, 0.11 undisturbed (0.05 to 0.28 allowed)"
+    assert len(outside(calm, summary(3.0, 0.1))) == 2
 
 
 def test_the_state_survives_from_part_to_part(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from tests.soak.slopes import Slope, combined, slope
-from tests.soak.soak import Part, report, verdict
+from tests.soak.soak import _EXPECTED, TOO_SHORT, Part, report, verdict
 
 PERIOD_S = 5.0
 ALLOWED = 6.0
+
+
+FLAT = dict.fromkeys(_EXPECTED, 100.0)
 
 
 def times(minutes: float) -> np.ndarray:
@@ -103,7 +106,7 @@ def test_the_parts_of_a_resumed_soak_are_other_processes(capsys: pytest.CaptureF
     for level in (950.0, 900.0):
         part = Part(steps=100)
         for when in times(30):
-            part.add(when, {"engine": level + 20.0 * when / 3600, "driver": 100.0})
+            part.add(when, FLAT | {"engine": level + 20.0 * when / 3600})
         parts.append(part)
     found, growing, _ = verdict(parts)
     assert found["engine"].per_hour == pytest.approx(20.0)
@@ -116,8 +119,21 @@ def test_the_parts_of_a_resumed_soak_are_other_processes(capsys: pytest.CaptureF
 def test_a_planted_leak_must_be_found(leaks: bool, capsys: pytest.CaptureFixture[str]) -> None:
     part = Part(steps=10)
     for when in times(10):
-        part.add(when, {"driver": 100.0 + (when / 60 if leaks else 0.0), "/dev/shm": 5.0})
+        part.add(when, FLAT | {"driver": 100.0 + (when / 60 if leaks else 0.0)})
     assert report([part], "driver") == (0 if leaks else 1)
     assert report([part], "shm") == 1
     assert report([part], None) == (1 if leaks else 0)
     assert ("was found" in capsys.readouterr().out) is leaks
+
+
+def test_what_cannot_be_told_or_was_not_found_is_no_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    long, short, without = Part(steps=10), Part(steps=10), Part(steps=10)
+    for when in times(60):
+        long.add(when, FLAT)
+        without.add(when, {name: level for name, level in FLAT.items() if name != "rank"})
+    for when, value in zip(times(3), noise(len(times(3)), size=20.0), strict=True):
+        short.add(when, FLAT | {"driver": 100.0 + value})
+    assert report([long], None) == 0
+    assert report([short], None) == TOO_SHORT
+    assert report([without], None) == 1
+    assert "not measured, or too seldom: rank" in capsys.readouterr().out

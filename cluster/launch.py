@@ -31,7 +31,7 @@ from cluster.planning.placement import bundles
 from cluster.planning.reservation import driver_node, reserved
 from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
-from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation
+from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation, pinned
 from kdray.checks.preflight import check
 from kdray.checks.trackers import check_trackers
 from kdray.config import Config, StudentBackendSettings
@@ -216,8 +216,16 @@ def _run(
                     lease.check_everywhere()
                     discard(bad)
                 _tell_changes(reporter, found, records[name])
+                its_models = pinned(checked[name].config, records[name]["inputs"])
                 plans[name] = RunPlan(
-                    checked[name], folder, reporter, found, stored[name], lease, records[name], on_start=room.release
+                    replace(checked[name], config=its_models),
+                    folder,
+                    reporter,
+                    found,
+                    stored[name],
+                    lease,
+                    records[name],
+                    on_start=room.release,
                 )
             try:
                 summaries = run_coroutine(run_together(plans, lease, watchdog))

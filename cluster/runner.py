@@ -224,8 +224,8 @@ class Runner:
         steps = training.steps
         found = self._checkpoint.progress if self._checkpoint else None
         stored = self._after_sft.progress if self._after_sft else None
-        # A run that ends earlier than it was laid out keeps its curve until there.
-        horizon = steps if stored is None or training.schedule == "constant" else max(steps, int(stored["horizon"]))
+        # A run that ends earlier, or later, than it was laid out for keeps its curves.
+        horizon = steps if stored is None else int(stored["horizon"])
         schedules = Schedules.of(config, horizon)
         start_step, self._totals = restore_run_state(self._folder, self._ledger, schedules, steps, found)
         phases = Phases(config, models, self._folder.checkpoints, horizon)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdray.config import Config
 from kdray.config.resuming import Change
 from kdray.errors import ConfigError
 from kdray.models.identity import COMMIT, model_identity
@@ -25,6 +27,7 @@ from kdray.types import Prompt
 Inputs = dict[str, dict[str, Any]]
 """Setting -> part -> recorded value, as JSON types: `{"student.model": {"config.json": "9f86d081884c7d65"}}`."""
 
+_COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 4
 """Maximum number of differing parts of one setting that a message lists."""
 _GIT_S = 5.0
@@ -75,6 +78,22 @@ def check_inputs(recorded: Mapping[str, Mapping[str, Any]], now: Inputs, version
             f"the run to resume has read other inputs than there are now: {'; '.join(told)}{cause}. Put back what the run "
             "began with, or choose another run.name"
         )
+
+
+def pinned(config: Config, found: Inputs) -> Config:
+    """Return the config with the commits that its models of the hub have now, which every later start of an engine or a rank
+    then loads, on whatever node, and whatever the repository holds by then.
+
+    Args: found: the run's inputs.
+    """
+
+    def of(section: Any, setting: str) -> Any:
+        commit = found.get(f"{setting}.model", {}).get(COMMIT, "")
+        known = "revision" in type(section).model_fields and _COMMIT_ID.fullmatch(commit)
+        return section.model_copy(update={"revision": commit}) if known else section
+
+    teachers = {name: of(teacher, f"teachers.{name}") for name, teacher in config.teachers.items()}
+    return config.model_copy(update={"student": of(config.student, "student"), "teachers": teachers})
 
 
 def check_revisions(recorded: Mapping[str, Any] | None, found: Iterable[Change]) -> None:

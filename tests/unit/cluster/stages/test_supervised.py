@@ -13,6 +13,7 @@ from cluster.parts import ConcurrentRuns
 from kdray.config import Config
 from kdray.config.teachers import SelfTeacherSettings
 from kdray.errors import Interrupted
+from kdray.rollouts.schedules import Schedules
 from kdray.runs.checkpoints import newest_checkpoint
 from kdray.runs.folder import RunFolder, read_lines
 from kdray.runs.storage import Storage
@@ -94,6 +95,18 @@ async def test_a_killed_warm_up_goes_on_from_its_last_checkpoint(
     resumed = await StubRun(config, resume=True)()
     assert [step for phase, step in resumed.group.trained if phase == "sft"] == [7, 8]
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("steps", [5, 8])
+async def test_a_resumed_run_of_another_length_keeps_its_schedules(tmp_path: Path, steps: int) -> None:
+    schedules = {"rollout.alpha": {"type": "linear", "to": 0.05}}
+    config = config_of(tmp_path, schedules=schedules)
+    with pytest.raises(Interrupted):
+        await StubRun(config)(3, "distill")
+    await StubRun(config_of(tmp_path, schedules=schedules, steps=steps), resume=True)()
+    found = [line["schedule/rollout.alpha"] for line in read_lines(config.run_folder / "metrics.jsonl")]
+    course = Schedules.of(config)
+    assert found == [course.at(step)["rollout.alpha"] for step in range(steps)]
 
 
 async def test_an_interrupted_control_goes_on_where_it_was(tmp_path: Path, whole: StubRun) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from cluster import launch
 from cluster.checkpointing import Checkpoint
-from kdray.checks.inputs import changed_versions, check_inputs, inputs_of, installation
+from kdray.checks.inputs import changed_versions, check_inputs, inputs_of, installation, pinned
 from kdray.config import parse_config
 from kdray.config.route import Route
 from kdray.data.dataset import load_dataset
@@ -201,3 +201,34 @@ def test_truncated_weights_are_an_error_that_names_the_model(folder: Path) -> No
         DataError, match=r"model .*model: its files cannot be read: model\.safetensors is not a safetensors file"
     ):
         model_identity(str(folder), None)
+
+
+def test_a_run_loads_the_commits_that_it_began_with(tmp_path: Path) -> None:
+    """A replica that starts on a new node, days later, finds another default branch."""
+    tree = {
+        "run": {"name": "r"},
+        "student": {"model": "org/small"},
+        "teachers": {
+            "hub": {"model": "org/large", "revision": "v1"},
+            "folder": {"model": str(tmp_path)},
+            "unknown": {"model": "org/other"},
+        },
+        "rollout": {"teachers": {"type": "ensemble"}},
+        "loss": {"type": "forward_kl"},
+    }
+    config, small, large = parse_config(tree), 40 * "a", 40 * "b"
+    inputs = {
+        "student.model": {"commit": small},
+        "teachers.hub.model": {"commit": large},
+        "teachers.folder.model": {"config.json": "9f86d081884c7d65"},
+        "teachers.unknown.model": {"commit": "None"},
+    }
+    found = pinned(config, inputs)
+    assert found.source("hub") == ("org/large", large)
+    assert found.source("folder") == (str(tmp_path), None)
+    assert found.source("unknown") == ("org/other", None)
+    assert (found.student.model, found.student.revision) == ("org/small", small)
+    assert config.student.revision is None
+    mine = {"me": {"type": "self", "prompt_template": "{prompt}!"}}
+    alone = parse_config(tree | {"teachers": mine, "rollout": {"sampler": "student"}})
+    assert pinned(alone, {"student.model": {"commit": small}, "teachers.me.model": {"commit": small}}).source("me")[1] == small

@@ -46,9 +46,10 @@ def test_the_page_of_clusters_lists_the_kinds_of_events():
     kinds = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     listed = set(re.findall(r"`([a-z_]+)`", " ".join(kinds)))
     sources = [path for package in ("kdray", "actors", "cluster") for path in (DOCS.parent / package).rglob("*.py")]
-    told = r"(?:event|_record|append_event)\(\s*\"([a-z_]+)\""
+    told = r"(?:(?:event|_record|append_event)\(|\.append\(\()\s*\"([a-z_]+)\""
     written = {kind for path in sources for kind in re.findall(told, path.read_text(encoding="utf-8"))}
     assert len(written) > 30, "the pattern no longer finds the events"
+    assert "ranks_lost" in written, "the pattern no longer finds the events that are gathered in a list"
     # Some kinds are constants or chosen by an expression.
     assert written <= listed
     assert listed - written == {"data", "rows_dropped", "setting_changed", "tracker_failed", "failed"}

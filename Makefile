@@ -10,7 +10,8 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 .PHONY: quickstart test test-unit test-integration test-full chaos soak lint format fuzz mutants bench lock clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
-	@test ! -e runs/quickstart || { echo "runs/quickstart holds an earlier run; for another: rm -r runs/quickstart"; exit 2; }
+	@test ! -e runs/quickstart || { echo "runs/quickstart holds an earlier run."; \
+		echo "To continue it: $(BIN)/kdray run configs/quickstart.yaml --resume. To begin anew: rm -r runs/quickstart"; exit 2; }
 	$(BIN)/kdray run configs/quickstart.yaml
 
 test: lint test-unit test-integration  ## what CI runs

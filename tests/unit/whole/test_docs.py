@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 
 import pytest
 
@@ -53,6 +54,17 @@ def test_the_page_of_clusters_lists_the_kinds_of_events():
     # Some kinds are constants or chosen by an expression.
     assert written <= listed
     assert listed - written == {"data", "rows_dropped", "setting_changed", "tracker_failed", "failed"}
+
+
+def test_the_page_of_settings_is_that_of_the_docstrings():
+    found = runpy.run_path(str(DOCS / "settings.py"))["page"]()
+    assert (DOCS / "settings.md").read_text(encoding="utf-8") == found, "run `make settings`"
+
+
+def test_the_page_of_settings_says_what_every_setting_means():
+    rows = [line for line in (DOCS / "settings.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert len(rows) > 300
+    assert not [row for row in rows if row.endswith("|  |")], "a field without a docstring"
 
 
 def test_the_page_of_plugins_shows_the_files_that_are_tested():

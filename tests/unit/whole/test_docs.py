@@ -21,6 +21,19 @@ def test_every_snippet_of_a_page_runs(page, tmp_path, monkeypatch):
     run_page(page)
 
 
+def test_prompts_of_the_library_page_load():
+    """The config that the page makes takes the prompts that it passes."""
+    names = {}
+    for _, source in snippets("library.md"):
+        exec(source, names)
+        if "mine" in names:
+            break
+    found = load_dataset(names["mine"], byte_tokenizer(), names["questions"], references=True)
+    assert (len(found.train), len(found.heldout)) == (32, 8)
+    assert all(found.grade.can_grade(prompt) for prompt in found.heldout)
+    assert "What is 39 + 39?" in found.heldout[-1].text
+
+
 FORMATS = re.findall(r"^```jsonl\n(.*?)^```", (DOCS / "data.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 

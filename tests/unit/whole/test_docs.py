@@ -80,6 +80,11 @@ def test_the_page_of_settings_says_what_every_setting_means():
     assert not [row for row in rows if row.endswith("|  |")], "a field without a docstring"
 
 
+def test_the_page_of_clusters_installs_the_torch_of_the_setup():
+    (version,) = re.findall(r"^torch=(\S+)$", (DOCS.parent / "setup.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"'torch=={version}+cpu'" in (DOCS / "clusters.md").read_text(encoding="utf-8")
+
+
 def test_the_page_of_plugins_shows_the_files_that_are_tested():
     """Every file of the example distribution stands in the page, as it is."""
     text = (DOCS / "extending.md").read_text(encoding="utf-8")

@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 # Two at a time, a file's tests together: they wait for starting engines more than they compute.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-unit test-integration test-full chaos soak lint format fuzz mutants bench lock clean
+.PHONY: quickstart test test-unit test-integration test-full chaos soak lint format fuzz mutants bench settings lock clean
 
 quickstart: $(STAMP)  ## prepare a tiny teacher, distil a student from it, write runs/quickstart/report.html
-	@test ! -e runs/quickstart || { echo "runs/quickstart holds an earlier run; for another: rm -r runs/quickstart"; exit 2; }
+	@test ! -e runs/quickstart || { echo "runs/quickstart holds an earlier run."; \
+		echo "To continue it: $(BIN)/kdray run configs/quickstart.yaml --resume. To begin anew: rm -r runs/quickstart"; exit 2; }
 	$(BIN)/kdray run configs/quickstart.yaml
 
 test: lint test-unit test-integration  ## what CI runs
@@ -51,6 +52,9 @@ mutants: $(STAMP)  ## small faults in the mathematics that no unit test notices;
 
 bench: $(STAMP)  ## all benchmarks of speed, on an idle machine; writes benchmarks/results/bench_DATE.json
 	$(BIN)/python -m benchmarks.bench
+
+settings: $(STAMP)  ## write docs/settings.md anew, from the docstrings of kdray/config
+	$(BIN)/python -m docs.settings
 
 lock:  ## write requirements/*.lock anew; LOCK_FLAGS=--upgrade takes the newest versions that pyproject.toml admits
 	PYTHON=$(PYTHON) requirements/lock.sh $(LOCK_FLAGS)

@@ -17,7 +17,8 @@ from cluster.jobs import plugin_list
 
 _INTERRUPTED = 130
 _REMEDY = (
-    "install kdray's requirements on every node, driver's included (pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs), "
+    "install kdray's requirements on every node, driver's included (pip install 'kdray[gpu]'; without GPUs ./setup.sh, or "
+    "PyTorch's CPU build and then 'kdray[cpu]': docs/clusters.md, kdray on every node), "
     "start Ray with the environment activated that has them, or start the cluster from an image that has them"
 )
 _PLUGIN_REMEDY = "the config uses it: install it on every node, or start the cluster from an image that has it"

@@ -76,7 +76,7 @@ def run(config: Config, resume: bool = False, prompts: Iterable[Any] | None = No
 
     Joins the Ray that this process is connected to, else the one that `cluster.address` or RAY_ADDRESS names, else starts a
     local one that ends with the run. Works inside a running event loop too, as in a notebook.
-    Args: resume: go on from the newest whole checkpoint; prompts: texts, chat messages or records, for
+    Args: resume: go on from the newest whole checkpoint; prompts: texts or dictionaries, as rows of a file, for
           `data.prompts.type=iterable`.
     Raises: ConfigError or DataError before anything starts; Interrupted after a checkpoint; KdrayError with the reason.
     """

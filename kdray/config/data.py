@@ -56,7 +56,9 @@ class TaskPrompts(PromptSettings):
     """Number of training prompts that have their reference answer: few labels, many questions. Supervised phases train on these
     alone; they are the prompts that a source of that `size` would have. None: all of them."""
     difficulty: Positive = 2
-    """Words to concatenate, people around the coin, or digits of each number."""
+    """Size of a question. Words to concatenate (`last_letters` and the other tasks of letters); people around the coin
+    (`coin_flip`); digits of each of the two numbers (`arithmetic`, `multiplication`); digits to add up, each a step of the
+    answer (`running_sum`, `spelled_sum`); a pile of at most 4 x difficulty + 3 (`subtraction_game`)."""
 
     @model_validator(mode="after")
     def _shares(self) -> TaskPrompts:
@@ -143,7 +145,7 @@ class HubPrompts(PromptSettings):
 
 
 class IterablePrompts(PromptSettings):
-    """Prompts passed by the caller of `cluster.launch.run(config, prompts=...)`; not usable from a file alone."""
+    """Prompts passed by the caller of `kdray.run(config, prompts=...)`; not usable from a file alone."""
 
     from_caller = True
     local = False
@@ -211,10 +213,10 @@ class DataSettings(Settings):
     prompts: PromptSource = TaskPrompts()
     """Source of prompts; the keys depend on `type`: task, file, jsonl, parquet, hub, iterable."""
     grader: GraderSource = None
-    """Comparison of a response with the reference answer: exact, last_number, regex, multiple_choice, or a grader of another
-    distribution; the keys depend on `type`, and a bare name suffices for a grader without any. `exact_match` is then measured,
-    and `rollout.filters.correct` and `agreement` use the grader. None: generated tasks grade themselves, other prompts are not
-    graded."""
+    """Comparison of a response with the reference answer: exact, last_number, regex, multiple_choice, math, or a grader of
+    another distribution; the keys depend on `type`, and a bare name suffices for a grader without any. `exact_match` is then
+    measured, and `rollout.filters.correct` and `agreement` use the grader. None: generated tasks grade themselves, and other
+    prompts are not graded."""
     prefix: str = ""
     """Text put before every prompt, training and held-out, such as `[label] ` to let a student tell tasks apart. In chat
     messages it is put before the last one."""

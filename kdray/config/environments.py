@@ -50,7 +50,7 @@ class CalculatorEnvironment(EnvironmentSettings):
 @ENVIRONMENTS.add("subtraction_game")
 class SubtractionGameEnvironment(EnvironmentSettings):
     """The other player of the subtraction game of task `subtraction_game`: from a pile, two players in turn take one to
-    `max_take`, and who takes the last one wins. A move is a number and `;`, the model's first. An illegal move loses at
+    three, and who takes the last one wins. A move is a number and `;`, the model's first. An illegal move loses at
     once."""
 
     implementation = "kdray.rollouts.environments.subtraction_game:SubtractionGame"

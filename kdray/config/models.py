@@ -30,7 +30,7 @@ class TinyTraining(Settings):
     weights: dict[str, NonNegativeFloat] | None = None
     """Relative share of each task in a batch; None makes them equal. A task with a small share is learned badly."""
     difficulty: Positive = 2
-    """As in `data.prompts.difficulty`."""
+    """As in `data.prompts.difficulty`: words, people, digits, or a fourth of the pile, by task. A stage counts as its task."""
     steps: Positive = 600
     """Optimizer steps."""
     batch_size: Positive = 128

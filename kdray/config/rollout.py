@@ -168,7 +168,7 @@ class RolloutSettings(Settings):
     """Number of top teacher logprobs kept per token; with the vocabulary's size, every loss is exact."""
     teacher_signal: Literal["support", "hidden"] = "support"
     """Data that a teacher returns per token besides log p. `support`: logprobs at the top ids of teacher and student, and the
-    tail mass; 6 bytes per id. `hidden`: also its last hidden state, from which the student's ranks compute exact full rows with
+    tail mass; 8 bytes per id. `hidden`: also its last hidden state, from which the student's ranks compute exact full rows with
     the teacher's output head; 2 bytes per channel, and a copy of the head on every rank. For the divergences."""
     student_top_k: NonNegative = 16
     """Number of the student's own top ids at which the teacher's logprob is also kept: reverse KL needs them."""

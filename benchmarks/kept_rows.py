@@ -43,8 +43,9 @@ def measure(names: Iterable[str], run: Callable[[str], Row], path: Path, *, agai
 
 
 def code_commit() -> str:
-    """Last commit of the packages, marked where their files differ from it."""
-    code = ["--", "kdray", "actors", "cluster"]
+    """Last commit of the packages and the benchmarks, marked where their files differ from it."""
+    # Without benchmarks/results: a row that is kept there changes no number.
+    code = ["--", "kdray", "actors", "cluster", "benchmarks/*.py"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

@@ -77,8 +77,8 @@ OFFLINE = ("rollout.max_staleness=40",)
 """Every response is then written before the first update."""
 
 WEAK, TAUGHT, OLD, LEARNED = 40.0, 60.0, 95.0, 90.0
-"""Percent of right responses at which a supervised phase ends, so that all seeds begin alike, however many steps it takes: a
-start for distillation; one from a teacher's texts, by results; the old self; facts learned."""
+"""Percent of right responses from which on a supervised phase ends when it is next looked at, every ten steps: a start for
+distillation; one from a teacher's texts, by results; the old self; facts learned."""
 
 STALE_LOSSES = {
     "forward KL": "loss={type: forward_kl}",
@@ -431,6 +431,24 @@ def scores_table(rows: Sequence[kept_rows.Row]) -> str:
     return "\n".join(lines)
 
 
+def starts_table(rows: Sequence[kept_rows.Row]) -> str:
+    """Markdown table of what the students began with, seed by seed, in percent; variants with one start share a line."""
+    starts: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in (row for row in rows if row["seed"] >= FIRST_CONFIRMING_SEED):
+        for measured, scores in row["right"].items():
+            starts.setdefault((row["shape"], row["variant"], measured), {})[row["seed"]] = scores["before"]
+    seeds = sorted({seed for found in starts.values() for seed in found})
+    sharing: dict[tuple[str, str, str], list[str]] = {}
+    for (shape, variant, measured), found in starts.items():
+        numbers = " | ".join(f"{found[seed]:.1f}" if seed in found else "" for seed in seeds)
+        sharing.setdefault((shape, measured, numbers), []).append(variant)
+    lines = [f"| shape | variant | right responses to | {' | '.join(map(str, seeds))} |", f"|{'---|' * (3 + len(seeds))}"]
+    for (shape, measured, numbers), variants in sharing.items():
+        which = "all" if len(variants) == len(SHAPES[shape].variants) else "; ".join(variants)
+        lines.append(f"| {shape} | {which} | {measured} | {numbers} |")
+    return "\n".join(lines)
+
+
 def run(name: str) -> kept_rows.Row:
     """Run a row by its name."""
     shape, variant, rate, seed = name.split("; ")
@@ -470,7 +488,7 @@ def main() -> int:
     rows = list(kept_rows.read(given.out).values())
     if given.table:
         used = [row for row in rows if row["seed"] >= FIRST_CONFIRMING_SEED]
-        text = "\n\n".join([claims_table(rows), scores_table(rows), kept_rows.origin(used)])
+        text = "\n\n".join([claims_table(rows), scores_table(rows), starts_table(rows), kept_rows.origin(used)])
         kept_rows.write_between(PAGE, MARK, text)
     return 0
 

@@ -14,10 +14,15 @@ figures."""
 def gradient_notes(config: Config) -> Iterator[str]:
     """One line for each setting that biases the gradient of a loss over whole responses."""
     loss, training = config.loss, config.training
-    if loss.importance_weight != "q/m":
+    if loss.importance_weight == "q/m":
+        name, objective = f"loss.type={loss.type}", "KL"
+        remedy = "remove rollout.filters, or use a divergence, which takes the prefixes as given"
+    elif config.rewarded:
+        # A policy gradient over whole responses, whatever divergence stands beside it.
+        name, objective, remedy = "loss.reward_weight", "reward", "remove one of them"
+    else:
         # A divergence is a mean over the sampled tokens, with their prefixes taken as given.
         return
-    name = f"loss.type={loss.type}"
     if training.loss_tokens is None and training.update_size < FEW_RESPONSES:
         setting = "batch_size" if training.mini_batch_size is None else "mini_batch_size"
         yield (
@@ -28,6 +33,6 @@ def gradient_notes(config: Config) -> Iterator[str]:
     if config.rollout.filters is not None and (rules := config.rollout.filters.in_order()):
         yield (
             f"note: rollout.filters ({', '.join(rule.type for rule in rules)}) with {name}: the responses that are kept are no "
-            "samples of the student, so the expected gradient is not that of the KL over its responses (docs/losses.md); "
-            "remove rollout.filters, or use a divergence, which takes the prefixes as given"
+            f"samples of the student, so the expected gradient is not that of the {objective} over its responses "
+            f"(docs/losses.md); {remedy}"
         )

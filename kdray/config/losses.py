@@ -66,9 +66,10 @@ class LossSettings(Settings):
     shared_ids: ClassVar[bool] = True
     """Teacher and student use the same token ids; otherwise the teacher has its own tokenizer."""
     ensemble_mean: ClassVar[Literal["arithmetic", "geometric"]] = "arithmetic"
-    """Mean of several teachers' distributions as the target of the loss. `geometric` if the loss is linear in log p: the target
-    then has the gradient of the weighted sum over teachers, over whole responses with log Z in the rewards. `arithmetic` has it
-    for forward KL; for the other losses no mean has it, and this one vetoes no id."""
+    """Mean of several teachers' distributions as the target of the loss. `geometric` if the gradient is linear in log p: the
+    target then has the gradient of the weighted sum over teachers, over whole responses with log Z in the rewards. `arithmetic`
+    has it if the gradient is linear in p: `forward_kl`, `forward_kl_sampled`, `hinton` at temperature 1. For the other losses
+    neither mean has it, and this one vetoes no id."""
     support_with_token: ClassVar[bool] = True
     """The support may hold the sampled token because it was sampled. False if the support must depend on the prefix alone."""
     zero_gradient_at_teacher: ClassVar[bool] = True
@@ -132,15 +133,15 @@ class MiniLLMLoss(LossSettings):
 
     type: Literal["minillm"] = "minillm"
     length_norm: bool = True
-    """Divide the return by the number of tokens it sums (eq. 6); without it long responses dominate."""
+    """Divide the return by the number of tokens it sums (eq. 6 divides by one less); without it long responses dominate."""
     gamma: Fraction = 1.0
     """Discount factor of the return per token; the paper uses 1."""
     single_step: bool = True
     """Compute a token's own reward as the exact per-position reverse KL (eq. 3); otherwise estimate it from the sampled token
     as part of the return (eq. 2), with higher variance."""
     mixing_weight: bool = True
-    """Weight the long term of a token by q / m, which accounts for the teacher's share in drawing it (eq. 5); without it the
-    weight is 1, the paper's ablation. Nothing changes at alpha 0."""
+    """Weight the long term of a token by q / m, which accounts for the teacher's share in drawing it (eq. 5, where it also
+    multiplies the single-step term); without it the weight is 1. Nothing changes at alpha 0."""
     whitening: bool = False
     """Normalise the returns to mean 0 and variance 1 over the response tokens of the whole step, with q taken from the sampler.
     Stabilises the size of the long term relative to the single-step term, and thereby changes the objective."""
@@ -191,9 +192,10 @@ class LMOpsLoss(LossSettings):
     whitening: bool = True
     """Normalise the returns to mean 0 and variance 1 over the response tokens of the whole step."""
     reward_scaling: PositiveFloat = 0.5
-    """Divisor of a token's log-ratio; whitening undoes most of its effect. The code's parser defaults to none."""
+    """Divisor of a token's log-ratio; whitening undoes most of its effect. The code's parser defaults to none, the scripts pass
+    0.5."""
     reward_clip: PositiveFloat = 100.0
-    """Largest absolute reward of a token, after scaling. The code's parser defaults to none, the scripts set it."""
+    """Largest absolute reward of a token, after scaling. The code's parser defaults to 1, the scripts pass 100."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.2
     """PPO clip range of q_theta / m: no gradient above 1 + clip at a positive advantage, or below 1 - clip at a negative one.
     Mixing alone reaches it, before any staleness. None turns it off."""

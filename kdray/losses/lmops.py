@@ -3,12 +3,12 @@
 Kept from the code: r_t counts twice (the return starts at t, not t + 1, in addition to the single-step term); gamma is 0.95;
 the return is divided by the number of remaining tokens, including t; rewards are divided by a scale and clipped; returns are
 whitened; q / m is used as a PPO ratio whose clip depends on the advantage's sign; q and p of rewards and weights are those at
-sampling time.
-Different here: sums are divided by the response tokens of the whole step, not averaged per micro-batch, and whitening uses the
-real tokens of the whole step, without the zeros of padding, so that the gradient does not depend on how a batch is split; the
-single-step term is on support and tail, not on the full row. The loss on pretraining text is not part of this term.
-Defaults are those of its training scripts. Without single-step term, clip, whitening, scaling and length norm, at gamma 1, the
-expected gradient on fresh samples at alpha 0 is that of KL(student || teacher) over whole responses.
+sampling time. Different here: sums are divided by the response tokens of the whole step, not averaged per micro-batch, and
+whitening uses the real tokens of the whole step, without the zeros of padding, so that the gradient does not depend on how a
+batch is split; the single-step term is on support and tail, not on the full row. The loss on pretraining text is not part of
+this term. Defaults are those of its training scripts; its parser has no reward scaling and a reward clip of 1. Without
+single-step term, clip, whitening, scaling and length norm, at gamma 1, the expected gradient on fresh samples at alpha 0 is
+that of KL(student || teacher) over whole responses.
 Source: microsoft/LMOps, folder minillm, losses.py, arguments and scripts.
 """
 

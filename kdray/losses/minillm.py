@@ -1,10 +1,14 @@
 """MiniLLM: the policy gradient of the sequence-level reverse KL, split into a single-step and a long term.
 
-With alpha 0, no length normalisation and gamma 1 its expected gradient is the gradient of KL(student || teacher) over whole
-responses. Mixing (alpha > 0) with the single-token weight w_t, length normalisation, discounting and whitening each change that
-expectation: they trade bias for variance. In particular, w_t does not remove the bias of mixing; `per_decision` does.
-Algorithm 1 of the paper clips q / m as PPO does, with eps 0.2, in its inner epochs; here only q / q_old is bounded, from above
-(`staleness_cap`), so that mixing alone never clips. `lmops` has the paper's clip.
+With alpha 0, no length normalisation and gamma 1, and a support that covers the vocabulary, its expected gradient is the
+gradient of KL(student || teacher) over whole responses. Mixing (alpha > 0) with the single-token weight w_t, length
+normalisation, discounting and whitening each change that expectation: they trade bias for variance. In particular, w_t does not
+remove the bias of mixing; `per_decision` does. It departs from equations 5 to 7 and Algorithm 1 in five points. The paper's
+gradient is R times that of min[rho, clip(rho, 1 - eps, 1 + eps)], rho = q / m and eps 0.2: none above 1 + eps, whatever the
+sign of R; here only q / q_old is bounded, from above (`staleness_cap`), so that mixing alone never clips (`lmops` has the
+reference code's clip, which depends on the sign). The paper weights the single-step term by w_t as well. Equation 6 divides by
+T - t - 1, here the number of rewards, T - t, divides. The single-step term is on support and tail. The sum is divided by the
+response tokens of the update, not by the number of responses.
 Source: MiniLLM, Gu et al. 2024 (arXiv 2306.08543), equations 3 to 6.
 """
 

@@ -22,7 +22,8 @@ def per_decision(rows: Buckets, batch: LossBatch, settings: PerDecisionLoss) -> 
 
     rho_j = q_theta(y_j) / m_old(y_j): mixing and staleness combined, never capped; rho_{a..b} is its product over a to b; W_t =
     rho_{1..t-1}. Only KL and log q carry gradient. Its expectation is the gradient of KL(student || teacher) over whole
-    responses for any alpha below 1 and any sampler with full support.
+    responses for any alpha below 1 and any sampler that gives every id some mass, if the KL is on the whole row: with recorded
+    ids that do not cover the vocabulary it is one on support and tail.
     With horizon h: k is at most t + h, and W_t = rho_{t-h..t-1}. h = 0 is the per-position reverse KL; for h at least the
     longest response's length minus one, the form is exact.
     Args: rows: both models at the masked positions; batch: each row of it is one rollout.

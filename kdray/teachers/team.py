@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import fields
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -43,6 +43,13 @@ from kdray.types import Prompt, Rollout, SampleRequest
 
 Answers = dict[int, dict[str, Rollout]]
 """By sample id, then teacher: the rollout with that teacher's columns."""
+
+
+class Union(NamedTuple):
+    """Ids over which the teachers of a rollout are averaged."""
+
+    ids: np.ndarray  # [T, U] int32; -1 is an unused slot
+    of_prefix: np.ndarray  # [T] number of ids, the first ones, that are there whatever token was sampled
 
 
 def router(settings: TeachersSettings, teachers: Sequence[str], seed: int) -> Router:
@@ -143,7 +150,7 @@ class TeacherTeam:
                 if name not in answers[rollout.sample_id]:
                     wanted[name].append(unscored(rollout, rollout.support_ids if of_sampler else None))
         await self._ask(wanted, answers, top_k=top_k and not of_sampler)
-        unions: dict[int, np.ndarray] = {}
+        unions: dict[int, Union] = {}
         again: dict[str, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
             if len(choices[rollout.sample_id].scorers) == 1:
@@ -152,10 +159,12 @@ class TeacherTeam:
             supports = [_columns(answer).support_ids for answer in given.values()]
             # Including the sampled token: its mean over teachers is then a bucket, exact for the geometric mean as well.
             with_token = self._loss.support_with_token and not of_sampler
-            unions[rollout.sample_id] = union_ids([*supports, rollout.token_ids[:, None]] if with_token else supports)
+            of_prefix = union_ids(supports)
+            ids = union_ids([of_prefix, rollout.token_ids[:, None]]) if with_token else of_prefix
+            unions[rollout.sample_id] = Union(ids, (of_prefix >= 0).sum(axis=1))
             for name, answer in given.items():
-                if not knows(_columns(answer), unions[rollout.sample_id]):
-                    again[name].append(unscored(rollout, unions[rollout.sample_id]))
+                if not knows(_columns(answer), ids):
+                    again[name].append(unscored(rollout, ids))
         await self._ask(again, answers, top_k=False)
         yield [
             self._combined(rollout, choices[rollout.sample_id], answers[rollout.sample_id], unions.get(rollout.sample_id))
@@ -222,7 +231,7 @@ class TeacherTeam:
         except BaseExceptionGroup as group:
             raise first_reason(group) from group
 
-    def _combined(self, rollout: Rollout, choice: Choice, given: Mapping[str, Rollout], union: np.ndarray | None) -> Rollout:
+    def _combined(self, rollout: Rollout, choice: Choice, given: Mapping[str, Rollout], union: Union | None) -> Rollout:
         """The rollout with the target's columns; its `teacher` remains the one that sampled."""
         teacher = rollout.teacher or choice.sampler
         present = np.array([name in given for name in choice.scorers])
@@ -235,13 +244,11 @@ class TeacherTeam:
             return with_columns(kept[0], {"log_z": log_z}, teacher=teacher)
         assert self._ensemble is not None
         assert self._mean is not None
-        columns = [at_union(_columns(answer), union) for answer in kept]
+        columns = [at_union(_columns(answer), union.ids) for answer in kept]
         weights = renormalise(np.array(choice.weights), present)[present]
         if self._ensemble.confidence_temperature is not None:
-            logprobs, tails = (
-                np.stack([getattr(one, name) for one in columns]) for name in ("support_logprobs", "tail_logprobs")
-            )
-            outside = self._vocab_size - (union >= 0).sum(axis=1)
+            logprobs, tails = _of_prefix(columns, union)
+            outside = self._vocab_size - union.of_prefix
             weights = confidence_weights(logprobs, tails, self._ensemble.confidence_temperature, outside)
         target = combine(columns, weights, self._mean)
         if self._mean == "geometric":
@@ -274,6 +281,17 @@ def _columns(answer: Rollout) -> TeacherColumns:
     if len(given) < len(said):
         raise EngineError(f"sample {answer.sample_id}: teacher {answer.teacher} returned no support; an ensemble needs one")
     return TeacherColumns(**given)
+
+
+def _of_prefix(columns: Sequence[TeacherColumns], union: Union) -> tuple[np.ndarray, np.ndarray]:
+    """log p of the teachers on the ids that do not depend on the sampled token [n, T, U], and of the rest [n, T].
+
+    A weight that depended on the token would make another target of each token that the same prefix may go on with.
+    """
+    logprobs, tails = (np.stack([getattr(one, name) for one in columns]) for name in ("support_logprobs", "tail_logprobs"))
+    added = np.arange(union.ids.shape[1]) >= union.of_prefix[:, None]
+    of_token = np.where(added, logprobs, -np.inf)
+    return np.where(added, -np.inf, logprobs), np.logaddexp(tails, np.logaddexp.reduce(of_token, axis=-1))
 
 
 def _mean_kl(values: Sequence[np.ndarray | None], weights: np.ndarray) -> np.ndarray | None:

@@ -104,7 +104,8 @@ def compared(summary: Mapping[str, Any], found: Mapping[str, Mapping[str, Ratio]
 
 
 def headlines(summary: Mapping[str, Any]) -> list[str]:
-    """First lines about a run, from its summary; none for a run of an earlier version."""
+    """First lines about a run, from its summary; none for a run of an earlier version. The share of the gap leads where it is
+    a number, and follows the verdict where it is undefined."""
     lines = [summary["verdict"]] if isinstance(summary.get("verdict"), str) else []
     gap = summary.get("gap_closed")
     if isinstance(gap, Mapping):
@@ -113,7 +114,7 @@ def headlines(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"{what}: undefined, since {gap['reason']}.")
         else:
             value, low, high = (f"{gap[key]:.0%}" for key in ("value", "low", "high"))
-            lines.append(f"{what}: {value} ({LEVEL:.0%} interval {low} to {high}), by {gap['metric'].replace('_', ' ')}.")
+            lines.insert(0, f"{what}: {value} ({LEVEL:.0%} interval {low} to {high}), by {gap['metric'].replace('_', ' ')}.")
     left_out = summary.get("teacher_left_out")
     if left_out is not None and (gap is None or gap["reason"] != left_out):
         lines.append(f"The teacher's own score is left out: {left_out}.")

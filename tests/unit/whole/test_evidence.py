@@ -77,6 +77,11 @@ def test_the_table_has_mean_and_spread_and_keeps_exploring_seeds_apart(tmp_path:
         keep(tmp_path, Cell("MiniLLM", "weak", seed), after=after, gap=gap)
     keep(tmp_path, Cell("MiniLLM", "weak", 0), after=0.2, gap=0.1)
     keep(tmp_path, Cell("SFT alone", "weak", 0), after=0.1, gap=None)
+    keep(tmp_path, Cell("MiniLLM", "weak", 120), after=0.9, gap=0.9)
+    replicating, rest = table(read(tmp_path)).split("**Regime `weak`, confirming seeds** (100, 101, 102)")
+    assert replicating.startswith("**Regime `weak`, replicating seeds** (120)")
+    assert "**Regime `weak`, exploring seeds** (0)" in rest
+    (tmp_path / f"{Cell('MiniLLM', 'weak', 120).name}.json").unlink()
     confirming, exploring = table(read(tmp_path)).split("**Regime `weak`, exploring seeds** (0)")
     assert confirming.startswith("**Regime `weak`, confirming seeds** (100, 101, 102)")
     assert (
@@ -109,7 +114,14 @@ def test_ways_are_compared_pairwise_over_confirming_seeds() -> None:
     assert evidence.paired(cells, "weak").splitlines()[2:] == ["| SFT alone | 3 | -3.3 (-41.3 to 34.6) | 1, 1, 1 |"]
     assert evidence.paired(cells[:-1], "weak") == "", "two seeds tell too little"
     assert evidence.paired(cells, "weak", others=("GKD",)) == ""
+    level = [cell(way, seed, 0.0) for way in right for seed in (100, 101, 102)]
+    # No interval: ten equal zeros are no certainty that nothing else can come.
+    assert evidence.paired(level, "weak").splitlines()[2:] == ["| SFT alone | 3 | all level | 0, 3, 0 |"]
     assert "| MiniLLM | 3 | +3.3 (-34.6 to 41.3) | 1, 1, 1 |" in evidence.paired(cells, "weak", "SFT alone")
+    again = [cell(way, 120 + seed, share) for way, share in (("MiniLLM", 0.5), ("SFT alone", 0.25)) for seed in range(3)]
+    assert evidence.paired(cells + again, "weak") == evidence.paired(cells, "weak"), "a replication is a sample of its own"
+    (line,) = evidence.paired(cells + again, "weak", stage="replicating").splitlines()[2:]
+    assert line == "| SFT alone | 3 | +25.0 on each | 3, 0, 0 |"
 
 
 def test_the_page_keeps_what_is_around_the_table(tmp_path: Path) -> None:

@@ -70,6 +70,24 @@ def test_what_is_drawn_has_the_probability_that_is_recorded(alpha: float) -> Non
         torch.testing.assert_close(recorded[drawn.mask].exp(), expected[drawn.mask], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("tail", "loops"), [([], 1.0), ([1], 1.0), ([9, 1], 0.0)], ids=["cut off", "ended", "got out"])
+def test_a_loop_before_the_end_is_one_as_in_a_run(tail: list[int], loops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kdray.evaluation` looks for loops in what comes before the end of the sequence."""
+    shared = bench.bench_of("few labels", 3)
+    assert shared.tokenizer.eos_token_id == 1
+    dataset = load_dataset(shared.config, shared.tokenizer)
+
+    def sample(models: Any, prompts: torch.Tensor, *others: Any) -> bench.Responses:
+        tokens = torch.tensor([[7] * 8 + tail] * len(prompts))
+        said = torch.zeros(tokens.shape)
+        return bench.Responses(prompts, tokens, tokens >= 0, said, said, said)
+
+    monkeypatch.setattr(bench, "sample", sample)
+    found = bench.measure(shared.start, shared.teacher, shared.config, dataset, shared.tokenizer)
+    assert found["repetition"].value == loops
+    assert found["truncated"].value == float(not tail)
+
+
 def test_answers_stand_where_a_response_would() -> None:
     cell = Cell("SFT alone", "few labels", 3)
     config, tokenizer = load_config(cell.recipe, cell.settings), bench.task_tokenizer()

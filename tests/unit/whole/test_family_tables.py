@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,34 @@ def test_an_interrupted_benchmark_goes_on_with_what_its_file_lacks(tmp_path: Pat
     assert measure("right", "later", commit="two", again=True) == []
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted((row["name"], row["commit"]) for row in rows) == [("later", "two"), ("right", "two"), ("wrong", "two")]
+
+
+def test_rows_have_the_commit_of_the_benchmarks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def commit() -> str:
+        git("add", ".")
+        git("commit", "-qm", "x")
+        return git("rev-parse", "--short=10", "HEAD")
+
+    monkeypatch.setattr(kept_rows, "ROOT", tmp_path)
+    git("init", "-q")
+    for name in ("kdray/a.py", "actors/a.py", "cluster/a.py", "benchmarks/a.py", "benchmarks/results/rows.jsonl"):
+        write(name, "")
+    first = commit()
+    assert kept_rows.code_commit() == first
+    write("benchmarks/a.py", "changed")
+    assert kept_rows.code_commit() == f"{first}-dirty"
+    second = commit()
+    assert kept_rows.code_commit() == second
+    write("benchmarks/results/rows.jsonl", "a row")
+    assert kept_rows.code_commit() == second
+    commit()
+    assert kept_rows.code_commit() == second

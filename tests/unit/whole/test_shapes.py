@@ -62,6 +62,18 @@ def row(variant: str, seed: int, after: float) -> kept_rows.Row:
     return {"shape": "staleness", "variant": variant, "rate": "high", "seed": seed, "right": right}
 
 
+def test_starts_stand_seed_by_seed_and_variants_with_one_start_share_a_line() -> None:
+    rows = [row(variant, seed, 80.0) for variant in shapes.STALE_VARIANTS for seed in (0, 100, 101)]
+    rows[-1]["right"]["held-out questions"]["before"] = 30.0
+    *_, last = shapes.STALE_VARIANTS
+    others = "; ".join(variant for variant in shapes.STALE_VARIANTS if variant != last)
+    assert shapes.starts_table(rows).splitlines()[2:] == [
+        f"| staleness | {others} | held-out questions | 10.0 | 10.0 |",
+        f"| staleness | {last} | held-out questions | 10.0 | 30.0 |",
+    ]
+    assert "| staleness | all | held-out questions | 10.0 | 10.0 |" in shapes.starts_table([*rows[:-1], row(last, 101, 80.0)])
+
+
 def test_every_name_is_a_row_of_its_own() -> None:
     found = list(shapes.names(list(shapes.SHAPES), list(shapes.RATES), [100, 101]))
     assert len(set(found)) == len(found) == 2 * 2 * sum(len(shape.variants) for shape in shapes.SHAPES.values())

@@ -336,17 +336,44 @@ def test_whole_conversations_need_a_teacher_that_scores_them(chat: Callable[...,
         chat({"turns": "all"}, rollout={"data_share": 1.0, "alpha": 1.0}, **capture)
 
 
+SMALL_UPDATES = {"training": {"mini_batch_size": 8, "micro_batch_size": 8}}
+REWARDED = {"data": {"grader": "last_number"}, "rollout": {"samples_per_prompt": 2}}
+
+
 @pytest.mark.parametrize(
     ("sections", "noted"),
     [
-        ({"training": {"batch_size": 8, "micro_batch_size": 8, "sft": {"batch_size": 8}}}, "training.batch_size=8"),
-        ({"training": {"mini_batch_size": 8, "micro_batch_size": 8}}, "training.mini_batch_size=8"),
+        (
+            {"training": {"batch_size": 8, "micro_batch_size": 8, "sft": {"batch_size": 8}}},
+            "training.batch_size=8 with loss.type=minillm",
+        ),
+        (SMALL_UPDATES, "training.mini_batch_size=8 with loss.type=minillm"),
         ({"training": {"mini_batch_size": 16}}, None),
         ({"training": {"mini_batch_size": 8, "micro_batch_size": 8, "loss_tokens": 100}}, None),
-        ({"training": {"mini_batch_size": 8, "micro_batch_size": 8}, "loss": {"type": "reverse_kl"}}, None),
-        ({"rollout": {"filters": {"distinct": True}}}, "rollout.filters (unparsable, finished, distinct)"),
+        (SMALL_UPDATES | {"loss": {"type": "reverse_kl"}}, None),
+        (
+            {"rollout": {"filters": {"distinct": True}}},
+            "rollout.filters (unparsable, finished, distinct) with loss.type=minillm",
+        ),
         ({"rollout": {"filters": {"finished": False}}}, None),
         ({"rollout": {"filters": {}}, "loss": {"type": "jsd"}}, None),
+        (
+            REWARDED | SMALL_UPDATES | {"loss": {"type": "jsd", "reward_weight": 0.5}},
+            "training.mini_batch_size=8 with loss.reward_weight",
+        ),
+        (
+            REWARDED
+            | {"loss": {"type": "jsd"}}
+            | {"training": {**SMALL_UPDATES["training"], "schedules": {"loss.reward_weight": {"type": "linear", "to": 0.5}}}},
+            "training.mini_batch_size=8 with loss.reward_weight",
+        ),
+        (
+            REWARDED
+            | {"rollout": {"samples_per_prompt": 2, "filters": {}}}
+            | {"loss": {"type": "reverse_kl", "reward_weight": 0.5}},
+            "rollout.filters (unparsable, finished) with loss.reward_weight",
+        ),
+        (REWARDED | SMALL_UPDATES | {"loss": {"reward_weight": 0.5}}, "training.mini_batch_size=8 with loss.type=minillm"),
     ],
 )
 def test_settings_that_bias_a_policy_gradient_are_said_at_start(
@@ -354,4 +381,4 @@ def test_settings_that_bias_a_policy_gradient_are_said_at_start(
 ) -> None:
     found = [line for line in check(_config(models, **sections)).lines if "docs/losses.md" in line]
     assert len(found) == (noted is not None)
-    assert all(line.startswith(f"note: {noted} with loss.type=minillm: ") for line in found)
+    assert all(line.startswith(f"note: {noted}: ") for line in found)

@@ -104,8 +104,8 @@ def test_per_decision_is_unbiased_whoever_samples(world, exact, alpha, stale, ho
 
 
 def test_a_random_number_of_tokens_biases_the_ratio_and_a_constant_does_not():
-    """One response an update, every response enumerated: what docs/losses.md says of the divisor, and of filters."""
-    found = []
+    """Every response enumerated: what docs/losses.md says of the divisor, and of filters."""
+    ratios, filtered = [], []
     for seed in range(4):
         world = ToyWorld(seed)
         chance, lengths = world.probabilities(world.student(world.theta)), world.mask.sum(-1)
@@ -114,11 +114,27 @@ def test_a_random_number_of_tokens_biases_the_ratio_and_a_constant_does_not():
         assert error(chance @ (rows / 50.0) * 50.0, mean) < 1e-12
         in_tokens = mean / (chance @ lengths.double())
         finished = chance * (world.tokens.gather(1, lengths[:, None]).squeeze(1) == 0)
-        kept = (finished @ rows) / (finished @ lengths.double())
-        found.append((error(chance @ (rows / lengths[:, None]), in_tokens), error(kept, in_tokens)))
-    ratios, filtered = zip(*found, strict=True)
-    assert ratios[:3] == pytest.approx((0.018, 0.489, 0.075), abs=0.001)
+        filtered.append(error((finished @ rows) / (finished @ lengths.double()), in_tokens))
+        of_length = torch.stack([(chance * (lengths == length)) @ rows for length in range(4)])
+        chances = np.bincount(lengths.numpy(), weights=chance.numpy(), minlength=4)
+        ratios.append([error(_applied(of_length, chances, responses), in_tokens) for responses in (1, 4, 16, 64)])
     assert filtered == pytest.approx((0.226, 0.818, 0.765, 0.316), abs=0.001)
+    assert ratios[0] == pytest.approx((0.0180, 0.0026, 0.0006, 0.0001), abs=5e-5)
+    assert ratios[2] == pytest.approx((0.0751, 0.0093, 0.0020, 0.0005), abs=5e-5)
+    assert ratios[1] == pytest.approx((0.4891, 0.1335, 0.0310, 0.0075), abs=5e-5)
+
+
+def _applied(of_length, chances, responses):
+    """Exact mean of the sum of the responses' gradients over the sum of their lengths.
+
+    Responses are exchangeable: it is their number times the mean of one's gradient over its length plus that of the others.
+    Args: of_length: [4, parameters] mean gradient of the responses of a length, times its probability; chances: of lengths.
+    """
+    others = np.ones(1)
+    for _ in range(responses - 1):
+        others = np.convolve(others, chances)
+    inverse = [float((others / (length + np.arange(len(others)))).sum()) for length in (1, 2, 3)]
+    return responses * torch.tensor(inverse, dtype=torch.float64) @ of_length[1:]
 
 
 @pytest.mark.parametrize("loss", [PUBLISHED, MiniLLMLoss(), VOPD_RETURN, LMOPS], ids=name_of)

@@ -129,7 +129,7 @@ def test_results_stand_side_by_side(whole):
     assert page.tables["versions"] == [["ray", "2.60.0"]]
 
 
-def test_the_verdict_comes_first_and_numbers_have_their_intervals(folder):
+def test_the_share_of_the_gap_and_the_verdict_come_first_and_numbers_have_their_intervals(folder):
     folder.write_summary(
         {
             "steps": 3,
@@ -148,8 +148,8 @@ def test_the_verdict_comes_first_and_numbers_have_their_intervals(folder):
     text, page = page_of(folder)
     assert '<meta name="viewport"' in text, "a phone shows the page at its own width"
     assert page.notes[:3] == [
-        f"Distillation raised it {HOSTILE}.",
         "Share of the gap to the teacher closed: 50% (95% interval 38% to 62%), by exact match.",
+        f"Distillation raised it {HOSTILE}.",
         "Warning: responses became longer.",
     ]
     assert "<script>alert" not in text

@@ -232,47 +232,34 @@ async def test_an_ensemble_on_the_samplers_support_takes_one_prefill_at_the_othe
         np.testing.assert_allclose(np.exp(rollout.support_logprobs), at, atol=1e-6)  # type: ignore[arg-type]
 
 
-async def test_confident_teachers_weigh_more_and_a_students_sample_is_scored_by_all() -> None:
+@pytest.mark.parametrize("temperature", [0.05, 0.3])
+async def test_confident_teachers_weigh_more_whatever_token_was_sampled(temperature: float) -> None:
+    """By the entropies over all top ids, with the tail spread over the others: as one id, a flat teacher would look sure."""
     teachers = toys()
-    settings = config(type="ensemble", pool="student", confidence_temperature=0.05, teachers=["c", "a"])
-    rollouts = await both(team(settings, teachers), StudentOnly())
-    assert teachers[1].questions == []
-    for rollout in rollouts:
-        assert rollout.teacher in ("a", "c")
-        first, second = teachers[0].distributions(rollout), teachers[2].distributions(rollout)
-        for step in range(TOKENS):
-            ids = rollout.support_ids[step][rollout.support_ids[step] >= 0]  # type: ignore[index]
-            if len(ids) < VOCAB - 1:
-                continue  # only with at most one id outside is the entropy of the buckets that of the rows
-            entropy = [-(row[step] * np.log(row[step])).sum() for row in (first, second)]
-            share = 1 / (1 + np.exp((entropy[0] - entropy[1]) / 0.05))
-            at = np.exp(rollout.support_logprobs[step][: len(ids)])  # type: ignore[index]
-            np.testing.assert_allclose(at, share * first[step][ids] + (1 - share) * second[step][ids], atol=1e-5)
-
-
-async def test_confidence_counts_the_ids_outside_the_union() -> None:
-    """The mass of a tail is spread over them: as one id, a flat teacher would look sure."""
-    teachers = toys()
-    settings = config(type="ensemble", pool="student", confidence_temperature=0.3, teachers=["c", "a"])
-    rows_with_several = 0
+    settings = config(type="ensemble", pool="student", confidence_temperature=temperature, teachers=["c", "a"])
+    rows_with_a_token_of_its_own = 0
     for rollout in await both(team(settings, teachers), StudentOnly()):
+        assert rollout.teacher in ("a", "c")
         assert rollout.support_ids is not None
         assert rollout.support_logprobs is not None
         distributions = [teacher.distributions(rollout) for teacher in (teachers[0], teachers[2])]
-        for step in range(TOKENS):
+        for step, token in enumerate(rollout.token_ids):
             ids = rollout.support_ids[step][rollout.support_ids[step] >= 0]
-            outside = VOCAB - len(ids)
-            entropies = []
-            for distribution in distributions:
-                tail = 1.0 - distribution[step][ids].sum()
-                of_tail = tail * np.log(tail / outside) if outside else 0.0
-                entropies.append(-(distribution[step][ids] * np.log(distribution[step][ids])).sum() - of_tail)
-            shares = np.exp(-np.array(entropies) / 0.3)
+            top = sorted({*np.concatenate([np.argsort(-each[step])[:TOP_K] for each in distributions]).tolist()})
+            assert set(ids) == {*top, token}
+            outside = VOCAB - len(top)
+            tails = [1.0 - each[step][top].sum() for each in distributions]
+            entropies = [
+                -(each[step][top] * np.log(each[step][top])).sum() - (tail * np.log(tail / outside) if outside else 0.0)
+                for each, tail in zip(distributions, tails, strict=True)
+            ]
+            shares = np.exp(-np.array(entropies) / temperature)
             shares /= shares.sum()
-            expected = sum(share * distribution[step][ids] for share, distribution in zip(shares, distributions, strict=True))
+            expected = sum(share * each[step][ids] for share, each in zip(shares, distributions, strict=True))
             np.testing.assert_allclose(np.exp(rollout.support_logprobs[step][: len(ids)]), expected, atol=1e-5)
-            rows_with_several += outside > 1
-    assert rows_with_several > 5
+            rows_with_a_token_of_its_own += token not in top
+    assert teachers[1].questions == []
+    assert rows_with_a_token_of_its_own > 5
 
 
 @pytest.mark.parametrize("when", ["before", "sampling", "scoring"])

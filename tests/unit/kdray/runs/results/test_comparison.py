@@ -52,9 +52,9 @@ def test_a_run_that_beats_before_and_its_control() -> None:
     assert gap["value"] == pytest.approx((0.6 - 0.2) / (0.9 - 0.2))
     assert 0.45 < gap["low"] < gap["value"] < gap["high"] < 0.68
     lines = headlines(found)
-    assert lines[0] == found["verdict"]
-    assert lines[1].startswith("Share of the gap to the teacher closed: 57% (95% interval ")
-    assert lines[1].endswith(", by exact match.")
+    assert lines[0].startswith("Share of the gap to the teacher closed: 57% (95% interval ")
+    assert lines[0].endswith(", by exact match.")
+    assert lines[1] == found["verdict"]
     assert lines[2:] == []
     assert found["teacher_left_out"] is None
     assert found["differences"]["after - before"]["exact_match"]["value"] == pytest.approx(0.4)
@@ -94,6 +94,7 @@ def test_no_share_of_a_gap_that_is_not_there(teacher: int, reason: str) -> None:
     gap = found["gap_closed"]
     assert (gap["value"], gap["low"], gap["high"]) == (None, None, None)
     assert gap["reason"].startswith(reason)
+    assert headlines(found)[0] == found["verdict"], "a share that is undefined is no first number"
     assert headlines(found)[1].startswith(f"Share of the gap to the teacher closed: undefined, since {reason}")
 
 
@@ -104,7 +105,7 @@ def test_numbers_that_are_all_equal_are_not_certain() -> None:
     assert -0.05 < gap["low"] < -0.02
     assert 0.02 < gap["high"] < 0.05
     assert "0.0%, is not distinguishable from before, 0.0% (+0.0 points, 95% interval -1.8 to +1.8)" in found["verdict"]
-    assert headlines(found)[1] == "Share of the gap to the teacher closed: 0% (95% interval -2% to 2%), by exact match."
+    assert headlines(found)[0] == "Share of the gap to the teacher closed: 0% (95% interval -2% to 2%), by exact match."
 
 
 def test_no_gap_where_not_even_the_teacher_is_right() -> None:
@@ -122,7 +123,7 @@ def test_without_a_score_of_the_teacher_the_gap_is_that_of_the_reverse_kl() -> N
     assert found["gap_closed"]["value"] == pytest.approx(1 - 0.5 / 2.0)
     assert found["gap_closed"]["low"] == pytest.approx(0.75), "KLs that are all a quarter of those before leave no spread"
     assert found["verdict"].startswith("Distillation lowered reverse KL from 2 nats per token to 0.5 nats per token (-1.5 nats")
-    assert headlines(found)[1].startswith("Share of the gap to the teacher closed: 75% (")
+    assert headlines(found)[0].startswith("Share of the gap to the teacher closed: 75% (")
     assert headlines(found)[2] == "The teacher's own score is left out: nothing grades the held-out prompts."
     better = comparison(left_out, before=draws_of(kl=2.0), after=draws_of(kl=0.5), control=draws_of(kl=1.0))
     assert "the student beats its control, 1 nats per token (-0.5 nats" in better["verdict"]

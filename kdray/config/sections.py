@@ -132,7 +132,7 @@ class ClusterSettings(Settings):
     sent to another replica, and the first answer counts; the slow replica gets no calls for a minute, as long as there are
     others. Never before 8 calls were answered. None disables hedging. Pools of several `accelerator_types` go by measured speed
     instead."""
-    stuck_run_after_s: PositiveFloat = 14400.0
+    stuck_run_after_s: PositiveFloat = 18000.0
     """Longest time in which a run may make no step, get no answer and begin or end no part. Beyond it the event `run_stuck` and
     `logs/stuck.txt` say who waits for whom, and the run ends with 1; `--resume` continues it. The last of the deadlines: it has
     to be longer than the others (a config in which it is not is refused), and than the longest outage of a teacher that is to

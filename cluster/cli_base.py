@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, first_reason
+from kdray.errors import KdrayError, exit_code, first_reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,15 +82,16 @@ def _explain(error: BaseException, outcome: Outcome) -> int:
     """Print the reason why the command ends, and return its exit code."""
     logs = outcome.logs()
     where = f"\nlogs: {logs}" if logs is not None else ""
-    if isinstance(error, KeyboardInterrupt | Interrupted):
+    code = exit_code(error)
+    if code == 130:
         typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
-        return 130
-    if isinstance(error, ConfigError | DataError):
+        return code
+    if code == 2:
         typer.echo(f"kdray: {error}", err=True)
-        return 2
+        return code
     if isinstance(error, KdrayError):
         typer.echo(f"kdray: {error}{where}", err=True)
-        return 1
+        return code
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         remedy = "make room where run.output lies, then continue with --resume"
         typer.echo(f"kdray: a file could not be written: {error}; {remedy}{where}", err=True)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -38,7 +39,7 @@ from kdray.config import Config, StudentBackendSettings
 from kdray.config.load import load_saved_config, read_saved_config
 from kdray.config.resuming import as_begun
 from kdray.config.secret_files import set_secrets
-from kdray.errors import ConfigError, DataError, LeaseLost, StorageError
+from kdray.errors import ConfigError, DataError, LeaseLost, StorageError, exit_code
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint, read_marker
 from kdray.runs.context import Checked, RunContext, resolve_models
@@ -58,8 +59,12 @@ from kdray.teachers.peers import peer_configs
 OnPhase = Callable[[str | None], None]
 """Called with what goes on until the run shows itself, and then with None."""
 
-_END_S = 60.0
-"""Time that a run which hangs gets to shut down what is not its pools: ranks, storage, Ray."""
+_END_S = 120.0
+"""Time that a run gets to shut down what is not its pools: ranks, actors, threads, Ray."""
+_LAST_WORDS = "the last report to trackers and storage"
+_LAST_WORDS_S = 600.0
+_CONNECT_S = 1200.0
+"""Time for Ray's and Serve's own start; a controller of Serve's that stands still gets `cluster.stuck_after_s` besides."""
 
 
 _CHECKING = "checking models and data"
@@ -190,7 +195,10 @@ def _run(
     with contextlib.ExitStack() as opened:
         opened.enter_context(watchdog)
         on_phase(connecting(config))
+        watchdog.must_end("the connection to Ray and Ray Serve", _CONNECT_S + config.cluster.stuck_after_s)
         opened.enter_context(connected(config))
+        opened.push(_before_closing(watchdog, "the shutdown of Ray"))
+        watchdog.ended()
         check_head([*configs.values()], [driver_node()])
         on_phase(_PLACING)
         room = opened.enter_context(reserved(wanted, config.cluster, _tell))
@@ -219,21 +227,40 @@ def _run(
                 plans[name] = RunPlan(
                     checked[name], folder, reporter, found, stored[name], lease, records[name], on_start=room.release
                 )
+            # Not 0: report and results are still to be written.
+            reporters.push(_before_closing(watchdog, _LAST_WORDS, _LAST_WORDS_S, success=1))
             try:
                 summaries = run_coroutine(run_together(plans, lease, watchdog))
             except (StorageError, LeaseLost):
                 raise
-            except Exception:
+            except Exception as error:
+                watchdog.must_end(_LAST_WORDS, _LAST_WORDS_S, exit_code(error))
                 # The events go to the storage, too, since the machine itself may not persist.
                 for plan in plans.values():
                     _send_last(plan)
                 raise
-    lease.check_everywhere()
-    for plan in plans.values():
-        write_report(plan.folder.path)
-        if plan.stored is not None:
-            plan.stored.send_results()
+        # Before Ray is shut down, which may hang. The storage has deadlines of its own.
+        watchdog.ended()
+        lease.check_everywhere()
+        for plan in plans.values():
+            write_report(plan.folder.path)
+            if plan.stored is not None:
+                plan.stored.send_results()
     return summaries[""]
+
+
+def _before_closing(
+    watchdog: Watchdog, what: str, within_s: float | None = None, success: int = 0
+) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
+    """What an ExitStack calls before it closes what it opened earlier: from then on `what` must end.
+
+    Args: success: exit code of a process that is ended although the run has not failed.
+    """
+
+    def begin(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        watchdog.must_end(what, within_s, success if error is None else exit_code(error))
+
+    return begin
 
 
 def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:

@@ -65,6 +65,16 @@ class Interrupted(KdrayError):
     """The user asked the run to stop; a checkpoint was written: the command exits with 130."""
 
 
+def exit_code(error: BaseException | None) -> int:
+    """Exit code of a command that this ended: 0 for None, 2 for a wrong config or input, 130 if interrupted, 1 otherwise."""
+    if error is None:
+        return 0
+    reason = first_reason(error)
+    if isinstance(reason, KeyboardInterrupt | Interrupted):
+        return 130
+    return 2 if isinstance(reason, ConfigError | DataError) else 1
+
+
 def first_reason(error: BaseException) -> BaseException:
     """Return the first error inside nested exception groups, which caused the others."""
     while isinstance(error, BaseExceptionGroup):

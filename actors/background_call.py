@@ -7,6 +7,7 @@ place something would keep a failed or interrupted run alive.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +33,8 @@ def in_daemon_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.F
             result = function(*arguments)
         except BaseException as raised:
             error = raised
-        # The loop may be closed by now; then nobody waits for the result.
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):
+            # The loop may be closed by now; then nobody waits for the result.
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=work, name=getattr(function, "__name__", "call"), daemon=True).start()

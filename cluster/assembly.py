@@ -99,7 +99,7 @@ async def open_pools(
                 on_event("starting", pools=[pool.name for pool in pools])
                 await deployed(pools, bundles(config), config.cluster, on_event)
         except EngineError as error:
-            await asyncio.to_thread(_keep_logs, pools, logs)
+            await in_daemon_thread(_keep_logs, pools, logs)
             for name in config.served_teachers:
                 if run.registry is not None and (reasons := await run.registry.refused.remote(name)):
                     raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error

@@ -118,8 +118,8 @@ class ClusterSettings(Settings):
     at 120 MB/s. A replica whose engine takes longer ends, and Ray Serve starts another, three times in all; pools that do not
     serve a minute later, without a word, end the command (`start_stuck`)."""
     teardown_s: PositiveFloat = 120.0
-    """Longest wait for pools of replicas to be deleted when a run ends; what is not gone by then is named in an event
-    (`teardown_stuck`), and the command goes on without it."""
+    """Longest wait for pools of replicas to be deleted when a run ends; what is not gone by then, or could not be deleted, is
+    named in an event (`teardown_stuck`), and the command goes on without it."""
     stuck_after_s: PositiveFloat = 300.0
     """Longest time between two steps of an engine; beyond it the engine counts as stuck, and its replica is replaced."""
     request_silence_s: PositiveFloat = 1800.0

@@ -92,13 +92,22 @@ def revive(limit_s: float) -> bool:
 
 async def keep_alive(limit_s: float, on_event: Callable[..., None]) -> None:
     """Restart the controller whenever it has not answered for so long, with an event; never returns."""
+    failing = False
     while True:
         await asyncio.sleep(_ASK_EVERY_S)
         try:
-            if await in_daemon_thread(revive, limit_s):
-                on_event("controller_restarted", silent_s=limit_s)
+            restarted = await in_daemon_thread(revive, limit_s)
         except KdrayError as error:
             on_event("controller_stuck", reason=str(error))
+        except Exception as error:
+            # Ray itself may be slow, or unreachable for a moment; a controller that hangs later is still to be noticed.
+            if not failing:
+                on_event("watch_failed", watched="Ray Serve's controller", reason=repr(error)[:500])
+            failing = True
+        else:
+            failing = False
+            if restarted:
+                on_event("controller_restarted", silent_s=limit_s)
 
 
 def _controller() -> Any:

@@ -23,6 +23,8 @@ class Cluster:
     def __init__(self, hangs: bool = False, heals: bool = True, runs: bool = True) -> None:
         self.hangs, self.heals, self.runs = hangs, heals, runs
         self.unavailable = 0
+        self.slow = 0
+        """Look-ups that take Ray too long."""
         self.killed: list[bool] = []
         self.asked = 0
         self.runtime_env: dict[str, Any] = {}
@@ -36,6 +38,9 @@ class Cluster:
 
     def get_actor(self, name: str, namespace: str) -> Any:
         assert (name, namespace) == ("SERVE_CONTROLLER_ACTOR", "serve")
+        if self.slow:
+            self.slow -= 1
+            raise GetTimeoutError("the GCS did not answer")
         if not self.runs:
             raise ValueError(name)
         return type("Handle", (), {"__ray_ready__": type("Method", (), {"remote": staticmethod(lambda: None)})})
@@ -109,6 +114,18 @@ async def test_the_watch_tells_of_every_restart_and_goes_on(on: Callable[[Cluste
     await once(lambda: events[-1] == ("controller_restarted", {"silent_s": 0.05}), 0.01)
     watching.cancel()
     assert set(cluster.killed) == {False}
+
+
+async def test_a_ray_that_is_slow_for_a_moment_does_not_end_the_watch(on: Callable[[Cluster], Cluster]) -> None:
+    cluster = on(Cluster(hangs=True))
+    cluster.slow = 3
+    events: list[tuple[str, dict[str, Any]]] = []
+    watching = asyncio.create_task(keep_alive(0.05, lambda kind, **fields: events.append((kind, fields))))
+    await asyncio.wait_for(once(lambda: len(events) == 2, 0.01), 20)
+    watching.cancel()
+    (failed, found), (restarted, _) = events
+    assert (failed, restarted) == ("watch_failed", "controller_restarted"), "told once"
+    assert found["watched"] == "Ray Serve's controller"
 
 
 @pytest.mark.parametrize(

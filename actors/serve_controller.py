@@ -21,7 +21,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.client import ray as client
 
-from actors.background_call import in_daemon_thread
+from actors.background_call import in_daemon_thread, within
 from kdray.errors import KdrayError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ _ASK_EVERY_S = 2.0
 _RESTARTS_S = 60.0
 """Longest restart: a process, and its checkpoint."""
 _STARTS_S = 300.0
-"""Longest start of a controller by a process of its own."""
+"""Longest start of a controller, by a process of its own or by this one."""
+_REMEDY = "end Serve on this cluster (`serve shutdown`, which ends other runs' replicas, too), or the cluster itself"
 _APART = """
 import sys
 
@@ -65,7 +66,18 @@ def start() -> None:
 
 
 def start_here() -> None:
-    """Start Ray Serve from this process unless it runs; blocks."""
+    """Start Ray Serve from this process unless it runs; blocks. Raises: KdrayError if it does not start in time."""
+    try:
+        # Serve's own calls wait for the controller without end.
+        within(_STARTS_S, _start_serve)
+    except TimeoutError as error:
+        raise KdrayError(
+            f"Ray Serve did not start ({error}): its controller did not answer, or found no node to start on; Ray's logs of it "
+            f"say which; {_REMEDY}"
+        ) from error
+
+
+def _start_serve() -> None:
     from ray import serve
 
     # Replicas are called through handles only: no HTTP proxy, no open port.
@@ -85,7 +97,7 @@ def revive(limit_s: float) -> bool:
     if not _answers(controller, _RESTARTS_S):
         raise KdrayError(
             f"Ray Serve's controller did not answer for cluster.stuck_after_s={limit_s:g} s, nor within {_RESTARTS_S:g} s of a "
-            "restart; end Serve on this cluster (`serve shutdown`, which ends other runs' replicas, too), or the cluster itself"
+            f"restart; {_REMEDY}"
         )
     return True
 

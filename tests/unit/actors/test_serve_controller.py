@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -155,4 +156,24 @@ def test_why_serve_does_not_start_is_said(on: Callable[[Cluster], Cluster], monk
     monkeypatch.setattr(serve_controller, "_APART", "raise SystemExit('no node answers')")
     on(Cluster(runs=False)).runtime_env = {"env_vars": {"A": "1"}}
     with pytest.raises(KdrayError, match="Ray Serve did not start: no node answers"):
+        start()
+
+
+def test_a_start_that_hangs_is_said(on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    on(Cluster(runs=False))
+    monkeypatch.setattr("ray.serve.start", lambda **_: never.wait(60))
+    monkeypatch.setattr(serve_controller, "_STARTS_S", 0.2)
+    with pytest.raises(KdrayError, match=r"Ray Serve did not start \(no result within 0\.2 s\): .*`serve shutdown`"):
+        start()
+    never.set()
+
+
+def test_what_serve_says_of_its_start_is_kept(on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("another version of Ray")
+
+    on(Cluster(runs=False))
+    monkeypatch.setattr("ray.serve.start", refuse)
+    with pytest.raises(RuntimeError, match="another version of Ray"):
         start()

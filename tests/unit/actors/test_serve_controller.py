@@ -117,6 +117,24 @@ async def test_the_watch_tells_of_every_restart_and_goes_on(on: Callable[[Cluste
     assert set(cluster.killed) == {False}
 
 
+async def test_the_end_of_the_watch_ends_its_wait_and_restarts_nothing(
+    on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_controller, "_WAIT_S", 0.05)
+    cluster = on(Cluster(hangs=True))
+
+    def asks() -> bool:
+        return any(thread.name == "revive" for thread in threading.enumerate())
+
+    watching = asyncio.create_task(keep_alive(60.0, lambda kind, **fields: None))
+    await once(lambda: cluster.asked > 1, 0.01)
+    assert asks()
+    watching.cancel()
+    # Ray would wait for it when it is shut down.
+    await asyncio.wait_for(once(lambda: not asks(), 0.01), 20)
+    assert not cluster.killed
+
+
 async def test_a_ray_that_is_slow_for_a_moment_does_not_end_the_watch(on: Callable[[Cluster], Cluster]) -> None:
     cluster = on(Cluster(hangs=True))
     cluster.slow = 3

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -191,14 +190,10 @@ def _run(
     records = {name: _record(checked[name], checkpoints[name]) for name in configs}
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     check_local_cpus(config, wanted)
-    watchdog = Watchdog(config.cluster.stuck_run_after_s, config.cluster.teardown_s + _END_S, config.run_folder / "logs")
     with contextlib.ExitStack() as opened:
-        opened.enter_context(watchdog)
+        watchdog = opened.enter_context(_watchdog(config))
         on_phase(connecting(config))
-        watchdog.must_end("the connection to Ray and Ray Serve", _CONNECT_S + config.cluster.stuck_after_s)
-        opened.enter_context(connected(config))
-        opened.push(_before_closing(watchdog, "the shutdown of Ray"))
-        watchdog.ended()
+        opened.enter_context(_connected(config, watchdog))
         check_head([*configs.values()], [driver_node()])
         on_phase(_PLACING)
         room = opened.enter_context(reserved(wanted, config.cluster, _tell))
@@ -227,8 +222,7 @@ def _run(
                 plans[name] = RunPlan(
                     checked[name], folder, reporter, found, stored[name], lease, records[name], on_start=room.release
                 )
-            # Not 0: report and results are still to be written.
-            reporters.push(_before_closing(watchdog, _LAST_WORDS, _LAST_WORDS_S, success=1))
+            reporters.push(watchdog.before_closing(_LAST_WORDS, _LAST_WORDS_S))
             try:
                 summaries = run_coroutine(run_together(plans, lease, watchdog))
             except (StorageError, LeaseLost):
@@ -249,18 +243,19 @@ def _run(
     return summaries[""]
 
 
-def _before_closing(
-    watchdog: Watchdog, what: str, within_s: float | None = None, success: int = 0
-) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
-    """What an ExitStack calls before it closes what it opened earlier: from then on `what` must end.
+def _watchdog(config: Config) -> Watchdog:
+    return Watchdog(config.cluster.stuck_run_after_s, config.cluster.teardown_s + _END_S, config.run_folder / "logs")
 
-    Args: success: exit code of a process that is ended although the run has not failed.
-    """
 
-    def begin(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        watchdog.must_end(what, within_s, success if error is None else exit_code(error))
-
-    return begin
+@contextlib.contextmanager
+def _connected(config: Config, watchdog: Watchdog) -> Iterator[None]:
+    """As `connected`, with a deadline for either end."""
+    watchdog.must_end("the connection to Ray and Ray Serve", _CONNECT_S + config.cluster.stuck_after_s)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(connected(config))
+        opened.push(watchdog.before_closing("the shutdown of Ray"))
+        watchdog.ended()
+        yield
 
 
 def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:
@@ -383,7 +378,7 @@ def evaluate(config: Config, student: Path | None = None, on_phase: OnPhase = _u
     on_phase(_CHECKING)
     checked = check(config)
     on_phase(connecting(config))
-    with connected(config):
+    with _watchdog(config) as watchdog, _connected(config, watchdog):
         on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")
         on_phase("starting engines and measuring")
@@ -446,7 +441,7 @@ def capture(
             # A teacher in this process or on an external endpoint needs no cluster, and a complete folder needs no teacher.
             if config.served_teachers and missing:
                 on_phase(connecting(config))
-                stack.enter_context(connected(config))
+                stack.enter_context(_connected(config, stack.enter_context(_watchdog(config))))
                 on_phase(_PLACING)
                 _await_room(config, lambda role: role.startswith("teacher"))
                 on_phase("starting engines")
@@ -462,7 +457,7 @@ def check_teachers(config: Config, on_phase: OnPhase = _unseen) -> dict[str, dic
     _quieten(config.training.backend)
     checked = check(config)
     on_phase(connecting(config))
-    with connected(config):
+    with _watchdog(config) as watchdog, _connected(config, watchdog):
         check_head([config], [driver_node()])
         on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")

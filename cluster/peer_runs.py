@@ -84,7 +84,7 @@ async def _all_of(
                 if error is not None and not isinstance(error, Interrupted):
                     raise error
         summaries = {name: task.result() for name, task in tasks.items()}
-        # Not 0: report and results are still to be written.
+        # With 1: report and results are still to be written.
         watchdog.must_end(_CLOSING)
         return summaries
     except asyncio.CancelledError as error:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kdray.errors import TrainingError
+from kdray.errors import TrainingError, exit_code
 
 STACKS = "stuck.txt"
 """File in the run's `logs/`: what was waited for, and the stack of every task and thread."""
@@ -88,6 +88,19 @@ class Watchdog:
         """
         limit_s = self._grace_s if within_s is None else within_s
         self._countdown = _Countdown(what, limit_s, time.monotonic() + limit_s, exit_code)
+
+    def before_closing(
+        self, what: str, within_s: float | None = None
+    ) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
+        """For `ExitStack.push`: `what` must end, from when the stack begins to close what it opened earlier.
+
+        The exit code is that of the error which ends the block. Without one it is 1: the caller has not got its result yet.
+        """
+
+        def begin(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+            self.must_end(what, within_s, exit_code(error) or 1)
+
+        return begin
 
     def ended(self) -> None:
         """Stop the countdown of `must_end`: what follows has deadlines of its own."""

@@ -122,7 +122,7 @@ def test_a_run_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(None, 0), (TrainingError("lost"), 1), (Interrupted("asked to"), 130), (ConfigError("no room"), 2)]
+    ("error", "code"), [(None, 1), (TrainingError("lost"), 1), (Interrupted("asked to"), 130), (ConfigError("no room"), 2)]
 )
 def test_whatever_ends_a_run_its_process_has_a_deadline_to_end(
     error: Exception | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,8 +164,32 @@ def test_whatever_ends_a_run_its_process_has_a_deadline_to_end(
     with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
         run(tiny(tmp_path))
     assert told[:4] == [("the connection to Ray and Ray Serve", 1), "connects", "ended", "runs"]
-    # Ended by force before the report is written, it has not done all that it should.
+    # Ended by force after a success, too: it has not returned its result.
     last, *between = told[4:-2]
-    assert last == (launch._LAST_WORDS, code or 1)
+    assert last == (launch._LAST_WORDS, code)
     assert between == (["ended", "report"] if error is None else [last])
     assert told[-2:] == [("the shutdown of Ray", code), "disconnects"]
+
+
+@pytest.mark.parametrize("command", [launch.evaluate, launch.check_teachers])
+def test_other_commands_have_it_too(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Told(Watchdog):
+        def must_end(self, what: str, within_s: float | None = None, exit_code: int = 1) -> None:
+            told.append((what, exit_code))
+
+    @contextlib.contextmanager
+    def connected(config: Config) -> Iterator[None]:
+        yield
+        told.append("disconnects")
+
+    monkeypatch.setattr(launch, "Watchdog", Told)
+    monkeypatch.setattr(launch, "connected", connected)
+    monkeypatch.setattr(launch, "driver_node", lambda: None)
+    monkeypatch.setattr(launch, "check_head", lambda *_: None)
+    monkeypatch.setattr(launch, "_await_room", lambda *_: None)
+    monkeypatch.setattr(launch, "run_coroutine", lambda work: work.close())
+    command(tiny(tmp_path))
+    # Its numbers are shown after that: without them it has failed.
+    assert told == [("the connection to Ray and Ray Serve", 1), ("the shutdown of Ray", 1), "disconnects"]

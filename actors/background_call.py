@@ -1,4 +1,4 @@
-"""Blocking calls next to an asyncio loop, in a daemon thread that does not keep the process alive.
+"""Blocking calls in a daemon thread that does not keep the process alive: next to an asyncio loop, or with a deadline.
 
 `asyncio.to_thread` uses the loop's executor, which `asyncio.run` joins without a timeout: a call that waits for a cluster to
 place something would keep a failed or interrupted run alive.
@@ -7,6 +7,8 @@ place something would keep a failed or interrupted run alive.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +34,32 @@ def in_daemon_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.F
             result = function(*arguments)
         except BaseException as raised:
             error = raised
-        # The loop may be closed by now; then nobody waits for the result.
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):
+            # The loop may be closed by now; then nobody waits for the result.
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=work, name=getattr(function, "__name__", "call"), daemon=True).start()
     return future
+
+
+def within(limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `function(*arguments)` in a daemon thread, and wait for its result; blocks.
+
+    Raises: TimeoutError if there is none after `limit_s`, when the call goes on unwatched; what the function raises.
+    """
+    found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            found.put((function(*arguments), None))
+        except BaseException as raised:
+            found.put((None, raised))
+
+    threading.Thread(target=work, name=getattr(function, "__name__", "call"), daemon=True).start()
+    try:
+        result, error = found.get(timeout=limit_s)
+    except queue.Empty:
+        raise TimeoutError(f"no result within {limit_s:g} s") from None
+    if error is not None:
+        raise error
+    return result

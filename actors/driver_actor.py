@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kdray.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 _ASK_EVERY_S = 1.0
 
@@ -58,14 +62,12 @@ class ActorWatch:
 
     async def _ask(self, name: str, actor: Any) -> None:
         # Its start has no limit here: a busy node takes long for a process.
-        limit_s, missed = None, 0
+        limit_s, missed, failing_s = None, 0, 0.0
         while True:
+            asked_at = time.monotonic()
             try:
                 await asyncio.wait_for(_value(actor.__ray_ready__.remote()), limit_s)
-                limit_s, missed = self._silence_s / 2, 0
-            except ActorUnavailableError:
-                # Its node is temporarily unreachable.
-                pass
+                limit_s, missed, failing_s = self._silence_s / 2, 0, 0.0
             except ActorDiedError:
                 return self._lose(f"{name} is gone: its process was killed, as when the driver's node runs out of memory")
             except TimeoutError:
@@ -73,6 +75,15 @@ class ActorWatch:
                 missed += 1
                 if missed == 2:
                     return self._lose(f"{name} has not answered for cluster.stuck_after_s={self._silence_s:g} s")
+            except Exception as error:
+                # As when Ray cannot reach it for a moment. One call counts half at most: this process may have stood still.
+                if not failing_s:
+                    logger.warning("%s could not be asked whether it answers, and is asked again: %r", name, error)
+                failing_s += _ASK_EVERY_S + min(time.monotonic() - asked_at, self._silence_s / 2)
+                if failing_s > self._silence_s:
+                    return self._lose(
+                        f"{name} could not be reached for cluster.stuck_after_s={self._silence_s:g} s: {repr(error)[:500]}"
+                    )
             await asyncio.sleep(_ASK_EVERY_S)
 
     def _lose(self, reason: str) -> None:

@@ -99,7 +99,7 @@ async def open_pools(
                 on_event("starting", pools=[pool.name for pool in pools])
                 await deployed(pools, bundles(config), config.cluster, on_event)
         except EngineError as error:
-            await asyncio.to_thread(_keep_logs, pools, logs)
+            await in_daemon_thread(_keep_logs, pools, logs)
             for name in config.served_teachers:
                 if run.registry is not None and (reasons := await run.registry.refused.remote(name)):
                     raise EngineError(f"teacher {name} is not the one that the run began with: {reasons[-1]}") from error
@@ -207,19 +207,26 @@ async def _served(
 
 
 async def _closed(closing: Mapping[str, asyncio.Future[None]], limit_s: float, on_event: Callable[..., None]) -> None:
-    """Wait until all pools and teachers are closed, but not for ever: Serve's own wait for its controller has no end."""
+    """Wait until all pools and teachers are closed, but not for ever: Serve's own wait for its controller has no end.
+
+    What is not closed by then, or failed to, is named with the reason in an event; it is not why the run ends.
+    """
     if not closing:
         return
-    ended, stuck = await asyncio.wait(closing.values(), timeout=limit_s)
-    for each in ended:
-        if not each.cancelled():
-            # Noted as seen: the reason why the run ends is another.
-            each.exception()
-    if stuck:
-        names = [name for name, each in closing.items() if each in stuck]
-        on_event("teardown_stuck", waited_for=names, waited_s=limit_s)
-        for each in stuck:
+    began = time.monotonic()
+    await asyncio.wait(closing.values(), timeout=limit_s)
+    reasons = {}
+    for name, each in closing.items():
+        if not each.done():
+            reasons[name] = f"not closed within cluster.teardown_s={limit_s:g}"
             each.cancel()
+        elif each.cancelled():
+            reasons[name] = "its closing was cancelled"
+        elif (error := each.exception()) is not None:
+            reasons[name] = repr(error)[:500]
+    if reasons:
+        waited_s = round(time.monotonic() - began, 1)
+        on_event("teardown_stuck", waited_for=list(reasons), waited_s=waited_s, reasons=reasons)
 
 
 def _program(

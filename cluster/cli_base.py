@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdray.errors import ConfigError, DataError, Interrupted, KdrayError, Unavailable, first_reason
+from kdray.errors import KdrayError, ended_with, exit_code, first_reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,34 +78,29 @@ def exit_codes() -> Iterator[Outcome]:
         raise typer.Exit(_explain(error, outcome)) from None
 
 
-SUPERVISED = "KDRAY_SUPERVISED"
-"""Environment variable of a run that a supervisor has started."""
-MAY_PASS = 64
-"""What such a run adds to its exit code where its reason may pass by itself."""
-
-
 def _explain(error: BaseException, outcome: Outcome) -> int:
     """Print the reason why the command ends, and return its exit code."""
-    may_pass = isinstance(error, Unavailable) and SUPERVISED in os.environ
-    return _told(error, outcome) + (MAY_PASS if may_pass else 0)
+    _tell(error, outcome)
+    return ended_with(error)
 
 
-def _told(error: BaseException, outcome: Outcome) -> int:
+def _tell(error: BaseException, outcome: Outcome) -> None:
     logs = outcome.logs()
     where = f"\nlogs: {logs}" if logs is not None else ""
-    if isinstance(error, KeyboardInterrupt | Interrupted):
+    code = exit_code(error)
+    if code == 130:
         typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
-        return 130
-    if isinstance(error, ConfigError | DataError):
+        return
+    if code == 2:
         typer.echo(f"kdray: {error}", err=True)
-        return 2
+        return
     if isinstance(error, KdrayError):
         typer.echo(f"kdray: {error}{where}", err=True)
-        return 1
+        return
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         remedy = "make room where run.output lies, then continue with --resume"
         typer.echo(f"kdray: a file could not be written: {error}; {remedy}{where}", err=True)
-        return 1
+        return
     text = "".join(traceback.format_exception(error))
     if logs is not None:
         # The log itself may be what cannot be written.
@@ -115,7 +109,6 @@ def _told(error: BaseException, outcome: Outcome) -> int:
             with (logs / "driver.log").open("a", encoding="utf-8") as file:
                 file.write(text)
     typer.echo(f"{text}kdray: failed unexpectedly: {type(error).__name__}: {error}{where}", err=True)
-    return 1
 
 
 def _say(line: str) -> None:

@@ -38,7 +38,7 @@ from kdray.config import Config, StudentBackendSettings
 from kdray.config.load import load_saved_config, read_saved_config
 from kdray.config.resuming import as_begun
 from kdray.config.secret_files import set_secrets
-from kdray.errors import ConfigError, DataError, LeaseLost, StorageError
+from kdray.errors import ConfigError, DataError, LeaseLost, StorageError, ended_with
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint, read_marker
 from kdray.runs.context import Checked, RunContext, resolve_models
@@ -58,8 +58,12 @@ from kdray.teachers.peers import peer_configs
 OnPhase = Callable[[str | None], None]
 """Called with what goes on until the run shows itself, and then with None."""
 
-_END_S = 60.0
-"""Time that a run which hangs gets to shut down what is not its pools: ranks, storage, Ray."""
+_END_S = 120.0
+"""Time that a run gets to shut down what is not its pools: ranks, actors, threads, Ray."""
+_LAST_WORDS = "the last report to trackers and storage"
+_LAST_WORDS_S = 600.0
+_CONNECT_S = 1200.0
+"""Time for Ray's and Serve's own start; a controller of Serve's that stands still gets `cluster.stuck_after_s` besides."""
 
 
 _CHECKING = "checking models and data"
@@ -186,11 +190,10 @@ def _run(
     records = {name: _record(checked[name], checkpoints[name]) for name in configs}
     wanted = [bundle for each in configs.values() for bundle in bundles(each)]
     check_local_cpus(config, wanted)
-    watchdog = Watchdog(config.cluster.stuck_run_after_s, config.cluster.teardown_s + _END_S, config.run_folder / "logs")
     with contextlib.ExitStack() as opened:
-        opened.enter_context(watchdog)
+        watchdog = opened.enter_context(_watchdog(config))
         on_phase(connecting(config))
-        opened.enter_context(connected(config))
+        opened.enter_context(_connected(config, watchdog))
         check_head([*configs.values()], [driver_node()])
         on_phase(_PLACING)
         room = opened.enter_context(reserved(wanted, config.cluster, _tell))
@@ -227,21 +230,40 @@ def _run(
                     records[name],
                     on_start=room.release,
                 )
+            reporters.push(watchdog.before_closing(_LAST_WORDS, _LAST_WORDS_S))
             try:
                 summaries = run_coroutine(run_together(plans, lease, watchdog))
             except (StorageError, LeaseLost):
                 raise
-            except Exception:
+            except Exception as error:
+                watchdog.must_end(_LAST_WORDS, _LAST_WORDS_S, ended_with(error))
                 # The events go to the storage, too, since the machine itself may not persist.
                 for plan in plans.values():
                     _send_last(plan)
                 raise
-    lease.check_everywhere()
-    for plan in plans.values():
-        write_report(plan.folder.path)
-        if plan.stored is not None:
-            plan.stored.send_results()
+        # Before Ray is shut down, which may hang. The storage has deadlines of its own.
+        watchdog.ended()
+        lease.check_everywhere()
+        for plan in plans.values():
+            write_report(plan.folder.path)
+            if plan.stored is not None:
+                plan.stored.send_results()
     return summaries[""]
+
+
+def _watchdog(config: Config) -> Watchdog:
+    return Watchdog(config.cluster.stuck_run_after_s, config.cluster.teardown_s + _END_S, config.run_folder / "logs")
+
+
+@contextlib.contextmanager
+def _connected(config: Config, watchdog: Watchdog) -> Iterator[None]:
+    """As `connected`, with a deadline for either end."""
+    watchdog.must_end("the connection to Ray and Ray Serve", _CONNECT_S + config.cluster.stuck_after_s)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(connected(config))
+        opened.push(watchdog.before_closing("the shutdown of Ray"))
+        watchdog.ended()
+        yield
 
 
 def _fetch(config: Config, stored: StoredRun | None, checkpoint: Checkpoint | None) -> bool:
@@ -364,7 +386,7 @@ def evaluate(config: Config, student: Path | None = None, on_phase: OnPhase = _u
     on_phase(_CHECKING)
     checked = check(config)
     on_phase(connecting(config))
-    with connected(config):
+    with _watchdog(config) as watchdog, _connected(config, watchdog):
         on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")
         on_phase("starting engines and measuring")
@@ -427,7 +449,7 @@ def capture(
             # A teacher in this process or on an external endpoint needs no cluster, and a complete folder needs no teacher.
             if config.served_teachers and missing:
                 on_phase(connecting(config))
-                stack.enter_context(connected(config))
+                stack.enter_context(_connected(config, stack.enter_context(_watchdog(config))))
                 on_phase(_PLACING)
                 _await_room(config, lambda role: role.startswith("teacher"))
                 on_phase("starting engines")
@@ -443,7 +465,7 @@ def check_teachers(config: Config, on_phase: OnPhase = _unseen) -> dict[str, dic
     _quieten(config.training.backend)
     checked = check(config)
     on_phase(connecting(config))
-    with connected(config):
+    with _watchdog(config) as watchdog, _connected(config, watchdog):
         check_head([config], [driver_node()])
         on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")

@@ -18,12 +18,13 @@ from actors.weights.transfer import TransferStore
 from cluster.interrupt import Grace, on_interrupt
 from cluster.parts import ConcurrentRuns, RunStores
 from cluster.runner import Runner, RunPlan
-from kdray.errors import Interrupted, LeaseLost, TrainingError
+from kdray.errors import Interrupted, LeaseLost, TrainingError, ended_with
 from kdray.runs.context import Checked
 from kdray.runs.lease import Lease
 from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import MAIN_STUDENT
 
+_CLOSING = "the end of the run's parts"
 _NAMED_S = 5.0
 """Time in which a lost actor is named by the watch over all."""
 
@@ -97,10 +98,15 @@ async def _all_of(
                 # An interrupted run has its checkpoint; the others are still writing theirs.
                 if error is not None and not isinstance(error, Interrupted):
                     raise error
-        return {name: task.result() for name, task in tasks.items()}
+        summaries = {name: task.result() for name, task in tasks.items()}
+        # With 1: report and results are still to be written.
+        watchdog.must_end(_CLOSING)
+        return summaries
     except asyncio.CancelledError as error:
+        watchdog.must_end(_CLOSING, exit_code=130)
         raise Interrupted("stopped at once, without a new checkpoint") from error
     except BaseException as error:
+        watchdog.must_end(_CLOSING, exit_code=ended_with(error))
         for runner in runners.values():
             # A full disk may be the cause; that error is the one to report.
             with contextlib.suppress(OSError, LeaseLost):

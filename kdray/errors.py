@@ -4,6 +4,8 @@ To add one: subclass `KdrayError` *and* the standard class a caller would expect
 Errors cross Ray actors by pickle; an `__init__` with more arguments does not survive the trip.
 """
 
+import os
+
 
 class KdrayError(Exception):
     """Base of every error raised on purpose. The message alone must tell the user what to change."""
@@ -71,6 +73,28 @@ class LeaseLost(KdrayError, RuntimeError):
 
 class Interrupted(KdrayError):
     """The user asked the run to stop; a checkpoint was written: the command exits with 130."""
+
+
+def exit_code(error: BaseException | None) -> int:
+    """Exit code of a command that this ended: 0 for None, 2 for a wrong config or input, 130 if interrupted, 1 otherwise."""
+    if error is None:
+        return 0
+    reason = first_reason(error)
+    if isinstance(reason, KeyboardInterrupt | Interrupted):
+        return 130
+    return 2 if isinstance(reason, ConfigError | DataError) else 1
+
+
+SUPERVISED = "KDRAY_SUPERVISED"
+"""Environment variable of a run that a supervisor has started."""
+MAY_PASS = 64
+"""What such a run adds to its exit code where its reason may pass by itself."""
+
+
+def ended_with(error: BaseException | None) -> int:
+    """Exit code that this process ends with: `exit_code`, and in a supervised run whether the reason may pass."""
+    may_pass = error is not None and isinstance(first_reason(error), Unavailable) and SUPERVISED in os.environ
+    return exit_code(error) + (MAY_PASS if may_pass else 0)
 
 
 def first_reason(error: BaseException) -> BaseException:

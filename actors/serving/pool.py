@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 from tenacity import AsyncRetrying, RetryError, retry_if_not_exception_type
 
+from actors.background_call import in_daemon_thread
 from actors.serving.autoscaling import ScaleWatch
 from actors.serving.deployment import DEPLOYING, actor_options, applications
 from actors.serving.hedging import CallTimes, Patience
@@ -246,7 +247,7 @@ class ReplicaPool:
         return [] if self._run.registry is None else ray.get(self._run.registry.failures.remote(self.name))
 
     async def _watch(self) -> None:
-        serving = await asyncio.to_thread(self._count_replicas)
+        serving = await in_daemon_thread(self._count_replicas)
         if serving != self.replicas_serving:
             self._on_event("replicas", pool=self.name, before=self.replicas_serving, now=serving)
             self.replicas_serving = serving

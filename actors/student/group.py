@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from actors.background_call import in_daemon_thread
 from actors.driver_actor import on_driver_node
@@ -131,14 +131,22 @@ class StudentGroup:
         return self._mailbox
 
     async def _tell(self) -> None:
-        """Pass on the mailbox's events, as they come."""
-        told = 0
+        """Pass on the mailbox's events, as they come, as long as it lives."""
+        told, failing = 0, False
         while True:
             try:
                 news = await self._mailbox.news.remote(told)
-            except RayActorError:
+            except ActorDiedError:
                 # A lost mailbox is told by the commands.
                 return
+            except Exception as error:
+                # Ray may not reach it for a moment; for how long at most, the watch over the run's actors decides.
+                if not failing:
+                    self.on_event("watch_failed", watched="the mailbox of the ranks", reason=repr(error)[:500])
+                failing = True
+                await asyncio.sleep(_RETRY_S)
+                continue
+            failing = False
             for kind, fields in news:
                 self.on_event(kind, **fields)
             told += len(news)
@@ -298,6 +306,7 @@ async def _awaited(reference: Any) -> Any:
 
 _CLOSE_S = 10.0
 _NOTICES_EVERY_S = 2.0
+_RETRY_S = 1.0
 _GIB = 2**30
 
 

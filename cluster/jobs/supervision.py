@@ -22,7 +22,7 @@ from types import FrameType
 
 from tenacity import RetryCallState, Retrying, retry_if_result, sleep_using_event
 
-from cluster.cli_base import MAY_PASS, SUPERVISED
+from kdray.errors import MAY_PASS, SUPERVISED
 
 _INTERRUPTED = 130
 _FIRST_WAIT_S = 10.0

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from actors.background_call import in_daemon_thread
 from cluster.planning.placement import Bundle, Node, check_capacity
 from kdray.config import ClusterSettings
 from kdray.errors import CapacityError
@@ -124,8 +125,8 @@ async def await_placed(
     Raises: CapacityError after `cluster.wait_s` (at least a minute) with what is missing and on which nodes.
     """
     started = told = time.monotonic()
-    while waiting := await asyncio.to_thread(unplaced):
-        missing = await asyncio.to_thread(_missing, waiting)
+    while waiting := await in_daemon_thread(unplaced):
+        missing = await in_daemon_thread(_missing, waiting)
         waited = time.monotonic() - started
         if missing is not None and waited >= max(settings.wait_s, _START_S):
             raise CapacityError(

@@ -434,8 +434,9 @@ def _a_pass_holds_the_longest_row(config: Config) -> Iterator[str]:
 def _the_last_deadline_is_the_longest(config: Config) -> Iterator[str]:
     cluster, training = config.cluster, config.training
     limits = {
-        "training.stuck_after_s": (training.stuck_after_s, 1),
-        "training.stuck_loading_after_s": (training.stuck_loading_after_s, 1),
+        # Ranks that hang are killed, and have the same time again to come back.
+        "training.stuck_after_s": (training.stuck_after_s, 2),
+        "training.stuck_loading_after_s": (training.stuck_loading_after_s, 2),
         "cluster.wait_s": (cluster.wait_s, 1),
         "cluster.stuck_after_s": (cluster.stuck_after_s, 1),
         "cluster.request_silence_s": (cluster.request_silence_s, 1),

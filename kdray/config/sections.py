@@ -123,8 +123,8 @@ class ClusterSettings(Settings):
     latest took, and otherwise at once: what came after the last checkpoint is trained again. None takes all the time that it
     needs."""
     teardown_s: PositiveFloat = 120.0
-    """Longest wait for pools of replicas to be deleted when a run ends; what is not gone by then is named in an event
-    (`teardown_stuck`), and the command goes on without it."""
+    """Longest wait for pools of replicas to be deleted when a run ends; what is not gone by then, or could not be deleted, is
+    named in an event (`teardown_stuck`), and the command goes on without it."""
     stuck_after_s: PositiveFloat = 300.0
     """Longest time between two steps of an engine; beyond it the engine counts as stuck, and its replica is replaced."""
     request_silence_s: PositiveFloat = 1800.0
@@ -137,7 +137,7 @@ class ClusterSettings(Settings):
     sent to another replica, and the first answer counts; the slow replica gets no calls for a minute, as long as there are
     others. Never before 8 calls were answered. None disables hedging. Pools of several `accelerator_types` go by measured speed
     instead."""
-    stuck_run_after_s: PositiveFloat = 14400.0
+    stuck_run_after_s: PositiveFloat = 18000.0
     """Longest time in which a run may make no step, get no answer and begin or end no part. Beyond it the event `run_stuck` and
     `logs/stuck.txt` say who waits for whom, and the run ends with 1; `--resume` continues it. The last of the deadlines: it has
     to be longer than the others (a config in which it is not is refused), and than the longest outage of a teacher that is to

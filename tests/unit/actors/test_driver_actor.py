@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RpcError
 
 from actors import driver_actor
 from actors.driver_actor import ActorWatch
@@ -91,3 +91,27 @@ async def test_an_actor_that_is_ended_on_purpose_is_not_missed() -> None:
     actor.fault = ActorDiedError()
     with pytest.raises(TimeoutError):
         await watched(watch, 0.2)
+
+
+@pytest.mark.parametrize("fault", [ActorUnavailableError("its node is away", b"0" * 16), RpcError("timed out")])
+async def test_an_actor_that_cannot_be_reached_any_more_is_named_after_the_limit(fault: Exception) -> None:
+    actor = Actor()
+    watch = ActorWatch(0.2)
+    watch.add("the store", Handle(actor))
+    asyncio.get_running_loop().call_later(0.05, setattr, actor, "fault", fault)
+    with pytest.raises(
+        TrainingError, match=r"the store could not be reached for cluster\.stuck_after_s=0\.2 s: .*(away|timed out)"
+    ):
+        await watched(watch, 20.0)
+
+
+async def test_what_goes_wrong_in_asking_does_not_end_the_watch() -> None:
+    actor = Actor()
+    watch = ActorWatch(60.0)
+    watch.add("the store", Handle(actor))
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.05, setattr, actor, "fault", RpcError("timed out"))
+    loop.call_later(0.15, setattr, actor, "fault", None)
+    loop.call_later(0.25, setattr, actor, "fault", ActorDiedError())
+    with pytest.raises(TrainingError, match="the store is gone"):
+        await watched(watch, 20.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ class Cluster:
     def __init__(self, hangs: bool = False, heals: bool = True, runs: bool = True) -> None:
         self.hangs, self.heals, self.runs = hangs, heals, runs
         self.unavailable = 0
+        self.slow = 0
+        """Look-ups that take Ray too long."""
         self.killed: list[bool] = []
         self.asked = 0
         self.runtime_env: dict[str, Any] = {}
@@ -36,6 +39,9 @@ class Cluster:
 
     def get_actor(self, name: str, namespace: str) -> Any:
         assert (name, namespace) == ("SERVE_CONTROLLER_ACTOR", "serve")
+        if self.slow:
+            self.slow -= 1
+            raise GetTimeoutError("the GCS did not answer")
         if not self.runs:
             raise ValueError(name)
         return type("Handle", (), {"__ray_ready__": type("Method", (), {"remote": staticmethod(lambda: None)})})
@@ -111,6 +117,36 @@ async def test_the_watch_tells_of_every_restart_and_goes_on(on: Callable[[Cluste
     assert set(cluster.killed) == {False}
 
 
+async def test_the_end_of_the_watch_ends_its_wait_and_restarts_nothing(
+    on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_controller, "_WAIT_S", 0.05)
+    cluster = on(Cluster(hangs=True))
+
+    def asks() -> bool:
+        return any(thread.name == "revive" for thread in threading.enumerate())
+
+    watching = asyncio.create_task(keep_alive(60.0, lambda kind, **fields: None))
+    await once(lambda: cluster.asked > 1, 0.01)
+    assert asks()
+    watching.cancel()
+    # Ray would wait for it when it is shut down.
+    await asyncio.wait_for(once(lambda: not asks(), 0.01), 20)
+    assert not cluster.killed
+
+
+async def test_a_ray_that_is_slow_for_a_moment_does_not_end_the_watch(on: Callable[[Cluster], Cluster]) -> None:
+    cluster = on(Cluster(hangs=True))
+    cluster.slow = 3
+    events: list[tuple[str, dict[str, Any]]] = []
+    watching = asyncio.create_task(keep_alive(0.05, lambda kind, **fields: events.append((kind, fields))))
+    await asyncio.wait_for(once(lambda: len(events) == 2, 0.01), 20)
+    watching.cancel()
+    (failed, found), (restarted, _) = events
+    assert (failed, restarted) == ("watch_failed", "controller_restarted"), "told once"
+    assert found["watched"] == "Ray Serve's controller"
+
+
 @pytest.mark.parametrize(
     ("runtime_env", "runs", "apart"),
     [({}, False, False), ({"env_vars": {"A": "1"}}, True, False), ({"env_vars": {"A": "1"}}, False, True)],
@@ -138,4 +174,24 @@ def test_why_serve_does_not_start_is_said(on: Callable[[Cluster], Cluster], monk
     monkeypatch.setattr(serve_controller, "_APART", "raise SystemExit('no node answers')")
     on(Cluster(runs=False)).runtime_env = {"env_vars": {"A": "1"}}
     with pytest.raises(KdrayError, match="Ray Serve did not start: no node answers"):
+        start()
+
+
+def test_a_start_that_hangs_is_said(on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    on(Cluster(runs=False))
+    monkeypatch.setattr("ray.serve.start", lambda **_: never.wait(60))
+    monkeypatch.setattr(serve_controller, "_STARTS_S", 0.2)
+    with pytest.raises(KdrayError, match=r"Ray Serve did not start \(no result within 0\.2 s\): .*`serve shutdown`"):
+        start()
+    never.set()
+
+
+def test_what_serve_says_of_its_start_is_kept(on: Callable[[Cluster], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("another version of Ray")
+
+    on(Cluster(runs=False))
+    monkeypatch.setattr("ray.serve.start", refuse)
+    with pytest.raises(RuntimeError, match="another version of Ray"):
         start()

@@ -20,18 +20,25 @@ async def test_a_teardown_that_hangs_is_told_and_left() -> None:
     never = threading.Event()
     closing = {"main": in_daemon_thread(never.wait), "other": in_daemon_thread(lambda: None)}
     await asyncio.wait_for(_closed(closing, 0.2, lambda kind, **fields: events.append((kind, fields))), 30)
-    assert events == [("teardown_stuck", {"waited_for": ["main"], "waited_s": 0.2})]
+    ((kind, found),) = events
+    assert (kind, found["waited_for"], found["waited_s"]) == ("teardown_stuck", ["main"], pytest.approx(0.2, abs=5))
+    assert found["reasons"] == {"main": "not closed within cluster.teardown_s=0.2"}
     never.set()
 
 
-async def test_a_teardown_that_fails_does_not_hide_why_the_run_ends() -> None:
+async def test_a_teardown_that_fails_is_told_and_does_not_hide_why_the_run_ends() -> None:
     def fail() -> None:
-        raise RuntimeError("gone")
+        # As Serve does by itself.
+        raise TimeoutError("weren't deleted after 60s")
 
-    events: list[str] = []
-    await _closed({"main": in_daemon_thread(fail)}, 30, lambda kind, **fields: events.append(kind))
-    assert not events
-    await _closed({}, 30, lambda kind, **fields: events.append(kind))
+    events: list[tuple[str, dict[str, Any]]] = []
+    closing = {"main": in_daemon_thread(fail), "other": in_daemon_thread(lambda: None)}
+    await _closed(closing, 30, lambda kind, **fields: events.append((kind, fields)))
+    ((kind, found),) = events
+    assert (kind, found["waited_for"]) == ("teardown_stuck", ["main"])
+    assert found["reasons"] == {"main": 'TimeoutError("weren\'t deleted after 60s")'}
+    await _closed({}, 30, lambda kind, **fields: events.append((kind, fields)))
+    assert len(events) == 1
 
 
 class Pool:

@@ -19,11 +19,12 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.cli_base import MAY_PASS, SUPERVISED
 from cluster.diagnosis import doctor
 from kdray import __version__
 from kdray.config import load_config, parse_config
 from kdray.errors import (
+    MAY_PASS,
+    SUPERVISED,
     AwayError,
     CapacityError,
     ConfigError,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster import launch
 from cluster.connect import check_local_cpus
 from cluster.launch import run
 from cluster.planning.placement import bundles
 from kdray.config import Config, parse_config
-from kdray.errors import CapacityError, ConfigError
+from kdray.errors import CapacityError, ConfigError, Interrupted, TrainingError
 from kdray.runs.checkpoints import commit
 from kdray.runs.folder import RunFolder
 from kdray.runs.storage import Storage
+from kdray.runs.watchdog import Watchdog
 
 
 def test_a_name_that_is_taken_is_refused_before_models_are_read(tmp_path: Path) -> None:
@@ -115,3 +119,77 @@ def test_a_run_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
     folder.append_event("start")
     with pytest.raises(AssertionError, match="Ray was started"):
         run(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 1), (TrainingError("lost"), 1), (Interrupted("asked to"), 130), (ConfigError("no room"), 2)]
+)
+def test_whatever_ends_a_run_its_process_has_a_deadline_to_end(
+    error: Exception | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    class Told(Watchdog):
+        def must_end(self, what: str, within_s: float | None = None, exit_code: int = 1) -> None:
+            told.append((what, exit_code))
+
+        def ended(self) -> None:
+            told.append("ended")
+
+    @contextlib.contextmanager
+    def connected(config: Config) -> Iterator[None]:
+        told.append("connects")
+        try:
+            yield
+        finally:
+            told.append("disconnects")
+
+    @contextlib.contextmanager
+    def reserved(*_: object) -> Iterator[Any]:
+        yield type("Room", (), {"release": None})
+
+    def run_coroutine(work: Coroutine[Any, Any, Any]) -> Any:
+        work.close()
+        told.append("runs")
+        if error is not None:
+            raise error
+        return {"": {}}
+
+    for name, fake in {"Watchdog": Told, "connected": connected, "reserved": reserved, "run_coroutine": run_coroutine}.items():
+        monkeypatch.setattr(launch, name, fake)
+    monkeypatch.setattr(launch, "check_local_cpus", lambda *_: None)
+    monkeypatch.setattr(launch, "driver_node", lambda: None)
+    monkeypatch.setattr(launch, "check_head", lambda *_: None)
+    monkeypatch.setattr(launch, "write_report", lambda folder: told.append("report"))
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+        run(tiny(tmp_path))
+    assert told[:4] == [("the connection to Ray and Ray Serve", 1), "connects", "ended", "runs"]
+    # Ended by force after a success, too: it has not returned its result.
+    last, *between = told[4:-2]
+    assert last == (launch._LAST_WORDS, code)
+    assert between == (["ended", "report"] if error is None else [last])
+    assert told[-2:] == [("the shutdown of Ray", code), "disconnects"]
+
+
+@pytest.mark.parametrize("command", [launch.evaluate, launch.check_teachers])
+def test_other_commands_have_it_too(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Told(Watchdog):
+        def must_end(self, what: str, within_s: float | None = None, exit_code: int = 1) -> None:
+            told.append((what, exit_code))
+
+    @contextlib.contextmanager
+    def connected(config: Config) -> Iterator[None]:
+        yield
+        told.append("disconnects")
+
+    monkeypatch.setattr(launch, "Watchdog", Told)
+    monkeypatch.setattr(launch, "connected", connected)
+    monkeypatch.setattr(launch, "driver_node", lambda: None)
+    monkeypatch.setattr(launch, "check_head", lambda *_: None)
+    monkeypatch.setattr(launch, "_await_room", lambda *_: None)
+    monkeypatch.setattr(launch, "run_coroutine", lambda work: work.close())
+    command(tiny(tmp_path))
+    # Its numbers are shown after that: without them it has failed.
+    assert told == [("the connection to Ray and Ray Serve", 1), ("the shutdown of Ray", 1), "disconnects"]

@@ -201,7 +201,7 @@ async def test_a_lost_actor_ends_the_run_and_is_named_even_if_nobody_calls_it(ca
     beside = ConcurrentRuns([""])
     beside.actors.add("the mailbox", Handle(Alive(dead=True)))
     beside.actors.add("the store", Handle(Alive()))
-    still: Any = SimpleNamespace(watch=holds)
+    still: Any = SimpleNamespace(watch=holds, must_end=lambda what, **_: None)
     runners: Any = {"": CallsTheDead(reporter, calls)}
     with pytest.raises(TrainingError, match="the mailbox is gone"):
         await asyncio.wait_for(_all_of(runners, still, still, beside.actors), 20)
@@ -215,7 +215,7 @@ async def test_an_error_of_an_actor_that_is_not_the_runs_own_is_told_in_one_line
     monkeypatch.setattr(peer_runs, "_NAMED_S", 0.1)
     reporter = SimpleNamespace(event=lambda kind, reason: None)
     beside = ConcurrentRuns([""])
-    still: Any = SimpleNamespace(watch=holds)
+    still: Any = SimpleNamespace(watch=holds, must_end=lambda what, **_: None)
     runners: Any = {"": CallsTheDead(reporter, calls=True)}
     told = r"^a process of the run was lost: [^\n]+; continue from the last checkpoint with --resume$"
     with pytest.raises(TrainingError, match=told):

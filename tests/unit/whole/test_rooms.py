@@ -54,7 +54,9 @@ ALLOWED = {
         "actors.background_call actors.driver_actor actors.weights"
     ),
     # Commands and the cluster.
-    "cluster.planning": "kdray.errors kdray.config kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.checks",
+    "cluster.planning": (
+        "kdray.errors kdray.config kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.checks actors.background_call"
+    ),
     "cluster.connect": "kdray.errors kdray.config kdray.checks actors.serve_controller cluster.planning",
     "cluster.parts": "kdray.interfaces kdray.teachers actors.driver_actor actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",

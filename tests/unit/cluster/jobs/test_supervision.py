@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli_base import MAY_PASS
 from cluster.jobs import supervision
 from cluster.jobs.supervision import Absence, Advance, Supervisor, newest_step
+from kdray.errors import MAY_PASS
 
 # Each start takes the next of the ends that it is given: the steps that it makes, then an exit code or a signal.
 _RUN = """

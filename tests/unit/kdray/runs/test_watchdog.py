@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -90,3 +91,93 @@ def test_a_process_that_cannot_be_shut_down_ends_with_1_all_the_same(tmp_path: P
     assert done.returncode == 1
     assert ("could not be shut down" in done.stderr) == (hangs != "nothing")
     assert (tmp_path / STACKS).is_file()
+
+
+@pytest.mark.parametrize("hangs", ["loop", "nothing"])
+def test_a_file_system_that_hangs_does_not_keep_the_process(tmp_path: Path, hangs: str) -> None:
+    # Nobody reads it: to open it waits for ever.
+    os.mkfifo(tmp_path / STACKS)
+    done = subprocess.run([sys.executable, "-c", _HANGS, str(tmp_path), hangs], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "could not be shut down" in done.stderr
+
+
+_FULL_TERMINAL = """
+import os, sys, time
+from pathlib import Path
+from kdray.runs.watchdog import Watchdog
+
+os.set_blocking(2, False)
+try:
+    while True:
+        os.write(2, b"x" * 1000)
+except BlockingIOError:
+    os.set_blocking(2, True)
+with Watchdog(3600.0, 0.5, Path(sys.argv[1])) as watchdog:
+    watchdog.must_end("the teardown")
+    time.sleep(3600)
+"""
+
+
+def test_a_terminal_that_takes_nothing_does_not_keep_the_process(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", _FULL_TERMINAL, str(tmp_path)], stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 1
+
+
+_ENDS = """
+import asyncio, sys, threading, time
+from pathlib import Path
+from kdray.runs.watchdog import Watchdog
+
+def sleeps(seconds):
+    time.sleep(seconds)
+
+async def run():
+    watching = asyncio.create_task(watchdog.watch())
+    call = asyncio.create_task(asyncio.to_thread(sleeps, float(sys.argv[2])))
+    await asyncio.sleep(0.1)
+    watchdog.waits_for = lambda: ["pool main"]
+    watchdog.must_end("the teardown", exit_code=130)
+
+with Watchdog(3600.0, 1.0, Path(sys.argv[1])) as watchdog:
+    asyncio.run(run())
+    if len(sys.argv) > 3:
+        watchdog.ended()
+        time.sleep(2)
+"""
+
+
+def test_an_end_that_hangs_says_what_it_waits_for_and_keeps_its_exit_code(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _ENDS, str(tmp_path), "3600"], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "the teardown lasted longer than 1 s" in done.stderr
+    assert "pool main" in done.stderr
+    # The executor's thread, for which asyncio waits, and the main one, which waits for it.
+    assert "sleeps (" in done.stderr
+    assert "thread MainThread, in " in done.stderr
+    assert "the teardown lasted longer" in (tmp_path / STACKS).read_text()
+
+
+@pytest.mark.parametrize("more", [[], ["goes on"]])
+def test_an_end_in_time_is_left_alone(tmp_path: Path, more: list[str]) -> None:
+    command = [sys.executable, "-c", _ENDS, str(tmp_path), "0.2", *more]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_CONNECTS = """
+import sys, time
+from pathlib import Path
+from kdray.runs.watchdog import Watchdog
+
+with Watchdog(3600.0, 3600.0, Path(sys.argv[1]) / "run" / "logs") as watchdog:
+    watchdog.must_end("the connection", 0.2)
+    time.sleep(3600)
+"""
+
+
+def test_what_hangs_before_a_run_ends_without_a_folder_of_the_run(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _CONNECTS, str(tmp_path)], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the connection lasted longer than 0 s" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from cluster.peer_runs import _all_of, _interrupt, _stores
 from cluster.runner import Runner
 from kdray.config import Config, parse_config
 from kdray.config.route import Route
-from kdray.errors import TrainingError
+from kdray.errors import Interrupted, TrainingError
 from kdray.runs.watchdog import Watchdog
 from kdray.teachers.peers import peer_configs
 from tests.support.fakes import turns
@@ -232,3 +233,24 @@ async def test_ranks_stay_until_the_last_of_the_runs_has_ended_or_is_stopped() -
     await asyncio.wait_for(waiting[0], 5)
     await asyncio.wait_for(Runner._await_others(runs[2]), 5)
     await asyncio.wait_for(waiting[1], 5)
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 1), (Interrupted("asked to"), 130), (TrainingError("lost"), 1)])
+async def test_the_end_of_the_runs_has_a_deadline_from_their_first_failure_on(error: Exception | None, code: int) -> None:
+    told: list[tuple[str, int]] = []
+
+    class Ends:
+        reporter = SimpleNamespace(event=lambda kind, reason: told.append((kind, 0)))
+
+        async def run(self) -> dict[str, Any]:
+            if error is not None:
+                raise error
+            return {}
+
+    lease: Any = SimpleNamespace(watch=holds)
+    watchdog: Any = SimpleNamespace(watch=holds, must_end=lambda what, exit_code=1: told.append((what, exit_code)))
+    runners: Any = {"": Ends()}
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+        await asyncio.wait_for(_all_of(runners, lease, watchdog, ConcurrentRuns([""]).actors), 20)
+    # Before anything is written: the file system of the run's folder may be what hangs.
+    assert told[0] == (peer_runs._CLOSING, code)

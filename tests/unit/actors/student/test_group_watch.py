@@ -36,9 +36,15 @@ def ranks_of(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> tuple[Student
     monkeypatch.setattr(group, "_RETRY_S", 0.01)
     events: list[str] = []
     ranks = StudentGroup(
-        TrainingSettings(), 8, 0, TokenizerSource("tokenizer"), None, Path("run"), Path("ray"),
+        TrainingSettings(),
+        8,
+        0,
+        TokenizerSource("tokenizer"),
+        None,
+        Path("run"),
+        Path("ray"),
         on_event=lambda kind, **fields: events.append(kind),
-    )  # fmt: skip
+    )
     ranks._mailbox = Handle(mailbox)
     return ranks, events
 

@@ -61,9 +61,12 @@ def test_gradients_are_those_of_the_product() -> None:
     torch.manual_seed(0)
     states, head, bias = (torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((2, 3, 8), (5, 8), (5,)))
     weights = torch.randn(2, 3, 5)
-    (WideProducts.apply(states, head, bias, torch.float32) * weights).sum().backward()
+    products = WideProducts.apply(states, head, bias, torch.float32)
+    (products * weights).sum().backward()
     exact = [each.detach().double().requires_grad_() for each in (states, head, bias)]
-    (head_products(*exact) * weights).sum().backward()
+    exact_products = head_products(*exact)
+    torch.testing.assert_close(products.double(), exact_products, rtol=1e-5, atol=1e-5)
+    (exact_products * weights).sum().backward()
     for made, wanted in zip((states, head, bias), exact, strict=True):
         assert made.grad is not None
         assert wanted.grad is not None

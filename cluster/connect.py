@@ -174,7 +174,7 @@ def connected(config: Config, serving: bool = True) -> Iterator[None]:
                 if "InvalidAuthToken" in str(error.__cause__):
                     raise token_refused(address, is_wrong=is_token_auth_enabled()) from error
                 raise AwayError(f"{setting}={address}: no Ray cluster answers there: {error}; {remedy}") from error
-            if not is_token_auth_enabled():
+            if not asks_for_token(ray.get_runtime_context().gcs_address):
                 logger.warning(NO_TOKEN.format(where=f"the cluster at {setting}={address}"))
         else:
             start_local(num_cpus=config.cluster.local_cpus, **quiet)
@@ -208,6 +208,20 @@ def check_local_cpus(config: Config, wanted: Sequence[Bundle]) -> None:
 
 
 _CONNECT_TIMEOUT_S = 2.0
+
+
+def asks_for_token(gcs_address: str) -> bool:
+    """True unless the cluster answers a stranger, who sends no token and knows no certificate."""
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    with grpc.insecure_channel(gcs_address) as channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_CONNECT_TIMEOUT_S)
+        except grpc.RpcError:
+            return True
+    return False
 
 
 CLUSTER_REMEDY = "start the cluster, correct {setting} (host:6379 or ray://host:10001), or unset it for a local Ray"

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import requests
 
+from cluster.connect import asks_for_token
 from tests.support.heads import free_ports, started_head
 from tests.support.runs import ENGINE, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
 
@@ -229,6 +230,7 @@ def test_what_is_wrong_with_token_and_address_is_one_message(user: Path, head: H
 def test_joining_a_cluster_without_its_token_is_one_message(user: Path, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head asks for one as soon as its user has one, and a driver sends it only if told to: Ray itself says that nothing is
     there."""
+    assert asks_for_token(head.gcs)
     monkeypatch.setenv("HOME", str(user))
     config = recipe(user, "joining", cluster={"address": head.gcs})
     wrong = secrets.token_hex(32)

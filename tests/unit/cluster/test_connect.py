@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
 from ray._private.utils import validate_socket_filepath
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util import get_node_ip_address
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.connect import NO_TOKEN, connected, nodes_for, start_local
+from cluster.connect import NO_TOKEN, asks_for_token, connected, nodes_for, start_local
 from kdray.config import parse_config
 from kdray.errors import ConfigError
 
@@ -160,12 +164,33 @@ def test_a_short_folder_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog
 
 
 @pytest.mark.parametrize("asks", [True, False])
+def test_whether_a_cluster_asks_for_a_token_is_seen_without_one(asks: bool) -> None:
+    """The variables of this process say nothing about the cluster."""
+
+    class Gcs(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):  # type: ignore[misc]
+        def CheckAlive(self, request: Any, context: grpc.ServicerContext) -> Any:
+            if asks:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return gcs_service_pb2.CheckAliveReply()
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Gcs(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert asks_for_token(f"127.0.0.1:{port}") is asks
+    finally:
+        server.stop(None)
+
+
+@pytest.mark.parametrize("asks", [True, False])
 def test_a_cluster_without_a_token_is_told_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asks: bool
 ) -> None:
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr("cluster.connect.unreachable", lambda address: None)
-    monkeypatch.setattr("cluster.connect.is_token_auth_enabled", lambda: asks)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="head:6379"))
+    monkeypatch.setattr("cluster.connect.asks_for_token", lambda address: asks and address == "head:6379")
     tree = {"run": {"name": "x"}, "student": {"model": {"type": "tiny"}}, "teachers": {"t": {"model": {"type": "tiny"}}}}
     config = parse_config(tree | {"cluster": {"address": "head:6379"}})
     with caplog.at_level("WARNING", "cluster.connect"), connected(config, serving=False):

@@ -43,7 +43,7 @@ class GatheredScoring:
         """Number of draws in progress, by their requests' oldest student version."""
         self._waiting: list[_Waiting] = []
         self._deadline: asyncio.TimerHandle | None = None
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], list[_Waiting]] = {}
 
     async def complete(
         self, drawn: AsyncGenerator[list[Rollout]], total: int, unscored: Mapping[int, int]
@@ -67,6 +67,18 @@ class GatheredScoring:
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
+            await self._end_given_up()
+
+    async def _end_given_up(self) -> None:
+        """Stop scoring where nobody waits for the result any more."""
+        given_up = [
+            task
+            for task, waiting in self._running.items()
+            if all(each.scored.done() for each in waiting) and any(each.scored.cancelled() for each in waiting)
+        ]
+        for task in given_up:
+            task.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
 
     async def _follow(
         self, drawn: AsyncGenerator[list[Rollout]], unscored: Mapping[int, int], ended: asyncio.Queue[list[Rollout]]
@@ -121,8 +133,8 @@ class GatheredScoring:
         waiting, self._waiting = [each for each in self._waiting if not each.scored.done()], []
         if waiting:
             task = asyncio.ensure_future(self._run(waiting))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._running[task] = waiting
+            task.add_done_callback(self._running.pop)
 
     async def _run(self, waiting: list[_Waiting]) -> None:
         try:

@@ -150,3 +150,27 @@ async def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
     await left.aclose()
     assert len(await asyncio.wait_for(read(found, [[drawn(3)]], 1, 3), 5.0)) == 1
     assert scorer.batches == [[3]]
+
+
+async def test_scoring_that_nobody_waits_for_ends_with_its_last_reader() -> None:
+    """Of two calls that are scored together, the engine goes on for the one that is left."""
+    open_scores: list[list[int]] = []
+
+    async def hangs(rollouts: Sequence[Rollout]) -> AsyncGenerator[list[tuple[int, Rollout]]]:
+        ids = [rollout.sample_id for rollout in rollouts]
+        open_scores.append(ids)
+        try:
+            await asyncio.Event().wait()
+            yield []
+        finally:
+            open_scores.remove(ids)
+
+    found = GatheredScoring(hangs, 1000)
+    readers = [asyncio.ensure_future(read(found, [[drawn(sample_id)]], 1, sample_id)) for sample_id in (1, 2)]
+    await turns(20)
+    assert open_scores == [[1, 2]]
+    for reader, left in zip(readers, ([[1, 2]], []), strict=True):
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert open_scores == left
+    assert not found._running

@@ -51,7 +51,7 @@ class Outlet:
 
 def started_again(phase: Phase, average: Any, monkeypatch: pytest.MonkeyPatch, averaged: bool = False) -> list[Any]:
     """What ranks send that start again in a phase. Args: averaged: their checkpoint has an average."""
-    context = SimpleNamespace(current_actor=None)
+    context = SimpleNamespace(current_actor=None, get_node_id=lambda: "a")
     monkeypatch.setattr(module, "ray", SimpleNamespace(get=lambda result: result, get_runtime_context=lambda: context))
     began: list[Any] = []
     config: Any = SimpleNamespace(mailbox=Mailbox(phase), average=average)

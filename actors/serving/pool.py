@@ -156,6 +156,8 @@ class ReplicaPool:
             "health_check_timeout_s": max(30.0, 3 * self._cluster.health_check_period_s),
             "graceful_shutdown_timeout_s": 5.0,
             "ray_actor_options": actor_options(settings),
+            # Serve's own would have a line of every request.
+            "logging_config": {"log_level": "WARNING"},
         }
         if settings.max_replicas_per_node is not None:
             options["max_replicas_per_node"] = settings.max_replicas_per_node

@@ -7,10 +7,12 @@ request that requires a newer version than it holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import logging.handlers
 import shutil
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -95,7 +97,8 @@ class TeacherReplica:
         try:
             # The engine's own processes inherit them.
             set_secrets(self._spec.secrets)
-            await self._engine.start()
+            with kept_log_targets(logger):
+                await self._engine.start()
             await check_batch_sizes(self._engine, self._engine.checked_sizes)
             if run.registry is None or not run.compared or self._spec.role == "student":
                 return None
@@ -343,6 +346,21 @@ class TeacherReplica:
 
 async def _value(reference: Any) -> Any:
     return await reference
+
+
+@contextlib.contextmanager
+def kept_log_targets(of: logging.Logger) -> Iterator[None]:
+    """Keep the files that a logger's buffers write to: vLLM configures logging when it is imported, which closes them.
+
+    A buffer without a file keeps all that is logged, and Serve logs every request.
+    """
+    targets = {each: each.target for each in of.handlers if isinstance(each, logging.handlers.MemoryHandler)}
+    try:
+        yield
+    finally:
+        for handler, target in targets.items():
+            handler.setTarget(target)
+            handler.flush()
 
 
 def _report(registry: Any, failure: StartFailure) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import logging.config
+from logging.handlers import MemoryHandler
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from actors.serving.registry import TeacherRegistry
-from actors.serving.replica import TeacherReplica
+from actors.serving.replica import TeacherReplica, kept_log_targets
 from actors.serving.spec import EngineSpec, RunHandles
 from kdray.errors import EngineError
 from kdray.teachers.fingerprint import Fingerprint
@@ -120,3 +124,18 @@ async def test_an_engine_with_captured_graphs_is_checked_at_their_sizes(actor: A
     assert Engine.asked == ["start"], "an engine that is not trusted must not become a reference for others"
     (failure,) = actor.registry.failures("main")
     assert "wrong at one of" in failure.cause
+
+
+def test_logging_that_vllm_configures_anew_leaves_serves_buffers_their_files(tmp_path: Path) -> None:
+    """Otherwise a replica keeps every line of its log for as long as it lives."""
+    log, serve = tmp_path / "replica.log", logging.Logger("ray.serve")
+    buffer = MemoryHandler(1, target=logging.FileHandler(log))
+    serve.addHandler(buffer)
+    with kept_log_targets(serve):
+        # What `import vllm` does.
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+        serve.warning("while it starts")
+    serve.warning("afterwards")
+    assert buffer.buffer == []
+    assert log.read_text() == "while it starts\nafterwards\n"
+    buffer.close()

@@ -34,14 +34,19 @@ class TimeShare:
         elif not on and self._since is not None:
             self._ended.append((self._since, now))
             self._since = None
+            # Here, too: of a pool that is not autoscaled nobody asks.
+            self._forget(now - self._window_s)
 
     def seconds(self, now: float) -> float:
         """Seconds of the window before `now` during which it was on."""
         start = now - self._window_s
-        while self._ended and self._ended[0][1] <= start:
-            self._ended.popleft()
+        self._forget(start)
         ended = sum(end - max(begin, start) for begin, end in self._ended)
         return ended + (0.0 if self._since is None else now - max(self._since, start))
+
+    def _forget(self, start: float) -> None:
+        while self._ended and self._ended[0][1] <= start:
+            self._ended.popleft()
 
     def share(self, now: float) -> float:
         """Share of the window in which it was on, or of the time since the start if that is shorter."""

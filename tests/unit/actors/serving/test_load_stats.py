@@ -144,3 +144,12 @@ def test_a_sample_asked_for_twice_is_awaited_until_both_are_answered() -> None:
     assert changes == [True, False]
     assert not awaited.owes
     assert awaited.take_s(9.0) == pytest.approx(4.0)
+
+
+def test_what_nobody_asks_for_is_forgotten_all_the_same() -> None:
+    share = TimeShare(0.0, window_s=10.0)
+    for second in range(1000):
+        share.switch(True, float(second))
+        share.switch(False, second + 0.5)
+    assert len(share._ended) <= 11
+    assert share.share(1000.0) == 0.5

@@ -21,17 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.serving.engine import TeacherEngine
-from actors.serving.spec import EngineSpec
 from benchmarks import measured
-from kdray.config import TinyModel
-from kdray.models.resolve import build_tiny_model
+from benchmarks.tiny_pair import VOCAB, engine_spec
 from kdray.types import SampleRequest
 
 SEQUENCES = 128
 PROMPT_TOKENS = 24
 LONGEST = 128
 ALPHA = 0.2
-VOCAB = 99
 ROUNDS = 3
 
 
@@ -70,22 +67,9 @@ async def _one_pass(engine: TeacherEngine, prompts: np.ndarray, lengths: np.ndar
 
 async def measure(root: Path) -> dict[str, dict[str, Any]]:
     """Tokens per second of both sides, alternating, by case."""
-    teacher = build_tiny_model(TinyModel(type="tiny", layers=6, width=192, seed=1), root / "teacher")
-    student = build_tiny_model(TinyModel(type="tiny", layers=3, width=96, seed=2), root / "student")
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (teacher, student)]
-    spec = EngineSpec(
-        role="mixture",
-        model=str(teacher),
-        student=str(student),
-        vocab_size=VOCAB,
-        # A random model ends a sequence at any token; lengths are set by the requests.
-        stop_ids=(),
-        max_model_len=256,
-        teacher_top_k=16,
-        student_top_k=16,
-        max_num_seqs=SEQUENCES,
-        kv_cache_gib=0.5,
-    )
+    spec = engine_spec(root, SEQUENCES)
+    assert spec.student is not None
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (spec.model, spec.student)]
     engine = TeacherEngine(spec)
     await engine.start()
     found = {}

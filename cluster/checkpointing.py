@@ -180,9 +180,10 @@ class CheckpointedStudent:
         return Storage.local(self.folder.path) if self.stored is None else self.stored.storage
 
     async def open_checkpoint(self, step: int) -> OpenedCheckpoint:
+        started = time.monotonic()
         await in_daemon_thread(self.guard)
         await self.ranks.open_checkpoint(step, self._progress_now())
-        return OpenedCheckpoint(self, step)
+        return OpenedCheckpoint(self, step, time.monotonic() - started)
 
     def _progress_now(self) -> dict[str, Any]:
         return self.progress | {key: entry() for key, entry in self.live.items()}
@@ -214,17 +215,20 @@ class CheckpointedStudent:
 class OpenedCheckpoint:
     """An open checkpoint of the ranks (`kdray.interfaces.OpenCheckpoint`)."""
 
-    def __init__(self, student: CheckpointedStudent, step: int) -> None:
+    def __init__(self, student: CheckpointedStudent, step: int, opened_s: float) -> None:
+        """Args: opened_s: time that its opening took, seconds."""
         self._student = student
         self._step = step
-        self._began = time.monotonic()
+        self._opened_s = opened_s
         self._files: tuple[int, float] = (0, 0.0)
 
     async def keep_files(self) -> None:
         self._files = await self._student.keep_files()
 
     async def commit(self) -> None:
+        started = time.monotonic()
         await in_daemon_thread(self._student.guard)
         saved = await self._student.ranks.commit_checkpoint()
         await self._student.note_saved(self._step, saved, *self._files)
-        self._student.pace.save_s = time.monotonic() - self._began
+        # Without what it waited for in between, as for an evaluation.
+        self._student.pace.save_s = self._opened_s + self._files[1] + time.monotonic() - started

@@ -82,6 +82,9 @@ async def test_a_stop_takes_the_rest_of_the_step_and_a_checkpoint(tmp_path: Path
             clock[0] += 9.0
             return await super().save_checkpoint(step, progress, name)
 
+        async def open_checkpoint(self, step: int, progress: dict[str, Any]) -> None:
+            clock[0] += 3.0
+
         async def commit_checkpoint(self) -> Any:
             clock[0] += 7.0
             return await super().commit_checkpoint()
@@ -95,8 +98,11 @@ async def test_a_stop_takes_the_rest_of_the_step_and_a_checkpoint(tmp_path: Path
     assert pace.time_to_stop() == 9.0
     await saving.train_step(None)  # type: ignore[arg-type]
     assert expected == [0.0, 49.0]
-    await (await saving.open_checkpoint(2)).commit()
-    assert pace.time_to_stop() == 7.0
+    opened = await saving.open_checkpoint(2)
+    await opened.keep_files()
+    clock[0] += 500.0  # an evaluation
+    await opened.commit()
+    assert pace.time_to_stop() == 3.0 + 7.0
 
 
 @pytest.mark.parametrize("done", [0, 1, 7])

@@ -32,7 +32,7 @@ from cluster.planning.reservation import driver_node, reserved
 from cluster.runner import RunPlan
 from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation, pinned
-from kdray.checks.preflight import check
+from kdray.checks.preflight import check, check_warm_up
 from kdray.checks.trackers import check_trackers
 from kdray.config import Config, StudentBackendSettings
 from kdray.config.load import load_saved_config, read_saved_config
@@ -102,11 +102,11 @@ def run(
     check_writable(config)
     configs, stored = {"": config}, {"": StoredRun.of(config)}
     given = None if prompts is None else list(prompts)
-    checked = {"": check(config, given)}
+    checked = {"": check(config, given, begins=not resume)}
     if config.peers:
         models = resolve_models(config)
         configs |= peer_configs(config, models.teachers, models.student)
-        checked |= {name: check(each, given) for name, each in configs.items() if name}
+        checked |= {name: check(each, given, begins=not resume) for name, each in configs.items() if name}
         stored |= {name: StoredRun.of(each) for name, each in configs.items() if name}
     with leased(config, stored[""]) as lease:
         for each in stored.values():
@@ -185,6 +185,8 @@ def _run(
         held = stored[name]
         if resume:
             checkpoints[name], passed_over[name] = _checkpoint_to_resume(each, held)
+            if checkpoints[name] is None:
+                check_warm_up(each)
         elif held is not None:
             held.refuse_another()
     records = {name: _record(checked[name], checkpoints[name]) for name in configs}

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.driver_actor import ActorWatch, on_driver_node
+from actors.freed_memory import keep_returning
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from actors.weights.transfer import TransferStore
@@ -39,6 +40,8 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
     main = asyncio.current_task()
     assert main is not None
     actors: list[Any] = []
+    # Not beyond the run: the process may be a notebook's.
+    returning = keep_returning()
     cluster = next(iter(plans.values())).checked.config.cluster
     beside = ConcurrentRuns(list(plans), cluster.stuck_after_s)
 
@@ -57,6 +60,7 @@ async def run_together(plans: Mapping[str, RunPlan], lease: Lease, watchdog: Wat
         with on_interrupt(partial(_interrupt, runners.values(), cluster.grace_s, main.cancel)):
             return await _all_of(runners, lease, watchdog, beside.actors)
     finally:
+        returning.set()
         beside.actors.close()
         for each in actors:
             ray.kill(each)

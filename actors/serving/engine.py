@@ -65,7 +65,7 @@ class TeacherEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self.spec)))
-        await self._reply(self._engine.collective_rpc("kdray_end_with", args=(os.getpid(),)))
+        await self._reply(self._engine.collective_rpc("kdray_begin", args=(os.getpid(),)))
         await self._reply(self._engine.collective_rpc("kdray_attach"))
 
     async def close(self) -> None:

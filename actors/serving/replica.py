@@ -22,6 +22,7 @@ import pyarrow as pa
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.background_call import in_daemon_thread
+from actors.freed_memory import keep_returning
 from actors.serving.engine import TeacherEngine
 from actors.serving.load_stats import Workload
 from actors.serving.replica_choice import CallRoute
@@ -54,6 +55,7 @@ class TeacherReplica:
         """Start the engine. Raises: EngineError with the cause if it does not start, or the registry rejects this replica."""
         # From the first line on: loading may hang, and outlast the driver.
         watch = StartWatch(run.owner, spec.start_timeout_s, partial(_report, run.registry), _delete_pool)
+        keep_returning()
         began = time.monotonic()
         try:
             await self._begin(spec, run)

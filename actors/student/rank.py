@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
+from actors.freed_memory import keep_returning
 from actors.student.checkpoints.rank_files import RankFiles
 from actors.student.mailbox import Command
 from actors.student.trainer import StudentTrainer
@@ -71,6 +72,7 @@ def run_rank(given: dict[str, RankConfig]) -> None:
 
     config = given["config"]
     set_secrets(config.secrets)
+    keep_returning()
     if config.training.gpus_per_rank == 0:
         torch.set_num_threads(max(1, int(config.training.cpus_per_rank)))
     trainer = StudentTrainer(config.training, config.vocab_size, config.seed)

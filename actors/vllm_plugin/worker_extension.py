@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from actors.freed_memory import keep_returning
 from actors.vllm_plugin.active_recorder import ActiveRecorder
 from actors.vllm_plugin.lifetime import end_with
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
@@ -111,13 +112,15 @@ class WorkerExtension:
             transfer.shutdown()
             self._kdray_transfer = None
 
-    def kdray_end_with(self, pid: int) -> None:
-        """Make this process end within a second of its parent and of the engine's owner, so that neither leaves an orphan.
+    def kdray_begin(self, pid: int) -> None:
+        """Make this process end within a second of its parent and of the engine's owner, so that neither leaves an orphan, and
+        return the memory that it frees.
 
         Where an engine has several workers, they are children of its process, which ends with them. Ray cleans up after a
         killed replica, except when its node's own daemon was killed too. Args: pid: the owner's.
         """
         end_with(pid)
+        keep_returning()
 
     def kdray_set_version(self, version: int) -> None:
         """Set the version of the weights that were loaded at start."""

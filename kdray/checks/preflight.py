@@ -31,12 +31,28 @@ from kdray.teachers.programs import check_prompts
 from kdray.teachers.team import prompts_of
 
 
-def check(config: Config, prompts: Iterable[Any] | None = None) -> Checked:
+def check_warm_up(config: Config) -> None:
+    """Check that the learning rate reaches its peak. A run that goes on may end before: its schedule is that of its beginning.
+
+    Raises: ConfigError.
+    """
+    training = config.training
+    if training.warmup_steps > training.steps:
+        raise ConfigError(
+            f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; "
+            "lower it, such as to 0"
+        )
+
+
+def check(config: Config, prompts: Iterable[Any] | None = None, begins: bool = True) -> Checked:
     """Run every check, those of names and paths first.
 
+    Args: prompts: texts or records, for `data.prompts.type: iterable`; begins: False for a run that goes on.
     Raises: ConfigError, DataError or VocabError with setting, value and remedy.
     """
     set_secrets(config.cluster.secret_files("driver"))
+    if begins:
+        check_warm_up(config)
     check_files(config)
     check_models(config)
     student = config.student

@@ -206,10 +206,6 @@ class TrainingSettings(Settings):
                 f"training.ranks={self.ranks} with training.backend.type={self.backend.type}: it trains on {most} at most; "
                 f"set training.ranks={most}, or choose another backend"
             )
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"training.warmup_steps={self.warmup_steps} is more than training.steps={self.steps}; lower it, such as to 0"
-            )
         return self
 
     @property

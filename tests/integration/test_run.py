@@ -219,10 +219,10 @@ def test_a_run_whose_rank_hangs_has_ended_when_the_kill_would_come(workplace: Pa
 
 
 def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
-    """Ctrl-C in mid-run: checkpoint, exit 130, nothing left; the resumed run trains every sample exactly once."""
-    recipe = write_recipe(
-        workplace, "stopped", training={"steps": 60, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 0}
-    )
+    """Ctrl-C in mid-run: checkpoint, exit 130, nothing left; the resumed run trains every sample exactly once, and ends within
+    its warm-up."""
+    training = {"steps": 60, "warmup_steps": 60, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 0}
+    recipe = write_recipe(workplace, "stopped", training=training)
     process = start("run", str(recipe))
     metrics = workplace / "runs" / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 200

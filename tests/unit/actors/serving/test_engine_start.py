@@ -32,7 +32,7 @@ class StubEngine:
         return made
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[None]:
-        assert method in ("kdray_end_with", "kdray_attach")
+        assert method in ("kdray_begin", "kdray_attach")
         return [None]
 
 

@@ -77,6 +77,7 @@ def test_every_end_of_sequence_of_the_student_stops(models: Path, tmp_path: Path
         ),
         ({"student": {"model": "/nowhere/at/all"}}, r"/nowhere/at/all"),
         ({"data": {"heldout_size": 40}}, r"heldout_size=40"),
+        ({"training": {"steps": 8, "warmup_steps": 9}}, r"training\.warmup_steps=9 is more than training\.steps=8"),
         (
             {"rollout": {"max_new_tokens": 16}, "teachers": {"main": {"model": {"type": "tiny", "vocab_rows": 9}}}},
             r"vocab_rows=9",
@@ -86,6 +87,10 @@ def test_every_end_of_sequence_of_the_student_stops(models: Path, tmp_path: Path
 def test_what_cannot_run_is_refused(models: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(KdrayError, match=message):
         check(_config(models, **sections))
+
+
+def test_a_run_that_goes_on_may_end_within_its_warm_up(models: Path) -> None:
+    check(_config(models, training={"steps": 8, "warmup_steps": 9}), begins=False)
 
 
 def test_a_folder_without_weights_is_refused(models: Path, tmp_path: Path) -> None:

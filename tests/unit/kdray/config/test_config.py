@@ -203,7 +203,6 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(sections, message):
         ({"rollout": {"max_staleness": -1}}, ["rollout.max_staleness=-1"]),
         ({"training": {"batch_size": 60}}, ["training.batch_size=60", "1 x 16", "whole micro-batches"]),
         ({"training": {"ranks": 3, "batch_size": 96}}, ["training.sft.batch_size=64", "3 x 16"]),
-        ({"training": {"warmup_steps": 101}}, ["training.warmup_steps=101", "training.steps=100"]),
         ({"training": {"zero_stage": 4}}, ["training.backend.zero_stage=4"]),
         ({"training": {"learning_rate": 0}}, ["training.learning_rate=0"]),
         ({"training": {"steps": 0}}, ["training.steps=0"]),

@@ -42,16 +42,17 @@ ALLOWED = {
     # Engines and actors.
     "actors.background_call": "",
     "actors.driver_actor": "kdray.errors",
+    "actors.freed_memory": "",
     "actors.serve_controller": "kdray.errors actors.background_call",
-    "actors.vllm_plugin": "kdray.rollouts",
+    "actors.vllm_plugin": "kdray.rollouts actors.freed_memory",
     "actors.weights": "kdray.errors kdray.checks",
     "actors.serving": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.teachers kdray.checks "
-        "actors.background_call actors.vllm_plugin actors.weights"
+        "actors.background_call actors.freed_memory actors.vllm_plugin actors.weights"
     ),
     "actors.student": (
         "kdray.errors kdray.types kdray.config kdray.models kdray.rollouts kdray.losses kdray.runs kdray.checks "
-        "actors.background_call actors.driver_actor actors.weights"
+        "actors.background_call actors.driver_actor actors.freed_memory actors.weights"
     ),
     # Commands and the cluster.
     "cluster.planning": (
@@ -93,8 +94,8 @@ ALLOWED = {
         "cluster.stages cluster.batch_hooks"
     ),
     "cluster.peer_runs": (
-        "kdray.errors kdray.teachers kdray.runs actors.driver_actor actors.weights actors.serving cluster.parts "
-        "cluster.interrupt cluster.runner"
+        "kdray.errors kdray.teachers kdray.runs actors.driver_actor actors.freed_memory actors.weights actors.serving "
+        "cluster.parts cluster.interrupt cluster.runner"
     ),
     "cluster.launch": (
         "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs kdray.capturing kdray.checks "

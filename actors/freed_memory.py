@@ -1,8 +1,8 @@
 """Memory that a process has freed, given back to its machine.
 
 The C library gives back what is free at the end of a heap, and keeps what lies between pieces in use. In processes that
-allocate tensors and tables of ever different sizes that share grows for hours, although nothing is kept: an engine on CPUs held
-129 MiB of it after two.
+allocate tensors and tables of ever different sizes that share can be large, although nothing is kept: an engine on CPUs held
+129 MiB of it after two hours.
 """
 
 from __future__ import annotations

@@ -125,6 +125,16 @@ def soak(part: Part, folder: Path, minutes: float, marker: str, plant: str | Non
         training={"steps": 10**6, "batch_size": 32, "learning_rate": 1e-4, "checkpoint_every": 50},
         evaluation={"every": 100},
         cluster={"health_check_period_s": 2},
+        teachers={
+            "main": {
+                "model": str(folder / "teacher"),
+                "kv_cache_gib": 0.2,
+                # On CPUs the engine's matrix library keeps code for every number of tokens that a pass has had. With few
+                # numbers all have come up when the measurement begins; with 4,096 new ones do for hours.
+                "max_num_seqs": 32,
+                "max_num_batched_tokens": 64,
+            }
+        },
     )
     run = folder / "runs" / "soak"
     before = len(json_lines(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0

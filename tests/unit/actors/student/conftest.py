@@ -1,4 +1,4 @@
-"""Process group of this process alone, as DeepSpeed finds one in a Ray Train worker."""
+"""Process group of this process alone, as DeepSpeed finds one in a Ray Train worker; trainers end with their test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from actors.student.trainer import Phase, StudentTrainer
+
+
+@pytest.fixture(autouse=True)
+def _close_trainers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close what a test leaves open: at ZeRO stage 3 each keeps a bucket of 2 GB, and no process forks with many of them."""
+    started: list[StudentTrainer] = []
+    start = StudentTrainer.start_phase
+
+    def start_phase(self: StudentTrainer, phase: Phase) -> None:
+        started.append(self)
+        start(self, phase)
+
+    monkeypatch.setattr(StudentTrainer, "start_phase", start_phase)
+    yield
+    for trainer in started:
+        trainer.close()
 
 
 @pytest.fixture(scope="module")

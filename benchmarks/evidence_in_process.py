@@ -67,6 +67,14 @@ PAIRS = (
 """Ways whose difference from others the page shows."""
 
 
+_LOOK_EVERY = 2
+"""Supervised steps between two looks at the score that ends the phase: within ten, a student goes from 7% right to 37%."""
+
+
+class TooWeakError(Exception):
+    """The supervised phase ended below the share of right responses that the regime begins with: no cell of this seed."""
+
+
 @dataclass(frozen=True)
 class Responses:
     """Responses to prompts of one length, and what the models said of their tokens when they were drawn."""
@@ -174,13 +182,14 @@ def supervise(
     dataset: Dataset,
     tokenizer: Any,
     enough: Callable[[LlamaForCausalLM], bool] = lambda student: False,
+    every: int = 10,
 ) -> None:
-    """The supervised phase before distillation. Args: enough: asked every ten steps, ends the phase."""
+    """The supervised phase before distillation. Args: enough: asked every so many steps, ends the phase."""
     sft = config.training.sft
     stream = PromptStream([prompt for prompt in dataset.train if prompt.has_reference], config.run.seed)
     optimizer = Optimizer(student, config, sft.learning_rate, sft.steps, "constant", 0)
     for step in range(sft.steps):
-        if step and not step % 10 and enough(student):
+        if step and not step % every and enough(student):
             return
         rows = answers([stream.at(step * sft.batch_size + place) for place in range(sft.batch_size)], tokenizer)
         logits = rows_of(student, rows.prompts, rows.tokens)
@@ -298,9 +307,16 @@ def bench_of(regime: str, seed: int) -> Bench:
     config = load_config(cell.recipe, cell.settings)
     tokenizer = task_tokenizer()
     teacher: Any = next(iter(config.teachers.values()))
-    start = model_of(config.student.model)
-    supervise(start, config, load_dataset(config, tokenizer), tokenizer)
-    return Bench(config, tokenizer, model_of(teacher.model), start)
+    bench = Bench(config, tokenizer, model_of(teacher.model), model_of(config.student.model))
+    dataset, share = load_dataset(config, tokenizer), REGIMES[regime].start
+
+    def enough(student: LlamaForCausalLM) -> bool:
+        return share is not None and measure(student, bench.teacher, config, dataset, tokenizer)["exact_match"].value >= share
+
+    supervise(bench.start, config, dataset, tokenizer, enough, _LOOK_EVERY)
+    if share is not None and not enough(bench.start):
+        raise TooWeakError(f"seed {seed}: below {share:.0%} after {config.training.sft.steps} supervised steps")
+    return bench
 
 
 def summary_of(cell: Cell) -> dict[str, Any]:
@@ -344,8 +360,11 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     began = time.monotonic()
     for seed in given.seeds:
-        for way in given.ways:
-            run_cell(Cell(way, given.regime, seed), 60.0 * given.minutes - (time.monotonic() - began))
+        try:
+            for way in given.ways:
+                run_cell(Cell(way, given.regime, seed), 60.0 * given.minutes - (time.monotonic() - began))
+        except TooWeakError as error:
+            print(error, flush=True)
     cells: Sequence[Mapping[str, Any]] = read(RESULTS)
     if given.table:
         pages = []

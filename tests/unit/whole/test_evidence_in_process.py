@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,3 +151,36 @@ def test_the_supervised_phase_ends_when_the_student_is_good_enough() -> None:
     assert len(asked) == 2
     assert torch.equal(asked[1], next(student.parameters()))
     assert not torch.equal(asked[0], asked[1])
+
+
+@pytest.mark.parametrize(("reached", "steps"), [(4, 4), (8, 8)])
+def test_an_even_start_is_the_student_that_first_has_the_share(
+    reached: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = (*SMALL, "training.sft={steps: 8, batch_size: 16, learning_rate: 1e-3}")
+    monkeypatch.setitem(REGIMES, "even start", Regime("configs/spelled_sum.yaml", 28, small, few_labels(16), start=0.2))
+    taken, step_of = 0, bench.Optimizer.step
+
+    def update(self: bench.Optimizer, loss: torch.Tensor) -> None:
+        nonlocal taken
+        step_of(self, loss)
+        taken += 1
+
+    def measured(*_: Any) -> dict[str, Any]:
+        return {"exact_match": SimpleNamespace(value=0.2 if taken >= reached else 0.19)}
+
+    monkeypatch.setattr(bench.Optimizer, "step", update)
+    monkeypatch.setattr(bench, "measure", measured)
+    bench.bench_of("even start", 3)
+    assert taken == steps
+
+
+def test_a_seed_that_stays_below_the_share_has_no_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(REGIMES, "even start", Regime("configs/spelled_sum.yaml", 28, SMALL, few_labels(16), start=0.2))
+    monkeypatch.setattr(sys, "argv", ["evidence_in_process", "--regime", "even start", "--seeds", "3", "4"])
+    assert bench.main() == 0
+    assert not bench.RESULTS.exists()
+    assert capsys.readouterr().out.split("\n")[:2] == [f"seed {seed}: below 20% after 2 supervised steps" for seed in (3, 4)]

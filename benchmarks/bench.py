@@ -2,7 +2,8 @@
 
 Runs each script below, one after the other, on a machine that should do nothing else, and gathers what it wrote in
 benchmarks/results/bench_DATE.json, with hardware, versions, commit and seconds. A script that the file already has, measured on
-the same commit, is not run again; its name as an argument runs it all the same. Prints the goals beside the values.
+the same commit, is not run again; its name as an argument runs it all the same. Draws the pictures of
+docs/performance.md anew, and prints the goals beside the values.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks import figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -208,6 +211,7 @@ def main() -> None:
         }
         # After each: an interrupted one goes on where it was.
         path.write_text(json.dumps(gathered, indent=1) + "\n")
+    figures.main()
     print(table(gathered))
 
 

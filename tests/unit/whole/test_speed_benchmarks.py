@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import admission, bench, beside_the_loop, coin_ahead, virtual_time
+from benchmarks import admission, bench, beside_the_loop, coin_ahead, figures, virtual_time
 
 POLICIES = {policy.name: policy for policy in coin_ahead.POLICIES}
 
@@ -66,3 +68,22 @@ def test_a_sample_is_asked_for_as_soon_as_it_may_be(tmp_path: Path) -> None:
 def test_every_benchmark_of_make_bench_is_a_module() -> None:
     for name in bench.SCRIPTS:
         assert (Path(bench.__file__).parent / f"{name}.py").is_file()
+
+
+def test_the_parts_of_a_step_in_the_picture_are_the_whole_step() -> None:
+    found = json.loads((figures.RESULTS / "step_costs.json").read_text())
+    clock, cpu = (sum(parts.values()) for parts in figures.parts_of_a_step(found).values())
+    assert clock == pytest.approx(found["wall_s"])
+    assert cpu == pytest.approx(sum(found["cpu_s"].values()))
+    assert all(seconds >= 0.0 for parts in figures.parts_of_a_step(found).values() for seconds in parts.values())
+
+
+def test_pictures_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = figures.RESULTS
+    for name in ("step_costs", "step_growth"):
+        (tmp_path / f"{name}.json").write_text((kept / f"{name}.json").read_text())
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    figures.main()
+    for name in ("step_costs", "step_growth"):
+        drawn, there = ((folder / f"{name}.svg").read_text() for folder in (tmp_path, kept))
+        assert re.findall(r">([^<>]+)</text>", drawn) == re.findall(r">([^<>]+)</text>", there)

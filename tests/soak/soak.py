@@ -129,8 +129,8 @@ def soak(part: Part, folder: Path, minutes: float, marker: str, plant: str | Non
             "main": {
                 "model": str(folder / "teacher"),
                 "kv_cache_gib": 0.2,
-                # On CPUs the engine's matrix library keeps code for every number of tokens that a pass has had. With few
-                # numbers all have come up when the measurement begins; with 4,096 new ones do for hours.
+                # On CPUs the engine's matrix library keeps code for numbers of tokens that passes have had: of few numbers,
+                # the last comes up sooner.
                 "max_num_seqs": 32,
                 "max_num_batched_tokens": 64,
             }

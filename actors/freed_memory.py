@@ -1,8 +1,8 @@
 """Memory that a process no longer uses, given back to its machine.
 
 Python looks for cycles among all objects only when those that outlived its small collections have grown by a quarter. A process
-that has imported torch and transformers has some 600,000 objects: what cycles hold, tensors among it, can then stay for hours. To
-look through them all takes a quarter of a second.
+that has imported torch and transformers has some 600,000 objects: what cycles hold, tensors among it, can then stay for hours.
+To look through them all takes a quarter of a second.
 
 The C library gives back what is free at the end of a heap, and keeps what lies between pieces in use. In processes that
 allocate tensors and tables of ever different sizes that share can be large, although nothing is kept: an engine on CPUs held

@@ -16,7 +16,7 @@ from kdray.runs.checkpoints import PHASE_STEP, drop_checkpoints, prune_checkpoin
 from kdray.runs.folder import RunFolder
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.storage import Storage
-from kdray.types import StepReport, TrainBatch
+from kdray.types import Early, StepReport, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,16 @@ class Pace:
         self.step_s = 0.0
         self.save_s = 0.0
         self._began: float | None = None
+        self._commits = False
+
+    @contextlib.contextmanager
+    def commit(self) -> Iterator[None]:
+        """Note that a checkpoint is being completed, which a stop waits for."""
+        self._commits = True
+        try:
+            yield
+        finally:
+            self._commits = False
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -114,9 +124,9 @@ class Pace:
             self._began = None
 
     def time_to_stop(self) -> float:
-        """Time that the rest of the running step and a checkpoint are likely to take."""
+        """Time that the rest of the running step, a checkpoint that is being completed and one more are likely to take."""
         rest = 0.0 if self._began is None else max(0.0, self.step_s - (time.monotonic() - self._began))
-        return rest + self.save_s
+        return rest + self.save_s * (2 if self._commits else 1)
 
 
 @dataclass(frozen=True)
@@ -153,16 +163,16 @@ class CheckpointedStudent:
     async def save_checkpoint(self, step: int) -> None:
         await self._save(step, None, {})
 
-    async def should_save_early(self) -> bool:
-        """Return True, and say why, if a node with ranks is about to be taken away, or the batches since the last checkpoint
-        take all the disk that they may."""
+    async def should_save_early(self) -> Early | None:
+        """Return `now`, and say why, if a node with ranks is about to be taken away, `soon` if the batches since the last
+        checkpoint take all the disk that they may."""
         if leaving := await self.ranks.leaving():
             self.on_event("checkpoint_early", reason="preemption", ranks=leaving)
-            return True
-        full = await self.ranks.holds_too_much()
-        if full:
-            self.on_event("checkpoint_early", reason="training.replay_gib")
-        return full
+            return "now"
+        if not await self.ranks.holds_too_much():
+            return None
+        self.on_event("checkpoint_early", reason="training.replay_gib")
+        return "soon"
 
     async def save_in_phase(self, phase: str, done: int, step: int) -> None:
         """Write a checkpoint in the middle of a supervised phase. Args: done: its steps; step: number of the checkpoint before
@@ -227,8 +237,9 @@ class OpenedCheckpoint:
 
     async def commit(self) -> None:
         started = time.monotonic()
-        await in_daemon_thread(self._student.guard)
-        saved = await self._student.ranks.commit_checkpoint()
-        await self._student.note_saved(self._step, saved, *self._files)
+        with self._student.pace.commit():
+            await in_daemon_thread(self._student.guard)
+            saved = await self._student.ranks.commit_checkpoint()
+            await self._student.note_saved(self._step, saved, *self._files)
         # Without what it waited for in between, as for an evaluation.
         self._student.pace.save_s = self._opened_s + self._files[1] + time.monotonic() - started

@@ -190,7 +190,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
             checked = check(settings)
             found = look_at(settings, checked.tokenizer, checked.dataset).short()
         # Findings as comments, so that the whole output is again a valid config.
-        for line in [*checked.lines, *found]:
+        for line in [*checked.findings, *found]:
             typer.echo(f"# {line}")
         typer.echo(settings.dump(), nl=False)
 

@@ -30,6 +30,7 @@ from cluster.planning.head import check_head
 from cluster.planning.placement import bundles
 from cluster.planning.reservation import driver_node, reserved
 from cluster.runner import RunPlan
+from cluster.stages.lengths import check_steps
 from kdray.capturing.collect import check_alone, lacking
 from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation, pinned
 from kdray.checks.preflight import check, check_warm_up
@@ -349,29 +350,7 @@ def _checkpoint_to_resume(config: Config, stored: StoredRun | None) -> tuple[Che
                 )
         return None, passed_over
     checkpoint = Checkpoint(folder=config.run_folder.absolute() / found.key, progress=found.progress)
-    training = config.training
-    if checkpoint.stage == "sft":
-        # Distillation has not begun: it may be as long as it likes.
-        return checkpoint, passed_over
-    fine_tuning = checkpoint.stage in ("finetune", "control")
-    # Checkpoints of earlier versions were always of runs as long as they were laid out for.
-    distilled = checkpoint.progress.get("steps", checkpoint.progress["horizon"])
-    if fine_tuning and training.steps != distilled:
-        raise ConfigError(
-            f"training.steps={training.steps}, but the run has {distilled} steps of distillation behind it already; set "
-            "training.steps to that"
-        )
-    if not fine_tuning and training.steps < checkpoint.step:
-        raise ConfigError(
-            f"training.steps={training.steps}, but the run's newest checkpoint has {checkpoint.step} steps already; "
-            "set training.steps to at least that"
-        )
-    horizon = checkpoint.progress["horizon"]
-    if training.schedule != "constant" and training.steps > horizon:
-        raise ConfigError(
-            f"training.steps={training.steps}, but the run's {training.schedule} schedule was laid out for {horizon} steps; "
-            "a resumed run may end earlier, and go on longer only with training.schedule=constant"
-        )
+    check_steps(config.training, checkpoint)
     return checkpoint, passed_over
 
 

@@ -82,6 +82,8 @@ def _interrupt(runners: Collection[Runner], grace_s: float | None, end: Callable
         no_room = Grace(grace_s, over).begin(max(runner.pace.time_to_stop() for runner in runners))
     for runner in runners:
         runner.stop.set()
+        if grace_s is not None:
+            runner.hurry.set()
         runner.reporter.event("interrupt_requested", **({} if no_room is None else {"without_checkpoint": no_room}))
     if not first or no_room is not None:
         end()

@@ -83,8 +83,10 @@ class Runner:
         """Args: name: among the concurrent runs."""
         self.reporter = plan.reporter
         self.stop = asyncio.Event()
-        self.pace = Pace()
         """Event that ends the run after a checkpoint."""
+        self.hurry = asyncio.Event()
+        """Event that ends evaluations beside steps: the machine is taken away soon."""
+        self.pace = Pace()
         self._name = name
         self._checked = plan.checked
         self._config = plan.checked.config
@@ -119,6 +121,8 @@ class Runner:
             self.reporter.event(kind, **fields)
         for line in unsafe_notes(config):
             self.reporter.event("unsafe", found=line)
+        for line in self._checked.notes:
+            self.reporter.event("note", found=line)
         context: RunContext = await self._or_stop(self._with_models())
         self._on_start()
         student = StudentGroup(
@@ -229,7 +233,8 @@ class Runner:
         schedules = Schedules.of(config, horizon)
         start_step, self._totals = restore_run_state(self._folder, self._ledger, schedules, steps, found)
         phases = Phases(config, models, self._folder.checkpoints, horizon)
-        progress: dict[str, Any] = {"horizon": horizon, "steps": steps, "stage": "sft", **self._record}
+        lengths = {"steps": steps, "sft_steps": training.sft.steps, "finetune_steps": training.finetune.steps}
+        progress: dict[str, Any] = {"horizon": horizon, **lengths, "stage": "sft", **self._record}
         recoverable = CheckpointedStudent(
             student,
             self._folder,
@@ -318,6 +323,7 @@ class Runner:
                 **batch_hooks(checked),
             ),
             stop=self.stop,
+            hurry=self.hurry,
             start_step=start_step,
         ).run()
         name, folder = ("distilled", self._distilled) if training.finetune.steps else ("after", self._folder.student)

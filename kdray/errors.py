@@ -39,6 +39,10 @@ class EngineError(KdrayError, RuntimeError):
     """A serving engine failed, or returned a result that cannot be trusted."""
 
 
+class EndpointAway(Unavailable, EngineError):
+    """A remote teacher did not answer, or answered that it cannot now, in every attempt."""
+
+
 class RequestRefused(EngineError):
     """A request that no replica can serve; retrying would not help."""
 
@@ -57,6 +61,10 @@ class ResponseError(KdrayError, RuntimeError):
 
 class TrainingError(KdrayError, RuntimeError):
     """The student group failed, or its loss was no longer finite."""
+
+
+class NoRoomForRanks(Unavailable, TrainingError):
+    """Ranks that were lost did not start again: no node may have room for them."""
 
 
 class StorageError(Unavailable, OSError):

@@ -46,7 +46,7 @@ from kdray.rollouts.schedules import Schedules
 from kdray.runs.ledger import NOT_FINITE, Ledger, Totals, ledger_line, sample_outcomes
 from kdray.runs.metrics import batch_metrics, filter_metrics
 from kdray.runs.training_record import differences, training_columns
-from kdray.types import Rollout, SampleRequest, StepReport, TrainBatch
+from kdray.types import Early, Rollout, SampleRequest, StepReport, TrainBatch
 
 RATE_STEPS = 10
 """Steps that `tokens_per_s` is taken over: with stale samples, steps that wait take turns with steps that do not."""
@@ -54,8 +54,12 @@ SKIP_WINDOW = 100
 """Steps in which at most `training.max_skipped` batches are left out."""
 
 
-async def _never() -> bool:
-    return False
+EARLY_S = 5.0
+"""Time between two questions after such a checkpoint while training waits for rollouts."""
+
+
+async def _never() -> Early | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ class Hooks:
     """Returns the rewards of a batch; None without a reward."""
     weights: Callable[[Sequence[Rollout]], dict[int, float] | None] = lambda rollouts: None
     """Returns the loss weights of the rollouts of a batch, by sample id; None if all have equal weight."""
-    save_early: Callable[[], Awaitable[bool]] = _never
-    """Returns True if a checkpoint is to be written after this step, though none is due."""
+    save_early: Callable[[], Awaitable[Early | None]] = _never
+    """Says whether a checkpoint is to be written though none is due: after a step, and while training waits for rollouts."""
 
 
 @dataclass
@@ -99,6 +103,8 @@ class Distillation:
     hooks: Hooks = Hooks()
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Event that ends the run after the running step; a checkpoint is written."""
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    """Event that ends evaluations, whose numbers are then missing: a checkpoint must not wait for them."""
     start_step: int = 0
 
     def __post_init__(self) -> None:
@@ -178,7 +184,7 @@ class Distillation:
         for step in range(self.start_step, settings.steps):
             started = time.perf_counter()
             try:
-                ready, text = await first_of(self._inputs(step), self.stop.wait())
+                ready, text = await self._awaited_inputs(step)
             except Stopped:
                 await self._interrupt(step)
             report, metrics = await self._step(step, started, ready, text)
@@ -192,9 +198,9 @@ class Distillation:
             due = settings.checkpoint_every and done % settings.checkpoint_every == 0
             if done < settings.steps and due:
                 await self._open_checkpoint(done)
-            elif done < settings.steps and await self.hooks.save_early():
+            elif done < settings.steps:
                 # Training may not go on before the disk has room.
-                await self._save(done)
+                await self._save_early(done)
             if self.stop.is_set() and done < settings.steps:
                 await self._interrupt(done)
         await self._evaluated()
@@ -212,12 +218,45 @@ class Distillation:
         version: int,
         tell: Callable[[Mapping[str, float]], None],
     ) -> None:
-        tell(await measure(version))
+        try:
+            found = await first_of(measure(version), self.hurry.wait())
+        except Stopped:
+            self.reporter.event("evaluation_cut", step=version)
+            found = {}
+        tell(found)
 
     async def _evaluated(self) -> None:
         """Wait for an evaluation that runs beside a step."""
         if self._evaluating is not None:
             await self._evaluating
+
+    async def _awaited_inputs(self, step: int) -> tuple[ReadyBatch, TrainBatch | None]:
+        """The inputs of a step; checkpoints that are needed early are written meanwhile. Raises: Stopped."""
+        inputs, stopping = asyncio.ensure_future(self._inputs(step)), asyncio.ensure_future(self.stop.wait())
+        try:
+            while not inputs.done():
+                await asyncio.wait({inputs, stopping}, timeout=EARLY_S, return_when=asyncio.FIRST_COMPLETED)
+                if inputs.done():
+                    break
+                if stopping.done():
+                    raise Stopped
+                if step > self._saved:
+                    await self._save_early(step)
+            return inputs.result()
+        finally:
+            inputs.cancel()
+            stopping.cancel()
+
+    async def _save_early(self, step: int) -> None:
+        """Write a checkpoint if one is needed though none is due."""
+        urgency = await self.hooks.save_early()
+        if urgency is None:
+            return
+        if urgency == "now":
+            self.hurry.set()
+        await self._save(step)
+        if not self.stop.is_set():
+            self.hurry.clear()
 
     async def _inputs(self, step: int) -> tuple[ReadyBatch, TrainBatch | None]:
         """The rollouts and the pretraining text of a step, produced concurrently."""

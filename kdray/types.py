@@ -20,6 +20,9 @@ answer; or the environment, in response to the tokens before it."""
 WRITERS: tuple[Writer, ...] = get_args(Writer)
 """Writers by their code in the column `writer`. Files store the codes, so the order must never change."""
 
+Early = Literal["now", "soon"]
+"""Urgency of a checkpoint that is not due: `now` does not wait for an evaluation."""
+
 _ENVIRONMENT = WRITERS.index("environment")
 _ENVIRONMENT_BYTE = bytes([_ENVIRONMENT])
 _AS_DRAWN = np.empty(0, dtype=np.int8)

@@ -21,7 +21,7 @@ from actors.student.mailbox import Command, Mailbox
 from actors.student.rank import RankConfig, run_rank
 from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
-from kdray.errors import KdrayError, TrainingError
+from kdray.errors import KdrayError, NoRoomForRanks, TrainingError
 from kdray.models.saving import TokenizerSource
 from kdray.rollouts.batching import shard
 from kdray.runs.lease import Ticket
@@ -284,7 +284,7 @@ class StudentGroup:
             left = patience - silent
             if left <= 0:
                 if killed and not await self._mailbox.heard_since_kill.remote():
-                    raise TrainingError(
+                    raise NoRoomForRanks(
                         f"the student ranks did not start again within training.{setting}={patience:g}: no node may have "
                         "room for them any more (kdray plan says what they need); continue with --resume once there is"
                     )

@@ -14,11 +14,20 @@ class NotFinite(TrainingError):
     """A loss or gradient that is not finite, before it moved the weights."""
 
 
-def refuse_loss(backend: StudentBackend, not_finite: Sequence[str], wrong: Sequence[str], step: int, number: int) -> None:
+_RATES = {
+    "sft": "training.sft.learning_rate",
+    "control": "training.sft.learning_rate",
+    "finetune": "training.finetune.learning_rate",
+}
+
+
+def refuse_loss(
+    backend: StudentBackend, not_finite: Sequence[str], wrong: Sequence[str], step: int, number: int, phase: str
+) -> None:
     """Refuse an update before it is made, if any rank has a reason. A collective.
 
     Args: not_finite: this rank's losses that are not finite; wrong: other reasons, which no other batch would change; number:
-          updates made before it in its step.
+          updates made before it in its step; phase: its name.
     Raises: TrainingError on all ranks, NotFinite if there are reasons of the first kind alone.
     """
     counts = backend.reduce([float(len(not_finite)), float(len(wrong))])
@@ -27,7 +36,7 @@ def refuse_loss(backend: StudentBackend, not_finite: Sequence[str], wrong: Seque
     found = sorted(reason for rank in backend.gather([*not_finite, *wrong]) for reason in rank)
     message = (
         f"step {step}: the loss of the batch cannot be used: {'; '.join(found[:8])}. {_what_now(number).capitalize()}. "
-        "Where it is not finite, lower training.learning_rate or look at these samples"
+        f"Where it is not finite, lower {_RATES.get(phase, 'training.learning_rate')} or look at these samples"
     )
     raise TrainingError(message) if counts[1] else NotFinite(message)
 

@@ -261,6 +261,7 @@ class StudentTrainer:
 
     def _update(self, batch: TrainBatch, text: TrainBatch | None, objective: Objective, number: int) -> _Update:
         """Run one optimizer update. Args: number: updates made before it in this step."""
+        assert self.phase is not None
         parts = [(part, False) for part in self._micro_batches(batch)]
         parts += [] if text is None else [(part, True) for part in self._micro_batches(text)]
         # Backends average gradients over ranks; the loss is a sum over all of them.
@@ -293,7 +294,7 @@ class StudentTrainer:
                 f"the teacher's output head gives log p {error:.2g} nats from the recorded ones, so it is not the whole "
                 "way from hidden state to logits: set rollout.teacher_signal=support"
             )
-        refuse_loss(self.backend, bad, wrong, batch.step, number)
+        refuse_loss(self.backend, bad, wrong, batch.step, number, self.phase.name)
         moved = self.backend.step()
         refuse_gradient(moved, batch, number)
         self._record.applied()

@@ -63,7 +63,7 @@ def submit(
         else:
             from kdray.checks.preflight import check
 
-            for line in check(settings).lines:
+            for line in check(settings).findings:
                 typer.echo(line)
         for place, path in package.files.items():
             typer.echo(f"sent along: {path} as {place}")

@@ -99,6 +99,8 @@ def pack(config: Config) -> JobPackage:
         )
     # Inside the job, Ray provides the cluster's address.
     tree["cluster"]["address"] = "auto"
+    if config.cluster.grace_s is None:
+        tree["cluster"]["grace_s"] = config.cluster.job.stop_wait_s
     return JobPackage(parse_config(tree, source="the job's config"), files, remote_paths, total)
 
 

@@ -57,7 +57,7 @@ def precision_notes(config: Config) -> Iterator[str]:
         other = next((name for name, dtype in _PRECISIONS.items() if dtype == sampled), None)
         remedy = f", or training.precision={other}" if other is not None else ""
         yield (
-            f"note: {setting} samples the student's rollouts in {sampled}, and training.precision={precision} computes in "
+            f"{setting} samples the student's rollouts in {sampled}, and training.precision={precision} computes in "
             f"{trained}: their probabilities differ by rounding; set {setting}.dtype={trained}{remedy} to have one precision"
         )
 
@@ -84,7 +84,7 @@ def quantisation_notes(config: Config) -> Iterator[str]:
                     "it has kernels for 4-bit weights (compressed-tensors, GPTQ, AWQ), and for int8 weights with int8 "
                     "activations; use one of these, the model as it was before quantisation, or vLLM's build for GPUs"
                 )
-            yield f"note: teachers.{name}.model has quantised weights ({form}); the student beside it stays plain"
+            yield f"teachers.{name}.model has quantised weights ({form}); the student beside it stays plain"
 
 
 def _engines(config: Config) -> dict[str, EngineSettings]:

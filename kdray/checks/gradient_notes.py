@@ -26,13 +26,13 @@ def gradient_notes(config: Config) -> Iterator[str]:
     if training.loss_tokens is None and training.update_size < FEW_RESPONSES:
         setting = "batch_size" if training.mini_batch_size is None else "mini_batch_size"
         yield (
-            f"note: training.{setting}={training.update_size} with {name}: the loss is divided by the random number of tokens "
+            f"training.{setting}={training.update_size} with {name}: the loss is divided by the random number of tokens "
             f"of so few responses, which biases its gradient (docs/losses.md); raise training.{setting} to {FEW_RESPONSES} or "
             "more, or set training.loss_tokens to a constant"
         )
     if config.rollout.filters is not None and (rules := config.rollout.filters.in_order()):
         yield (
-            f"note: rollout.filters ({', '.join(rule.type for rule in rules)}) with {name}: the responses that are kept are no "
+            f"rollout.filters ({', '.join(rule.type for rule in rules)}) with {name}: the responses that are kept are no "
             f"samples of the student, so the expected gradient is not that of the {objective} over its responses "
             f"(docs/losses.md); {remedy}"
         )

@@ -71,7 +71,9 @@ def check(config: Config, prompts: Iterable[Any] | None = None, begins: bool = T
     if config.training.lora is not None:
         student_config = model_config(*origin(student.model, student.revision))
         lines.append(f"lora: {adapted_layers(student_config, config.training.lora)}")
-    lines += [*precision_notes(config), *quantisation_notes(config), *gradient_notes(config), *unsafe_notes(config)]
+    lines += unsafe_notes(config)
+    notes = [*precision_notes(config), *quantisation_notes(config), *gradient_notes(config)]
+    notes += [each.note for each in found.values() if each.note is not None]
     if config.training.features is not None:
         lines.append(_features(config))
     positions = {f"teachers.{name}.model": each.positions for name, each in found.items()}
@@ -110,7 +112,7 @@ def check(config: Config, prompts: Iterable[Any] | None = None, begins: bool = T
         lines.append(grading_line(dataset))
     if config.rollout.sampler == "student":
         lines.append("sampling: student-only replicas at alpha 0, scored by prefill (rollout.sampler=student)")
-    return Checked(config, tokenizer, dataset, vocab_size, stop_ids, Route.of(config), windows, lines)
+    return Checked(config, tokenizer, dataset, vocab_size, stop_ids, Route.of(config), windows, lines, notes)
 
 
 def _check_student(config: Config) -> None:

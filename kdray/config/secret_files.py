@@ -20,7 +20,7 @@ VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
 Reader = Literal["driver", "replicas", "ranks"]
 
-_SECRET_WORDS = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)(_|$)")
+_SECRET_WORDS = re.compile(r"(^|_)(TOKEN|(API|ACCESS|SECRET|PRIVATE)?KEY|SECRET|PASSWORD|PASSWD|(PG)?PASS|PAT)(_|$)|_PWD$")
 # These name a file that holds the secret.
 _OF_A_FILE = ("_FILE", "_PATH")
 

@@ -23,9 +23,9 @@ _CHUNK_NUMBERS = 2**25
 class SFTSettings(Settings):
     """Supervised fine-tuning on the reference answers: before distillation (MiniLLM's first phase), or after it."""
 
-    steps: NonNegative = 0
+    steps: Annotated[NonNegative, OnResume()] = 0
     """Optimizer steps; 0 leaves the phase out."""
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: Annotated[PositiveFloat, OnResume()] = 1e-5
     """Peak AdamW learning rate."""
     batch_size: Positive = 64
     """Examples per step, over all ranks."""

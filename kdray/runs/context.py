@@ -35,7 +35,14 @@ class Checked(TeacherContext):
     windows: list[Prompt] = field(default_factory=list)
     """Windows of pretraining text, if the config mixes some in."""
     lines: list[str] = field(default_factory=list)
-    """Findings for the user, one line each."""
+    """Findings for the user, one line each, without the notes."""
+    notes: list[str] = field(default_factory=list)
+    """Warnings about settings, one line each, which a run says at its start."""
+
+    @property
+    def findings(self) -> list[str]:
+        """Lines and notes."""
+        return [*self.lines, *(f"note: {note}" for note in self.notes)]
 
     def with_models(self, models: Models | None = None, on_step: Callable[[str, int, int], None] | None = None) -> RunContext:
         """Return the run's context.

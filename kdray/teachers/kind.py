@@ -63,6 +63,8 @@ class Found:
     """Ids that teacher and student share; None where the teacher sets no limit."""
     positions: int | None = None
     """Longest sequence that the teacher's model holds, in tokens; None where there is no limit, or it reads other sequences."""
+    note: str | None = None
+    """A warning, which a run also says at its start."""
 
 
 class LocalTeacher(Teacher, Protocol):

@@ -26,7 +26,7 @@ from kdray.config import OpenAITeacherSettings
 from kdray.config.base import is_loopback
 from kdray.config.signals import Signal
 from kdray.data.dataset import asked_text
-from kdray.errors import AwayError, ConfigError, EngineError, RequestRefused
+from kdray.errors import AwayError, ConfigError, EndpointAway, EngineError, RequestRefused
 from kdray.interfaces import Availability
 from kdray.teachers.dialect import Dialect, support, text_of, token_id_of
 from kdray.teachers.fingerprint import Fingerprint
@@ -68,8 +68,11 @@ class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
         url = urlsplit(self.settings.base_url)
         readable = url.scheme == "http" and not is_loopback(url.hostname or "")
         sent = "all prompts" if variable is None else "the key and all prompts"
-        warning = f"; warning: by plain http {sent} can be read on the way" if readable else ""
-        return Found(f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}{warning}")
+        warning = (
+            f"teachers.{self.name}.base_url={self.settings.base_url}: by plain http {sent} can be read on the way; use https"
+        )
+        line = f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}"
+        return Found(line, note=warning if readable else None)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -436,13 +439,13 @@ class RemoteTeacher:
         if not isinstance(error, APIStatusError):
             attempts = f"{self._settings.retries + 1} attempts"
             if isinstance(error, APITimeoutError):
-                return EngineError(
+                return EndpointAway(
                     f"{setting}.timeout_s={self._settings.timeout_s:g}: {where} did not answer in {attempts}; raise timeout_s, "
                     "or lower max_concurrency"
                 )
             if isinstance(error, APIConnectionError):
                 reason = self._without_key(str(error.__cause__ or error))
-                return EngineError(f"{setting}.base_url: {where} cannot be reached in {attempts}: {reason}; correct it")
+                return EndpointAway(f"{setting}.base_url: {where} cannot be reached in {attempts}: {reason}; correct it")
             return EngineError(f"{self._not_openai}: {self._without_key(str(error))}")
         status = error.status_code
         if status in (401, 403):
@@ -457,7 +460,7 @@ class RemoteTeacher:
                 "serves, and the base_url of its interface, which usually ends in /v1"
             )
         if status == 429:
-            return EngineError(
+            return EndpointAway(
                 f"{setting}.retries={self._settings.retries}: {where} still limits the rate {reason}; lower "
                 "requests_per_minute or max_concurrency"
             )
@@ -466,7 +469,7 @@ class RemoteTeacher:
                 f"{setting}: {where} refuses the request {reason}; look at chat, token_ids, logprobs, temperature and top_p "
                 "(1 is left out where it is refused), and the length of prompt and response"
             )
-        return EngineError(
+        return EndpointAway(
             f"{setting}.retries={self._settings.retries}: {where} failed every attempt {reason}; see its log, or raise retries"
         )
 

@@ -328,6 +328,7 @@ class Rig:
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.totals = Totals()
         self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
 
     async def run(self, schedules: Schedules | None = None, **hooks: Any) -> None:
         """Args: hooks: of `kdray.loop.Hooks`."""
@@ -345,6 +346,7 @@ class Rig:
             schedules=schedules,
             hooks=Hooks(**hooks),
             stop=self.stop,
+            hurry=self.hurry,
             start_step=self.start_step,
         )
         try:

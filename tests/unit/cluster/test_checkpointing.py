@@ -51,11 +51,15 @@ def student(tmp_path: Path, ranks: Any, **changes: Any) -> CheckpointedStudent:
 
 
 @pytest.mark.parametrize(
-    ("leaving", "full", "reason"),
-    [([1], True, {"reason": "preemption", "ranks": [1]}), ([], True, {"reason": "training.replay_gib"}), ([], False, None)],
+    ("leaving", "full", "urgency", "reason"),
+    [
+        ([1], True, "now", {"reason": "preemption", "ranks": [1]}),
+        ([], True, "soon", {"reason": "training.replay_gib"}),
+        ([], False, None, None),
+    ],
 )
 async def test_a_checkpoint_comes_early_before_a_node_is_taken_away(
-    tmp_path: Path, leaving: list[int], full: bool, reason: dict[str, Any] | None
+    tmp_path: Path, leaving: list[int], full: bool, urgency: str | None, reason: dict[str, Any] | None
 ) -> None:
     async def answer(value: Any) -> Any:
         return value
@@ -63,7 +67,7 @@ async def test_a_checkpoint_comes_early_before_a_node_is_taken_away(
     told: list[tuple[str, dict[str, Any]]] = []
     ranks = SimpleNamespace(leaving=lambda: answer(leaving), holds_too_much=lambda: answer(full))
     found = student(tmp_path, ranks, on_event=lambda kind, **fields: told.append((kind, fields)))
-    assert await found.should_save_early() is (reason is not None)
+    assert await found.should_save_early() == urgency
     assert told == ([] if reason is None else [("checkpoint_early", reason)])
 
 
@@ -87,6 +91,7 @@ async def test_a_stop_takes_the_rest_of_the_step_and_a_checkpoint(tmp_path: Path
 
         async def commit_checkpoint(self) -> Any:
             clock[0] += 7.0
+            expected.append(pace.time_to_stop())
             return await super().commit_checkpoint()
 
     saving = student(tmp_path, Slow())
@@ -102,6 +107,7 @@ async def test_a_stop_takes_the_rest_of_the_step_and_a_checkpoint(tmp_path: Path
     await opened.keep_files()
     clock[0] += 500.0  # an evaluation
     await opened.commit()
+    assert expected[2:] == [9.0 + 9.0], "a stop in the middle of it waits for it, and writes another one"
     assert pace.time_to_stop() == 3.0 + 7.0
 
 

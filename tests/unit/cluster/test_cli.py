@@ -29,8 +29,10 @@ from kdray.errors import (
     CapacityError,
     ConfigError,
     DataError,
+    EndpointAway,
     EngineError,
     Interrupted,
+    NoRoomForRanks,
     StorageError,
     VocabError,
 )
@@ -82,7 +84,7 @@ def launch(monkeypatch):
 @pytest.fixture
 def preflight(monkeypatch):
     fake = ModuleType("kdray.checks.preflight")
-    fake.check = lambda config: SimpleNamespace(lines=["prompts: 12 to train on"], tokenizer=None, dataset=None)
+    fake.check = lambda config: SimpleNamespace(findings=["prompts: 12 to train on"], tokenizer=None, dataset=None)
     monkeypatch.setitem(sys.modules, "kdray.checks.preflight", fake)
     seen = ModuleType("kdray.checks.data_look")
     seen.look_at = lambda *given: SimpleNamespace(short=lambda: ["example (line 1): 1+1=⟦2⟧"])
@@ -297,6 +299,8 @@ def test_exit_codes(recipe, launch, error, code):
         (CapacityError("too few GPUs"), 2 + MAY_PASS),
         (AwayError("run.storage=s3://b: cannot be written"), 2 + MAY_PASS),
         (ExceptionGroup("tasks", [StorageError("write state: no answer")]), 1 + MAY_PASS),
+        (EndpointAway("teachers.far: failed every attempt (503)"), 1 + MAY_PASS),
+        (NoRoomForRanks("the student ranks did not start again"), 1 + MAY_PASS),
         (ConfigError("rollout.alpha=2: too much"), 2),
         (EngineError("replica 3 died on node x"), 1),
         (Interrupted("stopped at step 5 after writing a checkpoint"), 130),

@@ -59,11 +59,13 @@ def test_a_signal_ends_a_run_at_once_if_a_checkpoint_does_not_fit_into_its_grace
     told: list[tuple[str, list[str]]] = []
     runner: Any = SimpleNamespace(
         stop=asyncio.Event(),
+        hurry=asyncio.Event(),
         pace=SimpleNamespace(time_to_stop=lambda: time_to_stop),
         reporter=SimpleNamespace(event=lambda kind, **fields: told.append((kind, list(fields)))),
     )
     _interrupt([runner], grace_s, lambda: ended.append(True))
     assert runner.stop.is_set()
+    assert runner.hurry.is_set() == (grace_s is not None)
     assert ended == [True] * at_once
     assert told == [("interrupt_requested", ["without_checkpoint"] * at_once)]
     _interrupt([runner], grace_s, lambda: ended.append(True))

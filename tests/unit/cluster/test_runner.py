@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from cluster.runner import Runner, RunPlan
+from kdray.checks.gradient_notes import gradient_notes
 from kdray.config.route import Route
 from kdray.data.dataset import load_dataset
 from kdray.errors import Interrupted
@@ -24,9 +25,7 @@ from kdray.runs.reporter import RunReporter
 from tests.support.stub_run import stub_config
 
 
-async def test_rows_that_the_data_leaves_out_are_an_event_and_a_line_of_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_the_checks_find_is_an_event_and_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(name: str, *lengths: int) -> str:
         (tmp_path / name).write_text("".join(json.dumps({"prompt": "x" * length}) + "\n" for length in lengths))
         return str(tmp_path / name)
@@ -39,7 +38,8 @@ async def test_rows_that_the_data_leaves_out_are_an_event_and_a_line_of_the_repo
     with leased(config, None) as lease:
         folder = RunFolder.create(config, guard=lease.check)
         reporter = RunReporter(folder, 1, Console(file=terminal, width=80))
-        checked = Checked(config, tokenizer, dataset, len(tokenizer), (1,), Route.of(config))
+        notes = list(gradient_notes(config))
+        checked = Checked(config, tokenizer, dataset, len(tokenizer), (1,), Route.of(config), notes=notes)
         record = {"inputs": {}, "installation": {"host": "here"}}
         stores: Any = SimpleNamespace()
         runner = Runner("", RunPlan(checked, folder, reporter, None, None, lease, record, lambda: None), stores, stores)
@@ -51,6 +51,9 @@ async def test_rows_that_the_data_leaves_out_are_an_event_and_a_line_of_the_repo
         with pytest.raises(Interrupted):
             await runner.run()
         reporter.close()
+    (note,) = [line for line in read_lines(folder.events) if line["kind"] == "note"]
+    assert note["found"].startswith("training.batch_size=")
+    assert note["found"] in terminal.getvalue()
     (event,) = [line for line in read_lines(folder.events) if line["kind"] == "rows_dropped"]
     assert (event["total"], event["counts"]) == (3, {"too_long": 2, "beyond_heldout_size": 1})
     words = (

@@ -147,11 +147,50 @@ async def test_checkpoint_cadence(tmp_path: Path, every: int, saved: list[int]) 
 async def test_a_checkpoint_is_written_early_where_it_has_to_be(tmp_path: Path) -> None:
     rig = Rig(tmp_path, checkpoint_every=4)
 
-    async def full() -> bool:
-        return rig.student.steps_done in (1, 6)
+    async def full() -> str | None:
+        return "soon" if rig.student.steps_done in (1, 6) else None
 
     await rig.run(save_early=full)
     assert rig.student.saved == [1, 4, 6]
+
+
+async def test_a_checkpoint_is_written_while_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before a node with ranks is taken away: neither for the slow rollout nor for the evaluation."""
+    monkeypatch.setattr("kdray.loop.EARLY_S", 0.001)
+    rig = Rig(tmp_path, evaluate_every=2)
+    asked: list[int] = []
+
+    released = asyncio.Event()
+
+    async def one(request: SampleRequest, draw: Any = rig.sampler._one) -> Any:
+        if request.sample_id == 9:  # of the third batch
+            await released.wait()
+        return await draw(request)
+
+    monkeypatch.setattr(rig.sampler, "_one", one)
+
+    async def leaving() -> str | None:
+        waits = rig.student.steps_done == 2 and ("publish", 2) in rig.history.events and 2 in asked
+        asked.append(rig.student.steps_done)
+        return "now" if waits and not rig.student.saved else None
+
+    async def evaluate(version: int) -> dict[str, float]:
+        if version == 2:
+            await asyncio.Event().wait()
+        return {"reverse_kl": float(version)}
+
+    async def release() -> None:
+        while not rig.student.saved:
+            await turns(1)
+        released.set()
+
+    releasing = asyncio.create_task(release())
+    await asyncio.wait_for(rig.run(evaluate=evaluate, save_early=leaving), 20)
+    await releasing
+    assert rig.student.saved == [2, 6]
+    found = {step: metrics.get("heldout/reverse_kl") for step, metrics in rig.reporter.metrics.items()}
+    assert found == {1: None, 2: None, 3: None, 4: 4.0, 5: None, 6: 6.0}
+    assert ("evaluation_cut", {"step": 2}) in rig.reporter.events
 
 
 async def test_evaluation_cadence(tmp_path: Path) -> None:
@@ -424,6 +463,29 @@ async def test_a_stop_completes_an_open_checkpoint_and_its_evaluation_first(tmp_
     assert rig.student.saved == [2, 3]
     assert list(rig.reporter.metrics) == [1, 2, 3]
     assert rig.reporter.metrics[2]["heldout/reverse_kl"] == 2.0
+
+
+async def test_a_stop_in_a_hurry_does_not_wait_for_an_evaluation(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, checkpoint_every=2, evaluate_every=2)
+    rig.student.turns_per_step = 30
+
+    async def evaluate(version: int) -> dict[str, float]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def watch() -> None:
+        while ("train", 2) not in rig.history.events:
+            await turns(1)
+        rig.stop.set()
+        rig.hurry.set()
+
+    watcher = asyncio.create_task(watch())
+    with pytest.raises(Interrupted, match="step 3"):
+        await asyncio.wait_for(rig.run(evaluate=evaluate), 20)
+    await watcher
+    assert rig.student.saved == [2, 3]
+    assert list(rig.reporter.metrics) == [1, 2, 3]
+    assert "heldout/reverse_kl" not in rig.reporter.metrics[2]
 
 
 async def test_a_stop_in_the_last_step_is_the_end_of_the_run(tmp_path: Path) -> None:

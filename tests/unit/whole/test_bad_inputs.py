@@ -736,6 +736,24 @@ def another_horizon(place: Place) -> Any:
     return checkpoint_of(place.set(training={"steps": 200, "schedule": "cosine"}))
 
 
+def fewer_supervised_steps(place: Place) -> Any:
+    checkpoint(place.set(training={"sft": {"steps": 40}}), 0, stage="sft", phase_step=30, sft_steps=40)
+    return checkpoint_of(place.set(training={"sft": {"steps": 20}}))
+
+
+def supervised_steps_of_the_past(place: Place) -> Any:
+    checkpoint(place.set(training={"sft": {"steps": 40}}), 10, sft_steps=40)
+    return checkpoint_of(place.set(training={"sft": {"steps": 50}}))
+
+
+def finetuning(place: Place, steps: int, schedule: str = "constant", stage: str = "finetune") -> Any:
+    """Resumed with `steps` where 6 of 20 are done, after 80 steps of distillation."""
+    of_run = {"steps": 80, "schedule": schedule}
+    started = place.set(training=of_run | {"finetune": {"steps": 20}})
+    checkpoint(started, 87, stage=stage, horizon=80, steps=80, sft_steps=0, finetune_steps=20)
+    return checkpoint_of(place.set(training=of_run | {"finetune": {"steps": steps}}))
+
+
 def checkpoint_of(place: Place) -> Any:
     from cluster.launch import _checkpoint_to_resume
 
@@ -759,6 +777,27 @@ FILES: list[tuple[str, Callable[[Place], Any], tuple[str, ...]]] = [
         ("run.output=xxx", "cannot be written"),
     ),
     ("fewer steps than the checkpoint has", fewer_steps, ("training.steps=50", "80 steps already", "at least")),
+    (
+        "fewer supervised steps than are done",
+        fewer_supervised_steps,
+        ("training.sft.steps=20", "30 steps already", "set training.sft.steps to at least"),
+    ),
+    (
+        "other supervised steps than there were",
+        supervised_steps_of_the_past,
+        ("training.sft.steps=50", "40 steps of that phase"),
+    ),
+    ("less fine-tuning than is done", lambda p: finetuning(p, 5), ("training.finetune.steps=5", "6 steps already")),
+    (
+        "fine-tuning on another curve",
+        lambda p: finetuning(p, 10, "cosine"),
+        ("training.finetune.steps=10", "laid out for 20 steps", "end it now by 6"),
+    ),
+    (
+        "other fine-tuning than there was",
+        lambda p: finetuning(p, 10, stage="control"),
+        ("training.finetune.steps=10", "20 steps of that phase"),
+    ),
     ("another horizon than the schedule's", another_horizon, ("training.steps=200", "cosine", "100 steps")),
     (
         "a seed's teachers file that is none",
@@ -766,6 +805,14 @@ FILES: list[tuple[str, Callable[[Place], Any], tuple[str, ...]]] = [
         ("teachers.json", "not valid JSON", "remove the file"),
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "schedule"), [(6, "constant"), (6, "cosine"), (10, "constant"), (20, "cosine"), (30, "constant")]
+)
+def test_fine_tuning_that_fails_may_be_ended_early(place: Place, steps: int, schedule: str) -> None:
+    found, _ = finetuning(place, steps, schedule)
+    assert found.step == 87
 
 
 @pytest.mark.parametrize(("work", "words"), [pytest.param(*case[1:], id=case[0]) for case in FILES])

@@ -100,7 +100,8 @@ ALLOWED = {
     "cluster.launch": (
         "kdray.errors kdray.config kdray.models kdray.teachers kdray.runs kdray.capturing kdray.checks "
         "actors.driver_actor actors.serving actors.student cluster.planning cluster.connect cluster.evaluation "
-        "cluster.assembly cluster.checkpointing cluster.interrupt cluster.capture_run cluster.runner cluster.peer_runs"
+        "cluster.assembly cluster.checkpointing cluster.interrupt cluster.capture_run cluster.runner cluster.peer_runs "
+        "cluster.stages"
     ),
     "cluster.commands": "kdray.errors kdray.config kdray.models kdray.runs cluster.cli_base cluster.launch",
     "cluster.cli": (

@@ -15,7 +15,7 @@ from actors.student.lost_ranks import LostRanks
 from actors.student.mailbox import Command, Mailbox
 from actors.student.trainer import Phase
 from kdray.config import TrainingSettings
-from kdray.errors import StorageError, TrainingError
+from kdray.errors import NoRoomForRanks, StorageError, TrainingError
 from kdray.models.saving import TokenizerSource
 from tests.support.local_actors import Handle
 
@@ -419,7 +419,7 @@ async def test_ranks_that_do_not_come_back_end_the_run_with_the_reason(killed: l
     mailbox = Mailbox(world_size=1)
     await mailbox.enter(0, _Rank())
     ranks, _ = _ranks_of(mailbox, 0.1)
-    with pytest.raises(TrainingError, match="did not start again within training.stuck_after_s=0.1"):
+    with pytest.raises(NoRoomForRanks, match="did not start again within training.stuck_after_s=0.1"):
         await asyncio.wait_for(ranks._call(Command("save", checkpoint="step-1")), 2)
     assert len(killed) == 1
 

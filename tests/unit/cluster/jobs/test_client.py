@@ -234,6 +234,11 @@ print(json.dumps([kdray.__file__, points["kdray"], version("kdray")]))
 """
 
 
+@pytest.mark.parametrize(("given", "in_the_job"), [(None, 40.0), (15.0, 15.0)])
+def test_a_job_knows_how_long_it_has_after_a_stop(here, given, in_the_job):
+    assert pack(config(cluster={"grace_s": given, "job": {"stop_wait_s": 40}})).config.cluster.grace_s == in_the_job
+
+
 def test_the_folder_is_an_installed_distribution_with_its_entry_points(here, tmp_path):
     """A Python that sees this folder and nothing else of kdray finds the plugin, as vLLM's processes on a node do."""
     folder = tmp_path / "job"

@@ -363,7 +363,8 @@ def test_a_retried_job_goes_on_where_the_last_one_stopped(tmp_path: Path) -> Non
     line = spec["entrypoint"]
     # As Ray's job supervisor does: by a shell. Its words are what kdray's command line gets.
     shell = line.replace(str(config.run.output), str(tmp_path)).replace("kdray run", "printf '%s\\n'", 1)
-    words = ["/opt/kdray/configs/on_cluster.yaml", "--supervise"]
+    grace_s = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    words = ["/opt/kdray/configs/on_cluster.yaml", f"cluster.grace_s={grace_s}", "--supervise"]
     assert subprocess.run(shell, shell=True, capture_output=True, text=True, check=True).stdout.split() == words
     (tmp_path / config.run.name).mkdir()
     (tmp_path / config.run.name / "config.yaml").touch()

@@ -83,7 +83,7 @@ def test_a_recipe_for_any_machine_passes_on_gpus(on_gpus: None) -> None:
         (
             {"training": {"precision": "bf16"}},
             [
-                "note: teachers.t samples the student's rollouts in float32, and training.precision=bf16 computes in bfloat16: "
+                "teachers.t samples the student's rollouts in float32, and training.precision=bf16 computes in bfloat16: "
                 "their probabilities differ by rounding; set teachers.t.dtype=bfloat16, or training.precision=fp32 to have one "
                 "precision"
             ],
@@ -93,7 +93,7 @@ def test_a_recipe_for_any_machine_passes_on_gpus(on_gpus: None) -> None:
         (
             {"rollout": {"sampler": "student", "pool": {"dtype": "float16"}}},
             [
-                "note: rollout.pool samples the student's rollouts in float16, and training.precision=fp32 computes in "
+                "rollout.pool samples the student's rollouts in float16, and training.precision=fp32 computes in "
                 "float32: their probabilities differ by rounding; set rollout.pool.dtype=float32 to have one precision"
             ],
         ),
@@ -110,7 +110,7 @@ def test_on_gpus_the_checkpoints_own_precision_counts(on_gpus: None, tmp_path: P
     LlamaConfig(dtype="bfloat16").save_pretrained(tmp_path)
     teachers = {"t": {"model": str(tmp_path)}}
     (note,) = precision_notes(config(teachers=teachers))
-    assert note.startswith("note: teachers.t samples the student's rollouts in bfloat16, and training.precision=fp32")
+    assert note.startswith("teachers.t samples the student's rollouts in bfloat16, and training.precision=fp32")
     assert not list(precision_notes(config(teachers=teachers, training={"precision": "bf16"})))
 
 
@@ -142,7 +142,7 @@ def test_a_quantised_teacher_without_kernels_is_refused_on_cpus_alone(
     teachers = {"t": {"model": str(tmp_path)}}
     monkeypatch.setattr(vllm_build, "vllm_device", lambda: "gpu")
     (note,) = quantisation_notes(config(teachers=teachers))
-    assert note.startswith("note: teachers.t.model has quantised weights")
+    assert note.startswith("teachers.t.model has quantised weights")
     monkeypatch.setattr(vllm_build, "vllm_device", lambda: "cpu")
     if on_cpus:
         assert list(quantisation_notes(config(teachers=teachers))) == [note]

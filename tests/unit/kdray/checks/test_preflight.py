@@ -384,6 +384,6 @@ REWARDED = {"data": {"grader": "last_number"}, "rollout": {"samples_per_prompt":
 def test_settings_that_bias_a_policy_gradient_are_said_at_start(
     models: Path, sections: dict[str, Any], noted: str | None
 ) -> None:
-    found = [line for line in check(_config(models, **sections)).lines if "docs/losses.md" in line]
+    found = [line for line in check(_config(models, **sections)).notes if "docs/losses.md" in line]
     assert len(found) == (noted is not None)
-    assert all(line.startswith(f"note: {noted}: ") for line in found)
+    assert all(line.startswith(f"{noted}: ") for line in found)

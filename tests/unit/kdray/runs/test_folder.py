@@ -176,7 +176,7 @@ def test_resume_takes_a_run_that_was_moved(tmp_path):
     ("sections", "key"),
     [
         ({"training": {"weight_decay": 0.1}}, "training.weight_decay"),
-        ({"training": {"sft": {"steps": 3}}}, "training.sft.steps"),
+        ({"training": {"sft": {"batch_size": 32}}}, "training.sft.batch_size"),
         ({"run": {"seed": 7}}, "run.seed"),
         ({"loss": {"type": "forward_kl"}}, "loss.type"),
         ({"rollout": {"alpha": 0.5}}, "rollout.alpha"),

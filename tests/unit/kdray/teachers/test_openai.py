@@ -32,7 +32,7 @@ from kdray.config import (
     parse_config,
 )
 from kdray.data.dataset import asked_text, question_encoder, response_encoder
-from kdray.errors import ConfigError, DataError, EngineError, RequestRefused, TrainingError
+from kdray.errors import ConfigError, DataError, EndpointAway, EngineError, RequestRefused, TrainingError, Unavailable
 from kdray.losses import LossBatch, loss_function
 from kdray.models.resolve import task_tokenizer
 from kdray.rollouts.arrow import rollouts_to_table, table_to_rollouts
@@ -508,6 +508,8 @@ async def test_every_refusal_names_setting_value_and_remedy(status: int, error: 
                 await collect(teacher.sample([request()]))
     assert len(server.seen) == (1 if error is RequestRefused else 2)
     assert isinstance(caught.value, RequestRefused) == (error is RequestRefused)
+    # What a later attempt may answer is no failure of the run, which its supervisor starts again.
+    assert isinstance(caught.value, Unavailable) == (error is not RequestRefused)
     assert KEY not in whole(caught.value)
 
 
@@ -529,12 +531,14 @@ async def test_silence_and_closed_doors_are_told_apart() -> None:
 
     with serving(silent) as server:
         async with teacher_at(server.port, timeout_s=0.2, retries=0) as teacher:
-            with pytest.raises(EngineError, match=r"far\.timeout_s=0\.2: .* did not answer in 1 attempts"):
+            with pytest.raises(EndpointAway, match=r"far\.timeout_s=0\.2: .* did not answer in 1 attempts"):
                 await collect(teacher.sample([request()]))
         release.set()
     async with teacher_at(server.port, retries=0) as teacher:
         with pytest.raises(ConfigError, match=r"far\.base_url: .* cannot be reached"):
             await teacher.check()
+        with pytest.raises(EndpointAway, match=r"far\.base_url: .* cannot be reached"):
+            await collect(teacher.sample([request()]))
 
 
 @pytest.mark.parametrize("fault", ["cut", "black_hole", "no_answers"])

@@ -253,14 +253,9 @@ def paired(
 
     Mean over seeds with its 95% interval by Student's t, and the number of seeds on which it is ahead, level and behind.
     """
-    right: dict[str, dict[int, float]] = {}
-    for cell in cells:
-        if cell["regime"] == regime and stage_of(cell["seed"]) == stage:
-            right.setdefault(cell["way"], {})[cell["seed"]] = 100.0 * cell["after"]["exact_match"]
     lines = [f"| {way} minus, {stage} seeds | seeds | points (95% interval) | ahead, level, behind |", "|---|---|---|---|"]
-    for other, found in right.items():
-        gaps = [right[way][seed] - value for seed, value in found.items() if seed in right.get(way, {})]
-        if other == way or other not in others or len(gaps) < 3:
+    for other, gaps in differences(cells, regime, way, stage).items():
+        if other not in others or len(gaps) < 3:
             continue
         mean, low, high = mean_interval(gaps)
         points = f"{mean:+.1f} ({low:.1f} to {high:.1f})"
@@ -270,6 +265,16 @@ def paired(
         signs = [sum(1 for gap in gaps if sign(gap)) for sign in (lambda x: x > 0, lambda x: x == 0, lambda x: x < 0)]
         lines.append(f"| {other} | {len(gaps)} | {points} | {', '.join(map(str, signs))} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def differences(cells: Sequence[Mapping[str, Any]], regime: str, way: str, stage: str) -> dict[str, list[float]]:
+    """Exact match of a way minus that of each other one in points, on the seeds of a stage that both have."""
+    right: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        if cell["regime"] == regime and stage_of(cell["seed"]) == stage:
+            right.setdefault(cell["way"], {})[cell["seed"]] = 100.0 * cell["after"]["exact_match"]
+    own = right.pop(way, {})
+    return {other: [own[seed] - value for seed, value in found.items() if seed in own] for other, found in right.items()}
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -283,7 +288,7 @@ def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
         way,
         str(len(cells)),
         gap_text(cells),
-        _number(cells, "after", "exact_match", 100.0, ".1f"),
+        with_interval([100.0 * cell["after"]["exact_match"] for cell in cells], ".1f"),
         _number(cells, "before", "exact_match", 100.0, ".1f"),
         _number(cells, "teacher", "exact_match", 100.0, ".1f"),
         _number(cells, "after", "step_match", 100.0, ".1f"),
@@ -296,7 +301,7 @@ def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def gap_text(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The share of the gap closed in percent, with its interval, or its spread over seeds."""
+    """The share of the gap closed in percent with its interval, over prompts for one seed and otherwise over seeds."""
     gaps = [cell["gap_closed"] for cell in cells]
     values = [100.0 * gap["value"] for gap in gaps if gap["value"] is not None]
     if not values:
@@ -304,11 +309,19 @@ def gap_text(cells: Sequence[Mapping[str, Any]]) -> str:
     if len(cells) == 1:
         return f"{values[0]:.0f} ({100.0 * gaps[0]['low']:.0f} to {100.0 * gaps[0]['high']:.0f})"
     lacking = f", undefined in {len(cells) - len(values)}" if len(values) < len(cells) else ""
-    return spread(values, ".0f") + lacking
+    return with_interval(values, ".0f") + lacking
 
 
 def _number(cells: Sequence[Mapping[str, Any]], evaluation: str, metric: str, scale: float, digits: str) -> str:
     return spread([scale * cell[evaluation][metric] for cell in cells], digits)
+
+
+def with_interval(values: Sequence[float], digits: str) -> str:
+    """Mean over seeds with its 95% interval; of two, or of equal ones, as in `spread`."""
+    if len(set(values)) == 1 or len(values) < 3:
+        return spread(values, digits)
+    mean, low, high = mean_interval(values)
+    return f"{mean:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
 def spread(values: Sequence[float], digits: str) -> str:

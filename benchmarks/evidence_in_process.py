@@ -45,6 +45,7 @@ from benchmarks.evidence import (
     table,
     write_page,
 )
+from benchmarks.evidence_differences import draw_differences
 from kdray.config import Config, load_config
 from kdray.data.dataset import Dataset, PromptStream, encode_answer, load_dataset
 from kdray.evaluation import ends_in_a_loop
@@ -56,6 +57,7 @@ from kdray.types import Prompt
 
 RESULTS = Path("benchmarks/results/evidence_in_process")
 FIGURE = Path("benchmarks/results/evidence_in_process.svg")
+DIFFERENCES = Path("benchmarks/results/evidence_differences.svg")
 PAGE = Path("docs/evidence.md")
 MARKS = ("<!-- table: benchmarks/evidence_in_process.py -->", "<!-- end of the table in one process -->")
 MODELS = Path("runs/.evidence_in_process")
@@ -355,7 +357,7 @@ def main() -> int:
     parser.add_argument("--regime", default="few labels", choices=list(REGIMES))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")
     parser.add_argument("--table", action="store_true", help=f"rewrite the table in {PAGE}")
-    parser.add_argument("--figure", action="store_true", help=f"rewrite {FIGURE}")
+    parser.add_argument("--figure", action="store_true", help=f"rewrite {FIGURE} and {DIFFERENCES}")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     began = time.monotonic()
@@ -375,6 +377,7 @@ def main() -> int:
         write_page(PAGE, "\n\n".join([*pages, table(cells)]), MARKS)
     if given.figure:
         draw(cells, FIGURE)
+        draw_differences(cells, DIFFERENCES)
     return 0
 
 

@@ -11,8 +11,8 @@ from kdray.types import Prompt
 def rouge_l(prompt: Prompt, response: str) -> float | None:
     """F-measure of the longest common subsequence of words, in [0, 1]; None for a prompt without a reference answer.
 
-    Words are runs of a-z and 0-9 in lower case, without stemming, as in the package that the literature's numbers come from.
-    Source: Lin 2004, ROUGE.
+    Words are runs of a-z and 0-9 in lower case; those of more than three letters are stemmed (Porter's stemmer), as MiniLLM's
+    evaluation has it. Source: Lin 2004, ROUGE.
     """
     if not prompt.answer:
         return None
@@ -24,4 +24,4 @@ def _scorer() -> Any:
     # Loads nltk: only for runs that ask for the metric.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], use_stemmer=True)

@@ -86,12 +86,12 @@ async def test_numbers_against_hand_computation() -> None:
     assert [rollout.prompt_id for rollout in found.rollouts] == [40, 7, 9]
 
 
-WORDS = {40: "the Cat sat, on a mat", 7: "a dog", 9: "nothing of it"}
+WORDS = {40: "the Cats sat, on a mat", 7: "a dog", 9: "nothing of it"}
 REFERENCES = {40: "The cat lay on the mat.", 7: None, 9: "a bird sings"}
 
 
 async def test_rouge_l_against_hand_computation() -> None:
-    """the cat on mat: 4 of 6 words of either; and no word of 3. A prompt without a reference answer does not count."""
+    """the cat(s) on mat: 4 of 6 words of either; and no word of 3. A prompt without a reference answer does not count."""
     prompts = [replace(prompt, answer=REFERENCES[prompt.prompt_id]) for prompt in PROMPTS]
     by_length = {3: WORDS[40], 1: WORDS[7], 0: WORDS[9]}
 

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import evidence
 from benchmarks.evidence import REGIMES, WAYS, Cell, by_seed, read, record, run_cell, table, write_page
+from benchmarks.evidence_differences import draw_differences
 from kdray.config import load_config
 
 
@@ -85,7 +86,7 @@ def test_the_table_has_mean_and_spread_and_keeps_exploring_seeds_apart(tmp_path:
     confirming, exploring = table(read(tmp_path)).split("**Regime `weak`, exploring seeds** (0)")
     assert confirming.startswith("**Regime `weak`, confirming seeds** (100, 101, 102)")
     assert (
-        "| MiniLLM | 3 | 50 ± 14, undefined in 1 | 60.0 ± 10.0 | 10.0 ± 0.0 | 95.0 ± 0.0 | 90.0 ± 0.0 | 90.0 ± 0.0 |"
+        "| MiniLLM | 3 | 50 ± 14, undefined in 1 | 60.0 (35.2 to 84.8) | 10.0 ± 0.0 | 95.0 ± 0.0 | 90.0 ± 0.0 | 90.0 ± 0.0 |"
         in confirming
     )
     assert "| MiniLLM | 1 | 10 (25 to 55) | 20.0 | 10.0 | 95.0 | 90.0 | 90.0 | 59.5 | 25.0 | 0.125 |" in exploring
@@ -122,6 +123,17 @@ def test_ways_are_compared_pairwise_over_confirming_seeds() -> None:
     assert evidence.paired(cells + again, "weak") == evidence.paired(cells, "weak"), "a replication is a sample of its own"
     (line,) = evidence.paired(cells + again, "weak", stage="replicating").splitlines()[2:]
     assert line == "| SFT alone | 3 | +25.0 on each | 3, 0, 0 |"
+
+
+def test_differences_are_drawn_in_a_panel_for_each_comparison(tmp_path: Path) -> None:
+    for seed, gain in ((100, 0.1), (101, 0.2), (102, 0.15), (135, 0.0)):
+        keep(tmp_path, Cell("MiniLLM", "even start", seed), after=0.5 + gain)
+        keep(tmp_path, Cell("MiniLLM, no mixing", "even start", seed), after=0.5)
+    draw_differences(read(tmp_path), tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "mixing: with minus without" in drawn
+    assert "even start, 3 confirming seeds" in drawn
+    assert "replicating" not in drawn, "one seed has no interval"
 
 
 def test_the_page_keeps_what_is_around_the_table(tmp_path: Path) -> None:

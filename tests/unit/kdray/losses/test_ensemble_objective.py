@@ -136,10 +136,10 @@ def test_the_reward_is_exact_on_a_partial_support(world: EnsembleWorld, loss: Lo
 
 
 def test_without_log_z_the_objective_would_be_the_kl_to_the_product(world: EnsembleWorld) -> None:
-    """The distance of the two objectives' gradients in these worlds: far beyond rounding."""
+    """The distance of the two objectives' gradients in these worlds, as docs/teachers.md has it: far beyond rounding."""
     batch = replace(world.ensemble_batch(0.0), log_z=None)
     stripped = world.probabilities(world.student(world.theta)) @ world.gradients(PER_DECISION, batch)
-    assert error(stripped, world.objective_gradient()) > 0.05
+    assert 0.09 <= round(error(stripped, world.objective_gradient()), 2) <= 0.22
 
 
 def test_whitened_returns_have_log_z_too(world: EnsembleWorld) -> None:

@@ -32,6 +32,7 @@ from kdray.models.vocab import tokenizer_hash
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.rollouts.schedules import Schedules
 from kdray.runs.context import Checked, RunContext
+from kdray.runs.watchdog import Watchdog
 from kdray.teachers.fingerprint import Fingerprint
 from kdray.teachers.kind import kind_of
 from kdray.types import SampleRequest
@@ -131,11 +132,12 @@ async def capture_answers(
     wanted: dict[bytes, SampleRequest],
     missing: dict[bytes, SampleRequest],
     on_progress: Callable[[int, int], None],
+    watchdog: Watchdog,
 ) -> Captured:
     """Request the answers that the folder lacks.
 
     Args: wanted, missing: by key, the answers that the config needs, and those of them to be requested; on_progress: called
-    with the numbers of answers held and wanted.
+    with the numbers of answers held and wanted; watchdog: is told of every answer.
     Raises: DataError if the stored answers are another teacher's; Interrupted if the user stops it, with all received answers
     stored.
     """
@@ -149,6 +151,7 @@ async def capture_answers(
             def on_answers(count: int) -> None:
                 nonlocal there
                 there += count
+                watchdog.heard()
                 on_progress(there, len(wanted))
 
             config = context.config
@@ -157,6 +160,7 @@ async def capture_answers(
             known = folder.fingerprint
             compared = canary(context) if known is None else known.canary[: config.max_model_len]
             async with open_pools(alone, RunHandles(registry=registry), folder.note, canary=compared) as pools:
+                pools.tell(watchdog)
                 folder.begin(_joined(await _fingerprint(context, pools, registry, compared), known))
                 sampler, scorer = training_sources(alone, pools)
                 await ask(folder, missing, sampler, scorer, _in_flight(config), on_answers)

@@ -69,6 +69,7 @@ _CONNECT_S = 1200.0
 
 _CHECKING = "checking models and data"
 _PLACING = "placing its parts"
+_AGAIN = "the same command begins anew"
 
 
 def _unseen(what: str | None) -> None:
@@ -254,8 +255,9 @@ def _run(
     return summaries[""]
 
 
-def _watchdog(config: Config) -> Watchdog:
-    return Watchdog(config.cluster.stuck_run_after_s, config.cluster.teardown_s + _END_S, config.run_folder / "logs")
+def _watchdog(config: Config, **remedy: str) -> Watchdog:
+    cluster = config.cluster
+    return Watchdog(cluster.stuck_run_after_s, cluster.teardown_s + _END_S, config.run_folder / "logs", **remedy)
 
 
 @contextlib.contextmanager
@@ -367,11 +369,12 @@ def evaluate(config: Config, student: Path | None = None, on_phase: OnPhase = _u
     on_phase(_CHECKING)
     checked = check(config)
     on_phase(connecting(config))
-    with _watchdog(config) as watchdog, _connected(config, watchdog):
+    with _watchdog(config, remedy=_AGAIN) as watchdog, _connected(config, watchdog):
         on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")
         on_phase("starting engines and measuring")
-        return run_coroutine(_evaluate(checked.with_models(replace(resolve_models(config), teachers=teachers))))
+        context = checked.with_models(replace(resolve_models(config), teachers=teachers))
+        return run_coroutine(watchdog.over(_evaluate(context, watchdog)))
 
 
 @contextlib.contextmanager
@@ -427,14 +430,17 @@ def capture(
         wanted = wanted_answers(checked, folder, requests)
         missing = lacking(folder, wanted, reuse)
         with contextlib.ExitStack() as stack:
+            watchdog = stack.enter_context(_watchdog(config, remedy="the same command goes on from there"))
+            watchdog.on_event = folder.note
             # A teacher in this process or on an external endpoint needs no cluster, and a complete folder needs no teacher.
             if config.served_teachers and missing:
                 on_phase(connecting(config))
-                stack.enter_context(_connected(config, stack.enter_context(_watchdog(config))))
+                stack.enter_context(_connected(config, watchdog))
                 on_phase(_PLACING)
                 _await_room(config, lambda role: role.startswith("teacher"))
                 on_phase("starting engines")
-            return asdict(run_coroutine(capture_answers(context, folder, wanted, missing, on_progress)))
+            work = capture_answers(context, folder, wanted, missing, on_progress, watchdog)
+            return asdict(run_coroutine(watchdog.over(work)))
 
 
 def check_teachers(config: Config, on_phase: OnPhase = _unseen) -> dict[str, dict[str, float]]:
@@ -446,21 +452,23 @@ def check_teachers(config: Config, on_phase: OnPhase = _unseen) -> dict[str, dic
     _quieten(config.training.backend)
     checked = check(config)
     on_phase(connecting(config))
-    with _watchdog(config) as watchdog, _connected(config, watchdog):
+    with _watchdog(config, remedy=_AGAIN) as watchdog, _connected(config, watchdog):
         check_head([config], [driver_node()])
         on_phase(_PLACING)
         _await_room(config, lambda role: role != "student")
         on_phase("starting engines and asking them")
-        return run_coroutine(_check_teachers(checked.with_models()))
+        return run_coroutine(watchdog.over(_check_teachers(checked.with_models(), watchdog)))
 
 
-async def _check_teachers(context: RunContext) -> dict[str, dict[str, float]]:
+async def _check_teachers(context: RunContext, watchdog: Watchdog) -> dict[str, dict[str, float]]:
     async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
+        pools.tell(watchdog)
         return {each.name: await check_signals(context, each) for each in pools.named}
 
 
-async def _evaluate(context: RunContext) -> dict[str, Any]:
+async def _evaluate(context: RunContext, watchdog: Watchdog) -> dict[str, Any]:
     async with open_pools(context, RunHandles(registry=on_driver_node(TeacherRegistry).remote({}))) as pools:
+        pools.tell(watchdog)
         found = await held_out(context, pools).measure(version=0)
         return found.numbers | {"intervals": intervals_of(ratios(found.draws, context.config.evaluation.passes))}
 

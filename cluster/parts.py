@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.driver_actor import ActorWatch
 from actors.serving.pool import ReplicaPool
 from kdray.interfaces import Sampler, Scorer, Teacher
+from kdray.runs.watchdog import Watchdog
 from kdray.teachers.kind import LocalTeacher
 from kdray.teachers.programs.sampler import ProgramSampler
 from kdray.teachers.team import TeacherTeam
@@ -28,6 +29,8 @@ class Pools:
     """The teachers combined, if there are several."""
     program: ProgramSampler | None = None
     """The System-2 program around the single teacher or the team, if any: it is then the sampler."""
+    missing: list[int] = field(default_factory=list)
+    """Samples that the trainer waits for."""
 
     @property
     def teachers(self) -> list[ReplicaPool]:
@@ -50,17 +53,38 @@ class Pools:
         return sum(pool.retried for pool in self.all) + sum(other.retried for other in self.others)
 
     @property
+    def answered_at(self) -> float:
+        """Time of the latest answer of any pool, by `time.monotonic`; 0 if there was none."""
+        return max((pool.answered_at for pool in self.all), default=0.0)
+
+    def tell(self, watchdog: Watchdog) -> None:
+        """Let a watchdog see what these pools do: for commands that only ask them."""
+        watchdog.advanced_at, watchdog.waits_for = (lambda: self.answered_at), self.waits_for
+
+    def waits_for(self) -> list[str]:
+        """Who has not answered yet, a line each."""
+        return [*(line for pool in self.all for line in pool.waits_for()), *self._others_wait_for()]
+
+    @property
     def hedged(self) -> int:
         """Number of rollouts also requested from a second replica."""
         return sum(pool.hedged for pool in self.all)
 
     def awaited(self, sample_ids: Sequence[int]) -> None:
         """Pass the samples that the trainer waits for to every pool."""
+        self.missing[:] = sample_ids
         if self.program is not None:
             self.program.awaited(sample_ids)
             return
         for pool in self.all:
             pool.awaited(sample_ids)
+
+    def _others_wait_for(self) -> list[str]:
+        """Rollouts that are missing, in one line, if a teacher that is no pool may owe them."""
+        if not self.others or not self.missing:
+            return []
+        names = ", ".join(other.name for other in self.others)
+        return [f"{len(self.missing)} rollouts, of which {names} may have to answer some"]
 
     def metrics(self) -> dict[str, float]:
         shares = {pool.name: pool.take_teacher_share() for pool in self.teachers}
@@ -110,7 +134,7 @@ class ConcurrentRuns:
     @property
     def answered_at(self) -> float:
         """Time of the latest answer of any pool, by `time.monotonic`; 0 if there was none."""
-        return max((pool.answered_at for pools in self._pools for pool in pools.all), default=0.0)
+        return max((pools.answered_at for pools in self._pools), default=0.0)
 
     def ranks_start(self, run: str, waits_for: Callable[[], list[str]], mailbox: Any = None) -> None:
         """Register that the run's ranks are placed or waiting for placement. Args: waits_for: what they have to do; mailbox:
@@ -123,7 +147,7 @@ class ConcurrentRuns:
     def pools_serve(self, pools: Pools) -> None:
         """Register pools of which answers are expected from now on."""
         self._pools.append(pools)
-        self._waits.extend(pool.waits_for for pool in pools.all)
+        self._waits.append(pools.waits_for)
 
     def ranks_close(self, run: str) -> None:
         """Register that the run's ranks and their mailbox are about to end."""

@@ -319,6 +319,7 @@ class Runner:
                 pool_metrics=pools.metrics,
                 text=self._text(pools),
                 on_wait=pools.awaited,
+                on_rollouts=self.reporter.heard,
                 save_early=recoverable.should_save_early,
                 **batch_hooks(checked),
             ),

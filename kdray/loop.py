@@ -75,6 +75,8 @@ class Hooks:
     """Returns the pretraining text of an optimizer step, counted from 1; requested concurrently with the step's rollouts."""
     on_wait: Callable[[Sequence[int]], None] = lambda missing: None
     """Called with the sample ids that training starts to wait for, and with none when the wait ends."""
+    on_rollouts: Callable[[], None] = lambda: None
+    """Called whenever a teacher, or the student, has answered: a sign of life, also where no step ends for long."""
     filters: Callable[[Sequence[Rollout]], dict[int, str]] = lambda rollouts: {}
     """Returns the rule by which each rollout of a batch is excluded from training, by sample id."""
     rewards: Callable[[Sequence[Rollout]], Rewards | None] = lambda rollouts: None
@@ -171,6 +173,7 @@ class Distillation:
         drawn = draw_scored(self.sampler, self.scorer, requests, on_sampled=self._buffer.sampled)
         async with aclosing(drawn) as stream:
             async for rollouts in stream:
+                self.hooks.on_rollouts()
                 tokens = sum(rollout.num_targets for rollout in rollouts)
                 self.totals.tokens_generated += tokens
                 self.totals.tokens_scored += tokens

@@ -117,6 +117,10 @@ class RunReporter:
         self._record("phase", name=name, total=total)
         self._show_phase(name, total)
 
+    def heard(self) -> None:
+        """Note a sign of life between two steps."""
+        self.advanced_at = time.monotonic()
+
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show the progress of a model that is trained before the run: steps made, and in all. Only the terminal shows it."""
         name, self.advanced_at = f"prepare {what}", time.monotonic()

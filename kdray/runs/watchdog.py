@@ -16,12 +16,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from kdray.errors import TrainingError, ended_with
+from kdray.rollouts.race import first_of
+
+Result = TypeVar("Result")
 
 STACKS = "stuck.txt"
 """File in the run's `logs/`: what was waited for, and the stack of every task and thread."""
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _WRITE_S = 5.0
 """Longest time for writing down why a run ends: its file system or terminal may be what hangs."""
+_RESUME = "continue from the last checkpoint with --resume"
 _FRAMES = 4
 """Innermost calls of a thread that are named."""
 
@@ -51,8 +56,9 @@ class Watchdog:
     `grace_s`, because what hangs cannot be shut down either, it is ended with exit code 1.
     """
 
-    def __init__(self, limit_s: float, grace_s: float, logs: Path) -> None:
-        """Args: limit_s: longest time without progress; grace_s: longest teardown; logs: folder of STACKS."""
+    def __init__(self, limit_s: float, grace_s: float, logs: Path, remedy: str = _RESUME) -> None:
+        """Args: limit_s: longest time without progress; grace_s: longest teardown; logs: folder of STACKS; remedy: what to do
+        once it has ended."""
         self.advanced_at: Callable[[], float] = lambda: 0.0
         """Returns the time of the latest progress, by `time.monotonic`."""
         self.waits_for: Callable[[], Sequence[str]] = list
@@ -61,6 +67,7 @@ class Watchdog:
         self._limit_s = limit_s
         self._grace_s = grace_s
         self._logs = logs
+        self._remedy = remedy
         self._over = threading.Event()
         self._stuck: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,6 +87,14 @@ class Watchdog:
         self._stuck = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         await self._stuck
+
+    async def over(self, work: Awaitable[Result]) -> Result:
+        """Return the result of work. Raises: TrainingError as in `watch`, once the work has been cancelled and has ended."""
+        return await first_of(work, self.watch(), clean_up_s=self._grace_s)
+
+    def heard(self) -> None:
+        """Note progress beside that of `advanced_at`."""
+        self._began = time.monotonic()
 
     def must_end(self, what: str, within_s: float | None = None, exit_code: int = 1) -> None:
         """End the process with `exit_code` if `what` lasts too long: until `ended`, the next `must_end`, or the block's end.
@@ -139,7 +154,7 @@ class Watchdog:
         if not self._stuck.done():
             reason = (
                 f"no step and no answer for {idle_s:.0f} s (cluster.stuck_run_after_s={self._limit_s:g}). The run waits for "
-                f"{found}. {self._logs / STACKS} has the stacks; continue from the last checkpoint with --resume"
+                f"{found}. {self._logs / STACKS} has the stacks; {self._remedy}"
             )
             self._stuck.set_exception(TrainingError(reason))
         # Last: a full disk must not keep the run from ending.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from cluster import launch
 from cluster.connect import check_local_cpus
 from cluster.launch import run
+from cluster.parts import Pools
 from cluster.planning.placement import bundles
 from kdray.config import Config, parse_config
 from kdray.errors import CapacityError, ConfigError, Interrupted, TrainingError
@@ -190,6 +193,34 @@ def test_other_commands_have_it_too(command: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(launch, "check_head", lambda *_: None)
     monkeypatch.setattr(launch, "_await_room", lambda *_: None)
     monkeypatch.setattr(launch, "run_coroutine", lambda work: work.close())
+    monkeypatch.setattr(launch, "_evaluate", lambda *_: None)
+    monkeypatch.setattr(launch, "_check_teachers", lambda *_: None)
     command(tiny(tmp_path))
     # Its numbers are shown after that: without them it has failed.
     assert told == [("the connection to Ray and Ray Serve", 1), ("the shutdown of Ray", 1), "disconnects"]
+
+
+@pytest.mark.parametrize("command", ["eval", "doctor"])
+async def test_a_command_whose_pools_say_nothing_any_more_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """As where the only node with GPUs is lost in the middle of an evaluation: replicas are then waited for."""
+    pool: Any = SimpleNamespace(name="t", answered_at=0.0, waits_for=lambda: ["pool t (0 replicas serve): 3 rollouts"])
+
+    @contextlib.asynccontextmanager
+    async def pools(*_: object) -> AsyncIterator[Pools]:
+        yield Pools(sampler=pool, scorer=None, all=[pool], others=[])
+
+    async def silence(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(launch, "open_pools", pools)
+    monkeypatch.setattr(launch, "on_driver_node", lambda kind: SimpleNamespace(remote=lambda known: None))
+    monkeypatch.setattr(launch, "held_out", lambda context, pools: SimpleNamespace(measure=lambda version: silence()))
+    monkeypatch.setattr(launch, "check_signals", silence)
+    monkeypatch.setattr(Pools, "named", property(lambda self: self.all))
+    work = launch._evaluate if command == "eval" else launch._check_teachers
+    context: Any = SimpleNamespace(config=tiny(tmp_path))
+    waits = r"waits for pool t \(0 replicas serve\): 3 rollouts.*; again"
+    with Watchdog(0.2, 60.0, tmp_path, remedy="again") as watchdog, pytest.raises(TrainingError, match=waits):
+        await asyncio.wait_for(watchdog.over(work(context, watchdog)), 20)

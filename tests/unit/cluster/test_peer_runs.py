@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError
 from actors.serving.scaling_board import ScalingBoard
 from actors.weights.store import WeightStore
 from cluster import peer_runs
-from cluster.parts import ConcurrentRuns
+from cluster.parts import ConcurrentRuns, Pools
 from cluster.peer_runs import _all_of, _interrupt, _stores
 from cluster.runner import Runner
 from kdray.config import Config, parse_config
@@ -157,13 +157,21 @@ async def test_runs_of_which_none_advances_end_with_the_reason(tmp_path: Path) -
     reporter = SimpleNamespace(event=lambda kind, **fields: events.append(kind))
     beside = ConcurrentRuns([""])
     beside.ranks_start("", lambda: ["the student ranks, to finish `train` since 9 s"])
-    beside.pools_serve(SimpleNamespace(all=[SimpleNamespace(waits_for=lambda: ["pool main"], answered_at=7.0)]))  # type: ignore[arg-type]
+    pool: Any = SimpleNamespace(waits_for=lambda: ["pool main"], answered_at=7.0, awaited=lambda sample_ids: None)
+    far: Any = SimpleNamespace(name="far")
+    pools = Pools(sampler=pool, scorer=None, all=[pool], others=[far])
+    beside.pools_serve(pools)
+    assert beside.waits_for()[1:] == ["pool main"]
+    pools.awaited([3, 4])
     assert beside.answered_at == 7.0
     with Watchdog(0.2, 60.0, tmp_path) as watchdog:
         watchdog.waits_for, watchdog.on_event = beside.waits_for, reporter.event
         lease: Any = SimpleNamespace(watch=holds)
         runners: Any = {"": StubRunner(reporter)}
-        with pytest.raises(TrainingError, match="waits for the student ranks, to finish `train` since 9 s; pool main"):
+        with pytest.raises(
+            TrainingError,
+            match="waits for the student ranks, to finish `train` since 9 s; pool main; 2 rollouts, of which far may",
+        ):
             await asyncio.wait_for(_all_of(runners, lease, watchdog, beside.actors), 20)
     assert events == ["run_stuck", "failed"]
 

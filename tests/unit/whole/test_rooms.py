@@ -59,7 +59,7 @@ ALLOWED = {
         "kdray.errors kdray.config kdray.models kdray.rollouts kdray.teachers kdray.runs kdray.checks actors.background_call"
     ),
     "cluster.connect": "kdray.errors kdray.config kdray.checks actors.serve_controller cluster.planning",
-    "cluster.parts": "kdray.interfaces kdray.teachers actors.driver_actor actors.serving",
+    "cluster.parts": "kdray.interfaces kdray.runs kdray.teachers actors.driver_actor actors.serving",
     "cluster.engine_specs": "kdray.errors kdray.config kdray.data kdray.models kdray.runs kdray.checks actors.serving",
     "cluster.evaluation": (
         "kdray.errors kdray.types kdray.config kdray.interfaces kdray.models kdray.rollouts kdray.runs kdray.evaluation "

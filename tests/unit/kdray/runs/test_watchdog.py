@@ -40,6 +40,28 @@ async def test_a_run_that_does_not_advance_ends_and_says_what_it_waits_for(tmp_p
     assert "in _run" in text or "Thread" in text, "the stacks of threads"
 
 
+async def test_a_command_that_hears_nothing_any_more_ends_after_its_work_has(tmp_path: Path) -> None:
+    ended = []
+
+    async def work(watchdog: Watchdog) -> None:
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            watchdog.heard()
+        try:
+            await waits_for_ever()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(time.monotonic() - began)
+
+    began = time.monotonic()
+    with Watchdog(0.5, 60.0, tmp_path, remedy="the same command begins anew") as watchdog:
+        with pytest.raises(TrainingError, match="the same command begins anew"):
+            await asyncio.wait_for(watchdog.over(work(watchdog)), 20)
+        assert await watchdog.over(asyncio.sleep(0, "done")) == "done"
+    (ended_s,) = ended
+    assert ended_s > 1.2 + 0.5
+
+
 async def test_a_run_that_advances_is_left_alone_for_as_long_as_it_does(tmp_path: Path) -> None:
     advanced = time.monotonic()
     with Watchdog(0.5, 60.0, tmp_path) as watchdog:

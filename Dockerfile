@@ -1,6 +1,7 @@
 # kdray and everything it needs, as two images:
 #   docker build --target cpu -t registry.example.com/kdray:cpu .
 #   docker build --target gpu -t registry.example.com/kdray:gpu .
+# With --build-arg LOCKED=1 they hold the exact versions of requirements/*.lock, and only files whose hashes stand there.
 # All nodes of a cluster need the same Python and Ray: build both from one commit.
 ARG PYTHON=3.11
 
@@ -30,10 +31,15 @@ FROM base AS cpu
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # As setup.sh does: PyTorch's CPU build first, and without the three packages whose builds are linked to CUDA.
+ARG LOCKED=
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    --mount=type=bind,source=requirements,target=/requirements \
     pip install "torch==${TORCH}+cpu" --extra-index-url "${TORCH_INDEX}" \
-    && pip install "$(echo /wheels/kdray-*.whl)[cpu]" \
-    && pip uninstall --yes torchvision torchaudio torchcodec
+    && if [ -n "${LOCKED}" ]; then \
+        pip install --require-hashes --no-deps --requirement /requirements/cpu.lock && pip install --no-deps /wheels/kdray-*.whl; \
+    else \
+        pip install "$(echo /wheels/kdray-*.whl)[cpu]" && pip uninstall --yes torchvision torchaudio torchcodec; \
+    fi
 USER kdray
 WORKDIR /home/kdray
 RUN kdray --version && ray --version
@@ -41,8 +47,14 @@ CMD ["kdray", "--help"]
 
 FROM base AS gpu
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ARG LOCKED=
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install "$(echo /wheels/kdray-*.whl)[gpu]"
+    --mount=type=bind,source=requirements,target=/requirements \
+    if [ -n "${LOCKED}" ]; then \
+        pip install --require-hashes --no-deps --requirement /requirements/gpu.lock && pip install --no-deps /wheels/kdray-*.whl; \
+    else \
+        pip install "$(echo /wheels/kdray-*.whl)[gpu]"; \
+    fi
 USER kdray
 WORKDIR /home/kdray
 RUN kdray --version && ray --version

@@ -36,6 +36,7 @@ from tests.integration.conftest import make_workplace
 from tests.soak.faults import (
     KINDS,
     NODE_CPUS,
+    OF_ACTORS,
     OF_STORAGE,
     STORE_BYTES,
     WITHOUT_STORAGE,
@@ -79,7 +80,7 @@ _BETWEEN_STEPS = 2
 PATIENCE_S = 420.0
 """Longest time in which the run must have gone on after a fault, with deadlines divided by `SCALE`."""
 _MANY_STEPS = 10**6
-ALL = KINDS | OF_STORAGE
+ALL = KINDS | OF_STORAGE | OF_ACTORS
 """Every fault, and how often it is drawn."""
 
 
@@ -460,7 +461,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the parts in --folder, with the same seed and faults")
     given = parser.parse_args()
     given.kinds = given.kinds or kinds_for(given.storage)
-    if impossible := set(given.kinds) - set(kinds_for(given.storage)):
+    if impossible := set(given.kinds) - {*kinds_for(given.storage), *OF_ACTORS}:
         parser.error(f"--kinds {' '.join(sorted(impossible))}: not {'with' if given.storage else 'without'} --storage")
     if given.storage and given.minutes:
         parser.error("--storage with --minutes: the server is this process's, and what it holds ends with the part")

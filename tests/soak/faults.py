@@ -56,6 +56,8 @@ KINDS: dict[str, int] = {
 """Every fault there is, and how often it is drawn compared with others: those that take minutes to get past are rarer."""
 OF_STORAGE: dict[str, int] = {"cut_storage": 2, "black_hole_storage": 2}
 """Faults of a run whose storage is behind a network of this process; `WITHOUT_STORAGE` are those that it cannot have."""
+OF_ACTORS: dict[str, int] = {"stop_weight_store": 1, "stop_mailbox": 1, "stop_registry": 1}
+"""Faults that are drawn only if they are named: each ends the command after `cluster.stuck_after_s`."""
 WITHOUT_STORAGE = frozenset({"corrupt_checkpoint"})
 
 
@@ -130,6 +132,15 @@ class Faults:
 
     def _kill_registry(self) -> None:
         self._kill(_of("ray::TeacherRegistry"))
+
+    def _stop_weight_store(self) -> None:
+        self._hit(_of("ray::WeightStore")).suspend()
+
+    def _stop_mailbox(self) -> None:
+        self._hit(_of("ray::Mailbox")).suspend()
+
+    def _stop_registry(self) -> None:
+        self._hit(_of("ray::TeacherRegistry")).suspend()
 
     def _kill_train_controller(self) -> None:
         self._kill(_of("ray::TrainController"))

@@ -11,7 +11,7 @@ import pytest
 from kdray.config import load_config
 from tests.soak import chaos
 from tests.soak.chaos import Outcome, deadlines, outside, recipe_of, schedule
-from tests.soak.faults import KINDS, Faults
+from tests.soak.faults import KINDS, OF_ACTORS, Faults
 
 
 def test_every_kind_is_there_and_a_seed_gives_one_order() -> None:
@@ -31,7 +31,7 @@ def test_every_kind_can_be_injected() -> None:
 
 def test_a_storage_adds_faults_of_its_network_and_takes_those_of_local_checkpoints() -> None:
     assert set(chaos.kinds_for(storage=False)) == KINDS.keys()
-    assert chaos.ALL.keys() - set(chaos.kinds_for(storage=True)) == {"corrupt_checkpoint"}
+    assert chaos.ALL.keys() - set(chaos.kinds_for(storage=True)) == {"corrupt_checkpoint"} | OF_ACTORS.keys()
     assert {"cut_storage", "black_hole_storage"} <= set(schedule(0, 30, chaos.kinds_for(storage=True)))
 
 

@@ -657,6 +657,9 @@ def test_images_for_cpu_and_gpu_are_built_and_tried() -> None:
     for target in ("cpu", "gpu"):
         mine = [(word, rest) for stage, word, rest in instructions if stage == target]
         assert any(word == "RUN" and f"[{target}]" in rest and "/wheels/kdray-" in rest for word, rest in mine)
+        locked = f"pip install --require-hashes --no-deps --requirement /requirements/{target}.lock"
+        assert any(word == "RUN" and 'if [ -n "${LOCKED}" ]; then' in rest and locked in rest for word, rest in mine)
+        assert (ROOT / "requirements" / f"{target}.lock").is_file()
         # Not root; what was installed is run, by that user; and Ray's launcher may run commands of its own in it.
         assert mine.index(("USER", "kdray")) < mine.index(("RUN", "kdray --version && ray --version"))
         assert mine[-1] == ("CMD", '["kdray", "--help"]')
@@ -681,7 +684,8 @@ def test_image_versions_are_the_projects() -> None:
 
 def test_what_images_copy_is_there_and_nothing_else_is_sent() -> None:
     copied = [rest.split()[:-1] for _, word, rest in _instructions() if word == "COPY"]
-    sources = [source for each in copied for source in each]
+    bound = re.findall(r"type=bind,source=(\S+),target=", (ROOT / "Dockerfile").read_text())
+    sources = [*(source for each in copied for source in each), *bound]
     assert all((ROOT / source).exists() for source in sources)
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert rules[0] == "*"

@@ -28,7 +28,7 @@ from kdray.config import ClusterSettings, parse_config
 from kdray.errors import CapacityError
 from kdray.models.saving import TokenizerSource
 from tests.integration.conftest import EOS, VOCAB, TinyModels
-from tests.support.runs import check_ledger, finish, json_lines, start, write_recipe
+from tests.support.runs import ENGINE, check_ledger, finish, json_lines, of_the_run, start, write_recipe
 
 LARGE: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "large"}, "resources": {"large": 1}}
 SMALL: dict[str, Any] = {"num_cpus": 1, "labels": {"role": "teacher", "kind": "small"}, "resources": {"small": 1}}
@@ -169,6 +169,33 @@ def test_a_killed_driver_leaves_no_replica_and_the_resumed_run_trains_every_samp
     _until(lambda: not _replicas() and not _ranks(), "nobody left of the killed run")
     finish(start("run", str(recipe), "--resume"), 0, 400)
     check_ledger(run, 16)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_a_driver_killed_while_an_engine_loads_leaves_no_application_and_all_resources(
+    cluster: Cluster, workplace: Path, marker: str
+) -> None:
+    from ray import serve
+
+    recipe = write_recipe(workplace, "loading", training={"steps": 4, "batch_size": 32}, cluster=_roles(cluster))
+    process = start("run", str(recipe))
+    _until(
+        lambda: any(sign in " ".join(each.cmdline()) for each in of_the_run(marker) for sign in ENGINE),
+        "an engine that loads",
+        240,
+    )
+    process.kill()
+    process.wait()
+    assert "serving" not in [event["kind"] for event in json_lines(workplace / "runs" / "loading" / "events.jsonl")]
+
+    def free() -> bool:
+        held = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
+        return not held and not [name for name in serve.status().applications if name.startswith("kdray-")]
+
+    _until(free, "nothing held by the killed run")
+    assert not _replicas()
+    assert not _ranks()
 
 
 def test_what_waits_for_room_is_what_the_autoscaler_is_asked_for(cluster: Cluster) -> None:

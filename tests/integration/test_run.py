@@ -218,6 +218,62 @@ def test_a_run_whose_rank_hangs_has_ended_when_the_kill_would_come(workplace: Pa
     check_ledger(run, steps + 4)
 
 
+@pytest.mark.full
+def test_a_stop_within_a_grace_does_not_wait_for_an_evaluation(workplace: Path, marker: str) -> None:
+    training = {"steps": 500, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 0}
+    evaluation = {"every": 2, "samples_per_prompt": 200}
+    recipe = write_recipe(workplace, "cut", training=training, evaluation=evaluation, cluster={"grace_s": 120})
+    process = start("run", str(recipe))
+    run = workplace / "runs" / "cut"
+    deadline = time.monotonic() + 400
+
+    def trained(file: str) -> int:
+        return len(json_lines(run / file)) if (run / file).exists() else 0
+
+    # The line of the second step is written with the numbers of its evaluation.
+    while trained("ledger.jsonl") < 2:
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert trained("metrics.jsonl") == 1
+    process.send_signal(signal.SIGTERM)
+    finish(process, 130, 120)
+    assert_nothing_left(marker)
+    events = json_lines(run / "events.jsonl")
+    assert [event["step"] for event in events if event["kind"] == "evaluation_cut"] == [2]
+    assert "without_checkpoint" not in next(event for event in events if event["kind"] == "interrupt_requested")
+    steps = json_lines(run / "metrics.jsonl")
+    assert not [name for name in steps[1] if name.startswith("heldout/")]
+    (saved,) = [event["step"] for event in events if event["kind"] == "checkpoint"]
+    assert saved == len(steps)
+    settings = [f"training.steps={saved + 2}", "evaluation.every=0", "evaluation.samples_per_prompt=1"]
+    finish(start("run", str(recipe), *settings, "--resume"), 0)
+    check_ledger(run, saved + 2)
+
+
+@pytest.mark.full
+def test_an_interrupted_run_ends_although_serves_controller_stands_still(workplace: Path, marker: str) -> None:
+    """Its pools can then be deleted by nobody: it goes on without that, and leaves nothing."""
+    training = {"steps": 500, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 4}
+    recipe = write_recipe(workplace, "unserved", training=training, cluster={"teardown_s": 10})
+    process = start("run", str(recipe))
+    run = workplace / "runs" / "unserved"
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or len(json_lines(run / "metrics.jsonl")) < 6:
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (controller,) = (each for each in of_the_run(marker) if "ray::ServeController" in " ".join(each.cmdline()))
+    controller.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    finish(process, 130, 150)
+    events = json_lines(run / "events.jsonl")
+    (stuck,) = [event for event in events if event["kind"] == "teardown_stuck"]
+    assert stuck["waited_for"]
+    assert "checkpoint" in [event["kind"] for event in events[-4:]]
+    assert_nothing_left(marker)
+
+
 def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
     """Ctrl-C in mid-run: checkpoint, exit 130, nothing left; the resumed run trains every sample exactly once, and ends within
     its warm-up."""

@@ -3,6 +3,8 @@
     python -m benchmarks.evidence --seeds 0                      # one seed of every cell, one after another
     python -m benchmarks.evidence --seeds 100 101 102 103 104 --minutes 60
     python -m benchmarks.evidence --table --figure               # rewrite the table and the figure from the files
+    python -m benchmarks.evidence_in_process --regime "even start" --seeds 150 --starts       # students that begin alike
+    python -m benchmarks.evidence --regimes "even start" --seeds 150 --ways "MiniLLM, rate 3e-4"
 
 A cell is a way, a regime and a seed: one `kdray run` of the regime's recipe. It leaves one JSON file in
 benchmarks/results/evidence, and a cell that has its file is skipped, so that a sweep goes on over days. A run that ends with an
@@ -29,6 +31,7 @@ from typing import Any
 from scipy.stats import t
 
 RESULTS = Path("benchmarks/results/evidence")
+STARTS = Path("runs/.evidence_in_process/starts")
 FIGURE = Path("benchmarks/results/evidence.svg")
 PAGE = Path("docs/evidence.md")
 MARKS = ("<!-- table: benchmarks/evidence.py -->", "<!-- end of table -->")
@@ -57,7 +60,8 @@ class Regime:
     ways: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Settings of single ways, in place of those in `WAYS`."""
     start: float | None = None
-    """Share of held-out questions answered right at which the supervised phase ends; only in one process."""
+    """Share of held-out questions answered right at which the supervised phase ends. A run's has a number of steps and does
+    not end by a score: it takes the student that benchmarks/evidence_in_process.py has brought there."""
 
 
 RUNNING_SUM = ("configs/running_sum.yaml", 60)
@@ -80,6 +84,12 @@ WAYS: dict[str, tuple[str, ...]] = {
     "MiniLLM, w = 1, no length norm": (NO_WEIGHT, NO_NORM),
     "GKD": ("loss={type: jsd, beta: 0.5}", "rollout.alpha=0", "rollout.data_share=0.5"),
 }
+PAIRS = (
+    ("MiniLLM", tuple(WAYS)),
+    ("MiniLLM, rate 3e-4", ("MiniLLM, no length norm, rate 3e-4",)),
+    ("MiniLLM, no length norm", ("MiniLLM, no mixing, no length norm",)),
+)
+"""Ways whose difference from others the page shows."""
 
 
 def few_labels(number: int) -> dict[str, tuple[str, ...]]:
@@ -126,12 +136,25 @@ class Cell:
         return [f"run.name={self.name}", *seeds, *COMMON, *regime.settings, *of_way]
 
     @property
+    def start(self) -> Path | None:
+        """Folder of the student that a run begins with, where it has no supervised phase of its own."""
+        return None if REGIMES[self.regime].start is None else STARTS / f"{self.regime.replace(' ', '-')}-{self.seed}"
+
+    @property
+    def settings_of_run(self) -> list[str]:
+        """Settings of a run, in which a student from a folder has no seed and needs no supervised phase."""
+        if self.start is None:
+            return self.settings
+        own = [each for each in self.settings if not each.startswith(("student.model.", "training.sft."))]
+        return [*own, f"student.model={self.start}", "training.sft.steps=0"]
+
+    @property
     def recipe(self) -> str:
         return REGIMES[self.regime].recipe
 
 
-def record(cell: Cell, summary: Mapping[str, Any], commit: str) -> dict[str, Any]:
-    """What is kept of a run."""
+def record(cell: Cell, summary: Mapping[str, Any], commit: str, settings: Sequence[str] | None = None) -> dict[str, Any]:
+    """What is kept of a run. Args: settings: those of the run, if not the cell's own."""
     kept = (
         "before",
         "after",
@@ -149,7 +172,7 @@ def record(cell: Cell, summary: Mapping[str, Any], commit: str) -> dict[str, Any
         "regime": cell.regime,
         "seed": cell.seed,
         "recipe": cell.recipe,
-        "settings": cell.settings,
+        "settings": cell.settings if settings is None else list(settings),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "cpus": os.cpu_count(),
@@ -159,7 +182,7 @@ def record(cell: Cell, summary: Mapping[str, Any], commit: str) -> dict[str, Any
 
 def start_run(cell: Cell) -> int:
     """Run a cell to its end. Returns: the exit code."""
-    command = [sys.executable, "-m", "cluster.cli", "run", cell.recipe, *cell.settings]
+    command = [sys.executable, "-m", "cluster.cli", "run", cell.recipe, *cell.settings_of_run]
     return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
 
@@ -169,8 +192,16 @@ def commit_of_tree() -> str:
 
 
 def run_cell(cell: Cell, results: Path) -> bool:
-    """Run a cell and write its file. Returns: False if the run failed."""
+    """Run a cell and write its file. Returns: False if the run failed, or has no student to begin with."""
     folder = Path("runs") / cell.name
+    if cell.start is not None and not cell.start.exists():
+        print(
+            f"{cell.name}: no student in {cell.start}; make it by `python -m benchmarks.evidence_in_process "
+            f'--regime "{cell.regime}" --seeds {cell.seed} --starts`',
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
     if not (folder / "summary.json").exists():
         if folder.exists():
             # What an interrupted run left has no checkpoint to go on from.
@@ -178,7 +209,7 @@ def run_cell(cell: Cell, results: Path) -> bool:
         if (code := start_run(cell)) != 0:
             print(f"{cell.name}: exit code {code}", file=sys.stderr, flush=True)
             return False
-    found = record(cell, json.loads((folder / "summary.json").read_text()), commit_of_tree())
+    found = record(cell, json.loads((folder / "summary.json").read_text()), commit_of_tree(), cell.settings_of_run)
     results.mkdir(parents=True, exist_ok=True)
     partial = results / f".{cell.name}.partial"
     partial.write_text(json.dumps(found, indent=1) + "\n")
@@ -281,6 +312,16 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Compute the mean over seeds, and its 95% interval by Student's t."""
     mean, half = statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
+
+
+def page(cells: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, Sequence[str]]] = PAIRS) -> str:
+    """Markdown of all cells: regimes of several seeds seed by seed, differences of `pairs` of ways, and the table of each."""
+    parts = []
+    for regime in (each for each in REGIMES if len({cell["seed"] for cell in cells if cell["regime"] == each}) > 1):
+        parts += [f"**Exact match of regime `{regime}` in percent, seed by seed.**", by_seed(cells, regime)]
+        compared = product(("confirming", "replicating"), pairs)
+        parts += [found for stage, (way, others) in compared if (found := paired(cells, regime, way, others, stage))]
+    return "\n\n".join([*parts, table(cells)])
 
 
 def _row(way: str, cells: Sequence[Mapping[str, Any]]) -> str:
@@ -394,10 +435,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="seeds to run: all ways of one seed before the next")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="WAY", help="some of the ways")
-    # A run's supervised phase has a number of steps, and does not end by a score.
-    by_steps = [name for name, regime in REGIMES.items() if regime.start is None]
     parser.add_argument(
-        "--regimes", nargs="*", default=["few labels"], choices=by_steps, metavar="REGIME", help="some of the regimes"
+        "--regimes", nargs="*", default=["few labels"], choices=list(REGIMES), metavar="REGIME", help="some of the regimes"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")
     parser.add_argument("--table", action="store_true", help=f"rewrite the table in {PAGE}")
@@ -413,7 +452,7 @@ def main() -> int:
         failed += not run_cell(cell, RESULTS)
     cells = read(RESULTS)
     if given.table:
-        write_page(PAGE, table(cells))
+        write_page(PAGE, page(cells))
     if given.figure:
         draw(cells, FIGURE)
     return 1 if failed else 0

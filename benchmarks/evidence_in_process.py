@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,12 @@ from benchmarks.evidence import (
     REGIMES,
     WAYS,
     Cell,
-    by_seed,
     commit_of_tree,
     draw,
     gap_text,
-    paired,
+    page,
     read,
     record,
-    table,
     write_page,
 )
 from benchmarks.evidence_differences import draw_differences
@@ -61,13 +58,6 @@ DIFFERENCES = Path("benchmarks/results/evidence_differences.svg")
 PAGE = Path("docs/evidence.md")
 MARKS = ("<!-- table: benchmarks/evidence_in_process.py -->", "<!-- end of the table in one process -->")
 MODELS = Path("runs/.evidence_in_process")
-PAIRS = (
-    ("MiniLLM", tuple(WAYS)),
-    ("MiniLLM, rate 3e-4", ("MiniLLM, no length norm, rate 3e-4",)),
-    ("MiniLLM, no length norm", ("MiniLLM, no mixing, no length norm",)),
-)
-"""Ways whose difference from others the page shows."""
-
 
 _LOOK_EVERY = 2
 """Supervised steps between two looks at the score that ends the phase: within ten, a student goes from 7% right to 37%."""
@@ -321,6 +311,20 @@ def bench_of(regime: str, seed: int) -> Bench:
     return bench
 
 
+def keep_start(regime: str, seed: int) -> None:
+    """Write the student that runs of a regime and a seed begin with, unless it is there. Raises: TooWeakError without one."""
+    folder = Cell("MiniLLM", regime, seed).start
+    assert folder is not None
+    if folder.exists():
+        return
+    bench = bench_of(regime, seed)
+    partial = folder.with_name(f".{folder.name}.partial")
+    for part in (bench.start, bench.tokenizer):
+        part.save_pretrained(partial)
+    partial.rename(folder)
+    print(f"{folder}: written", flush=True)
+
+
 def summary_of(cell: Cell) -> dict[str, Any]:
     """Run a cell. Returns: the keys of a run's summary that `record` keeps."""
     began = time.monotonic()
@@ -356,25 +360,25 @@ def main() -> int:
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="WAY", help="some of the ways")
     parser.add_argument("--regime", default="few labels", choices=list(REGIMES))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so many minutes")
+    parser.add_argument("--starts", action="store_true", help="only bring students to where runs begin; needs a regime of such")
     parser.add_argument("--table", action="store_true", help=f"rewrite the table in {PAGE}")
     parser.add_argument("--figure", action="store_true", help=f"rewrite {FIGURE} and {DIFFERENCES}")
     given = parser.parse_args()
+    if given.starts and REGIMES[given.regime].start is None:
+        parser.error(f'runs of regime "{given.regime}" have a supervised phase of their own; leave out --starts')
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     began = time.monotonic()
     for seed in given.seeds:
         try:
-            for way in given.ways:
+            if given.starts:
+                keep_start(given.regime, seed)
+            for way in () if given.starts else given.ways:
                 run_cell(Cell(way, given.regime, seed), 60.0 * given.minutes - (time.monotonic() - began))
         except TooWeakError as error:
             print(error, flush=True)
     cells: Sequence[Mapping[str, Any]] = read(RESULTS)
     if given.table:
-        pages = []
-        for regime in (each for each in REGIMES if len({cell["seed"] for cell in cells if cell["regime"] == each}) > 1):
-            pages += [f"**Exact match of regime `{regime}` in percent, seed by seed.**", by_seed(cells, regime)]
-            compared = product(("confirming", "replicating"), PAIRS)
-            pages += [found for stage, (way, others) in compared if (found := paired(cells, regime, way, others, stage))]
-        write_page(PAGE, "\n\n".join([*pages, table(cells)]), MARKS)
+        write_page(PAGE, page(cells), MARKS)
     if given.figure:
         draw(cells, FIGURE)
         draw_differences(cells, DIFFERENCES)

@@ -73,6 +73,45 @@ def test_a_run_that_has_ended_is_taken_as_it_is_and_a_failed_one_leaves_nothing(
     assert (kept["way"], kept["seed"], kept["commit"], kept["after"]["exact_match"]) == ("GKD", 3, "abc", 0.5)
 
 
+def test_runs_of_an_even_start_take_the_student_that_was_brought_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence, "commit_of_tree", lambda: "abc")
+    recipes = Path(evidence.__file__).parents[1]
+    started = []
+
+    def run(cell: Cell) -> int:
+        config = load_config(recipes / cell.recipe, cell.settings_of_run)
+        started.append((config.student.model, config.training.sft.steps, config.data.prompts.labelled, config.training.steps))
+        (tmp_path / "runs" / cell.name).mkdir(parents=True)
+        (tmp_path / "runs" / cell.name / "summary.json").write_text(json.dumps(summary()))
+        return 0
+
+    monkeypatch.setattr(evidence, "start_run", run)
+    cell = Cell("SFT alone", "even start", 150)
+    assert not run_cell(cell, tmp_path / "results")
+    assert "--seeds 150 --starts" in capsys.readouterr().err
+    assert not started
+    cell.start.mkdir(parents=True)
+    assert run_cell(cell, tmp_path / "results")
+    assert started == [(str(cell.start), 0, None, 40)], "its recipe, or labels that are not those of the other ways"
+    (kept,) = read(tmp_path / "results")
+    assert kept["settings"] == cell.settings_of_run
+
+
+def test_the_page_compares_only_regimes_of_several_seeds(tmp_path: Path) -> None:
+    for seed in (100, 101, 102):
+        keep(tmp_path, Cell("MiniLLM", "weak", seed), after=0.5 + seed / 1000)
+        keep(tmp_path, Cell("GKD", "weak", seed), after=0.5)
+    keep(tmp_path, Cell("MiniLLM", "warm", 0))
+    text = evidence.page(read(tmp_path))
+    assert "| GKD | 3 | +10.1 (" in text
+    assert "| 102 | 10.0 |" in text
+    assert text.count("seed by seed") == 1
+    assert "**Regime `warm`, exploring seeds** (0)" in text
+
+
 def test_the_table_has_mean_and_spread_and_keeps_exploring_seeds_apart(tmp_path: Path) -> None:
     for seed, after, gap in ((100, 0.5, 0.4), (101, 0.7, 0.6), (102, 0.6, None)):
         keep(tmp_path, Cell("MiniLLM", "weak", seed), after=after, gap=gap)

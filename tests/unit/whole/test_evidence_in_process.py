@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from benchmarks import evidence_in_process as bench
 from benchmarks.evidence import REGIMES, WAYS, Cell, Regime, few_labels
@@ -184,3 +185,22 @@ def test_a_seed_that_stays_below_the_share_has_no_cell(
     assert bench.main() == 0
     assert not bench.RESULTS.exists()
     assert capsys.readouterr().out.split("\n")[:2] == [f"seed {seed}: below 20% after 2 supervised steps" for seed in (3, 4)]
+
+
+def test_the_start_of_runs_is_that_of_the_cells_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGIMES, "even start", Regime("configs/spelled_sum.yaml", 28, SMALL, few_labels(16), start=0.0))
+    monkeypatch.setattr("benchmarks.evidence.STARTS", tmp_path / "starts")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["evidence_in_process", "--regime", "even start", "--seeds", "5", "--starts"])
+    assert bench.main() == 0
+    assert not bench.RESULTS.exists()
+    folder = Cell("GKD", "even start", 5).start
+    assert [path.name for path in (tmp_path / "starts").iterdir()] == [folder.name] == ["even-start-5"]
+    kept = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for mine, theirs in zip(kept.parameters(), bench.bench_of("even start", 5).start.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab() == bench.task_tokenizer().get_vocab()
+    assert kept.generation_config.eos_token_id == bench.task_tokenizer().eos_token_id
+    monkeypatch.setattr(sys, "argv", ["evidence_in_process", "--seeds", "5", "--starts"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()

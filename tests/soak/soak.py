@@ -30,6 +30,13 @@ from tests.soak.slopes import Slope, combined, slope
 from tests.support.runs import finish, json_lines, of_the_run, start, write_recipe
 
 _PERIOD_S = 5.0
+RAYS_BOUNDS = {
+    "RAY_task_events_max_num_task_in_gcs": "1000",
+    "RAY_ROTATION_MAX_BYTES": str(2**19),
+    "RAY_ROTATION_BACKUP_COUNT": "1",
+}
+"""What Ray keeps of tasks (100,000 by default, 2.6 KB each) and of each process's log (six files of 512 MiB) is bounded, but it
+would take days to get there: with these bounds minutes, so that growth beyond them can be seen."""
 ALLOWED_MIB_PER_HOUR = 6.0
 """2 GiB in two weeks."""
 _ROLES = {
@@ -166,6 +173,7 @@ def _ray() -> Iterator[None]:
 
     from cluster.connect import start_local
 
+    os.environ.update(RAYS_BOUNDS)
     start_local(num_cpus=4, log_to_driver=False, object_store_memory=200 * 2**20)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     try:

@@ -193,10 +193,7 @@ class BlockChecks:
         _demand(dealt.min() >= 0 and dealt.max() < ranks)
         # Number of the record that a sample belongs to.
         owner = (dealt + np.arange(0, count * ranks, ranks)[:, None]).ravel()
-        parts = [part for record in records for part in record.samples]
-        _demand({2}.issuperset([len(part) for part in parts if isinstance(part, list)]))
-        begins = np.frombuffer(array("q", [part if isinstance(part, int) else part[0] for part in parts]), dtype=np.int64)
-        lasts = np.frombuffer(array("q", [part if isinstance(part, int) else part[1] for part in parts]), dtype=np.int64)
+        begins, lasts = self._ranges(records)
         _demand(begins.min() >= 0 and lasts.max() < size and bool((begins <= lasts).all()))
         lengths = lasts - begins + 1
         _demand(int(lengths.sum()) == count * size)
@@ -214,6 +211,21 @@ class BlockChecks:
         _demand(due.tolist() == [record.updates for record in records])
         self._check_digests([digest for line in lines for digest in line.dealt_digests], [each.digest for each in records])
         return ranks
+
+    def _ranges(self, records: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+        """First and last offset of each part of the records, in order, int64 [parts]."""
+        begins, lasts = array("q"), array("q")
+        for record in records:
+            try:
+                # Offsets that stand alone, as where samples are dealt by their length: nothing is asked of each by itself.
+                begins.fromlist(record.samples)  # type: ignore[arg-type]
+                lasts.fromlist(record.samples)  # type: ignore[arg-type]
+            except TypeError:
+                parts = [part if isinstance(part, list) else [part, part] for part in record.samples]
+                _demand({2}.issuperset(map(len, parts)))
+                begins.fromlist([part[0] for part in parts])
+                lasts.fromlist([part[1] for part in parts])
+        return np.frombuffer(begins, dtype=np.int64), np.frombuffer(lasts, dtype=np.int64)
 
     def _check_digests(self, dealt: Sequence[str], trained: Sequence[str]) -> None:
         if self._passes == 1 and _HEX.issuperset("".join(dealt)) and all(len(digest) == _DIGITS for digest in dealt):

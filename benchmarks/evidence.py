@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t
+from kdray.runs.results.seeds import mean_interval as over_seeds
 
 RESULTS = Path("benchmarks/results/evidence")
 STARTS = Path("runs/.evidence_in_process/starts")
@@ -309,9 +309,9 @@ def differences(cells: Sequence[Mapping[str, Any]], regime: str, way: str, stage
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the mean over seeds, and its 95% interval by Student's t."""
-    mean, half = statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
+    """Compute the mean over seeds, and its 95% interval by Student's t, which has no width where all are equal."""
+    mean = statistics.fmean(values)
+    return mean, *(over_seeds(values) or (mean, mean))
 
 
 def page(cells: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, Sequence[str]]] = PAIRS) -> str:

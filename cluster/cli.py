@@ -147,7 +147,8 @@ def _run_seeds(settings: Config, count: int, resume: bool, outcome: Outcome) -> 
     columns = {word: {name: entry[word] for name, entry in results.items()} for word in ("mean", "std")}
     for seed in map(str, found["seeds"]):
         columns[f"seed {seed}"] = {name: entry["values"].get(seed) for name, entry in results.items()}
-    print_columns("held-out", columns)
+    known = {name: (entry["low"], entry["high"]) for name, entry in results.items() if entry["low"] is not None}
+    print_columns("held-out", columns, {"mean": known})
     typer.echo(f"results: {settings.run_folder / SEEDS}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,23 @@ from kdray.config.load import load_saved_config
 from kdray.config.resuming import changes
 from kdray.errors import ConfigError
 from kdray.runs.folder import RunFolder, plain, read_lines, write_atomically
-from kdray.runs.results.comparison import OUTCOMES
+from kdray.runs.results.bootstrap import LEVEL
+from kdray.runs.results.comparison import DIFFERENCES, OUTCOMES
 
 SEEDS = "seeds.json"
 """File with the results of all seeds, in the folder that holds their runs."""
 
 _HEADLINES = ("exact_match", "step_match", "rouge_l", "reverse_kl", "forward_kl")
+_NUMBERS = (
+    *(((outcome, metric), f"{outcome} {metric}") for outcome in OUTCOMES for metric in _HEADLINES),
+    *(
+        (("differences", pair, metric, "value"), f"{pair} {metric}")
+        for pair in (f"{one} - {other}" for one, other in DIFFERENCES)
+        for metric in _HEADLINES
+    ),
+    (("gap_closed", "value"), "gap_closed"),
+)
+"""Entries that lead to each number in a summary, and its name."""
 _FREE = ("run.", "cluster.")
 """Settings that do not change what a run comes to."""
 
@@ -72,23 +83,39 @@ def finished(config: Config) -> dict[str, Any] | None:
 
 
 def across(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean, sample standard deviation and values by seed of the headline numbers, by `<evaluation> <metric>`.
+    """Mean, its interval, sample standard deviation, and values by seed of the headline numbers, by `<evaluation> <metric>`;
+    of their differences, by `<evaluation> - <other> <metric>`; and of `gap_closed`.
 
-    A number that a seed lacks is left out of its mean; `std` is None for fewer than two values.
+    A number that a seed lacks is left out of its mean. `std` is None for fewer than two values, and so are `low` and `high`
+    (`mean_interval`), as well as for values that are all the same.
     """
     found = {}
-    for name in [f"{outcome} {metric}" for outcome in OUTCOMES for metric in _HEADLINES] + ["gap_closed value"]:
-        entry, metric = name.split()
-        values = {
-            str(seed): float(value)
-            for seed, summary in summaries.items()
-            if (value := (summary.get(entry) or {}).get(metric)) is not None and math.isfinite(value)
-        }
+    for entries, metric in _NUMBERS:
+        values = {}
+        for seed, summary in summaries.items():
+            held: Any = summary
+            for entry in entries:
+                held = (held or {}).get(entry)
+            if held is not None and math.isfinite(held):
+                values[str(seed)] = float(held)
         if values:
             numbers = list(values.values())
             spread = statistics.stdev(numbers) if len(numbers) > 1 else None
-            found[name.removesuffix(" value")] = {"mean": statistics.fmean(numbers), "std": spread, "values": values}
+            low, high = mean_interval(numbers) or (None, None)
+            found[metric] = {"mean": statistics.fmean(numbers), "low": low, "high": high, "std": spread, "values": values}
     return found
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Interval of the mean of what `values` were drawn from, at `LEVEL`, by Student's t; None if they do not differ."""
+    from scipy.stats import t
+
+    if len(set(values)) < 2:
+        # No spread seen is no certainty.
+        return None
+    quantile = float(t.ppf(0.5 + LEVEL / 2, len(values) - 1))
+    mean, half = statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def write_seeds(folder: Path, configs: Mapping[int, Config], summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

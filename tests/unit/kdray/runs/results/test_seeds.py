@@ -40,7 +40,12 @@ class Runs:
         folder.append_event("start", resumed_step=None)
         if (error := self.fails.pop(seed, None)) is not None:
             raise error
+        differences = {
+            "after - before": {"reverse_kl": {"value": -1.5}},
+            "after - control": {"exact_match": {"value": seed / 8}},
+        }
         summary = {"steps": 3, "before": {"reverse_kl": 2.0}, "after": {"exact_match": MATCH[seed], "reverse_kl": 0.5}}
+        summary |= {"differences": differences}
         folder.write_summary(summary)
         folder.append_event("finished", steps=3)
         return summary
@@ -76,7 +81,8 @@ def test_every_seed_is_a_run_of_its_own_name_and_folder(tmp_path: Path) -> None:
         assert load_config(tmp_path / "resolved.yaml") == each
 
 
-def test_mean_spread_and_values(tmp_path: Path, runs: Runs) -> None:
+def test_mean_spread_and_values(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     result = call(tmp_path, "--seeds", "3")
     assert result.exit_code == 0, result.output
     assert runs.calls == [(0, False), (1, False), (2, False)]
@@ -84,17 +90,31 @@ def test_mean_spread_and_values(tmp_path: Path, runs: Runs) -> None:
     assert (found["seeds"], found["pending"]) == ([0, 1, 2], [])
     assert found["runs"]["1"] == "trial-seed-1"
     numbers = [0.5, 0.625, 0.25]
+    # The 97.5% quantile of Student's t with 2 degrees of freedom, from a table.
+    half = 4.3026527 * statistics.stdev(numbers) / 3**0.5
+    same = {"low": None, "high": None, "std": 0.0}
     assert found["results"] == {
-        "before reverse_kl": {"mean": 2.0, "std": 0.0, "values": {"0": 2.0, "1": 2.0, "2": 2.0}},
+        "before reverse_kl": {"mean": 2.0, **same, "values": {"0": 2.0, "1": 2.0, "2": 2.0}},
         "after exact_match": {
             "mean": pytest.approx(sum(numbers) / 3),
+            "low": pytest.approx(sum(numbers) / 3 - half),
+            "high": pytest.approx(sum(numbers) / 3 + half),
             "std": pytest.approx(statistics.stdev(numbers)),
             "values": {"0": 0.5, "1": 0.625, "2": 0.25},
         },
-        "after reverse_kl": {"mean": 0.5, "std": 0.0, "values": {"0": 0.5, "1": 0.5, "2": 0.5}},
+        "after reverse_kl": {"mean": 0.5, **same, "values": {"0": 0.5, "1": 0.5, "2": 0.5}},
+        "after - before reverse_kl": {"mean": -1.5, **same, "values": {"0": -1.5, "1": -1.5, "2": -1.5}},
+        "after - control exact_match": {
+            "mean": 0.125,
+            "low": pytest.approx(0.125 - 4.3026527 * 0.125 / 3**0.5),
+            "high": pytest.approx(0.125 + 4.3026527 * 0.125 / 3**0.5),
+            "std": 0.125,
+            "values": {"0": 0.0, "1": 0.125, "2": 0.25},
+        },
     }
     (row,) = (line for line in result.output.splitlines() if "after exact_match" in line)
-    assert row.replace("│", " ").split() == ["after", "exact_match", "0.4583", "0.1909", "0.5", "0.625", "0.25"]
+    shown = ["after", "exact_match", "0.4583", "(-0.016", "to", "0.933)", "0.1909", "0.5", "0.625", "0.25"]
+    assert row.replace("│", " ").split() == shown
 
 
 def test_a_number_that_a_seed_lacks_is_left_out_of_the_mean() -> None:
@@ -104,7 +124,7 @@ def test_a_number_that_a_seed_lacks_is_left_out_of_the_mean() -> None:
             1: {"gap_closed": {"value": None}, "after": {"reverse_kl": float("nan")}},
         }
     )
-    assert found == {"gap_closed": {"mean": 0.5, "std": None, "values": {"0": 0.5}}}
+    assert found == {"gap_closed": {"mean": 0.5, "low": None, "high": None, "std": None, "values": {"0": 0.5}}}
 
 
 @pytest.mark.parametrize(("error", "code"), [(Interrupted("stopped at step 1"), 130), (EngineError("a replica died"), 1)])

@@ -6,15 +6,16 @@ Results are Arrow IPC bytes: vLLM's own encoding corrupts plain arrays unless in
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
@@ -24,6 +25,8 @@ from actors.vllm_plugin.lifetime import end_with
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
 from actors.vllm_plugin.record_table import Passes, write_records
 from actors.vllm_plugin.row_statistics import measured_columns
+
+_RELOAD_LOG = logging.getLogger(layerwise.__name__)
 
 register()
 
@@ -161,7 +164,8 @@ def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any])
             _unpack_experts(part)
         fill(load)
         ignored = _ignored(part, model.filled[which])
-        finalize_layerwise_reload(part, worker.model_config)
+        with _quiet_about_empty_layers(part, model.filled[which]):
+            finalize_layerwise_reload(part, worker.model_config)
         _pack_tied_head(part)
     missing = model.filled[which] - loaded
     if missing:
@@ -201,6 +205,27 @@ def _ignored(part: torch.nn.Module, filled: set[str]) -> list[str]:
         if own & filled and info.can_load() and not info.load_numel:
             names.append(name)
     return names
+
+
+@contextmanager
+def _quiet_about_empty_layers(part: torch.nn.Module, filled: set[str]) -> Iterator[None]:
+    """Leave out vLLM's warning that a layer failed to load where a checkpoint holds nothing of it, such as tables of rotary
+    embeddings: it would come with every version."""
+    found: dict[str, bool] = {}
+    for name, layer in part.named_modules():
+        own = {f"{name}.{each}" for each in (*layer._parameters, *layer._buffers)}
+        kind = type(layer).__name__
+        # All that the warning says of a layer is its class.
+        found[kind] = found.get(kind, True) and not own & filled
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.args and found.get(str(record.args[0]), False))  # type: ignore[index]
+
+    _RELOAD_LOG.addFilter(is_news)
+    try:
+        yield
+    finally:
+        _RELOAD_LOG.removeFilter(is_news)
 
 
 def _is_tied(part: Any) -> bool:

@@ -138,8 +138,8 @@ def soak(part: Part, folder: Path, minutes: float, marker: str, plant: str | Non
                 "kv_cache_gib": 0.2,
                 # On CPUs the engine's matrix library keeps code for numbers of tokens that passes have had: of few numbers,
                 # the last comes up sooner.
-                "max_num_seqs": 32,
-                "max_num_batched_tokens": 64,
+                "max_num_seqs": 16,
+                "max_num_batched_tokens": 16,
             }
         },
     )

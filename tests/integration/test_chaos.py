@@ -31,8 +31,8 @@ def test_a_run_survives_a_seed_of_short_faults(workplace: Path, marker: str) -> 
 
 @pytest.mark.timeout(1500)
 @pytest.mark.full
-def test_a_run_survives_a_stuck_engine_a_killed_rank_a_full_disk_and_a_corrupt_checkpoint(workplace: Path, marker: str) -> None:
-    wanted = ["stop_engine", "kill_rank", "corrupt_checkpoint", "full_disk"]
+def test_a_run_survives_a_stuck_engine_a_lost_stream_a_full_disk_and_a_corrupt_checkpoint(workplace: Path, marker: str) -> None:
+    wanted = ["stop_engine", "lose_stream", "kill_rank", "corrupt_checkpoint", "full_disk"]
     with cluster_of(1) as cluster:
         recipe = recipe_of(workplace, "disturbed", cluster.address, steps_for(len(wanted)))
         chaos = Chaos(recipe, cluster, 0, wanted)
@@ -43,6 +43,7 @@ def test_a_run_survives_a_stuck_engine_a_killed_rank_a_full_disk_and_a_corrupt_c
     assert outcome.starts == 3
     assert outcome.codes == [-9, 1, 0]
     assert outcome.events["retry"] >= 1, "the stuck engine's samples were asked for again"
+    assert outcome.events["request_lost"] >= 1, "that of the stream that stopped in the middle"
     assert outcome.events["replicas"] >= 1
     assert outcome.events["checkpoint_not_whole"] == 1
     assert (outcome.summary["lost_samples"], outcome.summary["duplicated_samples"]) == (0, 0)

@@ -47,6 +47,7 @@ from tests.soak.faults import (
     ranks,
     replicas,
 )
+from tests.support import lost_streams
 from tests.support.runs import json_lines, start, write_recipe
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 
@@ -290,16 +291,17 @@ def cluster_of(workers: int) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(workers):
-            nodes.add_node(num_cpus=NODE_CPUS, object_store_memory=STORE_BYTES)
-        nodes.wait_for_nodes()
-        ray.init(address=nodes.address, log_to_driver=False)
-        yield nodes
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
+    with lost_streams.installed():
+        nodes = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(workers):
+                nodes.add_node(num_cpus=NODE_CPUS, object_store_memory=STORE_BYTES)
+            nodes.wait_for_nodes()
+            ray.init(address=nodes.address, log_to_driver=False)
+            yield nodes
+        finally:
+            ray.shutdown()
+            nodes.shutdown()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from tests.support.lost_streams import lose_one
 from tests.support.runs import ENGINE, of_the_run, start
 from tests.support.tcp_proxy import TcpProxy
 
@@ -52,6 +53,7 @@ KINDS: dict[str, int] = {
     "stop_loading": 1,
     "stop_controller": 2,
     "freeze_node": 1,
+    "lose_stream": 1,
 }
 """Every fault there is, and how often it is drawn compared with others: those that take minutes to get past are rarer."""
 OF_STORAGE: dict[str, int] = {"cut_storage": 2, "black_hole_storage": 2}
@@ -109,6 +111,10 @@ class Faults:
 
     def _kill_rank(self) -> None:
         self._kill(ranks)
+
+    def _lose_stream(self) -> None:
+        """An engine goes on and answers everybody, but of one response nothing more comes."""
+        lose_one(self._patience_s, self._tail)
 
     def _stop_rank(self) -> None:
         self._hit(ranks).suspend()

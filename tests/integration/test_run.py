@@ -32,6 +32,7 @@ from tests.support.runs import (
     of_the_run,
     reachable_from_outside,
     start,
+    wait_for_lines,
     write_recipe,
 )
 
@@ -199,11 +200,7 @@ def test_a_run_whose_rank_hangs_has_ended_when_the_kill_would_come(workplace: Pa
     recipe = write_recipe(workplace, "evicted", training=training, cluster={"grace_s": grace_s})
     process = start("run", str(recipe))
     run = workplace / "runs" / "evicted"
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len(json_lines(run / "metrics.jsonl")) < 6:
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_lines(process, run / "metrics.jsonl", 6)
     (rank,) = (each for each in of_the_run(marker) if "ray::RayTrainWorker" in " ".join(each.cmdline()))
     rank.send_signal(signal.SIGSTOP)
     time.sleep(1)
@@ -225,17 +222,9 @@ def test_a_stop_within_a_grace_does_not_wait_for_an_evaluation(workplace: Path, 
     recipe = write_recipe(workplace, "cut", training=training, evaluation=evaluation, cluster={"grace_s": 120})
     process = start("run", str(recipe))
     run = workplace / "runs" / "cut"
-    deadline = time.monotonic() + 400
-
-    def trained(file: str) -> int:
-        return len(json_lines(run / file)) if (run / file).exists() else 0
-
+    wait_for_lines(process, run / "ledger.jsonl", 2, 400)
     # The line of the second step is written with the numbers of its evaluation.
-    while trained("ledger.jsonl") < 2:
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert trained("metrics.jsonl") == 1
+    assert len(json_lines(run / "metrics.jsonl")) == 1
     process.send_signal(signal.SIGTERM)
     finish(process, 130, 120)
     assert_nothing_left(marker)
@@ -258,11 +247,7 @@ def test_an_interrupted_run_ends_although_serves_controller_stands_still(workpla
     recipe = write_recipe(workplace, "unserved", training=training, cluster={"teardown_s": 10})
     process = start("run", str(recipe))
     run = workplace / "runs" / "unserved"
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len(json_lines(run / "metrics.jsonl")) < 6:
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_lines(process, run / "metrics.jsonl", 6)
     (controller,) = (each for each in of_the_run(marker) if "ray::ServeController" in " ".join(each.cmdline()))
     controller.send_signal(signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
@@ -280,19 +265,14 @@ def test_an_interrupted_run_resumes(workplace: Path, marker: str) -> None:
     training = {"steps": 60, "warmup_steps": 60, "batch_size": BATCH, "learning_rate": 1e-3, "checkpoint_every": 0}
     recipe = write_recipe(workplace, "stopped", training=training)
     process = start("run", str(recipe))
-    metrics = workplace / "runs" / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    run = workplace / "runs" / "stopped"
+    wait_for_lines(process, run / "metrics.jsonl", 5)
     # Torch's rendezvous of the ranks, and the replicas' server, which wants Ray's token.
     assert reachable_from_outside(marker) <= {"ray::RayTrainWorker", "ray::ServeReplica:kdray"}
     process.send_signal(signal.SIGINT)
     output = finish(process, 130)
     assert "--resume" in output
     assert_nothing_left(marker)
-    run = workplace / "runs" / "stopped"
     # The one of step 0, after the supervised phase, and the one of the interruption.
     stopped_at = max(int(folder.name.removeprefix("step-")) for folder in run.glob("checkpoints/step-*"))
     assert 5 <= stopped_at < 60

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kdray.runs.remote_copy import fetch_results
-from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, write_recipe
+from tests.support.runs import BATCH, assert_nothing_left, check_ledger, finish, json_lines, start, wait_for_lines, write_recipe
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 
@@ -23,14 +23,6 @@ def server() -> Iterator[S3Server]:
     # Before any Ray: its processes inherit the environment.
     with s3_server() as running:
         yield running
-
-
-def _wait_for_steps(process: subprocess.Popen[str], metrics: Path, count: int) -> None:
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= count):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def _wait_for_event(process: subprocess.Popen[str], events: Path, kind: str) -> None:
@@ -53,14 +45,14 @@ def test_a_run_goes_on_from_its_storage_alone(workplace: Path, marker: str, serv
     )
     run, key = workplace / "runs" / "stored", "team/stored"
     process = start("run", str(recipe))
-    _wait_for_steps(process, run / "metrics.jsonl", 5)
+    wait_for_lines(process, run / "metrics.jsonl", 5)
     # The outage lasts until the run has noticed it: the client library's own patience hides a shorter one.
     server.stop()
     _wait_for_event(process, run / "events.jsonl", "storage_retry")
     trained = len((run / "metrics.jsonl").read_text().splitlines())
     assert trained <= 8, "a step was trained before the checkpoint that came first"
     server.start()
-    _wait_for_steps(process, run / "metrics.jsonl", 10)
+    wait_for_lines(process, run / "metrics.jsonl", 10)
     process.send_signal(signal.SIGINT)
     finish(process, 130)
     assert_nothing_left(marker)

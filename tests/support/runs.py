@@ -72,6 +72,15 @@ def finish(process: subprocess.Popen[str], code: int, timeout_s: float = 280) ->
     return output
 
 
+def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int, timeout_s: float = 240) -> None:
+    """Wait until a file of a run has so many lines; the run may not end before."""
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and len(path.read_text().splitlines()) >= count):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, f"{path} has not {count} lines in {timeout_s:g} s"
+        time.sleep(0.05)
+
+
 def assert_nothing_left(marker: str) -> None:
     """No process of the run is alive."""
     deadline = time.monotonic() + 20

@@ -49,6 +49,7 @@ from kdray.evaluation import ends_in_a_loop
 from kdray.models.resolve import build_tiny_model, task_tokenizer
 from kdray.rollouts.draw import LoopSettings, sample_request
 from kdray.runs.results.bootstrap import difference, share_of_gap
+from kdray.runs.results.comparison import intervals_of
 from kdray.runs.results.draws import Draw, Ratio, ratios
 from kdray.types import Prompt
 
@@ -344,7 +345,7 @@ def summary_of(cell: Cell) -> dict[str, Any]:
     numbers = {name: {metric: ratio.value for metric, ratio in metrics.items()} for name, metrics in found.items()}
     return {
         **numbers,
-        "intervals": None,
+        "intervals": {name: intervals_of(metrics) for name, metrics in found.items()},
         "gap_closed": {key: getattr(share, key, None) for key in ("value", "low", "high")},
         "verdict": None,
         "warnings": [],

@@ -110,6 +110,9 @@ def test_a_cell_that_has_its_file_is_not_run_again(tmp_path: Path, monkeypatch: 
     bench.run_cell(cell, 1.0)
     (kept,) = bench.read(bench.RESULTS)
     assert (kept["way"], kept["seed"], kept["commit"]) == ("MiniLLM", 3, "abc")
+    for name in ("before", "after", "teacher"):
+        low, high = kept["intervals"][name]["step_match"]
+        assert low <= kept[name]["step_match"] <= high
     monkeypatch.setattr(bench, "summary_of", lambda cell: pytest.fail("a finished cell was run again"))
     bench.run_cell(cell, 1.0)
 

@@ -1,11 +1,11 @@
 """Growth of every process, and of what a run keeps elsewhere: `python -m tests.soak.soak --minutes 20`.
 
-A run on real engines with checkpoints, evaluations and weight updates. Read every few seconds: each process's own memory (USS:
-what would be free without it; shared pages are nobody's), what Ray's object store holds, shared memory, temporary files, and
-the run folder without the files that grow by design. The verdict is a slope per hour of each, with an interval
-(`tests.soak.slopes`). With `--folder` a soak of any length is made in parts: the same command with `--resume` continues the run
-and the series. `--plant` has the run leak, which the verdict must find. The machine should be idle: its shared memory is
-everybody's.
+A run on real engines with checkpoints, evaluations and weight updates. Read every few seconds: each process's anonymous memory
+(what it has allocated; USS also counts the pages of a library once the last other process that maps it has ended, which would
+look like growth), what Ray's object store holds, shared memory, temporary files, and the run folder without the files
+that grow by design. The verdict is a slope per hour of each, with an interval (`tests.soak.slopes`). With `--folder` a soak of
+any length is made in parts: the same command with `--resume` continues the run and the series. `--plant` has the run leak,
+which the verdict must find. The machine should be idle: its shared memory is everybody's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.runs import finish, json_lines, of_the_run, start, write_reci
 _PERIOD_S = 5.0
 RAYS_BOUNDS = {
     "RAY_task_events_max_num_task_in_gcs": "1000",
-    "RAY_ROTATION_MAX_BYTES": str(2**19),
+    "RAY_ROTATION_MAX_BYTES": str(2**17),
     "RAY_ROTATION_BACKUP_COUNT": "1",
 }
 """What Ray keeps of tasks (100,000 by default, 2.6 KB each) and of each process's log (six files of 512 MiB) is bounded, but it
@@ -80,15 +80,24 @@ class Part:
 
 
 def processes(marker: str) -> dict[str, float]:
-    """Own memory of the run's processes, MiB; the sum where a role has several."""
+    """Anonymous memory of the run's processes, MiB; the sum where a role has several."""
     found: dict[str, float] = {}
     for process in of_the_run(marker):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             title = " ".join(process.cmdline())
             role = next((role for role, signs in _ROLES.items() if any(sign in title for sign in signs)), None)
             if role is not None:
-                found[role] = found.get(role, 0.0) + process.memory_full_info().uss / 2**20
+                found[role] = found.get(role, 0.0) + anonymous(process.pid)
     return found
+
+
+def anonymous(pid: int) -> float:
+    """Memory that a process has allocated, MiB (0 at its end). Raises: psutil.NoSuchProcess."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError as error:
+        raise psutil.NoSuchProcess(pid) from error
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 2**10
 
 
 def places(run: Path, temporary: Path) -> dict[str, float]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+from pathlib import Path
+
 import numpy as np
+import psutil
 import pytest
 
 from tests.soak.slopes import Slope, combined, slope
-from tests.soak.soak import _EXPECTED, TOO_SHORT, Part, report, verdict
+from tests.soak.soak import _EXPECTED, TOO_SHORT, Part, anonymous, report, verdict
 
 PERIOD_S = 5.0
 ALLOWED = 6.0
@@ -137,3 +142,18 @@ def test_what_cannot_be_told_or_was_not_found_is_no_pass(capsys: pytest.CaptureF
     assert report([short], None) == TOO_SHORT
     assert report([without], None) == 1
     assert "not measured, or too seldom: rank" in capsys.readouterr().out
+
+
+def test_memory_is_what_a_process_has_allocated_and_no_file_that_it_maps(tmp_path: Path) -> None:
+    size = 64 * 2**20
+    file = tmp_path / "library"
+    file.write_bytes(b"x" * size)
+    before = anonymous(os.getpid())
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[at] for at in range(0, size, mmap.PAGESIZE)) > 0
+        assert anonymous(os.getpid()) - before < 8
+    held = b"x" * size
+    assert 56 < anonymous(os.getpid()) - before < 72
+    del held
+    with pytest.raises(psutil.NoSuchProcess):
+        anonymous(2**22 + 1)

@@ -33,6 +33,7 @@ from kdray.runs.metrics import METRICS
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.report import write_report
 from kdray.runs.resume import final_counts, restore_run_state
+from kdray.runs.training_record import as_ranges
 from kdray.runs.verify import verify
 
 SIZES = ("1000x64", "10000x64", "100000x64", "10000x512", "100000x512")
@@ -85,7 +86,11 @@ class Planted:
         shards = []
         for rank in range(RANKS):
             own = np.flatnonzero(rank_of == rank)
-            record = {"samples": own.tolist(), "digest": f"{step * RANKS + rank:032x}", "targets": int(kept[own].sum())}
+            record = {
+                "samples": as_ranges(own.tolist()),
+                "digest": f"{step * RANKS + rank:032x}",
+                "targets": int(kept[own].sum()),
+            }
             shards.append(record | {"updates": step})
         self.trained += int(kept.sum())
         self.drawn += int(tokens.sum())

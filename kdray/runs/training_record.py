@@ -34,7 +34,7 @@ def training_columns(batch: TrainBatch, shards: Sequence[TrainedShard]) -> dict[
         "dealt_digests": [shard.digest for shard in given],
         "trained": [
             {
-                "samples": _ranges([sample_id - first for sample_id in shard.sample_ids]),
+                "samples": as_ranges([sample_id - first for sample_id in shard.sample_ids]),
                 "digest": shard.digest,
                 "targets": shard.num_target_tokens,
                 "updates": shard.updates,
@@ -106,7 +106,7 @@ def _some(values: Sequence[int]) -> str:
     return ", ".join(str(value) for value in values[:_SHOWN]) + more
 
 
-def _ranges(offsets: Sequence[int]) -> list[int | list[int]]:
+def as_ranges(offsets: Sequence[int]) -> list[int | list[int]]:
     """Shorten ascending numbers: three or more in a row become [first, last]."""
     found: list[int | list[int]] = []
     for _, run in groupby(enumerate(offsets), lambda pair: pair[1] - pair[0]):
@@ -116,7 +116,7 @@ def _ranges(offsets: Sequence[int]) -> list[int | list[int]]:
 
 
 def _numbers(ranges: Sequence[int | Sequence[int]]) -> list[int]:
-    """Undo `_ranges`."""
+    """Undo `as_ranges`."""
     found: list[int] = []
     for each in ranges:
         if not isinstance(each, int) and each[1] - each[0] > _LONGEST:

@@ -98,6 +98,7 @@ def test_runs_of_an_even_start_take_the_student_that_was_brought_there(
     assert started == [(str(cell.start), 0, None, 40)], "its recipe, or labels that are not those of the other ways"
     (kept,) = read(tmp_path / "results")
     assert kept["settings"] == cell.settings_of_run
+    assert not any(each.startswith(("student.model.", "training.sft.learning")) for each in kept["settings"])
 
 
 def test_the_page_compares_only_regimes_of_several_seeds(tmp_path: Path) -> None:

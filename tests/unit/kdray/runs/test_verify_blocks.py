@@ -130,3 +130,20 @@ def test_a_rank_that_trained_something_else_is_found(run: Path, one_by_one: Call
         assert proof.problems
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_a_range_that_is_no_pair_is_found(run: Path, one_by_one: Callable[[Path], Proof], length: int) -> None:
+    """Of three numbers, the first two would be the right samples."""
+    path = run / "ledger.jsonl"
+    whole = path.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    ranges = [part for line in lines for record in line["trained"] for part in record["samples"] if isinstance(part, list)]
+    ranges[0][:] = [*ranges[0], ranges[0][1]][:length]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        proof = verify(run)
+        assert proof == one_by_one(run)
+        assert proof.problems
+    finally:
+        path.write_bytes(whole)

@@ -119,7 +119,8 @@ def _numbers(ranges: Sequence[int | Sequence[int]]) -> list[int]:
     """Undo `as_ranges`."""
     found: list[int] = []
     for each in ranges:
-        if not isinstance(each, int) and each[1] - each[0] > _LONGEST:
-            raise ValueError(f"samples {each[0]} to {each[1]}")
-        found += [each] if isinstance(each, int) else range(each[0], each[1] + 1)
+        first, last = (each, each) if isinstance(each, int) else each
+        if last - first > _LONGEST:
+            raise ValueError(f"samples {first} to {last}")
+        found += range(first, last + 1)
     return found

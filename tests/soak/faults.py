@@ -140,13 +140,19 @@ class Faults:
         self._kill(_of("ray::TeacherRegistry"))
 
     def _stop_weight_store(self) -> None:
-        self._hit(_of("ray::WeightStore")).suspend()
+        self._stop_for_good("ray::WeightStore")
 
     def _stop_mailbox(self) -> None:
-        self._hit(_of("ray::Mailbox")).suspend()
+        self._stop_for_good("ray::Mailbox")
 
     def _stop_registry(self) -> None:
-        self._hit(_of("ray::TeacherRegistry")).suspend()
+        self._stop_for_good("ray::TeacherRegistry")
+
+    def _stop_for_good(self, title: str) -> None:
+        """Nobody replaces it: the command has to end. A run that is not asking it trains on until then."""
+        driver = self._driver()
+        self._hit(_of(title)).suspend()
+        _await_end(driver, self._patience_s)
 
     def _kill_train_controller(self) -> None:
         self._kill(_of("ray::TrainController"))

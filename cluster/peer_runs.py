@@ -80,13 +80,16 @@ def _interrupt(runners: Collection[Runner], grace_s: float | None, end: Callable
     no_room = None
     if first and grace_s is not None:
         no_room = Grace(grace_s, over).begin(max(runner.pace.time_to_stop() for runner in runners))
+    # All of them, before anything is written: a full disk must not keep one from hearing it.
     for runner in runners:
         runner.stop.set()
         if grace_s is not None:
             runner.hurry.set()
-        runner.reporter.event("interrupt_requested", **({} if no_room is None else {"without_checkpoint": no_room}))
     if not first or no_room is not None:
         end()
+    for runner in runners:
+        with contextlib.suppress(OSError, LeaseLost):
+            runner.reporter.event("interrupt_requested", **({} if no_room is None else {"without_checkpoint": no_room}))
 
 
 async def _all_of(

@@ -118,6 +118,8 @@ class Distillation:
         """Tokens and seconds of the latest steps."""
         self._saved = self.start_step
         """Step of the newest checkpoint."""
+        self._early: Early | None = None
+        """Wish for a checkpoint that has not come since."""
         self._saving_s = 0.0
         """Seconds that train waited for checkpoints since the latest step."""
         self._evaluating: asyncio.Task[None] | None = None
@@ -229,9 +231,15 @@ class Distillation:
         tell(found)
 
     async def _evaluated(self) -> None:
-        """Wait for an evaluation that runs beside a step."""
-        if self._evaluating is not None:
-            await self._evaluating
+        """Wait for an evaluation that runs beside a step; it is cut if a checkpoint is needed at once."""
+        running = self._evaluating
+        if running is None:
+            return
+        while not running.done() and self._early is None and not self.hurry.is_set():
+            await asyncio.wait({running}, timeout=EARLY_S)
+            if not running.done():
+                await self._is_needed_early()
+        await running
 
     async def _awaited_inputs(self, step: int) -> tuple[ReadyBatch, TrainBatch | None]:
         """The inputs of a step; checkpoints that are needed early are written meanwhile. Raises: Stopped."""
@@ -252,14 +260,20 @@ class Distillation:
 
     async def _save_early(self, step: int) -> None:
         """Write a checkpoint if one is needed though none is due."""
-        urgency = await self.hooks.save_early()
-        if urgency is None:
-            return
-        if urgency == "now":
-            self.hurry.set()
-        await self._save(step)
-        if not self.stop.is_set():
-            self.hurry.clear()
+        if await self._is_needed_early():
+            # The step's own may be about to be completed.
+            await self._evaluated()
+            await self._committed()
+            if step > self._saved:
+                await self._save(step)
+
+    async def _is_needed_early(self) -> bool:
+        """True if a checkpoint is needed; the hook tells every notice once, and it holds until there is a newer checkpoint."""
+        if self._early is None:
+            self._early = await self.hooks.save_early()
+            if self._early == "now":
+                self.hurry.set()
+        return self._early is not None
 
     async def _inputs(self, step: int) -> tuple[ReadyBatch, TrainBatch | None]:
         """The rollouts and the pretraining text of a step, produced concurrently."""
@@ -402,7 +416,9 @@ class Distillation:
             await asyncio.shield(self._committing)
 
     def _note_saved(self, step: int) -> None:
-        self._saved = step
+        self._saved, self._early = step, None
+        if not self.stop.is_set():
+            self.hurry.clear()
         self.reporter.event("checkpoint", step=step)
 
     async def _interrupt(self, step: int) -> NoReturn:

@@ -194,13 +194,16 @@ def _ray() -> Iterator[None]:
 def verdict(parts: Sequence[Part], allowed: float = ALLOWED_MIB_PER_HOUR) -> tuple[dict[str, Slope], list[str], list[str]]:
     """Slope of everything measured, from all parts; what grows, and what they are too short to tell about."""
     found: dict[str, Slope] = {}
+    growing = []
     for name in dict.fromkeys(name for part in parts for name in part.mib):
         each = [slope(part.seconds, part.mib[name]) for part in parts if name in part.mib]
         known = [one for one in each if one is not None]
         if known:
             found[name] = combined(known)
-    growing = [name for name, each in found.items() if each.grows(allowed)]
-    open_ = [name for name, each in found.items() if not each.grows(allowed) and not each.is_flat(allowed)]
+            # A part that grows is a leak whatever the others did: one without any noise would outweigh it.
+            if any(one.grows(allowed) for one in (found[name], *known)):
+                growing.append(name)
+    open_ = [name for name, each in found.items() if name not in growing and not each.is_flat(allowed)]
     return found, growing, open_
 
 
@@ -227,7 +230,8 @@ def main() -> None:
         try:
             soak(parts[-1], folder, given.minutes, marker, given.plant, given.mib_per_minute)
         finally:  # what was measured before a run died is the evidence of why
-            series.write_text(json.dumps([asdict(part) for part in parts]))
+            # One whose run did not come to its first step has nothing to say.
+            series.write_text(json.dumps([asdict(part) for part in parts if part.seconds]))
             for planted in Path("/dev/shm").glob(f"{prefix()}*"):
                 planted.unlink()
     sys.exit(report(parts, given.plant))

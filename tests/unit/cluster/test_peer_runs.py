@@ -72,6 +72,22 @@ def test_a_signal_ends_a_run_at_once_if_a_checkpoint_does_not_fit_into_its_grace
     assert len(ended) == at_once + 1, "a second signal ends it at once"
 
 
+def test_signals_stop_every_run_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threading.Timer.start", lambda self: None)
+
+    def full(kind: str, **fields: Any) -> None:
+        raise OSError("no space left on device")
+
+    ended: list[bool] = []
+    runners: Any = [
+        SimpleNamespace(stop=asyncio.Event(), hurry=asyncio.Event(), reporter=SimpleNamespace(event=full)) for _ in range(2)
+    ]
+    _interrupt(runners, None, lambda: ended.append(True))
+    assert (all(runner.stop.is_set() for runner in runners), ended) == (True, [])
+    _interrupt(runners, None, lambda: ended.append(True))
+    assert ended == [True]
+
+
 def test_a_run_alone_has_one_store(tmp_path: Path) -> None:
     found, made = stores({"": config(tmp_path, {"t": TINY})})
     assert made == [(0, WeightStore)]

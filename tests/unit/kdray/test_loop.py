@@ -193,6 +193,33 @@ async def test_a_checkpoint_is_written_while_training_waits(tmp_path: Path, monk
     assert ("evaluation_cut", {"step": 2}) in rig.reporter.events
 
 
+@pytest.mark.parametrize("every", [0, 2, 3])
+async def test_a_checkpoint_does_not_wait_for_the_evaluation_before_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """A notice comes once, while a step that has been trained waits for an evaluation that goes on for ever; a checkpoint of
+    the evaluated version may be waiting for it as well, and the next may be due anyway."""
+    monkeypatch.setattr("kdray.loop.EARLY_S", 0.001)
+    rig = Rig(tmp_path, evaluate_every=2, checkpoint_every=every)
+    notices = ["now"]
+
+    async def leaving() -> str | None:
+        return notices.pop() if notices and ("trained", 2) in rig.history.events else None
+
+    async def evaluate(version: int) -> dict[str, float]:
+        if version == 2:
+            await asyncio.Event().wait()
+        return {"reverse_kl": float(version)}
+
+    await asyncio.wait_for(rig.run(evaluate=evaluate, save_early=leaving), 20)
+    assert rig.student.saved == {0: [3, 6], 2: [2, 3, 4, 6], 3: [3, 6]}[every]
+    assert len([kind for kind, _ in rig.reporter.events if kind == "checkpoint"]) == len(rig.student.saved)
+    assert ("evaluation_cut", {"step": 2}) in rig.reporter.events
+    # Later ones are not cut.
+    found = {step: metrics.get("heldout/reverse_kl") for step, metrics in rig.reporter.metrics.items()}
+    assert (found[2], found[4], found[6]) == (None, 4.0, 6.0)
+
+
 async def test_evaluation_cadence(tmp_path: Path) -> None:
     rig = Rig(tmp_path, evaluate_every=2)
     versions = []

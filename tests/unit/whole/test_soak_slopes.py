@@ -144,6 +144,16 @@ def test_what_cannot_be_told_or_was_not_found_is_no_pass(capsys: pytest.CaptureF
     assert "not measured, or too seldom: rank" in capsys.readouterr().out
 
 
+def test_a_part_that_grows_is_found_beside_one_that_does_not_move() -> None:
+    parts = []
+    for per_hour in (0.0, 60.0):
+        part = Part(steps=100)
+        for when, wobble in zip(times(30), noise(len(times(30)), seed=3), strict=True):
+            part.add(when, FLAT | {"run folder": 100.0 + (per_hour * when / 3600 + 0.1 * wobble if per_hour else 0.0)})
+        parts.append(part)
+    assert verdict(parts)[1] == ["run folder"]
+
+
 def test_memory_is_what_a_process_has_allocated_and_no_file_that_it_maps(tmp_path: Path) -> None:
     size = 64 * 2**20
     file = tmp_path / "library"

@@ -9,7 +9,7 @@
 A cell is a way, a regime and a seed: one `kdray run` of the regime's recipe. It leaves one JSON file in
 benchmarks/results/evidence, and a cell that has its file is skipped, so that a sweep goes on over days. A run that ends with an
 error leaves no file and is tried again next time. Seeds below 100 are for exploration, the next ones confirm, and those from
-120 on are for what these suggested: no two of the three are ever averaged.
+120 on are for what these suggested, and those from 150 on for runs: no two of these are ever averaged.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ FIGURE = Path("benchmarks/results/evidence.svg")
 PAGE = Path("docs/evidence.md")
 MARKS = ("<!-- table: benchmarks/evidence.py -->", "<!-- end of table -->")
 FIRST_CONFIRMING_SEED = 100
-STAGES = {"exploring": 0, "confirming": FIRST_CONFIRMING_SEED, "replicating": 120}
-"""First seed of each stage."""
+STAGES = {"exploring": 0, "confirming": FIRST_CONFIRMING_SEED, "replicating": 120, "run-confirming": 150}
+"""First seed of each stage; the last is of seeds that were announced for runs."""
+DECIDING = tuple(STAGES)[1:]
 _LOWEST = -100.0
 """Lowest share of the gap that the figure shows: a student that began near its teacher and collapsed is far below."""
 
@@ -86,7 +87,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 }
 PAIRS = (
     ("MiniLLM", tuple(WAYS)),
-    ("MiniLLM, rate 3e-4", ("MiniLLM, no length norm, rate 3e-4",)),
+    ("MiniLLM, rate 3e-4", ("MiniLLM, no length norm, rate 3e-4", "SFT alone")),
     ("MiniLLM, no length norm", ("MiniLLM, no mixing, no length norm",)),
 )
 """Ways whose difference from others the page shows."""
@@ -319,7 +320,7 @@ def page(cells: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, Sequence
     parts = []
     for regime in (each for each in REGIMES if len({cell["seed"] for cell in cells if cell["regime"] == each}) > 1):
         parts += [f"**Exact match of regime `{regime}` in percent, seed by seed.**", by_seed(cells, regime)]
-        compared = product(("confirming", "replicating"), pairs)
+        compared = product(DECIDING, pairs)
         parts += [found for stage, (way, others) in compared if (found := paired(cells, regime, way, others, stage))]
     return "\n\n".join([*parts, table(cells)])
 

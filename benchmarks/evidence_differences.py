@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import REGIMES, differences, mean_interval
+from benchmarks.evidence import DECIDING, REGIMES, differences, mean_interval
 
 COMPARISONS = (
     ("mixing: with minus without", "MiniLLM", "MiniLLM, no mixing"),
@@ -21,8 +21,11 @@ COMPARISONS = (
 """What is shown, the way, and the way that it is compared with."""
 
 
-def draw_differences(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """A panel for each comparison: a row for a regime and a stage other than exploring, with three seeds at least."""
+def draw_differences(cells: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """A panel for each comparison: a row for a regime and a stage other than exploring, with three seeds at least.
+
+    Args: cells: in one process; runs: those of the same cells that are runs, in rows of their own.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,10 +36,10 @@ def draw_differences(cells: Sequence[Mapping[str, Any]], target: Path) -> None:
     found: list[list[tuple[str, list[float]]]] = []
     for _, way, other in COMPARISONS:
         rows = []
-        for regime, stage in product(REGIMES, ("confirming", "replicating")):
-            gaps = differences(cells, regime, way, stage).get(other, [])
+        for regime, stage, (kind, given) in product(REGIMES, DECIDING, (("", cells), (", by runs", runs))):
+            gaps = differences(given, regime, way, stage).get(other, [])
             if len(gaps) > 2:
-                rows.append((f"{regime}, {len(gaps)} {stage} seeds", gaps))
+                rows.append((f"{regime}, {len(gaps)} {stage} seeds{kind}", gaps))
         found.append(rows[::-1])
     figure, axes = plt.subplots(
         len(found),

@@ -42,6 +42,7 @@ from benchmarks.evidence import (
     record,
     write_page,
 )
+from benchmarks.evidence import RESULTS as RUNS
 from benchmarks.evidence_differences import draw_differences
 from kdray.config import Config, load_config
 from kdray.data.dataset import Dataset, PromptStream, encode_answer, load_dataset
@@ -382,7 +383,7 @@ def main() -> int:
         write_page(PAGE, page(cells), MARKS)
     if given.figure:
         draw(cells, FIGURE)
-        draw_differences(cells, DIFFERENCES)
+        draw_differences(cells, read(RUNS), DIFFERENCES)
     return 0
 
 

@@ -169,8 +169,12 @@ def test_differences_are_drawn_in_a_panel_for_each_comparison(tmp_path: Path) ->
     for seed, gain in ((100, 0.1), (101, 0.2), (102, 0.15), (135, 0.0)):
         keep(tmp_path, Cell("MiniLLM", "even start", seed), after=0.5 + gain)
         keep(tmp_path, Cell("MiniLLM, no mixing", "even start", seed), after=0.5)
-    draw_differences(read(tmp_path), tmp_path / "figure.svg")
+    draw_differences(read(tmp_path), read(tmp_path), tmp_path / "figure.svg")
     drawn = (tmp_path / "figure.svg").read_text()
+    assert "even start, 3 confirming seeds, by runs" in drawn
+    draw_differences(read(tmp_path), [], tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "by runs" not in drawn
     assert "mixing: with minus without" in drawn
     assert "even start, 3 confirming seeds" in drawn
     assert "replicating" not in drawn, "one seed has no interval"

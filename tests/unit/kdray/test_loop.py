@@ -154,10 +154,14 @@ async def test_a_checkpoint_is_written_early_where_it_has_to_be(tmp_path: Path) 
     assert rig.student.saved == [1, 4, 6]
 
 
-async def test_a_checkpoint_is_written_while_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As before a node with ranks is taken away: neither for the slow rollout nor for the evaluation."""
+@pytest.mark.parametrize("every", [0, 2])
+async def test_a_checkpoint_is_written_while_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """As before a node with ranks is taken away: neither for the slow rollout nor for the evaluation. One that is due anyway,
+    and waits for the evaluation itself, is written once."""
     monkeypatch.setattr("kdray.loop.EARLY_S", 0.001)
-    rig = Rig(tmp_path, evaluate_every=2)
+    rig = Rig(tmp_path, evaluate_every=2, checkpoint_every=every)
     asked: list[int] = []
 
     released = asyncio.Event()
@@ -187,7 +191,7 @@ async def test_a_checkpoint_is_written_while_training_waits(tmp_path: Path, monk
     releasing = asyncio.create_task(release())
     await asyncio.wait_for(rig.run(evaluate=evaluate, save_early=leaving), 20)
     await releasing
-    assert rig.student.saved == [2, 6]
+    assert rig.student.saved == ([2, 4, 6] if every else [2, 6])
     found = {step: metrics.get("heldout/reverse_kl") for step, metrics in rig.reporter.metrics.items()}
     assert found == {1: None, 2: None, 3: None, 4: 4.0, 5: None, 6: 6.0}
     assert ("evaluation_cut", {"step": 2}) in rig.reporter.events
@@ -209,6 +213,7 @@ async def test_a_checkpoint_does_not_wait_for_the_evaluation_before_its_step(
     async def evaluate(version: int) -> dict[str, float]:
         if version == 2:
             await asyncio.Event().wait()
+        await turns(5)  # long enough to be cut
         return {"reverse_kl": float(version)}
 
     await asyncio.wait_for(rig.run(evaluate=evaluate, save_early=leaving), 20)

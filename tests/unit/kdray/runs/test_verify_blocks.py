@@ -112,38 +112,36 @@ def test_whatever_is_changed_in_a_line_is_told_as_by_lines_alone(
     assert told > TRIALS / 8, "hardly anything was wrong in these"
 
 
+def assert_found(ledger: Path, lines: list[dict[str, Any]], one_by_one: Callable[[Path], Proof]) -> None:
+    """Something is wrong with the run if the ledger has these lines, and blocks say the same as lines one by one."""
+    whole = ledger.read_bytes()
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        proof = verify(ledger.parent)
+        assert proof == one_by_one(ledger.parent)
+        assert proof.problems
+    finally:
+        ledger.write_bytes(whole)
+
+
 @pytest.mark.parametrize("what", ["samples", "digest", "targets", "updates"])
 def test_a_rank_that_trained_something_else_is_found(run: Path, one_by_one: Callable[[Path], Proof], what: str) -> None:
     """Two ranks that trained each other's, so that all sums are right."""
     path = run / "ledger.jsonl"
-    whole = path.read_bytes()
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     one, other = lines[20]["trained"]
     if what in ("targets", "updates"):
         one[what], other[what] = one[what] + 1, other[what] - 1
     else:
         one[what], other[what] = other[what], one[what]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    try:
-        proof = verify(run)
-        assert proof == one_by_one(run)
-        assert proof.problems
-    finally:
-        path.write_bytes(whole)
+    assert_found(path, lines, one_by_one)
 
 
 @pytest.mark.parametrize("length", [0, 1, 3])
 def test_a_range_that_is_no_pair_is_found(run: Path, one_by_one: Callable[[Path], Proof], length: int) -> None:
     """Of three numbers, the first two would be the right samples."""
     path = run / "ledger.jsonl"
-    whole = path.read_bytes()
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     ranges = [part for line in lines for record in line["trained"] for part in record["samples"] if isinstance(part, list)]
     ranges[0][:] = [*ranges[0], ranges[0][1]][:length]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    try:
-        proof = verify(run)
-        assert proof == one_by_one(run)
-        assert proof.problems
-    finally:
-        path.write_bytes(whole)
+    assert_found(path, lines, one_by_one)

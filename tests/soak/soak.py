@@ -4,8 +4,9 @@ A run on real engines with checkpoints, evaluations and weight updates. Read eve
 (what it has allocated; USS also counts the pages of a library once the last other process that maps it has ended, which would
 look like growth), what Ray's object store holds, shared memory, temporary files, and the run folder without the files
 that grow by design. The verdict is a slope per hour of each, with an interval (`tests.soak.slopes`). With `--folder` a soak of
-any length is made in parts: the same command with `--resume` continues the run and the series. `--plant` has the run leak,
-which the verdict must find. The machine should be idle: its shared memory is everybody's.
+any length is made in parts: the same command with `--resume` continues the run and the series. `--plant` has the same
+processes leak afterwards, for `--planted-minutes`, which a verdict of its own must find. The machine should be idle: its shared
+memory is everybody's.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 
 from tests.integration.conftest import make_workplace
-from tests.soak.leaks import LEAKS, prefix
+from tests.soak import leaks
 from tests.soak.slopes import Slope, combined, slope
 from tests.support.runs import finish, json_lines, of_the_run, start, write_recipe
 
@@ -40,7 +42,7 @@ would take days to get there: with these bounds minutes, so that growth beyond t
 ALLOWED_MIB_PER_HOUR = 6.0
 """2 GiB in two weeks."""
 _ROLES = {
-    "driver": ("cluster.cli run", "tests.soak.leaks"),
+    "driver": ("cluster.cli run",),
     "engine": ("VLLM::EngineCore",),
     "replica": ("ray::ServeReplica:kdray-",),
     "rank": ("ray::RayTrainWorker",),
@@ -60,6 +62,32 @@ TOO_SHORT = 3
 """Exit code if the series do not tell."""
 _GROW_BY_DESIGN = ("ledger.jsonl", "metrics.jsonl", "events.jsonl", "samples", "tb")
 """In the run folder; docs/guarantees.md has what they cost a step."""
+
+
+_LEAKY = ("driver", "engine", "rank", "replica")
+"""Processes in which a leak of memory can be planted: those that run for as long as the run does, and longest."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Leaks that a run is to have after the rest of its soak."""
+
+    kinds: Sequence[str]
+    minutes: float
+    mib_per_minute: float
+
+    def by_title(self) -> dict[str, list[str]]:
+        """Kinds of leak by a part of the title of the processes that have them."""
+        found: dict[str, list[str]] = {}
+        for kind in self.kinds:
+            role, what = ("driver", kind) if kind in leaks.PLACES else (kind, "memory")
+            for sign in _ROLES[role]:
+                found.setdefault(sign, []).append(what)
+        return found
+
+    def places(self) -> list[str]:
+        """Where they must show."""
+        return [leaks.PLACES.get(kind, kind) for kind in self.kinds]
 
 
 @dataclass
@@ -130,8 +158,8 @@ def size_of(folder: Path, without: Sequence[str] = ()) -> float:
     return total / 2**20
 
 
-def soak(part: Part, folder: Path, minutes: float, marker: str, plant: str | None, rate: float) -> None:
-    """Train for so long from the first step on, measuring into `part` every few seconds."""
+def soak(folder: Path, minutes: float, marker: str, planted: Planted | None) -> Iterator[Part]:
+    """Train for so long from the first step on, and then with leaks; yields a part before it is measured."""
     if not (folder / "prompts.jsonl").exists():
         make_workplace(folder)
     recipe = write_recipe(
@@ -153,26 +181,38 @@ def soak(part: Part, folder: Path, minutes: float, marker: str, plant: str | Non
         },
     )
     run = folder / "runs" / "soak"
-    before = len(json_lines(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
+    before = _steps(run)
     with tempfile.TemporaryFile("w+") as log:
-        arguments = ["run", str(recipe), *(["--resume"] if (run / "config.yaml").exists() else [])]
-        if plant is None:
-            process = start(*arguments, log=log)
-        else:
-            process = start(plant, str(rate), *arguments, log=log, module="tests.soak.leaks")
-        while not (run / "metrics.jsonl").exists() or len(json_lines(run / "metrics.jsonl")) <= before:
+        process = start("run", str(recipe), *(["--resume"] if (run / "config.yaml").exists() else []), log=log)
+        while _steps(run) <= before:
             if process.poll() is not None:
                 log.seek(0)
                 raise AssertionError(f"the run ended with {process.returncode}: {log.read()[-4000:]}")
             time.sleep(1)
-        began = time.monotonic()
-        while (now := time.monotonic() - began) < 60 * minutes:
-            assert process.poll() is None, f"the run ended with {process.returncode}"
-            part.add(now, processes(marker) | places(run, Path(tempfile.gettempdir())))
-            time.sleep(_PERIOD_S)
+        part = Part()
+        yield part
+        _measure(part, process, run, minutes, marker)
+        if planted is not None:
+            leaks.plant(planted.by_title(), planted.mib_per_minute, run / "logs")
+            part = Part()
+            yield part
+            _measure(part, process, run, planted.minutes, marker)
         process.send_signal(signal.SIGINT)
         finish(process, 130)
-    part.steps = len(json_lines(run / "metrics.jsonl")) - before
+
+
+def _measure(part: Part, process: subprocess.Popen[str], run: Path, minutes: float, marker: str) -> None:
+    before, began = _steps(run), time.monotonic()
+    while (now := time.monotonic() - began) < 60 * minutes:
+        assert process.poll() is None, f"the run ended with {process.returncode}"
+        part.add(now, processes(marker) | places(run, Path(tempfile.gettempdir())))
+        part.steps = _steps(run) - before
+        time.sleep(_PERIOD_S)
+
+
+def _steps(run: Path) -> int:
+    """That the run has trained."""
+    return len(json_lines(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
 
 
 @contextlib.contextmanager
@@ -212,9 +252,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="of this part, from its first step on")
     parser.add_argument("--folder", type=Path, help="where run and series are kept; a temporary one otherwise")
     parser.add_argument("--resume", action="store_true", help="go on with the run and the series in --folder")
-    parser.add_argument("--plant", choices=list(LEAKS), help="a leak in the run, which must be found")
-    parser.add_argument("--mib-per-minute", type=float, default=1.0, help="of the planted leak")
+    parser.add_argument("--plant", nargs="+", choices=[*_LEAKY, *leaks.PLACES], help="leaks afterwards, which must be found")
+    parser.add_argument("--planted-minutes", type=float, default=15.0, help="that the run goes on with them for")
+    parser.add_argument("--mib-per-minute", type=float, default=1.0, help="of each planted leak")
     given = parser.parse_args()
+    planted = Planted(given.plant, given.planted_minutes, given.mib_per_minute) if given.plant else None
     marker = os.environ["KDRAY_TEST_MARKER"] = f"soak-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         folder = (given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))).absolute()
@@ -225,21 +267,44 @@ def main() -> None:
         tempfile.tempdir = os.environ["TMPDIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp"))
         series = folder / "series.json"
         parts = [Part(**each) for each in json.loads(series.read_text())] if series.exists() else []
+        if planted is not None:
+            stack.enter_context(leaks.installed())
         stack.enter_context(_ray())
-        parts.append(Part())
+        measured: list[Part] = []
         try:
-            soak(parts[-1], folder, given.minutes, marker, given.plant, given.mib_per_minute)
+            measured.extend(soak(folder, given.minutes, marker, planted))
         finally:  # what was measured before a run died is the evidence of why
             # One whose run did not come to its first step has nothing to say.
-            series.write_text(json.dumps([asdict(part) for part in parts if part.seconds]))
-            for planted in Path("/dev/shm").glob(f"{prefix()}*"):
-                planted.unlink()
-    sys.exit(report(parts, given.plant))
+            series.write_text(json.dumps([asdict(part) for part in [*parts, *measured[:1]] if part.seconds]))
+            if measured[1:]:
+                (folder / "planted.json").write_text(json.dumps(asdict(measured[1])))
+            for each in Path("/dev/shm").glob(f"{leaks.prefix()}*"):
+                each.unlink()
+    code = report([*parts, measured[0]])
+    not_found = 0 if planted is None else report_planted(planted, measured[1])
+    sys.exit(not_found or code)
 
 
-def report(parts: Sequence[Part], plant: str | None) -> int:
+def report(parts: Sequence[Part]) -> int:
     """Print slopes and verdict; returns the exit code."""
     found, growing, open_ = verdict(parts)
+    _print(parts, found, growing, open_)
+    unseen = [name for name in _EXPECTED if name not in found]
+    if unseen:
+        print(f"not measured, or too seldom: {', '.join(unseen)}")
+    return 1 if growing or unseen else TOO_SHORT if open_ else 0
+
+
+def report_planted(planted: Planted, part: Part) -> int:
+    """Print what grew while the leaks were there, and whether each was found; returns the exit code."""
+    found, growing, open_ = verdict([part])
+    _print([part], found, growing, open_)
+    for place in planted.places():
+        print(f"the planted leak in {place} was {'found' if place in growing else 'NOT FOUND'}")
+    return 0 if set(planted.places()) <= set(growing) else 1
+
+
+def _print(parts: Sequence[Part], found: Mapping[str, Slope], growing: Sequence[str], open_: Sequence[str]) -> None:
     hours = sum(part.seconds[-1] for part in parts) / 3600
     steps = sum(part.steps for part in parts)
     print(f"{steps} steps in {hours:.2f} h, {len(parts)} parts; allowed are {ALLOWED_MIB_PER_HOUR:g} MiB/h")
@@ -247,14 +312,6 @@ def report(parts: Sequence[Part], plant: str | None) -> int:
     for name, each in sorted(found.items()):
         mark = "  GROWS" if name in growing else "  cannot be told yet" if name in open_ else ""
         print(f"{name:20s} {each.level:9.1f} {each.per_hour:+9.2f}   {each.low:+.2f} to {each.high:+.2f}{mark}")
-    unseen = [name for name in _EXPECTED if name not in found]
-    if unseen:
-        print(f"not measured, or too seldom: {', '.join(unseen)}")
-    if plant is not None:
-        place = {"driver": "driver", "shm": "/dev/shm", "store": "object store", "folder": "run folder"}[plant]
-        print(f"the planted leak in {place} was {'found' if place in growing else 'NOT FOUND'}")
-        return 0 if place in growing else 1
-    return 1 if growing or unseen else TOO_SHORT if open_ else 0
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from kdray.runs.report import write_report
 from kdray.runs.reporter import RunReporter
 from kdray.runs.results.comparison import intervals_of
 from kdray.runs.results.draws import ratios
-from kdray.runs.results.seeds import check_seeds, finished, seeded, write_seeds
+from kdray.runs.results.seeds import begun, check_seeds, finished, seeded, write_seeds
 from kdray.runs.storage import Storage
 from kdray.runs.tracking.trackers import Trackers
 from kdray.runs.watchdog import Watchdog
@@ -127,19 +127,21 @@ def run_seeds(
     """Run a config with `count` seeds, one after another; returns the content of seeds.json, which is written after each.
 
     With `resume`, seeds that have ended are skipped, one that was interrupted goes on, and those not begun are started.
+    Those of an earlier command that are beyond `count` stay in seeds.json.
     Args: on_start: called with each config that is about to run; on_phase: see `OnPhase`.
     Raises: as `run`, for the seed that fails; the others stay as they are.
     """
     configs = seeded(config, count)
     check_seeds(config, configs, resume)
     # All of them before the first one runs: hours later is too late to learn that one has other settings.
-    ended = {seed: summary for seed, each in configs.items() if resume and (summary := finished(each)) is not None}
+    known = configs | begun(config) if resume else {}
+    ended = {seed: summary for seed, each in known.items() if (summary := finished(each)) is not None}
     found: dict[str, Any] = {}
     for seed, each in configs.items():
         if seed not in ended:
             on_start(each)
             ended[seed] = run(each, resume and _begun(each), on_phase=on_phase)
-        found = write_seeds(config.run_folder, configs, ended)
+        found = write_seeds(config.run_folder, known | configs, ended)
     return found
 
 

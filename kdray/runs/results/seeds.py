@@ -37,16 +37,20 @@ _FREE = ("run.", "cluster.")
 
 def seeded(config: Config, count: int) -> dict[int, Config]:
     """Configs of `count` runs by seed, from `run.seed` on. Each has a folder of its own, `<run folder>/<name>-seed-<seed>`."""
+    return {seed: _with_seed(config, seed) for seed in range(config.run.seed, config.run.seed + count)}
+
+
+def begun(config: Config) -> dict[int, Config]:
+    """Configs of the seeds that the folder of `config` has in its seeds.json, by seed."""
+    path = config.run_folder / SEEDS
+    return {int(seed): _with_seed(config, int(seed)) for seed in json.loads(path.read_text())["runs"]} if path.is_file() else {}
+
+
+def _with_seed(config: Config, seed: int) -> Config:
     run = config.run
-    return {
-        seed: config.model_copy(
-            update={
-                # A whole name: trackers and the storage know a run by it alone.
-                "run": run.model_copy(update={"name": f"{run.name}-seed-{seed}", "seed": seed, "output": config.run_folder})
-            }
-        )
-        for seed in range(run.seed, run.seed + count)
-    }
+    # A whole name: trackers and the storage know a run by it alone.
+    update = {"name": f"{run.name}-seed-{seed}", "seed": seed, "output": config.run_folder}
+    return config.model_copy(update={"run": run.model_copy(update=update)})
 
 
 def check_seeds(config: Config, configs: Mapping[int, Config], resume: bool) -> None:

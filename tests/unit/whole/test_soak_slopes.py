@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from tests.soak.leaks import installed, plant
 from tests.soak.slopes import Slope, combined, slope
-from tests.soak.soak import _EXPECTED, TOO_SHORT, Part, anonymous, report, verdict
+from tests.soak.soak import _EXPECTED, TOO_SHORT, Part, Planted, anonymous, report, report_planted, verdict
 
 PERIOD_S = 5.0
 ALLOWED = 6.0
@@ -116,7 +121,7 @@ def test_the_parts_of_a_resumed_soak_are_other_processes(capsys: pytest.CaptureF
     found, growing, _ = verdict(parts)
     assert found["engine"].per_hour == pytest.approx(20.0)
     assert growing == ["engine"]
-    assert report(parts, None) == 1
+    assert report(parts) == 1
     assert "engine                   " in capsys.readouterr().out
 
 
@@ -125,10 +130,43 @@ def test_a_planted_leak_must_be_found(leaks: bool, capsys: pytest.CaptureFixture
     part = Part(steps=10)
     for when in times(10):
         part.add(when, FLAT | {"driver": 100.0 + (when / 60 if leaks else 0.0)})
-    assert report([part], "driver") == (0 if leaks else 1)
-    assert report([part], "shm") == 1
-    assert report([part], None) == (1 if leaks else 0)
-    assert ("was found" in capsys.readouterr().out) is leaks
+    assert report_planted(Planted(["driver"], 10, 1.0), part) == (0 if leaks else 1)
+    assert ("driver was found" in capsys.readouterr().out) is leaks
+    assert report_planted(Planted(["driver", "shm"], 10, 1.0), part) == 1
+    assert "/dev/shm was NOT FOUND" in capsys.readouterr().out
+    assert report([part]) == (1 if leaks else 0)
+
+
+def test_leaks_are_planted_in_processes_that_run_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDRAY_TEST_MARKER", "leaks")
+    script = "import os, time; os.fork(); print('forked', flush=True); time.sleep(60)"
+    with installed():
+        command = [sys.executable, "-c", script]
+        started = [subprocess.Popen([*command, role], stdout=subprocess.PIPE, text=True) for role in ("asked", "spared")]
+        try:
+            for process in started:
+                assert process.stdout is not None
+                assert [process.stdout.readline() for _ in range(2)] == ["forked\n"] * 2
+            asked, spared = ([each.pid, *(child.pid for child in psutil.Process(each.pid).children())] for each in started)
+            settled = {pid: anonymous(pid) for pid in (*asked, *spared)}
+            plant({"asked": ["memory", "folder"]}, 300.0, tmp_path)
+            wait_until(lambda: all(anonymous(pid) > settled[pid] + 15 for pid in asked))
+            assert all(anonymous(pid) < settled[pid] + 5 for pid in spared)
+            wait_until(lambda: 10 * 2**20 in [file.stat().st_size for file in tmp_path.glob("leak-*")])
+        finally:
+            for each in [child for process in started for child in psutil.Process(process.pid).children()]:
+                each.kill()
+            for process in started:
+                process.kill()
+                process.wait()
+    assert "KDRAY_TEST_LEAKS" not in os.environ
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_cannot_be_told_or_was_not_found_is_no_pass(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,9 +176,9 @@ def test_what_cannot_be_told_or_was_not_found_is_no_pass(capsys: pytest.CaptureF
         without.add(when, {name: level for name, level in FLAT.items() if name != "rank"})
     for when, value in zip(times(3), noise(len(times(3)), size=20.0), strict=True):
         short.add(when, FLAT | {"driver": 100.0 + value})
-    assert report([long], None) == 0
-    assert report([short], None) == TOO_SHORT
-    assert report([without], None) == 1
+    assert report([long]) == 0
+    assert report([short]) == TOO_SHORT
+    assert report([without]) == 1
     assert "not measured, or too seldom: rank" in capsys.readouterr().out
 
 

@@ -117,6 +117,16 @@ def test_mean_spread_and_values(tmp_path: Path, runs: Runs, monkeypatch: pytest.
     assert row.replace("│", " ").split() == shown
 
 
+def test_fewer_seeds_than_before_leave_none_out(tmp_path: Path, runs: Runs) -> None:
+    assert call(tmp_path, "--seeds", "3").exit_code == 0
+    before = written(tmp_path)
+    assert call(tmp_path, "--seeds", "2", "--resume").exit_code == 0
+    assert written(tmp_path) == before
+    assert call(tmp_path, "--seeds", "4", "--resume").exit_code == 0
+    assert [seed for seed, _ in runs.calls] == [0, 1, 2, 3]
+    assert written(tmp_path)["seeds"] == [0, 1, 2, 3]
+
+
 def test_a_number_that_a_seed_lacks_is_left_out_of_the_mean() -> None:
     found = across(
         {

@@ -6,8 +6,11 @@ of the ledger, metrics or events, a commit, a deletion of checkpoints. A driver 
 dead on this machine is taken over at once; any other, a stopped process's too, once its heartbeat has stood still.
 
 A folder of this machine is locked while its lease changes hands. Storages without locks or conditional writes, as object stores
-are to pyarrow, are read again after a pause, so that of two drivers that start in the same second the later writer goes on. The
-time between a look and its write is not covered there or here: microseconds, unless the process stops in between.
+are to pyarrow, are read again after a pause, so that of two drivers that start in the same second the later writer goes on.
+
+A driver that stops between a look at its lease and the renewal that follows replaces, on waking, the lease of a successor. The
+successor knows it by its lower epoch and writes its own again with its next heartbeat, for which the one that stood still waits
+before it goes on. The time between a look and another write is not covered: microseconds, unless the process stops in between.
 """
 
 from __future__ import annotations
@@ -78,10 +81,13 @@ class Ticket:
     url: str
     """Folder with the lease that every node can read."""
     owner: str
+    epoch: int
 
     def check(self, on_retry: Callable[[Retry], None] | None = None) -> None:
         """Check that the driver still has it. Args: on_retry: see `Storage`. Raises: LeaseLost; StorageError."""
-        check_owner(Storage(self.url, on_retry=on_retry), self.owner)
+        reason = _reason(Storage(self.url, on_retry=on_retry), self.owner, self.epoch)
+        if reason is not None:
+            raise LeaseLost(reason)
 
 
 class Lease:
@@ -90,14 +96,18 @@ class Lease:
     def __init__(self, places: Sequence[Storage], stale_after_s: float = STALE_AFTER_S) -> None:
         """Args: places: folders with the run's files, the run folder first; its parent folders are created."""
         self._places = places
+        self._beat_s = stale_after_s / _BEATS
         # Tried again for a short time only: those that answer are renewed and given back meanwhile. Nor is that told, since who
         # is told writes events, which needs the lease.
-        self._renewed = [Storage(place.url, patience_s=min(_PATIENCE_S, stale_after_s / _BEATS)) for place in places]
+        self._renewed = [Storage(place.url, patience_s=min(_PATIENCE_S, self._beat_s)) for place in places]
         self._stale_after_s = stale_after_s
         self._me = Holder.here()
         self._lost: str | None = None
         self._ended = threading.Event()
         self._beaten = time.time()
+        self._looked: dict[str, float] = {}
+        """When a renewal looked, by place, while what it wrote may have replaced a successor's lease."""
+        self._renewing: list[threading.Thread] = []
         self._made: list[Path] = []
         self._taken: list[Storage] = []
 
@@ -113,7 +123,7 @@ class Lease:
     @property
     def ticket(self) -> Ticket:
         """What the ranks need to look at it, in the run's storage if there is one."""
-        return Ticket(self._places[-1].url, self._me.owner)
+        return Ticket(self._places[-1].url, self._me.owner, self._me.epoch)
 
     def take(self) -> Lease:
         """Take the lease everywhere, or from a driver that is gone, and begin to renew it.
@@ -129,8 +139,9 @@ class Lease:
             raise
         self._beaten = time.time()
         # One for each: a storage that answers nothing holds its own up, and a driver that is not seen at work is taken over.
-        for place in self._renewed:
-            threading.Thread(target=self._renew, args=(place,), name="lease", daemon=True).start()
+        self._renewing = [threading.Thread(target=self._renew, args=(place,), daemon=True) for place in self._renewed]
+        for each in self._renewing:
+            each.start()
         return self
 
     def __enter__(self) -> Lease:
@@ -142,6 +153,9 @@ class Lease:
     def release(self) -> None:
         """Stop renewing it, and remove it unless another driver has it; folders that were created for it go if empty."""
         self._ended.set()
+        # A renewal that is under way would write a lease that nobody holds. One that a storage holds up is not waited for.
+        for each in self._renewing:
+            each.join(self._beat_s)
         self._remove()
 
     def check(self) -> None:
@@ -149,25 +163,37 @@ class Lease:
 
         Raises: LeaseLost naming the driver that has it.
         """
-        stood_still = time.time() - self._beaten > self._stale_after_s / 2
-        self._check(self._places if stood_still else self._places[:1])
+        if self._stood_still():
+            self.check_everywhere()
+        else:
+            self._check(self._places[:1])
 
     def check_everywhere(self) -> None:
-        """Check it in the run's storage too, as before a commit or a deletion. Raises: LeaseLost; StorageError."""
+        """Check it in the run's storage too, as before a commit or a deletion; after this process stood still once more when
+        its renewals have gone on. Raises: LeaseLost; StorageError."""
         self._check(self._places)
+        if self._stood_still():
+            deadline = time.monotonic() + 3 * self._beat_s
+            while self._lost is None and self._stood_still() and time.monotonic() < deadline:
+                time.sleep(self._beat_s / 20)
+            self._check(self._places)
 
     async def watch(self) -> None:
         """Look at it without end. Raises: LeaseLost."""
         while True:
             self.check()
-            await asyncio.sleep(self._stale_after_s / _BEATS)
+            await asyncio.sleep(self._beat_s)
 
     # ------------------------------------------------------------------------------------------------------ inside
+
+    def _stood_still(self) -> bool:
+        """True from when this process is seen to have stood still, until its lease has been seen to be its own after that."""
+        return time.time() - min([self._beaten, *self._looked.values()]) > self._stale_after_s / 2
 
     def _check(self, places: Sequence[Storage]) -> None:
         for place in places:
             if self._lost is None:
-                self._lost = _reason(place, self._me.owner)
+                self._lost = _reason(place, self._me.owner, self._me.epoch)
         if self._lost is not None:
             raise LeaseLost(self._lost)
 
@@ -179,7 +205,7 @@ class Lease:
             if abs(time.time() - seen.heartbeat) <= self._stale_after_s:
                 raise _held(place, seen, self._stale_after_s)
             # Clocks of machines differ: a driver at work renews it meanwhile. Not within the lock, which it needs for that.
-            time.sleep(2 * self._stale_after_s / _BEATS)
+            time.sleep(2 * self._beat_s)
         with _locked(place):
             found = read_holder(place)
             if found is not None and found != seen and not found.is_dead:
@@ -188,7 +214,7 @@ class Lease:
             self._taken.append(renewed)
             self._write(place)
         if not place.is_local:
-            time.sleep(min(_SETTLE_S, self._stale_after_s / _BEATS))
+            time.sleep(min(_SETTLE_S, self._beat_s))
             found = read_holder(place)
             if found is not None and found.owner != self._me.owner:
                 raise _held(place, found, self._stale_after_s)
@@ -203,15 +229,23 @@ class Lease:
         place.write(LEASE, json.dumps(asdict(self._me)).encode())
 
     def _renew(self, place: Storage) -> None:
-        while not self._ended.wait(self._stale_after_s / _BEATS):
+        while not self._ended.wait(self._beat_s):
+            looked = time.time()
+            self._looked.setdefault(place.url, looked)
             # A storage that is away for a while is no reason to end; the next commit waits for it or fails.
             with contextlib.suppress(StorageError), _locked(place):
                 if self._ended.is_set():
                     return
-                self._lost = self._lost or _reason(place, self._me.owner)
+                self._lost = self._lost or _reason(place, self._me.owner, self._me.epoch)
                 if self._lost is not None:
                     return
                 self._write(place)
+            if time.time() - looked > self._stale_after_s / 2:
+                # Long enough for a successor to have been there: time for it to write its lease again.
+                if self._ended.wait(self._beat_s):
+                    return
+                continue
+            del self._looked[place.url]
             if place is self._renewed[0]:
                 self._beaten = time.time()
 
@@ -219,7 +253,7 @@ class Lease:
         for place in self._taken:
             with contextlib.suppress(StorageError), _locked(place):
                 found = read_holder(place)
-                if found is not None and found.owner == self._me.owner:
+                if found is not None and (found.owner == self._me.owner or found.epoch < self._me.epoch):
                     place.delete(LEASE)
         for folder in self._made:
             with contextlib.suppress(OSError):
@@ -250,21 +284,14 @@ def read_holder(place: Storage) -> Holder | None:
         return None
 
 
-def check_owner(place: Storage, owner: str) -> None:
-    """Check for a driver that its lease is still there, from another process. Raises: LeaseLost; StorageError."""
-    reason = _reason(place, owner)
-    if reason is not None:
-        raise LeaseLost(reason)
-
-
-def _reason(place: Storage, owner: str) -> str | None:
-    """Describe who has the lease instead of `owner`; None if it is its own."""
+def _reason(place: Storage, owner: str, epoch: int) -> str | None:
+    """Describe who has the lease instead of `owner`; None if it is its own, or one that a predecessor took back on waking."""
     found = read_holder(place)
     if found is None:
         # A storage that has just come back may not list what it holds: that a lease is gone has to be seen twice.
         time.sleep(_LOOK_AGAIN_S)
         found = read_holder(place)
-    if found is not None and found.owner == owner:
+    if found is not None and (found.owner == owner or found.epoch < epoch):
         return None
     other = "the run's lease is gone" if found is None else f"process {found.pid} on {found.host} has taken over the run"
     return f"{place.url}: {other}; nothing more was written. This driver stood still, or lost sight of its files, for too long"

@@ -6,6 +6,7 @@ Whole runs are those of `tests.support.stub_run`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from kdray.errors import ConfigError, LeaseLost
 from kdray.runs import lease as module
 from kdray.runs.checkpoints import COMMITTED, FILES, checkpoint_at, differing
 from kdray.runs.folder import LEASE, RunFolder
-from kdray.runs.lease import Holder, Lease, check_owner, leased, read_holder
+from kdray.runs.lease import Holder, Lease, leased, read_holder
 from kdray.runs.remote_copy import StoredRun
 from kdray.runs.storage import Retry, Storage
 from kdray.runs.verify import verify
@@ -182,7 +183,7 @@ async def test_who_lost_it_writes_nothing_more(run: Path, change: Callable[[Path
             lambda: folder.append_event("after"),
             lambda: folder.append_metrics({"step": 1}),
             lambda: folder.write_summary({}),
-            lambda: check_owner(Storage.local(run), lease.owner),
+            lambda: lease.ticket.check(),
         ):
             with pytest.raises(LeaseLost, match="lease is gone|has taken over the run"):
                 write()
@@ -337,11 +338,73 @@ def test_a_lease_that_a_storage_misses_once_is_not_lost(tmp_path: Path, monkeypa
     with Lease([place]).take() as lease:
         read, answers = module.read_holder, [None]
         monkeypatch.setattr(module, "read_holder", lambda asked: answers.pop() if answers else read(asked))
-        check_owner(place, lease.owner)
+        lease.ticket.check()
         assert not answers
         answers += [None, None]
         with pytest.raises(LeaseLost, match="the run's lease is gone"):
-            check_owner(place, lease.owner)
+            lease.ticket.check()
+
+
+@pytest.mark.parametrize("stops_in", ["run folder", "storage"])
+def test_a_driver_that_stops_within_its_renewal_takes_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_in: str
+) -> None:
+    """The lease was looked at, and is written when a successor has it."""
+    stale_s = 3.0
+    here, storage = tmp_path / "run", tmp_path / "storage"
+    places = [Storage.local(here), Storage.local(storage)]
+    stopped_at = here if stops_in == "run folder" else storage
+    write, stopped, goes_on = Storage.write, threading.Event(), threading.Event()
+
+    def held(place: Storage, key: str, content: Any) -> Any:
+        if place in first._renewed and place.root == str(stopped_at) and not stopped.is_set():
+            stopped.set()
+            goes_on.wait()
+        return write(place, key, content)
+
+    first = Lease(places, stale_s).take()
+    monkeypatch.setattr(Storage, "write", held)
+    assert stopped.wait(20)
+    time.sleep(stale_s)
+    with Lease([Storage.local(stopped_at)], stale_s).take() as second:
+        goes_on.set()
+        deadline = time.monotonic() + 20
+        while holder(stopped_at)["owner"] != first.owner:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        # What it now sees in the file is its own lease.
+        with pytest.raises(LeaseLost, match=f"{stopped_at}: process .* has taken over"):
+            first.check_everywhere()
+        second.check_everywhere()
+        second.ticket.check()
+    assert not (stopped_at / LEASE).exists()
+    first.release()
+
+
+def test_a_lease_that_a_predecessor_took_back_goes_with_its_holder(run: Path) -> None:
+    with take(run, LONG_S) as lease:
+        (run / LEASE).write_text(json.dumps(asdict(replace(Holder.here(), epoch=lease.epoch - 1, heartbeat=time.time()))))
+        lease.check_everywhere()
+    assert not (run / LEASE).exists()
+
+
+def test_nothing_is_renewed_after_the_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = take(run)
+    write, began, goes_on = Storage.write, threading.Event(), threading.Event()
+
+    def slow(place: Storage, key: str, content: Any) -> Any:
+        began.set()
+        goes_on.wait(20)
+        return write(place, key, content)
+
+    # As in an object store, which has no locks.
+    monkeypatch.setattr(module, "_locked", lambda place: contextlib.nullcontext())
+    monkeypatch.setattr(Storage, "write", slow)
+    monkeypatch.setattr(lease, "_beat_s", 20.0)
+    assert began.wait(20)
+    threading.Timer(0.3, goes_on.set).start()
+    lease.release()
+    assert not run.exists()
 
 
 _STANDS_AT = "step-000006"

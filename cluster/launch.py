@@ -32,7 +32,7 @@ from cluster.planning.reservation import driver_node, reserved
 from cluster.runner import RunPlan
 from cluster.stages.lengths import check_steps
 from kdray.capturing.collect import check_alone, lacking
-from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation, pinned
+from kdray.checks.inputs import changed_versions, check_inputs, check_revisions, inputs_of, installation
 from kdray.checks.preflight import check, check_warm_up
 from kdray.checks.trackers import check_trackers
 from kdray.config import Config, StudentBackendSettings
@@ -40,6 +40,7 @@ from kdray.config.load import load_saved_config, read_saved_config
 from kdray.config.resuming import as_begun
 from kdray.config.secret_files import set_secrets
 from kdray.errors import ConfigError, DataError, LeaseLost, StorageError, ended_with
+from kdray.models.identity import pinned
 from kdray.models.inspect import decoder
 from kdray.runs.checkpoints import NotWhole, discard, newest_checkpoint, read_marker
 from kdray.runs.context import Checked, RunContext, resolve_models
@@ -292,7 +293,7 @@ def _record(checked: Checked, checkpoint: Checkpoint | None) -> dict[str, Any]:
         found = folder.changes(checked.config) if folder.config.is_file() else []
         check_revisions(recorded, found)
         if recorded is not None:
-            check_inputs(recorded, record["inputs"], _changed_versions(checkpoint, record))
+            check_inputs(checked.config, recorded, record["inputs"], _changed_versions(checkpoint, record))
     return record
 
 

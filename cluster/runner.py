@@ -129,7 +129,7 @@ class Runner:
             training=config.training,
             vocab_size=context.vocab_size,
             seed=config.run.seed,
-            tokenizer=TokenizerSource(context.models.student, chat_template_text(config)),
+            tokenizer=TokenizerSource(context.models.student, config.student.revision, chat_template_text(config)),
             weights=stores.weights,
             checkpoints=self._folder.checkpoints,
             storage=self._folder.path / "logs" / "ray_train",

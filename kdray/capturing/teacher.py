@@ -17,7 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdray.capturing.format import MANIFEST, SIGNAL_COLUMNS, check_model, digest, find_shards, read_manifest, reading, signals
+from kdray.capturing.format import (
+    MANIFEST,
+    SIGNAL_COLUMNS,
+    check_model,
+    digest,
+    find_shards,
+    footer_digest,
+    read_manifest,
+    reading,
+    signals,
+)
 from kdray.config import CaptureTeacherSettings, ModelSource
 from kdray.config.signals import Signal
 from kdray.errors import ConfigError, DataError, RequestRefused, VocabError
@@ -88,6 +98,9 @@ class CaptureKind(TeacherKind[CaptureTeacherSettings]):
         if self.settings.model is None or self.config.rollout.teacher_signal != "hidden":
             return None
         return self.settings.model, self.settings.revision
+
+    def recorded_answers(self) -> dict[str, str]:
+        return {shard.name: footer_digest(shard) for shard in find_shards(self.settings.path)}
 
     def open(self, context: TeacherContext) -> CapturedTeacher:
         asked = prompts_of(context.config, self.name, context.dataset.train)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdray.config import Config
+from kdray.config import Config, PrunedModel
+from kdray.config.data import HubPrompts, HubText
 from kdray.config.resuming import Change
 from kdray.errors import ConfigError
 from kdray.models.identity import COMMIT, model_identity
@@ -27,7 +27,8 @@ from kdray.types import Prompt
 Inputs = dict[str, dict[str, Any]]
 """Setting -> part -> recorded value, as JSON types: `{"student.model": {"config.json": "9f86d081884c7d65"}}`."""
 
-_COMMIT_ID = re.compile(r"[0-9a-f]{40}")
+_ANSWERS = ".path"
+"""End of the setting of a teacher's recorded answers."""
 _SHOWN = 4
 """Maximum number of differing parts of one setting that a message lists."""
 _GIT_S = 5.0
@@ -51,49 +52,38 @@ def inputs_of(checked: Checked) -> Inputs:
     if checked.windows:
         found["training.pretraining"] = _prompts(checked.windows)
     for name in config.teachers:
-        model = kind_of(config, name).model
-        if model is not None:
-            found[f"teachers.{name}.model"] = dict(model_identity(*model))
+        kind = kind_of(config, name)
+        if kind.model is not None:
+            found[f"teachers.{name}.model"] = dict(model_identity(*kind.model))
+        if answers := kind.recorded_answers():
+            found[f"teachers.{name}{_ANSWERS}"] = answers
     return found
 
 
-def check_inputs(recorded: Mapping[str, Mapping[str, Any]], now: Inputs, versions: Mapping[str, Any]) -> None:
+def check_inputs(config: Config, recorded: Mapping[str, Mapping[str, Any]], now: Inputs, versions: Mapping[str, Any]) -> None:
     """Compare a run's inputs with those that its checkpoint recorded.
 
-    Args: versions: changed versions of libraries, which may be the cause.
+    Args: config: that of the resume; versions: changed versions of libraries, which may be the cause.
     Raises: ConfigError that lists each difference with the recorded value, the value now, and the remedies.
     """
     told = []
     for setting in sorted(recorded.keys() | now.keys()):
+        if setting.endswith(_ANSWERS) and setting not in recorded:
+            # Checkpoints of earlier versions have none.
+            continue
         old, new = recorded.get(setting, {}), now.get(setting, {})
         parts = [part for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)]
         shown = [f"{part} was {old.get(part, 'absent')}, now {new.get(part, 'absent')}" for part in parts[:_SHOWN]]
         if len(parts) > _SHOWN:
             shown.append(f"and {len(parts) - _SHOWN} more")
         if parts:
-            told.append(f"{setting}: {', '.join(shown)}{_pin(setting, old)}")
+            told.append(f"{setting}: {', '.join(shown)}{_remedy(config, setting, old)}")
     if told:
         cause = f" (since then {_changed(versions)}, which may be the cause)" if versions else ""
         raise ConfigError(
             f"the run to resume has read other inputs than there are now: {'; '.join(told)}{cause}. Put back what the run "
             "began with, or choose another run.name"
         )
-
-
-def pinned(config: Config, found: Inputs) -> Config:
-    """Return the config with the commits that its models of the hub have now, which every later start of an engine or a rank
-    then loads, on whatever node, and whatever the repository holds by then.
-
-    Args: found: the run's inputs.
-    """
-
-    def of(section: Any, setting: str) -> Any:
-        commit = found.get(f"{setting}.model", {}).get(COMMIT, "")
-        known = "revision" in type(section).model_fields and _COMMIT_ID.fullmatch(commit)
-        return section.model_copy(update={"revision": commit}) if known else section
-
-    teachers = {name: of(teacher, f"teachers.{name}") for name, teacher in config.teachers.items()}
-    return config.model_copy(update={"student": of(config.student, "student"), "teachers": teachers})
 
 
 def check_revisions(recorded: Mapping[str, Any] | None, found: Iterable[Change]) -> None:
@@ -129,11 +119,21 @@ def _changed(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} went from {old} to {new}" for name, (old, new) in versions.items())
 
 
-def _pin(setting: str, old: Mapping[str, Any]) -> str:
-    """The remedy for a hub repository that moved on."""
-    if COMMIT not in old or not setting.endswith(".model"):
-        return ""
-    return f" (set {setting.removesuffix('.model')}.revision={old[COMMIT]})"
+def _remedy(config: Config, setting: str, old: Mapping[str, Any]) -> str:
+    """What to set for a hub repository that moved on; empty where nothing is known to help."""
+    if setting.endswith(".model") and COMMIT in old:
+        section = setting.removesuffix(".model")
+        holder = config.student if section == "student" else config.teachers.get(section.removeprefix("teachers."))
+        if isinstance(getattr(holder, "model", None), PrunedModel):
+            section = setting
+        return f" (set {section}.revision={old[COMMIT]})"
+    read: dict[str, Any] = {"data.prompts": config.data.prompts, "held-out prompts": config.data.prompts}
+    if config.training.pretraining is not None:
+        read["training.pretraining"] = config.training.pretraining.source
+    if isinstance(read.get(setting), HubPrompts | HubText):
+        name = "data.prompts" if setting != "training.pretraining" else f"{setting}.source"
+        return f" (set {name}.revision to the dataset's commit of that time, if it has changed since)"
+    return ""
 
 
 def _prompts(prompts: Iterable[Prompt]) -> dict[str, Any]:

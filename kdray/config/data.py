@@ -11,6 +11,7 @@ from kdray.config.base import (
     HomePath,
     LocalPath,
     NonNegativeFloat,
+    OnResume,
     Positive,
     Settings,
     check_weights,
@@ -134,8 +135,8 @@ class HubPrompts(PromptSettings):
     """Split to train on."""
     heldout_split: str | None = None
     """Split of the held-out prompts; without it, the last `data.heldout_size` prompts are held out."""
-    revision: str | None = None
-    """Commit or tag, for reproducibility."""
+    revision: Annotated[str | None, OnResume()] = None
+    """Commit or tag, for reproducibility. A resume may set it, to the same data as its checkpoint recorded."""
     prompt_column: str | None = None
     """Column of the prompt; default as for files."""
     answer_column: str | None = None
@@ -200,8 +201,8 @@ class HubText(Settings):
     """Configuration of the dataset, if it has several."""
     split: str = "train"
     """Split to read."""
-    revision: str | None = None
-    """Commit or tag, for reproducibility."""
+    revision: Annotated[str | None, OnResume()] = None
+    """Commit or tag, for reproducibility. A resume may set it, to the same data as its checkpoint recorded."""
     column: str = "text"
     """Column of the document."""
 

@@ -115,8 +115,8 @@ class PrunedModel(Settings):
     type: Literal["pruned"]
     source: UnprunedSource
     """Hugging Face id, local folder or tiny model to prune: a Llama, Mistral, Qwen2 or Qwen3 with unquantised weights."""
-    revision: str | None = None
-    """Commit or tag of the source on the hub."""
+    revision: Annotated[str | None, OnResume()] = None
+    """Commit or tag of the source on the hub. A resume may set it to the commit that its checkpoint recorded."""
     layers: Annotated[int, Field(ge=2)] | Annotated[list[NonNegative], Field(min_length=1)] | None = None
     """Layers to keep: their number, evenly spaced and including the first and last, or their indices, counted from 0,
     ascending."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from kdray.config import ModelSource, PrunedModel, TinyModel
+from kdray.config import Config, ModelSource, PrunedModel, TinyModel
 from kdray.errors import DataError
 from kdray.models.resolve import calibration_texts, hub_commit, model_config, model_name
 
@@ -21,6 +24,7 @@ COMMIT = "commit"
 _READ = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """Suffixes of the files that engines and tokenizers read beside the weights."""
 _WEIGHTS = ".safetensors"
+_COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 _HASHED_BYTES = 4096
 """Bytes of each piece of a tensor that are read."""
 
@@ -49,6 +53,26 @@ def model_identity(source: ModelSource, revision: str | None) -> dict[str, str]:
         return {path.name: _sampled(path) if path.suffix == _WEIGHTS else _digest(path.read_bytes()) for path in files}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"model {source}: its files cannot be read: {error}; restore the folder") from error
+
+
+def pinned(config: Config, recorded: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Return the config with the commits that its models of the hub had, which every later start of an engine or a rank then
+    loads, on whatever node, and whatever the repository holds by then.
+
+    Args: recorded: the run's inputs, as `kdray.checks.inputs` finds them and checkpoints record them.
+    """
+
+    def of(section: Any, setting: str) -> Any:
+        commit = recorded.get(f"{setting}.model", {}).get(COMMIT, "")
+        model = getattr(section, "model", None)
+        if not _COMMIT_ID.fullmatch(commit) or "revision" not in type(section).model_fields:
+            return section
+        if isinstance(model, PrunedModel):
+            return section.model_copy(update={"model": model.model_copy(update={"revision": commit})})
+        return section.model_copy(update={"revision": commit})
+
+    teachers = {name: of(teacher, f"teachers.{name}") for name, teacher in config.teachers.items()}
+    return config.model_copy(update={"student": of(config.student, "student"), "teachers": teachers})
 
 
 def _sampled(path: Path) -> str:

@@ -42,6 +42,8 @@ class TokenizerSource:
 
     model: str
     """Folder or hub id."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
     chat_template: str | None = None
     """Chat template in place of its own."""
 
@@ -49,7 +51,7 @@ class TokenizerSource:
         """Write the tokenizer into a model's folder."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision, trust_remote_code=False)
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         tokenizer.save_pretrained(folder)

@@ -117,6 +117,11 @@ class TeacherKind(ABC, Generic[Member]):
         """Model and revision whose weights this run loads; None where it loads none."""
         return None
 
+    def recorded_answers(self) -> dict[str, str]:
+        """Digests by the name of each file of answers that it replays, by which a resumed run recognises them; empty where it
+        answers itself. Raises: DataError if a file cannot be read."""
+        return {}
+
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables that it reads secrets from, by the setting that names each."""

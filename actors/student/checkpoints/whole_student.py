@@ -18,6 +18,7 @@ from actors.student.trainer import Phase, StudentTrainer
 from kdray.config import Config
 from kdray.config.backends import TorchSettings
 from kdray.errors import DataError, TrainingError
+from kdray.models.identity import pinned
 from kdray.models.inspect import chat_template_text
 from kdray.models.resolve import model_config, resolve_model
 from kdray.models.saving import TokenizerSource
@@ -36,6 +37,8 @@ def write_student(config: Config, step: int, folder: Path, places: list[Storage]
     be read, or the folder, loaded anew, is another model.
     """
     found = checkpoint_at(places, step)
+    # A repository of the hub may have moved on since.
+    config = pinned(config, found.progress.get("inputs", {}))
     base = resolve_model(config.student.model, config.run.output / ".models"), config.student.revision
     with _at_hand(found.storage, found.key, found.marker) as files, _start(config, found, base) as (model, revision):
         settings = config.training.model_copy(
@@ -48,7 +51,7 @@ def write_student(config: Config, step: int, folder: Path, places: list[Storage]
             trainer.start_phase(Phase(str(found.progress["stage"]), model, revision, None, 0.0, 1, base=base))
             trainer.load(files)
             ids = np.random.default_rng(0).integers(vocab_size, size=_COMPARED).tolist()
-            trainer.export(folder, TokenizerSource(base[0], chat_template_text(config)), ids)
+            trainer.export(folder, TokenizerSource(*base, chat_template_text(config)), ids)
         finally:
             trainer.close()
 

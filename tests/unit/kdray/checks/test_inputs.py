@@ -9,24 +9,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from cluster import launch
 from cluster.checkpointing import Checkpoint
-from kdray.checks.inputs import changed_versions, check_inputs, inputs_of, installation, pinned
+from kdray.checks.inputs import changed_versions, check_inputs, inputs_of, installation
 from kdray.config import parse_config
+from kdray.config.resuming import changes
 from kdray.config.route import Route
 from kdray.data.dataset import load_dataset
 from kdray.errors import ConfigError, DataError
-from kdray.models.identity import model_identity
+from kdray.models.identity import model_identity, pinned
+from kdray.models.inspect import origin
 from kdray.models.resolve import task_tokenizer
+from kdray.rollouts.arrow import rollouts_to_table
 from kdray.runs.context import Checked
 from kdray.runs.folder import RunFolder
-from kdray.types import Reference
+from kdray.types import Reference, Rollout
 
 ROWS = [{"prompt": f"question {number}?", "answer": str(number)} for number in range(12)]
+
+
+PRUNED = {"type": "pruned", "source": "org/large", "layers": 4}
 
 
 @pytest.fixture
@@ -132,8 +139,36 @@ def test_another_setting_is_named_before_what_it_causes(tmp_path: Path, folder: 
 
 def test_a_hub_repository_that_moved_is_refused_with_the_revision_to_set() -> None:
     before, now = {"student.model": {"commit": "aaa"}}, {"student.model": {"commit": "bbb"}}
+    hub, tiny = {"model": "org/small"}, {"t": {"model": {"type": "tiny"}}}
+    config = parse_config({"run": {"name": "r"}, "student": hub, "teachers": tiny})
     with pytest.raises(ConfigError, match=r"commit was aaa, now bbb \(set student\.revision=aaa\)"):
-        check_inputs(before, now, {})
+        check_inputs(config, before, now, {})
+
+
+@pytest.mark.parametrize(
+    ("setting", "tree"),
+    [
+        ("student.model", {"student": {"model": PRUNED}}),
+        ("teachers.t.model", {"teachers": {"t": {"model": PRUNED}}}),
+        ("data.prompts", {"data": {"prompts": {"type": "hub", "name": "org/questions"}}}),
+        ("training.pretraining.source", {"training": {"pretraining": {"source": {"type": "hub", "name": "org/texts"}}}}),
+    ],
+)
+def test_the_revision_to_set_is_one_that_a_resume_may_set(setting: str, tree: dict[str, Any]) -> None:
+    tiny = {"model": {"type": "tiny"}}
+    base = {"run": {"name": "r"}, "student": tiny, "teachers": {"t": tiny}}
+    config = parse_config(base | tree)
+    recorded = setting.removesuffix(".source")
+    old, new = ({recorded: {"commit": each} if setting.endswith("model") else {"content": each}} for each in ("aaa", "bbb"))
+    with pytest.raises(ConfigError, match=rf"\(set {setting}\.revision"):
+        check_inputs(config, old, new, {})
+    pinned_to = json.loads(json.dumps(base | tree))
+    section = pinned_to
+    for name in setting.split("."):
+        section = section[name]
+    section["revision"] = "aaa"
+    (change,) = changes(config, parse_config(pinned_to))
+    assert (change.setting, change.allowed) == (f"{setting}.revision", True)
 
 
 def test_a_resume_may_pin_the_revision_that_its_checkpoint_tells(tmp_path: Path, folder: Path) -> None:
@@ -232,3 +267,59 @@ def test_a_run_loads_the_commits_that_it_began_with(tmp_path: Path) -> None:
     mine = {"me": {"type": "self", "prompt_template": "{prompt}!"}}
     alone = parse_config(tree | {"teachers": mine, "rollout": {"sampler": "student"}})
     assert pinned(alone, {"student.model": {"commit": small}, "teachers.me.model": {"commit": small}}).source("me")[1] == small
+
+
+def test_of_pruned_models_the_source_is_pinned() -> None:
+    """Their own revision is refused: nothing on the hub has it."""
+    commit = 40 * "a"
+    config = parse_config({"run": {"name": "r"}, "student": {"model": PRUNED}, "teachers": {"t": {"model": PRUNED}}})
+    found = pinned(config, {"student.model": {"commit": commit}, "teachers.t.model": {"commit": commit}})
+    assert origin(found.student.model, found.student.revision) == ("org/large", commit)
+    assert origin(*found.source("t")) == ("org/large", commit)
+
+
+def test_other_recorded_answers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "answers.parquet"
+    config = parse_config(
+        {
+            "run": {"name": "r", "output": str(tmp_path / "runs")},
+            "data": {"prompts": {"type": "task", "size": 8}, "heldout_size": 2},
+            "student": {"model": {"type": "tiny"}},
+            "teachers": {"t": {"type": "capture", "path": str(path)}},
+            "loss": {"type": "sequence"},
+            "rollout": {"alpha": 1.0},
+        }
+    )
+    tokenizer = task_tokenizer()
+    dataset = load_dataset(config, tokenizer)
+    checked = Checked(config, tokenizer, dataset, len(tokenizer), (1,), Route.of(config))
+
+    def answer(ids: list[int]) -> None:
+        zeros = np.zeros(len(ids), np.float32)
+        rollouts = [
+            Rollout(
+                sample_id=index,
+                prompt_id=prompt.prompt_id,
+                prompt_ids=prompt.token_ids,
+                token_ids=np.array(ids, np.int32),
+                mixture_logprobs=zeros,
+                student_logprobs=None,
+                student_versions=zeros.astype(np.int32),
+                alpha=1.0,
+                finish_reason="stop",
+                teacher="t",
+            )
+            for index, prompt in enumerate(dataset.train)
+        ]
+        pq.write_table(rollouts_to_table(rollouts), path)
+
+    answer([5, 6, 7])
+    checkpoint = checkpoint_of(checked)
+    answer([5, 6, 7])
+    launch._record(checked, checkpoint)
+    answer([5, 6, 8])
+    with pytest.raises(ConfigError, match=r"teachers\.t\.path: answers\.parquet was [0-9a-f]{16}, now"):
+        launch._record(checked, checkpoint)
+    # Of an earlier version.
+    del checkpoint.progress["inputs"]["teachers.t.path"]
+    launch._record(checked, checkpoint)

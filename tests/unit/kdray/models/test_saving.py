@@ -67,7 +67,7 @@ def test_pruned_and_quantised_models_keep_it_too(source: Path, tmp_path: Path) -
 def test_a_tokenizer_is_written_with_the_template_that_the_student_was_trained_with(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "own")
     TokenizerSource(str(tmp_path / "own")).save(tmp_path / "same")
-    TokenizerSource(str(tmp_path / "own"), "{{ messages }}").save(tmp_path / "other")
+    TokenizerSource(str(tmp_path / "own"), chat_template="{{ messages }}").save(tmp_path / "other")
     found = {name: AutoTokenizer.from_pretrained(tmp_path / name).chat_template for name in ("own", "same", "other")}
     assert found == {"own": byte_tokenizer().chat_template, "same": byte_tokenizer().chat_template, "other": "{{ messages }}"}
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from actors.student.checkpoints.whole_student import fill, write_student
 from actors.student.trainer import Phase, StudentTrainer
-from kdray.config import Config, ReverseKLLoss
+from kdray.config import Config, ReverseKLLoss, TinyModel
 from kdray.errors import DataError, TrainingError
-from kdray.models.resolve import resolve_model
+from kdray.models.resolve import build_tiny_model, resolve_model
 from kdray.runs.checkpoints import commit
 from kdray.runs.storage import Storage
 from tests.support.flat_backend import install
@@ -49,8 +54,11 @@ def config_of(tmp_path: Path, **training: Any) -> Config:
     )
 
 
-def trained(config: Config, folder: Path) -> Storage:
-    """A run with checkpoints of steps 1 and 2, and what its ranks export after step 2 in `folder`."""
+def trained(config: Config, folder: Path, inputs: dict[str, dict[str, str]] | None = None) -> Storage:
+    """A run with checkpoints of steps 1 and 2, and what its ranks export after step 2 in `folder`.
+
+    Args: inputs: that the checkpoints record.
+    """
     model = resolve_model(config.student.model, config.run.output / ".models")
     trainer = StudentTrainer(config.training, VOCAB, config.run.seed)
     trainer.start_phase(Phase("distill", model, None, ReverseKLLoss(type="reverse_kl"), 3e-3, 4, base=(model, None)))
@@ -62,7 +70,8 @@ def trained(config: Config, folder: Path) -> Storage:
         own.mkdir()
         trainer.save(own)
         key = f"checkpoints/step-{step:06d}"
-        commit(storage, key, {"step": step, "stage": "distill"}, [storage.put_tree(own, key, move=True)])
+        progress = {"step": step, "stage": "distill", "inputs": inputs or {}}
+        commit(storage, key, progress, [storage.put_tree(own, key, move=True)])
     trainer.export(folder)
     trainer.close()
     return storage
@@ -131,3 +140,41 @@ def test_tied_frozen_and_missing_weights(tmp_path: Path) -> None:
     assert torch.equal(module["c"].weight, kept)
     with pytest.raises(TrainingError, match=r"a\.weight is not in it"):
         fill(module, {"c.weight": torch.eye(2)}, tmp_path)
+
+
+def test_a_model_of_the_hub_is_that_of_its_checkpoint_after_the_repository_moved_on(tmp_path: Path) -> None:
+    """Its tokenizer and the frozen weights below an adapter, too. Another process: the hub's cache is chosen at import."""
+    repository = tmp_path / "home" / "hub" / "models--org--small"
+    commits = ["a" * 40, "b" * 40]
+    for seed, commit_id in enumerate(commits):
+        folder = build_tiny_model(TinyModel(type="tiny", layers=2, width=32, seed=seed), repository / "snapshots" / commit_id)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings["chat_template"] = f"template of {commit_id[0]}"
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    code = """
+import json, sys
+from pathlib import Path
+from kdray.config import ReverseKLLoss
+from kdray.models.identity import model_identity
+from tests.unit.actors.student.checkpoints.test_whole_student import *
+folder, commits = Path(sys.argv[1]), sys.argv[2:]
+branch = folder / "home" / "hub" / "models--org--small" / "refs" / "main"
+branch.parent.mkdir()
+branch.write_text(commits[0])
+config = config_of(folder, backend={"type": "torch"}, lora={"rank": 2, "alpha": 4})
+config = config.model_copy(update={"student": config.student.model_copy(update={"model": "org/small"})})
+storage = trained(config, folder / "exported", {"student.model": model_identity("org/small", None)})
+branch.write_text(commits[1])
+write_student(config, 2, folder / "salvaged", [storage])
+print(json.dumps(same(folder / "salvaged", folder / "exported")))
+"""
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", code, str(tmp_path), *commits]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) is True
+    assert AutoTokenizer.from_pretrained(tmp_path / "salvaged").chat_template == "template of a"

@@ -32,11 +32,14 @@ def check_steps(training: TrainingSettings, checkpoint: Checkpoint) -> None:
         _as_it_was("training.finetune.steps", tuned, progress.get("finetune_steps"))
     if checkpoint.stage == "finetune":
         done = Numbering(distilled, tuned).finetune_done(checkpoint.step)
-        _at_least("training.finetune.steps", tuned, max(1, done))
-        if schedule != "constant" and tuned not in (done, progress.get("finetune_steps", tuned)):
+        _at_least("training.finetune.steps", tuned, done)
+        least = max(1, done)
+        if tuned < least:
+            raise ConfigError("training.finetune.steps=0, but that phase has begun; 1 ends it soonest")
+        if schedule != "constant" and tuned not in (least, progress.get("finetune_steps", tuned)):
             raise ConfigError(
                 f"training.finetune.steps={tuned}, but the phase's {schedule} schedule was laid out for "
-                f"{progress['finetune_steps']} steps; keep these, or end it now by {done}"
+                f"{progress['finetune_steps']} steps; keep these, or end it now by {least}"
             )
 
 

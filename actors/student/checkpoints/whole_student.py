@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def write_student(config: Config, step: int, folder: Path, places: list[Storage]
     # A repository of the hub may have moved on since.
     config = pinned(config, found.progress.get("inputs", {}))
     base = resolve_model(config.student.model, config.run.output / ".models"), config.student.revision
-    with _at_hand(found.storage, found.key, found.marker) as files, _start(config, found, base) as (model, revision):
+    with _at_hand(found.storage, found.key, found.marker) as files, _start(config, found, base, places) as (model, revision):
         settings = config.training.model_copy(
             update={"backend": TorchSettings(), "ranks": 1, "gpus_per_rank": 0.0, "features": None}
         )
@@ -94,8 +94,13 @@ def fill(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: P
 
 
 @contextmanager
-def _start(config: Config, found: Committed, base: tuple[str, str | None]) -> Iterator[tuple[str, str | None]]:
-    """Folder or hub id, and revision, of the weights that the checkpoint's phase was started with. Args: base: the run's."""
+def _start(
+    config: Config, found: Committed, base: tuple[str, str | None], places: Sequence[Storage]
+) -> Iterator[tuple[str, str | None]]:
+    """Folder or hub id, and revision, of the weights that the checkpoint's phase was started with.
+
+    Args: base: the run's; places: that may hold an earlier phase's student, if the checkpoint's own does not.
+    """
     earlier = None
     if found.progress["stage"] == "finetune":
         earlier = "checkpoints/distilled"
@@ -104,10 +109,12 @@ def _start(config: Config, found: Committed, base: tuple[str, str | None]) -> It
     if earlier is None:
         yield base
         return
-    marker = read_marker(found.storage, earlier)
-    if marker is None:
+    for storage in (found.storage, *places):
+        if (marker := read_marker(storage, earlier)) is not None:
+            break
+    else:
         raise DataError(f"{found.storage.url}/{earlier}: is not there, and this phase began with it; restore the folder")
-    with _at_hand(found.storage, earlier, marker) as folder:
+    with _at_hand(storage, earlier, marker) as folder:
         yield str(folder), None
 
 

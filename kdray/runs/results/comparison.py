@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from kdray.runs.folder import RunFolder
 from kdray.runs.results.bootstrap import LEVEL, RESAMPLES, Estimate, combined, difference, differences, intervals, share_of_gap
 from kdray.runs.results.draws import Ratio, ratios, read_draws
@@ -88,11 +90,12 @@ def compared(summary: Mapping[str, Any], found: Mapping[str, Mapping[str, Ratio]
         other: differences(found[one], found[other], _is_share) if one in found and other in found else {}
         for one, other in DIFFERENCES
     }
+    common = _on_common_prompts(found)
     return {
-        "verdict": _verdict(summary, changes, teacher),
+        "verdict": _verdict(dict(summary) | common, changes, teacher),
         "gap_closed": _gap_closed(found, teacher),
         "teacher_left_out": _left_out(summary, teacher),
-        "warnings": _warnings(found, changes["before"]),
+        "warnings": [*_other_prompts(found, common), *_warnings(found, changes["before"])],
         "intervals": {name: intervals_of(metrics) for name, metrics in found.items()},
         "differences": {
             f"{one} - {other}": {name: asdict(each) for name, each in changes[other].items()}
@@ -173,6 +176,32 @@ def _verdict(summary: Mapping[str, Any], changes: Mapping[str, Mapping[str, Esti
     else:
         verb = "beats" if (against.value > 0) == metric.higher_is_better else "falls short of"
     return f"{first}; the student {verb} its control, {there} ({metric.show_difference(against)})."
+
+
+def _on_common_prompts(found: Mapping[str, Mapping[str, Ratio]]) -> dict[str, dict[str, float]]:
+    """Before and after on the prompts that both have, where a resume changed `evaluation` in between; else empty."""
+    after, before = (found.get(name) for name in DIFFERENCES[0])
+    if after is None or before is None:
+        return {}
+    common: dict[str, dict[str, float]] = {"after": {}, "before": {}}
+    other = False
+    for metric in after.keys() & before.keys():
+        pair = after[metric], before[metric]
+        prompt_ids = np.intersect1d(pair[0].prompt_ids, pair[1].prompt_ids)
+        other = other or any(len(each.prompt_ids) != len(prompt_ids) for each in pair)
+        for name, each in zip(common, pair, strict=True):
+            common[name][metric] = each.at(prompt_ids).value
+    return common if other else {}
+
+
+def _other_prompts(found: Mapping[str, Mapping[str, Ratio]], common: Mapping[str, Any]) -> list[str]:
+    if not common:
+        return []
+    before, after = (len(found[name]["response_tokens"].prompt_ids) for name in ("before", "after"))
+    return [
+        f"before was measured on {before} held-out prompts and after on {after}: the verdict and the differences are "
+        "of those that both have."
+    ]
 
 
 def _gap_closed(found: Mapping[str, Mapping[str, Ratio]], teacher: TeacherFacts) -> dict[str, Any]:

@@ -746,11 +746,11 @@ def supervised_steps_of_the_past(place: Place) -> Any:
     return checkpoint_of(place.set(training={"sft": {"steps": 50}}))
 
 
-def finetuning(place: Place, steps: int, schedule: str = "constant", stage: str = "finetune") -> Any:
-    """Resumed with `steps` where 6 of 20 are done, after 80 steps of distillation."""
+def finetuning(place: Place, steps: int, schedule: str = "constant", stage: str = "finetune", done: int = 6) -> Any:
+    """Resumed with `steps` where some of 20 are done, after 80 steps of distillation."""
     of_run = {"steps": 80, "schedule": schedule}
     started = place.set(training=of_run | {"finetune": {"steps": 20}})
-    checkpoint(started, 87, stage=stage, horizon=80, steps=80, sft_steps=0, finetune_steps=20)
+    checkpoint(started, 81 + done, stage=stage, horizon=80, steps=80, sft_steps=0, finetune_steps=20)
     return checkpoint_of(place.set(training=of_run | {"finetune": {"steps": steps}}))
 
 
@@ -789,6 +789,16 @@ FILES: list[tuple[str, Callable[[Place], Any], tuple[str, ...]]] = [
     ),
     ("less fine-tuning than is done", lambda p: finetuning(p, 5), ("training.finetune.steps=5", "6 steps already")),
     (
+        "no fine-tuning where it has begun",
+        lambda p: finetuning(p, 0, "cosine", done=0),
+        ("training.finetune.steps=0", "1 ends it soonest"),
+    ),
+    (
+        "fine-tuning on another curve from its start",
+        lambda p: finetuning(p, 10, "cosine", done=0),
+        ("training.finetune.steps=10", "end it now by 1"),
+    ),
+    (
         "fine-tuning on another curve",
         lambda p: finetuning(p, 10, "cosine"),
         ("training.finetune.steps=10", "laid out for 20 steps", "end it now by 6"),
@@ -820,6 +830,10 @@ def test_a_run_folder_or_checkpoint_that_does_not_fit(
     place: Place, work: Callable[[Place], Any], words: tuple[str, ...]
 ) -> None:
     refused(through(lambda: work(place)), words)
+
+
+def test_the_step_that_is_named_ends_fine_tuning_soonest(place: Place) -> None:
+    assert finetuning(place, 1, "cosine", done=0)
 
 
 ANSWERS: list[tuple[str, tuple[int, dict[str, str], Any], dict[str, Any], tuple[str, ...]]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,12 @@ def test_a_phase_that_began_with_an_earlier_one_needs_its_student(tmp_path: Path
     config = config.model_copy(update={"training": config.training.model_copy(update={"sft": sft})})
     with pytest.raises(DataError, match="checkpoints/sft: is not there, and this phase began with it"):
         write_student(config, 2, tmp_path / "to", [storage])
+    # A run that began without a storage has it in its folder, and later checkpoints elsewhere.
+    commit(storage, "checkpoints/sft", {}, [storage.put_tree(tmp_path / "exported", "checkpoints/sft")])
+    (tmp_path / "bucket" / "checkpoints").mkdir(parents=True)
+    shutil.move(config.run_folder / "checkpoints" / "step-000002", tmp_path / "bucket" / "checkpoints" / "step-000002")
+    write_student(config, 2, tmp_path / "to", [storage, Storage.local(tmp_path / "bucket")])
+    assert same(tmp_path / "to", tmp_path / "exported")
 
 
 def test_tied_frozen_and_missing_weights(tmp_path: Path) -> None:

@@ -182,6 +182,18 @@ def test_few_prompts_are_a_warning() -> None:
     assert found["warnings"] == ["12 held-out prompts are few: intervals from fewer than 30 tend to be too narrow."]
 
 
+def test_before_and_after_on_other_prompts_are_compared_on_those_that_both_have() -> None:
+    """A resume may change `evaluation.prompts`: the difference is of 40 prompts, and so are the scores beside it."""
+    found = comparison(before=draws_of(20)[:40], after=draws_of(36)[:150])
+    assert found["verdict"].startswith("Distillation raised exact match from 50.0% to 90.0% (+40.0 points")
+    assert found["warnings"] == [
+        "before was measured on 40 held-out prompts and after on 150: the verdict and the differences are "
+        "of those that both have."
+    ]
+    assert found["after"]["exact_match"] == pytest.approx(0.24), "the table has all of them"
+    assert comparison(before=draws_of(20), after=draws_of(36))["warnings"] == []
+
+
 def test_a_folder_without_the_files_has_numbers_without_intervals(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     summary = {"before": {"exact_match": 0.2}, "after": {"exact_match": 0.6}, "control": {"exact_match": 0.5}, "teacher": None}

@@ -83,14 +83,21 @@ class RankFiles:
         beside = run_folder / "checkpoints" if storage is None else Path.cwd()
         name = f".rank-{trainer.rank}"
         self._scratch = beside / (f"{name}.{self._mine}" if self._mine else name)
-        remains = [path for path in (beside / name, *beside.glob(f"{name}.*")) if path.exists()]
+        remains = [path for path in beside.glob(".rank-*") if self._is_mine(path)]
         if any(path != self._scratch for path in remains):
             # Not those of a driver at work.
             self._check_lease()
-        # Of killed ranks with this number.
+        # Of killed ranks with this number, or with one that there is no rank for any more.
         for path in remains:
             shutil.rmtree(path, ignore_errors=True)
         self._scratch.mkdir(parents=True)
+
+    def _is_mine(self, path: Path) -> bool:
+        """True for what a rank with this number left, and for rank 0 also what those left that a start with more ranks had."""
+        number = path.name.removeprefix(".rank-").partition(".")[0]
+        if not number.isdecimal():
+            return False
+        return int(number) == self._trainer.rank or (self._trainer.rank == 0 and int(number) >= self._trainer.world_size)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

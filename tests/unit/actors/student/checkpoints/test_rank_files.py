@@ -44,6 +44,10 @@ class FileTrainer:
     """Whether another number of ranks wrote what it loads."""
 
     @property
+    def world_size(self) -> int:
+        return self.meeting.barrier.parties
+
+    @property
     def backend(self) -> FileTrainer:
         return self
 
@@ -202,14 +206,16 @@ def test_ranks_that_wake_in_the_middle_of_a_save_write_into_no_checkpoint_of_the
 
 def test_remains_of_killed_ranks_are_removed_by_the_driver_that_has_the_lease(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for name in (".rank-0", ".rank-0.by-another", ".rank-10"):
+    kept = {".rank-1.by-another", ".rank-notes"}
+    for name in (".rank-0", ".rank-0.by-another", ".rank-2.by-another", ".rank-10", *kept):
         (run / "checkpoints" / name / "tmp").mkdir(parents=True)
-    trainer = FileTrainer(0, Meeting(threading.Barrier(1)))
+    # Of two now, and of more before.
+    trainer = FileTrainer(0, Meeting(threading.Barrier(2)))
     with Lease([Storage.local(run)]).take() as lease:
         with pytest.raises(LeaseLost):
             RankFiles(trainer, run, None, replace(lease.ticket, owner="gone"))  # type: ignore[arg-type]
         files = RankFiles(trainer, run, None, lease.ticket)  # type: ignore[arg-type]
-        assert {path.name for path in (run / "checkpoints").iterdir()} == {files._scratch.name, ".rank-10"}
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {files._scratch.name, *kept}
 
 
 def test_what_is_saved_is_loaded(group: Group, tmp_path: Path) -> None:

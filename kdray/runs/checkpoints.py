@@ -189,9 +189,12 @@ def checkpoint_at(storages: Sequence[Storage], step: int) -> Committed:
     Raises: DataError that lists the steps with a checkpoint; StorageError.
     """
     steps: set[int] = set()
+    supervised: set[str] = set()
     for storage in storages:
-        markers = (name for name in storage.list("checkpoints") if _is_marker(name) and _stage_of(name) == "step")
-        for key in (name.removesuffix(f"/{COMMITTED}") for name in markers):
+        for key in (name.removesuffix(f"/{COMMITTED}") for name in storage.list("checkpoints") if _is_marker(name)):
+            if _stage_of(key) != "step":
+                supervised.add(key.removeprefix("checkpoints/"))
+                continue
             if _steps_of(key) != step:
                 steps.add(_steps_of(key))
                 continue
@@ -199,6 +202,8 @@ def checkpoint_at(storages: Sequence[Storage], step: int) -> Committed:
             if marker is not None:
                 return Committed(storage, key, marker)
     there = f"there are those of {', '.join(map(str, sorted(steps)))}" if steps else "the run has none"
+    if supervised and not steps:
+        there += f" but of a supervised phase ({', '.join(sorted(supervised))}), which only --resume goes on from"
     looked = " or ".join(f"{storage.url}/checkpoints" for storage in storages)
     raise DataError(f"--step {step}: no such checkpoint in {looked}; {there}")
 

@@ -266,6 +266,10 @@ def test_checkpoints_of_supervised_phases_have_their_place_in_the_run(tmp_path: 
     assert found() == "sft-000011"
     prune_checkpoints(Storage.local(tmp_path), 2)
     assert steps(tmp_path) == {"sft-000010", "sft-000011"}
+    with pytest.raises(
+        DataError, match=r"the run has none but of a supervised phase \(sft-000010, sft-000011\), which only --resume"
+    ):
+        checkpoint_at([Storage.local(tmp_path)], 9)
     for step in (0, 3, 20):
         checkpoint(tmp_path, f"step-{step:06d}", step=step)
     assert found() == "step-000020"

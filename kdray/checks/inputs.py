@@ -15,11 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdray.config import Config, PrunedModel
-from kdray.config.data import HubPrompts, HubText
+from kdray.config import Config
 from kdray.config.resuming import Change
 from kdray.errors import ConfigError
-from kdray.models.identity import COMMIT, model_identity
+from kdray.models.identity import COMMIT, model_identity, revision_setting
 from kdray.runs.context import Checked, installed_versions
 from kdray.teachers.kind import kind_of
 from kdray.types import Prompt
@@ -124,13 +123,11 @@ def _remedy(config: Config, setting: str, old: Mapping[str, Any]) -> str:
     if setting.endswith(".model") and COMMIT in old:
         section = setting.removesuffix(".model")
         holder = config.student if section == "student" else config.teachers.get(section.removeprefix("teachers."))
-        if isinstance(getattr(holder, "model", None), PrunedModel):
-            section = setting
-        return f" (set {section}.revision={old[COMMIT]})"
+        return f" (set {revision_setting(section, getattr(holder, 'model', None))}={old[COMMIT]})"
     read: dict[str, Any] = {"data.prompts": config.data.prompts, "held-out prompts": config.data.prompts}
     if config.training.pretraining is not None:
         read["training.pretraining"] = config.training.pretraining.source
-    if isinstance(read.get(setting), HubPrompts | HubText):
+    if setting in read and "revision" in type(read[setting]).model_fields:
         name = "data.prompts" if setting != "training.pretraining" else f"{setting}.source"
         return f" (set {name}.revision to the dataset's commit of that time, if it has changed since)"
     return ""

@@ -55,6 +55,11 @@ def model_identity(source: ModelSource, revision: str | None) -> dict[str, str]:
         raise DataError(f"model {source}: its files cannot be read: {error}; restore the folder") from error
 
 
+def revision_setting(section: str, model: ModelSource | None) -> str:
+    """The setting with a model's commit. Args: section: that has the setting `model`."""
+    return f"{section}.model.revision" if isinstance(model, PrunedModel) else f"{section}.revision"
+
+
 def pinned(config: Config, recorded: Mapping[str, Mapping[str, Any]]) -> Config:
     """Return the config with the commits that its models of the hub had, which every later start of an engine or a rank then
     loads, on whatever node, and whatever the repository holds by then.

@@ -122,8 +122,11 @@ def _remedy(config: Config, setting: str, old: Mapping[str, Any]) -> str:
     """What to set for a hub repository that moved on; empty where nothing is known to help."""
     if setting.endswith(".model") and COMMIT in old:
         section = setting.removesuffix(".model")
-        holder = config.student if section == "student" else config.teachers.get(section.removeprefix("teachers."))
-        return f" (set {revision_setting(section, getattr(holder, 'model', None))}={old[COMMIT]})"
+        holder: Any = config.student if section == "student" else config.teachers.get(section.removeprefix("teachers."))
+        if holder is None or "revision" not in type(holder).model_fields:
+            # A teacher of another recipe, or one that follows the student, whose own line says what to set.
+            return ""
+        return f" (set {revision_setting(section, holder.model)}={old[COMMIT]})"
     read: dict[str, Any] = {"data.prompts": config.data.prompts, "held-out prompts": config.data.prompts}
     if config.training.pretraining is not None:
         read["training.pretraining"] = config.training.pretraining.source

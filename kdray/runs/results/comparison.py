@@ -180,18 +180,15 @@ def _verdict(summary: Mapping[str, Any], changes: Mapping[str, Mapping[str, Esti
 
 def _on_common_prompts(found: Mapping[str, Mapping[str, Ratio]]) -> dict[str, dict[str, float]]:
     """Before and after on the prompts that both have, where a resume changed `evaluation` in between; else empty."""
-    after, before = (found.get(name) for name in DIFFERENCES[0])
-    if after is None or before is None:
+    if not all(name in found for name in DIFFERENCES[0]):
         return {}
-    common: dict[str, dict[str, float]] = {"after": {}, "before": {}}
-    other = False
-    for metric in after.keys() & before.keys():
-        pair = after[metric], before[metric]
-        prompt_ids = np.intersect1d(pair[0].prompt_ids, pair[1].prompt_ids)
-        other = other or any(len(each.prompt_ids) != len(prompt_ids) for each in pair)
-        for name, each in zip(common, pair, strict=True):
-            common[name][metric] = each.at(prompt_ids).value
-    return common if other else {}
+    # All metrics of an evaluation are over its prompts.
+    prompts = [found[name]["response_tokens"].prompt_ids for name in DIFFERENCES[0]]
+    both = np.intersect1d(prompts[0], prompts[1])
+    if all(len(each) == len(both) for each in prompts):
+        return {}
+    common = {name: {metric: each.at(both) for metric, each in found[name].items()} for name in DIFFERENCES[0]}
+    return {name: {metric: each.value for metric, each in of.items() if each.num_prompts} for name, of in common.items()}
 
 
 def _other_prompts(found: Mapping[str, Mapping[str, Ratio]], common: Mapping[str, Any]) -> list[str]:

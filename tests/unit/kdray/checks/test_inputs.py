@@ -269,6 +269,16 @@ def test_a_run_loads_the_commits_that_it_began_with(tmp_path: Path) -> None:
     assert pinned(alone, {"student.model": {"commit": small}, "teachers.me.model": {"commit": small}}).source("me")[1] == small
 
 
+def test_a_teacher_that_follows_the_student_has_no_revision_to_set() -> None:
+    teachers = {"me": {"type": "self", "prompt_template": "{prompt}!"}}
+    tree = {"run": {"name": "r"}, "student": {"model": "org/small"}, "teachers": teachers, "rollout": {"sampler": "student"}}
+    old, new = ({f"{each}.model": {"commit": commit} for each in ("student", "teachers.me")} for commit in ("aaa", "bbb"))
+    with pytest.raises(ConfigError, match=r"\(set student\.revision=aaa\); teachers\.me\.model: commit was aaa, now bbb\. Put"):
+        check_inputs(parse_config(tree), old, new, {})
+    with pytest.raises(ConfigError, match=r"teachers\.gone\.model: commit was aaa, now absent\. Put"):
+        check_inputs(parse_config(tree), {"teachers.gone.model": {"commit": "aaa"}}, {}, {})
+
+
 def test_of_pruned_models_the_source_is_pinned() -> None:
     """Their own revision is refused: nothing on the hub has it."""
     commit = 40 * "a"

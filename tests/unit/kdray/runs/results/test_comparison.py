@@ -192,6 +192,8 @@ def test_before_and_after_on_other_prompts_are_compared_on_those_that_both_have(
     ]
     assert found["after"]["exact_match"] == pytest.approx(0.24), "the table has all of them"
     assert comparison(before=draws_of(20), after=draws_of(36))["warnings"] == []
+    none = comparison(before=draws_of(20)[:40], after=draws_of(36)[40:])
+    assert none["verdict"].startswith("Before and after cannot be compared")
 
 
 def test_a_folder_without_the_files_has_numbers_without_intervals(tmp_path: Path) -> None:

@@ -182,8 +182,7 @@ class CheckpointedStudent:
 
     async def drop(self, phase: str) -> None:
         """Delete the checkpoints of a supervised phase that has ended."""
-        await in_daemon_thread(self.guard)
-        await in_daemon_thread(drop_checkpoints, self._storage, phase)
+        await in_daemon_thread(drop_checkpoints, self._storage, phase, self.guard)
 
     @property
     def _storage(self) -> Storage:
@@ -218,8 +217,7 @@ class CheckpointedStudent:
         if self.stored is not None:
             costs = {"bytes": saved.bytes, "write_s": saved.write_s, "store_s": saved.store_s}
             self.on_event("stored", step=step, **costs, files_bytes=files_bytes, files_s=files_s)
-        await in_daemon_thread(self.guard)
-        await in_daemon_thread(prune_checkpoints, self._storage, self.keep)
+        await in_daemon_thread(prune_checkpoints, self._storage, self.keep, self.guard)
 
 
 class OpenedCheckpoint:

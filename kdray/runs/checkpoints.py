@@ -10,11 +10,12 @@ and wakes beside its successor may write the files of the same step, but not int
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdray.errors import DataError
+from kdray.runs.folder import unguarded
 from kdray.runs.storage import FileDigest, Storage, is_inside
 
 COMMITTED = "COMMITTED.json"
@@ -97,16 +98,22 @@ def begin(storage: Storage, key: str, folder: str = "", known: bool = False) -> 
 
 
 def commit(
-    storage: Storage, key: str, progress: Mapping[str, Any], parts: Sequence[Mapping[str, FileDigest]], folder: str = ""
+    storage: Storage,
+    key: str,
+    progress: Mapping[str, Any],
+    parts: Sequence[Mapping[str, FileDigest]],
+    folder: str = "",
+    guard: Callable[[], None] = unguarded,
 ) -> None:
     """Write the marker that makes files below `key` a checkpoint.
 
-    Args: parts: files that each rank wrote, by their path in `folder`.
+    Args: parts: files that each rank wrote, by their path in `folder`; guard: called just before the marker takes its place;
+    raises if another driver has taken over the run.
     """
     written = ((rank, name, digest) for rank, part in enumerate(parts) for name, digest in part.items())
     files = {within(folder, name): {**asdict(digest), "rank": rank} for rank, name, digest in written}
     place = {FOLDER: folder} if folder else {}
-    storage.write(f"{key}/{COMMITTED}", json.dumps({**progress, **place, FILES: files}).encode())
+    storage.write(f"{key}/{COMMITTED}", json.dumps({**progress, **place, FILES: files}).encode(), guard)
 
 
 def clear(storage: Storage, key: str, folder: str) -> None:
@@ -243,10 +250,11 @@ def discard(bad: NotWhole) -> None:
     bad.storage.delete(f"{bad.key}/{COMMITTED}")
 
 
-def prune_checkpoints(storage: Storage, keep: int) -> None:
+def prune_checkpoints(storage: Storage, keep: int, guard: Callable[[], None] = unguarded) -> None:
     """Delete all but the `keep` last committed checkpoints of each stage, and the remains of interrupted saves.
 
     Those of the supervised phase go once there are later ones.
+    Args: guard: called just before each deletion; raises if another driver has taken over the run.
     """
     files = storage.list("checkpoints")
     folders = {key for key in ("/".join(name.split("/")[:2]) for name in files) if _stage_of(key) is not None}
@@ -254,13 +262,13 @@ def prune_checkpoints(storage: Storage, keep: int) -> None:
     if not any(committed.values()):
         return
     kept = {key for stage, keys in committed.items() for key in keys[-keep:] if stage != "sft" or not committed["step"]}
-    _delete(storage, folders - kept, files)
+    _delete(storage, folders - kept, files, guard)
 
 
-def drop_checkpoints(storage: Storage, stage: str) -> None:
-    """Delete the checkpoints of a stage that has ended."""
+def drop_checkpoints(storage: Storage, stage: str, guard: Callable[[], None] = unguarded) -> None:
+    """Delete the checkpoints of a stage that has ended. Args: guard: as for `prune_checkpoints`."""
     files = storage.list("checkpoints")
-    _delete(storage, {"/".join(name.split("/")[:2]) for name in files if _stage_of(name) == stage}, files)
+    _delete(storage, {"/".join(name.split("/")[:2]) for name in files if _stage_of(name) == stage}, files, guard)
 
 
 def _of_stage(folders: Collection[str], stage: str, files: Collection[str]) -> list[str]:
@@ -268,12 +276,14 @@ def _of_stage(folders: Collection[str], stage: str, files: Collection[str]) -> l
     return [key for key in folders if _stage_of(key) == stage and f"{key}/{COMMITTED}" in files]
 
 
-def _delete(storage: Storage, folders: Collection[str], files: Collection[str]) -> None:
+def _delete(storage: Storage, folders: Collection[str], files: Collection[str], guard: Callable[[], None]) -> None:
     for key in sorted(folders, key=_steps_of):
         # The marker first, so that a half-deleted checkpoint is not mistaken for a complete one.
         if f"{key}/{COMMITTED}" in files:
+            guard()
             storage.delete(f"{key}/{COMMITTED}")
     for key in folders:
+        guard()
         storage.delete(key)
 
 

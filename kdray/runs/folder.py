@@ -186,23 +186,20 @@ class RunFolder:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        self.guard()
-        _append(self.metrics, line)
+        _append(self.metrics, line, self.guard)
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Append a line to events.jsonl: the time, the kind, the fields."""
-        self.guard()
-        _append(self.events, {"time": utc_now(), "kind": kind} | fields)
+        _append(self.events, {"time": utc_now(), "kind": kind} | fields, self.guard)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json."""
-        self.guard()
-        write_atomically(self.summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
+        write_atomically(self.summary, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n", self.guard)
 
     def write_teachers(self, fingerprints: Mapping[str, Any]) -> None:
         """Replace teachers.json: the fingerprint of each teacher, against which a resumed run checks its own."""
-        self.guard()
-        write_atomically(self.path / "teachers.json", json.dumps(fingerprints, indent=2, allow_nan=False) + "\n")
+        content = json.dumps(fingerprints, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.path / "teachers.json", content, self.guard)
 
     def read_teachers(self) -> dict[str, Any]:
         """Read what `write_teachers` wrote; empty for a new run. Raises: DataError if it is not a JSON object."""
@@ -288,8 +285,11 @@ def _may_be_there(path: Path) -> bool:
     return path.name in (CAPTURE, LEASE) or started or path.name.startswith((".config.yaml.", f".{LEASE}."))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file atomically: to a temporary file beside it, which is then renamed."""
+def write_atomically(path: Path, text: str, guard: Callable[[], None] = unguarded) -> None:
+    """Write a text file atomically: to a temporary file beside it, which is then renamed.
+
+    Args: guard: called just before that; what it raises leaves the file that is there.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -297,6 +297,7 @@ def write_atomically(path: Path, text: str) -> None:
             # Otherwise some file systems keep the rename but lose the content if the machine crashes.
             file.flush()
             os.fsync(file.fileno())
+        guard()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -348,10 +349,12 @@ def _line(line: Mapping[str, Any]) -> str:
     return json.dumps(plain(line), allow_nan=False) + "\n"
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
+def _append(path: Path, line: Mapping[str, Any], guard: Callable[[], None]) -> None:
+    content = _line(line).encode()
     # A single write of the whole line to a file opened for appending, so that threads cannot interleave.
     with path.open("ab", buffering=0) as file:
-        content = _line(line).encode()
+        # As late as can be: a driver that stops after it writes on waking what its successor has written, too.
+        guard()
         written = file.write(content)
         if written != len(content):
             # On a full disk, a partial line would otherwise precede the next one.

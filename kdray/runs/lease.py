@@ -161,9 +161,11 @@ class Lease:
     def check(self) -> None:
         """Check that the lease is still this driver's, in the run folder; everywhere, if this process stood still meanwhile.
 
+        A storage that answers nothing is not waited for: it holds its own renewals up, not those in the run folder.
+
         Raises: LeaseLost naming the driver that has it.
         """
-        if self._stood_still():
+        if self._stood_still(self._places[:1]):
             self.check_everywhere()
         else:
             self._check(self._places[:1])
@@ -172,9 +174,9 @@ class Lease:
         """Check it in the run's storage too, as before a commit or a deletion; after this process stood still once more when
         its renewals have gone on. Raises: LeaseLost; StorageError."""
         self._check(self._places)
-        if self._stood_still():
+        if self._stood_still(self._places):
             deadline = time.monotonic() + 3 * self._beat_s
-            while self._lost is None and self._stood_still() and time.monotonic() < deadline:
+            while self._lost is None and self._stood_still(self._places) and time.monotonic() < deadline:
                 time.sleep(self._beat_s / 20)
             self._check(self._places)
 
@@ -186,9 +188,11 @@ class Lease:
 
     # ------------------------------------------------------------------------------------------------------ inside
 
-    def _stood_still(self) -> bool:
-        """True from when this process is seen to have stood still, until its lease has been seen to be its own after that."""
-        return time.time() - min([self._beaten, *self._looked.values()]) > self._stale_after_s / 2
+    def _stood_still(self, places: Sequence[Storage]) -> bool:
+        """True from when this process is seen to have stood still, until its lease in these has been seen to be its own."""
+        beaten = self._beaten
+        oldest = min([beaten, *(self._looked.get(place.url, beaten) for place in places)])
+        return time.time() - oldest > self._stale_after_s / 2
 
     def _check(self, places: Sequence[Storage]) -> None:
         for place in places:

@@ -41,9 +41,11 @@ class Ledger:
         self, step: int, sample_ids: list[int], dropped: Mapping[int, str] | None = None, facts: Mapping[str, Any] | None = None
     ) -> None:
         """Record a step. The line reaches the disk before the call returns. Args: as for `ledger_line`."""
-        self._guard()
+        line = json.dumps(ledger_line(step, sample_ids, dropped, facts)) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(ledger_line(step, sample_ids, dropped, facts)) + "\n")
+            # As late as can be: a driver that stops after it writes on waking what its successor has written, too.
+            self._guard()
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 

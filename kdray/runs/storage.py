@@ -167,9 +167,9 @@ class Storage:
 
     # ------------------------------------------------------------------------------------------------------ files
 
-    def write(self, key: str, content: bytes) -> FileDigest:
-        """Write a file."""
-        return self._patiently(f"write {key}", lambda: self._write(key, [content]))
+    def write(self, key: str, content: bytes, guard: Callable[[], None] = lambda: None) -> FileDigest:
+        """Write a file. Args: guard: called just before it takes its place; what it raises leaves the one that is there."""
+        return self._patiently(f"write {key}", lambda: self._write(key, [content], guard))
 
     def put(self, path: Path, key: str, move: bool = False) -> FileDigest:
         """Upload a local file. Args: move: the local file is no longer needed, so it is renamed where possible."""
@@ -289,9 +289,10 @@ class Storage:
     def _open(self, key: str) -> BinaryIO:
         return self.filesystem.open_input_stream(self._at(key))
 
-    def _write(self, key: str, chunks: Iterable[bytes]) -> FileDigest:
+    def _write(self, key: str, chunks: Iterable[bytes], guard: Callable[[], None] = lambda: None) -> FileDigest:
         if self.is_local:
-            return _write_beside(self._prepared(key), chunks)
+            return _write_beside(self._prepared(key), chunks, guard)
+        guard()
         with self.filesystem.open_output_stream(self._at(key)) as target:
             return _digest(chunks, target.write)
 
@@ -401,14 +402,15 @@ def _digest(chunks: Iterable[bytes], use: Callable[[bytes], Any]) -> FileDigest:
     return FileDigest(size, sha256.hexdigest())
 
 
-def _write_beside(path: Path, chunks: Iterable[bytes]) -> FileDigest:
-    """Write a local file atomically."""
+def _write_beside(path: Path, chunks: Iterable[bytes], guard: Callable[[], None] = lambda: None) -> FileDigest:
+    """Write a local file atomically. Args: guard: as for `Storage.write`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as target:
             digest = _digest(chunks, target.write)
             target.flush()
             os.fsync(target.fileno())
+        guard()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -263,11 +263,9 @@ class StubStudent:
                 digests[name] = storage.write(f"{within(key, self._mine)}/{name}", content)
                 self._pause()
                 await asyncio.sleep(0.0)
-            self._guard()
-            commit(storage, key, progress, [digests], self._mine)
+            commit(storage, key, progress, [digests], self._mine, self._guard)
             self._pause()
-        self._guard()
-        prune_checkpoints(storage, self._config.training.keep_checkpoints)
+        prune_checkpoints(storage, self._config.training.keep_checkpoints, self._guard)
 
     def restore(self, checkpoint: Path) -> None:
         files = files_of(checkpoint)

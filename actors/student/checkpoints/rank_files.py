@@ -159,8 +159,7 @@ class RankFiles:
         def committed() -> None:
             if first:
                 # A driver that stood still for long may have been followed by another one, which has checkpoints of its own.
-                self._check_lease()
-                commit(self._storage, opened.key, opened.progress, parts, self._mine)
+                commit(self._storage, opened.key, opened.progress, parts, self._mine, self._check_lease)
                 if self._mine:
                     self._check_lease()
                     clear(self._storage, opened.key, self._mine)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.checkpointing import Checkpoint, CheckpointedStudent, Numbering, Renewal
+from kdray.runs.checkpoints import commit
 from kdray.runs.folder import RunFolder
 from kdray.runs.storage import Storage
 
@@ -149,6 +150,8 @@ async def test_an_open_checkpoint_keeps_the_progress_of_its_step_and_sends_the_f
         ranks.asked.append(("send",))
         return 7
 
+    for step in range(3):
+        commit(Storage.local(tmp_path), f"checkpoints/step-{step:06d}", {"step": step}, [])
     guarded: list[int] = []
     saving = student(
         tmp_path,
@@ -163,7 +166,7 @@ async def test_an_open_checkpoint_keeps_the_progress_of_its_step_and_sends_the_f
     await opened.keep_files()
     await opened.commit()
     assert ranks.asked == [("open", 3, {"tokens": 5}), ("send",), ("commit",)]
-    assert guarded == [0, 2, 3], "before it is opened, committed, and others are deleted"
+    assert guarded == [0, 2, 3, 3], "before it is opened, committed, and another's marker and files are deleted"
     ((kind, fields),) = told
     assert (kind, fields["step"], fields["files_bytes"], fields["bytes"]) == ("stored", 3, 7, 1)
 

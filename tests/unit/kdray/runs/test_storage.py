@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from kdray.config import Config, parse_config
 from kdray.config.storage import below
-from kdray.errors import ConfigError, DataError, StorageError
+from kdray.errors import ConfigError, DataError, LeaseLost, StorageError
 from kdray.runs.checkpoints import commit, newest_checkpoint, prune_checkpoints
 from kdray.runs.folder import RunFolder
 from kdray.runs.lines.segments import segments_of
@@ -316,6 +316,36 @@ def test_a_changed_object_is_found_and_the_older_checkpoint_taken(storage: Stora
     assert found.step == 4
     assert bad.key == "checkpoints/step-000008"
     assert bad.reason.startswith("state/x.pt does not hold what was written (sha256 ")
+
+
+def test_a_driver_that_is_followed_meanwhile_neither_commits_nor_deletes(storage: Storage) -> None:
+    """It looks once the marker's content is written, and again before each of the deletions."""
+    keys = [checkpoint(storage, step) for step in range(4)]
+    before = storage.list()
+    looks: list[dict[str, int]] = []
+
+    def another_has_it(at: int) -> Callable[[], None]:
+        looks.clear()
+
+        def look() -> None:
+            looks.append(storage.list())
+            if len(looks) == at:
+                raise LeaseLost("another driver")
+
+        return look
+
+    with pytest.raises(LeaseLost):
+        commit(storage, keys[3], {"step": 30}, [{}], guard=another_has_it(1))
+    (at_the_look,) = looks
+    beside = [key for key in at_the_look if key not in before]
+    assert len(beside) == storage.is_local, "what takes the marker's place was not there yet: the look came too early"
+    assert storage.list() == before
+    with pytest.raises(LeaseLost):
+        prune_checkpoints(storage, 2, guard=another_has_it(1))
+    assert storage.list() == before
+    with pytest.raises(LeaseLost):
+        prune_checkpoints(storage, 2, guard=another_has_it(2))
+    assert [key for key in keys if storage.read(f"{key}/COMMITTED.json") is not None] == keys[1:]
 
 
 def test_pruning_by_policy(storage: Storage) -> None:

@@ -87,13 +87,16 @@ WAYS: dict[str, tuple[str, ...]] = {
     "MiniLLM, no mixing, no length norm": ("rollout.alpha=0", NO_NORM),
     "MiniLLM, rate 3e-4": (SLOWLY,),
     "MiniLLM, no length norm, rate 3e-4": (NO_NORM, SLOWLY),
+    "MiniLLM, no mixing, rate 3e-4": ("rollout.alpha=0", SLOWLY),
+    "MiniLLM, no mixing, no length norm, rate 3e-4": ("rollout.alpha=0", NO_NORM, SLOWLY),
     "MiniLLM, w = 1": (NO_WEIGHT,),
     "MiniLLM, w = 1, no length norm": (NO_WEIGHT, NO_NORM),
     "GKD": ("loss={type: jsd, beta: 0.5}", "rollout.alpha=0", "rollout.data_share=0.5"),
 }
 PAIRS = (
     ("MiniLLM", tuple(WAYS)),
-    ("MiniLLM, rate 3e-4", ("MiniLLM, no length norm, rate 3e-4", "SFT alone")),
+    ("MiniLLM, rate 3e-4", ("MiniLLM, no length norm, rate 3e-4", "MiniLLM, no mixing, rate 3e-4", "SFT alone")),
+    ("MiniLLM, no length norm, rate 3e-4", ("MiniLLM, no mixing, no length norm, rate 3e-4",)),
     ("MiniLLM, no length norm", ("MiniLLM, no mixing, no length norm",)),
 )
 """Ways whose difference from others the page shows."""

@@ -42,8 +42,10 @@ STAGES = {
     "replicating": 120,
     "run-confirming": 150,
     "run-replicating": 160,
+    "fourfold": 200,
 }
-"""First seed of each stage; the last two are of seeds that were announced for runs."""
+"""First seed of each stage; those with runs in their names were announced for runs, the last one for mixing and length
+normalisation at 3e-4."""
 DECIDING = tuple(STAGES)[1:]
 _LOWEST = -100.0
 """Lowest share of the gap that the figure shows: a student that began near its teacher and collapsed is far below."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,20 @@ def test_a_cell_that_has_its_file_is_not_run_again(tmp_path: Path, monkeypatch: 
         assert low <= kept[name]["step_match"] <= high
     monkeypatch.setattr(bench, "summary_of", lambda cell: pytest.fail("a finished cell was run again"))
     bench.run_cell(cell, 1.0)
+
+
+def test_cells_of_a_seed_that_would_begin_differently_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(bench, "commit_of_tree", lambda: "abc")
+    bench.run_cell(Cell("MiniLLM", "few labels", 3), 1.0)
+    (first,) = bench.RESULTS.iterdir()
+    bench.run_cell(Cell("GKD", "few labels", 3), 1.0)
+    kept = json.loads(first.read_text())
+    kept["before"]["exact_match"] += 0.125
+    first.write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match=r"begins at 0.0%, evidence-minillm-few-labels-3 at 12.5%"):
+        bench.run_cell(Cell("SFT alone", "few labels", 3), 1.0)
+    assert len(bench.read(bench.RESULTS)) == 2
 
 
 @pytest.mark.parametrize(("age", "updates_before"), [(0, [0, 1, 2, 3, 4]), (2, [0, 0, 0, 1, 2]), (9, [0, 0, 0, 0, 0])])

@@ -249,6 +249,15 @@ def await_steps(driver: Any, run: Path, steps: int) -> None:
         time.sleep(0.001)
 
 
+def stop(driver: Any) -> None:
+    """Have a driver stand still, and wait for that: a thread within a call to the system ends that before it stops."""
+    os.kill(driver.pid, signal.SIGSTOP)
+    threads, deadline = Path(f"/proc/{driver.pid}/task"), time.monotonic() + 20
+    while any((each / "stat").read_text().rpartition(")")[2].split()[0] != "T" for each in threads.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def refused(recipe: Path, told: Any) -> None:
     try:
         main(recipe, True, LONG_S)
@@ -443,7 +452,7 @@ def test_a_driver_that_stood_still_in_a_save_writes_into_no_checkpoint_of_its_su
         assert first.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    os.kill(first.pid, signal.SIGSTOP)
+    stop(first)
     time.sleep(2 * SHORT_S)
     second = forked.Process(target=main, args=(recipe, True, SHORT_S))
     second.start()
@@ -464,7 +473,7 @@ def test_a_driver_that_stood_still_in_a_save_writes_into_no_checkpoint_of_its_su
 
 def test_a_driver_that_stood_still_writes_nothing_more(forked: Any, going: Any) -> None:
     driver, recipe, run = going
-    os.kill(driver.pid, signal.SIGSTOP)
+    stop(driver)
     # The first one's own lease is longer: what it does on waking, it does because it looks, not because of its clock.
     time.sleep(2 * SHORT_S)
     second = forked.Process(target=main, args=(recipe, True, SHORT_S))
@@ -474,7 +483,7 @@ def test_a_driver_that_stood_still_writes_nothing_more(forked: Any, going: Any) 
     while (run / LEASE).exists() and holder(run)["owner"] == before:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    os.kill(second.pid, signal.SIGSTOP)
+    stop(second)
     now = holder(run)
     assert now["epoch"] == 2
     left = files(run)

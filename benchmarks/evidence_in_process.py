@@ -397,8 +397,8 @@ def run_cell(cell: Cell, left_s: float) -> None:
         other = json.loads(path.read_text())["before"]["exact_match"]
         if other != found["before"]["exact_match"]:
             sys.exit(
-                f"{cell.name}: begins at {found['before']['exact_match']:.1%}, {path.stem} at {other:.1%}: machines and versions "
-                "of torch round differently; choose a seed that has no cells, or run all ways of this one anew"
+                f"{cell.name}: begins at {found['before']['exact_match']:.1%}, {path.stem} at {other:.1%}: machines and "
+                "versions of torch round differently; choose a seed that has no cells, or run all ways of this one anew"
             )
     RESULTS.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
@@ -25,6 +24,7 @@ from actors.vllm_plugin.lifetime import end_with
 from actors.vllm_plugin.mixture_model import MixtureForCausalLM, register
 from actors.vllm_plugin.record_table import Passes, write_records
 from actors.vllm_plugin.row_statistics import measured_columns
+from actors.vllm_plugin.weight_files import tensors_of
 
 _RELOAD_LOG = logging.getLogger(layerwise.__name__)
 
@@ -82,7 +82,7 @@ class WorkerExtension:
         The caller has paused generation and drops cached and running KV afterwards; otherwise old keys and values would mix
         with new weights. Args: which: `student` or `teacher`. Raises: KeyError naming the parameters missing from the files.
         """
-        _replace(self, which, version, lambda load: load(_read(paths)))
+        _replace(self, which, version, lambda load: load(tensors_of(paths)))
 
     def kdray_connect(self, backend: str, info: dict[str, Any]) -> None:
         """Join rank 0's communicator for a single weight transfer. Args: info: vLLM's init info of the backend."""
@@ -174,16 +174,6 @@ def _replace(worker: Any, which: str, version: int, fill: Callable[[Load], Any])
         raise ValueError(f"vLLM cannot replace the weights of {type(part).__name__}: it did not load those of {ignored[:4]}")
     if which == "student":
         model.student_version = version
-
-
-def _read(paths: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of all files in the order of their names: vLLM keeps those of a layer until it has the last of them, and a layer
-    with an adapter has its frozen tensors in another file."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
-        for name in sorted(where):
-            yield name, where[name].get_tensor(name)
 
 
 def _unpack_experts(part: torch.nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Tensors of safetensors files, mapped into memory without the library's reader.
 
-The reader of safetensors (0.5.3 to 0.8.0) leaks two Python integers, 64 bytes, for every tensor that it returns to torch: with a
-new version of the weights each step, an engine would grow for as long as a run goes on.
+The reader of safetensors (0.5.3 to 0.8.0) leaks two Python integers, 64 bytes, for every tensor that it returns to torch: with
+a new version of the weights each step, an engine would grow for as long as a run goes on.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ def unsafe_notes(config: Config) -> Iterator[str]:
     for section, engine in {"rollout.pool": config.rollout.pool, **engines}.items():
         yield from _note(f"{section}.unsafe_engine_args", engine.unsafe_engine_args)
     yield from _note("training.backend.unsafe_options", config.training.backend.unsafe)
+    for name, teacher in config.teachers.items():
+        if teacher.key_in_clear:
+            yield f"teachers.{name}.unsafe_http: its key may be read on the way"
     for kind in config.run.untried_models:
         yield (
             f"run.untried_models: {kind}: nobody has compared what vLLM computes for it with transformers; the student is "

@@ -23,6 +23,45 @@ Reader = Literal["driver", "replicas", "ranks"]
 _SECRET_WORDS = re.compile(r"(^|_)(TOKEN|(API|ACCESS|SECRET|PRIVATE)?KEY|SECRET|PASSWORD|PASSWD|(PG)?PASS|PAT)(_|$)|_PWD$")
 # These name a file that holds the secret.
 _OF_A_FILE = ("_FILE", "_PATH")
+# Not secret by itself, but of no use without the password that is.
+_BESIDE_A_SECRET = ("MLFLOW_TRACKING_USERNAME",)
+_OWNERS = {
+    "AWS_": ("amazonaws.com",),
+    "MLFLOW_": (),
+    "RAY_": (),
+    "HF_": ("huggingface.co",),
+    "HUGGING_FACE_": ("huggingface.co",),
+    "HUGGINGFACE_": ("huggingface.co",),
+    "WANDB_": ("wandb.ai",),
+    "GITHUB_": ("github.ai", "azure.com"),
+    "GH_": ("github.ai", "azure.com"),
+}
+"""Domains that may be sent a key, by what its variable begins with: those of services that kdray or its libraries use."""
+
+
+def _names_a_secret(name: str) -> str:
+    """Check that a variable's name says that its value is a secret. Others may name code: a library, a folder of modules."""
+    if not is_secret(name) and name not in _BESIDE_A_SECRET:
+        raise ValueError(
+            f"{name}: a secret's variable has TOKEN, KEY, SECRET, PASSWORD or PAT in its name, as in MY_API_KEY; set any other "
+            "in the environment of the cluster's nodes"
+        )
+    return name
+
+
+def check_sent(variable: str, host: str) -> None:
+    """Check that a variable may be sent as a key to a host that a config names. Raises: ValueError with the remedy."""
+    if not is_secret(variable):
+        raise ValueError(
+            f"api_key_env={variable}: a key's variable has TOKEN, KEY, SECRET, PASSWORD or PAT in its name, as in MY_API_KEY; "
+            "give the key by such a one"
+        )
+    for beginning, domains in _OWNERS.items():
+        if variable.upper().startswith(beginning) and not any(f".{host}".endswith(f".{domain}") for domain in domains):
+            raise ValueError(
+                f"api_key_env={variable}: would send a credential of another service to {host}; give this endpoint's key by a "
+                "variable of its own"
+            )
 
 
 def _absolute(path: Path) -> Path:
@@ -41,7 +80,7 @@ class SecretFile(Settings):
     of the hub), ranks (those of `run.storage`, with the driver)."""
 
 
-SecretFiles = dict[VariableName, SecretFile]
+SecretFiles = dict[Annotated[VariableName, AfterValidator(_names_a_secret)], SecretFile]
 """Secrets by the name of their environment variable."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
+from kdray.config.base import is_loopback
+
 _OPTIONS: dict[str, frozenset[str]] = {
     "s3": frozenset({"endpoint_override", "region", "scheme"}),
     "gs": frozenset({"endpoint_override", "project_id", "scheme"}),
@@ -40,6 +42,11 @@ def check_storage_url(url: str) -> str:
     if unknown:
         allowed = ", ".join(sorted(known)) or "none"
         raise ValueError(f"run.storage: unknown option {', '.join(unknown)}; {parts.scheme} takes {allowed}; {CREDENTIALS}")
+    found = dict(options)
+    host = urlsplit(f"//{found.get('endpoint_override', '')}").hostname or ""
+    if parts.scheme == "gs" and found.get("scheme") == "http" and not is_loopback(host):
+        # Google's token goes with every request as it is; those of s3 are signed.
+        raise ValueError("run.storage: by plain http the token can be read on the way; remove scheme=http, or use a tunnel")
     if parts.fragment:
         raise ValueError("run.storage: a URL with `#`; write %23 for one that belongs to a name")
     if parts.scheme == "file" and (parts.netloc or not parts.path.strip("/")):

@@ -19,6 +19,7 @@ from kdray.config.engine_args import check_engine_args
 from kdray.config.labels import ACCELERATOR_LABEL, LabelSelector
 from kdray.config.models import ModelSource
 from kdray.config.registry import SettingsRegistry
+from kdray.config.secret_files import VariableName, check_sent
 
 WAITING_WINDOW_S = 30.0
 """Window over which a pool's waiting and busy time are summed. A trainer that waits briefly in every step is starved as much as
@@ -210,6 +211,11 @@ class TeacherSettings(Settings):
         return None
 
     @property
+    def key_in_clear(self) -> bool:
+        """Whether its settings accept that others read its key on the way (`unsafe_http`)."""
+        return False
+
+    @property
     def silence(self) -> tuple[str, float, int] | None:
         """Setting of the longest silence in an attempt at a request, that time in seconds, and the number of attempts; or None
         if the kind has no such setting."""
@@ -320,8 +326,11 @@ class OpenAITeacherSettings(TeacherSettings):
     """Base URL of the API, usually ending in `/v1`."""
     model: str = Field(min_length=1)
     """Name of the model at the endpoint."""
-    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = "OPENAI_API_KEY"
-    """Environment variable with the API key; the key itself is written to no file. None for an endpoint without keys."""
+    api_key_env: VariableName | None = "OPENAI_API_KEY"
+    """Environment variable with the API key; the key itself is written to no file. Its name says that it is one (KEY, TOKEN,
+    SECRET), and is not that of another service's. None for an endpoint without keys."""
+    unsafe_http: bool = False
+    """Send the key by plain http to another machine, where others may read it on the way."""
     chat: bool = True
     """Use chat completions: the prompt is sent as a user message, and the endpoint applies its own template. False uses plain
     completions, which continue the text as given."""
@@ -354,6 +363,10 @@ class OpenAITeacherSettings(TeacherSettings):
     def silence(self) -> tuple[str, float, int]:
         return "timeout_s", self.timeout_s, self.retries + 1
 
+    @property
+    def key_in_clear(self) -> bool:
+        return self.unsafe_http
+
     @model_validator(mode="after")
     def _together(self) -> OpenAITeacherSettings:
         try:
@@ -365,6 +378,8 @@ class OpenAITeacherSettings(TeacherSettings):
             raise ValueError("base_url: holds more than an address; give a key by `api_key_env`")
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError("base_url: not an address; write it as https://host/v1")
+        if self.api_key_env is not None:
+            check_sent(self.api_key_env, url.hostname)
         if self.token_ids and self.chat:
             raise ValueError("token_ids=true with chat=true: chat completions take no ids; set chat=false or token_ids=false")
         if self.logprobs and not self.token_ids:

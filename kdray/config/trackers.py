@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SerializeAsAny, field_validator
 
-from kdray.config.base import Settings
+from kdray.config.base import Settings, is_loopback
 from kdray.config.registry import SettingsRegistry
 
 TRACKERS: SettingsRegistry = SettingsRegistry("kdray.trackers", "tracker")
@@ -110,6 +110,22 @@ class MlflowTracker(TrackerSettings):
     """Name shown for the run; None is `run.name`."""
     tags: dict[str, str] = Field(default={})
     """Tags of the run."""
+    unsafe_http: bool = False
+    """Send password and token by plain http to another machine, where others may read them on the way."""
+
+    def unusable(self) -> str | None:
+        if (reason := super().unusable()) is not None:
+            return reason
+        address = urlsplit(self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
+        secrets = [name for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN") if os.environ.get(name)]
+        if address.password is not None:
+            secrets.append("the password in MLFLOW_TRACKING_URI")
+        if self.unsafe_http or address.scheme != "http" or is_loopback(address.hostname or "") or not secrets:
+            return None
+        return (
+            f"by plain http to {address.hostname} {secrets[0]} can be read on the way; use https, or a tunnel to this machine, "
+            "or accept it (unsafe_http=true)"
+        )
 
     @field_validator("tracking_uri")
     @classmethod

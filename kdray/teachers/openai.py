@@ -68,11 +68,12 @@ class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
         url = urlsplit(self.settings.base_url)
         readable = url.scheme == "http" and not is_loopback(url.hostname or "")
         sent = "all prompts" if variable is None else "the key and all prompts"
-        warning = (
-            f"teachers.{self.name}.base_url={self.settings.base_url}: by plain http {sent} can be read on the way; use https"
-        )
-        line = f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}"
-        return Found(line, note=warning if readable else None)
+        warning = f"teachers.{self.name}.base_url={self.settings.base_url}: by plain http {sent} can be read on the way"
+        if readable and variable is not None and not self.settings.unsafe_http:
+            raise ConfigError(f"{warning}; use https, or a tunnel to this machine, or accept it (unsafe_http=true)")
+        key = "" if variable is None else f", which is sent the key in {variable}"
+        line = f"teacher {self.name}: {self.settings.model} at {self.settings.base_url}{key}"
+        return Found(line, note=f"{warning}; use https" if readable else None)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -83,10 +84,9 @@ class OpenAIKind(TeacherKind[OpenAITeacherSettings]):
         return self.settings.max_concurrency
 
     def identity(self, model: str | None, vocab_size: int) -> dict[str, Any]:
-        asked = ("base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids")
+        asked = ["base_url", "model", "chat", "system_prompt", "temperature", "top_p", "logprobs", "token_ids"]
         # Left out where it is off, as before there was such a setting.
-        thinking = {"thinking": True} if self.settings.thinking else {}
-        return {setting: getattr(self.settings, setting) for setting in asked} | thinking
+        return {setting: getattr(self.settings, setting) for setting in asked + ["thinking"] * self.settings.thinking}
 
     def open(self, context: TeacherContext) -> RemoteTeacher:
         # A chat endpoint applies its own template, so it gets the question as it was before the student's.

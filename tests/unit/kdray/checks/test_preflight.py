@@ -163,7 +163,7 @@ def test_an_endpoint_without_its_key_is_refused_before_anything_starts(tmp_path,
         "run": {"name": "x", "output": str(tmp_path)},
         "data": {"prompts": {"type": "task", "size": 8}, "heldout_size": 2},
         "student": {"model": {"type": "tiny"}},
-        "teachers": {"far": {"type": "openai", "base_url": "http://here/v1", "model": "m", "api_key_env": "KDRAY_TEST_KEY"}},
+        "teachers": {"far": {"type": "openai", "base_url": "https://here/v1", "model": "m", "api_key_env": "KDRAY_TEST_KEY"}},
         "rollout": {"alpha": 1},
         "loss": {"type": "sequence"},
     }

@@ -58,3 +58,39 @@ def test_weights_and_biases_without_a_key_is_refused_unless_offline(tmp_path: Pa
 
 def test_trackers_of_kdray_itself_need_nothing(tmp_path: Path) -> None:
     check_trackers(config(tmp_path, "tensorboard", "prometheus"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable", "given", "refused"),
+    [
+        ("http://mlflow.example:5000", "MLFLOW_TRACKING_TOKEN", {}, True),
+        ("http://mlflow.example:5000", "MLFLOW_TRACKING_PASSWORD", {}, True),
+        ("http://mlflow.example:5000", "MLFLOW_TRACKING_TOKEN", {"unsafe_http": True}, False),
+        ("http://mlflow.example:5000", None, {}, False),
+        ("http://127.0.0.1:5000", "MLFLOW_TRACKING_TOKEN", {}, False),
+        ("https://mlflow.example", "MLFLOW_TRACKING_TOKEN", {}, False),
+    ],
+)
+def test_mlflow_s_token_goes_over_plain_http_only_to_this_machine(
+    uri: str, variable: str | None, given: dict[str, Any], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "hush")
+    by_config = config(tmp_path, {"type": "mlflow", "tracking_uri": uri} | given)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for told in (by_config, config(tmp_path, {"type": "mlflow"} | given)):
+        if refused:
+            with pytest.raises(ConfigError, match=rf"by plain http to mlflow.example {variable} can be read.*unsafe_http=true"):
+                check_trackers(told)
+        else:
+            check_trackers(told)
+
+
+def test_a_password_in_mlflow_s_address_is_told_and_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@mlflow.example")
+    with pytest.raises(ConfigError, match="the password in MLFLOW_TRACKING_URI can be read") as caught:
+        check_trackers(config(tmp_path, "mlflow"))
+    assert "hush" not in str(caught.value)

@@ -16,6 +16,18 @@ from kdray.errors import ConfigError
 MODEL = {"model": {"type": "tiny"}}
 
 
+RUN_CODE = (
+    "LD_PRELOAD",
+    "PYTHONPATH",
+    "PATH",
+    "VLLM_LOGGING_CONFIG_PATH",
+    "GIT_CONFIG_GLOBAL",
+    "RAY_RUNTIME_ENV_HOOK",
+    "BASH_ENV",
+)
+"""Variables with which a file becomes code of a process, or of one that it starts."""
+
+
 def config(secrets: dict[str, Any]) -> Any:
     return parse_config({"run": {"name": "x"}, "student": MODEL, "teachers": {"t": MODEL}, "cluster": {"secrets": secrets}})
 
@@ -102,6 +114,7 @@ def test_a_file_without_a_value_is_named_and_not_quoted(
         ({"KEY": {"file": "/k", "read_by": []}}, "read_by"),
         ({"KEY": {"file": "/k", "read_by": ["teacher"]}}, "read_by"),
         ({"KEY": {"value": "hunter2"}}, "cluster.secrets.KEY"),
+        *(({name: {"file": "/k"}}, f"{name}: a secret's variable has TOKEN, KEY") for name in RUN_CODE),
     ],
 )
 def test_wrong_references(secrets: dict[str, Any], message: str) -> None:

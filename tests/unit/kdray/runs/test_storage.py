@@ -211,6 +211,8 @@ def test_what_asking_again_cannot_change_fails_at_once(server: S3Server) -> None
         ("s3://bucket/runs?endpoint_override", r"not a URL"),
         ("file:///runs?region=x", r"unknown option region; file takes none"),
         ("s3://bucket/runs#1", r"with `#`; write %23"),
+        ("gs://bucket/runs?endpoint_override=far.example:80&scheme=http", r"plain http the token can be read.*tunnel"),
+        ("gs://bucket/runs?scheme=http", r"plain http the token can be read"),
     ],
 )
 def test_a_url_that_is_none_is_refused_by_the_config(tmp_path: Path, url: str, message: str) -> None:

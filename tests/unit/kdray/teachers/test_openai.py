@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from kdray.checks.teacher_signal import check_loss
+from kdray.checks.unsafe_notes import unsafe_notes
 from kdray.config import (
     MiniLLMLoss,
     OpenAITeacherSettings,
@@ -615,6 +616,11 @@ async def test_what_it_cannot_do_is_refused_before_it_is_sent() -> None:
         ({"system_prompt": "hi", "chat": False}, "system_prompt with chat=false"),
         ({"logprobs": 21, "chat": False, "token_ids": True}, "less than or equal to 20"),
         ({"api_key_env": "sk-123"}, "api_key_env"),
+        ({"api_key_env": "DATABASE_URL"}, "api_key_env=DATABASE_URL: a key's variable has TOKEN, KEY"),
+        ({"api_key_env": "AWS_SECRET_ACCESS_KEY"}, "a credential of another service to 127.0.0.1"),
+        ({"api_key_env": "HF_TOKEN", "base_url": "https://huggingface.co.evil.example/v1"}, "a credential of another service"),
+        ({"api_key_env": "hf_token", "base_url": "https://nothuggingface.co/v1"}, "a credential of another service"),
+        ({"api_key_env": "RAY_AUTH_TOKEN", "base_url": "https://ray.example/v1"}, "a credential of another service"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
@@ -623,6 +629,48 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> N
     told = "; ".join(item["msg"] + str(item["loc"]) for item in caught.value.errors())
     assert message in told
     assert "pw" not in told
+
+
+def test_a_service_s_own_key_may_be_sent_to_it() -> None:
+    settings_for(1, api_key_env="HF_TOKEN", base_url="https://router.huggingface.co/v1")
+    settings_for(1, api_key_env="GITHUB_TOKEN", base_url="https://models.github.ai/inference")
+    settings_for(1, api_key_env="GEMINI_API_KEY", base_url="https://generativelanguage.googleapis.com/v1beta/openai")
+
+
+@pytest.mark.parametrize(
+    ("base_url", "given", "refused", "note"),
+    [
+        ("http://10.1.2.3:8000/v1", {}, True, ""),
+        ("http://10.1.2.3:8000/v1", {"unsafe_http": True}, False, "by plain http the key and all prompts can be read"),
+        ("http://10.1.2.3:8000/v1", {"api_key_env": None}, False, "by plain http all prompts can be read"),
+        ("http://127.0.0.1:8000/v1", {}, False, None),
+        ("https://far.example/v1", {}, False, None),
+    ],
+)
+def test_a_key_goes_over_plain_http_only_to_this_machine(
+    base_url: str, given: dict[str, Any], refused: bool, note: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "k")
+    config = parse_config(
+        {
+            "run": {"name": "x"},
+            "student": {"model": {"type": "tiny"}},
+            "teachers": {"far": {"type": "openai", "model": "m", "api_key_env": VARIABLE, "base_url": base_url} | given},
+            "rollout": {"alpha": 1.0},
+            "loss": {"type": "sequence"},
+        }
+    )
+    kind = kind_of(config, "far")
+    assert list(unsafe_notes(config)) == (
+        ["teachers.far.unsafe_http: its key may be read on the way"] if "unsafe_http" in given else []
+    )
+    if refused:
+        with pytest.raises(ConfigError, match=r"far\.base_url=http://10.* plain http the key .*tunnel.*unsafe_http=true"):
+            kind.check(None, 0)
+        return
+    found = kind.check(None, 0)
+    assert (found.note is None) if note is None else (note in str(found.note))
+    assert (f"the key in {VARIABLE}" in found.line) == (given.get("api_key_env", VARIABLE) is not None)
 
 
 # ------------------------------------------------------------------------------------------------------- logprobs

@@ -230,7 +230,7 @@ class TrainedShard:
     sample_ids: tuple[int, ...]
     """Samples that it trained, in order, each once."""
     digest: str
-    """Digest of their tokens and targets, over all passes (`kdray.rollouts.training_digest`)."""
+    """Digest of their tokens, targets and columns, over all passes (`kdray.rollouts.training_digest`)."""
     num_target_tokens: int
     """Targets that the rank counted in its masks, over all passes."""
     updates: int

@@ -1,15 +1,15 @@
 """Digests of the samples of a batch, and a rank's record of the samples that it trained.
 
-A sample's digest covers its id, its tokens and which of them are targets; padding does not enter. The digest of several samples
-is the sum of theirs modulo 2^128: it does not depend on their order, those of several ranks add up, and a sample that was
-trained twice counts twice. It detects mistakes, not forgery.
+A sample's digest covers its id, its tokens, which of them are targets, and every column that a loss may read: what the teacher
+said of them, their weights and advantages. Padding does not enter. The digest of several samples is the sum of theirs modulo
+2^128: it does not depend on their order, those of several ranks add up, and a sample that was trained twice counts twice. It
+detects mistakes, not forgery.
 """
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
+import xxhash
 
 from kdray.rollouts.batching import deal
 from kdray.types import TrainBatch, TrainedShard
@@ -20,15 +20,17 @@ _MODULUS = 2**128
 def row_digests(batch: TrainBatch) -> list[int]:
     """Compute the digest of every row, as a number below 2^128; 0 for a padding row."""
     digests = []
-    tokens, mask = batch.token_ids.astype("<i4", copy=False), np.ascontiguousarray(batch.loss_mask)
+    given = {"token_ids": batch.token_ids, "loss_mask": batch.loss_mask, **batch.columns}
+    columns = [(f"{name} {column.dtype.str}".encode(), column) for name, column in sorted(given.items())]
     for row, (sample_id, length) in enumerate(zip(batch.sample_ids.tolist(), batch.lengths.tolist(), strict=True)):
         if sample_id < 0:
             digests.append(0)
             continue
-        hashed = hashlib.blake2b(sample_id.to_bytes(8, "little") + length.to_bytes(4, "little"), digest_size=16)
-        hashed.update(tokens[row, :length].tobytes())
-        hashed.update(mask[row, :length].tobytes())
-        digests.append(int.from_bytes(hashed.digest(), "little"))
+        hashed = xxhash.xxh3_128(sample_id.to_bytes(8, "little") + length.to_bytes(4, "little"))
+        for name, column in columns:
+            hashed.update(name)
+            hashed.update(np.ascontiguousarray(column[row, :length]).data)
+        digests.append(hashed.intdigest())
     return digests
 
 

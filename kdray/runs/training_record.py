@@ -88,7 +88,7 @@ def _content(record: Mapping[str, Any], given: str, passes: int, targets: int) -
     if record["digest"] != times(given, passes):
         other = next((count for count in range(_MOST_PASSES + 1) if record["digest"] == times(given, count)), None)
         found.append(
-            "trained other tokens than those of the rollouts"
+            "trained other tokens, targets or numbers of the teacher than those of the rollouts"
             if other is None
             else f"trained its samples {other} times, and not {passes}"
         )

@@ -21,7 +21,12 @@ def batch() -> TrainBatch:
     inside = np.arange(WIDTH) < lengths[:, None]
     mask = inside & (np.arange(WIDTH) > 0)
     tokens = np.where(inside, rng.integers(1, 40, inside.shape), 0).astype(np.int32)
-    return TrainBatch(2, np.arange(ROWS) + 30, tokens, lengths.astype(np.int32), mask, int(mask.sum()))
+    columns = {
+        "teacher_logprobs": np.where(mask, rng.normal(size=mask.shape), 0.0).astype(np.float32),
+        "support_ids": np.where(mask[..., None], rng.integers(0, 40, (*mask.shape, 3)), -1).astype(np.int32),
+        "weights": mask.astype(np.float32),
+    }
+    return TrainBatch(2, np.arange(ROWS) + 30, tokens, lengths.astype(np.int32), mask, int(mask.sum()), columns)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -84,11 +89,37 @@ def shorter(batch: TrainBatch) -> TrainBatch:
     return replace(batch, lengths=lengths)
 
 
-@pytest.mark.parametrize("change", [other_token, other_target, swapped_responses, shorter])
+def another_s_teacher(batch: TrainBatch) -> TrainBatch:
+    """What the teacher said of one sample stands with another one."""
+    columns = {name: column.copy() for name, column in batch.columns.items()}
+    columns["teacher_logprobs"][[3, 4]] = columns["teacher_logprobs"][[4, 3]]
+    return replace(batch, columns=columns)
+
+
+def other_support(batch: TrainBatch) -> TrainBatch:
+    columns = {name: column.copy() for name, column in batch.columns.items()}
+    columns["support_ids"][3, 1, 2] += 1
+    return replace(batch, columns=columns)
+
+
+def without_weights(batch: TrainBatch) -> TrainBatch:
+    return replace(batch, columns={name: column for name, column in batch.columns.items() if name != "weights"})
+
+
+def renamed(batch: TrainBatch) -> TrainBatch:
+    return replace(batch, columns={name.replace("weights", "advantages"): column for name, column in batch.columns.items()})
+
+
+CHANGES = [other_token, other_target, swapped_responses, shorter, another_s_teacher, other_support, without_weights, renamed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_any_other_sample_has_another_digest(batch: TrainBatch, change: object) -> None:
     assert dealt_shards(change(batch), 1)[0].digest != dealt_shards(batch, 1)[0].digest  # type: ignore[operator]
 
 
 def test_what_stands_in_padding_does_not_count(batch: TrainBatch) -> None:
     tokens = np.where(np.arange(WIDTH) < batch.lengths[:, None], batch.token_ids, 7)
-    assert row_digests(replace(batch, token_ids=tokens)) == row_digests(batch)
+    columns = {**batch.columns, "weights": np.where(np.arange(WIDTH) < batch.lengths[:, None], batch.columns["weights"], 7)}
+    columns["weights"] = columns["weights"].astype(np.float32)
+    assert row_digests(replace(batch, token_ids=tokens, columns=columns)) == row_digests(batch)

@@ -84,6 +84,16 @@ class OtherTokens(StubStudent):
         return super().update(shards, targets)
 
 
+class AnothersTeacher(StubStudent):
+    """Rank 1 trains the samples of step 2 towards what the teacher said of others."""
+
+    def update(self, shards: Sequence[TrainBatch], targets: int) -> float:
+        if shards[1].step == 2:
+            columns = {name: column[::-1].copy() for name, column in shards[1].columns.items()}
+            shards = [shards[0], replace(shards[1], columns=columns)]
+        return super().update(shards, targets)
+
+
 class FewerTargets(StubStudent):
     """Rank 0 leaves a target of step 2 out."""
 
@@ -112,7 +122,8 @@ LIARS: list[tuple[type[StubStudent], int, list[str]]] = [
     (FirstBatch, 2, ["rank 0 trained samples", "of step 1, which it was not given"]),
     (Swapped, 1, ["rank 0 did not train samples", "rank 1 trained samples", "of step 1, which it was not given"]),
     (Replaying, 4, ["rank 0's optimizer has made 5 updates, and 4 were due", "rank 1's optimizer has made 5 updates"]),
-    (OtherTokens, 2, ["rank 1 trained other tokens than those of the rollouts"]),
+    (OtherTokens, 2, ["rank 1 trained other tokens, targets or numbers of the teacher than those of the rollouts"]),
+    (AnothersTeacher, 2, ["rank 1 trained other tokens, targets or numbers of the teacher than those of the rollouts"]),
     (FewerTargets, 2, ["rank 0 trained other tokens", "tokens, and its samples, without those left out, have"]),
     (OneRankIdle, 3, ["rank 1 did not train samples", "rank 1's optimizer has made 2 updates, and 3 were due"]),
 ]

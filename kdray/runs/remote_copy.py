@@ -43,6 +43,9 @@ class StoredRun:
         """Called before anything is sent; raises if another driver has taken over the run."""
         self._sent: dict[str, tuple[int, int]] = {}
         """Modification time and size of uploaded files, by key."""
+        self._left = self._stats(self._below(*_FOLDERS))
+        """The same of files that earlier drivers left here: of those that are in the storage nothing is to be sent. One of a step
+        after the checkpoint, which may differ from the stored one, is written again before the next upload."""
         self._growing: dict[str, GrowingFile] = {}
         self._found: dict[str, list[Segment]] | None = None
         """Segments in the storage before the first upload."""
@@ -103,17 +106,25 @@ class StoredRun:
         ]
 
     def _send(self, names: list[str]) -> int:
-        changed = {}
-        for name in names:
-            path = self.folder.path / name
-            if path.is_file():
-                # Stat before reading, so that lines appended meanwhile are sent the next time.
-                stat = path.stat()
-                if self._sent.get(name) != (stat.st_mtime_ns, stat.st_size):
-                    changed[name] = (stat.st_mtime_ns, stat.st_size)
+        if self._left:
+            stored = {key: size for folder in _FOLDERS for key, size in self.storage.list(folder).items()}
+            self._sent = {name: stat for name, stat in self._left.items() if stored.get(name) == stat[1]} | self._sent
+            self._left = {}
+        # Before reading, so that lines appended meanwhile are sent the next time.
+        changed = {name: stat for name, stat in self._stats(names).items() if self._sent.get(name) != stat}
         digests = self.storage.put_files({name: self.folder.path / name for name in changed})
         self._sent |= changed
         return sum(digest.size for digest in digests.values())
+
+    def _stats(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """Modification time and size of the files that are there, by name."""
+        found = {}
+        for name in names:
+            path = self.folder.path / name
+            if path.is_file():
+                stat = path.stat()
+                found[name] = (stat.st_mtime_ns, stat.st_size)
+        return found
 
     # ---------------------------------------------------------------------------------------------------- fetching
 
@@ -142,6 +153,7 @@ class StoredRun:
         wanted = {*_FILES, *_GROWING}
         folders = tuple(f"{each}/" for each in (*_FOLDERS, _CURVES))
         _get(self.storage, there, self.folder.path, lambda name: name in wanted or name.startswith(folders))
+        self._left = self._stats(self._below(*_FOLDERS))
         return True
 
     def _tells(self, name: str, step: int, there: Iterable[str]) -> bool:

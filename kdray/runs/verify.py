@@ -100,6 +100,12 @@ def _resumed_step(events: Sequence[Mapping[str, Any]]) -> int | None:
     return next((line.get("resumed_step") for line in reversed(events) if _kind(line) == "start"), None)
 
 
+def _recorded_from(events: Sequence[Mapping[str, Any]]) -> int | None:
+    """Steps that were done when the first driver began that says its versions: from it on the ranks say what they trained."""
+    said = (line for line in events if _kind(line) == "start" and "versions" in line)
+    return next((int(line.get("resumed_step") or 0) for line in said), None)
+
+
 def _prompts_of(proof: Proof, config: Config) -> Dataset | None:
     """Return the prompts, if available."""
     try:
@@ -197,7 +203,7 @@ class _Ledger:
         self._proof = proof
         self.config = config
         self._rules = Rules(config, events)
-        self.records = RecordChecks(config.training)
+        self.records = RecordChecks(config.training, _recorded_from(events))
         self._stream = None if dataset is None else PromptStream(dataset.train, config.run.seed)
         self._blocks = BlockChecks(config, self._rules, self._stream)
         self._numbers = _Numbers("ledger.jsonl")
@@ -291,6 +297,8 @@ class _Ledger:
                 proof.wrong("outcomes", f"step {step}: its line does not tell versions, tokens and prompt of every sample")
         if self.is_told:
             proof.notes += self.records.notes()
+        for name in self.scorers.keys() - {*self.config.teachers, ""}:
+            proof.wrong("scored", f"{self.scorers[name]} samples were scored by {name!r}, which is no teacher of the config")
 
     @property
     def num_steps(self) -> int:

@@ -14,8 +14,10 @@ from kdray.runs.verification.steps import Records, Step, offsets
 class RecordChecks:
     """Checks of the ranks' records, and of their counters against the updates that were due, line by line."""
 
-    def __init__(self, training: TrainingSettings) -> None:
+    def __init__(self, training: TrainingSettings, recorded_from: int | None = None) -> None:
+        """Args: recorded_from: steps that were done when a version began that keeps records of all others; None if none did."""
         self._training = training
+        self._recorded_from = recorded_from
         self._first: int | None = None
         """First step of the ledger, and below of those with a record."""
         self._begun: int | None = None
@@ -31,7 +33,8 @@ class RecordChecks:
             self._first = line.step
         self._left_out += line.is_left_out
         if not line.is_recorded:
-            if self._begun is not None and line.step > self._begun:
+            begun = [step for step in (self._begun, self._recorded_from) if step is not None]
+            if begun and line.step > min(begun):
                 proof.wrong("training", f"step {line.step}: no rank says what it trained")
             return
         if self._begun is None:

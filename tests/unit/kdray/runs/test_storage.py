@@ -400,6 +400,29 @@ def test_what_changed_is_sent_and_nothing_else(storage: Storage, tmp_path: Path)
     assert {key for key in storage.list() if not key.startswith("segments/")} == whole | {"summary.json", "report.html"}
 
 
+def test_a_resume_sends_no_samples_that_are_stored(storage: Storage, tmp_path: Path) -> None:
+    """Ten thousand files of a long run would go with every restart, and its first checkpoint wait for them."""
+    folder = RunFolder(tmp_path / "run")
+    history(folder, 3)
+    tree(folder.samples, {f"step-{step:06d}.parquet": b"rows of %d" % step for step in range(5)})
+    tree(folder.evaluations, {"before.parquet": b"draws"})
+    StoredRun(folder, storage).send()
+    resumed = StoredRun(folder, storage)
+    (folder.samples / "step-000004.parquet").write_bytes(b"rows of 9")
+    (folder.samples / "step-000005.parquet").write_bytes(b"rows of 5")
+    storage.delete("samples/step-000001.parquet")
+    sent = resumed.send()
+    assert storage.read("samples/step-000004.parquet") == b"rows of 9", "written again, of as many bytes"
+    assert sent == len(b"rows of 1") * 3 + folder.config.stat().st_size
+    assert {key: storage.read(key) for key in storage.list("samples")} == {
+        f"samples/{path.name}": path.read_bytes() for path in folder.samples.iterdir()
+    }
+    assert resumed.send() == 0
+    elsewhere = StoredRun(RunFolder(tmp_path / "elsewhere"), storage)
+    assert elsewhere.fetch(3)
+    assert elsewhere.send() == folder.config.stat().st_size, "what was fetched is stored"
+
+
 @pytest.mark.parametrize(
     ("local", "sent", "step", "fetched"),
     [

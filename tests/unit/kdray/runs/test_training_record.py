@@ -192,6 +192,28 @@ def test_rank_records_can_be_checked_later_where_earlier_steps_have_none(tmp_pat
     assert without(*range(1, STEPS + 1)).notes[0].startswith("its steps were trained by an older version")
     assert without(4).problems == [("training", "step 4: no rank says what it trained")]
 
+    def say_versions(resumed_step: int) -> None:
+        told = config.run_folder / "events.jsonl"
+        start = {"time": "2026-12-01T00:00:00+00:00", "kind": "start", "resumed_step": resumed_step or None, "versions": {}}
+        told.write_text(json.dumps(start) + "\n" + told.read_text())
+
+    # A driver that says its versions is of a version whose ranks say what they train.
+    say_versions(resumed_step=2)
+    assert without(1, 2).problems == []
+    assert without(1, 2, 3).problems == [("training", "step 3: no rank says what it trained")]
+    say_versions(resumed_step=0)
+    assert len(without(*range(1, STEPS + 1)).problems) == STEPS
+
+
+def test_a_scorer_that_the_config_does_not_have_is_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    asyncio.run(drive(config))
+    ledger = config.run_folder / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"scored_by": "toy"', '"scored_by": "nobody"'))
+    samples = STEPS * config.training.batch_size
+    expected = f"{samples} samples were scored by 'nobody', which is no teacher of the config"
+    assert verify(config.run_folder).problems == [("scored", expected)]
+
 
 # ------------------------------------------------------------------------------------------------------------ columns
 

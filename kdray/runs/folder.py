@@ -11,7 +11,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -23,6 +23,7 @@ from kdray.config import Config, load_config, resuming
 from kdray.config.load import load_saved_config
 from kdray.config.resuming import Change, changeable
 from kdray.errors import ConfigError, DataError
+from kdray.runs.lines.events import each_event
 from kdray.runs.lines.streams import drop_later_steps, drop_torn_line
 
 LEASE = "lease.json"
@@ -175,10 +176,10 @@ class RunFolder:
 
         Raises: ConfigError; DataError if the events cannot be read.
         """
-        events = read_lines(self.events) if self.events.is_file() else []
+        directory = started_in(each_event(self.events))
         if overrides:
-            return load_config(self.config, list(overrides), started_in(events))
-        return load_saved_config(self.config, started_in(events))
+            return load_config(self.config, list(overrides), directory)
+        return load_saved_config(self.config, directory)
 
     @property
     def logs(self) -> Path:
@@ -247,11 +248,13 @@ class RunFolder:
         return found
 
 
-def started_in(events: Sequence[Mapping[str, Any]]) -> Path | None:
+def started_in(events: Iterable[Mapping[str, Any]]) -> Path | None:
     """Return the directory that the run was last started in, from its events; None if they do not have it."""
-    directories = [line.get("directory") for line in events if line.get("kind") == "start"]
-    known = [each for each in directories if isinstance(each, str)]
-    return Path(known[-1]) if known else None
+    found = None
+    for event in events:
+        if event.get("kind") == "start" and isinstance(event.get("directory"), str):
+            found = Path(event["directory"])
+    return found
 
 
 def _told(value: Any) -> str:

@@ -44,8 +44,8 @@ class StoredRun:
         self._sent: dict[str, tuple[int, int]] = {}
         """Modification time and size of uploaded files, by key."""
         self._left = self._stats(self._below(*_FOLDERS))
-        """The same of files that earlier drivers left here: of those that are in the storage nothing is to be sent. One of a step
-        after the checkpoint, which may differ from the stored one, is written again before the next upload."""
+        """The same of files that earlier drivers left here: of those that are in the storage nothing is to be sent. One of a
+        step after the checkpoint, which may differ from the stored one, is written again before the next upload."""
         self._growing: dict[str, GrowingFile] = {}
         self._found: dict[str, list[Segment]] | None = None
         """Segments in the storage before the first upload."""

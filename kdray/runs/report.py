@@ -11,7 +11,8 @@ from typing import Any
 
 from kdray.data.dataset import ROWS_DROPPED
 from kdray.errors import DataError
-from kdray.runs.folder import RunFolder, read_lines, write_atomically
+from kdray.runs.folder import RunFolder, write_atomically
+from kdray.runs.lines.events import read_events
 from kdray.runs.metrics import METRICS
 from kdray.runs.reports.cost import costs
 from kdray.runs.reports.figures import curves
@@ -41,7 +42,8 @@ def write_report(run_folder: Path) -> Path:
         raise DataError(f"{run_folder}: not a run folder (no config.yaml, no metrics.jsonl); give one such as runs/<name>")
     summary = folder.read_summary() if folder.summary.exists() else {}
     steps = Steps.read(folder.metrics)
-    events = read_lines(folder.events) if folder.events.exists() else []
+    told = read_events(folder.events)
+    events = told.kept
     outcome_columns = [name for name in OUTCOMES if isinstance(summary.get(name), dict)]
     installed = [summary.get(key) for key in ("versions", "plugins")]
     versions = {name: version for each in installed if isinstance(each, dict) for name, version in each.items()}
@@ -77,7 +79,7 @@ def write_report(run_folder: Path) -> Path:
             )
             for line in shown_events
         ],
-        num_events=len(events),
+        num_events=told.counts.total(),
         heldout=answers,
         samples=samples,
         references=any(row.get("reference") for row in samples),

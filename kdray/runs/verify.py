@@ -24,7 +24,8 @@ from kdray.config.load import load_saved_config
 from kdray.data.dataset import Dataset, PromptStream, load_dataset
 from kdray.errors import DataError, KdrayError
 from kdray.runs.checkpoints import COMMITTED
-from kdray.runs.folder import CHANGED, RunFolder, read_lines, started_in
+from kdray.runs.folder import CHANGED, RunFolder, started_in
+from kdray.runs.lines.events import Events, read_events
 from kdray.runs.lines.occurrences import Occurrences
 from kdray.runs.lines.streams import raw_lines, stream
 from kdray.runs.verification.blocks import BlockChecks, in_blocks
@@ -48,7 +49,8 @@ def verify(run: Path) -> Proof:
     """Verify the files of a run. Raises: DataError if `run` is not a run folder; ConfigError if its config cannot be read."""
     folder = RunFolder.open(run)
     proof = Proof()
-    events = _events(proof, folder.events)
+    told = _events(proof, folder.events)
+    events = told.kept
     config = load_saved_config(folder.config, started_in(events))
     proof.state = next((_ENDS[kind] for kind in map(_kind, reversed(events)) if kind in _ENDS), "unfinished")
     dataset = _prompts_of(proof, config)
@@ -74,20 +76,20 @@ def verify(run: Path) -> Proof:
             _check_checkpoint(proof, marker, progress, ledger)
     if proof.state == "finished":
         _check_summary(proof, folder, ledger, events, dataset)
-    proof.facts = _facts(proof, ledger, events, len(checkpoints))
+    proof.facts = _facts(proof, ledger, told, len(checkpoints))
     return proof
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _events(proof: Proof, path: Path) -> list[dict[str, Any]]:
-    """Read the events; empty if there is no file."""
+def _events(proof: Proof, path: Path) -> Events:
+    """Read the events; empty if there is no file, or it cannot be read."""
     try:
-        return read_lines(path) if path.exists() else []
-    except (DataError, UnicodeDecodeError) as error:
-        proof.wrong("unreadable", str(error) if isinstance(error, DataError) else f"{path}: not UTF-8 text")
-    return []
+        return read_events(path)
+    except DataError as error:
+        proof.wrong("unreadable", str(error))
+    return Events()
 
 
 def _kind(line: Mapping[str, Any]) -> str:
@@ -463,10 +465,10 @@ def _changed(event: Mapping[str, Any]) -> str:
     return f"{event.get('setting')} after step {event.get('step')}: {event.get('old')} -> {event.get('new')}"
 
 
-def _facts(proof: Proof, ledger: _Ledger, events: Sequence[Mapping[str, Any]], checkpoints: int) -> list[tuple[str, str]]:
+def _facts(proof: Proof, ledger: _Ledger, told: Events, checkpoints: int) -> list[tuple[str, str]]:
+    events = told.kept
     rules, samples, config = ledger.left_out, ledger.samples.total, ledger.config
     resumed = [line["resumed_step"] for line in events if _kind(line) == "start" and line.get("resumed_step") is not None]
-    retries = [line.get("rollouts") for line in events if _kind(line) == "retry"]
     facts = [
         ("run", f"{proof.state}, {ledger.num_steps} of {config.training.steps} steps"),
         ("samples", f"{samples}, each with one outcome"),
@@ -488,6 +490,6 @@ def _facts(proof: Proof, ledger: _Ledger, events: Sequence[Mapping[str, Any]], c
         ("checkpoints", str(checkpoints)),
         ("settings changed", "; ".join(_changed(line) for line in events if _kind(line) == CHANGED) or "none"),
         ("resumed", ", ".join(f"at step {step}" for step in resumed) or "never"),
-        ("asked again", f"{sum(number for number in retries if type(number) is int)} samples in {len(retries)} retries"),
+        ("asked again", f"{told.rollouts['retry']} samples in {told.counts['retry']} retries"),
     ]
     return facts

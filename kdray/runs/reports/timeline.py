@@ -49,8 +49,15 @@ def timeline(steps: Steps, events: Sequence[Mapping[str, Any]]) -> Markup | None
         )
         kinds = [str(mark["kind"]) for mark in marks]
         told += [f"{kind} {kinds.count(kind)} times" for kind in dict.fromkeys(kinds)]
-        for mark in marks:
-            figure.add_vline(x=mark["time"], line={"color": COLOURS[1], "width": 1, "dash": "dot"}, opacity=0.5)
+        # All at once: plotly looks through the whole figure whenever a line is added.
+        line = {"color": COLOURS[1], "width": 1, "dash": "dot"}
+        across = {"type": "line", "y0": 0, "y1": 1, "line": line, "opacity": 0.5}
+        places = [(f"x{number}", f"y{number} domain") for number in ("", "2", "3")]
+        figure.update_layout(
+            shapes=[
+                {**across, "x0": mark["time"], "x1": mark["time"], "xref": x, "yref": y} for mark in marks for x, y in places
+            ]
+        )
     for place, (name, points) in enumerate(shares.items()):
         if not any(share for _, share in points):
             continue

@@ -13,7 +13,8 @@ from kdray.config import Config
 from kdray.config.load import load_saved_config
 from kdray.config.resuming import changes
 from kdray.errors import ConfigError
-from kdray.runs.folder import RunFolder, plain, read_lines, write_atomically
+from kdray.runs.folder import RunFolder, plain, write_atomically
+from kdray.runs.lines.events import each_event
 from kdray.runs.results.bootstrap import LEVEL
 from kdray.runs.results.comparison import DIFFERENCES, OUTCOMES
 
@@ -74,7 +75,7 @@ def finished(config: Config) -> dict[str, Any] | None:
     if not (folder.config.is_file() and folder.events.is_file() and folder.summary.is_file()):
         return None
     # A finished run may have been resumed for more steps.
-    kinds = [line["kind"] for line in read_lines(folder.events) if line["kind"] in ("start", "finished")]
+    kinds = [line["kind"] for line in each_event(folder.events) if line["kind"] in ("start", "finished")]
     if kinds[-1:] != ["finished"]:
         return None
     other = [each for each in changes(load_saved_config(folder.config), config) if not each.setting.startswith(_FREE)]

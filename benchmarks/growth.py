@@ -40,9 +40,11 @@ SIZES = ("1000x64", "10000x64", "100000x64", "10000x512", "100000x512")
 CHECKPOINT_EVERY = 50
 KILLED_AFTER = 10
 """Steps between the last checkpoint and the kill."""
+HEDGES = 4
+"""Calls of a step that were hedged: an event each."""
 RANKS, SIBLINGS, STALENESS, TOKENS = 2, 4, 2, 64
 COLUMNS = (
-    "ledger MB", "metrics MB", "bytes sent / size", "verify s", "verify MiB", "µs a sample", "resume s", "resume MiB",
+    "ledger MB", "metrics MB", "events MB", "bytes sent / size", "verify s", "verify MiB", "µs a sample", "resume s", "resume MiB",
     "with storage s", "with storage MiB", "end s", "end MiB", "report s", "report MiB",
 )  # fmt: skip
 
@@ -126,6 +128,8 @@ def plant(output: Path, steps: int, batch_size: int) -> Path:
         for step in range(1, steps + 1):
             for file, line in zip((ledger, metrics), planted.lines(step), strict=True):
                 file.write(json.dumps(line) + "\n")
+            for _ in range(HEDGES):
+                folder.append_event("hedge", pool="toy", call="sample", rollouts=batch_size // HEDGES)
             if step % CHECKPOINT_EVERY == 0:
                 folder.append_event("checkpoint", step=step)
             if step == steps - KILLED_AFTER:
@@ -229,6 +233,7 @@ def row(size: str, with_sending: bool) -> dict[str, float]:
         found = {
             "ledger MB": (run / "ledger.jsonl").stat().st_size / 1e6,
             "metrics MB": (run / "metrics.jsonl").stat().st_size / 1e6,
+            "events MB": (run / "events.jsonl").stat().st_size / 1e6,
         }
         if with_sending:
             found["bytes sent / size"] = send(run, output, steps, batch_size)

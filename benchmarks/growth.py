@@ -44,8 +44,8 @@ HEDGES = 4
 """Calls of a step that were hedged: an event each."""
 RANKS, SIBLINGS, STALENESS, TOKENS = 2, 4, 2, 64
 COLUMNS = (
-    "ledger MB", "metrics MB", "events MB", "bytes sent / size", "verify s", "verify MiB", "µs a sample", "resume s", "resume MiB",
-    "with storage s", "with storage MiB", "end s", "end MiB", "report s", "report MiB",
+    "ledger MB", "metrics MB", "events MB", "bytes sent / size", "verify s", "verify MiB", "µs a sample",
+    "resume s", "resume MiB", "with storage s", "with storage MiB", "end s", "end MiB", "report s", "report MiB",
 )  # fmt: skip
 
 

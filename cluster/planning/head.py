@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +73,11 @@ def head_of(nodes: Sequence[Node]) -> Node | None:
     return named[0] if named else nodes[0] if len(nodes) == 1 else None
 
 
-def head_lines(config: Config, nodes: Sequence[Node], used: float) -> Iterator[str]:
-    """Describe what the run takes on the driver's node. Raises: CapacityError as `check_head` does."""
+def head_lines(config: Config, nodes: Sequence[Node], used: float, published: Mapping[int, float]) -> Iterator[str]:
+    """Describe what the run takes on the driver's node. Raises: CapacityError as `check_head` does.
+
+    Args: used: as for `check_head`; published: bytes of the student's versions in the object store of each node that has any.
+    """
     needs = head_needs(config, hidden_width(config))
     training = config.training
     held = int(training.replay_gib * GIB // needs.batch)
@@ -91,13 +94,15 @@ def head_lines(config: Config, nodes: Sequence[Node], used: float) -> Iterator[s
         )
     if head_of(nodes) is None:
         yield "note: which node the driver is on is not known, and its memory was not checked; describe it with head: true"
-    check_head([config], nodes, used)
+    head = head_of(nodes)
+    check_head([config], nodes, used, 0.0 if head is None else published.get(nodes.index(head), 0.0))
 
 
-def check_head(configs: Sequence[Config], nodes: Sequence[Node], used: float = 0.0) -> None:
+def check_head(configs: Sequence[Config], nodes: Sequence[Node], used: float = 0.0, published: float = 0.0) -> None:
     """Check that the driver's node holds what runs take there together.
 
-    Args: configs: of the runs; used: bytes of main memory that other parts take there.
+    Args: configs: of the runs; used: bytes of main memory that other parts take there; published: of the student's versions in
+          its object store, where ranks or replicas are on it too.
     Raises: CapacityError naming what is short, and the settings that it follows from.
     """
     head = head_of(nodes)
@@ -108,7 +113,7 @@ def check_head(configs: Sequence[Config], nodes: Sequence[Node], used: float = 0
         (
             "of Ray's object store",
             "object_store_memory",
-            sum(each.store for each in needs),
+            published + sum(each.store for each in needs),
             "start Ray there with a larger object_store_memory (and /dev/shm), or lower",
         ),
         ("of memory", "memory", used + sum(each.memory for each in needs), "use a larger node, or lower"),
@@ -116,8 +121,12 @@ def check_head(configs: Sequence[Config], nodes: Sequence[Node], used: float = 0
         there = head.resources.get(key)
         if there is not None and needed > there:
             config, rollout = configs[0], configs[0].rollout
+            of_it = (
+                f" ({published / GIB:.2f} for versions of the student)" if published and key == "object_store_memory" else ""
+            )
             raise CapacityError(
-                f"the driver's node {head.name}: this run needs {needed / GIB:.2f} GiB {what}, and it has {there / GIB:.2f}; "
+                f"the driver's node {head.name}: this run needs {needed / GIB:.2f} GiB {what}{of_it}, and it has "
+                f"{there / GIB:.2f}; "
                 f"{remedy} training.batch_size={config.training.batch_size}, rollout.max_staleness={rollout.max_staleness}, "
                 f"rollout.max_new_tokens={rollout.max_new_tokens}, data.max_prompt_tokens={config.data.max_prompt_tokens} or "
                 f"rollout.teacher_top_k={rollout.teacher_top_k}"

@@ -26,7 +26,7 @@ from cluster.planning.placement import (
     could_hold,
     describe_resources,
 )
-from cluster.planning.publication import publication_lines
+from cluster.planning.publication import publication_lines, stored_versions
 from cluster.planning.roles import GPU_MEMORY, Role, cores, weakest_gpu
 from cluster.planning.throughput import Measured, measured, sampling_rate, scoring_rate, training_rate
 from kdray.checks.models import check_models
@@ -166,7 +166,7 @@ def plan(config: Config, nodes: Sequence[Node], run: Measured | None = None) -> 
                 "between, or two stages"
             )
     lines += publication_lines(config, student, placed, nodes)
-    lines += head_lines(config, nodes, _used_on_head(placed, roles, nodes))
+    lines += head_lines(config, nodes, _used_on_head(placed, roles, nodes), stored_versions(config, student, placed))
     lines += _growth(wanted, config, nodes)
     return Plan(roles, lines)
 

@@ -35,11 +35,9 @@ def publication_lines(config: Config, student: ModelShape, placed: Sequence[Plac
 
     Args: placed: the roles on `nodes`; an object store's size is the resource `object_store_memory` of its node, in bytes.
     """
-    replicas: Counter[int] = Counter()
-    for item in placed:
-        if _holds_student(config, item.bundle.role):
-            replicas.update(item.nodes)
-    if not replicas or config.training.weight_transfer != "object_store":
+    replicas = _replicas(config, placed)
+    stores = stored_versions(config, student, placed)
+    if not stores:
         return
     version = version_bytes(student, config.training.precision)
     update = update_bytes(student, config.training.precision)
@@ -47,8 +45,8 @@ def publication_lines(config: Config, student: ModelShape, placed: Sequence[Plac
     by_changes = config.training.sync_full_every > 1
     # Both of a phase's first version and of the phase's before: every weight is sent again then.
     copies, copied = (version + update, "a copy, another to compare with") if by_changes else (version, "a copy")
-    held, extra = (CHANGES * update, " with changes") if by_changes else (0.0, "")
-    held += _VERSIONS * version
+    extra = " with changes" if by_changes else ""
+    held = max(stores.values())
     stored = f"{_VERSIONS} versions{extra}"
     files = f"one in files for each of {most} that load"
     part = "" if student.adapted is None else f", of which every update sends {update / GIB:.2f}"
@@ -57,11 +55,8 @@ def publication_lines(config: Config, student: ModelShape, placed: Sequence[Plac
         f"{(copies + held) / GIB:.2f} GiB on rank 0's node ({copied}, and {stored} in Ray's object store), "
         f"{(held + most * version) / GIB:.2f} on a node of replicas ({stored}, and {files})"
     )
-    # Rank 0 may be on any node of the ranks.
-    ranks = {index for item in placed if item.bundle.role == "student" for index in item.nodes}
-    needed = held
     short: dict[tuple[str, float], int] = Counter()
-    for index in ranks | set(replicas):
+    for index, needed in stores.items():
         there = nodes[index].resources.get("object_store_memory")
         if there is not None and there < needed:
             short[nodes[index].name, there] += 1
@@ -69,9 +64,30 @@ def publication_lines(config: Config, student: ModelShape, placed: Sequence[Plac
         many = f" (on {count} such nodes)" if count > 1 else ""
         yield (
             f"note: the object store of node {name}{many} has {there / GIB:.2f} GiB, and {_VERSIONS} versions of the "
-            f"student{extra} {needed / GIB:.2f}: Ray would spill them to disk, and every publication would wait for that; "
+            f"student{extra} {held / GIB:.2f}: Ray would spill them to disk, and every publication would wait for that; "
             "start Ray there with a larger object_store_memory (and /dev/shm)"
         )
+
+
+def stored_versions(config: Config, student: ModelShape, placed: Sequence[Placed]) -> dict[int, float]:
+    """Bytes of versions of the student in the object store of each node that holds any, at most; without publication none."""
+    replicas = _replicas(config, placed)
+    if not replicas or config.training.weight_transfer != "object_store":
+        return {}
+    precision = config.training.precision
+    changes = CHANGES * update_bytes(student, precision) if config.training.sync_full_every > 1 else 0.0
+    # Rank 0 may be on any node of the ranks.
+    ranks = {index for item in placed if item.bundle.role == "student" for index in item.nodes}
+    return dict.fromkeys(sorted(ranks | set(replicas)), changes + _VERSIONS * version_bytes(student, precision))
+
+
+def _replicas(config: Config, placed: Sequence[Placed]) -> Counter[int]:
+    """Number of replicas that take the student's weights, by node."""
+    found: Counter[int] = Counter()
+    for item in placed:
+        if _holds_student(config, item.bundle.role):
+            found.update(item.nodes)
+    return found
 
 
 def _holds_student(config: Config, role: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.planning.head import HEAD, check_head, head_needs, head_of
+from cluster.planning.head import HEAD, check_head, head_lines, head_needs, head_of
 from cluster.planning.memory import GIB
 from cluster.planning.placement import Node
 from kdray.config import Config, parse_config
@@ -76,6 +77,16 @@ def test_a_head_that_is_too_small_is_refused(tmp_path: Path) -> None:
         check_head([config], [node(needs.memory, needs.store)], used=1.0)
 
 
+def test_versions_of_the_student_count_in_the_store_of_a_head_that_holds_them(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    needs, gib = head_needs(config, 0), 2.0**30
+    nodes = [node(1e12, 1e12), node(1e12, needs.store + gib, head=True)]
+    list(head_lines(config, nodes, 0.0, {0: 1e12}))
+    list(head_lines(config, nodes, 0.0, {0: 1e12, 1: gib}))
+    with pytest.raises(CapacityError, match=r"of Ray's object store \(1\.00 for versions of the student\), and it has"):
+        list(head_lines(config, nodes, 0.0, {1: gib + 1}))
+
+
 def test_a_head_is_named_or_the_only_node() -> None:
     one, other = node(1, 1), node(2, 2, head=True)
     assert head_of([one]) is one
@@ -93,7 +104,9 @@ def test_the_command_refuses_a_described_head(tmp_path: Path, store: float, code
     result = CliRunner().invoke(app, ["plan", str(recipe), "--cluster", str(cluster)])
     assert result.exit_code == code, result.output
     if code:
-        assert "Ray's object store, and it has 0.00" in result.output.replace("\n", " ")
+        assert re.search(
+            r"Ray.s object store \(0\.00 for versions of the student\), and it has 0\.00", result.output.replace("\n", " ")
+        )
     else:
         assert "driver's node: at most" in result.output
         assert "training.replay_gib=0.01 holds" in result.output

@@ -42,7 +42,7 @@ STAGES = {
     "replicating": 120,
     "run-confirming": 150,
     "run-replicating": 160,
-    "fourfold": 200,
+    "two-by-two": 200,
 }
 """First seed of each stage; those with runs in their names were announced for runs, the last one for mixing and length
 normalisation at 3e-4."""

@@ -13,7 +13,13 @@ from typing import Any
 from benchmarks.evidence import DECIDING, REGIMES, differences, mean_interval
 
 COMPARISONS = (
-    ("mixing: with minus without", "MiniLLM", "MiniLLM, no mixing"),
+    ("mixing at 3e-3: with minus without", "MiniLLM", "MiniLLM, no mixing"),
+    ("mixing at 3e-4: with minus without", "MiniLLM, rate 3e-4", "MiniLLM, no mixing, rate 3e-4"),
+    (
+        "mixing at 3e-4, without length normalisation: with minus without",
+        "MiniLLM, no length norm, rate 3e-4",
+        "MiniLLM, no mixing, no length norm, rate 3e-4",
+    ),
     ("MiniLLM minus SFT alone", "MiniLLM", "SFT alone"),
     ("length normalisation at 3e-3: with minus without", "MiniLLM", "MiniLLM, no length norm"),
     ("length normalisation at 3e-4: with minus without", "MiniLLM, rate 3e-4", "MiniLLM, no length norm, rate 3e-4"),
